@@ -1,0 +1,268 @@
+"""Exact joint attention over the valid tokens, and the kernels that compute it.
+
+No mask is ever built: padding is cut off before the kernel and put back as zeros, so cost and memory are those of the
+valid tokens. A `Kernel` also yields the log-sum-exp and a backward that takes it, which is what a ring needs to merge
+partial results (parallel/usp.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hvtrain.errors import ConfigError, suggest
+from hvtrain.models.base import Joint
+
+aten = torch.ops.aten
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: the output normalised over them, and the log of its denominator."""
+
+    out: Tensor  # [B S N D]
+    lse: Tensor  # [B N S] fp32
+
+
+class Grads(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of softmax(q k' / sqrt(D)) v; every tensor is [B S N D]."""
+
+    name: str
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # differentiable if `trains`
+    partial: Callable[[Tensor, Tensor, Tensor], Partial]  # not differentiable
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Partial], Grads] | None  # (dout, q, k, v, merged result)
+    missing: Callable[[torch.device, torch.dtype], str | None]  # why it cannot run there, or None
+
+    @property
+    def trains(self) -> bool:
+        return self.backward is not None
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def pick_kernel(
+    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True
+) -> Kernel:
+    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype.
+
+    SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
+    """
+    if name == "auto":
+        order = ("flash3", "flash2", "sdpa") if device.type == "cuda" else ("sdpa",)
+        return next(KERNELS[n] for n in order if KERNELS[n].missing(device, dtype) is None)
+    if name not in KERNELS:
+        raise ConfigError(f"parallel.kernel: no attention kernel '{name}'; {suggest(name, ['auto', *KERNELS])}")
+    kernel = KERNELS[name]
+    reason = kernel.missing(device, dtype)
+    if reason is None and training and not kernel.trains:
+        reason = "it has no backward; train with 'auto'"
+    if reason:
+        raise ConfigError(f"parallel.kernel: '{name}' cannot be used: {reason}")
+    return kernel
+
+
+def local_attend(
+    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, kernel: Kernel | None = None
+) -> Joint:
+    """Joint attention of image and text on one device; padded positions (image beyond n_img, text beyond txt_len)
+    are neither read nor written: their output is zero."""
+    kernel = kernel or KERNELS["sdpa"]
+    parts = []
+    for rows, n_txt in rows_of_equal_length(txt_len):
+        out = kernel.attend(*(join(x, rows, n_img=n_img, n_txt=n_txt) for x in (q, k, v)))
+        parts.append(split(out, n_img=n_img, pad_img=q.img.shape[1], pad_txt=q.txt.shape[1]))
+    return stack_rows(parts)
+
+
+def rows_of_equal_length(txt_len: tuple[int, ...]) -> list[tuple[slice, int]]:
+    """Runs of neighbouring samples with the same number of text tokens: each is one rectangular kernel call."""
+    runs: list[tuple[slice, int]] = []
+    for row, length in enumerate(txt_len):
+        if runs and runs[-1][1] == length:
+            runs[-1] = (slice(runs[-1][0].start, row + 1), length)
+        else:
+            runs.append((slice(row, row + 1), length))
+    return runs
+
+
+def join(x: Joint, rows: slice, *, n_img: int, n_txt: int) -> Tensor:
+    """[b, n_img + n_txt, N, D]: the valid tokens of these samples, image first."""
+    return torch.cat([x.img[rows, :n_img], x.txt[rows, :n_txt]], dim=1)
+
+
+def split(out: Tensor, *, n_img: int, pad_img: int, pad_txt: int) -> Joint:
+    """Undo `join`, padding the image to pad_img and the text to pad_txt tokens with zeros."""
+    img, txt = out[:, :n_img], out[:, n_img:]
+    return Joint(
+        F.pad(img, (0, 0, 0, 0, 0, pad_img - n_img)), F.pad(txt, (0, 0, 0, 0, 0, pad_txt - txt.shape[1]))
+    )
+
+
+def stack_rows(parts: list[Joint]) -> Joint:
+    if len(parts) == 1:
+        return parts[0]
+    return Joint(torch.cat([p.img for p in parts]), torch.cat([p.txt for p in parts]))
+
+
+# --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient -------------------------------------------
+
+_ALIGN_LSE = 32  # the CUDA memory-efficient kernel pads its log-sum-exp to a multiple of this
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [t.transpose(1, 2) for t in tensors]  # [B S N D] -> [B N S D], the layout of torch's kernels
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)
+
+
+def _flash_fits(q: Tensor) -> bool:
+    """Whether CUDA flash takes this tensor; else the memory-efficient kernel, which also does float32."""
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _sdpa_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    q, k, v = _heads_first(q, k, v)
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif _flash_fits(q):
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        lse = lse[..., : q.shape[2]]
+    return Partial(out.transpose(1, 2), lse.float())
+
+
+def _sdpa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    dout, q, k, v, out = _heads_first(dout, q, k, v, merged.out)
+    lse = merged.lse.contiguous()
+    if q.device.type == "cpu":
+        args = (dout, q, k, v, out, lse, 0.0, False)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*args)
+    elif _flash_fits(q):
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state
+        lengths = (None, None, q.shape[2], k.shape[2])
+        args = (dout, q, k, v, out, lse, *lengths, 0.0, False, unused, unused)
+        grads = aten._scaled_dot_product_flash_attention_backward(*args)
+    else:
+        # +inf on the padding makes exp(score - lse) zero there, as the kernel's own forward leaves it.
+        lse = F.pad(lse, (0, -lse.shape[-1] % _ALIGN_LSE), value=float("inf"))
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        wanted = [True, True, True, False]
+        args = (dout, q, k, v, None, out, lse, unused, unused, 0.0, wanted, False)
+        grads = aten._scaled_dot_product_efficient_attention_backward(*args)[:3]
+    return Grads(*_heads_first(*grads))
+
+
+def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+# --- optional packages, imported when used ------------------------------------------------------------------------
+
+
+def _cuda_package_missing(package: str, capability: tuple[int, int]) -> Callable[[torch.device, torch.dtype], str | None]:
+    def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"it needs a CUDA device, this is {device.type}"
+        if torch.cuda.get_device_capability(device) < capability:
+            return f"it needs compute capability {capability[0]}.{capability[1]} or newer"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+        if importlib.util.find_spec(package) is None:
+            return f"the Python package '{package}' is not installed"
+        return None
+
+    return missing
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+def _flash2_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    from flash_attn.flash_attn_interface import _flash_attn_forward
+
+    out, lse, *_ = _flash_attn_forward(
+        q, k, v, 0.0, q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, alibi_slopes=None, return_softmax=False,
+    )  # fmt: skip
+    return Partial(out, lse)
+
+
+def _flash2_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _flash_attn_backward(
+        dout.contiguous(), q, k, v, merged.out.to(q.dtype), merged.lse.contiguous(), dq, dk, dv, 0.0,
+        q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
+        alibi_slopes=None, deterministic=False,
+    )  # fmt: skip
+    return Grads(dq, dk, dv)
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out  # early releases return (out, lse)
+
+
+def _flash3_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    from flash_attn_interface import _flash_attn_forward
+
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
+    return Partial(out, lse)
+
+
+def _flash3_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    from flash_attn_interface import _flash_attn_backward
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    out, lse = merged.out.to(q.dtype), merged.lse.contiguous()
+    _flash_attn_backward(
+        dout.contiguous(), q, k, v, out, lse, dq=dq, dk=dk, dv=dv, softmax_scale=q.shape[-1] ** -0.5
+    )
+    return Grads(dq, dk, dv)
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="NHD")
+
+
+def _sage_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    from sageattention import sageattn
+
+    return Partial(*sageattn(q, k, v, tensor_layout="NHD", return_lse=True))
+
+
+KERNELS |= {
+    "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
+    "flash2": Kernel(
+        "flash2", _flash2, _flash2_partial, _flash2_backward, _cuda_package_missing("flash_attn", (8, 0))
+    ),
+    "flash3": Kernel(
+        "flash3", _flash3, _flash3_partial, _flash3_backward, _cuda_package_missing("flash_attn_interface", (9, 0))
+    ),
+    "sage": Kernel("sage", _sage, _sage_partial, None, _cuda_package_missing("sageattention", (8, 0))),
+}

@@ -1,0 +1,1 @@
+"""Parallelism as functions over a single-device model: process groups, exact attention over ranks, recompute."""

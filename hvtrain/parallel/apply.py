@@ -1,0 +1,43 @@
+"""Turn a single-device model into this rank's part of a parallel one, without touching its code."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+
+from hvtrain.models.attention import Kernel, local_attend, pick_kernel
+from hvtrain.models.base import LOCAL, DiT
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.recompute import pick_policy
+
+log = logging.getLogger(__name__)
+
+
+def parallelize(
+    model: DiT,
+    ctx: ParallelContext,
+    *,
+    kernel: str = "auto",
+    recompute: str = "none",
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+) -> Kernel:
+    """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
+    in (bfloat16 under autocast). Returns the chosen kernel, whose name the run prints once."""
+    chosen = pick_kernel(kernel, device=ctx.device, dtype=dtype, training=training)
+    if ctx.sp > 1:
+        from hvtrain.parallel.usp import ShardedSequence, usp_attend
+
+        model.sequence = ShardedSequence(ctx)
+        attend = partial(usp_attend, ctx=ctx, kernel=chosen)
+    else:
+        model.sequence = LOCAL
+        attend = partial(local_attend, kernel=chosen)
+    for block in model.blocks:
+        block.attend = attend
+    model.run_block = pick_policy(recompute)
+    if ctx.is_main:
+        log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)
+    return chosen

@@ -1,0 +1,47 @@
+"""Collectives with their true adjoints, for autograd.
+
+Convention of the whole engine: the loss is the sum of what the ranks compute, so each rank's gradient of a replicated
+value is a partial one and SUM over the sequence-parallel ranks is the whole. It holds only if the backward of every
+collective is its mathematical transpose: all-gather <-> reduce-scatter with sum, all-to-all <-> the inverse all-to-all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from yunchang.comm.all_to_all import SeqAllToAll4D
+
+
+def gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Concatenate every rank's equal-sized x along dim; the gradient is summed over ranks and cut back."""
+    return x if group is None else _Gather.apply(x, dim, group)
+
+
+def heads_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B s N D], all heads of a part of the tokens -> [B s*P N/P D], part of the heads of all tokens."""
+    return SeqAllToAll4D.apply(group, x, 2, 1)
+
+
+def tokens_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B s*P N/P D] -> [B s N D], the inverse of `heads_to_ranks`."""
+    return SeqAllToAll4D.apply(group, x, 1, 2)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.dim, ctx.group = dim, group
+        mine = x.transpose(0, dim).contiguous()
+        n, *rest = mine.shape
+        out = mine.new_empty(n * dist.get_world_size(group), *rest)
+        dist.all_gather_into_tensor(out, mine, group=group)
+        return out.transpose(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        whole = grad.transpose(0, ctx.dim).contiguous()
+        n, *rest = whole.shape
+        mine = whole.new_empty(n // dist.get_world_size(ctx.group), *rest)
+        dist.reduce_scatter_tensor(mine, whole, op=dist.ReduceOp.SUM, group=ctx.group)
+        return mine.transpose(0, ctx.dim).contiguous(), None, None

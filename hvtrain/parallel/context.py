@@ -1,0 +1,199 @@
+"""Who am I among the processes, and which of them share what: the only library code that reads the environment.
+
+World = data parallel x ring x Ulysses, a reshaped arange whose slices are the groups. Ulysses ranks are neighbours
+(its all-to-all wants the fastest links), a ring is strided over them, data parallelism is outermost. The ranks of one
+ring x Ulysses block hold one sample together: "sequence-parallel peers".
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hvtrain.errors import ConfigError, LaunchError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """One process's place. The defaults are a single process without any process group."""
+
+    world: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    dp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    dp_rank: int = 0
+    sp_rank: int = 0
+    ulysses_group: dist.ProcessGroup | None = None  # None where the degree is 1
+    ring_group: dist.ProcessGroup | None = None
+    sp_group: dist.ProcessGroup | None = None
+
+    @property
+    def sp(self) -> int:
+        return self.ulysses * self.ring
+
+    @property
+    def ulysses_rank(self) -> int:
+        return self.sp_rank % self.ulysses
+
+    @property
+    def ring_rank(self) -> int:
+        return self.sp_rank // self.ulysses
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.all_reduce_sum(0.0)  # unlike dist.barrier, never guesses a device
+
+    def all_reduce_sum(self, value: float) -> float:
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def all_reduce_mean(self, value: float) -> float:
+        """Mean over all ranks; of a value that sequence-parallel peers share, that is the mean over data parallelism."""
+        return self._reduce(value, dist.ReduceOp.SUM) / self.world
+
+    def all_reduce_max(self, value: float) -> float:
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks get the same answer."""
+        return self.all_reduce_max(float(flag)) > 0
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's picklable value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> float:
+        if self.world == 1:
+            return float(value)
+        # A CPU tensor: goes over gloo also in a CUDA job, so it does not wait for the GPU's queue.
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        dist.all_reduce(tensor, op=op)
+        return tensor.item()
+
+
+def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = None) -> ParallelContext:
+    """Join the processes that torchrun started (or be the only one) and build the groups. All ranks must call it.
+
+    May be called again with other degrees: the process group is made once.
+    """
+    world = _env_int("WORLD_SIZE", 1)
+    rank, local_rank = _env_int("RANK", 0), _env_int("LOCAL_RANK", 0)
+    dp = _data_degree(world, ulysses=ulysses, ring=ring)
+    place = _pick_device(device, local_rank)
+    if place.type != "cuda":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for a GPU, and warns
+    if world > 1 and not dist.is_initialized():
+        _join(place)
+    sp = ulysses * ring
+    grid = torch.arange(world).reshape(dp, ring, ulysses)
+    return ParallelContext(
+        world=world,
+        rank=rank,
+        local_rank=local_rank,
+        device=place,
+        dp=dp,
+        ulysses=ulysses,
+        ring=ring,
+        dp_rank=rank // sp,
+        sp_rank=rank % sp,
+        ulysses_group=_my_group(grid.reshape(-1, ulysses), rank),
+        ring_group=_my_group(grid.transpose(1, 2).reshape(-1, ring), rank),
+        sp_group=_my_group(grid.reshape(-1, sp), rank),
+    )
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_heads(heads: int, ulysses: int) -> None:
+    """Ulysses gives each rank heads/U whole heads, so U must divide their number."""
+    if heads % ulysses:
+        legal = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        raise ConfigError(
+            f"parallel.ulysses: {ulysses} does not divide the model's {heads} attention heads; "
+            f"choose one of {legal}, or use parallel.ring, which takes any degree"
+        )
+
+
+def solo_group(ctx: ParallelContext) -> None:
+    """A process group of one, for libraries that insist on having one (DeepSpeed). Opens no port."""
+    os.environ.setdefault("LOCAL_RANK", str(ctx.local_rank))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if ctx.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _data_degree(world: int, *, ulysses: int, ring: int) -> int:
+    for name, degree in (("ulysses", ulysses), ("ring", ring)):
+        if degree < 1:
+            raise ConfigError(f"parallel.{name}: {degree} is not a degree; 1 turns it off")
+    if world % (ulysses * ring):
+        raise ConfigError(
+            f"parallel: ulysses {ulysses} x ring {ring} = {ulysses * ring} does not divide the {world} "
+            f"process(es) of this job; start a multiple of {ulysses * ring} (hvtrain launch --nproc N) or lower them"
+        )
+    return world // (ulysses * ring)
+
+
+def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is None:
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
+                "start one process per GPU"
+            )
+        place = torch.device("cuda", place.index if place.index is not None else local_rank)
+        torch.cuda.set_device(place)
+    return place
+
+
+def _join(place: torch.device) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+    if missing:
+        raise LaunchError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or hvtrain launch")
+    if place.type == "cuda":
+        # gloo beside nccl: flags and sums of single numbers then never wait for the GPU's queue.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=place)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def _my_group(rows: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
+    """The group of the row that holds this rank. Every rank makes every group: new_group is collective."""
+    if rows.shape[1] == 1:
+        return None
+    mine = None
+    for row in rows.tolist():
+        group = dist.new_group(row, timeout=TIMEOUT)
+        if rank in row:
+            mine = group
+    return mine
+
+
+def _env_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"environment variable {name} is '{text}', expected a number; start with torchrun") from None

@@ -1,0 +1,225 @@
+"""What a training step needs from the machinery under it: backward, step, and state in a layout no rank shows in.
+
+`TorchEngine` is plain PyTorch with an all-reduce: the reference, and enough for one device. `DeepSpeedEngine`
+(zero.py) is the product. Both follow one convention: every sequence-parallel rank hands in the full loss of its
+sample, the engine divides it by their number, gradients are SUMmed over sequence-parallel ranks and averaged over
+data-parallel ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvtrain.errors import ConfigError, suggest
+from hvtrain.parallel.context import ParallelContext
+
+Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
+OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
+
+BUCKET = 1 << 26  # elements per all-reduce: 256 MiB in fp32
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    engine: str = "deepspeed"
+    stage: int = 2
+    offload_optimizer: str = "none"  # or "cpu"
+    grad_accum: int = 1
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float | None  # before clipping, over all parameters; not finite if the step was skipped
+    lr: float  # of the first parameter group, in this step
+    skipped: bool  # a gradient was not finite: parameters and optimizer state are untouched
+
+
+class Engine(Protocol):
+    model: nn.Module  # call this for a forward pass
+    n_steps: int  # optimizer steps so far, skipped ones included
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
+        """Backward of one of grad_accum micro-steps; the last one clips and steps."""
+        ...
+
+    def export_params(self) -> dict[str, Tensor]:
+        """Trainable parameters, whole, fp32 on the CPU. Collective; the result is for rank 0 (others may get {})."""
+        ...
+
+    def export_optimizer(self) -> OptimizerState:
+        """Optimizer state per parameter. Collective; for rank 0. Empty before the first step."""
+        ...
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+        """Continue from exported state, whatever engine, stage or number of ranks exported it. Every rank passes it."""
+        ...
+
+
+def build_engine(
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    cfg: EngineConfig,
+    ctx: ParallelContext,
+    *,
+    optimizer: Optimizer,
+    schedule: Schedule,
+) -> Engine:
+    """`params` are the trainable parameters by name; `optimizer` holds exactly these."""
+    check_engine(cfg)
+    if cfg.engine == "torch":
+        return TorchEngine(model, params, cfg, ctx, optimizer=optimizer, schedule=schedule)
+    from hvtrain.train.zero import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, params, cfg, ctx, optimizer=optimizer, schedule=schedule)
+
+
+def check_engine(cfg: EngineConfig) -> None:
+    """Refuse what makes no sense, naming what to use instead."""
+    if cfg.engine not in ("deepspeed", "torch"):
+        raise ConfigError(f"zero.engine: no engine '{cfg.engine}'; {suggest(cfg.engine, ['deepspeed', 'torch'])}")
+    if cfg.offload_optimizer not in ("none", "cpu"):
+        near = suggest(cfg.offload_optimizer, ["none", "cpu"])
+        raise ConfigError(f"zero.offload_optimizer: '{cfg.offload_optimizer}' is not a place; {near}")
+    if cfg.stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero.stage: {cfg.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
+    if cfg.offload_optimizer != "none" and (cfg.engine == "torch" or cfg.stage == 0):
+        where = "the torch engine" if cfg.engine == "torch" else "ZeRO stage 0"
+        raise ConfigError(
+            f"zero.offload_optimizer: {where} keeps the optimizer beside the parameters; "
+            "use zero.engine=deepspeed with zero.stage 1, 2 or 3"
+        )
+    if cfg.grad_accum < 1:
+        raise ConfigError(f"run.grad_accum: {cfg.grad_accum} micro-steps make no step; use 1 or more")
+
+
+class LearningRate:
+    """Sets each group's rate to its own base times the schedule, so a resumed run needs only the step number."""
+
+    def __init__(self, groups: list[dict[str, Any]], schedule: Schedule) -> None:
+        self.groups, self.schedule = groups, schedule
+        self.bases = [float(group["lr"]) for group in groups]
+
+    def set(self, n_steps: int) -> float:
+        """The first group's rate of step `n_steps`, after setting all."""
+        factor = self.schedule(n_steps)
+        for group, base in zip(self.groups, self.bases, strict=True):
+            group["lr"] = base * factor
+        return self.bases[0] * factor
+
+
+class TorchEngine:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        cfg: EngineConfig,
+        ctx: ParallelContext,
+        *,
+        optimizer: Optimizer,
+        schedule: Schedule,
+    ) -> None:
+        self.model, self.params, self.cfg, self.ctx = model, dict(params), cfg, ctx
+        self.optimizer, self.rate, self.n_steps = optimizer, LearningRate(optimizer.param_groups, schedule), 0
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
+        (loss / (self.cfg.grad_accum * self.ctx.sp)).backward()
+        if not last:
+            return None
+        lr = self.rate.set(self.n_steps)
+        grads = filled_grads(self.params.values())
+        _reduce(grads, self.ctx)
+        norm = clip_(grads, self.cfg.max_grad_norm)
+        skipped = not norm.isfinite().item()
+        if not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.n_steps += 1
+        return StepResult(norm.item(), lr, skipped)
+
+    def export_params(self) -> dict[str, Tensor]:
+        return {name: to_cpu(p) for name, p in self.params.items()}
+
+    def export_optimizer(self) -> OptimizerState:
+        return export_plain_state(self.optimizer, self.params)
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+        load_plain_state(self.optimizer, self.params, params, optimizer)
+        self.n_steps = n_steps
+
+
+def filled_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Every parameter's gradient, zeros where the loss does not depend on it: all ranks then reduce the same list."""
+    params = list(params)
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in params if p.grad is not None]
+
+
+def clip_(grads: list[Tensor], max_norm: float) -> Tensor:
+    """The global norm; the gradients are scaled down to max_norm in place (0: left alone)."""
+    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
+    if max_norm > 0:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def _reduce(grads: list[Tensor], ctx: ParallelContext) -> None:
+    """SUM over all ranks / data-parallel degree = SUM over sequence-parallel, MEAN over data-parallel ranks."""
+    if ctx.world == 1:
+        return
+    bucket: list[Tensor] = []
+    for i, grad in enumerate(grads):
+        bucket.append(grad)
+        following = grads[i + 1] if i + 1 < len(grads) else None
+        full = sum(g.numel() for g in bucket) >= BUCKET
+        if following is None or full or following.dtype != grad.dtype:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= ctx.dp
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(part.view_as(g))
+            bucket = []
+
+
+# --- state of an optimizer that holds the model's own parameters --------------------------------------------------
+
+
+def to_cpu(x: Tensor) -> Tensor:
+    """An fp32 copy: the training goes on in the original."""
+    return x.detach().to("cpu", torch.float32, copy=True)
+
+
+def export_plain_state(optimizer: Optimizer, params: Mapping[str, nn.Parameter]) -> OptimizerState:
+    states = {name: optimizer.state.get(p) for name, p in params.items()}
+    return {
+        name: {key: to_cpu(torch.as_tensor(value)) for key, value in state.items()}
+        for name, state in states.items()
+        if state
+    }
+
+
+def load_plain_state(
+    optimizer: Optimizer,
+    params: Mapping[str, nn.Parameter],
+    values: Mapping[str, Tensor],
+    state: OptimizerState,
+) -> None:
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(values[name])
+    names = {id(p): name for name, p in params.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    # Through the optimizer's own loader: it puts each tensor where that optimizer wants it (a fused one keeps "step"
+    # on the device, others on the CPU).
+    frame = optimizer.state_dict()
+    frame["state"] = {i: dict(state[name]) for i, name in enumerate(order) if name in state}
+    optimizer.load_state_dict(frame)

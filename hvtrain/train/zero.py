@@ -1,0 +1,270 @@
+"""DeepSpeed: ZeRO stages 0-3 and optimizer offload behind the Engine protocol. The only file that imports it.
+
+Three decisions:
+- The engine runs in fp32 mode. Trainable parameters are fp32, a frozen base may be bf16, and the forward's precision
+  is torch.autocast's: DeepSpeed's own casting would make LoRA weights bf16.
+- An `mpu` tells it about sequence parallelism. With it gradients are summed over sequence-parallel and averaged over
+  data-parallel ranks while ZeRO shards over both; DeepSpeed's `mesh_param` and JSON keys never sum over the former.
+- The optimizer is ours (torch's AdamW runs on the CPU too), so offload compiles no C++ on the user's machine.
+  `zero_force_ds_cpu_optimizer: false` is DeepSpeed's switch for that; torch's fused CPU AdamW is about as fast.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvtrain.parallel.context import ParallelContext, solo_group
+from hvtrain.train.engine import (
+    EngineConfig,
+    LearningRate,
+    OptimizerState,
+    Schedule,
+    StepResult,
+    clip_,
+    export_plain_state,
+    filled_grads,
+    load_plain_state,
+    to_cpu,
+)
+
+
+class SequenceParallelUnit:
+    """DeepSpeed's `mpu`. What it has and what it lacks is read by name: `initialize_sequence_parallel` is a marker
+    that is never called, and a `get_data_parallel_world_size` would switch the sequence-parallel arithmetic off."""
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        self.ctx = ctx
+
+    def initialize_sequence_parallel(self) -> None:
+        raise AssertionError("a marker for DeepSpeed, never called")
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return self.ctx.sp
+
+    def get_sequence_parallel_rank(self) -> int:
+        return self.ctx.sp_rank
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.ctx.sp_group
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return self.ctx.world
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return self.ctx.rank
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD
+
+
+def ds_config(cfg: EngineConfig, *, n_trainable: int, cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's JSON. Bucket sizes follow the model: the default would reserve 2 GB for a LoRA of 20 MB."""
+    bucket = max(1, min(n_trainable, 1 << 28))
+    zero: dict[str, Any] = {
+        "stage": cfg.stage,
+        "overlap_comm": cuda and cfg.stage > 0,  # needs streams
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if cfg.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if cfg.stage == 3:
+        # Norms, biases and modulation vectors stay whole on every rank: a gather for each costs more than it saves.
+        zero |= {"stage3_param_persistence_threshold": 1 << 15, "stage3_prefetch_bucket_size": 1 << 26}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters read it
+        "gradient_accumulation_steps": cfg.grad_accum,
+        # Stage 0 has no clipping of its own that knows our groups, nor a check for NaN: `accumulate` does both.
+        "gradient_clipping": cfg.max_grad_norm if cfg.stage else 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+class DeepSpeedEngine:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        cfg: EngineConfig,
+        ctx: ParallelContext,
+        *,
+        optimizer: Optimizer,
+        schedule: Schedule,
+    ) -> None:
+        solo_group(ctx)
+        with _quiet():
+            import deepspeed
+
+            n_trainable = sum(p.numel() for p in params.values())
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                mpu=SequenceParallelUnit(ctx),
+                dist_init_required=False,
+                config=ds_config(cfg, n_trainable=n_trainable, cuda=ctx.device.type == "cuda"),
+            )
+        self.model: nn.Module = self.engine
+        self.params, self.cfg, self.ctx = dict(params), cfg, ctx
+        self.rate, self.n_steps = LearningRate(self.basic.param_groups, schedule), 0
+
+    @property
+    def basic(self) -> Optimizer:
+        """The torch optimizer, which under ZeRO steps flat partitions instead of parameters."""
+        return self.engine.optimizer.optimizer if self.cfg.stage else self.engine.optimizer
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss / self.ctx.sp)
+        if not last:
+            self.engine.step()  # counts the micro-step, nothing else
+            return None
+        lr = self.rate.set(self.n_steps)
+        self.n_steps += 1
+        if self.cfg.stage:
+            self.engine.step()
+            norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
+        else:
+            grads = filled_grads(self.params.values())
+            norm = clip_(grads, self.cfg.max_grad_norm).item()
+            skipped = not torch.isfinite(torch.tensor(norm)).item()
+            if skipped:
+                self.engine.zero_grad()
+            else:
+                self.engine.step()
+        return StepResult(norm, lr, skipped)
+
+    def export_params(self) -> dict[str, Tensor]:
+        from deepspeed.zero import GatheredParameters
+
+        values = {}
+        for name, p in self.params.items():  # one at a time: the whole never lies on a device
+            with GatheredParameters([p], enabled=self.cfg.stage == 3):
+                if self.ctx.is_main:
+                    values[name] = to_cpu(p)
+        return values
+
+    def export_optimizer(self) -> OptimizerState:
+        if not self.cfg.stage:
+            return export_plain_state(self.basic, self.params)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        like, scalars = self._flat_keys()
+        states: OptimizerState = {}
+        for name, p in self.params.items():
+            whole = {key: safe_get_full_optimizer_state(p, key) for key in like}
+            if self.ctx.is_main and whole:
+                states[name] = {k: to_cpu(t).view(_shape(p)) for k, t in whole.items()} | scalars
+        return states
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+        self.n_steps = n_steps
+        if not self.cfg.stage:
+            load_plain_state(self.basic, self.params, params, optimizer)
+            return
+        if optimizer and not self._flat_keys()[0]:
+            self._create_state()
+        for name, p in self.params.items():
+            self._set(p, params[name])
+            for key, value in optimizer.get(name, {}).items():
+                if value.ndim == 0:
+                    self._set_scalar(key, value)
+                else:
+                    self._set(p, value, key)
+        if self.cfg.stage < 3:
+            self.engine.optimizer.update_lp_params()
+
+    def _set(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Write a whole fp32 parameter (key None) or one piece of its optimizer state into this rank's partition."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.zero import GatheredParameters
+
+        value = value.to(self.ctx.device, torch.float32)
+        if self.cfg.stage < 3:
+            if key is None:
+                safe_set_full_fp32_param(p, value)
+            else:
+                safe_set_full_optimizer_state(p, value, key)
+            return
+        self._set_partition(p, value, key)
+        if key is None:
+            with GatheredParameters([p], modifier_rank=0):
+                p.data.copy_(value)
+
+    def _set_partition(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Stage 3 pads a parameter to a multiple of the ranks; its own whole-tensor setter forgets that."""
+        from deepspeed.utils import (
+            safe_get_local_fp32_param,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        part = safe_get_local_fp32_param(p).numel()
+        flat = F.pad(value.flatten(), (0, part * self.ctx.world - value.numel()))
+        mine = flat.narrow(0, part * self.ctx.rank, part)
+        if key is None:
+            safe_set_local_fp32_param(p, mine)
+        else:
+            safe_set_local_optimizer_state(p, mine, key)
+
+    def _flat_keys(self) -> tuple[list[str], dict[str, Tensor]]:
+        """Which state the optimizer keeps per element, and its scalars ("step"), which all partitions share."""
+        for flat, state in self.basic.state.items():
+            like = [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape and v.ndim]
+            return like, {k: to_cpu(torch.as_tensor(v)) for k, v in state.items() if k not in like}
+        return [], {}
+
+    def _set_scalar(self, key: str, value: Tensor) -> None:
+        for state in self.basic.state.values():
+            old = state[key]
+            state[key] = value.to(old.device, old.dtype) if torch.is_tensor(old) else type(old)(value.item())
+
+    def _create_state(self) -> None:
+        """Torch optimizers make their state in the first step: take one at rate zero with zero gradients."""
+        optimizer = self.engine.optimizer
+        stage3 = self.cfg.stage == 3
+        flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+        groups = self.basic.param_groups
+        rates, members = [g["lr"] for g in groups], [g["params"] for g in groups]
+        kept = [flat.grad for flat in flats]
+        for flat in flats:
+            flat.grad = torch.zeros_like(flat)
+        groups[0]["params"] = list(flats)
+        for group in groups:
+            group["lr"] = 0.0
+        for group in groups[1:]:
+            group["params"] = []
+        self.basic.step()
+        for group, rate, member in zip(groups, rates, members, strict=True):
+            group["lr"], group["params"] = rate, member
+        for flat, grad in zip(flats, kept, strict=True):
+            flat.grad = grad
+        if not stage3:
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(p: nn.Parameter) -> torch.Size:
+    return getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty between uses
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed greets every process with a page of INFO lines and three warnings that do not concern us."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
