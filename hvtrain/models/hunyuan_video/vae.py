@@ -216,7 +216,6 @@ def open_vae(
 def save_vae(model: Any, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a VAE (VideoVae or the library's model) under its official names, with its config in the metadata."""
     from safetensors.torch import save_file
-
     from shards.atomic import atomic_path
 
     model = model.model if isinstance(model, VideoVae) else model
