@@ -1,9 +1,9 @@
 """The recipe of the tiny text encoders: `python -m hvtrain.tiny.text [FOLDER]`.
 
-Fixed random features, not trained: a Llama and a CLIP of the real classes at width 64 with tokenizers of their own.
-Each word of the synthetic captions is one token and any other string falls back to bytes, so every prompt works.
-The scales below are chosen so that a linear layer can tell the words apart (tests/models/test_text.py measures it):
-token states keep the word's own embedding, and the pooled vector is close to a sum over words.
+Fixed random features, not trained: a Llama and a CLIP of the real classes at width 64 with tokenizers of
+their own. Each word of the synthetic captions is one token and any other string falls back to bytes, so every
+prompt works. The scales below let a linear layer tell the words apart (tests/tiny/test_tiny_text.py measures
+it): token states keep the word's own embedding, and the pooled vector is close to a sum over words.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WORDS = (
     "moves move moving left right up down diagonal still spins grows shrinks bounces flashes zigzag "
     "rotates falls rises jumps runs walks turns stands sleeps eats flies slowly quickly fast "
     # the real clip and what else a first prompt may say
-    "rabbit bunny forest grass big buck cartoon animated clip video animation scene meadow tree trees sky cloud "
-    "flower flowers butterfly squirrel bird cat dog man woman person face hand water river sea fire sun moon night "
-    "day morning small large tiny round soft fat furry happy angry camera close view shot pan zoom "
-    "front behind under over near far center top bottom side into out across around low high quality blurry sharp "
-    "aerial style film photo picture image colorful simple flat smooth old new "
+    "rabbit bunny forest grass big buck cartoon animated clip video animation scene meadow tree trees sky "
+    "cloud flower flowers butterfly squirrel bird cat dog man woman person face hand water river sea fire "
+    "sun moon night day morning small large tiny round soft fat furry happy angry camera close view shot pan "
+    "zoom front behind under over near far center top bottom side into out across around low high quality "
+    "blurry sharp aerial style film photo picture image colorful simple flat smooth old new "
     # the template's roles
     "system user assistant"
 ).split()
@@ -47,10 +47,12 @@ def _byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def build_tokenizer(specials: list[str], atoms: list[str], *, before: list[str], after: list[str]) -> Tokenizer:
+def build_tokenizer(
+    specials: list[str], atoms: list[str], *, before: list[str], after: list[str]
+) -> Tokenizer:
     """Whole words, else bytes: a word-piece model over byte-level text, so that no string is unknown.
 
-    `specials` and `atoms` are single tokens wherever their text occurs; `before` and `after` enclose every text.
+    `specials` and `atoms` are single tokens wherever they occur; `before` and `after` enclose every text.
     """
     pieces = [*specials, *atoms, *(f"Ġ{w}" for w in WORDS)]
     pieces += _byte_alphabet() + [f"##{b}" for b in _byte_alphabet()]
@@ -90,13 +92,15 @@ def build_llm(tokenizer: Tokenizer) -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, rope_theta=5e5, rms_norm_eps=1e-5,
-        bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"), eos_token_id=tokenizer.token_to_id("<|end_of_text|>"),
-        pad_token_id=tokenizer.token_to_id("<pad>"), tie_word_embeddings=False,
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
+        eos_token_id=tokenizer.token_to_id("<|end_of_text|>"),
+        pad_token_id=tokenizer.token_to_id("<pad>"),
     )
-    # Values below 1 on the way back into the residual stream: context colours a word's state but does not bury it.
-    gains = {"embed_tokens": 1.0, "q_proj": 1.0, "k_proj": 1.0, "v_proj": 1.0, "o_proj": 0.7, "down_proj": 0.7}
+    # Below 1 on the way back into the residual stream: context colours a word's state but does not bury it.
+    gains = {"o_proj": 0.7, "down_proj": 0.7}
     return _randomize(LlamaModel(config), gains, stream="tiny-llm")
 
 
@@ -105,19 +109,19 @@ def build_clip(tokenizer: Tokenizer) -> nn.Module:
 
     end = tokenizer.token_to_id("<|endoftext|>")
     config = CLIPTextConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=77, projection_dim=WIDTH,
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, projection_dim=WIDTH,
         bos_token_id=tokenizer.token_to_id("<|startoftext|>"), eos_token_id=end, pad_token_id=end,
     )
-    # Flat attention (small q, k) makes the end token average the values of all words; the large output gain lifts
-    # each word's share of that average back to unit scale.
-    gains = {"token_embedding": 1.0, "position_embedding": 0.1, "q_proj": 0.5, "k_proj": 0.5, "out_proj": 4.0, "fc2": 0.5}
+    # Flat attention (small q, k) makes the end token average the values of all words; the large output gain
+    # lifts each word's share of that average back to unit scale.
+    gains = {"position_embedding": 0.1, "q_proj": 0.5, "k_proj": 0.5, "out_proj": 4.0, "fc2": 0.5}
     return _randomize(CLIPTextModel(config), gains, stream="tiny-clip")
 
 
 @torch.no_grad()
 def _randomize(model: nn.Module, gains: dict[str, float], *, stream: str) -> nn.Module:
-    """Normal weights of variance gain^2 / fan-in (embeddings: gain^2), one generator per tensor."""
+    """Normal weights of variance gain^2 / fan-in (embeddings: gain^2), one generator each; default gain 1."""
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(1.0 if name.endswith(".weight") else 0.0)  # norms one, biases zero

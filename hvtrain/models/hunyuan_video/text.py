@@ -1,7 +1,7 @@
 """The text encoders: the text part of LLaVA-Llama-3-8B (per-token states) and CLIP-L (one pooled vector).
 
-Both are causal with padding on the right, so padding and its mask change nothing that is kept: prompts are encoded one
-by one at their own length, which equals the official padded form and does not depend on what else is in a batch.
+Both are causal with padding on the right, so padding and its mask change nothing that is kept: prompts are
+encoded one by one at their own length, which equals the official padded form and never depends on the batch.
 Reading the weights from the layouts they come in is text_weights.py.
 """
 
@@ -30,7 +30,7 @@ TEMPLATE = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 BEGIN = "<|begin_of_text|>"
-OFFICIAL_BEGIN_ID = 128000  # marks the Llama 3 vocabulary, for which the template's head is 95 tokens by definition
+OFFICIAL_BEGIN_ID = 128000  # marks the Llama 3 vocabulary, whose crop is a constant of the trained model
 OFFICIAL_CROP = 95
 MAX_TOKENS = 256  # of a prompt, after the template's head
 CLIP_TOKENS = 77
@@ -56,7 +56,13 @@ class TextEncoders:
     """Prompts to what the DiT reads. `.llm` and `.clip` are the library's models; gradients never flow."""
 
     def __init__(
-        self, llm: nn.Module, clip: nn.Module, *, llm_tokenizer: LlmTokenizer, clip_tokenizer: Any, fingerprint: str = ""
+        self,
+        llm: nn.Module,
+        clip: nn.Module,
+        *,
+        llm_tokenizer: LlmTokenizer,
+        clip_tokenizer: Any,
+        fingerprint: str = "",
     ) -> None:
         self.llm, self.clip = llm, clip
         self.llm_tokenizer, self.clip_tokenizer = llm_tokenizer, clip_tokenizer
@@ -100,8 +106,8 @@ def open_text(
 ) -> TextEncoders:
     """Read both encoders, each from a Hugging Face directory or a single file.
 
-    A tokenizer of None is looked for in the directory of its model. `fp8` stores the LLM's linear layers as float8
-    (half the memory; states differ by a few percent) and multiplies in `dtype`.
+    A tokenizer of None is looked for in the directory of its model. `fp8` stores the LLM's linear layers as
+    float8 (half the memory; states differ by a few percent) and multiplies in `dtype`.
     """
     llm_ids = open_llm_tokenizer(_tokenizer_folder(llm, llm_tokenizer, option="llm_tokenizer"))
     clip_ids = open_clip_tokenizer(_tokenizer_folder(clip, clip_tokenizer, option="clip_tokenizer"))
@@ -121,10 +127,9 @@ def open_llm_tokenizer(folder: str | Path) -> LlmTokenizer:
     begin = tokenizer.token_to_id(BEGIN)
     if begin is None or tokenizer.token_to_id("<|eot_id|>") is None:
         raise CheckpointError(f"{folder}: not a Llama 3 tokenizer: it has no {BEGIN} or <|eot_id|> token")
-    measured = LlmTokenizer(tokenizer, begin, crop=0)
     head = tokenizer.encode(TEMPLATE.split("{}")[0]).ids
     crop = len(head) + (head[:1] != [begin])
-    return LlmTokenizer(measured.tokenizer, begin, crop=OFFICIAL_CROP if begin == OFFICIAL_BEGIN_ID else crop)
+    return LlmTokenizer(tokenizer, begin, crop=OFFICIAL_CROP if begin == OFFICIAL_BEGIN_ID else crop)
 
 
 def open_clip_tokenizer(folder: str | Path) -> Any:
@@ -151,7 +156,7 @@ def _open_tokenizer(folder: Path) -> Any:
 
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
     else:
-        raise CheckpointError(f"{folder}: no tokenizer there: expected tokenizer.json, or vocab.json and merges.txt")
+        raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.json or vocab.json and merges.txt")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -165,14 +170,15 @@ def _tokenizer_folder(model: str | Path, tokenizer: str | Path | None, *, option
             raise CheckpointError(f"{folder}: no such tokenizer directory (option {option})")
         return folder
     if not Path(model).is_dir():
-        raise ConfigError(f"{model} is a single file without a tokenizer: set {option} to a tokenizer's directory")
+        raise ConfigError(f"{model} is a file without a tokenizer: set {option} to a tokenizer's directory")
     return Path(model)
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, n_embeddings: int) -> None:
     """A tokenizer of another model would index past the embedding table, on CUDA with an unreadable error."""
-    if tokenizer.get_vocab_size() > n_embeddings:
+    n_tokens = tokenizer.get_vocab_size()
+    if n_tokens > n_embeddings:
         raise CheckpointError(
-            f"{path}: its embedding has {n_embeddings} rows but the tokenizer has {tokenizer.get_vocab_size()} tokens: "
+            f"{path}: its embedding has {n_embeddings} rows but the tokenizer has {n_tokens} tokens: "
             "the tokenizer belongs to another model"
         )

@@ -1,14 +1,14 @@
-"""Weights of the two text encoders from the layouts they come in, into transformers' LlamaModel and CLIPTextModel.
+"""Weights of the text encoders, from the layouts in use into transformers' LlamaModel and CLIPTextModel.
 
-A Hugging Face directory (language model alone, full LLaVA, whole CLIP), or ComfyUI's single file, plain or scaled
-float8. Prefixes differ between them and between transformers 4 and 5, so the prefix is found, not listed.
+A Hugging Face directory (language model alone, full LLaVA, whole CLIP), or ComfyUI's single file, plain or
+scaled float8. Prefixes differ between them and between transformers 4 and 5: the prefix is found, not listed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from hvtrain.errors import CheckpointError
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
-SKIPPED_LAYERS = 2  # the DiT reads the third hidden state from the end: the last two layers and the norm are not needed
+SKIPPED_LAYERS = 2  # the DiT reads the third hidden state from the end: two layers and the norm are dropped
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+MODEL_TYPES = ("llama", "llava", "clip", "clip_text_model")  # whose config.json may describe one of these
 
 # What shapes cannot tell, of the official models.
 LLAMA_FACTS = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
@@ -37,7 +38,7 @@ class Encoder:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer stored as float8 e4m3 with a scale (per tensor or per output row), dequantised when used."""
+    """A linear layer stored as float8 e4m3 with a scale (per tensor or output row), dequantised when used."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def load_llm(
     path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
 ) -> Encoder:
-    """A LlamaModel that ends before the last two layers and without its norm: its output is hidden_states[-3]."""
+    """A LlamaModel without the last two layers and without its norm: its output is hidden_states[-3]."""
     from transformers import LlamaModel
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -66,7 +67,7 @@ def load_llm(
     config = _llama_config(source)
     with torch.device("meta"):
         model = LlamaModel(config)
-    model.norm = nn.Identity()  # type: ignore[assignment]  # an attribute of this instance, after the last kept layer
+    model.norm = nn.Identity()  # type: ignore[assignment]
     source.check(model, used=lambda k: _layer_index(k) < config.num_hidden_layers)
     _assign(model, source, dtype=dtype, device=device, fp8=fp8)
     model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)  # its buffer is computed, not stored
@@ -87,7 +88,7 @@ def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | st
 
 
 class _Source:
-    """One encoder's tensors under the model's own names, whatever prefix the file has; and its config, if any."""
+    """One encoder's tensors under the model's own names, whatever the file's prefix; its config, if any."""
 
     def __init__(self, path: str | Path, *, anchor: str, what: str) -> None:
         from hvtrain.models.weights import open_weights
@@ -109,7 +110,7 @@ class _Source:
         else:
             beside = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
             config = json.loads(beside.read_text()) if beside.is_file() else {}
-            if not self.path.is_dir() and config.get("model_type") not in ("llama", "llava", "clip", "clip_text_model"):
+            if not self.path.is_dir() and config.get("model_type") not in MODEL_TYPES:
                 return {}  # a single file among others: the config.json is not its own
         return config.get("text_config", config)
 
@@ -123,16 +124,19 @@ class _Source:
         return 1 + max((int(m[1]) for m in map(re.compile(pattern).match, self.names) if m), default=-1)
 
     def check(self, model: nn.Module, *, used: Callable[[str], bool]) -> None:
-        """Refuse missing keys, wrong shapes, and parameters of the used part that the architecture does not have."""
+        """Refuse missing keys, wrong shapes, and parameters in the used part that the architecture lacks."""
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         for name, shape in wanted.items():
-            if self.shape(name) != shape:
+            found = self.shape(name)
+            if found != shape:
                 raise CheckpointError(
-                    f"{self.path}: not {self.what}: '{name}' is {list(self.shape(name))}, expected {list(shape)}"
+                    f"{self.path}: not {self.what}: '{name}' is {list(found)}, expected {list(shape)}"
                 )
         extra = [k for k in self.names if k not in wanted and used(k) and k.endswith((".weight", ".bias"))]
         if extra:
-            raise CheckpointError(f"{self.path}: not {self.what}: unexpected '{extra[0]}' ({len(extra)} such keys)")
+            raise CheckpointError(
+                f"{self.path}: not {self.what}: unexpected '{extra[0]}' ({len(extra)} such keys)"
+            )
 
     def scale(self, name: str) -> Tensor | None:
         """The factor of a float8 weight: ComfyUI's X.scale_weight, or X.weight_scale of other tools."""
@@ -140,7 +144,7 @@ class _Source:
         for key in (f"{stem}scale_weight", f"{stem}weight_scale"):
             if key in self.names:
                 scale = self.weights.get(self.names[key]).float()
-                return scale.reshape(-1, 1) if scale.ndim == 1 and scale.numel() > 1 else scale.reshape(-1)[:1]
+                return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(1)
         return None
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -160,7 +164,9 @@ class _Source:
         return fingerprint(self.weights)
 
 
-def _assign(model: nn.Module, source: _Source, *, dtype: torch.dtype, device: torch.device | str, fp8: bool) -> None:
+def _assign(
+    model: nn.Module, source: _Source, *, dtype: torch.dtype, device: torch.device | str, fp8: bool
+) -> None:
     """Fill a meta model tensor by tensor; with `fp8` its linear layers become Fp8Linear."""
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
@@ -188,21 +194,21 @@ def _llama_config(source: _Source) -> Any:
     given = {k: v for k, v in source.config.items() if k not in ("dtype", "torch_dtype", "architectures")}
     n_layers = given.get("num_hidden_layers") or source.count(r"layers\.(\d+)\.")
     if n_layers <= SKIPPED_LAYERS:
-        raise CheckpointError(f"{source.path}: {n_layers} layers: need more than the {SKIPPED_LAYERS} that are left out")
+        raise CheckpointError(f"{source.path}: {n_layers} layers: need more than {SKIPPED_LAYERS}")
     heads = given.get("num_attention_heads") or _heads(source, hidden, LLAMA_HEAD_DIM)
     head_dim = source.shape("layers.0.self_attn.q_proj.weight")[0] // heads
     sizes = {
-        "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": n_layers - SKIPPED_LAYERS,
-        "intermediate_size": source.shape("layers.0.mlp.gate_proj.weight")[0], "num_attention_heads": heads,
-        "num_key_value_heads": source.shape("layers.0.self_attn.k_proj.weight")[0] // head_dim, "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": n_layers - SKIPPED_LAYERS,
+        "intermediate_size": source.shape("layers.0.mlp.gate_proj.weight")[0],
+        "num_attention_heads": heads,
+        "num_key_value_heads": source.shape("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        "head_dim": head_dim,
     }
-    # Token ids only matter for generation, and a trimmed vocabulary would fail the library's own check of them.
-    facts = LLAMA_FACTS if not _has_rope(given) else {k: v for k, v in LLAMA_FACTS.items() if k != "rope_theta"}
+    facts = {k: v for k, v in LLAMA_FACTS.items() if not (k == "rope_theta" and "rope_parameters" in given)}
+    # Without a padding id: it only zeroes an embedding row's gradient, and may lie past a trimmed vocabulary.
     return LlamaConfig(**{**facts, **given, **sizes, "pad_token_id": None})
-
-
-def _has_rope(config: Mapping[str, Any]) -> bool:
-    return "rope_theta" in config or "rope_parameters" in config
 
 
 def _clip_config(source: _Source) -> Any:
@@ -221,7 +227,7 @@ def _clip_config(source: _Source) -> Any:
 
 
 def _heads(source: _Source, hidden: int, head_dim: int) -> int:
-    """The number of heads leaves no trace in the shapes: the official head size, for official-like widths only."""
+    """The number of heads leaves no trace in shapes: the official head size, for large widths only."""
     if hidden % head_dim or hidden < 6 * head_dim:
         raise CheckpointError(
             f"{source.path}: cannot tell the number of heads of width {hidden}: "
