@@ -35,7 +35,7 @@ class _Gather(torch.autograd.Function):
         mine = x.transpose(0, dim).contiguous()
         n, *rest = mine.shape
         out = mine.new_empty(n * dist.get_world_size(group), *rest)
-        dist.all_gather_into_tensor(out, mine, group=group)
+        dist.all_gather_single(out, mine, group=group)
         return out.transpose(0, dim).contiguous()
 
     @staticmethod
@@ -43,5 +43,5 @@ class _Gather(torch.autograd.Function):
         whole = grad.transpose(0, ctx.dim).contiguous()
         n, *rest = whole.shape
         mine = whole.new_empty(n // dist.get_world_size(ctx.group), *rest)
-        dist.reduce_scatter_tensor(mine, whole, op=dist.ReduceOp.SUM, group=ctx.group)
+        dist.reduce_scatter_single(mine, whole, op=dist.ReduceOp.SUM, group=ctx.group)
         return mine.transpose(0, ctx.dim).contiguous(), None, None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -103,14 +103,14 @@ def check_engine(cfg: EngineConfig) -> None:
 class LearningRate:
     """Sets each group's rate to its own base times the schedule, so a resumed run needs only the step number."""
 
-    def __init__(self, groups: list[dict[str, Any]], schedule: Schedule) -> None:
-        self.groups, self.schedule = groups, schedule
-        self.bases = [float(group["lr"]) for group in groups]
+    def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        self.bases = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, n_steps: int) -> float:
         """The first group's rate of step `n_steps`, after setting all."""
         factor = self.schedule(n_steps)
-        for group, base in zip(self.groups, self.bases, strict=True):
+        for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             group["lr"] = base * factor
         return self.bases[0] * factor
 
@@ -127,7 +127,7 @@ class TorchEngine:
         schedule: Schedule,
     ) -> None:
         self.model, self.params, self.cfg, self.ctx = model, dict(params), cfg, ctx
-        self.optimizer, self.rate, self.n_steps = optimizer, LearningRate(optimizer.param_groups, schedule), 0
+        self.optimizer, self.rate, self.n_steps = optimizer, LearningRate(optimizer, schedule), 0
 
     def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
         (loss / (self.cfg.grad_accum * self.ctx.sp)).backward()

@@ -17,9 +17,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
+import deepspeed.ops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -108,8 +118,7 @@ class DeepSpeedEngine:
     ) -> None:
         solo_group(ctx)
         with _quiet():
-            import deepspeed
-
+            _forgo_compiled_ops(ctx)
             n_trainable = sum(p.numel() for p in params.values())
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -120,7 +129,7 @@ class DeepSpeedEngine:
             )
         self.model: nn.Module = self.engine
         self.params, self.cfg, self.ctx = dict(params), cfg, ctx
-        self.rate, self.n_steps = LearningRate(self.basic.param_groups, schedule), 0
+        self.rate, self.n_steps = LearningRate(self.basic, schedule), 0
 
     @property
     def basic(self) -> Optimizer:
@@ -149,11 +158,9 @@ class DeepSpeedEngine:
         return StepResult(norm, lr, skipped)
 
     def export_params(self) -> dict[str, Tensor]:
-        from deepspeed.zero import GatheredParameters
-
         values = {}
         for name, p in self.params.items():  # one at a time: the whole never lies on a device
-            with GatheredParameters([p], enabled=self.cfg.stage == 3):
+            with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
                 if self.ctx.is_main:
                     values[name] = to_cpu(p)
         return values
@@ -161,8 +168,6 @@ class DeepSpeedEngine:
     def export_optimizer(self) -> OptimizerState:
         if not self.cfg.stage:
             return export_plain_state(self.basic, self.params)
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         like, scalars = self._flat_keys()
         states: OptimizerState = {}
         for name, p in self.params.items():
@@ -190,9 +195,6 @@ class DeepSpeedEngine:
 
     def _set(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
         """Write a whole fp32 parameter (key None) or one piece of its optimizer state into this rank's partition."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-        from deepspeed.zero import GatheredParameters
-
         value = value.to(self.ctx.device, torch.float32)
         if self.cfg.stage < 3:
             if key is None:
@@ -202,17 +204,11 @@ class DeepSpeedEngine:
             return
         self._set_partition(p, value, key)
         if key is None:
-            with GatheredParameters([p], modifier_rank=0):
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 p.data.copy_(value)
 
     def _set_partition(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Stage 3 pads a parameter to a multiple of the ranks; its own whole-tensor setter forgets that."""
-        from deepspeed.utils import (
-            safe_get_local_fp32_param,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
         part = safe_get_local_fp32_param(p).numel()
         flat = F.pad(value.flatten(), (0, part * self.ctx.world - value.numel()))
         mine = flat.narrow(0, part * self.ctx.rank, part)
@@ -261,9 +257,18 @@ def _shape(p: nn.Parameter) -> torch.Size:
     return getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty between uses
 
 
+def _forgo_compiled_ops(ctx: ParallelContext) -> None:
+    """On the CPU, DeepSpeed would compile a shared-memory all-reduce when it starts (45 s, needs a C++ compiler). Only
+    its inference engine uses it. The dict of available ops is DeepSpeed's own switch board."""
+    if ctx.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed greets every process with a page of INFO lines and three warnings that do not concern us."""
+    """DeepSpeed greets every process with warnings that do not concern us, and calls collectives by old names."""
+    old_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
