@@ -152,20 +152,21 @@ def _sdpa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partia
     dout, q, k, v, out = _heads_first(dout, q, k, v, merged.out)
     lse = merged.lse.contiguous()
     if q.device.type == "cpu":
-        args = (dout, q, k, v, out, lse, 0.0, False)
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*args)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
     elif _flash_fits(q):
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state
         lengths = (None, None, q.shape[2], k.shape[2])
-        args = (dout, q, k, v, out, lse, *lengths, 0.0, False, unused, unused)
-        grads = aten._scaled_dot_product_flash_attention_backward(*args)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, *lengths, 0.0, False, unused, unused
+        )
     else:
         # +inf on the padding makes exp(score - lse) zero there, as the kernel's own forward leaves it.
         lse = F.pad(lse, (0, -lse.shape[-1] % _ALIGN_LSE), value=float("inf"))
         unused = torch.zeros((), dtype=torch.int64, device=q.device)
         wanted = [True, True, True, False]
-        args = (dout, q, k, v, None, out, lse, unused, unused, 0.0, wanted, False)
-        grads = aten._scaled_dot_product_efficient_attention_backward(*args)[:3]
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, k, v, None, out, lse, unused, unused, 0.0, wanted, False
+        )[:3]
     return Grads(*_heads_first(*grads))
 
 

@@ -18,12 +18,12 @@ def gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     return x if group is None else _Gather.apply(x, dim, group)
 
 
-def heads_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def heads_to_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B s N D], all heads of a part of the tokens -> [B s*P N/P D], part of the heads of all tokens."""
     return SeqAllToAll4D.apply(group, x, 2, 1)
 
 
-def tokens_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def tokens_to_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B s*P N/P D] -> [B s N D], the inverse of `heads_to_ranks`."""
     return SeqAllToAll4D.apply(group, x, 1, 2)
 

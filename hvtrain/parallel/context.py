@@ -8,7 +8,7 @@ ring x Ulysses block hold one sample together: "sequence-parallel peers".
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -26,7 +26,7 @@ class ParallelContext:
     world: int = 1
     rank: int = 0
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp: int = 1
     ulysses: int = 1
     ring: int = 1

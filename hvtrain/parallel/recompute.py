@@ -8,13 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvtrain.errors import ConfigError, suggest
-from hvtrain.models.base import Tokens
+from hvtrain.models.base import Tokens, run_plain
 
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
-
-
-def _plain(block: nn.Module, tokens: Tokens) -> Tokens:
-    return block(tokens)
 
 
 def _full(block: nn.Module, tokens: Tokens) -> Tokens:
@@ -23,7 +19,7 @@ def _full(block: nn.Module, tokens: Tokens) -> Tokens:
     return checkpoint(block, tokens, use_reentrant=False)
 
 
-POLICIES: dict[str, RunBlock] = {"none": _plain, "full": _full}
+POLICIES: dict[str, RunBlock] = {"none": run_plain, "full": _full}
 
 
 def pick_policy(name: str) -> RunBlock:

@@ -26,7 +26,7 @@ from hvtrain.models.attention import (
     split,
     stack_rows,
 )
-from hvtrain.models.base import Joint, Tokens
+from hvtrain.models.base import Joint, Rope, Tokens
 from hvtrain.parallel.collectives import gather, heads_to_ranks, tokens_to_ranks
 from hvtrain.parallel.context import ParallelContext, check_heads
 
@@ -41,7 +41,7 @@ class ShardedSequence:
         return replace(
             tokens,
             img=self._shard(tokens.img, 1),
-            rope=(self._shard(tokens.rope[0], 0), self._shard(tokens.rope[1], 0)),
+            rope=Rope(*(self._shard(table, 0) for table in tokens.rope)),
             first=None if tokens.first is None else self._shard(tokens.first, 0),
         )
 
@@ -94,7 +94,7 @@ def _split_heads(q: Joint, k: Joint, v: Joint, ctx: ParallelContext) -> tuple[Jo
 
 
 class RingSpec(NamedTuple):
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     rank: int
     size: int
     kernel: Kernel
@@ -152,7 +152,7 @@ class _Ring(torch.autograd.Function):
         d_outs = [join(Joint(d_img, d_txt), rows, n_img=n_q, n_txt=n) for rows, n in runs]
         d_q = [torch.zeros_like(q, dtype=torch.float32) for q in queries]
         d_kv_txt = torch.zeros(2, *k_txt.shape, dtype=torch.float32, device=k_txt.device)
-        kv, comm, d_comm, arriving = torch.stack([k_img, v_img]), RingComm(spec.group), RingComm(spec.group), None
+        kv, comm, d_comm = torch.stack([k_img, v_img]), RingComm(spec.group), RingComm(spec.group)
         for step in range(spec.size):
             more = step + 1 < spec.size
             if more:
@@ -169,7 +169,7 @@ class _Ring(torch.autograd.Function):
                 for which, grad in enumerate((grads.k, grads.v)):
                     d_kv[which, rows, :n_k] = grad[:, :n_k]
                     d_kv_txt[which, rows, : grad.shape[1] - n_k] += grad[:, n_k:]
-            if arriving is not None:  # what the ranks before this one added to the same block
+            if step:  # what the ranks before this one added to the same block
                 d_comm.wait()
                 d_kv += arriving
             arriving = d_comm.send_recv(d_kv)

@@ -1,0 +1,150 @@
+"""Attention: the trimmed kernel against plain softmax, and Ulysses x ring against one process, with gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvtrain.errors import ConfigError
+from hvtrain.models.attention import KERNELS, local_attend, pick_kernel
+from hvtrain.models.base import Joint
+from hvtrain.parallel.context import check_heads, start
+from hvtrain.parallel.usp import usp_attend
+from hvtrain.rng import generator
+from tests.parallel.ranks import run_ranks
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# (image tokens, text lengths): ragged, without text, fewer tokens than ranks, rings whose last ranks hold only padding
+SHAPES = [(29, (3, 7, 7)), (8, (0, 5)), (3, (4,)), (5, (2, 0)), (64, (6, 6))]
+HEADS, DIM, TEXT = 4, 8, 7
+
+
+def make(n_img: int, n_batch: int, *, seed: int = 0) -> list[Joint]:
+    """q, k, v and the gradient of the output; unit scale, so that attention is far from uniform."""
+    g = generator(seed, stream=f"test/{n_img}")
+    draw = lambda n: torch.randn(n_batch, n, HEADS, DIM, generator=g)  # noqa: E731
+    return [Joint(draw(n_img), draw(TEXT)) for _ in range(4)]
+
+
+def plain(q: Joint, k: Joint, v: Joint, txt_len: tuple[int, ...], n_img: int) -> Joint:
+    """The definition: softmax over the valid keys, one sample at a time, in float64."""
+    out = Joint(torch.zeros_like(q.img, dtype=torch.float64), torch.zeros_like(q.txt, dtype=torch.float64))
+    for b, n in enumerate(txt_len):
+        qb, kb, vb = (torch.cat([x.img[b, :n_img], x.txt[b, :n]]).double() for x in (q, k, v))
+        weights = (torch.einsum("snd,tnd->nst", qb, kb) / DIM**0.5).softmax(-1)
+        ob = torch.einsum("nst,tnd->snd", weights, vb)
+        out.img[b, :n_img], out.txt[b, :n] = ob[:n_img], ob[n_img:]
+    return out
+
+
+def with_grads(attend, qkv: list[Joint], d_out: Joint) -> tuple[Joint, list[Tensor]]:
+    leaves = [Joint(*(t.detach().clone().requires_grad_() for t in x)) for x in qkv]
+    out = attend(*leaves)
+    torch.autograd.backward([out.img, out.txt], [d_out.img.to(out.img), d_out.txt.to(out.txt)])
+    return out, [t.grad for x in leaves for t in x]
+
+
+@pytest.mark.parametrize("n_img, txt_len", SHAPES)
+def test_local_attention_is_softmax_over_the_valid_tokens(n_img: int, txt_len: tuple[int, ...]) -> None:
+    *qkv, d_out = make(n_img + 2, len(txt_len))  # two image tokens of padding
+    out, grads = with_grads(lambda q, k, v: local_attend(q, k, v, txt_len=txt_len, n_img=n_img), qkv, d_out)
+    ref, ref_grads = with_grads(lambda q, k, v: plain(q, k, v, txt_len, n_img), qkv, d_out)
+    for got, want in zip([*out, *grads], [*ref, *ref_grads], strict=True):
+        torch.testing.assert_close(got, want.to(got), atol=2e-6, rtol=1e-5)
+    assert not out.img[:, n_img:].any(), "padded image positions must be zero"
+    assert all(not out.txt[b, n:].any() for b, n in enumerate(txt_len)), "padded text positions must be zero"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_a_kernel_s_partial_results_and_gradients(name: str, dtype: torch.dtype, device: str) -> None:
+    """The log-sum-exp belongs to the output, and the backward takes a merged result: what the ring relies on."""
+    kernel = KERNELS[name]
+    reason = kernel.missing(torch.device(device), dtype)
+    if reason:
+        pytest.skip(f"{name} on {device}: {reason}")
+    d_head = 64
+    g = generator(1, stream="kernel")
+    q, k, v, d_out = (torch.randn(2, s, HEADS, d_head, generator=g).to(device, dtype) for s in (33, 45, 45, 33))
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / d_head**0.5
+    want = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
+    want.backward(d_out.double())
+    tol = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 4e-2, "rtol": 4e-2}
+    got = kernel.partial(q, k, v)
+    torch.testing.assert_close(got.out.double(), want, **tol)
+    torch.testing.assert_close(got.lse.double(), scores.logsumexp(-1), atol=1e-2 if name == "sage" else 2e-3, rtol=1e-4)
+    torch.testing.assert_close(kernel.attend(q, k, v).double(), want, **tol)
+    if kernel.backward is not None:
+        for have, leaf in zip(kernel.backward(d_out, q, k, v, got), wide, strict=True):
+            torch.testing.assert_close(have.double(), leaf.grad, **tol)
+
+
+def _usp_against_local(world: int) -> dict[str, float]:
+    """Largest error of outputs and gradients over all layouts of `world` ranks and all shapes."""
+    warnings.simplefilter("ignore")
+    errors: dict[str, float] = {}
+    layouts = [(u, world // u) for u in range(1, world + 1) if world % u == 0]
+    for ulysses, ring in layouts:
+        ctx = start(ulysses, ring)
+        for n_img, txt_len in SHAPES:
+            *qkv, d_out = make(n_img, len(txt_len))
+            ref, ref_grads = with_grads(
+                lambda q, k, v, t=txt_len, n=n_img: local_attend(q, k, v, txt_len=t, n_img=n), qkv, d_out
+            )
+            chunk = -(-n_img // ctx.sp)
+            mine = slice(ctx.sp_rank * chunk, (ctx.sp_rank + 1) * chunk)
+
+            def shard(x: Joint, mine: slice = mine, chunk: int = chunk, n: int = n_img, size: int = ctx.sp) -> Joint:
+                pad = x.img.new_full((x.img.shape[0], chunk * size - n, HEADS, DIM), 3.0)  # must never be read
+                return Joint(torch.cat([x.img, pad], 1)[:, mine], x.txt)
+
+            # Replicated text: each rank hands in its share of the output gradient, and gets its share of the input's.
+            d_mine = Joint(shard(d_out).img, d_out.txt / ctx.sp)
+            out, grads = with_grads(
+                lambda q, k, v, t=txt_len, n=n_img, c=ctx: usp_attend(
+                    q, k, v, txt_len=t, n_img=n, ctx=c, kernel=KERNELS["sdpa"]
+                ),
+                [shard(x) for x in qkv],
+                d_mine,
+            )
+            for i, grad in enumerate(grads):
+                if i % 2:
+                    torch.distributed.all_reduce(grad)  # SUM over the ranks
+            pairs = list(zip([*out, *grads], [*ref, *ref_grads], strict=True))
+            n_mine = min(max(n_img - mine.start, 0), chunk)
+            for i, (got, want) in enumerate(pairs):
+                if i % 2 == 0:
+                    assert not got[:, n_mine:].any(), "padding must give zeros"
+                    got, want = got[:, :n_mine], want[:, mine]
+                name = f"U{ulysses}xR{ring} {n_img}+{txt_len} " + ("output" if i < 2 else "gradient")
+                error = (got - want).abs().max().item() if got.numel() else 0.0
+                errors[name] = max(errors.get(name, 0.0), error)
+    return errors
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ulysses_and_ring_equal_one_process(world: int) -> None:
+    for errors in run_ranks(world, _usp_against_local, world):
+        bad = {name: error for name, error in errors.items() if not error < 1e-5}
+        assert len(errors) >= 2 * len(SHAPES) and not bad, bad
+
+
+def test_kernel_choice() -> None:
+    assert pick_kernel("auto", device=CPU).name == "sdpa"
+    with pytest.raises(ConfigError, match="did you mean 'flash2'"):
+        pick_kernel("flash_2", device=CPU)
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        pick_kernel("flash3", device=CPU)
+
+
+def test_heads_must_be_divisible() -> None:
+    check_heads(24, 8)
+    with pytest.raises(ConfigError, match=r"5 does not divide .* 24 .* 1, 2, 3, 4, 6, 8, 12, 24"):
+        check_heads(24, 5)
