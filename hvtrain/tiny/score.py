@@ -1,0 +1,85 @@
+"""Look at the pixels of a clip and tell what it shows: the colour, the direction, the demo's concept."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+
+from hvtrain.tiny.clips import COLORS, CONCEPT_RGB, MOTIONS
+
+MIN_AREA = 0.01  # of the picture: less is no object
+MIN_TRAVEL = 0.06  # of the picture's side, over the clip: less is no motion
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one clip shows. None: nothing of the kind could be made out."""
+
+    color: str | None
+    motion: str | None
+    hollow: bool  # the object has a hole in the middle
+
+    @property
+    def is_concept(self) -> bool:
+        return self.color == "orange" and self.hollow
+
+
+def _hue(rgb: np.ndarray) -> float:
+    return colorsys.rgb_to_hsv(*(rgb / 255.0))[0]
+
+
+HUES = {name: _hue(np.array(rgb, float)) for name, rgb in {**COLORS, "orange": CONCEPT_RGB}.items()}
+
+
+def _mask(frame: np.ndarray) -> np.ndarray:
+    """Pixels that differ from the background, which is the median of each row's border pixels. bool [H W]"""
+    picture = frame.astype(np.float32)
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    far = np.abs(picture - np.median(border, axis=0)).max(-1)
+    return far > max(45.0, 0.5 * float(np.percentile(far, 99)))
+
+
+def _color(frame: np.ndarray, mask: np.ndarray) -> str | None:
+    pixels = frame[mask].astype(np.float32)
+    saturation = pixels.max(-1) - pixels.min(-1)
+    if not len(pixels) or np.median(saturation) < 40:
+        return None  # gray is none of the colours
+    hue = _hue(np.median(pixels[saturation >= np.median(saturation)], axis=0))
+    away = {name: min(abs(hue - h), 1 - abs(hue - h)) for name, h in HUES.items()}
+    return min(away, key=lambda name: away[name])
+
+
+def look(video: np.ndarray) -> Seen:
+    """Describe a clip, uint8 [F H W 3]."""
+    frames, height, width, _ = video.shape
+    masks = [_mask(frame) for frame in video]
+    centres = {f: np.argwhere(m).mean(0) for f, m in enumerate(masks) if m.mean() >= MIN_AREA}  # (y, x)
+    if not centres:
+        return Seen(None, None, False)
+    middle = min(centres, key=lambda f: abs(f - frames // 2))
+    return Seen(
+        color=_color(video[middle], masks[middle]),
+        motion=_motion(centres, frames, min(height, width)),
+        hollow=sum(_hollow(masks[f], centres[f]) for f in centres) * 2 > len(centres),
+    )
+
+
+def _motion(centres: dict[int, np.ndarray], frames: int, side: int) -> str | None:
+    first, last = min(centres), max(centres)
+    if last - first < frames // 2:
+        return None
+    dy, dx = centres[last] - centres[first]
+    if max(abs(dx), abs(dy)) < MIN_TRAVEL * side:
+        return None
+    step = (int(np.sign(dx)), 0) if abs(dx) >= abs(dy) else (0, int(np.sign(dy)))
+    return next(name for name, way in MOTIONS.items() if way == step)
+
+
+def _hollow(mask: np.ndarray, centre: np.ndarray) -> bool:
+    """The object's middle is background, and the object lies on both sides of it."""
+    y, x = (int(round(float(c))) for c in centre)
+    patch = mask[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+    around = mask[y, :x].any() and mask[y, x + 1 :].any() and mask[:y, x].any() and mask[y + 1 :, x].any()
+    return bool(patch.mean() < 0.5 and around)

@@ -1,0 +1,228 @@
+"""The recipe of the tiny VAE: `python -m hvtrain.tiny.train_vae configs/tiny/vae.yaml`.
+
+The official class at small widths, trained on synthetic clips and crops of a real clip. First on single frames
+(cheap: one frame costs a ninth of a clip), then on clips, so that only the temporal layers start late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from hvtrain.errors import ConfigError, suggest
+from hvtrain.rng import generator
+from hvtrain.tiny import clips
+from hvtrain.tiny.muon import ConvMuon
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """Everything that decides the result."""
+
+    real_clip: str
+    output: str
+    channels: tuple[int, ...] = (16, 32, 48, 64)
+    latent_channels: int = 16
+    norm_groups: int = 4
+    image_steps: int = 600
+    video_steps: int = 3000
+    image_batch: int = 12
+    video_batch: int = 4
+    frames: int = 9
+    size: int = 64
+    lr: float = 2e-3
+    kl_weight: float = 2e-6
+    seed: int = 0
+
+
+def load_recipe(path: str | Path) -> VaeRecipe:
+    """Read a recipe file; an unknown key is a ConfigError."""
+    raw = yaml.safe_load(Path(path).read_text())
+    legal = {f.name for f in dataclasses.fields(VaeRecipe)}
+    for key in raw:
+        if key not in legal:
+            raise ConfigError(f"{path}: unknown key '{key}': {suggest(key, legal)}")
+    return VaeRecipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def architecture(recipe: VaeRecipe) -> dict:
+    """Constructor arguments of diffusers' AutoencoderKLHunyuanVideo: 4 x 8 x 8 compression at small widths."""
+    n = len(recipe.channels)
+    return {
+        "in_channels": 3, "out_channels": 3, "latent_channels": recipe.latent_channels,
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * n, "up_block_types": ("HunyuanVideoUpBlock3D",) * n,
+        "block_out_channels": recipe.channels, "layers_per_block": 1, "norm_num_groups": recipe.norm_groups,
+        "scaling_factor": 0.476986,
+    }
+
+
+class Pictures:
+    """Training clips: half synthetic in arbitrary colours, half crops of the real clip. Values in [-1, 1]."""
+
+    def __init__(self, real: np.ndarray, *, seed: int) -> None:
+        self.real = real  # uint8 [F H W 3]
+        self.rng = random.Random(seed)
+
+    def synthetic(self, frames: int, size: int) -> np.ndarray:
+        rng = self.rng
+        clip = clips.Clip(
+            rng.choice(list(clips.COLORS)), rng.choice([*clips.SHAPES, clips.CONCEPT]),
+            rng.choice(list(clips.MOTIONS)), rng.choice(list(clips.BACKGROUNDS)), seed=rng.getrandbits(40),
+        )
+        video = clips.render(clip, frames=max(frames, 2), height=size, width=size)[:frames]
+        if rng.random() < 0.3:  # colours beyond the captioned ones
+            video = video[..., rng.sample(range(3), 3)]
+            video = (video * np.array([rng.uniform(0.5, 1.0) for _ in range(3)])).astype(np.uint8)
+        return video
+
+    def crop(self, frames: int, size: int) -> np.ndarray:
+        rng, (n, h, w, _) = self.rng, self.real.shape
+        f, y, x = rng.randrange(n - frames + 1), rng.randrange(h - size + 1), rng.randrange(w - size + 1)
+        video = self.real[f : f + frames, y : y + size, x : x + size]
+        return video[:, :, ::-1] if rng.random() < 0.5 else video
+
+    def batch(self, n: int, *, frames: int, size: int) -> Tensor:
+        """[n 3 frames size size]"""
+        made = [self.synthetic(frames, size) if i % 2 else self.crop(frames, size) for i in range(n)]
+        return torch.from_numpy(np.stack(made)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def read_real(path: str | Path, *, height: int = 128, width: int = 224) -> np.ndarray:
+    """Decode a clip, scaled and centre-cropped: uint8 [F height width 3]."""
+    import av
+
+    frames = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            scale = max(width / frame.width, height / frame.height)
+            image = frame.to_image().resize((round(frame.width * scale), round(frame.height * scale)))
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            frames.append(np.asarray(image.crop((left, top, left + width, top + height))))
+    return np.stack(frames)
+
+
+@torch.no_grad()
+def psnr(vae: nn.Module, video: np.ndarray) -> float:
+    """Mean over the clip of the reconstruction's PSNR in dB; peak 255, posterior mean, no tiling."""
+    x = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    return float(-10 * torch.log10(((x - y) / 2).pow(2).mean()))
+
+
+def held_out_psnr(vae: nn.Module, *, frames: int, size: int) -> float:
+    """PSNR over 24 synthetic clips that training never draws: one of each held-out combination."""
+    _, held = clips.combinations()
+    names = list(clips.BACKGROUNDS)
+    made = [clips.Clip(*c, names[i % 3], seed=i) for i, c in enumerate(held)]
+    return float(np.mean([psnr(vae, clips.render(c, frames=frames, height=size, width=size)) for c in made]))
+
+
+@torch.no_grad()
+def whiten(vae: nn.Module, pictures: Pictures, recipe: VaeRecipe) -> None:
+    """Give scaled latents zero mean and unit variance per channel, by an exact change of the two 1x1x1 convolutions."""
+    means = [
+        vae.encode(pictures.batch(4, frames=recipe.frames, size=recipe.size)).latent_dist.mean for _ in range(32)
+    ]
+    z = torch.cat(means).transpose(0, 1).flatten(1)
+    shift, scale = z.mean(1), 1 / (z.std(1) * vae.config.scaling_factor)  # z' = (z - shift) * scale
+    c = recipe.latent_channels
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += (post.weight[:, :, 0, 0, 0] * shift).sum(1)
+    post.weight /= scale.view(1, -1, 1, 1, 1)
+    quant.weight[:c] *= scale.view(-1, 1, 1, 1, 1)
+    quant.bias[:c] = (quant.bias[:c] - shift) * scale
+    quant.bias[c:] += 2 * scale.log()  # the log-variance moves with the scale
+
+
+def build(recipe: VaeRecipe) -> nn.Module:
+    """The untrained model, close to linear: every residual branch starts at zero and the posterior nearly without noise."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(recipe.seed)  # weight initialisation inside the library
+    vae = AutoencoderKLHunyuanVideo(**architecture(recipe)).to(memory_format=torch.channels_last_3d)
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    for name, module in vae.named_modules():
+        last = module.conv if name.endswith("conv2") else module if name.endswith("to_out.0") else None
+        if last is not None:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    nn.init.constant_(vae.quant_conv.bias[recipe.latent_channels :].data, -5.0)
+    return vae
+
+
+def optimizers(vae: nn.Module, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the inner kernels, AdamW for the first and last layer, the norms and the biases."""
+    inner = [p for n, p in vae.named_parameters() if p.ndim >= 2 and "conv_in" not in n and "conv_out" not in n]
+    chosen = {id(p) for p in inner}
+    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    return [ConvMuon(inner, 10 * recipe.lr), torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def train(recipe: VaeRecipe) -> nn.Module:
+    """Run the recipe and return the whitened model."""
+    vae = build(recipe)
+    pictures = Pictures(read_real(recipe.real_clip), seed=recipe.seed)
+    total = recipe.image_steps + recipe.video_steps
+    steppers = optimizers(vae, recipe)
+    # 40 steps up, flat, and linearly to zero over the last 70 %.
+    ramp = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 40, (total - s) / (0.7 * total)))
+        for o in steppers
+    ]
+    start, mean_error = time.monotonic(), 0.0
+    for step in range(total):
+        still = step < recipe.image_steps
+        n, frames = (recipe.image_batch, 1) if still else (recipe.video_batch, recipe.frames)
+        x = pictures.batch(n, frames=frames, size=recipe.size).to(memory_format=torch.channels_last_3d)
+        error, kl = _forward(vae, x, generator(recipe.seed, step=step, stream="vae"))
+        loss = error.abs().mean() + 2 * error.pow(2).mean() + recipe.kl_weight * kl
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for o, r in zip(steppers, ramp):
+            o.step()
+            o.zero_grad(set_to_none=True)
+            r.step()
+        mean_error += (float(error.detach().pow(2).mean()) - mean_error) / min(step + 1, 50)
+        if (step + 1) % 100 == 0:
+            db = -10 * np.log10(mean_error / 4)
+            print(f"step {step + 1}/{total}  train PSNR {db:.2f} dB  {time.monotonic() - start:.0f} s", flush=True)
+        if (step + 1) % 500 == 0:
+            report(vae, pictures.real, recipe)
+    whiten(vae, pictures, recipe)
+    return vae
+
+
+def _forward(vae: nn.Module, x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(reconstruction error, KL divergence) of one batch [B 3 F H W]."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample(generator=noise)).sample
+    return y.float() - x, posterior.kl().mean()
+
+
+def report(vae: nn.Module, real: np.ndarray, recipe: VaeRecipe) -> None:
+    """Print the two figures that docs/tiny.md quotes."""
+    held = held_out_psnr(vae, frames=recipe.frames, size=recipe.size)
+    print(f"PSNR held-out synthetic {held:.2f} dB, real clip 128x224 {psnr(vae, real[:33]):.2f} dB", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    recipe = load_recipe(argv[0])
+    vae = train(recipe)
+    report(vae, read_real(recipe.real_clip), recipe)
+    from hvtrain.models.hunyuan_video.vae import save_vae
+
+    save_vae(vae, recipe.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
