@@ -1,0 +1,286 @@
+"""HunyuanVideo's transformer (arXiv:2412.03603), parameter names and numerics of the official implementation.
+
+Two streams (image, text) with joint attention in the double blocks, one in the single blocks, where image comes first.
+Run it in float32, or under bfloat16 autocast: then norms and modulation are fp32 and the residual stream is bf16, as
+in the official inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hvtrain.errors import DataError
+from hvtrain.models.attention import local_attend
+from hvtrain.models.base import Attend, DiT, Grid, Joint, ModelInput, Tokens
+from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
+from hvtrain.models.layers import Mlp, Modulation, RMSNorm, TimeEmbedder, modulate, plain_norm
+from hvtrain.models.rope import grid_rope, rotate
+
+
+class PatchConv(nn.Conv3d):
+    """A Conv3d whose kernel is its stride, computed as the linear map that it is (bf16 Conv3d is slow on GPUs)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pt, ph, pw = self.kernel_size
+        patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        self.proj = PatchConv(arch.in_channels, arch.hidden_size, kernel_size=arch.patch, stride=arch.patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class PooledEmbedder(nn.Module):
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(dim, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class ContextEmbedder(nn.Module):
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class RefinerBlock(nn.Module):
+    """Self-attention of the text among itself; modulated by gates only. No q/k norm, no rotary embedding."""
+
+    def __init__(self, width: int, n_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.self_attn_qkv = nn.Linear(width, 3 * width)
+        self.self_attn_proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_dim, nn.SiLU())
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor, txt_len: tuple[int, ...]) -> Tensor:
+        gate_attn, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        qkv = rearrange(self.self_attn_qkv(self.norm1(x)), "b l (k n d) -> k b l n d", k=3, n=self.n_heads)
+        # The official mask lets padding attend to token 0, which no valid token ever sees: dropping it is equal.
+        q, k, v = (Joint(part[:, :0], part) for part in qkv)
+        attended = local_attend(q, k, v, txt_len=txt_len, n_img=0).txt.flatten(2)
+        x = x + self.self_attn_proj(attended) * gate_attn
+        return x + self.mlp(self.norm2(x)) * gate_mlp
+
+
+class TokenRefiner(nn.Module):
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        width = arch.hidden_size
+        blocks = (RefinerBlock(width, arch.heads_num, arch.mlp_dim) for _ in range(arch.refiner_depth))
+        self.blocks = nn.ModuleList(blocks)
+
+
+class TextEmbedder(nn.Module):
+    """LLM states [B L text_dim] to the text stream [B L E], refined knowing t and the mean of the states."""
+
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        self.input_embedder = nn.Linear(arch.text_dim, arch.hidden_size)
+        self.t_embedder = TimeEmbedder(arch.hidden_size)
+        self.c_embedder = ContextEmbedder(arch.text_dim, arch.hidden_size)
+        self.individual_token_refiner = TokenRefiner(arch)
+
+    def forward(self, text: Tensor, t: Tensor, txt_len: tuple[int, ...]) -> Tensor:
+        n = torch.tensor(txt_len, device=text.device)
+        valid = (torch.arange(text.shape[1], device=text.device) < n[:, None]).float()  # [B L]
+        mean = (text * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+        c = self.t_embedder(t) + self.c_embedder(mean)
+        x = self.input_embedder(text)
+        for block in self.individual_token_refiner.blocks:
+            x = block(x, c, txt_len)
+        return x
+
+
+class DoubleBlock(nn.Module):
+    """Two streams with weights of their own and one attention. The parameters' names tell the stream: img_*, txt_*."""
+
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        width = arch.hidden_size
+        self.n_heads = arch.heads_num
+        self.attend: Attend = local_attend
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(width, 6))
+            self.add_module(f"{stream}_attn_qkv", nn.Linear(width, 3 * width))
+            self.add_module(f"{stream}_attn_q_norm", RMSNorm(arch.head_dim))
+            self.add_module(f"{stream}_attn_k_norm", RMSNorm(arch.head_dim))
+            self.add_module(f"{stream}_attn_proj", nn.Linear(width, width))
+            self.add_module(f"{stream}_mlp", Mlp(width, arch.mlp_dim, nn.GELU(approximate="tanh")))
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        img_mod = per_token(self.img_mod, tokens, 6)
+        txt_mod = self.txt_mod(tokens.vec)[:, None].chunk(6, dim=-1)
+        q, k, v = self.qkv("img", tokens.img, img_mod)
+        q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
+        txt_q, txt_k, txt_v = self.qkv("txt", tokens.txt, txt_mod)
+        joint = (Joint(q, txt_q), Joint(k, txt_k), Joint(v, txt_v))
+        out = self.attend(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        img = self.finish("img", tokens.img, out.img, img_mod)
+        txt = self.finish("txt", tokens.txt, out.txt, txt_mod)
+        return replace(tokens, img=img, txt=txt)
+
+    def qkv(self, stream: str, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        part = self.get_submodule
+        x = modulate(plain_norm(x), shift=mod[0], scale=mod[1])
+        fused = part(f"{stream}_attn_qkv")(x)
+        q, k, v = rearrange(fused, "b s (k n d) -> k b s n d", k=3, n=self.n_heads)
+        return part(f"{stream}_attn_q_norm")(q).to(v), part(f"{stream}_attn_k_norm")(k).to(v), v
+
+    def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
+        x = x + self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)) * mod[2]
+        return x + self.get_submodule(f"{stream}_mlp")(modulate(plain_norm(x), shift=mod[3], scale=mod[4])) * mod[5]
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel: linear1 makes q, k, v and the MLP's inside, linear2 closes both."""
+
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        width = arch.hidden_size
+        self.n_heads = arch.heads_num
+        self.sizes = (3 * width, arch.mlp_dim)
+        self.attend: Attend = local_attend
+        self.linear1 = nn.Linear(width, sum(self.sizes))
+        self.linear2 = nn.Linear(width + arch.mlp_dim, width)
+        self.q_norm = RMSNorm(arch.head_dim)
+        self.k_norm = RMSNorm(arch.head_dim)
+        self.modulation = Modulation(width, 3)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        shift, scale, gate = per_token(self.modulation, tokens, 3)
+        txt_shift, txt_scale, txt_gate = self.modulation(tokens.vec)[:, None].chunk(3, dim=-1)
+        img = modulate(plain_norm(tokens.img), shift=shift, scale=scale)
+        txt = modulate(plain_norm(tokens.txt), shift=txt_shift, scale=txt_scale)
+        fused, inside = self.linear1(torch.cat([img, txt], dim=1)).split(self.sizes, dim=-1)
+        q, k, v = rearrange(fused, "b s (k n d) -> k b s n d", k=3, n=self.n_heads)
+        sizes = [img.shape[1], txt.shape[1]]
+        q, k, v = (Joint(*x.split(sizes, dim=1)) for x in (self.q_norm(q).to(v), self.k_norm(k).to(v), v))
+        q, k = (Joint(rotate(x.img, tokens.rope), x.txt) for x in (q, k))
+        out = self.attend(q, k, v, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        attended = torch.cat([out.img, out.txt], dim=1).flatten(2)
+        out = self.linear2(torch.cat([attended, F.gelu(inside, approximate="tanh")], dim=-1))
+        out_img, out_txt = out.split(sizes, dim=1)
+        return replace(tokens, img=tokens.img + out_img * gate, txt=tokens.txt + out_txt * txt_gate)
+
+
+def per_token(mod: nn.Module, tokens: Tokens, n: int) -> Sequence[Tensor]:
+    """The image stream's n modulation vectors [B 1 E]; with a clean first frame [B S E], its tokens taking vec0's."""
+    main = mod(tokens.vec)[:, None].chunk(n, dim=-1)
+    if tokens.first is None:
+        return main
+    clean = mod(tokens.vec0)[:, None].chunk(n, dim=-1)
+    chosen = tokens.first[None, :, None]
+    return [torch.where(chosen, a, b) for a, b in zip(clean, main, strict=True)]
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        self.linear = nn.Linear(arch.hidden_size, arch.out_channels * arch.patch_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.hidden_size, 2 * arch.hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(plain_norm(x), shift=shift, scale=scale))
+
+
+class HunyuanVideo(DiT):
+    arch: HunyuanVideoArch
+
+    def __init__(self, arch: HunyuanVideoArch) -> None:
+        super().__init__()
+        self.arch = arch
+        self.img_in = PatchEmbed(arch)
+        self.txt_in = TextEmbedder(arch)
+        self.time_in = TimeEmbedder(arch.hidden_size)
+        self.vector_in = PooledEmbedder(arch.pooled_dim, arch.hidden_size)
+        if arch.guidance_embed:
+            self.guidance_in = TimeEmbedder(arch.hidden_size)
+        self.double_blocks = nn.ModuleList(DoubleBlock(arch) for _ in range(arch.double))
+        self.single_blocks = nn.ModuleList(SingleBlock(arch) for _ in range(arch.single))
+        self.final_layer = FinalLayer(arch)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
+
+    def embed(self, inp: ModelInput) -> Tokens:
+        grid = self.grid(inp.x)
+        n_img, n_txt = grid.t * grid.h * grid.w, max(inp.text_len)
+        pooled = self.vector_in(inp.cond["pooled"])
+        vec = self.time_in(inp.t) + pooled
+        if self.arch.guidance_embed:
+            vec = vec + self.guidance_in(inp.cond["guidance"])
+        tokens = Tokens(
+            img=self.img_in(inp.x),
+            txt=self.txt_in(inp.text[:, :n_txt], inp.t, inp.text_len),
+            txt_len=inp.text_len,
+            vec=vec,
+            rope=grid_rope(grid, self.arch.rope_dims, theta=self.arch.rope_theta, device=inp.x.device),
+            n_img=n_img,
+            grid=grid,
+        )
+        if not inp.token_replace:
+            return tokens
+        # The clean frame is modulated as at t = 0, and officially without the guidance term.
+        first = torch.arange(n_img, device=inp.x.device) < grid.h * grid.w
+        return replace(tokens, first=first, vec0=self.time_in(torch.zeros_like(inp.t)) + pooled)
+
+    def grid(self, x: Tensor) -> Grid:
+        patch = self.arch.patch
+        if any(n % p for n, p in zip(x.shape[2:], patch, strict=True)):
+            raise DataError(
+                f"latents of T H W = {tuple(x.shape[2:])} cannot be cut into patches of {patch}; encode videos whose "
+                "height and width are multiples of 16"
+            )
+        return Grid(*(n // p for n, p in zip(x.shape[2:], patch, strict=True)))
+
+    def head(self, tokens: Tokens) -> Tensor:
+        return self.final_layer(tokens.img, tokens.vec)
+
+    def unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
+        pt, ph, pw = self.arch.patch
+        pattern = "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)"
+        return rearrange(patches, pattern, t=grid.t, h=grid.h, w=grid.w, pt=pt, ph=ph, pw=pw)
+
+
+def init_weights(model: DiT, generator: torch.Generator) -> None:
+    """Weights for training from scratch, as in DiT (arXiv:2212.09748): every block starts as the identity and the
+    velocity as zero, because modulation, gates and the last layer are zero."""
+    zero = ("_mod.linear", "modulation.linear", "adaLN_modulation.1", "final_layer.linear")
+    embedder = ("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            if name.endswith(zero):
+                nn.init.zeros_(module.weight)
+            elif name.startswith(embedder):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+            else:
+                nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,77 @@
+"""The primitives that diffusion transformers share. Parameter names are those of the official checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis: normalise in fp32, cast back, then multiply (the order decides the last bf16 digit)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = activation
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def sinusoid(t: Tensor, dim: int, *, max_period: float = 10000.0) -> Tensor:
+    """[B] -> [B dim] fp32, cosines first (as in DiT, not as in the transformer's paper)."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedder(nn.Module):
+    """A scalar per sample (time, guidance) to a vector: sinusoid in fp32, then two linears."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        return self.mlp(sinusoid(t, self.frequencies).to(first.weight.dtype))
+
+
+class Modulation(nn.Module):
+    """vec [B E] -> [B n*E], split by the caller into shifts, scales and gates."""
+
+    def __init__(self, width: int, n: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, n * width)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.linear(F.silu(vec))
+
+
+def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B S E]; shift and scale [B 1 E] or per token [B S E]."""
+    return x * (1 + scale) + shift
+
+
+def plain_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without parameters. Under autocast it computes and returns fp32."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
