@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 from hvtrain.models.hunyuan_video.text import TEMPLATE
@@ -57,11 +57,13 @@ def build_tokenizer(
     pieces = [*specials, *atoms, *(f"Ġ{w}" for w in WORDS)]
     pieces += _byte_alphabet() + [f"##{b}" for b in _byte_alphabet()]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    # 10,000: longer words are split by the model like any other instead of becoming the unknown token.
-    word_piece = models.WordPiece(vocabulary, unk_token=specials[0], max_input_chars_per_word=10_000)
+    word_piece = models.WordPiece(vocabulary, unk_token=specials[0])
     tokenizer = Tokenizer(word_piece)
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    # The word-piece model calls a word of over 100 characters unknown (and is quadratic in its length).
+    chunks = pre_tokenizers.Split(Regex(".{1,64}"), behavior="isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, chunks])
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
     tokenizer.add_tokens([AddedToken(a, normalized=False) for a in atoms])
     tokenizer.post_processor = processors.TemplateProcessing(
