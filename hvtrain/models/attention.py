@@ -127,7 +127,8 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)
+    q, k, v = _heads_first(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _flash_fits(q: Tensor) -> bool:

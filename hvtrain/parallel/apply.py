@@ -36,7 +36,7 @@ def parallelize(
         model.sequence = LOCAL
         attend = partial(local_attend, kernel=chosen)
     for block in model.blocks:
-        block.attend = attend
+        setattr(block, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
     model.run_block = pick_policy(recompute)
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)

@@ -153,6 +153,7 @@ class _Ring(torch.autograd.Function):
         d_q = [torch.zeros_like(q, dtype=torch.float32) for q in queries]
         d_kv_txt = torch.zeros(2, *k_txt.shape, dtype=torch.float32, device=k_txt.device)
         kv, comm, d_comm = torch.stack([k_img, v_img]), RingComm(spec.group), RingComm(spec.group)
+        arriving: Tensor  # dK/dV of the block at hand, from the ranks before this one
         for step in range(spec.size):
             more = step + 1 < spec.size
             if more:
@@ -169,7 +170,7 @@ class _Ring(torch.autograd.Function):
                 for which, grad in enumerate((grads.k, grads.v)):
                     d_kv[which, rows, :n_k] = grad[:, :n_k]
                     d_kv_txt[which, rows, : grad.shape[1] - n_k] += grad[:, n_k:]
-            if step:  # what the ranks before this one added to the same block
+            if step:
                 d_comm.wait()
                 d_kv += arriving
             arriving = d_comm.send_recv(d_kv)

@@ -219,7 +219,8 @@ def load_plain_state(
     names = {id(p): name for name, p in params.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     # Through the optimizer's own loader: it puts each tensor where that optimizer wants it (a fused one keeps "step"
-    # on the device, others on the CPU).
+    # on the device, others on the CPU). It keeps what it is given, so give it copies.
+    copies = {name: {key: value.clone() for key, value in values.items()} for name, values in state.items()}
     frame = optimizer.state_dict()
-    frame["state"] = {i: dict(state[name]) for i, name in enumerate(order) if name in state}
+    frame["state"] = {i: copies[name] for i, name in enumerate(order) if name in copies}
     optimizer.load_state_dict(frame)

@@ -169,6 +169,7 @@ class DeepSpeedEngine:
         if not self.cfg.stage:
             return export_plain_state(self.basic, self.params)
         like, scalars = self._flat_keys()
+        self._link_state()
         states: OptimizerState = {}
         for name, p in self.params.items():
             whole = {key: safe_get_full_optimizer_state(p, key) for key in like}
@@ -183,6 +184,7 @@ class DeepSpeedEngine:
             return
         if optimizer and not self._flat_keys()[0]:
             self._create_state()
+        self._link_state()
         for name, p in self.params.items():
             self._set(p, params[name])
             for key, value in optimizer.get(name, {}).items():
@@ -227,7 +229,8 @@ class DeepSpeedEngine:
     def _set_scalar(self, key: str, value: Tensor) -> None:
         for state in self.basic.state.values():
             old = state[key]
-            state[key] = value.to(old.device, old.dtype) if torch.is_tensor(old) else type(old)(value.item())
+            # A copy each: optimizers count "step" up in place.
+            state[key] = value.to(old, copy=True) if torch.is_tensor(old) else type(old)(value.item())
 
     def _create_state(self) -> None:
         """Torch optimizers make their state in the first step: take one at rate zero with zero gradients."""
@@ -249,8 +252,13 @@ class DeepSpeedEngine:
             group["lr"], group["params"] = rate, member
         for flat, grad in zip(flats, kept, strict=True):
             flat.grad = grad
-        if not stage3:
-            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _link_state(self) -> None:
+        """Stages 1 and 2 map parameters to their pieces of optimizer state once, after the first group's first step,
+        when other groups have none yet: do it again, or these are never found."""
+        if self.cfg.stage < 3:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _shape(p: nn.Parameter) -> torch.Size:

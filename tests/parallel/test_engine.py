@@ -1,0 +1,156 @@
+"""The engines alone, on a small network: every ZeRO stage equals plain PyTorch in one process, state moves freely."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvtrain.errors import ConfigError, LaunchError
+from hvtrain.parallel.context import ParallelContext, shutdown, start
+from hvtrain.rng import generator
+from hvtrain.train.engine import Engine, EngineConfig, StepResult, build_engine, check_engine
+from tests.parallel.ranks import run_ranks
+
+TORCH = EngineConfig(engine="torch", stage=0)
+ENGINES = [
+    TORCH,
+    *(EngineConfig(stage=stage) for stage in (0, 1, 2, 3)),
+    *(EngineConfig(stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)),
+]
+STEPS, MICRO = 6, 2  # a global batch is MICRO micro-batches, whoever computes them
+
+
+class Net(nn.Module):
+    """Odd sizes (no shard divides them), a frozen bf16 layer, and a layer that the loss never sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.unused = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 5)
+        self.frozen = nn.Linear(5, 5).bfloat16().requires_grad_(False)
+        for name, p in self.named_parameters():
+            p.data.copy_(torch.randn(p.shape, generator=generator(0, stream=name)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x + self.frozen(x.bfloat16()).float())))
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    steps: list[StepResult]
+    params: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+
+
+def make_engine(cfg: EngineConfig, ctx: ParallelContext) -> Engine:
+    model = Net()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [p for n, p in params.items() if "bias" in n], "lr": 0.03}]
+    groups.append({"params": [p for n, p in params.items() if "bias" not in n], "lr": 0.01})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    cfg = EngineConfig(cfg.engine, cfg.stage, cfg.offload_optimizer, MICRO // ctx.dp, max_grad_norm=0.5)
+    return build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1 / (n + 1))
+
+
+def train(engine: Engine, ctx: ParallelContext, *, until: int = STEPS, nan_at: int = -1) -> Run:
+    losses, steps = [], []
+    while engine.n_steps < until:
+        total, step, mine = 0.0, engine.n_steps, range(ctx.dp_rank, MICRO, ctx.dp)
+        for micro in mine:
+            x = torch.randn(4, 5, generator=generator(0, step=step, micro=micro))
+            if step == nan_at and micro == 1:
+                x[0, 0] = math.nan  # on one data-parallel rank only
+            loss = engine.model(x).square().mean()
+            result = engine.accumulate(loss, last=micro == mine[-1])
+            total += loss.item() / MICRO
+        assert result is not None
+        steps.append(result)
+        losses.append(ctx.all_reduce_sum(total) / ctx.sp)
+    return Run(losses, steps, engine.export_params(), engine.export_optimizer())
+
+
+def _all_engines() -> dict[str, tuple[Run, Run, Run]]:
+    ctx, alone = start(), ParallelContext()
+    half = make_engine(TORCH, alone)
+    saved = train(half, alone, until=3)
+    runs = {}
+    for cfg in ENGINES:
+        straight = train(make_engine(cfg, ctx), ctx)
+        with_nan = train(make_engine(cfg, ctx), ctx, nan_at=2)
+        resumed = make_engine(cfg, ctx)
+        resumed.load_state(saved.params, saved.optimizer, n_steps=3)
+        runs[f"{cfg.engine} {cfg.stage} {cfg.offload_optimizer}"] = straight, with_nan, train(resumed, ctx)
+    return runs
+
+
+def close(got: Run, want: Run) -> None:
+    n = len(got.losses)  # a resumed run has only the last ones
+    finite = [i for i in range(-n, 0) if math.isfinite(want.losses[i])]
+    assert [got.losses[i] for i in finite] == pytest.approx([want.losses[i] for i in finite], rel=1e-6)
+    assert [s.lr for s in got.steps] == pytest.approx([s.lr for s in want.steps[-n:]], rel=1e-12)
+    assert [s.skipped for s in got.steps] == [s.skipped for s in want.steps[-n:]]
+    norms = [s.grad_norm for s in got.steps if not s.skipped]
+    assert norms == pytest.approx([s.grad_norm for s in want.steps[-n:] if not s.skipped], rel=1e-5)
+    assert got.params.keys() == want.params.keys() == got.optimizer.keys()
+    for name, p in want.params.items():
+        torch.testing.assert_close(got.params[name], p, rtol=1e-6, atol=1e-7)
+        for key, value in want.optimizer[name].items():
+            torch.testing.assert_close(got.optimizer[name][key], value, rtol=1e-5, atol=1e-9)
+
+
+def test_every_stage_equals_one_process() -> None:
+    """Losses, norms, rates, parameters and optimizer state; a NaN on one rank skips the step on all; a run continues
+    under every engine from what plain PyTorch saved."""
+    alone = ParallelContext()
+    want = train(make_engine(TORCH, alone), alone)
+    want_nan = train(make_engine(TORCH, alone), alone, nan_at=2)
+    assert [s.skipped for s in want_nan.steps] == [False, False, True, False, False, False]
+    assert want.losses[-1] < want.losses[0]
+    runs = run_ranks(2, _all_engines)[0]
+    assert len(runs) == len(ENGINES)
+    for straight, with_nan, resumed in runs.values():
+        close(straight, want)
+        close(with_nan, want_nan)
+        close(resumed, want)
+
+
+def test_deepspeed_state_continues_in_plain_torch() -> None:
+    """And one process needs neither torchrun nor a port for DeepSpeed."""
+    alone = start()
+    want = train(make_engine(TORCH, alone), alone)
+    try:
+        saved = train(make_engine(EngineConfig(stage=2), alone), alone, until=4)
+    finally:
+        shutdown()
+    engine = make_engine(TORCH, alone)
+    engine.load_state(saved.params, saved.optimizer, n_steps=4)
+    close(train(engine, alone), want)
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        (EngineConfig(engine="deepsped"), "did you mean 'deepspeed'"),
+        (EngineConfig(stage=4), "choose 0, 1, 2 or 3"),
+        (EngineConfig(stage=0, offload_optimizer="cpu"), "ZeRO stage 0 .* use zero.engine=deepspeed with zero.stage 1"),
+        (EngineConfig(engine="torch", offload_optimizer="cpu"), "torch engine"),
+        (EngineConfig(offload_optimizer="gpu"), "'gpu' is not a place"),
+        (EngineConfig(grad_accum=0), "use 1 or more"),
+    ],
+)
+def test_refusals(cfg: EngineConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_engine(cfg)
+
+
+def test_degrees_must_divide_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="ulysses 2 x ring 1 = 2 does not divide the 1 process"):
+        start(ulysses=2)
+    with pytest.raises(ConfigError, match="parallel.ring: 0"):
+        start(ring=0)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(LaunchError, match="WORLD_SIZE is 'two'"):
+        start()
