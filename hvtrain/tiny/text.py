@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -96,7 +97,8 @@ def build_llm(tokenizer: Tokenizer) -> nn.Module:
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
         bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
         eos_token_id=tokenizer.token_to_id("<|end_of_text|>"),
         pad_token_id=tokenizer.token_to_id("<pad>"),
@@ -135,7 +137,7 @@ def _randomize(model: nn.Module, gains: dict[str, float], *, stream: str) -> nn.
     return model
 
 
-def write_encoder(model: nn.Module, tokenizer: Tokenizer, folder: Path, *, special: dict[str, str]) -> None:
+def write_encoder(model: Any, tokenizer: Tokenizer, folder: Path, *, special: dict[str, str]) -> None:
     """A Hugging Face directory: config.json, model.safetensors in half precision, tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__], "dtype": "float16"}

@@ -40,6 +40,10 @@ class Encoder:
 class Fp8Linear(nn.Module):
     """A linear layer stored as float8 e4m3 with a scale (per tensor or output row), dequantised when used."""
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -47,7 +51,9 @@ class Fp8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        # Scaled in float32: the scales of small weights are below float16's normal numbers.
+        weight = (self.weight.float() * self.scale).to(x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +89,8 @@ def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | st
         model = CLIPTextModel(config)
     source.check(model, used=lambda k: k.startswith(("embeddings.", "encoder.", "final_layer_norm.")))
     _assign(model, source, dtype=dtype, device=device, fp8=False)
-    model.embeddings.position_ids = torch.arange(config.max_position_embeddings, device=device)[None]
+    positions = torch.arange(config.max_position_embeddings, device=device)[None]
+    model.embeddings.register_buffer("position_ids", positions, persistent=False)  # computed, not stored
     return Encoder(model.eval().requires_grad_(False), source.fingerprint())
 
 

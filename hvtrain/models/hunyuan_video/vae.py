@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.models.hunyuan_video.vae_weights import (
@@ -49,7 +49,7 @@ class VaeTiling:
 OFF = VaeTiling(spatial=False, temporal=False)
 
 
-def build_vae(config: Mapping[str, Any] | None = None) -> nn.Module:
+def build_vae(config: Mapping[str, Any] | None = None) -> Any:
     """The library's class from constructor arguments (official spelling accepted); none: the official size.
 
     Meta-device friendly. Official tiling is in force: `apply_tiling` changes it.
