@@ -1,0 +1,1 @@
+"""LoRA: layers, files in every dialect, and the merger."""

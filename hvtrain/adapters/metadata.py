@@ -1,0 +1,93 @@
+"""What a LoRA file says about itself: the `ss_*`, `modelspec.*` and `sshs_*` entries that other tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from hvtrain.models.stream import Slot, lay_out, tensor_bytes
+
+_SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec
+_LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UIs hashed
+
+
+def lora_metadata(
+    path: Path,
+    given: Mapping[str, object],
+    *,
+    architecture: str,
+    rank: int,
+    alpha: float,
+) -> dict[str, str]:
+    """The caller's entries, completed by those that every LoRA file needs. Values are text; containers are JSON."""
+    made = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": {},
+        "ss_output_name": path.stem,
+        "modelspec.sai_model_spec": _SPEC,
+        "modelspec.implementation": "hvtrain",
+        "modelspec.title": path.stem,
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
+        "modelspec.resolution": "1280x720",
+    }
+    if architecture:
+        made["modelspec.architecture"] = f"{architecture}/lora"
+        made["ss_base_model_version"] = architecture.replace("-", "_")
+    return {key: _text(value) for key, value in {**made, **given}.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(value)
+    return value if isinstance(value, str) else str(value)
+
+
+def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` as sd-scripts defines them.
+
+    Both are taken from a file that holds these tensors and the `ss_*` entries only, so that later edits of the title
+    do not change them. The first is the SHA-256 of all that follows the header, that is of the tensors' bytes in
+    file order; the second is the first 8 digits of the SHA-256 of one 64 KiB window of the file.
+    """
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    head, placed = lay_out(file_order(tensors), kept)
+    digest, window = hashlib.sha256(), bytearray(head[_LEGACY])
+    for slot in placed:
+        data = tensor_bytes(tensors[slot.name])
+        digest.update(data)
+        first, last = (max(0, edge - slot.start) for edge in (_LEGACY.start, _LEGACY.stop))
+        window += data[first:last]
+    return {
+        "sshs_model_hash": digest.hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
+    }
+
+
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Slot]:
+    """The order of the safetensors library's own writer: wide dtypes first (`lay_out` sees to it), then by name."""
+    return [Slot(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+
+
+def other_architecture(metadata: Mapping[str, str], architecture: str) -> str | None:
+    """What the file says that it was trained for, where that is not the model's `architecture`.
+
+    Needed because names and shapes do not always tell: two published architectures share both for all their blocks.
+    """
+    own = _plain(architecture)
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        said = metadata.get(key, "").split("/")[0]
+        if said and own not in _plain(said) and _plain(said) not in own:
+            return said
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

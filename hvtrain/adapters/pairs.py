@@ -1,0 +1,122 @@
+"""The mathematics of one low-rank pair: what it adds to a weight, and how it is cut and joined along output rows.
+
+Checkpoints disagree on whether q, k and v are one Linear or three. Cutting a fused pair gives each part its rows of
+`up` and the same `down`. Joining parts whose `down` differ has to stack: down [r1+r2+r3, in] and a block-diagonal up.
+`LoraPair.parts` remembers such a stack, so that cutting it again gives back the very tensors that went in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hvtrain.errors import CheckpointError
+
+_CHUNK = 2**23  # weight elements taken to float32 at a time: 32 MiB each for the weight's copy and for the delta
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """up [out, rank] @ down [rank, in], scaled by alpha / rank."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+    parts: tuple[int, ...] | None = None  # ranks of a block-diagonal stack, 0 where a part has no adapter
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> torch.Tensor:  # [out, in], float32
+        return (self.up.float() @ self.down.float()) * self.scale
+
+    def check_shape(self, path: Path | str, name: str, shape: tuple[int, int]) -> None:
+        """Raise unless the pair fits a weight of this [out, in]."""
+        own = (self.up.shape[0], self.down.shape[1])
+        if own != shape:
+            raise CheckpointError(
+                f"{path}: '{name}' adapts a layer of shape {own[0]}x{own[1]}, this model's is {shape[0]}x{shape[1]}: "
+                "the LoRA was trained on a model of another size"
+            )
+
+
+@torch.no_grad()
+def add_pairs(weight: torch.Tensor, pairs: Iterable[tuple[LoraPair, float]]) -> None:
+    """weight [out, in] += sum of multiplier * delta, in place: float32 sums, one rounding to the weight's dtype.
+
+    In row chunks, so that a big layer costs no float32 copy of itself. A multiplier of 0 leaves the weight alone.
+    """
+    used = [(pair, multiplier * pair.scale) for pair, multiplier in pairs if multiplier != 0.0]
+    if not used:
+        return
+    device = weight.device
+    factors = [(p.up.to(device, torch.float32) * s, p.down.to(device, torch.float32)) for p, s in used]
+    n_rows = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], n_rows):
+        rows = weight[start : start + n_rows]
+        total = rows.to(torch.float32, copy=True)
+        for up, down in factors:
+            total.addmm_(up[start : start + n_rows], down)
+        rows.copy_(total)
+
+
+def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | None]:
+    """One pair for each set of output rows; None for a part that had no adapter when the pair was joined."""
+    ups = [pair.up[index] for index in rows]
+    ranks = pair.parts or _stacked_ranks(pair, ups)
+    if ranks is None:
+        return [LoraPair(pair.down, up, pair.alpha) for up in ups]
+    cut: list[LoraPair | None] = []
+    for i, rank in enumerate(ranks):
+        first = sum(ranks[:i])
+        mine = slice(first, first + rank)
+        part = LoraPair(pair.down[mine].contiguous(), ups[i][:, mine].contiguous(), pair.scale * rank)
+        cut.append(part if rank else None)
+    return cut
+
+
+def _stacked_ranks(pair: LoraPair, ups: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
+    """Equal ranks, where `up` is block-diagonal without an empty block: a stack made by another tool."""
+    n = len(ups)
+    if n == 1 or pair.rank % n:
+        return None
+    rank = pair.rank // n
+    for i, up in enumerate(ups):
+        own = torch.count_nonzero(up[:, i * rank : (i + 1) * rank])
+        if own == 0 or own != torch.count_nonzero(up):
+            return None
+    return (rank,) * n
+
+
+def join_rows(pairs: Sequence[LoraPair | None], rows: Sequence[torch.Tensor]) -> LoraPair:
+    """The inverse: one pair from the parts of its rows. Its `down` stays shared where the parts share theirs."""
+    present = [pair for pair in pairs if pair is not None]
+    first = present[0]
+    n_out = sum(len(index) for index in rows)
+    if all(p is not None and p.alpha == first.alpha and torch.equal(p.down, first.down) for p in pairs):
+        up = first.up.new_empty(n_out, first.rank)
+        for index, pair in zip(rows, present, strict=True):
+            up[index] = pair.up
+        return LoraPair(first.down, up, first.alpha)
+    ranks = tuple(0 if pair is None else pair.rank for pair in pairs)
+    up = first.up.new_zeros(n_out, sum(ranks))
+    for i, (index, part) in enumerate(zip(rows, pairs, strict=True)):
+        if part is not None:
+            ratio = part.scale / first.scale  # one alpha for all: differing scales move into `up`
+            block = part.up if math.isclose(ratio, 1.0, rel_tol=1e-12) else part.up * ratio
+            up[index, sum(ranks[:i]) : sum(ranks[: i + 1])] = block
+    return LoraPair(torch.cat([p.down for p in present]), up, first.scale * sum(ranks), ranks)
+
+
+def fold_alpha(pair: LoraPair) -> LoraPair:
+    """The same delta with a scale of 1. Exact, and exactly undone, where the scale is a power of two."""
+    return replace(pair, up=pair.up if pair.scale == 1.0 else pair.up * pair.scale, alpha=float(pair.rank))

@@ -1,0 +1,167 @@
+"""Safetensors files written tensor by tensor, so that a 26 GB model passes through one tensor's worth of memory.
+
+The library's own writer wants every tensor at once. The format is simple enough to stream: 8 bytes of header length,
+a JSON header with every name, dtype, shape and byte range, then the bytes. All ranges follow from names, dtypes and
+shapes, so the header goes out first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from hvtrain.errors import CheckpointError
+from shards.atomic import atomic_path
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_MAX_HEADER = 100 * 2**20  # the library refuses longer ones
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a file says about one tensor before its values: `start` and `stop` are byte offsets into the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    slots: dict[str, Slot]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """Names, dtypes, shapes, byte ranges and metadata of a safetensors file, in file order; its values stay on disk."""
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise CheckpointError(f"{path}: not a safetensors file (or cut short: {size} bytes)")
+        try:
+            table = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    metadata = table.pop("__metadata__", {})
+    slots = {}
+    for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor '{name}' has the dtype {entry['dtype']}, which is not supported")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        slots[name] = Slot(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+        if stop > size or stop - start != slots[name].n_bytes:
+            raise CheckpointError(
+                f"{path}: cut short or damaged: '{name}' should end at byte {stop}, the file has {size}; copy it again"
+            )
+    return Header(slots, metadata)
+
+
+def lay_out(slots: Iterable[Slot], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[Slot]]:
+    """The header's bytes and the slots with their places in the file.
+
+    Widest dtypes come first (given order among equals), which keeps every tensor aligned for memory mapping.
+    """
+    ordered = sorted(slots, key=lambda slot: -slot.dtype.itemsize)
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset, offsets = 0, []
+    for slot in ordered:
+        offsets.append(offset)
+        ends = [offset, offset + slot.n_bytes]
+        table[slot.name] = {"dtype": _CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": ends}
+        offset = ends[1]
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    placed = [
+        Slot(slot.name, slot.dtype, slot.shape, len(head) + at, len(head) + at + slot.n_bytes)
+        for slot, at in zip(ordered, offsets, strict=True)
+    ]
+    return head, placed
+
+
+class TensorWriter:
+    """Takes each declared tensor once, in any order; see `open_writer`."""
+
+    def __init__(self, file: BinaryIO, slots: Iterable[Slot]) -> None:
+        self._file = file
+        self._waiting = {slot.name: slot for slot in slots}
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names not yet written, in file order: following it makes the writing sequential."""
+        return list(self._waiting)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        slot = self._waiting[name]
+        if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
+            raise ValueError(f"{name}: declared {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        self.write_bytes(name, tensor_bytes(tensor))
+
+    def write_bytes(self, name: str, data: memoryview) -> None:
+        """The same for bytes that are already in the file's form: a copy without a detour through tensors."""
+        slot = self._waiting.pop(name)
+        if data.nbytes != slot.n_bytes:
+            raise ValueError(f"{name}: declared {slot.n_bytes} bytes, got {data.nbytes}")
+        if self._file.tell() != slot.start:
+            self._file.seek(slot.start)
+        self._file.write(data)
+
+
+@contextmanager
+def open_writer(
+    path: str | Path, slots: Iterable[Slot], *, metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorWriter]:
+    """A writer for these tensors; the file appears under its name only when all of them are in it."""
+    head, placed = lay_out(slots, metadata)
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(head)
+            writer = TensorWriter(file, placed)
+            yield writer
+            if writer.waiting:
+                raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+
+
+@contextmanager
+def map_bytes(path: str | Path) -> Iterator[memoryview]:
+    """A file as read-only memory: its pages come and go with the page cache and count as nobody's memory."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)
+        try:
+            yield view
+        finally:
+            view.release()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as bytes, without a copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def bytes_tensor(view: memoryview, slot: Slot) -> torch.Tensor:
+    """The tensor of a slot, read from its mapped file. A private copy: the mapping may close before it."""
+    if slot.n_bytes == 0:
+        return torch.empty(slot.shape, dtype=slot.dtype)
+    return torch.frombuffer(bytearray(view[slot.start : slot.stop]), dtype=slot.dtype).reshape(slot.shape)
