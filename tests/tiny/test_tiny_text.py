@@ -30,7 +30,9 @@ def test_the_recipe_makes_the_shipped_files(tmp_path):
         made, shipped = tmp_path / name, recipe.ASSETS / name
         assert (made / "tokenizer.json").read_text() == (shipped / "tokenizer.json").read_text()
         new, old = load_file(made / "model.safetensors"), load_file(shipped / "model.safetensors")
-        assert new.keys() == old.keys() and all(torch.equal(new[k], old[k]) for k in new)
+        assert new.keys() == old.keys()
+        for key in new:  # to the last bit of half precision: a normal draw's logarithm differs between CPUs
+            torch.testing.assert_close(new[key], old[key], rtol=2e-3, atol=1e-6)
     assert sum(f.stat().st_size for f in tmp_path.rglob("*.*") if f.is_file()) < 1_500_000
 
 
