@@ -291,6 +291,11 @@ def test_wrong_files(what, message, tmp_path, state, oracle):
     assert "a.safetensors" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_bad_config(oracle):
+def test_bad_config(tmp_path, oracle, state):
     with pytest.raises(CheckpointError, match="widht"):
         build_vae({**oracle["config"], "widht": 3})
+    save_file(state, tmp_path / "a.safetensors")
+    for text, message in (("{oops", "config.json: not JSON"), ("[1]", "config.json: expected a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            open_vae(tmp_path / "a.safetensors")

@@ -6,7 +6,6 @@ scaled float8. Prefixes differ between them and between transformers 4 and 5: th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
+from hvtrain.models.hunyuan_video.vae_weights import parse_config
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
 SKIPPED_LAYERS = 2  # the DiT reads the third hidden state from the end: two layers and the norm are dropped
@@ -113,10 +113,10 @@ class _Source:
     def _read_config(self) -> dict[str, Any]:
         """The encoder's own config: from the metadata or config.json; a composite model's text section."""
         if METADATA_KEY in self.weights.metadata:
-            config = json.loads(self.weights.metadata[METADATA_KEY])
+            config = parse_config(self.weights.metadata[METADATA_KEY], f"{self.path}, metadata '{METADATA_KEY}'")
         else:
             beside = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-            config = json.loads(beside.read_text()) if beside.is_file() else {}
+            config = parse_config(beside.read_text(), beside) if beside.is_file() else {}
             if not self.path.is_dir() and config.get("model_type") not in MODEL_TYPES:
                 return {}  # a single file among others: the config.json is not its own
         return config.get("text_config", config)

@@ -84,14 +84,25 @@ def linear_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> tupl
 def find_config(path: Path, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Any]:
     """Constructor arguments: from the file's metadata, the config.json beside it, or the shapes."""
     if METADATA_KEY in metadata:
-        return json.loads(metadata[METADATA_KEY])
+        return parse_config(metadata[METADATA_KEY], f"{path}, metadata '{METADATA_KEY}'")
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file():
-        config = json.loads(beside.read_text())
+        config = parse_config(beside.read_text(), beside)
         # A file may lie in a folder with another model's config.json: the class name says whose it is.
         if str(config.get("_class_name", "")).startswith("AutoencoderK") and "block_out_channels" in config:
             return config
     return infer_config(shapes, path)
+
+
+def parse_config(text: str, where: str | Path) -> dict[str, Any]:
+    """A JSON object; anything else is named by where it is."""
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{where}: not JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(config).__name__}")
+    return config
 
 
 def infer_config(shapes: Shapes, path: str | Path) -> dict[str, Any]:
