@@ -1,0 +1,48 @@
+"""HunyuanVideo 13B and its relatives with the same transformer: HunyuanVideo-I2V, SkyReels V1, and the tiny default."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hvtrain.models.base import ModelSpec
+from hvtrain.models.hunyuan_video.arch import infer_arch, parse_arch
+from hvtrain.models.hunyuan_video.flavors import FLAVORS, flavor_of
+from hvtrain.models.hunyuan_video.inputs import make_input
+from hvtrain.models.hunyuan_video.keys import KEY_MAPS, looks_like, owns
+from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
+
+
+def _open_vae(*args: Any, **options: Any) -> Any:
+    from hvtrain.models.hunyuan_video.vae import open_vae  # diffusers takes seconds to import
+
+    return open_vae(*args, **options)
+
+
+def _open_text(*args: Any, **options: Any) -> Any:
+    from hvtrain.models.hunyuan_video.text import open_text  # so does transformers
+
+    return open_text(*args, **options)
+
+
+def _is_lora_target(name: str) -> bool:
+    """Every Linear of the blocks but the modulation's: 8 per double block, 2 per single block."""
+    return re.search(r"(^|\.)(img_mod|txt_mod|modulation)\.linear$", name) is None
+
+
+SPEC = ModelSpec(
+    name="hunyuan-video",
+    flavors=FLAVORS,
+    build=HunyuanVideo,
+    init_weights=init_weights,
+    parse_arch=parse_arch,
+    arch_from_weights=infer_arch,
+    flavor_of=flavor_of,
+    owns=owns,
+    looks_like=looks_like,
+    make_input=make_input,
+    open_vae=_open_vae,
+    open_text=_open_text,
+    key_maps=KEY_MAPS,
+    is_lora_target=_is_lora_target,
+)

@@ -1,0 +1,127 @@
+"""The released sets of weights (and the tiny one): sizes, conditions, tasks and how to sample from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.models.base import CondField, Defaults, Flavor, LatentGeometry
+from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch, same_weights
+
+NEGATIVE_PROMPT = (
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
+    "bad eyes, bad limbs, distortion"
+)
+_FULL = HunyuanVideoArch(
+    in_channels=16,
+    out_channels=16,
+    hidden_size=3072,
+    heads_num=24,
+    double=20,
+    single=40,
+    rope_dims=(16, 56, 56),
+    text_dim=4096,
+    pooled_dim=768,
+    guidance_embed=True,
+)
+_TINY = HunyuanVideoArch(
+    in_channels=16,
+    out_channels=16,
+    hidden_size=192,
+    heads_num=6,
+    double=2,
+    single=4,
+    rope_dims=(8, 12, 12),
+    text_dim=64,
+    pooled_dim=64,
+    guidance_embed=True,
+)
+_OFFICIAL = Defaults(
+    steps=50,
+    shift=7.0,
+    guidance=6.0,
+    fps=24,
+    frames=129,
+    height=720,
+    width=1280,
+    negative_prompt=NEGATIVE_PROMPT,
+)
+# Trained with an embedded guidance of 1 and sampled with true classifier-free guidance.
+_SKYREELS = replace(_OFFICIAL, steps=30, guidance=1.0, frames=97, height=544, width=960, cfg_scale=6.0)
+_SMALL = replace(_OFFICIAL, steps=20, shift=3.0, fps=8, frames=9, height=64, width=64, negative_prompt="")
+
+
+def cond_fields(arch: HunyuanVideoArch, task: str) -> tuple[CondField, ...]:
+    text = CondField("text", (None, arch.text_dim), torch.bfloat16, "text")
+    pooled = CondField("pooled", (arch.pooled_dim,), torch.bfloat16, "text")
+    # Optional in shards: without the column, the image is the clip's own first latent frame.
+    image = CondField("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)
+    return (text, pooled) if task == "t2v" else (text, pooled, image)
+
+
+def _flavor(name: str, about: str, arch: HunyuanVideoArch, *, task: str, defaults: Defaults) -> Flavor:
+    latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=8, stride_w=8, patch=arch.patch)
+    return Flavor(name, about, arch, latent, cond_fields(arch, task), (task,), defaults)
+
+
+FLAVORS = {
+    flavor.name: flavor
+    for flavor in (
+        _flavor("t2v", "text to video 13B, guidance-distilled", _FULL, task="t2v", defaults=_OFFICIAL),
+        _flavor(
+            "i2v",
+            "image to video 13B, first frame replaced",
+            replace(_FULL, token_replace=True),
+            task="i2v",
+            defaults=_OFFICIAL,
+        ),
+        _flavor("skyreels-v1-t2v", "SkyReels V1 text to video 13B", _FULL, task="t2v", defaults=_SKYREELS),
+        _flavor(
+            "skyreels-v1-i2v",
+            "SkyReels V1 image to video 13B, image in extra channels",
+            replace(_FULL, in_channels=32),
+            task="i2v-concat",
+            defaults=_SKYREELS,
+        ),
+        _flavor("tiny", "the embedded default, for CPUs", _TINY, task="t2v", defaults=_SMALL),
+    )
+}
+
+
+def flavor_of(arch: HunyuanVideoArch, name: str | None) -> Flavor:
+    """The flavor of a file's architecture, with exactly this architecture's sizes.
+
+    Weights do not tell flavors of equal shapes apart: without a name, 16 channels are taken as text to video.
+    """
+    if name is not None:
+        if name not in FLAVORS:
+            raise ConfigError(f"model.flavor: no flavor '{name}'; {suggest(name, FLAVORS)}")
+        flavor = FLAVORS[name]
+        if different := same_weights(flavor.arch, arch):
+            field, (wanted, found) = next(iter(different.items()))
+            raise CheckpointError(
+                f"flavor '{name}' has {field} {wanted}, the file has {found}: it looks like {_resembles(arch)}"
+            )
+        arch = replace(arch, token_replace=flavor.arch.token_replace)
+        return _resized(flavor, arch)
+    same = [f for f in FLAVORS.values() if not same_weights(f.arch, arch)]
+    same = same or [f for f in FLAVORS.values() if f.arch.in_channels == arch.in_channels]
+    if not same:
+        raise CheckpointError(
+            f"no flavor takes {arch.in_channels} input channels; those here: "
+            + ", ".join(f"{f.name} ({f.arch.in_channels})" for f in FLAVORS.values())
+        )
+    task = [f for f in same if f.arch.token_replace == arch.token_replace]
+    return _resized((task or same)[0], arch)
+
+
+def _resized(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
+    latent = replace(flavor.latent, channels=arch.out_channels, patch=arch.patch)
+    return replace(flavor, arch=arch, latent=latent, cond=cond_fields(arch, flavor.tasks[0]))
+
+
+def _resembles(arch: HunyuanVideoArch) -> str:
+    names = [f"'{f.name}'" for f in FLAVORS.values() if not same_weights(f.arch, arch)]
+    return " or ".join(names) if names else "a model of other sizes (leave model.flavor empty to use its own)"

@@ -1,0 +1,204 @@
+"""Key maps: how other programs name and cut the tensors that carry official names here.
+
+A rule pairs one official module with one or several modules of the dialect. Several means that the official module is
+their fusion along the output rows (qkv). A map works both ways, for whole tensors and for LoRA pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`{n}` in the names stands for a block's number."""
+
+    official: str
+    dialect: tuple[str, ...]
+    rows: tuple[int, ...] = ()  # relative numbers of output rows of the parts; equal if empty
+    swap: bool = False  # the dialect stores the two halves of the rows in the other order
+    leaf: tuple[str, str] | None = None  # the parameter's name, official and dialect, where they differ
+
+    def bound(self, n: str) -> Rule:
+        names = tuple(name.replace("{n}", n) for name in self.dialect)
+        return Rule(self.official.replace("{n}", n), names, self.rows, self.swap, self.leaf)
+
+    def leaf_of_dialect(self, leaf: str) -> str:
+        return self.leaf[1] if self.leaf and leaf == self.leaf[0] else leaf
+
+    def leaf_of_official(self, leaf: str) -> str:
+        return self.leaf[0] if self.leaf and leaf == self.leaf[1] else leaf
+
+    def split(self, rows: int) -> list[int]:
+        shares = self.rows or (1,) * len(self.dialect)
+        unit, rest = divmod(rows, sum(shares))
+        if rest:
+            raise ValueError(f"{self.official}: {rows} rows cannot be cut in the proportions {shares}")
+        return [share * unit for share in shares]
+
+
+class Pair(NamedTuple):
+    """A low-rank update up @ down."""
+
+    down: Tensor  # [r in]
+    up: Tensor  # [out r]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How one official tensor is made of the dialect's."""
+
+    parts: tuple[str, ...]
+    swap: bool = False
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        first = shapes[self.parts[0]]
+        return first if len(self.parts) == 1 else (sum(shapes[p][0] for p in self.parts), *first[1:])
+
+    def build(self, get: Callable[[str], Tensor]) -> Tensor:
+        tensors = [get(part) for part in self.parts]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return swap_halves(whole) if self.swap else whole
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which piece of an official tensor one tensor of the dialect is."""
+
+    source: str
+    rule: Rule | None = None
+    part: int = 0
+
+    def take(self, whole: Tensor) -> Tensor:
+        if self.rule is None:
+            return whole
+        if len(self.rule.dialect) > 1:
+            whole = whole.split(self.rule.split(whole.shape[0]))[self.part]
+        return swap_halves(whole) if self.rule.swap else whole
+
+
+class KeyMap:
+    """Rules of one dialect. Modules without a rule keep their name, if `passthrough`; else they have none."""
+
+    def __init__(self, rules: Iterable[Rule], *, passthrough: bool = False) -> None:
+        self.rules = tuple(rules)
+        self.passthrough = passthrough
+        self._official = {_shape_of(rule.official): rule for rule in self.rules}
+        self._dialect = {
+            _shape_of(name): (rule, part) for rule in self.rules for part, name in enumerate(rule.dialect)
+        }
+
+    def rule_of_official(self, module: str) -> Rule | None:
+        """The rule of an official module, with its number filled in."""
+        rule = self._official.get(_shape_of(module))
+        return rule.bound(_number(module)) if rule else None
+
+    def rule_of_dialect(self, module: str) -> tuple[Rule, int] | None:
+        """The rule of a dialect's module and which of its parts the module is."""
+        found = self._dialect.get(_shape_of(module))
+        return (found[0].bound(_number(module)), found[1]) if found else None
+
+    def read(self, names: Iterable[str]) -> dict[str, Fused]:
+        """Official name -> how to make it of these names. What has no place keeps its name, for the strict report."""
+        present = set(names)
+        found: dict[str, Fused] = {}
+        for name in sorted(present):
+            module, _, leaf = name.rpartition(".")
+            hit = self.rule_of_dialect(module)
+            if hit is None:
+                found[name] = Fused((name,))
+                continue
+            rule = hit[0]
+            parts = tuple(f"{part}.{leaf}" for part in rule.dialect)
+            if present.issuperset(parts):
+                found[f"{rule.official}.{rule.leaf_of_official(leaf)}"] = Fused(parts, rule.swap)
+            else:
+                found[name] = Fused((name,))
+        return found
+
+    def write(self, names: Iterable[str]) -> dict[str, Cut]:
+        """Dialect name -> the piece of an official tensor that it is."""
+        found: dict[str, Cut] = {}
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            rule = self.rule_of_official(module)
+            if rule is None:
+                if not self.passthrough:
+                    raise KeyError(f"the dialect has no name for '{name}'")
+                found[name] = Cut(name)
+                continue
+            for part, other in enumerate(rule.dialect):
+                found[f"{other}.{rule.leaf_of_dialect(leaf)}"] = Cut(name, rule, part)
+        return found
+
+    def lora_to_dialect(self, module: str, pair: Pair) -> dict[str, Pair]:
+        """An official module's update as updates of the dialect's modules; exact, each keeps the rank."""
+        rule = self.rule_of_official(module)
+        if rule is None:
+            if not self.passthrough:
+                raise KeyError(f"the dialect has no name for '{module}'")
+            return {module: pair}
+        if len(rule.dialect) == 1:
+            return {rule.dialect[0]: Pair(pair.down, swap_halves(pair.up) if rule.swap else pair.up)}
+        ups = pair.up.split(rule.split(pair.up.shape[0]))
+        return {name: Pair(pair.down, up.contiguous()) for name, up in zip(rule.dialect, ups, strict=True)}
+
+    def lora_to_official(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+        """The dialect's updates, alpha already multiplied in, as updates of official modules.
+
+        Parts of a fused module that share `down` keep the rank; else the ranks add up. An absent part is not touched.
+        """
+        groups: dict[str, tuple[Rule, dict[int, Pair]]] = {}
+        out: dict[str, Pair] = {}
+        for module, pair in pairs.items():
+            hit = self.rule_of_dialect(module)
+            if hit is None:
+                out[module] = pair
+            else:
+                groups.setdefault(hit[0].official, (hit[0], {}))[1][hit[1]] = pair
+        for official, (rule, parts) in groups.items():
+            out[official] = _fuse_pairs(rule, parts)
+        return out
+
+
+def swap_halves(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2)[::-1])
+
+
+def _fuse_pairs(rule: Rule, parts: Mapping[int, Pair]) -> Pair:
+    if len(rule.dialect) == 1:
+        return Pair(parts[0].down, swap_halves(parts[0].up) if rule.swap else parts[0].up)
+    shares = rule.rows or (1,) * len(rule.dialect)
+    some = min(parts)
+    unit = parts[some].up.shape[0] // shares[some]
+    rows = [share * unit for share in shares]
+    first = parts[some].down
+    if len(parts) == len(rows) and all(torch.equal(p.down, first) for p in parts.values()):
+        return Pair(first, torch.cat([parts[i].up for i in range(len(rows))]))
+    order = sorted(parts)
+    down = torch.cat([parts[i].down for i in order])
+    up = down.new_zeros(sum(rows), down.shape[0])
+    column = 0
+    for i in order:
+        pair, row = parts[i], sum(rows[:i])
+        up[row : row + rows[i], column : column + pair.down.shape[0]] = pair.up
+        column += pair.down.shape[0]
+    return Pair(down, up)
+
+
+_BLOCK_NUMBER = re.compile(r"(?<=blocks\.)(\d+|\{n\})(?=\.|$)")
+
+
+def _shape_of(module: str) -> str:
+    return _BLOCK_NUMBER.sub("{n}", module, count=1)
+
+
+def _number(module: str) -> str:
+    found = _BLOCK_NUMBER.search(module)
+    return found[1] if found else ""
