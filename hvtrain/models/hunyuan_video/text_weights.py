@@ -113,7 +113,8 @@ class _Source:
     def _read_config(self) -> dict[str, Any]:
         """The encoder's own config: from the metadata or config.json; a composite model's text section."""
         if METADATA_KEY in self.weights.metadata:
-            config = parse_config(self.weights.metadata[METADATA_KEY], f"{self.path}, metadata '{METADATA_KEY}'")
+            where = f"{self.path}, metadata '{METADATA_KEY}'"
+            config = parse_config(self.weights.metadata[METADATA_KEY], where)
         else:
             beside = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
             config = parse_config(beside.read_text(), beside) if beside.is_file() else {}
