@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models.hunyuan_video.vae_weights import parse_config
+from hvtrain.models.weights import fingerprint, open_weights
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
 SKIPPED_LAYERS = 2  # the DiT reads the third hidden state from the end: two layers and the norm are dropped
@@ -77,7 +78,7 @@ def load_llm(
     source.check(model, used=lambda k: _layer_index(k) < config.num_hidden_layers)
     _assign(model, source, dtype=dtype, device=device, fp8=fp8)
     model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)  # its buffer is computed, not stored
-    return Encoder(model.eval().requires_grad_(False), source.fingerprint())
+    return Encoder(model.eval().requires_grad_(False), fingerprint(source.weights))
 
 
 def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Encoder:
@@ -91,15 +92,13 @@ def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | st
     _assign(model, source, dtype=dtype, device=device, fp8=False)
     positions = torch.arange(config.max_position_embeddings, device=device)[None]
     model.embeddings.register_buffer("position_ids", positions, persistent=False)  # computed, not stored
-    return Encoder(model.eval().requires_grad_(False), source.fingerprint())
+    return Encoder(model.eval().requires_grad_(False), fingerprint(source.weights))
 
 
 class _Source:
     """One encoder's tensors under the model's own names, whatever the file's prefix; its config, if any."""
 
     def __init__(self, path: str | Path, *, anchor: str, what: str) -> None:
-        from hvtrain.models.weights import open_weights
-
         self.path, self.what = Path(path), what
         self.weights = open_weights(path)
         found = sorted((k for k in self.weights.keys() if k == anchor or k.endswith("." + anchor)), key=len)
@@ -151,25 +150,26 @@ class _Source:
         stem = name.removesuffix("weight")
         for key in (f"{stem}scale_weight", f"{stem}weight_scale"):
             if key in self.names:
-                scale = self.weights.get(self.names[key]).float()
+                scale = self.weights.get(self.names[key]).to(torch.float32, copy=True)
                 return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(1)
         return None
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        value, scale = self.weights.get(self.names[name]), self.scale(name)
-        return (value.float() * scale).to(dtype) if scale is not None else value.to(dtype)
+        """A copy in `dtype`; the pages of the file that it came from are given back."""
+        mapped, scale = self.weights.get(self.names[name]), self.scale(name)
+        value = mapped.to(dtype, copy=True) if scale is None else (mapped.float() * scale).to(dtype)
+        self.weights.release(mapped)
+        return value
 
     def fp8(self, name: str) -> tuple[Tensor, Tensor]:
         """(weight, scale): as stored where the file is float8 already, else quantised."""
-        value, scale = self.weights.get(self.names[name]), self.scale(name)
-        if value.dtype == FP8:
-            return value, scale if scale is not None else torch.ones(1)
-        return quantize_fp8(value if scale is None else value.float() * scale)
-
-    def fingerprint(self) -> str:
-        from hvtrain.models.weights import fingerprint
-
-        return fingerprint(self.weights)
+        mapped, scale = self.weights.get(self.names[name]), self.scale(name)
+        if mapped.dtype == FP8:
+            stored = mapped.clone(), scale if scale is not None else torch.ones(1)
+        else:
+            stored = quantize_fp8(mapped if scale is None else mapped.float() * scale)
+        self.weights.release(mapped)
+        return stored
 
 
 def _assign(

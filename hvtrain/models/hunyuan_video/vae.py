@@ -24,6 +24,7 @@ from hvtrain.models.hunyuan_video.vae_weights import (
     linear_shape,
     official_names,
 )
+from hvtrain.models.weights import fingerprint, open_weights
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,6 @@ def open_vae(
     tiling: VaeTiling | None = None,
 ) -> VideoVae:
     """Read a VAE: our or an official file (safetensors, .pt), a library directory, or one with LDM names."""
-    from hvtrain.models.weights import fingerprint, open_weights
-
     weights = open_weights(path)
     sources = official_names(weights.keys())
     shapes = {k: tuple(weights.shape(s)) for k, s in sources.items()}
@@ -175,8 +174,11 @@ def open_vae(
         model = build_vae(config)
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     check(path, wanted, {k: linear_shape(s, wanted.get(k)) for k, s in shapes.items()})
-    # One tensor at a time out of the memory map: the peak is one converted copy.
-    state = {k: weights.get(sources[k]).reshape(wanted[k]).to(device=device, dtype=dtype) for k in wanted}
+    state = {}
+    for name, shape in wanted.items():  # one at a time out of the memory map: the peak is one converted copy
+        mapped = weights.get(sources[name])
+        state[name] = mapped.reshape(shape).to(device=device, dtype=dtype, copy=True)
+        weights.release(mapped)
     model.load_state_dict(state, assign=True)
     return VideoVae(model, fingerprint=fingerprint(weights), tiling=tiling)
 
