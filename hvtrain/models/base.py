@@ -9,7 +9,7 @@ L text tokens, N heads, D head dim, E width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -192,6 +192,12 @@ class Flavor:
     defaults: Defaults
 
 
+class FlavorOf(Protocol):
+    """The flavor for an architecture: named by the user, hinted at by the file, or told by the sizes."""
+
+    def __call__(self, arch: Any, name: str | None, *, hint: str | None = None) -> Flavor: ...
+
+
 class MakeInput(Protocol):
     def __call__(
         self, x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float
@@ -208,9 +214,10 @@ class ModelSpec:
     init_weights: Callable[[DiT, torch.Generator], None]  # for training from scratch
     parse_arch: Callable[[Mapping[str, Any]], Any]  # the JSON of a file's metadata -> arch
     arch_from_weights: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], Any]
-    flavor_of: Callable[[Any, str | None], Flavor]  # (arch, name or None) -> flavor with exactly this arch
+    flavor_of: FlavorOf
     owns: Callable[[Mapping[str, tuple[int, ...]]], bool]  # official names and shapes -> is it this architecture?
     looks_like: Callable[[Mapping[str, tuple[int, ...]]], str | None]  # what else a file might be
+    lora_looks_like: Callable[[Iterable[str]], str | None]  # the same for the layers that a foreign LoRA adapts
     make_input: MakeInput
     open_vae: Callable[..., Any]
     open_text: Callable[..., Any]

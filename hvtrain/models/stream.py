@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,25 +142,7 @@ def open_writer(
                 raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
 
 
-@contextmanager
-def map_bytes(path: str | Path) -> Iterator[memoryview]:
-    """A file as read-only memory: its pages come and go with the page cache and count as nobody's memory."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        try:
-            yield view
-        finally:
-            view.release()
-
-
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's values as bytes, without a copy where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
-
-
-def bytes_tensor(view: memoryview, slot: Slot) -> torch.Tensor:
-    """The tensor of a slot, read from its mapped file. A private copy: the mapping may close before it."""
-    if slot.n_bytes == 0:
-        return torch.empty(slot.shape, dtype=slot.dtype)
-    return torch.frombuffer(bytearray(view[slot.start : slot.stop]), dtype=slot.dtype).reshape(slot.shape)

@@ -10,6 +10,7 @@ from hvtrain.models.hunyuan_video.arch import infer_arch, parse_arch
 from hvtrain.models.hunyuan_video.flavors import FLAVORS, flavor_of
 from hvtrain.models.hunyuan_video.inputs import make_input
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, looks_like, owns
+from hvtrain.models.hunyuan_video.lora_names import lora_looks_like
 from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
 
 
@@ -40,6 +41,7 @@ SPEC = ModelSpec(
     flavor_of=flavor_of,
     owns=owns,
     looks_like=looks_like,
+    lora_looks_like=lora_looks_like,
     make_input=make_input,
     open_vae=_open_vae,
     open_text=_open_text,
