@@ -1,0 +1,370 @@
+"""Every setting of every command: frozen dataclasses with a docstring under each field. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hvtrain.configload import build, dump, load, reference, to_dict
+
+__all__ = ["ROOTS", "asset", "build", "dump", "load", "reference", "to_dict"]
+
+TINY = "tiny:"
+DType = Literal["bfloat16", "float16", "float32"]
+
+
+def asset(path: str) -> str:
+    """`tiny:NAME` is a file of the models that ship with the package; anything else stays as it is."""
+    if not path.startswith(TINY):
+        return path
+    return str(Path(__file__).parent / "tiny" / "assets" / path[len(TINY):])
+
+
+@dataclass(frozen=True)
+class VaeTilingConfig:
+    """How the VAE cuts large videos."""
+
+    enabled: bool = True
+    """Encode and decode in overlapping tiles where a video is larger than one"""
+    spatial: int = 256
+    """Tile height and width in pixels"""
+    temporal: int = 64
+    """Tile length in frames"""
+    slicing: bool = False
+    """One video of a batch at a time"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and where its files are. `tiny:` names the files that ship with hvtrain."""
+
+    name: str = "hunyuan-video"
+    """Architecture; `hvtrain models` lists them"""
+    flavor: str | None = None
+    """Flavor of the architecture; null reads it from the DiT file"""
+    dit: str | None = None
+    """DiT weights: .safetensors, .pt, a sharded index or a directory; null in training starts from scratch"""
+    vae: str | None = None
+    """VAE weights: file or diffusers directory"""
+    llm: str | None = None
+    """LLM text encoder: HF directory or single file"""
+    llm_tokenizer: str | None = None
+    """Tokenizer directory of the LLM; null takes the encoder's own directory"""
+    clip: str | None = None
+    """CLIP text encoder: HF directory or single file"""
+    clip_tokenizer: str | None = None
+    """Tokenizer directory of CLIP; null takes the encoder's own directory"""
+    dtype: DType = "bfloat16"
+    """Dtype of the frozen DiT weights and of the text encoders"""
+    vae_dtype: DType = "float16"
+    """Dtype of the VAE"""
+    fp8_llm: bool = False
+    """Hold the LLM's linear weights in float8"""
+    vae_tiling: VaeTilingConfig = field(default_factory=VaeTilingConfig)
+    """Tiling of the VAE"""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share one sample; the ranks left over are data parallel."""
+
+    ulysses: int = 1
+    """Ulysses degree: ranks that share the attention heads"""
+    ring: int = 1
+    """Ring degree: ranks that pass keys and values around"""
+    kernel: str = "auto"
+    """Attention kernel: auto, sdpa, flash2, flash3 or sage"""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """`hvtrain encode`: clips and captions into shards."""
+
+    dataset: str = ""
+    """Dataset file (TOML)"""
+    output: str = ""
+    """Directory of the shard set; a re-run continues it"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The VAE and text encoders"""
+    columns: tuple[str, ...] = ("latents", "text")
+    """What to encode"""
+    batch_size: int = 1
+    """Clips of one shape that go through the VAE together"""
+    dtype: DType = "bfloat16"
+    """Dtype of the stored tensors"""
+    samples_per_tar: int = 512
+    """Samples after which a tar is closed"""
+    workers: int = 2
+    """Decoding threads"""
+    seed: int = 0
+    """Seed of the posterior samples"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    shards: tuple[str, ...] = ()
+    """Shard sets that hvtrain encode wrote"""
+    batch_size: int = 1
+    """Samples per data-parallel rank and micro-step"""
+    workers: int = 1
+    """Reader threads"""
+    caption_dropout: float = 0.0
+    """Share of samples that are trained with the empty prompt"""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained."""
+
+    type: Literal["lora", "none"] = "lora"
+    """lora, or none: every weight of the DiT (full fine-tune)"""
+    rank: int = 32
+    """Rank of each pair"""
+    alpha: float = 32.0
+    """Scale: the pair counts alpha / rank"""
+    dropout: float = 0.0
+    """Dropout between down and up"""
+    include: tuple[str, ...] = ()
+    """Patterns of module names to train besides the default ones"""
+    exclude: tuple[str, ...] = ()
+    """Patterns of module names to leave out"""
+    init_from: str | None = None
+    """LoRA file to start from"""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Which noise levels are trained."""
+
+    timestep_sampling: str = "shift"
+    """Distribution of sigma: shift, uniform, sigmoid or logit_normal"""
+    shift: float = 7.0
+    """Shift towards noise, for shift"""
+    sigmoid_scale: float = 1.0
+    """Width, for shift, sigmoid and logit_normal"""
+    logit_mean: float = 0.0
+    """Mean of the logit, for logit_normal"""
+    min_sigma: float = 0.0
+    """Smallest sigma; the distribution is cut, not squeezed"""
+    max_sigma: float = 1.0
+    """Largest sigma"""
+    guidance: float = 6.0
+    """Embedded guidance that the model is told, as in generation"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are updated."""
+
+    name: str = "adamw"
+    """Optimizer: adamw, adam or sgd"""
+    lr: float = 1e-4
+    """Learning rate at its peak"""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the moments"""
+    eps: float = 1e-8
+    """Added to the denominator"""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; matrices only"""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this; 0 does not"""
+    schedule: str = "constant"
+    """After the warm-up: constant, linear or cosine"""
+    warmup_steps: int = 0
+    """Steps from 0 up to lr"""
+    min_lr_ratio: float = 0.0
+    """Where linear and cosine end, as a share of lr"""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """DeepSpeed."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or torch: plain PyTorch, for one device"""
+    stage: int = 2
+    """What ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights"""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer's state lives"""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run."""
+
+    output_dir: str = ""
+    """Where everything of this run goes"""
+    name: str = "lora"
+    """Name of the files that are for you"""
+    steps: int | None = None
+    """Optimizer steps; or give epochs"""
+    epochs: float | None = None
+    """Passes over the shards; or give steps"""
+    grad_accum: int = 1
+    """Micro-steps per optimizer step"""
+    seed: int = 0
+    """Seed of order, noise, timesteps and initial weights"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast over float32 trainable weights"""
+    recompute: Literal["none", "full"] = "full"
+    """Activation checkpointing: full recomputes each block in the backward pass"""
+    ema_decay: float = 0.0
+    """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
+    save_every_steps: int = 0
+    """Checkpoint every so many steps; the last step is always saved"""
+    save_every_epochs: float = 0.0
+    """Checkpoint every so many epochs"""
+    keep_last: int = 2
+    """Checkpoints to keep; 0 keeps all"""
+    log_every: int = 1
+    """Steps between entries in the log"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues from the newest complete checkpoint in output_dir"""
+    max_bad_steps: int = 5
+    """Stop after so many steps in a row without a finite gradient"""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A video to make."""
+
+    prompt: str = ""
+    """What to show"""
+    width: int | None = None
+    """Pixels, a multiple of 16; null: the flavor's own"""
+    height: int | None = None
+    """Pixels, a multiple of 16"""
+    frames: int | None = None
+    """4n + 1"""
+    steps: int | None = None
+    """Sampling steps"""
+    seed: int = 0
+    """Seed of the noise"""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Videos made while training."""
+
+    every_steps: int = 0
+    """Steps between previews; 0 makes none"""
+    shift: float | None = None
+    """Shift of the schedule; null: the flavor's own"""
+    prompts: tuple[SamplePrompt, ...] = ()
+    """What to make"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss at fixed noise levels and seeds."""
+
+    shards: tuple[str, ...] = ()
+    """Shard sets that are not trained on"""
+    every_steps: int = 0
+    """Steps between evaluations; 0 makes none"""
+    quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Quantiles of the training distribution of sigma"""
+    max_batches: int = 8
+    """Micro-batches per rank that are looked at"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`hvtrain train`: a LoRA or the whole DiT from shards."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to train on"""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What is trained"""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Which noise levels are trained"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How weights are updated"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share one sample"""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """How ranks share the training state"""
+    run: RunSettings = field(default_factory=RunSettings)
+    """Length, precision, files"""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """Videos made while training"""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Held-out loss"""
+
+
+@dataclass(frozen=True)
+class LoraFileConfig:
+    """A LoRA to apply."""
+
+    path: str = ""
+    """LoRA file"""
+    multiplier: float = 1.0
+    """How strongly"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """`hvtrain generate`: videos from prompts."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model"""
+    prompt: str | None = None
+    """What to show; or give prompt_file"""
+    prompt_file: str | None = None
+    """A text file with one prompt a line"""
+    output: str = ""
+    """The .mp4 file, or with prompt_file the directory"""
+    width: int | None = None
+    """Pixels, a multiple of 16; null: the flavor's own"""
+    height: int | None = None
+    """Pixels, a multiple of 16"""
+    frames: int | None = None
+    """4n + 1"""
+    fps: int | None = None
+    """Frames a second of the file"""
+    steps: int | None = None
+    """Sampling steps"""
+    seed: int = 0
+    """Seed of the noise; with prompt_file, line i takes seed + i"""
+    shift: float | None = None
+    """Shift of the sigma schedule"""
+    guidance: float | None = None
+    """Embedded guidance"""
+    cfg_scale: float | None = None
+    """True classifier-free guidance: 1 is off, above costs a second forward pass"""
+    negative_prompt: str | None = None
+    """What not to show, for cfg_scale above 1"""
+    batch_size: int = 1
+    """Prompts sampled together"""
+    lora: tuple[LoraFileConfig, ...] = ()
+    """LoRAs to apply"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share one video"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast"""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """`hvtrain merge`: LoRAs into a DiT file."""
+
+    dit: str = ""
+    """The model: a file, a sharded index or a directory"""
+    lora: tuple[LoraFileConfig, ...] = ()
+    """What to add"""
+    output: str = ""
+    """The safetensors file to write"""
+    dtype: DType | None = None
+    """Dtype of the merged tensors; null: each keeps its own"""
+    model: str | None = None
+    """Architecture; null reads it from the file"""
+
+
+ROOTS: dict[str, type] = {
+    "train": TrainConfig, "encode": EncodeConfig, "generate": GenerateConfig, "merge": MergeConfig,
+}

@@ -1,0 +1,219 @@
+"""Frozen dataclasses from YAML and `key=value` overrides. Strict: an unknown key or a wrong type is a ConfigError.
+
+Imports nothing heavy: `hvtrain --help` and `hvtrain launch` read configs without torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from hvtrain.errors import ConfigError, suggest
+
+T = TypeVar("T")
+MISSING = dataclasses.MISSING
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """An instance of `cls` from a YAML file (which may name a `base:` file) and dotted `a.b=value` overrides."""
+    raw = _read(Path(path), ()) if path is not None else {}
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign:
+            raise ConfigError(f"'{item}': an override is written key=value, as in optim.lr=1e-4")
+        _set(raw, key, _value(item, text))
+    where = str(path) if path is not None else "command line"
+    return build(cls, raw, where=where)
+
+
+def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "") -> T:
+    """An instance of the dataclass `cls` from plain values; `prefix` is the section's dotted name."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {_nearest(str(key), cls, prefix)}")
+    values = {}
+    for name, f in fields.items():
+        if name in raw:
+            values[name] = _convert(raw[name], hints[name], where=where, key=prefix + name)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"{where}: key '{prefix}{name}' is required; give it there or as {prefix}{name}=...")
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as YAML and JSON can hold them: what `load` reads back."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def reference(cls: type) -> str:
+    """Every key with its default and what it means, as YAML that loads."""
+    return "\n".join(_reference(cls, depth=0)) + "\n"
+
+
+def _reference(cls: type, *, depth: int) -> list[str]:
+    hints, notes, pad = typing.get_type_hints(cls), field_notes(cls), "  " * depth
+    lines: list[str] = []
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            lines += [f"{pad}{f.name}:  # {notes.get(f.name, '')}".rstrip(" #"), *_reference(kind, depth=depth + 1)]  # type: ignore[arg-type]
+            continue
+        note = notes.get(f.name, "")
+        if get_origin(kind) is Literal:
+            note += " (" + " | ".join(str(a) for a in get_args(kind)) + ")"
+        default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
+        shown = yaml.safe_dump(_plain(default), default_flow_style=True, width=10_000).splitlines()[0]
+        lines += [f"{pad}# {part}" for part in textwrap.wrap(note, 110 - len(pad))]
+        lines.append(f"{pad}{f.name}: {shown}")
+    return lines
+
+
+def field_notes(cls: type) -> dict[str, str]:
+    """The docstring under each field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    notes = {}
+    for here, below in zip(body, body[1:]):
+        if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            notes[here.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]
+    return notes
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    if "base" not in raw:
+        return raw
+    base = (path.parent / str(raw.pop("base"))).resolve()
+    if base in seen:
+        raise ConfigError(f"{path}: 'base' goes round in a circle through {base}")
+    return _merged(_read(base, (*seen, base)), raw)
+
+
+def _merged(under: dict, over: Mapping) -> dict:
+    result = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _set(raw: dict, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        below = raw.setdefault(name, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"'{key}': '{name}' is a value, not a section")
+        raw = below
+    raw[last] = value
+
+
+def _value(item: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # a prompt with a colon in it is a string
+
+
+def _nearest(key: str, cls: type, prefix: str) -> str:
+    here = [f.name for f in dataclasses.fields(cls)]
+    close = suggest(key, here)
+    if close.startswith("did you mean"):
+        return close.replace("'", f"'{prefix}", 1)
+    for f in dataclasses.fields(cls):  # the right name, one section too high
+        kind = typing.get_type_hints(cls)[f.name]
+        if dataclasses.is_dataclass(kind) and key in {g.name for g in dataclasses.fields(kind)}:
+            return f"did you mean '{prefix}{f.name}.{key}'?"
+    return close
+
+
+# --- types --------------------------------------------------------------------------------------------------------
+
+
+def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _optional(value, kind, where=where, key=key)
+    if origin is Literal:
+        if value not in get_args(kind):
+            legal = [str(a) for a in get_args(kind)]
+            raise ConfigError(f"{where}: {key} is {value!r}; {suggest(str(value), legal)} ({' | '.join(legal)})")
+        return value
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise _wrong(value, "a section with keys of its own", where=where, key=key)
+        return build(kind, value, where=where, prefix=key + ".")  # type: ignore[arg-type]
+    if origin is tuple:
+        return _sequence(value, get_args(kind), where=where, key=key)
+    return _scalar(value, kind, where=where, key=key)
+
+
+def _optional(value: Any, kind: Any, *, where: str, key: str) -> Any:
+    if value is None:
+        return None
+    inner = next(a for a in get_args(kind) if a is not type(None))
+    return _convert(value, inner, where=where, key=key)
+
+
+def _sequence(value: Any, kinds: tuple, *, where: str, key: str) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        value = [value]  # shards=PATH means one shard set
+    endless = len(kinds) == 2 and kinds[1] is Ellipsis
+    if not endless and len(value) != len(kinds):
+        raise _wrong(value, f"{len(kinds)} values", where=where, key=key)
+    inner = [kinds[0]] * len(value) if endless else list(kinds)
+    return tuple(_convert(v, k, where=where, key=f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, inner)))
+
+
+def _scalar(value: Any, kind: Any, *, where: str, key: str) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except (TypeError, ValueError):
+            pass
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise _wrong(value, names.get(kind, str(kind)), where=where, key=key)
+
+
+def _wrong(value: Any, expected: str, *, where: str, key: str) -> ConfigError:
+    return ConfigError(f"{where}: {key} is {value!r}, expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
