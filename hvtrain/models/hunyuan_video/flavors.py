@@ -29,11 +29,11 @@ _FULL = HunyuanVideoArch(
 _TINY = HunyuanVideoArch(
     in_channels=16,
     out_channels=16,
-    hidden_size=192,
-    heads_num=6,
+    hidden_size=160,
+    heads_num=4,
     double=2,
     single=4,
-    rope_dims=(8, 12, 12),
+    rope_dims=(8, 16, 16),
     text_dim=64,
     pooled_dim=64,
     guidance_embed=True,
@@ -90,10 +90,11 @@ FLAVORS = {
 }
 
 
-def flavor_of(arch: HunyuanVideoArch, name: str | None) -> Flavor:
+def flavor_of(arch: HunyuanVideoArch, name: str | None, *, hint: str | None = None) -> Flavor:
     """The flavor of a file's architecture, with exactly this architecture's sizes.
 
-    Weights do not tell flavors of equal shapes apart: without a name, 16 channels are taken as text to video.
+    `name` is what the user says and must fit; `hint` is what the file says of itself. Weights do not tell flavors of
+    equal shapes apart: with neither, 16 channels are taken as text to video.
     """
     if name is not None:
         if name not in FLAVORS:
@@ -106,6 +107,8 @@ def flavor_of(arch: HunyuanVideoArch, name: str | None) -> Flavor:
             )
         arch = replace(arch, token_replace=flavor.arch.token_replace)
         return _resized(flavor, arch)
+    if hint in FLAVORS:
+        return _resized(FLAVORS[hint], arch)
     same = [f for f in FLAVORS.values() if not same_weights(f.arch, arch)]
     same = same or [f for f in FLAVORS.values() if f.arch.in_channels == arch.in_channels]
     if not same:
