@@ -160,7 +160,7 @@ class OptimConfig:
     """How weights are updated."""
 
     name: str = "adamw"
-    """Optimizer: adamw, adam or sgd"""
+    """Optimizer: adamw or adam"""
     lr: float = 1e-4
     """Learning rate at its peak"""
     betas: tuple[float, float] = (0.9, 0.99)

@@ -1,0 +1,15 @@
+"""The sigmas that a video is sampled along."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sigmas(steps: int, *, shift: float = 1.0) -> Tensor:
+    """[steps + 1] float64 from 1 to 0: evenly spaced, then moved towards noise by s x / (1 + (s - 1) x).
+
+    Equal to diffusers' FlowMatchEulerDiscreteScheduler when that is given linspace(1, 0, steps + 1)[:-1].
+    """
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift * even / (1 + (shift - 1) * even)

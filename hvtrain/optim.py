@@ -1,0 +1,83 @@
+"""Optimizers and learning-rate schedules: one decorated function each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from hvtrain.config import OptimConfig
+from hvtrain.errors import ConfigError, suggest
+
+Schedule = Callable[[int], float]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {}
+SCHEDULES: dict[str, Callable[[float, float], float]] = {}
+
+
+def _optimizer(function: Callable) -> Callable:
+    OPTIMIZERS[function.__name__] = function
+    return function
+
+
+def _schedule(function: Callable) -> Callable:
+    SCHEDULES[function.__name__] = function
+    return function
+
+
+@_optimizer
+def adamw(groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Decoupled weight decay. arXiv 1711.05101"""
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+@_optimizer
+def adam(groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Weight decay as part of the gradient. arXiv 1412.6980"""
+    return torch.optim.Adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+@_schedule
+def constant(x: float, floor: float) -> float:
+    return 1.0
+
+
+@_schedule
+def linear(x: float, floor: float) -> float:
+    return 1 - (1 - floor) * x
+
+
+@_schedule
+def cosine(x: float, floor: float) -> float:
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x))
+
+
+def build_optimizer(params: Mapping[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms."""
+    if cfg.name not in OPTIMIZERS:
+        raise ConfigError(f"optim.name: no optimizer '{cfg.name}'; {suggest(cfg.name, OPTIMIZERS)}")
+    matrices = [p for p in params.values() if p.ndim >= 2]
+    vectors = [p for p in params.values() if p.ndim < 2]
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((matrices, cfg.weight_decay), (vectors, 0.0))
+        if members
+    ]
+    return OPTIMIZERS[cfg.name](groups, cfg)
+
+
+def build_schedule(cfg: OptimConfig, *, total_steps: int) -> Schedule:
+    """Step (from 0) -> factor of the learning rate: a linear warm-up, then the named curve to the last step."""
+    if cfg.schedule not in SCHEDULES:
+        raise ConfigError(f"optim.schedule: no schedule '{cfg.schedule}'; {suggest(cfg.schedule, SCHEDULES)}")
+    if cfg.warmup_steps < 0 or cfg.warmup_steps > total_steps:
+        raise ConfigError(f"optim.warmup_steps is {cfg.warmup_steps}: expected 0 to the run's {total_steps} steps")
+    curve, rest = SCHEDULES[cfg.schedule], max(1, total_steps - cfg.warmup_steps)
+
+    def factor(step: int) -> float:
+        if step < cfg.warmup_steps:
+            return (step + 1) / cfg.warmup_steps
+        return curve(min(1.0, (step - cfg.warmup_steps) / rest), cfg.min_lr_ratio)
+
+    return factor

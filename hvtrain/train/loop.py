@@ -1,0 +1,129 @@
+"""The training loop: what happens when is read from top to bottom. It knows neither model nor loss nor DeepSpeed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hvtrain.errors import HvtrainError
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.train.checkpoint import Progress
+from hvtrain.train.engine import Engine, StepResult
+from hvtrain.train.objective import Where
+from hvtrain.train.stop import StopFlag
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How long, and how often what happens. 0: never."""
+
+    steps: int
+    grad_accum: int
+    log: int
+    save: int
+    save_epochs: float
+    evaluate: int
+    preview: int
+    max_bad_steps: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, as this rank saw it."""
+
+    progress: Progress
+    result: StepResult
+    loss: float
+    sample_loss: np.ndarray
+    sigma: np.ndarray
+    n_tokens: int
+    keys: tuple[str, ...]
+    seconds: float
+    waited: float  # of these, for data
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop does to the world; each is called by every rank."""
+
+    micro_step: Callable  # (batch, Where) -> (MicroResult, n_tokens)
+    after_update: Callable[[], None]
+    log: Callable[[StepReport], None]
+    save: Callable[[Progress], None]
+    evaluate: Callable[[int], None]
+    preview: Callable[[int], None]
+
+
+def train(
+    engine: Engine, batches: Iterator, hooks: Hooks, *, cadence: Cadence, start: Progress, seed: int,
+    ctx: ParallelContext,
+) -> bool:
+    """Run from `start` to cadence.steps. True: finished; False: stopped early by a signal, with everything saved."""
+    progress, bad_in_a_row = start, 0
+    with StopFlag() as stop:
+        while progress.step < cadence.steps:
+            report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
+            before, progress = progress, report.progress
+            bad_in_a_row = bad_in_a_row + 1 if report.result.skipped else 0
+            hooks.after_update()
+            hooks.log(report)
+            if bad_in_a_row >= cadence.max_bad_steps > 0:
+                raise _not_finite(report, bad_in_a_row)
+            if _due(progress.step, cadence.evaluate):
+                hooks.evaluate(progress.step)
+            if _due(progress.step, cadence.preview):
+                hooks.preview(progress.step)
+            stopping = stop.agreed(ctx) and progress.step < cadence.steps
+            new_epoch = cadence.save_epochs > 0 and progress.epoch // cadence.save_epochs > before.epoch // cadence.save_epochs
+            if _due(progress.step, cadence.save) or new_epoch or stopping or progress.step == cadence.steps:
+                hooks.save(progress)
+            if stopping:
+                return False
+    return True
+
+
+def _step(
+    engine: Engine, batches: Iterator, hooks: Hooks, *, cadence: Cadence, progress: Progress, seed: int,
+    ctx: ParallelContext,
+) -> StepReport:
+    started, waited, results, keys, n_tokens = time.monotonic(), 0.0, [], [], 0
+    outcome = None
+    for micro in range(cadence.grad_accum):
+        asked = time.monotonic()
+        batch = next(batches)
+        waited += time.monotonic() - asked
+        where = Where(seed, progress.step, micro, cadence.grad_accum, ctx.dp_rank, ctx.dp)
+        result, tokens = hooks.micro_step(batch, where)
+        outcome = engine.accumulate(result.loss, last=micro == cadence.grad_accum - 1)
+        results.append(result)
+        keys += list(batch.keys)
+        n_tokens += tokens
+    assert outcome is not None
+    losses = torch.cat([r.per_sample for r in results]).float().cpu().numpy()
+    after = replace(
+        progress, step=progress.step + 1, cursor=batch.cursor, epoch=batch.epoch,
+        bad_steps=progress.bad_steps + outcome.skipped,
+    )
+    mean = ctx.all_reduce_mean(sum(r.loss.item() for r in results) / len(results))
+    return StepReport(
+        progress=after, result=outcome, loss=mean, sample_loss=losses,
+        sigma=torch.cat([r.sigma for r in results]).float().cpu().numpy(), n_tokens=n_tokens, keys=tuple(keys),
+        seconds=time.monotonic() - started, waited=waited,
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _not_finite(report: StepReport, n: int) -> HvtrainError:
+    values: Mapping[str, float] = dict(zip(report.keys, report.sample_loss.tolist()))
+    return HvtrainError(
+        f"step {report.progress.step}: {n} steps in a row had no finite gradient (samples of the last: "
+        + ", ".join(f"{key} loss {value:g}" for key, value in values.items())
+        + "); lower optim.lr, or check these samples; the newest checkpoint is from before"
+    )

@@ -1,0 +1,88 @@
+"""One micro-step: a batch of samples becomes a loss. Knows nothing of engines, ranks' groups or files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hvtrain.flow.loss import add_noise, squared_error, target
+from hvtrain.flow.timesteps import Quantile, stratified
+from hvtrain.models.base import ModelSpec
+from hvtrain.rng import generator
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place of a micro-step in the run: all that its random numbers depend on."""
+
+    seed: int
+    step: int
+    micro: int
+    n_micro: int
+    dp_rank: int
+    dp: int
+
+
+@dataclass(frozen=True)
+class MicroResult:
+    loss: Tensor  # scalar with a graph: the mean over this rank's samples
+    per_sample: Tensor  # [B], detached
+    sigma: Tensor  # [B]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Flow matching for one model and task."""
+
+    spec: ModelSpec
+    task: str
+    guidance: float
+    quantile: Quantile
+    device: torch.device
+    autocast: bool
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], where: Where) -> MicroResult:
+        """Draw sigma and noise for this place in the run, and compare velocities. `batch`: see shards.loader."""
+        part, n_parts = where.micro * where.dp + where.dp_rank, where.n_micro * where.dp
+        u = stratified(len(batch["latents"]), seed=where.seed, step=where.step, part=part, n_parts=n_parts)
+        draw = generator(where.seed, step=where.step, micro=where.micro, dp_rank=where.dp_rank, stream="noise")
+        return self.compare(model, batch, sigma=self.quantile(u), draw=draw)
+
+    def compare(
+        self, model: nn.Module, batch: Mapping[str, Tensor], *, sigma: Tensor, draw: torch.Generator
+    ) -> MicroResult:
+        """The loss at given noise levels [B]; also what the held-out loss uses."""
+        latents = batch["latents"]
+        noise = torch.randn(latents.shape, generator=draw).to(self.device)
+        x0 = latents.to(self.device, torch.float32)
+        sigma = sigma.to(self.device, torch.float32)
+        cond = {name: value.to(self.device) for name, value in batch.items() if name != "latents"}
+        cond.setdefault("image_latents", x0[:, :, :1])  # image to video: the clip's own first latent frame
+        inp = self.spec.make_input(add_noise(x0, noise, sigma), sigma, cond, task=self.task, guidance=self.guidance)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            velocity = model(inp)
+        errors = squared_error(velocity, target(x0, noise), inp.loss_mask)
+        return MicroResult(errors.mean(), errors.detach(), sigma)
+
+
+def drop_captions(
+    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, share: float, draw: torch.Generator
+) -> dict[str, Tensor]:
+    """Give a share of the samples the empty prompt's embeddings instead of their own."""
+    result = dict(batch)
+    if share <= 0:
+        return result
+    dropped = torch.rand(len(batch["text_len"]), generator=draw) < share
+    if not dropped.any():
+        return result
+    n_empty = len(empty["text"])
+    length = max(batch["text"].shape[1], n_empty)
+    text = torch.nn.functional.pad(batch["text"], (0, 0, 0, length - batch["text"].shape[1]))
+    blank = torch.nn.functional.pad(empty["text"], (0, 0, 0, length - n_empty)).to(text.dtype)
+    result["text"] = torch.where(dropped[:, None, None], blank, text)
+    result["text_len"] = torch.where(dropped, torch.tensor(n_empty), batch["text_len"])
+    result["pooled"] = torch.where(dropped[:, None], empty["pooled"].to(batch["pooled"].dtype), batch["pooled"])
+    return result
