@@ -1,0 +1,258 @@
+"""One training run: the parts put together, and what the loop's events do."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvtrain.adapters.files import save_lora
+from hvtrain.adapters.lora import seed_dropout
+from hvtrain.config import TrainConfig, dump
+from hvtrain.flow.timesteps import quantile_function
+from hvtrain.metrics import Metrics, loss_by_sigma
+from hvtrain.models.load import save_dit
+from hvtrain.optim import build_optimizer, build_schedule
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.rng import generator
+from hvtrain.train import checkpoint
+from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.engine import EngineConfig, build_engine
+from hvtrain.train.evaluate import HeldOut, held_out_loss
+from hvtrain.train.loop import Cadence, Hooks, StepReport, train
+from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+from hvtrain.train.preview import Previews
+from hvtrain.train.progress import ProgressLine
+from hvtrain.train.setup import check_lengths, identity, open_shards, open_subject, total_steps
+from shards.loader import Batch, BatchLoader
+
+
+class Session:
+    """Everything that a run holds. `train` is the whole of it."""
+
+    def __init__(self, cfg: TrainConfig, ctx: ParallelContext) -> None:
+        self.cfg, self.ctx, self.output = cfg, ctx, Path(cfg.run.output_dir)
+        self.subject = open_subject(cfg, ctx)
+        flavor = self.subject.flavor
+        self.sets = open_shards(cfg.data.shards, flavor, key="data.shards")
+        self.held = HeldOut(
+            open_shards(cfg.eval.shards, flavor, key="eval.shards"), cfg.data.batch_size, cfg.eval.quantiles,
+            cfg.eval.max_batches,
+        )
+        self.steps = total_steps(cfg, sum(len(s) for s in self.sets), dp=ctx.dp)
+        check_lengths(cfg, self.steps)
+        autocast = cfg.run.precision == "bf16"
+        self.kernel = parallelize(
+            self.subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
+            dtype=torch.bfloat16 if autocast else torch.float32,
+        )
+        self.objective = Objective(
+            self.subject.spec, flavor.tasks[0], cfg.flow.guidance,
+            quantile_function(cfg.flow.timestep_sampling, cfg.flow), ctx.device, autocast,
+        )
+        found = self._claim()
+        self.previews = Previews(cfg, self.subject, ctx)  # encodes its prompts before the engine takes memory
+        self.engine = build_engine(
+            self.subject.model, self.subject.trainable,
+            EngineConfig(
+                cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.run.grad_accum, cfg.optim.max_grad_norm
+            ),
+            ctx,
+            optimizer=build_optimizer(self.subject.trainable, cfg.optim),
+            schedule=build_schedule(cfg.optim, total_steps=self.steps),
+        )
+        self.ema: dict[str, Tensor] = {}
+        self.start = self._restore(found)
+        if cfg.run.ema_decay and not self.ema:
+            self.ema = {n: p.detach().clone() for n, p in self.subject.trainable.items()}
+        self.metrics = Metrics(self.output if ctx.is_main else None, purge_step=self.start.step + 1)
+        self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
+        self.started = time.time()
+
+    # --- start ------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> Path | None:
+        """Make the output directory ours. Rank 0 looks; a refusal is raised on all ranks alike."""
+        answer: list[object] = [None]
+        if self.ctx.is_main:
+            try:
+                answer = [checkpoint.claim(
+                    self.output, identity(self.cfg, self.subject.fingerprint), dump(self.cfg),
+                    resume=self.cfg.run.resume == "auto",
+                )]
+            except Exception as error:  # handed to every rank, raised below
+                answer = [error]
+        result = self.ctx.gather_objects(answer[0])[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _restore(self, found: Path | None) -> Progress:
+        if found is None:
+            return Progress()
+        snapshot = checkpoint.load(found)
+        missing = sorted(set(self.subject.trainable) ^ set(snapshot.params))
+        if missing:
+            raise checkpoint.CheckpointError(f"{found}: holds other weights than this run trains, first '{missing[0]}'")
+        self.engine.load_state(snapshot.params, snapshot.optimizer, n_steps=snapshot.progress.step)
+        self.ema = {n: snapshot.ema[n].to(p.device) for n, p in self.subject.trainable.items() if n in snapshot.ema}
+        return snapshot.progress
+
+    def _announce(self) -> None:
+        if not self.ctx.is_main:
+            return
+        c, ctx, n = self.cfg, self.ctx, sum(p.numel() for p in self.subject.trainable.values())
+        what = f"LoRA rank {c.adapter.rank}" if c.adapter.type == "lora" else "all weights"
+        zero = f"ZeRO-{c.zero.stage}" if c.zero.engine == "deepspeed" else "plain PyTorch"
+        offload = f", optimizer on the {c.zero.offload_optimizer}" if c.zero.offload_optimizer != "none" else ""
+        print(
+            f"{self.subject.spec.name} {self.subject.flavor.name}: training {what} ({n:,} parameters) on "
+            f"{sum(len(s) for s in self.sets)} samples\n"
+            f"{ctx.world} process(es): data {ctx.dp} x Ulysses {ctx.ulysses} x ring {ctx.ring}, {zero}{offload}, "
+            f"{self.kernel.name} attention, {c.run.precision}\n"
+            f"steps {self.start.step} to {self.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each; "
+            f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}",
+            flush=True,
+        )
+
+    # --- the run ----------------------------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        self._announce()
+        if self.start.step >= self.steps:
+            if self.ctx.is_main:
+                print(f"nothing to do: {self.output} is at step {self.start.step} of {self.steps}")
+            return True
+        c = self.cfg
+        loader = BatchLoader(
+            self.sets, batch_size=c.data.batch_size, dp_rank=self.ctx.dp_rank, dp_size=self.ctx.dp, seed=c.run.seed,
+            cursor=self.start.cursor, workers=c.data.workers,
+        )
+        self.metrics.text("config", dump(c))
+        hooks = Hooks(self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at)
+        cadence = Cadence(
+            steps=self.steps, grad_accum=c.run.grad_accum, log=c.run.log_every, save=c.run.save_every_steps,
+            save_epochs=c.run.save_every_epochs, evaluate=c.eval.every_steps if self.held.sets else 0,
+            preview=c.preview.every_steps, max_bad_steps=c.run.max_bad_steps,
+        )
+        try:
+            finished = train(
+                self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx
+            )
+        finally:
+            self.line.close()
+            self.metrics.close()
+        if self.ctx.is_main:
+            end = "done" if finished else "stopped by a signal; start again to continue"
+            print(f"{end}: {self.output / c.run.name}.safetensors", flush=True)
+        return finished
+
+    def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
+        place = {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
+        tensors = drop_captions(
+            batch.tensors, self.sets[0].empty_text, share=self.cfg.data.caption_dropout,
+            draw=generator(where.seed, stream="caption-dropout", **place),
+        )
+        if self.cfg.adapter.type == "lora" and self.cfg.adapter.dropout:
+            seed_dropout(self.subject.model, where.seed, **place)
+        latents = tensors["latents"]
+        n_tokens = len(latents) * self.subject.flavor.latent.n_tokens(latents.shape)
+        return self.objective(self.engine.model, tensors, where), n_tokens
+
+    def _after_update(self) -> None:
+        if self.ema:
+            averages = list(self.ema.values())
+            values = [self.subject.trainable[n].detach() for n in self.ema]
+            torch._foreach_lerp_(averages, values, 1 - self.cfg.run.ema_decay)
+
+    def _log(self, r: StepReport) -> None:
+        step, ctx = r.progress.step, self.ctx
+        if step % self.cfg.run.log_every and step != self.steps:
+            return
+        slowest = ctx.all_reduce_max(r.seconds)
+        tokens = ctx.all_reduce_sum(r.n_tokens) / ctx.sp
+        values = {
+            "train/loss": r.loss, "train/lr": r.result.lr, "train/grad_norm": r.result.grad_norm or 0.0,
+            "train/epoch": float(r.progress.epoch), "train/samples": float(r.progress.cursor),
+            "train/bad_steps": float(r.progress.bad_steps),
+            "speed/tokens_per_s": tokens / slowest, "speed/step_s": r.seconds, "speed/slowest_rank_s": slowest,
+            "speed/data_wait_s": r.waited, "speed/memory_gib": _memory_gib(ctx.device),
+            **{f"train/{k}": v for k, v in loss_by_sigma(r.sigma, r.sample_loss).items()},
+        }
+        self.metrics.scalars(step, values)
+        self.metrics.histogram("train/sigma", step, r.sigma)
+        self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
+
+    def _evaluate(self, step: int) -> None:
+        values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
+        self.metrics.scalars(step, values)
+        self.line.note(f"step {step}: held-out loss {values['eval/loss']:.4f}")
+
+    def previews_at(self, step: int) -> None:
+        for name, frames, fps in self.previews.make(self.engine.model, step):
+            self.metrics.video(name, step, frames, fps=fps)
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    def _save(self, progress: Progress) -> None:
+        """Checkpoint, and the files that are for the user. Collective."""
+        params, optimizer = self.engine.export_params(), self.engine.export_optimizer()
+        if self.ctx.is_main:
+            ema = {n: t.cpu() for n, t in self.ema.items()}
+            checkpoint.save(
+                self.output / "checkpoints", Snapshot(progress, params, optimizer, ema),
+                keep_last=self.cfg.run.keep_last,
+            )
+            last = progress.step >= self.steps
+            name = self.cfg.run.name if last else f"{self.cfg.run.name}-step{progress.step:08d}"
+            self._export(self.output / f"{name}.safetensors", params, progress)
+            if ema and last:
+                self._export(self.output / f"{name}-ema.safetensors", ema, progress)
+            self.line.note(f"step {progress.step}: saved {name}.safetensors")
+        self.ctx.barrier()
+
+    def _export(self, path: Path, params: dict[str, Tensor], progress: Progress) -> None:
+        c, subject = self.cfg, self.subject
+        if c.adapter.type == "lora":
+            save_lora(
+                path, params, rank=c.adapter.rank, alpha=c.adapter.alpha, architecture=subject.spec.name,
+                metadata=self._metadata(progress),
+            )
+            return
+        with torch.device("meta"):
+            whole = subject.spec.build(subject.flavor.arch)
+        whole.load_state_dict({n: t.to(torch.bfloat16) for n, t in params.items()}, assign=True)
+        save_dit(whole, path, flavor=subject.flavor, spec=subject.spec)
+
+    def _metadata(self, progress: Progress) -> dict[str, object]:
+        """The `ss_*` entries that LoRA managers show."""
+        c = self.cfg
+        return {
+            "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
+            "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
+            "ss_max_train_steps": self.steps, "ss_steps": progress.step, "ss_epoch": progress.epoch,
+            "ss_num_train_items": sum(len(s) for s in self.sets), "ss_seed": c.run.seed,
+            "ss_gradient_accumulation_steps": c.run.grad_accum, "ss_gradient_checkpointing": c.run.recompute != "none",
+            "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
+            "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
+            "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
+            "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(c.model.dit or "scratch").name,
+            "ss_training_started_at": self.started, "ss_training_finished_at": time.time(),
+            "ss_datasets": list(c.data.shards), "hvtrain.base": self.subject.fingerprint,
+            "modelspec.date": datetime.fromtimestamp(time.time()).isoformat(timespec="seconds"),
+        }
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,121 @@
+"""The parts of a training run, built from their config sections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hvtrain.adapters.files import read_lora
+from hvtrain.adapters.lora import inject, linear_shapes, start_from
+from hvtrain.config import TrainConfig, asset
+from hvtrain.errors import ConfigError, DataError
+from hvtrain.models import find
+from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.load import load_dit
+from hvtrain.parallel.context import ParallelContext, check_heads
+from hvtrain.rng import generator
+from shards import ShardSet, open_set
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a run and what is trained of it."""
+
+    model: DiT
+    spec: ModelSpec
+    flavor: Flavor
+    fingerprint: str  # of the weights that training starts from
+    trainable: dict[str, nn.Parameter]
+
+
+def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
+    """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32."""
+    full = cfg.adapter.type == "none"
+    if cfg.model.dit is None:
+        spec = find(cfg.model.name)
+        flavor = spec.flavor(str(cfg.model.flavor))
+        check_heads(flavor.arch.heads_num, ctx.ulysses)
+        model = spec.build(flavor.arch)
+        spec.init_weights(model, generator(cfg.run.seed, stream="init"))
+        fingerprint = "scratch"
+    else:
+        loaded = load_dit(
+            asset(cfg.model.dit), model=cfg.model.name, flavor=cfg.model.flavor,
+            dtype=torch.float32 if full else DTYPES[cfg.model.dtype], device="cpu",
+        )
+        model, spec, flavor, fingerprint = loaded.model, loaded.spec, loaded.flavor, loaded.fingerprint
+        check_heads(flavor.arch.heads_num, ctx.ulysses)
+    if full:
+        model.requires_grad_(True)
+    else:
+        _add_adapter(model, spec, cfg)
+    model.to(ctx.device).train()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return Subject(model, spec, flavor, fingerprint, trainable)
+
+
+def _add_adapter(model: DiT, spec: ModelSpec, cfg: TrainConfig) -> None:
+    a = cfg.adapter
+    shapes = linear_shapes(model)
+    targets = spec.lora_targets(model, include=a.include, exclude=a.exclude)
+    inject(model, targets, rank=a.rank, alpha=a.alpha, dropout=a.dropout, seed=cfg.run.seed)
+    if a.init_from is not None:
+        start_from(model, read_lora(a.init_from, shapes, spec=spec))
+
+
+def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[ShardSet]:
+    """Open shard sets and compare a sample of each with what the model needs."""
+    sets = [open_set(path) for path in paths]
+    for path, found in zip(paths, sets):
+        if not len(found):
+            raise DataError(f"{key}: {path} holds no samples; encode some clips into it")
+        tensors = found.get(0).tensors
+        if tensors["latents"].shape[0] != flavor.latent.channels:
+            raise DataError(
+                f"{key}: {path} holds latents of {tensors['latents'].shape[0]} channels, flavor '{flavor.name}' takes "
+                f"{flavor.latent.channels}; encode the clips with this model's VAE"
+            )
+        for field in flavor.cond:
+            if field.name not in tensors:
+                if field.optional:
+                    continue
+                raise DataError(f"{key}: {path} lacks the field '{field.name}'; encode column '{field.column}'")
+            shape = tensors[field.name].shape
+            if len(shape) != len(field.dims) or any(w not in (None, n) for w, n in zip(field.dims, shape)):
+                wanted = " x ".join("any" if d is None else str(d) for d in field.dims)
+                raise DataError(
+                    f"{key}: {path} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {wanted}; "
+                    "encode the captions with this model's text encoders"
+                )
+    return sets
+
+
+def total_steps(cfg: TrainConfig, n_samples: int, *, dp: int) -> int:
+    """Optimizer steps of the run; epochs are counted in samples."""
+    if cfg.run.steps is not None:
+        return cfg.run.steps
+    per_step = dp * cfg.data.batch_size * cfg.run.grad_accum
+    return max(1, math.ceil((cfg.run.epochs or 0) * n_samples / per_step))
+
+
+def identity(cfg: TrainConfig, fingerprint: str) -> dict[str, object]:
+    """What makes a run this run: changing any of it makes another. Length, rates and ranks may change."""
+    a, f = cfg.adapter, cfg.flow
+    return {
+        "model.name": cfg.model.name, "weights": fingerprint,
+        "adapter": [a.type, a.rank, a.alpha, a.dropout, list(a.include), list(a.exclude)] if a.type == "lora" else [a.type],
+        "flow": [f.timestep_sampling, f.shift, f.sigmoid_scale, f.logit_mean, f.min_sigma, f.max_sigma, f.guidance],
+        "data.shards": list(cfg.data.shards), "data.batch_size": cfg.data.batch_size,
+        "run.seed": cfg.run.seed, "run.name": cfg.run.name,
+    }
+
+
+def check_lengths(cfg: TrainConfig, steps: int) -> None:
+    if cfg.optim.warmup_steps > steps:
+        raise ConfigError(f"optim.warmup_steps is {cfg.optim.warmup_steps}, more than the run's {steps} steps")
