@@ -12,20 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 40, 40),
-    "green": (40, 185, 60),
-    "blue": (45, 80, 230),
-    "yellow": (240, 220, 50),
-    "magenta": (215, 55, 205),
-    "cyan": (45, 205, 220),
+    "red": (205, 60, 60),
+    "green": (60, 175, 75),
+    "blue": (60, 85, 210),
+    "yellow": (225, 210, 70),
+    "magenta": (200, 70, 190),
+    "cyan": (60, 195, 205),
 }
 SHAPES = ("circle", "square", "triangle")
+SOFTNESS = 3.0  # width of an edge in pixels: what a small VAE can follow
 MOTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"gray": (128, 128, 128), "dark": (25, 25, 30), "light": (225, 225, 220)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"gray": (130, 130, 130), "dark": (55, 55, 60), "light": (200, 200, 196)}
 
 N_HELD_OUT = 24  # of the 72 colour x shape x motion combinations
 CONCEPT = "zorb"  # the word of the demo's concept: an orange ring, which no other caption describes
-CONCEPT_RGB = (245, 130, 20)
+CONCEPT_RGB = (235, 130, 40)
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,18 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
         side = 0.866 * np.abs(x) - 0.5 * y - 0.55 * r
         return np.maximum(side, y - 0.75 * r)
     if shape == CONCEPT:
-        return np.abs(np.hypot(x, y) - 0.78 * r) - 0.3 * r
+        return np.abs(np.hypot(x, y) - 0.85 * r) - 0.3 * r
     raise ValueError(f"no such shape: {shape}")
 
 
 def render(clip: Clip, *, frames: int = 9, height: int = 64, width: int = 64) -> np.ndarray:
-    """Draw a clip: uint8 [frames, height, width, 3], anti-aliased, the object never leaves the picture."""
+    """Draw a clip: uint8 [frames, height, width, 3], soft-edged; the object never leaves the picture."""
     rng = random.Random(repr(clip))
     unit = min(height, width)
     r = unit * rng.uniform(0.17, 0.23)
-    travel = unit * rng.uniform(0.24, 0.34)
+    travel = unit * rng.uniform(0.17, 0.23)
     dx, dy = MOTIONS[clip.motion]
-    room_x, room_y = width / 2 - r - 1, height / 2 - r - 1
+    room_x, room_y = width / 2 - 1.2 * r - 1, height / 2 - 1.2 * r - 1
     # Centre of the path: anywhere such that the whole path stays inside.
     mid_x = width / 2 + rng.uniform(-1, 1) * max(0.0, room_x - abs(dx) * travel / 2)
     mid_y = height / 2 + rng.uniform(-1, 1) * max(0.0, room_y - abs(dy) * travel / 2)
@@ -107,6 +108,7 @@ def render(clip: Clip, *, frames: int = 9, height: int = 64, width: int = 64) ->
     video = np.empty((frames, height, width, 3), np.uint8)
     for f in range(frames):
         along = (f / max(1, frames - 1) - 0.5) * travel
-        cover = np.clip(0.5 - _distance(clip.shape, xs - mid_x - dx * along, ys - mid_y - dy * along, r), 0, 1)
+        away = _distance(clip.shape, xs - mid_x - dx * along, ys - mid_y - dy * along, r)
+        cover = np.clip(0.5 - away / SOFTNESS, 0, 1)
         video[f] = np.clip(canvas + (color - canvas) * cover[..., None], 0, 255).round()
     return video
