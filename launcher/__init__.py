@@ -1,0 +1,1 @@
+"""What a person types: commands, processes, exit codes. Imports no torch; the work is in hvtrain."""

@@ -1,0 +1,181 @@
+"""Start the processes of a job on this machine, pass signals on to them, and say once why they failed.
+
+It sets the variables that torchrun sets, and a command works the same under torchrun. The differences: a signal
+reaches the workers and they get the time that saving takes (torchrun kills after 30 s and does not pass SIGUSR1),
+exit codes 2 and 75 come through, and one error is printed once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hvtrain.errors import LaunchError
+from launcher.report import FOLDER_VARIABLE, REQUEUE, first_cause
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
+TAIL_LINES = 30
+# Below the ports that Linux hands out by itself (32768 and up), so that none is taken between choosing and binding.
+PORTS = range(20000, 32000)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where the processes of a job run. One node needs nothing but nproc."""
+
+    nproc: int
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nproc < 1 or self.nnodes < 1:
+            raise LaunchError(f"--nproc {self.nproc} --nnodes {self.nnodes}: both must be at least 1")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise LaunchError(f"--node-rank {self.node_rank}: expected 0 to {self.nnodes - 1} (--nnodes {self.nnodes})")
+        if self.nnodes > 1 and (self.master_port is None or self.master_addr == "127.0.0.1"):
+            raise LaunchError(
+                "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port on it, "
+                "the same on every node"
+            )
+
+
+@dataclass(frozen=True)
+class Worker:
+    rank: int
+    process: subprocess.Popen
+    log: Path | None  # where its output goes; None: to the terminal
+
+
+def launch(arguments: Sequence[str], topology: Topology) -> int:
+    """Run `hvtrain ARGUMENTS` in topology.nproc processes here; the exit code of the job."""
+    with TemporaryDirectory(prefix="hvtrain-") as name:
+        folder = Path(name)
+        workers: list[Worker] = []
+        with _forward_signals(workers):
+            port = topology.master_port or free_port()
+            for local_rank in range(topology.nproc):
+                workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder))
+            failed = _wait(workers)
+        return _explain(workers, failed, folder)
+
+
+def free_port() -> int:
+    for port in random.sample(PORTS, 50):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(f"no free port among {PORTS.start}-{PORTS.stop - 1}; give one with --master-port")
+
+
+def _start(
+    arguments: Sequence[str], topology: Topology, *, local_rank: int, port: int, folder: Path
+) -> Worker:
+    rank = topology.node_rank * topology.nproc + local_rank
+    threads = max(1, (os.cpu_count() or 1) // topology.nproc)
+    env = {
+        "OMP_NUM_THREADS": str(threads),  # the user's own setting wins
+        **os.environ,
+        "WORLD_SIZE": str(topology.nproc * topology.nnodes),
+        "LOCAL_WORLD_SIZE": str(topology.nproc),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "GROUP_RANK": str(topology.node_rank),
+        "MASTER_ADDR": topology.master_addr,
+        "MASTER_PORT": str(port),
+        FOLDER_VARIABLE: str(folder),
+    }
+    # Only the first process of a node writes to the terminal: N equal warnings tell no more than one.
+    log = None if local_rank == 0 else folder / f"{rank}.log"
+    command = [sys.executable, "-m", "launcher.worker", *arguments]
+    with open(log or os.devnull, "wb") as sink:
+        out = None if log is None else sink
+        # A session of its own: Ctrl-C then reaches a worker once, through us, and not twice.
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+    return Worker(rank, process, log)
+
+
+@contextmanager
+def _forward_signals(workers: list[Worker]) -> Iterator[None]:
+    interrupts = 0
+
+    def forward(number: int, frame: object) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
+            number = signal.SIGKILL  # the second Ctrl-C means it
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for worker in workers:  # an error of our own must leave nothing behind
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(workers: Sequence[Worker]) -> Worker | None:
+    """Until all have ended; the first that failed. A stop on request (75) is no failure: its peers may still save."""
+    failed: Worker | None = None
+    deadline = float("inf")
+    while any(worker.process.poll() is None for worker in workers):
+        if failed is None and (failed := _first_failed(workers)):
+            deadline = time.monotonic() + PEERS_GRACE_S
+        if time.monotonic() > deadline:
+            for worker in workers:
+                worker.process.kill()
+        time.sleep(0.05)
+    return failed or _first_failed(workers)
+
+
+def _first_failed(workers: Sequence[Worker]) -> Worker | None:
+    failed = [w for w in workers if w.process.poll() not in (None, 0, REQUEUE)]
+    # One that was killed explains peers that ended with an error at the same moment, not the other way round.
+    return min(failed, key=lambda w: w.process.returncode >= 0, default=None)
+
+
+def _explain(workers: Sequence[Worker], failed: Worker | None, folder: Path) -> int:
+    """Print the cause of a failure, once, and give the exit code of the job."""
+    if failed is None:
+        return REQUEUE if any(w.process.returncode == REQUEUE for w in workers) else 0
+    code = failed.process.returncode
+    if code < 0:  # killed: it could not say why, and what the others recorded is only that it is gone
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        print(f"error: process {failed.rank} was ended by {name}{hint}{_tail(failed)}", file=sys.stderr)
+        return 128 - code
+    cause = first_cause(folder)
+    if cause is None:
+        print(f"error: process {failed.rank} ended with exit code {code}{_tail(failed)}", file=sys.stderr)
+        return code
+    where = f" (process {cause.rank} of {len(workers)})" if cause.rank else ""
+    print(f"{cause.text}{where}", file=sys.stderr)
+    return cause.code
+
+
+def _tail(worker: Worker) -> str:
+    if worker.log is None:
+        return ""
+    lines = worker.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return "".join(f"\n  {line}" for line in lines)

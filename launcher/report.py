@@ -1,0 +1,81 @@
+"""How a command ends: a user's mistake is one line and exit code 2, a bug is a traceback and 1, "start me again" is 75.
+
+Several processes usually fail together, for one reason. Under `hvtrain launch` each one therefore leaves a record in a
+folder instead of printing, and the launcher prints the one that explains the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+USER_ERROR = 2
+REQUEUE = 75  # the run was asked to stop, has saved, and continues when it is started again
+INTERRUPTED = 130
+FOLDER_VARIABLE = "HVTRAIN_REPORT_DIR"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one process ended."""
+
+    rank: int
+    code: int
+    time_s: float
+    text: str
+
+
+def guarded(run: Callable[[], int | None]) -> int:
+    """Run a command; its exit code. Never raises, except SystemExit."""
+    try:
+        return run() or 0
+    except KeyboardInterrupt:
+        _tell(INTERRUPTED, "interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `hvtrain models keys X | head`: nobody reads on. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if is_user_error(error):
+            _tell(USER_ERROR, f"error: {one_line(error)}")
+            return USER_ERROR
+        _tell(1, traceback.format_exc().rstrip())
+        return 1
+
+
+def is_user_error(error: BaseException) -> bool:
+    """The error classes are looked up among the loaded modules: importing `shards` here would import torch."""
+    homes = (("hvtrain.errors", "HvtrainError"), ("shards.errors", "ShardError"))
+    classes = [getattr(sys.modules[module], name) for module, name in homes if module in sys.modules]
+    return isinstance(error, tuple(classes))
+
+
+def one_line(error: BaseException) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def first_cause(folder: Path) -> Failure | None:
+    """The record that explains the others: the earliest mistake of the user, else the earliest failure. The rest
+    are mostly processes that lost their peers."""
+    failures = [Failure(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    failures.sort(key=lambda f: (f.code != USER_ERROR, f.time_s))
+    return failures[0] if failures else None
+
+
+def _tell(code: int, text: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        print(text if rank == 0 else f"{text} (rank {rank})", file=sys.stderr, flush=True)
+        return
+    record = Path(folder, f"{rank}.json")
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(Failure(rank, code, time.time(), text))))
+    temporary.replace(record)  # the launcher may be reading

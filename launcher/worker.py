@@ -1,0 +1,33 @@
+"""The process that `hvtrain launch`, torchrun or srun starts: `python -m launcher.worker train ...`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+from launcher import cli
+from launcher.report import REQUEUE
+
+
+def main() -> None:
+    _end_with_parent()
+    code = cli.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (0, REQUEUE):
+        # At once: the ordinary exit may wait for a collective whose other ranks have failed too.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _end_with_parent() -> None:
+    """If the launcher is killed, be asked to stop (and save) instead of running on unseen. Linux only."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
