@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from hvtrain.adapters.dialects import Shapes, gather, known_names
-from hvtrain.adapters.metadata import file_order, lora_metadata, model_hashes, other_architecture
-from hvtrain.adapters.pairs import LoraPair
+from hvtrain.adapters.metadata import PeftAlpha, file_order, lora_metadata, model_hashes, other_architecture
+from hvtrain.adapters.pairs import LoraPair, unfold_alpha
 from hvtrain.errors import CheckpointError
 from hvtrain.models.base import ModelSpec
 from hvtrain.models.stream import open_writer
 from hvtrain.models.weights import open_weights
 
 PARTS_KEY = "hvtrain.parts"  # metadata: ranks of the blocks that a joined pair was stacked from, by layer
+FOLDED_KEY = "hvtrain.folded_alpha"  # metadata: the alphas that were multiplied into `up`, by the file's layer names
 _ENDINGS = {
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_A.default.weight": "down",
     ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora_B.default.weight": "up",
@@ -86,10 +87,14 @@ def write_lora(
         stem = "lora_unet_" + module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = pair.down.to("cpu", dtype)
         tensors[f"{stem}.lora_up.weight"] = pair.up.to("cpu", dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(float(pair.alpha), dtype=dtype)
+        tensors[f"{stem}.alpha"] = torch.tensor(float(pair.alpha))
+    write_tensors(path, tensors, metadata={**metadata, **parts_entry(pairs)})
+
+
+def parts_entry(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
+    """The metadata that lets a joined pair be cut into the very pairs that it was made of."""
     parts = {module: pair.parts for module, pair in pairs.items() if pair.parts}
-    extra = {PARTS_KEY: json.dumps(parts)} if parts else {}
-    write_tensors(path, tensors, metadata={**metadata, **extra})
+    return {PARTS_KEY: json.dumps(parts)} if parts else {}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str]) -> None:
@@ -109,7 +114,11 @@ def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None
     weights = open_weights(path)
     stems = _group(path, {name: weights.get(name) for name in weights})
     found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
-    pairs = gather(path, {name: _pair(path, stem, stems[stem]) for name, stem in found.items()}, spec, shapes)
+    folded = json.loads(weights.metadata.get(FOLDED_KEY, "{}"))
+    peft = PeftAlpha.parse(weights.metadata)
+    given = {name: _pair(path, stem, stems[stem], peft) for name, stem in found.items()}
+    given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
+    pairs = gather(path, given, spec, shapes)
     parts = json.loads(weights.metadata.get(PARTS_KEY, "{}"))
     for name, pair in pairs.items():
         pair.check_shape(path, name, shapes[name])
@@ -182,10 +191,10 @@ def _refusal(
         text += f": {len(strange)} of its {len(stems)} layers are not in {model}, first {', '.join(strange[:3])}"
     looks = said or (spec.lora_looks_like(stems) if spec else None)
     hint = "its metadata says" if said else "it looks like"
-    return f"{text}; {hint} {looks}; give a LoRA trained on {model}" if looks else text
+    return f"{text}; {hint} {looks}; give a LoRA for {model}" if looks else text
 
 
-def _pair(path: Path, stem: str, tensors: Mapping[str, torch.Tensor]) -> LoraPair:
+def _pair(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: PeftAlpha | None) -> LoraPair:
     missing = [kind for kind in ("down", "up") if kind not in tensors]
     if missing:
         raise CheckpointError(f"{path}: '{stem}' has no {missing[0]}-projection: the file is incomplete")
@@ -193,7 +202,10 @@ def _pair(path: Path, stem: str, tensors: Mapping[str, torch.Tensor]) -> LoraPai
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         shapes = f"{list(up.shape)} and {list(down.shape)}"
         raise CheckpointError(f"{path}: '{stem}' has up and down of shapes {shapes}, not [out, rank] and [rank, in]")
-    alpha = tensors.get("alpha")
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path}: '{stem}' holds values that are not finite: the training run diverged")
-    return LoraPair(down, up, float(alpha) if alpha is not None else float(down.shape[0]))
+    if "alpha" in tensors:
+        alpha = float(tensors["alpha"])
+    else:
+        alpha = peft.of(stem, down.shape[0]) if peft else float(down.shape[0])
+    return LoraPair(down, up, alpha)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from hvtrain.models.stream import Slot, lay_out, tensor_bytes
 
+PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
 _SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec
 _LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UIs hashed
 
@@ -91,3 +93,27 @@ def other_architecture(metadata: Mapping[str, str], architecture: str) -> str | 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+@dataclass(frozen=True)
+class PeftAlpha:
+    """The alphas that a PEFT configuration gives to layers; such files have no alpha tensors."""
+
+    default: float | None
+    patterns: Mapping[str, float]
+    rank_stable: bool = False  # rsLoRA: the scale is alpha / sqrt(rank)
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, str]) -> PeftAlpha | None:
+        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer.")."""
+        if PEFT_KEY not in metadata:
+            return None
+        config = {key.rpartition(".")[2]: value for key, value in json.loads(metadata[PEFT_KEY]).items()}
+        patterns = config.get("alpha_pattern") or {}
+        return cls(config.get("lora_alpha"), patterns, bool(config.get("use_rslora")))
+
+    def of(self, layer: str, rank: int) -> float:
+        """As PEFT matches: a pattern is a regular expression for the name or for its last parts."""
+        found = (alpha for key, alpha in self.patterns.items() if re.search(rf"(^|\.)({key.lstrip('^')})$", layer))
+        alpha = next(found, self.default if self.default is not None else float(rank))
+        return float(alpha * rank**0.5 if self.rank_stable else alpha)

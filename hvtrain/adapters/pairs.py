@@ -79,7 +79,7 @@ def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | No
     for i, rank in enumerate(ranks):
         first = sum(ranks[:i])
         mine = slice(first, first + rank)
-        part = LoraPair(pair.down[mine].contiguous(), ups[i][:, mine].contiguous(), pair.scale * rank)
+        part = LoraPair(pair.down[mine].contiguous(), ups[i][:, mine].contiguous(), _single(pair.scale * rank))
         cut.append(part if rank else None)
     return cut
 
@@ -114,9 +114,19 @@ def join_rows(pairs: Sequence[LoraPair | None], rows: Sequence[torch.Tensor]) ->
             ratio = part.scale / first.scale  # one alpha for all: differing scales move into `up`
             block = part.up if math.isclose(ratio, 1.0, rel_tol=1e-12) else part.up * ratio
             up[index, sum(ranks[:i]) : sum(ranks[: i + 1])] = block
-    return LoraPair(torch.cat([p.down for p in present]), up, first.scale * sum(ranks), ranks)
+    return LoraPair(torch.cat([p.down for p in present]), up, _single(first.scale * sum(ranks)), ranks)
 
 
 def fold_alpha(pair: LoraPair) -> LoraPair:
     """The same delta with a scale of 1. Exact, and exactly undone, where the scale is a power of two."""
     return replace(pair, up=pair.up if pair.scale == 1.0 else pair.up * pair.scale, alpha=float(pair.rank))
+
+
+def unfold_alpha(pair: LoraPair, alpha: float) -> LoraPair:
+    """Undo `fold_alpha` of a pair that had this alpha."""
+    return replace(pair, up=pair.up / (alpha / pair.rank), alpha=alpha)
+
+
+def _single(alpha: float) -> float:
+    """Rounded to float32, as files hold it: going there and back then ends where it began."""
+    return torch.tensor(alpha, dtype=torch.float32).item()
