@@ -181,8 +181,9 @@ def count_calls(vae: VideoVae, part: str, run) -> int:
         (None, 33, 1),
         (None, 61, 1),
         (None, 65, 2),
-        (VaeTiling(temporal=False), 65, 1),
-        (VaeTiling(frames=32), 33, 2),
+        (VaeTiling(temporal=0), 65, 1),
+        (VaeTiling(temporal=32), 33, 2),
+        (OFF, 65, 1),
     ],
 )
 def test_temporal_tiles(oracle, tiling, frames, tiles):
@@ -198,8 +199,10 @@ def test_temporal_tiles(oracle, tiling, frames, tiles):
 def test_spatial_tiles_and_slicing(oracle, state, vae):
     x = video(5, 64, 96, batch=2)
     whole = vae.encode(x)
-    tiled = VideoVae(vae.model, tiling=VaeTiling(size=32))
+    tiled = VideoVae(vae.model, tiling=VaeTiling(spatial=32))
     assert count_calls(tiled, "encoder", lambda: tiled.encode(x)) == 3 * 4  # stride 24
+    untiled = VideoVae(vae.model, tiling=VaeTiling(spatial=0))
+    assert count_calls(untiled, "encoder", lambda: untiled.encode(x)) == 1
     sliced = VideoVae(vae.model, tiling=VaeTiling(slicing=True))
     assert count_calls(sliced, "encoder", lambda: sliced.encode(x)) == 2
     torch.testing.assert_close(sliced.encode(x), whole, rtol=1e-4, atol=1e-5)
@@ -210,11 +213,11 @@ def test_tiles_are_aligned(oracle, state, vae):
     """Random weights see far beyond a tile, so tiles differ; a tile in a wrong place would share nothing."""
     noise = torch.randn(1, 16, 2, 24, 24, generator=generator(3))
     whole = vae.decode(noise, clamp=False)
-    tiled = VideoVae(vae.model, tiling=VaeTiling(size=128)).decode(noise, clamp=False)
+    tiled = VideoVae(vae.model, tiling=VaeTiling(spatial=128)).decode(noise, clamp=False)
     assert relative(tiled, whole) < 0.2
     noise = torch.randn(1, 16, 12, 6, 8, generator=generator(4))
     whole = VideoVae(vae.model).decode(noise, clamp=False)
-    tiled = VideoVae(vae.model, tiling=VaeTiling(frames=32)).decode(noise, clamp=False)
+    tiled = VideoVae(vae.model, tiling=VaeTiling(temporal=32)).decode(noise, clamp=False)
     assert relative(tiled, whole) < 0.7
 
 
@@ -225,7 +228,7 @@ def test_tiled_is_close_to_untiled_with_trained_weights():
     x = pixels.permute(3, 0, 1, 2)[None] / 127.5 - 1
     vae = open_vae(TINY, dtype=torch.float32, tiling=OFF)
     latents, whole = vae.encode(x), vae.decode(vae.encode(x))
-    for tiling in (VaeTiling(size=64, temporal=False), VaeTiling(spatial=False, frames=16)):
+    for tiling in (VaeTiling(spatial=64, temporal=0), VaeTiling(spatial=0, temporal=16)):
         tiled = VideoVae(vae.model, tiling=tiling)
         assert count_calls(tiled, "decoder", lambda v=tiled: v.decode(latents)) > 1
         assert psnr(tiled.decode(latents), whole) > 25
@@ -238,9 +241,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_refused_tiles(vae):
     with pytest.raises(ConfigError, match="100 pixels"):
-        VideoVae(vae.model, tiling=VaeTiling(size=100))
-    with pytest.raises(ConfigError, match="overlap 1.0"):
-        VideoVae(vae.model, tiling=VaeTiling(frame_overlap=1.0))
+        VideoVae(vae.model, tiling=VaeTiling(spatial=100))
+    with pytest.raises(ConfigError, match="-16 frames"):
+        VideoVae(vae.model, tiling=VaeTiling(temporal=-16))
 
 
 def test_refused_videos(vae):

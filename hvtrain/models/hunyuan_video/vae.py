@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvtrain.config import VaeTilingConfig
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.models.hunyuan_video.vae_weights import (
     METADATA_KEY,
@@ -26,28 +26,9 @@ from hvtrain.models.hunyuan_video.vae_weights import (
 )
 from hvtrain.models.weights import fingerprint, open_weights
 
-
-@dataclass(frozen=True)
-class VaeTiling:
-    """How a video is cut to bound memory. The defaults are the official ones; neither direction is exact."""
-
-    spatial: bool = True
-    """Cut frames larger than `size` pixels into overlapping squares."""
-    temporal: bool = True
-    """Cut clips longer than `frames` frames."""
-    slicing: bool = False
-    """Treat the samples of a batch one after another (exact)."""
-    size: int = 256
-    """Pixels of a tile's side, a multiple of 32."""
-    overlap: float = 0.25
-    """Share of a tile's side that it has in common with the next one."""
-    frames: int = 64
-    """Frames of a temporal tile (each tile holds one more, the first), a multiple of 16."""
-    frame_overlap: float = 0.25
-    """Share of a temporal tile that it has in common with the next one."""
-
-
-OFF = VaeTiling(spatial=False, temporal=False)
+VaeTiling = VaeTilingConfig  # a direction of size 0 is never cut; the defaults are the official ones
+OFF = VaeTiling(enabled=False)
+OVERLAP = 0.25  # the official share of a tile that it has in common with the next one, in space and in time
 
 
 def build_vae(config: Mapping[str, Any] | None = None) -> Any:
@@ -68,25 +49,19 @@ def build_vae(config: Mapping[str, Any] | None = None) -> Any:
 
 def apply_tiling(model: Any, tiling: VaeTiling) -> None:
     """Set the library's tiling state completely: nothing of its own defaults is left."""
-    if tiling.size % 32 or tiling.size <= 0 or tiling.frames % 16 or tiling.frames <= 0:
+    size, frames = tiling.spatial, tiling.temporal
+    # A stride, three quarters of a tile, must be whole in latents (8 pixels, 4 frames), or tiles would shift.
+    if size % 32 or size < 0 or frames % 16 or frames < 0:
         raise ConfigError(
-            f"VAE tiles of {tiling.size} pixels and {tiling.frames} frames: use multiples of 32 and of 16"
+            f"VAE tiles of {size} pixels and {frames} frames: use multiples of 32 and of 16; 0 is off"
         )
-    # A stride must be whole in latents (8 pixels, 4 frames), or tiles would be blended with a shift.
-    stride = _stride(tiling.size, tiling.overlap, 8)
-    model.use_tiling = tiling.spatial
     model.use_slicing = tiling.slicing
-    model.use_framewise_encoding = model.use_framewise_decoding = tiling.temporal
-    model.tile_sample_min_height = model.tile_sample_min_width = tiling.size
-    model.tile_sample_stride_height = model.tile_sample_stride_width = stride
-    model.tile_sample_min_num_frames = tiling.frames
-    model.tile_sample_stride_num_frames = _stride(tiling.frames, tiling.frame_overlap, 4)
-
-
-def _stride(size: int, overlap: float, unit: int) -> int:
-    if not 0 <= overlap < 1:
-        raise ConfigError(f"VAE tile overlap {overlap}: expected a share from 0 up to, not including, 1")
-    return max(unit, int(size * (1 - overlap)) // unit * unit)
+    model.use_tiling = tiling.enabled and size > 0
+    model.use_framewise_encoding = model.use_framewise_decoding = tiling.enabled and frames > 0
+    model.tile_sample_min_height = model.tile_sample_min_width = size
+    model.tile_sample_stride_height = model.tile_sample_stride_width = int(size * (1 - OVERLAP))
+    model.tile_sample_min_num_frames = frames
+    model.tile_sample_stride_num_frames = int(frames * (1 - OVERLAP))
 
 
 class VideoVae:
