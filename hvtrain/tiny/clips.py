@@ -20,7 +20,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "cyan": (60, 195, 205),
 }
 SHAPES = ("circle", "square", "triangle")
-SOFTNESS = 3.0  # width of an edge in pixels: what a small VAE can follow
+SOFTNESS = 4.0  # width of an edge in pixels: what a small VAE can follow
 MOTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"gray": (130, 130, 130), "dark": (55, 55, 60), "light": (200, 200, 196)}
 
@@ -92,7 +92,7 @@ def render(clip: Clip, *, frames: int = 9, height: int = 64, width: int = 64) ->
     rng = random.Random(repr(clip))
     unit = min(height, width)
     r = unit * rng.uniform(0.17, 0.23)
-    travel = unit * rng.uniform(0.17, 0.23)
+    travel = unit * rng.uniform(0.15, 0.20)
     dx, dy = MOTIONS[clip.motion]
     room_x, room_y = width / 2 - 1.2 * r - 1, height / 2 - 1.2 * r - 1
     # Centre of the path: anywhere such that the whole path stays inside.

@@ -35,6 +35,7 @@ class VaeRecipe:
     norm_groups: int = 4
     image_steps: int = 500
     video_steps: int = 1400
+    decoder_steps: int = 600
     image_batch: int = 12
     video_batch: int = 6
     frames: int = 9
@@ -161,44 +162,73 @@ def build(recipe: VaeRecipe) -> nn.Module:
 
 def optimizers(vae: nn.Module, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the inner kernels, AdamW for the first and last layer, the norms and the biases."""
-    inner = [p for n, p in vae.named_parameters() if p.ndim >= 2 and "conv_in" not in n and "conv_out" not in n]
+    moving = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
+    inner = [p for n, p in moving if p.ndim >= 2 and "conv_in" not in n and "conv_out" not in n]
     chosen = {id(p) for p in inner}
-    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    rest = [p for _, p in moving if id(p) not in chosen]
     return [ConvMuon(inner, 10 * recipe.lr), torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: what is seen, what moves, and the learning rate as a share of the recipe's."""
+
+    name: str
+    steps: int
+    batch: int
+    frames: int
+    start: float
+    end: float
+    frozen_encoder: bool = False
+
+
+def stages(recipe: VaeRecipe) -> list[Stage]:
+    """Stills, then clips, then the decoder alone: the latents are final before the last stage."""
+    r = recipe
+    return [
+        Stage("stills", r.image_steps, r.image_batch, 1, 1.0, 0.85),
+        Stage("clips", r.video_steps, r.video_batch, r.frames, 0.85, 0.0),
+        Stage("decoder", r.decoder_steps, r.video_batch, r.frames, 0.5, 0.0, frozen_encoder=True),
+    ]
+
+
 def train(recipe: VaeRecipe) -> nn.Module:
-    """Run the recipe and return the whitened model."""
+    """Run the recipe and return the model, its latents whitened."""
     vae = build(recipe)
     pictures = Pictures(read_real(recipe.real_clip), seed=recipe.seed)
-    total = recipe.image_steps + recipe.video_steps
+    for stage in stages(recipe):
+        if stage.frozen_encoder:
+            whiten(vae, pictures, recipe)
+        run_stage(vae, pictures, recipe, stage)
+    return vae
+
+
+def run_stage(vae: nn.Module, pictures: Pictures, recipe: VaeRecipe, stage: Stage) -> None:
+    """40 steps up, then linearly from `start` to `end`."""
+    vae.encoder.requires_grad_(not stage.frozen_encoder)
+    vae.quant_conv.requires_grad_(not stage.frozen_encoder)
     steppers = optimizers(vae, recipe)
-    # 40 steps up, flat, and linearly to zero over the last 85 %.
-    ramp = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 40, (total - s) / (0.85 * total)))
-        for o in steppers
-    ]
-    start, mean_error = time.monotonic(), 0.0
-    for step in range(total):
-        still = step < recipe.image_steps
-        n, frames = (recipe.image_batch, 1) if still else (recipe.video_batch, recipe.frames)
-        x = pictures.batch(n, frames=frames, size=recipe.size).to(memory_format=torch.channels_last_3d)
-        error, kl = _forward(vae, x, generator(recipe.seed, step=step, stream="vae"))
+    bases = [o.param_groups[0]["lr"] for o in steppers]
+    started, mean_error = time.monotonic(), 0.0
+    for step in range(stage.steps):
+        factor = min((step + 1) / 40, stage.start + (stage.end - stage.start) * step / stage.steps)
+        for o, base in zip(steppers, bases):
+            o.param_groups[0]["lr"] = base * factor
+        x = pictures.batch(stage.batch, frames=stage.frames, size=recipe.size).to(memory_format=torch.channels_last_3d)
+        error, kl = _forward(vae, x, generator(recipe.seed, step=step, stream=f"vae-{stage.name}"))
         loss = error.abs().mean() + 2 * error.pow(2).mean() + recipe.kl_weight * kl
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for o, r in zip(steppers, ramp):
+        nn.utils.clip_grad_norm_([p for p in vae.parameters() if p.requires_grad], 1.0)
+        for o in steppers:
             o.step()
             o.zero_grad(set_to_none=True)
-            r.step()
         mean_error += (float(error.detach().pow(2).mean()) - mean_error) / min(step + 1, 50)
         if (step + 1) % 100 == 0:
             db = -10 * np.log10(mean_error / 4)
-            print(f"step {step + 1}/{total}  train PSNR {db:.2f} dB  {time.monotonic() - start:.0f} s", flush=True)
+            passed = time.monotonic() - started
+            print(f"{stage.name} {step + 1}/{stage.steps}  train PSNR {db:.2f} dB  {passed:.0f} s", flush=True)
         if (step + 1) % 500 == 0:
             report(vae, pictures.real, recipe)
-    whiten(vae, pictures, recipe)
-    return vae
 
 
 def _forward(vae: nn.Module, x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
