@@ -221,18 +221,22 @@ def test_tiles_are_aligned(oracle, state, vae):
     assert relative(tiled, whole) < 0.7
 
 
-def test_tiled_is_close_to_untiled_with_trained_weights():
-    """The tiny VAE on a real motion: 33 frames of 128 x 192 in tiles of half that size."""
+@pytest.mark.parametrize(
+    ("tiling", "decibels"), [(VaeTiling(spatial=64, temporal=0), 27), (VaeTiling(spatial=0, temporal=16), 35)]
+)
+def test_tiled_is_close_to_untiled_with_trained_weights(tiling, decibels):
+    """The tiny VAE on a moving shape; tiles far below the official size, so the bounds are loose."""
     clip = clips.Clip("red", "circle", "left", "gray", seed=3)
-    pixels = torch.from_numpy(clips.render(clip, frames=33, height=128, width=192))
+    pixels = torch.from_numpy(clips.render(clip, frames=17, height=96, width=128))
     x = pixels.permute(3, 0, 1, 2)[None] / 127.5 - 1
-    vae = open_vae(TINY, dtype=torch.float32, tiling=OFF)
-    latents, whole = vae.encode(x), vae.decode(vae.encode(x))
-    for tiling in (VaeTiling(spatial=64, temporal=0), VaeTiling(spatial=0, temporal=16)):
-        tiled = VideoVae(vae.model, tiling=tiling)
-        assert count_calls(tiled, "decoder", lambda v=tiled: v.decode(latents)) > 1
-        assert psnr(tiled.decode(latents), whole) > 25
-        assert relative(tiled.encode(x), latents) < 0.35
+    untiled = open_vae(TINY, dtype=torch.float32, tiling=OFF)
+    tiled = open_vae(TINY, dtype=torch.float32, tiling=tiling)
+    latents = untiled.encode(x)
+    whole = untiled.decode(latents)
+    assert count_calls(tiled, "decoder", lambda: tiled.decode(latents)) > 1
+    assert psnr(tiled.decode(latents), whole) > decibels
+    # Latents from tiles may differ in flat areas, but must mean the same picture.
+    assert psnr(untiled.decode(tiled.encode(x)), x) > psnr(whole, x) - 5
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
