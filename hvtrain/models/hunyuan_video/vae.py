@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hvtrain.config import VaeTilingConfig
@@ -25,6 +26,7 @@ from hvtrain.models.hunyuan_video.vae_weights import (
     official_names,
 )
 from hvtrain.models.weights import fingerprint, open_weights
+from shards.atomic import atomic_path
 
 VaeTiling = VaeTilingConfig  # a direction of size 0 is never cut; the defaults are the official ones
 OFF = VaeTiling(enabled=False)
@@ -160,9 +162,6 @@ def open_vae(
 
 def save_vae(model: Any, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a VAE (VideoVae or the library's model) under official names, with its config in the metadata."""
-    from safetensors.torch import save_file
-    from shards.atomic import atomic_path
-
     model = model.model if isinstance(model, VideoVae) else model
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
