@@ -171,7 +171,8 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     add("--node-rank", type=int, default=0, help="which of them this is, from 0")
     add("--master-addr", default="127.0.0.1", help="host name of machine 0")
     add("--master-port", type=int, help="a free port on machine 0 (one machine: chosen)")
-    add("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="encode, train or generate and its arguments")
+    about = "encode, train or generate, and its own arguments"
+    add("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=about)
 
 
 @command("launch", "run a command as several processes", options=_launch_options)

@@ -1,0 +1,42 @@
+"""The architectures as text: a table of all, and every parameter of one. Nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hvtrain.models import all_specs, find
+from hvtrain.models.base import DiT, ModelSpec
+
+
+def table() -> str:
+    """One line per flavor: sizes, latents and what it is."""
+    rows = [("MODEL", "FLAVOR", "PARAMETERS", "BLOCKS", "LATENTS", "TASKS", "")]
+    for spec in all_specs():
+        sizes: dict[object, tuple[int, int]] = {}  # flavors share architectures, and building takes a moment
+        for flavor in spec.flavors.values():
+            if flavor.arch not in sizes:
+                model = _on_meta(spec, flavor.arch)
+                sizes[flavor.arch] = sum(p.numel() for p in model.parameters()), len(model.blocks)
+            n, blocks = sizes[flavor.arch]
+            latent = flavor.latent
+            cell = f"{latent.channels} x {latent.stride_t}x{latent.stride_h}x{latent.stride_w}"
+            tasks = ", ".join(flavor.tasks)
+            rows.append((spec.name, flavor.name, f"{n:,}", str(blocks), cell, tasks, flavor.about))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def keys(name: str, flavor: str | None = None) -> Iterator[str]:
+    """"key TAB shape" (3072x16x1x2x2) of every tensor of a flavor (the first unless named), as in its official file."""
+    spec = find(name)
+    chosen = next(iter(spec.flavors.values())) if flavor is None else spec.flavor(flavor)
+    for key, tensor in _on_meta(spec, chosen.arch).state_dict().items():
+        yield f"{key}\t{'x'.join(map(str, tensor.shape))}"
+
+
+def _on_meta(spec: ModelSpec, arch: object) -> DiT:
+    with torch.device("meta"):
+        return spec.build(arch)
