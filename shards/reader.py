@@ -39,19 +39,24 @@ class ShardSet:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.manifest: Manifest = load_manifest(self.root)
-        self._place = [(c, i) for c, chunk in enumerate(self.manifest.chunks) for i in range(len(chunk.keys))]
+        self._place = [
+            (c, i)
+            for c, chunk in enumerate(self.manifest.chunks)
+            for _ in range(chunk.repeats)
+            for i in range(len(chunk.keys))
+        ]
 
     def __len__(self) -> int:
         return len(self._place)
 
     @property
     def keys(self) -> list[str]:
-        return [key for chunk in self.manifest.chunks for key in chunk.keys]
+        return [self.manifest.chunks[c].keys[i] for c, i in self._place]
 
     @property
     def buckets(self) -> list[str]:
         """Each sample's bucket."""
-        return [chunk.bucket for chunk in self.manifest.chunks for _ in chunk.keys]
+        return [self.manifest.chunks[c].bucket for c, _ in self._place]
 
     def get(self, index: int, columns: tuple[str, ...] | None = None) -> Sample:
         number, inside = self._place[index]

@@ -39,6 +39,7 @@ class Chunk:
     bucket: str  # FxHxW of the pixels
     keys: tuple[str, ...]
     tars: Mapping[str, TarFile]  # by column
+    repeats: int = 1  # how often an epoch shows each of its samples
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Manifest:
 
     @property
     def n_samples(self) -> int:
-        return sum(len(chunk.keys) for chunk in self.chunks)
+        return sum(len(chunk.keys) * chunk.repeats for chunk in self.chunks)
 
 
 def save_manifest(root: Path, manifest: Manifest) -> None:
@@ -80,7 +81,7 @@ def _chunk(raw: Mapping[str, Any]) -> Chunk:
         inside = Path(tar.path)
         if inside.is_absolute() or ".." in inside.parts:
             raise ShardError(f"manifest names a tar outside the set: {tar.path!r}")
-    return Chunk(raw["bucket"], tuple(raw["keys"]), tars)
+    return Chunk(raw["bucket"], tuple(raw["keys"]), tars, raw.get("repeats", 1))
 
 
 def check_key(key: str) -> str:

@@ -43,7 +43,7 @@ def verify(root: str | Path, *, values: bool = True) -> Iterator[str]:
 
 def _duplicates(found: ShardSet) -> Iterator[str]:
     seen: set[str] = set()
-    for key in found.keys:
+    for key in (key for chunk in found.manifest.chunks for key in chunk.keys):
         if key in seen:
             yield f"{found.root}: key {key} occurs twice"
         seen.add(key)

@@ -51,7 +51,7 @@ def write_clips(recipe: ClipsRecipe) -> Path:
     ]
     made += [(REAL_CAPTION, video) for video in _real_crops(recipe)]
     for i, (caption, video) in enumerate(made):
-        write_mp4(folder / f"clip_{i:05d}.mp4", video, fps=recipe.fps, crf=12)
+        write_mp4(folder / f"clip_{i:05d}.mp4", video, fps=recipe.fps, metadata={"caption": caption})
         (folder / f"clip_{i:05d}.txt").write_text(caption + "\n")
     dataset = folder / "dataset.toml"
     dataset.write_text(
