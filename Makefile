@@ -10,8 +10,6 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # One thread per process: tests and the demo start several processes. No library may ask a hub for files.
 ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# A machine without an NVIDIA GPU takes PyTorch's CPU build (200 MB instead of 3 GB), if its index can be reached.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint env clean
 
@@ -27,14 +25,11 @@ lint: $(STAMP)
 
 env: $(STAMP)
 
-# torch first and alone: the others then take the build that is there.
+# torch first, by its exact version: the others then take the build that is there.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv/ (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@index=; \
-	if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
-	then index="--index-url $(CPU_INDEX)"; fi; \
-	$(PIP) -c constraints.txt $$index torch
+	@$(PIP) $$(grep '^torch==' constraints.txt)
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 

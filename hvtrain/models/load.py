@@ -1,0 +1,170 @@
+"""From a weights file to a model: whose is it, which sizes, is it whole; then tensor by tensor out of the memory map.
+
+Official names, ComfyUI's and diffusers' are accepted, with the prefixes that all-in-one files and wrappers add.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvtrain.errors import CheckpointError
+from hvtrain.models import all_specs, find
+from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.keys import Fused
+from hvtrain.models.stream import Slot, open_writer
+from hvtrain.models.weights import Weights, fingerprint, open_weights
+
+PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "module.", "model.")
+MODEL_KEY, ARCH_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.arch", "hvtrain.flavor"
+SHOWN = 3  # differences named in an error
+_SCALE = ".scale_weight"
+_MARKERS = ("scaled_fp8",)
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What a file holds, told from names and shapes alone."""
+
+    path: Path
+    weights: Weights  # under the file's own names, prefix stripped
+    sources: Mapping[str, Fused]  # official name -> where it comes from
+    spec: ModelSpec
+    arch: Any
+    flavor: Flavor
+    prefix: str
+    dialect: str
+
+
+@dataclass(frozen=True)
+class LoadedDit:
+    model: DiT
+    spec: ModelSpec
+    arch: Any
+    flavor: Flavor
+    fingerprint: str
+    metadata: Mapping[str, str]
+
+
+def identify(path: str | Path, *, model: str | None = None, flavor: str | None = None) -> Identified:
+    """Read the header only. `model` and `flavor` are what the user says; a file that contradicts is refused."""
+    path = Path(path)
+    whole = open_weights(path)
+    prefix, weights = strip_prefix(whole)
+    specs = [find(model)] if model is not None else list(all_specs())
+    for spec in specs:
+        for dialect, keys in spec.key_maps.items():
+            sources = keys.read(n for n in weights if not _is_extra(n))
+            shapes = _shapes(sources, weights)
+            if not spec.owns(shapes):
+                continue
+            arch = spec.arch_from_weights(shapes, weights.metadata)
+            chosen = spec.flavor_of(arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
+            return Identified(path, weights, sources, spec, chosen.arch, chosen, prefix, dialect)
+    names = " or ".join(spec.name for spec in specs)
+    raise CheckpointError(f"{path}: not a DiT of {names}; {_resembles(whole.shapes, weights.shapes)}")
+
+
+def load_dit(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    flavor: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> LoadedDit:
+    """The model in a file. Peak host memory: one copy in `dtype`."""
+    found = identify(path, model=model, flavor=flavor)
+    with torch.device("meta"):
+        empty = found.spec.build(found.arch)
+    wanted = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
+    check(found.path, wanted, _shapes(found.sources, found.weights))
+    state = {name: _read(found, name, dtype=dtype, device=device) for name in wanted}
+    empty.load_state_dict(state, assign=True)
+    return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
+
+
+def save_dit(
+    model: DiT, path: str | Path, *, spec: ModelSpec, flavor: Flavor, dtype: torch.dtype | None = None
+) -> None:
+    """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic."""
+    state = model.state_dict()
+    slots = [Slot(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
+    metadata = {
+        MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(model.arch)), FLAVOR_KEY: flavor.name, "format": "pt",
+    }
+    with open_writer(path, slots, metadata=metadata) as writer:
+        for name in writer.waiting:
+            writer.write(name, state[name].detach().to("cpu", dtype or state[name].dtype))
+
+
+def strip_prefix(weights: Weights) -> tuple[str, Weights]:
+    """The file's tensors without the prefix that the DiT's share; other parts of an all-in-one file are left out."""
+    for prefix in PREFIXES:
+        names = {name: name[len(prefix) :] for name in weights if name.startswith(prefix)}
+        # "model." and the like are also beginnings of other programs' own names: then all must have it.
+        if names and (prefix == PREFIXES[0] or len(names) == len(weights)):
+            return prefix, weights.renamed(names)
+    return "", weights
+
+
+def check(path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse missing, unexpected and misshapen tensors, naming the first of each."""
+    missing = [n for n in wanted if n not in found]
+    extra = [n for n in found if n not in wanted]
+    wrong = [f"{n} is {_by(found[n])}, expected {_by(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
+    parts = [
+        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"{path}: its tensors do not fit the model: {'; '.join(parts)}. Is the file complete?")
+
+
+def _read(found: Identified, name: str, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    def get(part: str) -> Tensor:
+        mapped = found.weights.get(part)
+        value = mapped.to(device=device, dtype=dtype, copy=True)
+        found.weights.release(mapped)
+        scale = part.removesuffix(".weight") + _SCALE
+        return _scaled(value, found.weights.get(scale)) if scale in found.weights else value
+
+    return found.sources[name].build(get)
+
+
+def _scaled(value: Tensor, scale: Tensor) -> Tensor:
+    """Dequantise float8 weights: one factor for the tensor, one a row, or one for each block of a row's columns."""
+    scale = scale.to(value.device, torch.float32)
+    if scale.ndim == 3:  # [out, blocks, 1]
+        blocks = value.float().view(value.shape[0], scale.shape[1], -1)
+        return (blocks * scale).view_as(value).to(value.dtype)
+    return (value.float() * (scale if scale.numel() > 1 else scale.reshape(()))).to(value.dtype)
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith((_SCALE, ".scale_input")) or name in _MARKERS
+
+
+def _shapes(sources: Mapping[str, Fused], weights: Weights) -> dict[str, tuple[int, ...]]:
+    shapes = weights.shapes
+    return {name: source.shape(shapes) for name, source in sources.items()}
+
+
+def _resembles(*candidates: Mapping[str, tuple[int, ...]]) -> str:
+    for shapes in candidates:
+        for spec in all_specs():
+            if label := spec.looks_like(shapes):
+                return f"it looks like {label}"
+    first = next(iter(candidates[0]), "nothing")
+    return f"its {len(candidates[0])} tensors, first '{first}', are none that hvtrain knows"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
