@@ -133,13 +133,12 @@ def open_writer(
 ) -> Iterator[TensorWriter]:
     """A writer for these tensors; the file appears under its name only when all of them are in it."""
     head, placed = lay_out(slots, metadata)
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(head)
-            writer = TensorWriter(file, placed)
-            yield writer
-            if writer.waiting:
-                raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(head)
+        writer = TensorWriter(file, placed)
+        yield writer
+        if writer.waiting:
+            raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -11,9 +11,8 @@ from hvtrain.models import find
 from hvtrain.models.base import DiT, ModelInput
 
 SPEC = find("hunyuan-video")
-ARCH = replace(
-    SPEC.flavors["tiny"].arch, hidden_size=48, heads_num=2, double=2, single=2, rope_dims=(8, 8, 8), text_dim=20, pooled_dim=12
-)
+TINY = SPEC.flavors["tiny"].arch
+ARCH = replace(TINY, hidden_size=48, heads_num=2, double=2, single=2, rope_dims=(8, 8, 8), text_dim=20, pooled_dim=12)
 
 
 def build(seed: int = 0) -> DiT:

@@ -27,10 +27,10 @@ def saved(tmp_path):
 
 
 def same(a: LoraFile, b: LoraFile) -> bool:
-    return a.pairs.keys() == b.pairs.keys() and all(
-        torch.equal(x.down, b.pairs[name].down) and torch.equal(x.up, b.pairs[name].up) and x.alpha == b.pairs[name].alpha
-        for name, x in a.pairs.items()
-    )
+    if a.pairs.keys() != b.pairs.keys():
+        return False
+    both = [(x, b.pairs[name]) for name, x in a.pairs.items()]
+    return all(torch.equal(x.down, y.down) and torch.equal(x.up, y.up) and x.alpha == y.alpha for x, y in both)
 
 
 def test_names_and_metadata_of_a_saved_file(saved):
