@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hvtrain.adapters.files import LoraFile
-from hvtrain.adapters.pairs import add_pairs
+from hvtrain.adapters.pairs import LoraPair, add_pairs
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.rng import generator
 
@@ -178,16 +178,16 @@ def merge_into(model: nn.Module, lora: LoraFile, multiplier: float = 1.0) -> Non
 @torch.no_grad()
 def merge_all(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> None:
     """Add several at once: summed in float32 and rounded once per weight, as `hvtrain merge` does it, bit for bit."""
-    wanted: dict[str, list] = {}
+    wanted: dict[nn.Linear, list[tuple[LoraPair, float]]] = {}
     for lora, multiplier in loras:
         for name, pair in lora.pairs.items():
             layer = _submodule(model, name)
             if not isinstance(layer, nn.Linear):
                 raise CheckpointError(f"{lora.path}: '{name}' is a {type(layer).__name__}, not a Linear layer")
             pair.check_shape(lora.path, name, (layer.out_features, layer.in_features))
-            wanted.setdefault(name, []).append((pair, multiplier))
-    for name, pairs in wanted.items():
-        add_pairs(model.get_submodule(name).weight.data, pairs)
+            wanted.setdefault(layer, []).append((pair, multiplier))
+    for layer, pairs in wanted.items():
+        add_pairs(layer.weight.data, pairs)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -98,9 +98,9 @@ def _metadata(weights: Weights, loras: Sequence[tuple[LoraFile, float]]) -> dict
     kept = {key: value for key, value in weights.metadata.items() if not key.startswith(_STALE)}
     history = json.loads(kept.get(MERGED_KEY, "[]"))
     for lora, multiplier in loras:
-        entry = {"file": lora.path.name, "multiplier": multiplier}
-        told = {key: lora.metadata[key] for key in ("sshs_model_hash", "ss_loraid") if key in lora.metadata}
-        history.append({**entry, **told})
+        entry: dict[str, object] = {"file": lora.path.name, "multiplier": multiplier}
+        entry |= {key: lora.metadata[key] for key in ("sshs_model_hash", "ss_loraid") if key in lora.metadata}
+        history.append(entry)
     return {**kept, MERGED_KEY: json.dumps(history)}
 
 

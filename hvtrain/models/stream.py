@@ -144,4 +144,4 @@ def open_writer(
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's values as bytes, without a copy where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
