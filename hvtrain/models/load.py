@@ -59,14 +59,13 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
     prefix, weights = strip_prefix(whole)
     specs = [find(model)] if model is not None else list(all_specs())
     for spec in specs:
-        for dialect, keys in spec.key_maps.items():
-            sources = keys.read(n for n in weights if not _is_extra(n))
-            shapes = _shapes(sources, weights)
-            if not spec.owns(shapes):
-                continue
-            arch = spec.arch_from_weights(shapes, weights.metadata)
-            chosen = spec.flavor_of(arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
-            return Identified(path, weights, sources, spec, chosen.arch, chosen, prefix, dialect)
+        dialect, sources = _dialect_of(spec, weights)
+        shapes = _shapes(sources, weights)
+        if not spec.owns(shapes):
+            continue
+        arch = spec.arch_from_weights(shapes, weights.metadata)
+        chosen = spec.flavor_of(arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
+        return Identified(path, weights, sources, spec, chosen.arch, chosen, prefix, dialect)
     names = " or ".join(spec.name for spec in specs)
     raise CheckpointError(f"{path}: not a DiT of {names}; {_resembles(whole.shapes, weights.shapes)}")
 
@@ -126,6 +125,14 @@ def check(path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str,
     ]
     if parts:
         raise CheckpointError(f"{path}: its tensors do not fit the model: {'; '.join(parts)}. Is the file complete?")
+
+
+def _dialect_of(spec: ModelSpec, weights: Weights) -> tuple[str, dict[str, Fused]]:
+    """The dialect whose rules apply to most names; official names need none. Dialects share some names."""
+    names = [n for n in weights if not _is_extra(n)]
+    read = {dialect: keys.read(names) for dialect, keys in spec.key_maps.items()}
+    best = max(read, key=lambda d: sum(source.parts != (name,) for name, source in read[d].items()))
+    return best, read[best]
 
 
 def _read(found: Identified, name: str, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:

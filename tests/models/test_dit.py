@@ -1,0 +1,116 @@
+"""The transformer against the official implementation, diffusers and the full-size key lists."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvtrain.models import find
+from hvtrain.models.listing import keys
+from tests.adapters.models import ARCH, SPEC, an_input, build
+from tests.adapters.test_diffusers import in_diffusers, velocity
+from tests.oracles.check import LIMIT, errors, main
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video_dit", "hunyuan_video_i2v_dit", "skyreels_v1_i2v_dit"])
+def test_output_and_gradients_equal_the_official_model(name):
+    found = errors(str(DATA / f"{name}.safetensors"))
+    assert len(found) > 3 and max(found.values()) <= LIMIT, max(found, key=found.get)
+
+
+def test_the_check_fails_on_a_wrong_model(tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(DATA / "hunyuan_video_dit.safetensors", "pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()
+    tensors["weights.double_blocks.0.img_attn_q_norm.weight"] *= 1.01
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata)
+    assert main([str(tmp_path / "wrong.safetensors")]) == 1
+    assert "TOO LARGE" in capsys.readouterr().out
+    (tmp_path / "no.safetensors").write_bytes(b"x")
+    assert main([str(tmp_path / "no.safetensors")]) == 2
+
+
+def test_equal_to_diffusers_with_converted_weights():
+    ours = build()(an_input()).detach()
+    theirs = velocity(in_diffusers())
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_a_mixed_batch_equals_its_samples_alone():
+    model, both = build(), an_input()
+    whole = model(both)
+    for i, n in enumerate(both.text_len):
+        one = replace(
+            both, x=both.x[i : i + 1], t=both.t[i : i + 1], text=both.text[i : i + 1, :n], text_len=(n,),
+            cond={k: v[i : i + 1] for k, v in both.cond.items()},
+        )
+        assert torch.allclose(model(one)[0], whole[i], atol=1e-5)
+
+
+def test_text_beyond_its_length_has_no_influence():
+    model, inp = build(), an_input()
+    text = inp.text.clone()
+    text[1, inp.text_len[1] :] = 1e3
+    assert torch.equal(model(replace(inp, text=text)), model(inp))
+
+
+def test_no_square_mask_is_built():
+    """Peak of the largest tensor in a forward pass: far below tokens x tokens."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    model, inp = build(), an_input()
+    inp = replace(inp, x=torch.randn(2, ARCH.in_channels, 5, 40, 40))
+    tokens = 5 * 20 * 20
+    with Watch(), torch.no_grad():
+        model(inp)
+    assert max(sizes) < tokens * tokens / 2
+
+
+@pytest.mark.parametrize(("flavor", "file"), [(None, "hunyuan_video_t2v_dit"), ("skyreels-v1-i2v", "skyreels_v1_i2v_dit")])
+def test_full_size_keys_and_shapes(flavor, file):
+    assert list(keys("hunyuan-video", flavor)) == (DATA / f"{file}.tsv").read_text().splitlines()
+
+
+def test_guidance_is_optional():
+    arch = replace(ARCH, guidance_embed=False)
+    shapes = {n: tuple(p.shape) for n, p in SPEC.build(arch).state_dict().items()}
+    assert not any(n.startswith("guidance_in") for n in shapes)
+    assert SPEC.arch_from_weights(
+        {**shapes}, {"hvtrain.arch": __import__("json").dumps(__import__("dataclasses").asdict(arch))}
+    ).guidance_embed is False
+
+
+def test_240_lora_targets_at_full_size():
+    with torch.device("meta"):
+        model = SPEC.build(SPEC.flavors["t2v"].arch)
+    targets = SPEC.lora_targets(model)
+    assert len(targets) == len(set(targets)) == 240 and not any("mod" in t for t in targets)
+
+
+def test_listing_imports_nothing_heavy():
+    code = (
+        "import sys; from hvtrain.models.listing import keys; n = len(list(keys('hunyuan-video', None)));"
+        "print(n, [m for m in ('diffusers', 'transformers', 'deepspeed') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split(maxsplit=1) == ["856", "[]\n"]
+
+
+def test_unknown_model_is_refused():
+    with pytest.raises(Exception, match="did you mean 'hunyuan-video'"):
+        find("hunyuan-vidoe")

@@ -1,0 +1,177 @@
+"""Every container and dialect of the same weights loads equal; a wrong file is refused in one line that helps."""
+
+import json
+import pickle
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hvtrain.errors import CheckpointError
+from hvtrain.models.load import identify, load_dit, save_dit
+from tests.adapters.models import ARCH, SPEC, build
+
+FLAVOR = replace(SPEC.flavors["tiny"], arch=ARCH)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def ours(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dit") / "dit.safetensors"
+    save_dit(model, path, spec=SPEC, flavor=FLAVOR)
+    return path
+
+
+def metadata():
+    return {"hvtrain.arch": json.dumps(asdict(ARCH))}
+
+
+def same(path, model, **options):
+    loaded = load_dit(path, dtype=torch.float32, **options)
+    state = loaded.model.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+    return loaded
+
+
+def test_own_file_round_trip(ours, model):
+    loaded = same(ours, model)
+    assert loaded.arch == ARCH and loaded.spec is SPEC and len(loaded.fingerprint) == 64
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model.", "module."])
+def test_prefixes(prefix, model, tmp_path):
+    tensors = {prefix + n: t for n, t in model.state_dict().items()}
+    if prefix == "model.diffusion_model.":
+        tensors["vae.encoder.conv_in.weight"] = torch.zeros(1)  # an all-in-one file
+    save_file(tensors, tmp_path / "x.safetensors", metadata())
+    same(tmp_path / "x.safetensors", model)
+
+
+@pytest.mark.parametrize("dialect", ["comfy", "diffusers"])
+def test_dialects(dialect, model, tmp_path):
+    state = model.state_dict()
+    cuts = SPEC.key_maps[dialect].write(state)
+    tensors = {n: c.take(state[c.source]).contiguous().clone() for n, c in cuts.items()}
+    assert tensors.keys() != state.keys()
+    save_file(tensors, tmp_path / "x.safetensors", metadata())
+    same(tmp_path / "x.safetensors", model)
+
+
+def test_sharded_index(model, tmp_path):
+    names = list(model.state_dict())
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in parts.items():
+        save_file({n: model.state_dict()[n] for n in members}, tmp_path / file, metadata())
+    index = {"metadata": {}, "weight_map": {n: f for f, members in parts.items() for n in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    same(tmp_path / "model.safetensors.index.json", model)
+    same(tmp_path, model)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"b\.safetensors"):
+        load_dit(tmp_path)
+
+
+def official_sizes():
+    """A model whose sizes are all in its shapes: heads of 128."""
+    return replace(ARCH, hidden_size=128, heads_num=1, rope_dims=(16, 56, 56), double=1, single=1)
+
+
+@pytest.mark.parametrize("wrapper", ["module", None])
+@pytest.mark.parametrize("guidance", [True, False])
+def test_official_pickle(wrapper, guidance, tmp_path):
+    arch = replace(official_sizes(), guidance_embed=guidance)
+    state = SPEC.build(arch).state_dict()
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "mp_rank_00_model_states.pt")
+    loaded = load_dit(tmp_path / "mp_rank_00_model_states.pt", dtype=torch.float32)
+    assert loaded.arch == arch
+    assert all(torch.equal(loaded.model.state_dict()[n], t) for n, t in state.items())
+
+
+def test_scaled_float8(model, tmp_path):
+    state = dict(model.state_dict())
+    name = "double_blocks.0.img_mlp.fc1.weight"
+    scale = state[name].abs().max() / 448
+    tensors = {**state, name: (state[name] / scale).to(torch.float8_e4m3fn), "scaled_fp8": torch.zeros(2)}
+    tensors[name.replace(".weight", ".scale_weight")] = scale
+    save_file(tensors, tmp_path / "x.safetensors", metadata())
+    found = load_dit(tmp_path / "x.safetensors", dtype=torch.float32).model.state_dict()[name]
+    assert (found - state[name]).norm() / state[name].norm() < 0.05
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/hvtrain_was_here",)
+
+
+def wrong_files(folder, ours):
+    state = load_file(ours)
+    missing = dict(state)
+    del missing["final_layer.linear.bias"]
+    save_file(missing, folder / "missing.safetensors", metadata())
+    save_file({**state, "extra.weight": torch.zeros(2)}, folder / "extra.safetensors", metadata())
+    bent = {**state, "double_blocks.0.img_mlp.fc1.bias": torch.zeros(3)}
+    save_file(bent, folder / "bent.safetensors", metadata())
+    (folder / "cut.safetensors").write_bytes(ours.read_bytes()[:-1000])
+    (folder / "evil.pt").write_bytes(pickle.dumps({"module": Evil()}))
+    (folder / "text.safetensors").write_text("hello")
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2), "patch_embedding.weight": torch.zeros(2)}, folder / "wan.safetensors")
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, folder / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("missing.safetensors", "1 missing: final_layer.linear.bias"),
+        ("extra.safetensors", "1 unexpected: extra.weight"),
+        ("bent.safetensors", "fc1.bias is 3, expected 192"),
+        ("cut.safetensors", "cut"),
+        ("evil.pt", "evil.pt"),
+        ("text.safetensors", "text.safetensors"),
+        ("wan.safetensors", "looks like Wan"),
+        ("lora.safetensors", "looks like a LoRA"),
+        ("absent.safetensors", "no such file"),
+    ],
+)
+def test_wrong_files_are_refused(name, says, ours, tmp_path):
+    wrong_files(tmp_path, ours)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load_dit(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    from pathlib import Path
+
+    assert not Path("/tmp/hvtrain_was_here").exists()
+
+
+def test_flavor_must_fit(ours):
+    with pytest.raises(CheckpointError, match="flavor 't2v' has"):
+        identify(ours, flavor="t2v")
+
+
+def test_peak_memory_is_one_copy(tmp_path):
+    """About 200 MB of bf16 loaded as bf16: far less than two copies beyond what the imports take."""
+    arch = replace(official_sizes(), hidden_size=1024, heads_num=8, double=3, single=3)
+    state = SPEC.build(arch).to(torch.bfloat16).state_dict()
+    size = sum(t.numel() * 2 for t in state.values())
+    torch.save({"module": state}, tmp_path / "x.pt")
+    del state
+    code = (
+        "import resource, sys, torch\n"
+        "from hvtrain.models.load import load_dit\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"load_dit({str(tmp_path / 'x.pt')!r}, dtype=torch.bfloat16)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert resource.RUSAGE_SELF == 0 and size > 150e6
+    assert int(out) < 1.5 * size
