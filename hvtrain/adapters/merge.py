@@ -15,7 +15,7 @@ from hvtrain.adapters.files import LoraFile, read_lora
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.pairs import LoraPair, add_pairs, cut_rows
 from hvtrain.config import MergeConfig, asset
-from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.models.load import Identified, check, identify
 from hvtrain.models.stream import Slot, open_writer
 from hvtrain.models.weights import Weights, open_weights
@@ -23,6 +23,7 @@ from shards.atomic import write_text
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -38,6 +39,9 @@ def run(cfg: MergeConfig) -> None:
     source, output = Path(asset(cfg.dit)), Path(cfg.output)
     if not cfg.lora:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file")
+    if cfg.dtype is not None and cfg.dtype not in _DTYPES:
+        raise ConfigError(f"dtype: no dtype '{cfg.dtype}'; {suggest(cfg.dtype, _DTYPES)}")
+    dtype = _DTYPES[cfg.dtype] if cfg.dtype else None
     _check_output(output, source, [Path(entry.path) for entry in cfg.lora])
     found = identify(source, model=cfg.model)
     shapes = _check_whole(found)
@@ -47,7 +51,6 @@ def run(cfg: MergeConfig) -> None:
     _refuse_scaled(weights, parts)
     for lora, multiplier in loras:
         print(f"{lora.summary()}, times {multiplier:g}")
-    dtype = getattr(torch, cfg.dtype) if cfg.dtype else None
     write(weights, parts, output, metadata=_metadata(weights, loras), dtype=dtype)
     print(f"{output}: {len(parts)} of {len(weights)} tensors changed")
 

@@ -258,3 +258,10 @@ def test_damaged_files_are_refused(saved, tmp_path, how, match):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         read_lora(tmp_path / "none.safetensors", SHAPES, spec=SPEC)
+
+
+def test_mixed_prefixes_are_refused(saved, tmp_path):
+    """Two LoRAs in one file: the second one's layers would silently count as the first one's."""
+    mixed = rewritten(saved, tmp_path / "m.safetensors", lambda key: key.replace("lora_unet_single", "other_single"))
+    with pytest.raises(CheckpointError, match="mixes the prefixes lora_unet_, other_"):
+        read_lora(mixed, SHAPES, spec=SPEC)

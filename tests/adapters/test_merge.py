@@ -178,6 +178,8 @@ def test_refusals(tmp_path, loras):
         merge.run(config(dit, loras, tmp_path / "merged.pt"))
     with pytest.raises(ConfigError, match="must end in .safetensors"):
         merge.run(config(dit, loras, tmp_path / "folder"))
+    with pytest.raises(ConfigError, match="no dtype 'bf16'; did you mean 'bfloat16'"):
+        merge.run(config(dit, loras, output, dtype="bf16"))
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge.run(config(dit, [], output, multipliers=[]))
     del tensors["single_blocks.1.linear2.weight"]
