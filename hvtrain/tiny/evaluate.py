@@ -18,7 +18,7 @@ from hvtrain.tiny.score import look
 
 def evaluate(folder: Path, cfg: GenerateConfig) -> dict[str, float]:
     """{"color": share right, "motion": share right} over the held-out combinations; videos stay in `folder`."""
-    from hvtrain.generate import run
+    from hvtrain.generate.pipeline import run
 
     _, held = combinations()
     wanted = [Clip(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
