@@ -59,13 +59,17 @@ class Objective:
         noise = torch.randn(latents.shape, generator=draw).to(self.device)
         x0 = latents.to(self.device, torch.float32)
         sigma = sigma.to(self.device, torch.float32)
-        cond = {name: value.to(self.device) for name, value in batch.items() if name != "latents"}
+        cond = {name: self._placed(value) for name, value in batch.items() if name != "latents"}
         cond.setdefault("image_latents", x0[:, :, :1])  # image to video: the clip's own first latent frame
         inp = self.spec.make_input(add_noise(x0, noise, sigma), sigma, cond, task=self.task, guidance=self.guidance)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             velocity = model(inp)
         errors = squared_error(velocity, target(x0, noise), inp.loss_mask)
         return MicroResult(errors.mean(), errors.detach(), sigma)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """Stored in bf16, computed from float32: without autocast a bf16 input would not meet float32 weights."""
+        return value.to(self.device, torch.float32) if value.is_floating_point() else value.to(self.device)
 
 
 def drop_captions(
