@@ -1,9 +1,10 @@
 """What a training step needs from the machinery under it: backward, step, and state in a layout no rank shows in.
 
 `TorchEngine` is plain PyTorch with an all-reduce: the reference, and enough for one device. `DeepSpeedEngine`
-(zero.py) is the product. Both follow one convention: every sequence-parallel rank hands in the full loss of its
-sample, the engine divides it by their number, gradients are SUMmed over sequence-parallel ranks and averaged over
-data-parallel ones.
+(zero.py) is the product. One convention: every rank hands in the full loss of its sample, also sequence-parallel peers,
+and gradients are averaged over all ranks. Because each collective has its true adjoint (parallel/collectives.py), the
+peers' gradients of their sample are parts of sp times the whole, so this mean over all is the SUM over
+sequence-parallel peers of loss / sp and the MEAN over data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class TorchEngine:
         self.optimizer, self.rate, self.n_steps = optimizer, LearningRate(optimizer, schedule), 0
 
     def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
-        (loss / (self.cfg.grad_accum * self.ctx.sp)).backward()
+        (loss / self.cfg.grad_accum).backward()
         if not last:
             return None
         lr = self.rate.set(self.n_steps)
@@ -173,7 +174,7 @@ def clip_(grads: list[Tensor], max_norm: float) -> Tensor:
 
 
 def _reduce(grads: list[Tensor], ctx: ParallelContext) -> None:
-    """SUM over all ranks / data-parallel degree = SUM over sequence-parallel, MEAN over data-parallel ranks."""
+    """Mean over all ranks."""
     if ctx.world == 1:
         return
     bucket: list[Tensor] = []
@@ -184,7 +185,7 @@ def _reduce(grads: list[Tensor], ctx: ParallelContext) -> None:
         if following is None or full or following.dtype != grad.dtype:
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat)
-            flat /= ctx.dp
+            flat /= ctx.world
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(part.view_as(g))
             bucket = []

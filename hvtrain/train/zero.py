@@ -3,8 +3,10 @@
 Three decisions:
 - The engine runs in fp32 mode. Trainable parameters are fp32, a frozen base may be bf16, and the forward's precision
   is torch.autocast's: DeepSpeed's own casting would make LoRA weights bf16.
-- An `mpu` tells it about sequence parallelism. With it gradients are summed over sequence-parallel and averaged over
-  data-parallel ranks while ZeRO shards over both; DeepSpeed's `mesh_param` and JSON keys never sum over the former.
+- It is not told about sequence parallelism. Every rank hands in the full loss of its sample, so the plain mean over
+  all ranks is the sum over sequence-parallel and the mean over data-parallel ones (engine.py). Its own ways are
+  traps: with `mesh_param` sequence-parallel peers are never summed; with an `mpu` stages 0-2 sum them, but stage 3's
+  reduce-scatter still averages, so only gradients of persistent small parameters would be right.
 - The optimizer is ours (torch's AdamW runs on the CPU too), so offload compiles no C++ on the user's machine.
   `zero_force_ds_cpu_optimizer: false` is DeepSpeed's switch for that; torch's fused CPU AdamW is about as fast.
 """
@@ -20,7 +22,6 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
@@ -46,35 +47,6 @@ from hvtrain.train.engine import (
     load_plain_state,
     to_cpu,
 )
-
-
-class SequenceParallelUnit:
-    """DeepSpeed's `mpu`. What it has and what it lacks is read by name: `initialize_sequence_parallel` is a marker
-    that is never called, and a `get_data_parallel_world_size` would switch the sequence-parallel arithmetic off."""
-
-    def __init__(self, ctx: ParallelContext) -> None:
-        self.ctx = ctx
-
-    def initialize_sequence_parallel(self) -> None:
-        raise AssertionError("a marker for DeepSpeed, never called")
-
-    def get_sequence_parallel_world_size(self) -> int:
-        return self.ctx.sp
-
-    def get_sequence_parallel_rank(self) -> int:
-        return self.ctx.sp_rank
-
-    def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.ctx.sp_group
-
-    def get_sequence_data_parallel_world_size(self) -> int:
-        return self.ctx.world
-
-    def get_sequence_data_parallel_rank(self) -> int:
-        return self.ctx.rank
-
-    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return dist.group.WORLD
 
 
 def ds_config(cfg: EngineConfig, *, n_trainable: int, cuda: bool) -> dict[str, Any]:
@@ -123,7 +95,6 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                mpu=SequenceParallelUnit(ctx),
                 dist_init_required=False,
                 config=ds_config(cfg, n_trainable=n_trainable, cuda=ctx.device.type == "cuda"),
             )
@@ -138,7 +109,7 @@ class DeepSpeedEngine:
 
     def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss / self.ctx.sp)
+        self.engine.backward(loss)
         if not last:
             self.engine.step()  # counts the micro-step, nothing else
             return None
