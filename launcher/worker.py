@@ -8,7 +8,6 @@ import signal
 import sys
 
 from launcher import cli
-from launcher.report import REQUEUE
 
 
 def main() -> None:
@@ -16,10 +15,9 @@ def main() -> None:
     code = cli.main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (0, REQUEUE):
-        # At once: the ordinary exit may wait for a collective whose other ranks have failed too.
-        os._exit(code)
-    sys.exit(code)
+    # At once: the ordinary exit may wait for a collective whose other ranks have failed too, and tearing libraries'
+    # threads down now and then aborts a process that has finished its work.
+    os._exit(code)
 
 
 def _end_with_parent() -> None:
