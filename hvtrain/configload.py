@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -87,7 +88,7 @@ def field_notes(cls: type) -> dict[str, str]:
     """The docstring under each field."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     notes = {}
-    for here, below in zip(body, body[1:]):
+    for here, below in itertools.pairwise(body):
         if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             notes[here.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]
     return notes

@@ -218,16 +218,24 @@ def _models(args: argparse.Namespace) -> None:
 
 
 def _config_command_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", default="train", help="train, encode, generate or merge (default: train)")
+    parser.add_argument("name", nargs="?", help="train, encode, generate or merge (default: all of them)")
 
 
 @command("config", "print every key of a command's config with default and meaning", options=_config_command_options)
 def _config(args: argparse.Namespace) -> None:
+    print(reference_text(args.name), end="")
+
+
+def reference_text(name: str | None = None) -> str:
+    """The keys of one command as YAML that loads, or of all as one YAML document each."""
     from hvtrain import config
 
-    if args.name not in config.ROOTS:
-        raise ConfigError(f"no config '{args.name}'; {suggest(args.name, config.ROOTS)}")
-    print(config.reference(config.ROOTS[args.name]), end="")
+    if name is not None and name not in config.ROOTS:
+        raise ConfigError(f"no config '{name}'; {suggest(name, config.ROOTS)}")
+    if name is not None:
+        return config.reference(config.ROOTS[name])
+    head = "# Every key with its default and meaning. Generated: hvtrain config > configs/reference.yaml\n"
+    return head + "".join(f"--- # hvtrain {n}\n{config.reference(root)}" for n, root in config.ROOTS.items())
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:

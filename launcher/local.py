@@ -26,6 +26,7 @@ from launcher.report import FOLDER_VARIABLE, REQUEUE, first_cause
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
+COMMAND = (sys.executable, "-m", "launcher.worker")
 # Below the ports that Linux hands out by itself (32768 and up), so that none is taken between choosing and binding.
 PORTS = range(20000, 32000)
 
@@ -102,11 +103,10 @@ def _start(
     }
     # Only the first process of a node writes to the terminal: N equal warnings tell no more than one.
     log = None if local_rank == 0 else folder / f"{rank}.log"
-    command = [sys.executable, "-m", "launcher.worker", *arguments]
     with open(log or os.devnull, "wb") as sink:
         out = None if log is None else sink
         # A session of its own: Ctrl-C then reaches a worker once, through us, and not twice.
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen([*COMMAND, *arguments], env=env, stdout=out, stderr=out, start_new_session=True)
     return Worker(rank, process, log)
 
 

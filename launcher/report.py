@@ -65,8 +65,10 @@ def first_cause(folder: Path) -> Failure | None:
     """The record that explains the others: the earliest mistake of the user, else the earliest failure. The rest
     are mostly processes that lost their peers."""
     failures = [Failure(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-    failures.sort(key=lambda f: (f.code != USER_ERROR, f.time_s))
-    return failures[0] if failures else None
+    if not failures:
+        return None
+    cause = min(failures, key=lambda f: (f.code != USER_ERROR, f.time_s))
+    return min((f for f in failures if f.text == cause.text), key=lambda f: f.rank)  # all say it: then rank 0 does
 
 
 def _tell(code: int, text: str) -> None:

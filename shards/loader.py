@@ -107,7 +107,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         else:
             shapes = {tuple(v.shape) for v in values}
             if len(shapes) > 1:
-                raise ShardError(f"samples {', '.join(s.key for s in samples)}: '{name}' has shapes {sorted(shapes)} in one bucket")
+                keys = ", ".join(s.key for s in samples)
+                raise ShardError(f"samples {keys}: '{name}' has shapes {sorted(shapes)} in one bucket")
             batch[name] = torch.stack(values)
     return batch
 

@@ -112,7 +112,8 @@ def _claim(root: Path, ctx: ParallelContext) -> None:
     problem = None
     if ctx.is_main:
         known = {MANIFEST, EMPTY_TEXT, *_OPENERS}
-        strangers = [p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(".")] if root.exists() else []
+        here = [p.name for p in root.iterdir()] if root.exists() else []
+        strangers = [name for name in here if name not in known and not name.startswith(".")]
         if strangers:
             problem = f"output: {root} holds other files ('{sorted(strangers)[0]}'); choose an empty or new directory"
         else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hvtrain.config import GenerateConfig
 from hvtrain.parallel.context import ParallelContext
 
 
-def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> None:
+def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
+    """Make the videos; their files, in order. Collective: every rank calls it."""
     from hvtrain.generate import pipeline
 
-    pipeline.run(cfg, ctx)
+    return pipeline.run(cfg, ctx)

@@ -30,7 +30,7 @@ from hvtrain.generate.progress import Sampling
 from hvtrain.generate.requests import Job, Request, batches, plan_jobs
 from hvtrain.generate.video import write_mp4
 from hvtrain.models.base import DiT, Flavor, ModelSpec
-from hvtrain.models.load import identify, load_dit
+from hvtrain.models.load import check, identify, load_dit
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.rng import generator
@@ -88,8 +88,11 @@ def make_plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
             f"a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
         )
     with torch.device("meta"):
-        shapes = linear_shapes(spec.build(found.arch))
-    loras = [(read_lora(lora.path, shapes, spec=spec), lora.multiplier) for lora in cfg.lora]
+        model = spec.build(found.arch)
+    held = {name: source.shape(found.weights.shapes) for name, source in found.sources.items()}
+    check(found.path, {name: tuple(t.shape) for name, t in model.state_dict().items()}, held)
+    layers = linear_shapes(model)
+    loras = [(read_lora(asset(lora.path), layers, spec=spec), lora.multiplier) for lora in cfg.lora]
     size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
     return Plan(spec, flavor, batches(jobs, size), loras)
 

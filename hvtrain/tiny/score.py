@@ -79,7 +79,7 @@ def _motion(centres: dict[int, np.ndarray], frames: int, side: int) -> str | Non
 
 def _hollow(mask: np.ndarray, centre: np.ndarray) -> bool:
     """The object's middle is background, and the object lies on both sides of it."""
-    y, x = (int(round(float(c))) for c in centre)
+    y, x = (round(float(c)) for c in centre)
     patch = mask[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
     around = mask[y, :x].any() and mask[y, x + 1 :].any() and mask[:y, x].any() and mask[y + 1 :, x].any()
     return bool(patch.mean() < 0.5 and around)

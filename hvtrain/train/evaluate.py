@@ -31,7 +31,7 @@ def held_out_loss(model: nn.Module, objective: Objective, held: HeldOut, *, ctx:
     )
     per_epoch = -(-sum(len(s) for s in held.sets) // (held.batch_size * ctx.dp))
     n_batches = max(1, min(held.max_batches, per_epoch))
-    sums = {q: 0.0 for q in held.quantiles}
+    sums = dict.fromkeys(held.quantiles, 0.0)
     training = model.training
     model.eval()
     stream = iter(loader)

@@ -2,7 +2,7 @@
 
 Three decisions:
 - The engine runs in fp32 mode. Trainable parameters are fp32, a frozen base may be bf16, and the forward's precision
-  is torch.autocast's: DeepSpeed's own casting would make LoRA weights bf16.
+  is the caller's torch.autocast: DeepSpeed's own casting would make LoRA weights bf16.
 - It is not told about sequence parallelism. Every rank hands in the full loss of its sample, so the plain mean over
   all ranks is the sum over sequence-parallel and the mean over data-parallel ones (engine.py). Its own ways are
   traps: with `mesh_param` sequence-parallel peers are never summed; with an `mpu` stages 0-2 sum them, but stage 3's
@@ -77,6 +77,31 @@ def ds_config(cfg: EngineConfig, *, n_trainable: int, cuda: bool) -> dict[str, A
     }
 
 
+class _Inside(nn.Module):
+    """What DeepSpeed wraps: the model, under the caller's autocast."""
+
+    def __init__(self, model: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.model, self.device_type = model, device_type
+
+    def forward(self, inp: Any, enabled: bool, dtype: torch.dtype) -> Any:
+        with torch.autocast(self.device_type, dtype=dtype, enabled=enabled):
+            return self.model(inp)
+
+
+class _Outside(nn.Module):
+    """What the caller calls. DeepSpeed's forward switches a torch.autocast around it off (on CUDA only, so no CPU test
+    shows it); this carries the caller's setting through to the inside."""
+
+    def __init__(self, engine: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.engine, self.device_type = engine, device_type
+
+    def forward(self, inp: Any) -> Any:
+        on = torch.is_autocast_enabled(self.device_type)
+        return self.engine(inp, on, torch.get_autocast_dtype(self.device_type))
+
+
 class DeepSpeedEngine:
     def __init__(
         self,
@@ -93,12 +118,12 @@ class DeepSpeedEngine:
             _forgo_compiled_ops(ctx)
             n_trainable = sum(p.numel() for p in params.values())
             self.engine, *_ = deepspeed.initialize(
-                model=model,
+                model=_Inside(model, ctx.device.type),
                 optimizer=optimizer,
                 dist_init_required=False,
                 config=ds_config(cfg, n_trainable=n_trainable, cuda=ctx.device.type == "cuda"),
             )
-        self.model: nn.Module = self.engine
+        self.model: nn.Module = _Outside(self.engine, ctx.device.type)
         self.params, self.cfg, self.ctx = dict(params), cfg, ctx
         self.rate, self.n_steps = LearningRate(self.basic, schedule), 0
 

@@ -125,7 +125,8 @@ def wrong_files(folder, ours):
     (folder / "cut.safetensors").write_bytes(ours.read_bytes()[:-1000])
     (folder / "evil.pt").write_bytes(pickle.dumps({"module": Evil()}))
     (folder / "text.safetensors").write_text("hello")
-    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2), "patch_embedding.weight": torch.zeros(2)}, folder / "wan.safetensors")
+    other = {"blocks.0.self_attn.q.weight": torch.zeros(2, 2), "patch_embedding.weight": torch.zeros(2)}
+    save_file(other, folder / "wan.safetensors")
     save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, folder / "lora.safetensors")
 
 

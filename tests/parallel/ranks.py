@@ -52,7 +52,7 @@ def _child(rank: int, env: dict[str, str], folder: str, function: Callable[..., 
     torch.set_num_threads(1)
     try:
         result = function(*args)
-    except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
+    except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # at once: a collective that waits for the others must not keep this process
     torch.save(result, Path(folder, f"{rank}.pt"))

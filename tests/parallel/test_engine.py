@@ -154,3 +154,31 @@ def test_degrees_must_divide_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(LaunchError, match="WORLD_SIZE is 'two'"):
         start()
+
+
+def test_autocast_reaches_the_model_through_every_engine() -> None:
+    """DeepSpeed's own forward turns a caller's autocast off; what it wraps is asked here, not what comes out."""
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.is_autocast_enabled("cpu"), self.layer(x).dtype
+            return self.layer(x).float()
+
+    alone = start()
+    for cfg in (TORCH, EngineConfig(stage=0), EngineConfig(stage=2)):
+        probe = Probe()
+        params = dict(probe.named_parameters())
+        optimizer = torch.optim.SGD(list(params.values()), lr=0.1)
+        engine = build_engine(probe, params, cfg, alone, optimizer=optimizer, schedule=lambda n: 1.0)
+        engine.model(torch.ones(1, 2))
+        assert probe.seen == (False, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = engine.model(torch.ones(1, 2)).sum()
+        assert probe.seen == (True, torch.bfloat16)
+        assert engine.accumulate(loss, last=True) is not None
+        assert engine.export_params()["layer.weight"].dtype == torch.float32
+    shutdown()

@@ -15,7 +15,16 @@ from torch import Tensor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from tests.parallel.ranks import run_ranks
-from tests.parallel.tiny_run import SIZES, Case, alone, build_model, gradients, loss_curve, make_batch, relative_errors
+from tests.parallel.tiny_run import (
+    SIZES,
+    Case,
+    alone,
+    build_model,
+    gradients,
+    loss_curve,
+    make_batch,
+    relative_errors,
+)
 
 TOLERANCE = 1e-4
 DP, U2, R2 = {}, {"ulysses": 2}, {"ring": 2}
