@@ -1,0 +1,153 @@
+"""`hvtrain generate` as it is typed: one process and several, LoRAs, prompt files, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from hvtrain import config, generate
+from hvtrain.adapters.files import save_lora
+from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.merge import run as merge
+from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.generate.video import read_metadata
+from hvtrain.parallel.context import ParallelContext
+from tests.generate.models import SIZE, random_dit, write_dit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DiT of the tiny flavor, and a LoRA for it; VAE and text encoders are those that ship."""
+    folder = tmp_path_factory.mktemp("generate")
+    write_dit(folder / "dit.safetensors")
+    write_lora(folder / "lora.safetensors", "double_blocks.0.img_attn_qkv", "single_blocks.3.linear2")
+    return folder
+
+
+def write_lora(path: Path, *layers: str) -> None:
+    shapes, g, rank = linear_shapes(random_dit()), torch.Generator().manual_seed(0), 4
+    tensors = {}
+    for layer in layers:
+        n_out, n_in = shapes[layer]
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, n_in, generator=g) / n_in**0.5
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(n_out, rank, generator=g)
+    save_lora(path, tensors, rank=rank, alpha=rank, architecture="hunyuan-video", metadata={})
+
+
+def overrides(folder: Path, **changes: object) -> list[str]:
+    values = {
+        "model.dit": folder / "dit.safetensors", "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm",
+        "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32",
+        "prompt": "a red circle moves left", "output": folder / "one.mp4", "steps": 3, **SIZE, **changes,
+    }
+    return [f"{key}={value}" for key, value in values.items() if value is not None]
+
+
+def make(folder: Path, **changes: object) -> list[Path]:
+    return generate.run(config.load(GenerateConfig, None, overrides(folder, **changes)))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> np.ndarray:
+    (path,) = make(folder)
+    return pixels(path)
+
+
+def test_a_video_with_its_parameters(folder: Path, plain: np.ndarray) -> None:
+    assert plain.shape == (9, 48, 80, 3) and plain.std() > 5
+    said = read_metadata(folder / "one.mp4")
+    assert said["prompt"] == "a red circle moves left" and said["model"] == "hunyuan-video"
+    assert (said["seed"], said["steps"], said["shift"], said["dit"]) == (0, 3, 3.0, "dit.safetensors")
+
+
+def test_two_processes_make_the_video_of_one(folder: Path, plain: np.ndarray) -> None:
+    done = launch(2, *overrides(folder, output=folder / "two.mp4"), "parallel.ulysses=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.mp4") == 1  # one rank speaks
+    assert np.abs(pixels(folder / "two.mp4").astype(int) - plain).max() <= 2
+
+
+def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarray) -> None:
+    (folder / "prompts.txt").write_text("a red circle moves left\na blue square\na ring --d 9\n")
+    changes = {"prompt": None, "prompt_file": folder / "prompts.txt", "output": folder / "many", "batch_size": 8}
+    done = launch(2, *overrides(folder, **changes))
+    assert done.returncode == 0, done.stderr
+    files = sorted((folder / "many").iterdir())
+    assert [f.name for f in files] == ["0000.mp4", "0001.mp4", "0002.mp4"]
+    assert [read_metadata(f)["seed"] for f in files] == [0, 1, 9]
+    assert np.abs(pixels(files[0]).astype(int) - plain).max() <= 2
+
+
+def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: np.ndarray) -> None:
+    lora = folder / "lora.safetensors"
+    (path,) = make(folder, output=folder / "lora.mp4", lora=f"[{{path: {lora}, multiplier: 0.5}}]")
+    assert np.abs(pixels(path).astype(int) - plain).mean() > 1
+    assert read_metadata(path)["lora"] == [{"file": "lora.safetensors", "multiplier": 0.5}]
+    merged = folder / "merged.safetensors"
+    merge(MergeConfig(str(folder / "dit.safetensors"), (LoraFileConfig(str(lora), 0.5),), str(merged)))
+    (other,) = make(folder, **{"output": folder / "merged.mp4", "model.dit": merged})
+    assert np.array_equal(pixels(other), pixels(path))
+
+
+def test_true_guidance_and_bf16(folder: Path, plain: np.ndarray) -> None:
+    (path,) = make(folder, output=folder / "cfg.mp4", cfg_scale=3.0, negative_prompt="a blue square", precision="bf16")
+    assert np.abs(pixels(path).astype(int) - plain).mean() > 1
+    assert read_metadata(path)["precision"] == "bf16"
+
+
+def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None:
+    """Encoding text with an 8B model takes minutes: mistakes must not wait for it. The text encoder here is none."""
+    torch.save({}, folder / "none.pt")
+    late = {"model.llm": folder / "none.pt"}
+    write_lora(folder / "other.safetensors", "double_blocks.0.img_attn_qkv")
+    whole = (folder / "other.safetensors").read_bytes()
+    renamed = whole.replace(b"double_blocks_0_img_attn_qkv", b"blocks_0_cross_attn_of_other")
+    (folder / "other.safetensors").write_bytes(renamed)
+    with pytest.raises(CheckpointError, match="other.safetensors"):
+        make(folder, lora=f"[{{path: {folder / 'other.safetensors'}}}]", **late)
+    with pytest.raises(CheckpointError, match="none.pt"):
+        make(folder, **late, **{"model.dit": folder / "none.pt"})
+    with pytest.raises(ConfigError, match="4 attention heads"):
+        cfg = config.load(GenerateConfig, None, overrides(folder, **late))
+        generate.run(cfg, ParallelContext(world=3, ulysses=3))
+    with pytest.raises(ConfigError, match="only a prompt"):
+        make(folder, **late, **{"model.dit": write_dit(folder / "i2v.safetensors", "i2v")})
+    with pytest.raises(ConfigError, match="needs model.dtype float32"):
+        make(folder, **late, **{"model.dtype": "bfloat16"})
+    with pytest.raises(CheckpointError, match=r"none\.pt"):  # and without a mistake, it is the encoder's turn
+        make(folder, **late)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "extra", "words"),
+    [
+        (3, ["parallel.ulysses=3"], "does not divide the model's 4 attention heads; choose one of 1, 2, 4"),
+        (2, [], "1 video(s) for 2 data-parallel groups of processes"),
+        (2, ["frames=10"], "frames is 10, expected 4n + 1"),
+        (2, ["model.dit=nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    ],
+)
+def test_several_processes_say_a_mistake_once(folder: Path, nproc: int, extra: list[str], words: str) -> None:
+    done = launch(nproc, *overrides(folder, output=folder / "never.mp4"), *extra)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+    assert not (folder / "never.mp4").exists()
+
+
+def launch(nproc: int, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), "generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)

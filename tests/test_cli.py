@@ -1,0 +1,272 @@
+"""What a person types and gets: commands, errors, exit codes, and how a job of several processes ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hvtrain import config
+from hvtrain.errors import LaunchError
+from launcher import cli, local
+from launcher.report import REQUEUE, USER_ERROR
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def hvtrain(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        done = hvtrain("--help")
+        times.append(time.perf_counter() - begun)
+    assert done.returncode == 0
+    for name in ("models", "encode", "train", "generate", "merge", "launch", "demo", "config"):
+        assert name in done.stdout
+    assert min(times) < 0.3, f"hvtrain --help takes {min(times):.2f} s at best"
+    probe = "import sys, launcher.cli as c; c.main(['train', 'x=1']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+    assert "unknown key 'x'" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert name in capsys.readouterr().out
+
+
+def test_models_keys_of_the_full_size() -> None:
+    begun = time.perf_counter()
+    done = hvtrain("models", "keys", "hunyuan-video")
+    seconds = time.perf_counter() - begun
+    lines = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert lines["double_blocks.19.img_attn_qkv.weight"] == "9216x3072"
+    assert lines["single_blocks.39.linear1.weight"] == "21504x3072"
+    assert seconds < 60  # 1.2 s on a machine that does nothing else, where 3 s are allowed
+
+
+def test_models_lists_flavors_and_sizes() -> None:
+    text = hvtrain("models").stdout
+    assert "12,821,012,544" in text and "skyreels-v1-i2v" in text and "tiny" in text
+
+
+@pytest.mark.parametrize("name", list(config.ROOTS))
+def test_config_prints_what_loads_as_the_defaults(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "reference.yaml"
+    file.write_text(hvtrain("config", name).stdout)
+    assert config.load(config.ROOTS[name], file) == config.ROOTS[name]()
+
+
+def test_the_committed_reference_is_the_code() -> None:
+    committed = (ROOT / "configs" / "reference.yaml").read_text()
+    assert committed == cli.reference_text(), "run: hvtrain config > configs/reference.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("hunyuan_video/*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_configs_load(path: Path) -> None:
+    root = {"encode": "encode", "lora": "train", "full": "train", "generate": "generate"}[path.stem]
+    loaded = config.load(config.ROOTS[root], path)
+    assert loaded != config.ROOTS[root]()
+    assert yaml.safe_load(path.read_text())
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["train", "a.yaml", "b.yaml"], "one config file expected"),
+        (["merge", "--dit", "x"], "--lora"),
+        (["merge", "--dit", "x", "--lora", "a", "--lora", "b", "--multiplier", "1", "--output", "y"], "2 --lora but 1"),
+        (["launch", "--nproc", "2", "demo"], "choose one of: encode, generate, train"),
+        (["launch", "--nproc", "2"], "cannot start nothing"),
+        (["launch", "--nproc", "0", "train", "run.steps=x"], "run.steps"),
+        (["models", "keys", "hunyuan-vidio"], "did you mean 'hunyuan-video'"),
+        (["config", "trainn"], "did you mean 'train'"),
+        (["generate", "prompt=a cat", "output=x.mp4", "frames=12"], "expected 4n + 1"),
+        (["generate", "prompt=a cat", "output=x.mp4", "width=100"], "multiple of 16"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(arguments) == USER_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def broken(args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command("doctor", "", lambda parser: None, broken))
+    assert cli.main(["doctor"]) == 1
+    assert "Traceback" in (err := capsys.readouterr().err) and "ZeroDivisionError: a bug" in err
+
+
+def test_an_error_of_several_lines_is_printed_as_one(capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    def fail() -> None:
+        raise LaunchError("first\n  second\n")
+
+    assert guarded(fail) == USER_ERROR
+    assert capsys.readouterr().err == "error: first; second\n"
+
+
+def test_shard_errors_are_mistakes_too(capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+    from shards.errors import ShardError
+
+    def fail() -> None:
+        raise ShardError("x.tar: truncated")
+
+    assert guarded(fail) == USER_ERROR
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m launcher.cli models keys hunyuan-video | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def job(tmp_path: Path, body: str, nproc: int = 2) -> subprocess.Popen:
+    """A launched job whose command is `body` instead of hvtrain's own: what is tested is the launcher."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, sys, time, signal\n"
+        "from pathlib import Path\n"
+        "from hvtrain.errors import ConfigError, DataError\n"
+        "from launcher import local, worker, report, cli\n"
+        f"here = Path({str(tmp_path)!r})\n"
+        "rank = int(os.environ.get('RANK', -1))\n"
+        "def body():\n" + "".join(f"    {line}\n" for line in body.strip().splitlines()) + "\n"
+        "if rank < 0:\n"
+        "    local.COMMAND = (sys.executable, __file__)\n"
+        "    local.PEERS_GRACE_S = 1.0\n"
+        f"    sys.exit(local.launch([], local.Topology(nproc={nproc})))\n"
+        "cli.main = lambda: report.guarded(body)\n"
+        "worker.main()\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**env, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def end(process: subprocess.Popen, timeout: float = 200) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def test_the_workers_know_their_places(tmp_path: Path) -> None:
+    names = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR".split()
+    body = f"(here / f'{{rank}}.txt').write_text(' '.join(os.environ[n] for n in {names}))"
+    assert end(job(tmp_path, body, nproc=3)) == (0, "", "")
+    assert [(tmp_path / f"{r}.txt").read_text() for r in range(3)] == [f"3 {r} {r} 3 127.0.0.1" for r in range(3)]
+
+
+def test_a_mistake_that_all_ranks_make_is_said_once(tmp_path: Path) -> None:
+    assert end(job(tmp_path, "raise ConfigError('no such key')", nproc=3)) == (2, "", "error: no such key\n")
+
+
+def test_the_mistake_wins_over_the_peers_that_lost_a_peer(tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    time.sleep(0.3)
+    raise DataError('clip.mp4: cannot be decoded')
+raise RuntimeError('connection closed by peer')
+"""
+    code, _, err = end(job(tmp_path, body))
+    assert (code, err) == (2, "error: clip.mp4: cannot be decoded (process 1 of 2)\n")
+
+
+def test_a_bug_on_one_rank_ends_the_job_although_the_other_hangs(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    code, _, err = end(job(tmp_path, "time.sleep(600 if rank == 0 else 0)\nraise ValueError('a bug')"))
+    assert code == 1 and err.count("Traceback") == 1 and "ValueError: a bug (process 1 of 2)" in err
+    assert time.monotonic() - begun < 60
+
+
+def test_a_killed_process_is_named(tmp_path: Path) -> None:
+    body = "print('last words', flush=True)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
+    code, _, err = end(job(tmp_path, body))
+    assert code == 128 + signal.SIGKILL
+    assert err == "error: process 1 was ended by SIGKILL (out of memory?)\n  last words\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_all_ranks_and_they_may_take_their_time(tmp_path: Path, number: int) -> None:
+    body = f"""
+seen = []
+signal.signal({int(number)}, lambda *_: seen.append(1))
+(here / f'{{rank}}.ready').touch()
+while not seen: time.sleep(0.02)
+time.sleep(0.2 + 2 * rank)
+(here / f'{{rank}}.saved').touch()
+return {REQUEUE}
+"""
+    process = job(tmp_path, body)
+    while len(list(tmp_path.glob("*.ready"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert end(process) == (REQUEUE, "", "")
+    assert len(list(tmp_path.glob("*.saved"))) == 2  # the second later than any grace period after a failure
+
+
+def test_nothing_runs_on_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    process = job(tmp_path, "(here / f'{rank}.pid').write_text(str(os.getpid()))\ntime.sleep(600)")
+    while len(files := [p for p in tmp_path.glob("*.pid") if p.read_text()]) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    pids = [int(path.read_text()) for path in files]
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlive their launcher"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nproc": 0}, "at least 1"),
+        ({"nproc": 1, "nnodes": 2}, "--master-addr"),
+        ({"nproc": 1, "nnodes": 2, "node_rank": 2, "master_addr": "a", "master_port": 1}, "expected 0 to 1"),
+    ],
+)
+def test_a_topology_that_makes_no_sense(options: dict, words: str) -> None:
+    with pytest.raises(LaunchError, match=words):
+        local.Topology(**options)
