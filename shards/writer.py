@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from shards.schema import TarFile, check_key
 
 
 def write_tar(
-    root: Path, name: str, samples: list[tuple[str, Mapping[str, Tensor], Mapping[str, Any]]]
+    root: Path, name: str, samples: Sequence[tuple[str, Mapping[str, Tensor], Mapping[str, Any]]]
 ) -> TarFile:
     """Write `root/name` from (key, tensors, meta) triples: KEY.safetensors and KEY.json each, as webdataset reads."""
     path = root / name

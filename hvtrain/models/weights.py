@@ -215,7 +215,7 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
     if tensors is None:
         raise CheckpointError(f"{path}: no dict of tensors in it, nor under the keys {', '.join(_WRAPPERS)}")
     return {
-        name: Entry(value.dtype, tuple(value.shape), lambda value=value: value.detach(), path)
+        name: Entry(value.dtype, tuple(value.shape), value.detach, path)
         for name, value in tensors.items()
     }
 

@@ -8,6 +8,7 @@ ring x Ulysses block hold one sample together: "sequence-parallel peers".
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -118,7 +119,18 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
     )
 
 
+_closers: list[Callable[[], object]] = []
+
+
+def at_shutdown(close: Callable[[], object]) -> None:
+    """Have a library that keeps groups of its own close them; a later `start` in this process then begins afresh."""
+    if close not in _closers:
+        _closers.append(close)
+
+
 def shutdown() -> None:
+    while _closers:
+        _closers.pop()()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -154,6 +154,7 @@ class _Ring(torch.autograd.Function):
         d_kv_txt = torch.zeros(2, *k_txt.shape, dtype=torch.float32, device=k_txt.device)
         kv, comm, d_comm = torch.stack([k_img, v_img]), RingComm(spec.group), RingComm(spec.group)
         arriving: Tensor  # dK/dV of the block at hand, from the ranks before this one
+        arriving = kv  # replaced in the first step
         for step in range(spec.size):
             more = step + 1 < spec.size
             if more:

@@ -153,7 +153,8 @@ def build(recipe: VaeRecipe) -> Any:
     from diffusers import AutoencoderKLHunyuanVideo
 
     torch.manual_seed(recipe.seed)  # weight initialisation inside the library
-    vae = AutoencoderKLHunyuanVideo(**architecture(recipe)).to(memory_format=torch.channels_last_3d)
+    vae: Any = AutoencoderKLHunyuanVideo(**architecture(recipe))
+    vae.to(memory_format=torch.channels_last_3d)
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     for name, module in vae.named_modules():
         last = module.conv if name.endswith("conv2") else module if name.endswith("to_out.0") else None

@@ -13,7 +13,8 @@ class ProgressLine:
 
     def __init__(self, total: int, *, start: int, show: bool) -> None:
         self.total, self.show, self.bar, self.last = total, show, None, 0.0
-        self.begun, self.start, self.mean = time.monotonic(), start, None
+        self.begun, self.start = time.monotonic(), start
+        self.mean: float | None = None
         if show and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import deepspeed.comm
 import deepspeed.ops
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvtrain.parallel.context import ParallelContext, solo_group
+from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
 from hvtrain.train.engine import (
     EngineConfig,
     LearningRate,
@@ -123,6 +124,7 @@ class DeepSpeedEngine:
                 dist_init_required=False,
                 config=ds_config(cfg, n_trainable=n_trainable, cuda=ctx.device.type == "cuda"),
             )
+        at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)
         self.params, self.cfg, self.ctx = dict(params), cfg, ctx
         self.rate, self.n_steps = LearningRate(self.basic, schedule), 0

@@ -16,7 +16,7 @@ from hvtrain.adapters.files import save_lora
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.merge import run as merge
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
-from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
 from hvtrain.generate.video import read_metadata
 from hvtrain.parallel.context import ParallelContext
 from tests.generate.models import SIZE, random_dit, write_dit
@@ -128,7 +128,7 @@ def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None
         make(folder, **late, **{"model.dit": write_dit(folder / "i2v.safetensors", "i2v")})
     with pytest.raises(ConfigError, match="needs model.dtype float32"):
         make(folder, **late, **{"model.dtype": "bfloat16"})
-    with pytest.raises(CheckpointError, match=r"none\.pt"):  # and without a mistake, it is the encoder's turn
+    with pytest.raises(HvtrainError, match=r"none\.pt"):  # and without a mistake, it is the encoder's turn
         make(folder, **late)
 
 

@@ -136,6 +136,37 @@ def test_ulysses_and_ring_equal_one_process(world: int) -> None:
         assert len(errors) >= 2 * len(SHAPES) and not bad, bad
 
 
+def _usp_under_autocast(world: int) -> list[tuple[float, float, torch.dtype]]:
+    """(error, error of the same in bf16 by one process, dtype) of outputs and gradients of every layout."""
+    warnings.simplefilter("ignore")
+    rows = []
+    for ulysses in (1, world):
+        ctx = start(ulysses, world // ulysses)
+        n_img, txt_len = 32, (3, 7)
+        *qkv, d_out = make(n_img, len(txt_len))
+        exact, exact_grads = with_grads(lambda q, k, v: plain(q, k, v, txt_len, n_img), qkv, d_out)  # noqa: B023
+        mine = slice(ctx.sp_rank * n_img // world, (ctx.sp_rank + 1) * n_img // world)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, grads = with_grads(
+                lambda q, k, v, c=ctx: usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=c, kernel=KERNELS["sdpa"]),  # noqa: B023
+                [Joint(x.img[:, mine], x.txt) for x in qkv],
+                Joint(d_out.img[:, mine], d_out.txt / world),
+            )
+            one, one_grads = with_grads(lambda q, k, v: local_attend(q, k, v, txt_len=txt_len, n_img=n_img), qkv, d_out)  # noqa: B023
+        for got, lone, ref in zip([out.img, grads[2], grads[4]], [one.img, one_grads[2], one_grads[4]],
+                                  [exact.img, exact_grads[2], exact_grads[4]], strict=True):  # fmt: skip
+            error, usual = ((x.double() - ref[:, mine]).norm().item() for x in (got, lone[:, mine]))
+            rows.append((error, usual, out.img.dtype))
+    return rows
+
+
+def test_bf16_over_ranks_is_as_exact_as_on_one() -> None:
+    """Partial results merge in fp32, so a ring adds at most one more rounding."""
+    for rows in run_ranks(2, _usp_under_autocast, 2):
+        for error, usual, dtype in rows:
+            assert dtype == torch.bfloat16 and 0 < error < 2 * usual, (error, usual)
+
+
 def test_kernel_choice() -> None:
     assert pick_kernel("auto", device=CPU).name == "sdpa"
     with pytest.raises(ConfigError, match="did you mean 'flash2'"):

@@ -66,7 +66,7 @@ def parse_arch(values: Mapping[str, Any]) -> HunyuanVideoArch:
     if unknown := sorted(set(values) - known):
         raise CheckpointError(f"metadata '{METADATA_KEY}' has unknown fields {unknown}; known: {sorted(known)}")
     try:
-        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return HunyuanVideoArch(**lists)
     except TypeError as error:
         raise CheckpointError(f"metadata '{METADATA_KEY}' is incomplete: {error}") from None

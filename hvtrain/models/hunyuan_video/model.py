@@ -130,8 +130,8 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{stream}_mlp", Mlp(width, arch.mlp_dim, nn.GELU(approximate="tanh")))
 
     def forward(self, tokens: Tokens) -> Tokens:
-        img_mod = per_token(self.img_mod, tokens, 6)
-        txt_mod = self.txt_mod(tokens.vec)[:, None].chunk(6, dim=-1)
+        img_mod = per_token(self.get_submodule("img_mod"), tokens, 6)
+        txt_mod = self.get_submodule("txt_mod")(tokens.vec)[:, None].chunk(6, dim=-1)
         q, k, v = self.qkv("img", tokens.img, img_mod)
         q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
         txt_q, txt_k, txt_v = self.qkv("txt", tokens.txt, txt_mod)
@@ -279,7 +279,8 @@ def init_weights(model: DiT, generator: torch.Generator) -> None:
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
             else:
                 nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
