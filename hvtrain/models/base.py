@@ -205,6 +205,15 @@ class MakeInput(Protocol):
 
 
 @dataclass(frozen=True)
+class TinyParts:
+    """What the recipes of the embedded models (hvtrain/tiny) need of the architecture that they shrink."""
+
+    build_vae: Callable[..., Any]  # (channels, norm_groups, latent_channels) -> untrained VAE of the official class
+    save_vae: Callable[[Any, str], None]
+    prompt_template: Callable[[], str]  # what the text encoder reads around a prompt
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """An architecture: data and functions that the rest of the program calls without knowing its name."""
 
@@ -223,6 +232,7 @@ class ModelSpec:
     open_text: Callable[..., Any]
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
+    tiny: TinyParts | None = None
 
     def flavor(self, name: str) -> Flavor:
         if name not in self.flavors:

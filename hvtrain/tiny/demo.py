@@ -1,6 +1,6 @@
 """`hvtrain demo`: the whole road on the tiny model, through the same commands that a user types.
 
-The base model has never seen a "zorb" (an orange ring). From 24 clips of it, a LoRA is trained on two ranks, then
+The base model has never seen a "zorb" (an orange ring). From 48 clips of it, a LoRA is trained on two ranks, then
 merged; pixels tell whether the videos show it.
 """
 
@@ -20,7 +20,7 @@ from hvtrain.tiny.data import ClipsRecipe, write_clips
 from hvtrain.tiny.score import look
 from hvtrain.tiny.sheet import contact_sheet
 
-N_CLIPS = 24
+N_CLIPS = 48
 MARKER = ".hvtrain-demo"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 

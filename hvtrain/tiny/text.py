@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-from hvtrain.models.hunyuan_video.text import TEMPLATE
 from hvtrain.rng import generator
+from hvtrain.tiny.parts import embedded_parts
 
 SEED = 20240
 WIDTH = 64
@@ -77,7 +77,7 @@ def build_tokenizer(
 def build_llm_tokenizer() -> Tokenizer:
     """The real template costs 11 tokens here: its instruction text is one token."""
     roles = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    instruction = TEMPLATE.split("\n\n")[1].split("<|eot_id|>")[0]
+    instruction = embedded_parts().prompt_template().split("\n\n")[1].split("<|eot_id|>")[0]
     return build_tokenizer(
         ["<|begin_of_text|>", "<|end_of_text|>", "<pad>", *roles], [instruction, "\n\n"],
         before=["<|begin_of_text|>"], after=[],

@@ -21,6 +21,7 @@ from hvtrain.config import load
 from hvtrain.rng import generator
 from hvtrain.tiny import clips
 from hvtrain.tiny.muon import ConvMuon
+from hvtrain.tiny.parts import embedded_parts
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,6 @@ class VaeRecipe:
     """Weight of the KL divergence"""
     seed: int = 0
     """Seed"""
-
-
-def architecture(recipe: VaeRecipe) -> dict:
-    """Constructor arguments of diffusers' AutoencoderKLHunyuanVideo: 4 x 8 x 8 compression at small widths."""
-    n = len(recipe.channels)
-    return {
-        "in_channels": 3, "out_channels": 3, "latent_channels": recipe.latent_channels,
-        "down_block_types": ("HunyuanVideoDownBlock3D",) * n, "up_block_types": ("HunyuanVideoUpBlock3D",) * n,
-        "block_out_channels": recipe.channels, "layers_per_block": 1, "norm_num_groups": recipe.norm_groups,
-        "scaling_factor": 0.476986,
-    }
 
 
 class Pictures:
@@ -150,10 +140,10 @@ def whiten(vae: Any, pictures: Pictures, recipe: VaeRecipe) -> None:
 
 def build(recipe: VaeRecipe) -> Any:
     """The untrained model, close to linear: every residual branch starts at zero and the posterior nearly without noise."""
-    from diffusers import AutoencoderKLHunyuanVideo
-
     torch.manual_seed(recipe.seed)  # weight initialisation inside the library
-    vae: Any = AutoencoderKLHunyuanVideo(**architecture(recipe))
+    vae = embedded_parts().build_vae(
+        channels=recipe.channels, norm_groups=recipe.norm_groups, latent_channels=recipe.latent_channels
+    )
     vae.to(memory_format=torch.channels_last_3d)
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     for name, module in vae.named_modules():
@@ -254,9 +244,7 @@ def main(argv: list[str]) -> None:
     recipe = load(VaeRecipe, argv[0], argv[1:])
     vae = train(recipe)
     report(vae, read_real(recipe.real_clip), recipe)
-    from hvtrain.models.hunyuan_video.vae import save_vae
-
-    save_vae(vae, recipe.output)
+    embedded_parts().save_vae(vae, recipe.output)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.base import ModelSpec, TinyParts
 from hvtrain.models.hunyuan_video.arch import infer_arch, parse_arch
 from hvtrain.models.hunyuan_video.flavors import FLAVORS, flavor_of
 from hvtrain.models.hunyuan_video.inputs import make_input
@@ -24,6 +25,38 @@ def _open_text(*args: Any, **options: Any) -> Any:
     from hvtrain.models.hunyuan_video.text import open_text  # so does transformers
 
     return open_text(*args, **options)
+
+
+def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: int) -> Any:
+    """The official VAE's class and 4 x 8 x 8 compression at other widths."""
+    from hvtrain.models.hunyuan_video.vae import build_vae
+
+    n = len(channels)
+    return build_vae(
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": latent_channels,
+            "down_block_types": ("HunyuanVideoDownBlock3D",) * n,
+            "up_block_types": ("HunyuanVideoUpBlock3D",) * n,
+            "block_out_channels": tuple(channels),
+            "layers_per_block": 1,
+            "norm_num_groups": norm_groups,
+            "scaling_factor": 0.476986,
+        }
+    )
+
+
+def _save_vae(model: Any, path: str) -> None:
+    from hvtrain.models.hunyuan_video.vae import save_vae
+
+    save_vae(model, path)
+
+
+def _prompt_template() -> str:
+    from hvtrain.models.hunyuan_video.text import TEMPLATE
+
+    return TEMPLATE
 
 
 def _is_lora_target(name: str) -> bool:
@@ -47,4 +80,5 @@ SPEC = ModelSpec(
     open_text=_open_text,
     key_maps=KEY_MAPS,
     is_lora_target=_is_lora_target,
+    tiny=TinyParts(_small_vae, _save_vae, _prompt_template),
 )
