@@ -50,9 +50,9 @@ from hvtrain.train.engine import (
 )
 
 
-def ds_config(cfg: EngineConfig, *, n_trainable: int, cuda: bool) -> dict[str, Any]:
+def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, Any]:
     """DeepSpeed's JSON. Bucket sizes follow the model: the default would reserve 2 GB for a LoRA of 20 MB."""
-    bucket = max(1, min(n_trainable, 1 << 28))
+    bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), 1 << 28))
     zero: dict[str, Any] = {
         "stage": cfg.stage,
         "overlap_comm": cuda and cfg.stage > 0,  # needs streams
@@ -64,8 +64,9 @@ def ds_config(cfg: EngineConfig, *, n_trainable: int, cuda: bool) -> dict[str, A
     if cfg.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if cfg.stage == 3:
-        # Norms, biases and modulation vectors stay whole on every rank: a gather for each costs more than it saves.
-        zero |= {"stage3_param_persistence_threshold": 1 << 15, "stage3_prefetch_bucket_size": 1 << 26}
+        # Norms and biases stay whole on every rank: a gather for each costs more than it saves.
+        vectors = max((p.numel() for p in model.parameters() if p.ndim < 2), default=0)
+        zero |= {"stage3_param_persistence_threshold": vectors, "stage3_prefetch_bucket_size": 1 << 26}
     return {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters read it
         "gradient_accumulation_steps": cfg.grad_accum,
@@ -117,12 +118,11 @@ class DeepSpeedEngine:
         solo_group(ctx)
         with _quiet():
             _forgo_compiled_ops(ctx)
-            n_trainable = sum(p.numel() for p in params.values())
             self.engine, *_ = deepspeed.initialize(
                 model=_Inside(model, ctx.device.type),
                 optimizer=optimizer,
                 dist_init_required=False,
-                config=ds_config(cfg, n_trainable=n_trainable, cuda=ctx.device.type == "cuda"),
+                config=ds_config(cfg, model, cuda=ctx.device.type == "cuda"),
             )
         at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)

@@ -29,18 +29,20 @@ from tests.parallel.tiny_run import (
 TOLERANCE = 1e-4
 DP, U2, R2 = {}, {"ulysses": 2}, {"ring": 2}
 TWO_RANKS = [
-    Case(**DP, engine="torch", stage=0),
     Case(**DP, stage=0),
     Case(**DP, stage=1),
     Case(**DP, stage=2, recompute="full"),
     Case(**DP, stage=3),
-    Case(**DP, stage=1, offload="cpu"),
     Case(**DP, stage=2, offload="cpu"),
+    Case(**U2, stage=2),
+    Case(**R2, stage=2, recompute="full"),
+]
+TWO_RANKS_GRADIENTS = [
+    Case(**DP, engine="torch", stage=0),
+    Case(**DP, stage=1, offload="cpu"),
     Case(**DP, stage=3, offload="cpu"),
     Case(**U2, engine="torch", stage=0),
-    Case(**U2, stage=2),
     Case(**U2, stage=3, recompute="full"),
-    Case(**R2, stage=2, recompute="full"),
     Case(**R2, stage=3, offload="cpu"),
 ]
 FOUR_RANKS = [Case(**U2, stage=2)]  # DP 2 x Ulysses 2
@@ -73,7 +75,7 @@ def reference() -> dict[Case, tuple[list[float], dict[str, Tensor]]]:
 
 @pytest.mark.parametrize(
     "world, curves, gradients_only",
-    [(2, both(TWO_RANKS), []), (4, both(FOUR_RANKS), both(FOUR_RANKS_GRADIENTS))],
+    [(2, both(TWO_RANKS), both(TWO_RANKS_GRADIENTS)), (4, both(FOUR_RANKS), both(FOUR_RANKS_GRADIENTS))],
     ids=["2 ranks", "4 ranks"],
 )
 def test_layouts_and_engines_equal_one_process(
