@@ -128,8 +128,7 @@ def test_models_do_not_know_each_other() -> None:
         models = [parts[2] for parts in (here, there) if parts[:2] == ["hvtrain", "models"] and len(parts) > 2]
         folders = [name for name in models if (ROOT / "hvtrain" / "models" / name).is_dir()]
         if below(found.name, "hvtrain.models") and len(there) > 2 and there[2] in folders:
-            # tiny/ holds the recipes of one architecture's small weights, so it may name that one.
-            inside = here[:3] == there[:3] or here[:2] == ["hvtrain", "tiny"]
+            inside = here[:3] == there[:3]
             bad += [] if inside else [found]
     assert not bad, "\n".join(map(str, bad))
 
@@ -139,7 +138,7 @@ def test_models_do_not_know_each_other() -> None:
     [
         ("deepspeed", ["hvtrain/train/zero.py"]),
         ("argparse", ["launcher/cli.py"]),
-        ("diffusers", ["hvtrain/models/", "hvtrain/tiny/"]),
+        ("diffusers", ["hvtrain/models/"]),
         ("transformers", ["hvtrain/models/", "hvtrain/tiny/"]),
     ],
 )
@@ -179,7 +178,7 @@ def test_names_of_architectures_stay_in_their_folders() -> None:
     bad = []
     for path in CODE:
         where = path.relative_to(ROOT)
-        if (where.parts[:2] == ("hvtrain", "models") and len(where.parts) > 3) or where.parts[:2] == ("hvtrain", "tiny"):
+        if where.parts[:2] == ("hvtrain", "models") and len(where.parts) > 3:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             # The one exception: what `model.name` is when a config does not say.

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from hvtrain import config
 from hvtrain.errors import LaunchError
@@ -79,12 +78,16 @@ def test_the_committed_reference_is_the_code() -> None:
     assert committed == cli.reference_text(), "run: hvtrain config > configs/reference.yaml"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("hunyuan_video/*.yaml")), ids=lambda p: p.stem)
+SHIPPED = [path for folder in ("hunyuan_video", "tiny") for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
+READ_BY = {"encode": "encode", "lora": "train", "full": "train", "dit": "train", "generate": "generate", "model": "train"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_shipped_configs_load(path: Path) -> None:
-    root = {"encode": "encode", "lora": "train", "full": "train", "generate": "generate"}[path.stem]
-    loaded = config.load(config.ROOTS[root], path)
-    assert loaded != config.ROOTS[root]()
-    assert yaml.safe_load(path.read_text())
+    if path.stem not in READ_BY:
+        pytest.skip("a recipe of its own module, tested with it")
+    root = config.ROOTS[READ_BY[path.stem]]
+    assert config.load(root, path) != root()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
 from hvtrain.generate.video import read_metadata
 from hvtrain.parallel.context import ParallelContext
+from launcher.local import free_port
 from tests.generate.models import SIZE, random_dit, write_dit
 
 ROOT = Path(__file__).resolve().parents[2]
+HVTRAIN = [sys.executable, "-m", "launcher.cli"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,11 @@ def pixels(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def difference(path: Path, reference: np.ndarray) -> float:
+    """Mean, not maximum: the codec makes a whole block differ where one value rounds the other way."""
+    return np.abs(pixels(path).astype(int) - reference).mean()
+
+
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> np.ndarray:
     (path,) = make(folder)
@@ -78,7 +85,26 @@ def test_two_processes_make_the_video_of_one(folder: Path, plain: np.ndarray) ->
     done = launch(2, *overrides(folder, output=folder / "two.mp4"), "parallel.ulysses=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("two.mp4") == 1  # one rank speaks
-    assert np.abs(pixels(folder / "two.mp4").astype(int) - plain).max() <= 2
+    assert difference(folder / "two.mp4", plain) < 0.5
+
+
+def test_two_machines_make_the_video_of_one(folder: Path, plain: np.ndarray) -> None:
+    command = ["generate", *overrides(folder, output=folder / "nodes.mp4"), "parallel.ring=2"]
+    where = ["--nnodes", "2", "--master-addr", "localhost", "--master-port", str(free_port())]
+    nodes = [
+        subprocess.Popen([*HVTRAIN, "launch", "--nproc", "1", *where, "--node-rank", str(node), *command], cwd=ROOT)
+        for node in range(2)
+    ]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    assert difference(folder / "nodes.mp4", plain) < 0.5
+
+
+def test_torchrun_starts_it_too(folder: Path, plain: np.ndarray) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "launcher.worker", "generate", *overrides(folder, output=folder / "t.mp4"), "parallel.ulysses=2"]
+    done = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert difference(folder / "t.mp4", plain) < 0.5
 
 
 def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarray) -> None:
@@ -89,13 +115,13 @@ def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarra
     files = sorted((folder / "many").iterdir())
     assert [f.name for f in files] == ["0000.mp4", "0001.mp4", "0002.mp4"]
     assert [read_metadata(f)["seed"] for f in files] == [0, 1, 9]
-    assert np.abs(pixels(files[0]).astype(int) - plain).max() <= 2
+    assert difference(files[0], plain) < 0.5 and difference(files[1], plain) > 2
 
 
 def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: np.ndarray) -> None:
     lora = folder / "lora.safetensors"
     (path,) = make(folder, output=folder / "lora.mp4", lora=f"[{{path: {lora}, multiplier: 0.5}}]")
-    assert np.abs(pixels(path).astype(int) - plain).mean() > 1
+    assert difference(path, plain) > 2
     assert read_metadata(path)["lora"] == [{"file": "lora.safetensors", "multiplier": 0.5}]
     merged = folder / "merged.safetensors"
     merge(MergeConfig(str(folder / "dit.safetensors"), (LoraFileConfig(str(lora), 0.5),), str(merged)))
@@ -105,7 +131,7 @@ def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: 
 
 def test_true_guidance_and_bf16(folder: Path, plain: np.ndarray) -> None:
     (path,) = make(folder, output=folder / "cfg.mp4", cfg_scale=3.0, negative_prompt="a blue square", precision="bf16")
-    assert np.abs(pixels(path).astype(int) - plain).mean() > 1
+    assert difference(path, plain) > 2
     assert read_metadata(path)["precision"] == "bf16"
 
 
@@ -149,5 +175,5 @@ def test_several_processes_say_a_mistake_once(folder: Path, nproc: int, extra: l
 
 
 def launch(nproc: int, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), "generate", *arguments]
+    command = [*HVTRAIN, "launch", "--nproc", str(nproc), "generate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
