@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import ConfigError
+from hvtrain.models import attention
 from hvtrain.models.attention import KERNELS, local_attend, pick_kernel
 from hvtrain.models.base import Joint
 from hvtrain.parallel.context import check_heads, start
@@ -84,6 +85,19 @@ def test_a_kernel_s_partial_results_and_gradients(name: str, dtype: torch.dtype,
     if kernel.backward is not None:
         for have, leaf in zip(kernel.backward(d_out, q, k, v, got), wide, strict=True):
             torch.testing.assert_close(have.double(), leaf.grad, **tol)
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "efficient"])
+def test_torch_s_cuda_kernels_take_what_we_pass(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device: these operators are private to torch, and a changed signature shows here without a GPU."""
+    monkeypatch.setattr(attention, "_flash_fits", lambda q: flash)
+    dtype = torch.bfloat16 if flash else torch.float32
+    q, k, v, d_out = (torch.empty(2, s, HEADS, 64, device="meta", dtype=dtype) for s in (33, 45, 45, 33))
+    partial = KERNELS["sdpa"].partial(q, k, v)
+    assert partial.out.shape == q.shape and partial.lse.shape == (2, HEADS, 33)
+    assert KERNELS["sdpa"].backward is not None
+    grads = KERNELS["sdpa"].backward(d_out, q, k, v, partial)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
 def _usp_against_local(world: int) -> dict[str, float]:
