@@ -18,7 +18,8 @@ from torch.distributed import TCPStore
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 600) -> list[Any]:
     """[function(*args) on rank 0, on rank 1, ...]; `function` must be importable (defined at the top of a module).
 
-    timeout_s is for a hang, and generous: this may run beside other work on two cores. The parent holds the rendezvous store on a port that the system chose, as torchrun does: no port is ever guessed.
+    timeout_s is for a hang, and generous: this may run beside other work on two cores.
+    The parent holds the rendezvous store on a port that the system chose, as torchrun does: no port is ever guessed.
     A rank that fails ends the others, and its traceback is the error.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
