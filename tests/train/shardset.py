@@ -1,0 +1,36 @@
+"""A small random shard set for the tiny flavor, and a config that trains on it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hvtrain.config import TrainConfig, load
+from shards.schema import EMPTY_TEXT, Chunk, Manifest, save_manifest
+from shards.writer import write_tar
+
+
+def make_shards(root: Path, *, n: int = 10, poison: str | None = None) -> Path:
+    """n samples; the one named `poison` has NaN latents."""
+    g = torch.Generator().manual_seed(1)
+    keys = tuple(f"clip{i}" for i in range(n))
+    latents = {k: torch.randn(16, 2, 4, 4, generator=g).bfloat16() for k in keys}
+    if poison:
+        latents[poison] = torch.full_like(latents[poison], float("nan"))
+    text = {k: torch.randn(2 + i % 3, 64, generator=g) for i, k in enumerate(keys)}
+    tars = {
+        "latents": write_tar(root, "latents/0.tar", [(k, {"latents": latents[k]}, {}) for k in keys]),
+        "text": write_tar(root, "text/0.tar", [(k, {"text": text[k], "pooled": torch.ones(64)}, {}) for k in keys]),
+    }
+    save_manifest(root, Manifest(("latents", "text"), (Chunk("5x32x32", keys, tars),)))
+    save_file({"text": torch.zeros(1, 64), "pooled": torch.zeros(64)}, str(root / EMPTY_TEXT))
+    return root
+
+
+def config(shards: Path, output: Path, *overrides: str) -> TrainConfig:
+    """A LoRA on the model that ships, plain PyTorch, float32, 6 steps."""
+    return load(TrainConfig, None, [
+        "model.dit=tiny:dit.safetensors", "model.dtype=float32", f"data.shards={shards}", "data.batch_size=2",
+        "adapter.rank=4", "adapter.alpha=4", "run.precision=fp32", "run.recompute=none", "run.steps=6", "optim.lr=1e-3",
+        "zero.engine=torch", f"run.output_dir={output}", *overrides,
+    ])

@@ -1,0 +1,180 @@
+"""A training run: what it writes, how it stops, continues and refuses."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hvtrain import train
+from hvtrain.adapters.files import read_lora
+from hvtrain.config import asset
+from hvtrain.errors import ConfigError, DataError, HvtrainError
+from hvtrain.models import find
+from hvtrain.models.load import load_dit
+from hvtrain.train import checkpoint
+from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.objective import drop_captions
+from tests.train.shardset import config, make_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = load_file(a), load_file(b)
+    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+
+
+def test_a_run_and_its_files(shards, tmp_path):
+    cfg = config(shards, tmp_path / "run", "run.name=mine", "run.save_every_steps=2", "run.keep_last=2",
+                 f"eval.shards={shards}", "eval.every_steps=3", "eval.max_batches=2", "data.caption_dropout=0.5",
+                 "adapter.dropout=0.1")
+    assert train.run(cfg) == 0
+    out = tmp_path / "run"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [x["train/loss"] for x in lines if "train/loss" in x]
+    assert len(losses) == 6 and all(0 < x < 50 for x in losses)
+    held = [x["eval/loss"] for x in lines if "eval/loss" in x]
+    assert len(held) == 2 and held[0] != held[1]
+    assert list((out / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    with safe_open(out / "mine.safetensors", "pt") as file:
+        info, names = file.metadata(), list(file.keys())
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in names
+    assert info["ss_network_dim"] == "4" and info["ss_steps"] == "6" and len(info["sshs_model_hash"]) == 64
+    loaded = load_dit(asset("tiny:dit.safetensors"), dtype=torch.float32)
+    shapes = {n: (m.out_features, m.in_features) for n, m in loaded.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(read_lora(out / "mine.safetensors", shapes, spec=loaded.spec).pairs) == 2 * 8 + 4 * 2
+    # The same command again: nothing to do, nothing changed.
+    before = (out / "mine.safetensors").stat().st_mtime_ns
+    assert train.run(cfg) == 0 and (out / "mine.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("engine", ["zero.engine=torch", "zero.stage=2", "zero.stage=3"])
+def test_resume_equals_no_interruption(shards, tmp_path, engine):
+    """Six steps, and three and then three more with another process's worth of state: the same bits."""
+    extra = ("adapter.dropout=0.1", "data.caption_dropout=0.3", "optim.schedule=cosine", "optim.warmup_steps=2",
+             "run.grad_accum=2", "run.save_every_steps=3", engine.replace("zero.stage", "zero.engine=deepspeed,zero.stage"))
+    extra = tuple(part for item in extra for part in item.split(","))
+    assert train.run(config(shards, tmp_path / "whole", *extra)) == 0
+    assert train.run(config(shards, tmp_path / "cut", *extra)) == 0
+    last = tmp_path / "cut/checkpoints/step-00000006"
+    (last / "COMPLETE").unlink()  # as if it had been killed while writing: not complete, so it does not count
+    (tmp_path / "cut/lora.safetensors").unlink()
+    assert train.run(config(shards, tmp_path / "cut", *extra)) == 0
+    assert same(tmp_path / "whole/lora.safetensors", tmp_path / "cut/lora.safetensors")
+    for name in ("params", "optimizer"):
+        assert same(tmp_path / f"whole/checkpoints/step-00000006/{name}.safetensors", last / f"{name}.safetensors")
+
+
+def test_sigterm_saves_and_a_restart_finishes(shards, tmp_path):
+    many = ("run.steps=12",)
+    assert train.run(config(shards, tmp_path / "whole", *many)) == 0
+
+    def interrupt():
+        while not (tmp_path / "cut/metrics.jsonl").exists() or not (tmp_path / "cut/metrics.jsonl").read_text():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code = train.run(config(shards, tmp_path / "cut", *many))
+    thread.join()
+    assert code == 75
+    stopped = checkpoint.load(checkpoint.newest(tmp_path / "cut/checkpoints")).progress.step
+    assert 0 < stopped < 12
+    assert train.run(config(shards, tmp_path / "cut", *many)) == 0
+    assert same(tmp_path / "whole/lora.safetensors", tmp_path / "cut/lora.safetensors")
+
+
+def test_full_fine_tune_from_scratch_with_ema(shards, tmp_path):
+    cfg = config(shards, tmp_path / "run", "adapter.type=none", "model.dit=null", "model.flavor=tiny", "run.ema_decay=0.5",
+                 "run.steps=2", "run.name=dit")
+    assert train.run(cfg) == 0
+    loaded = load_dit(tmp_path / "run/dit.safetensors", dtype=torch.float32)
+    assert loaded.flavor.name == "tiny" and loaded.arch == find("hunyuan-video").flavors["tiny"].arch
+    assert not same(tmp_path / "run/dit.safetensors", tmp_path / "run/dit-ema.safetensors")
+
+
+def test_another_run_is_refused(shards, tmp_path):
+    train.run(config(shards, tmp_path / "run", "run.steps=1"))
+    with pytest.raises(ConfigError, match="holds another run: there adapter is"):
+        train.run(config(shards, tmp_path / "run", "adapter.rank=8"))
+    with pytest.raises(ConfigError, match="run.resume is 'never'"):
+        train.run(config(shards, tmp_path / "run", "run.resume=never"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.jpg").touch()
+    with pytest.raises(ConfigError, match="no run of hvtrain"):
+        train.run(config(shards, tmp_path / "mine"))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
+
+
+def test_nan_stops_and_names_the_samples(tmp_path):
+    shards = make_shards(tmp_path / "shards", n=1, poison="clip0")
+    with pytest.raises(HvtrainError, match="2 steps in a row had no finite gradient.*clip0 loss nan"):
+        train.run(config(shards, tmp_path / "run", "run.max_bad_steps=2", "data.batch_size=1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.shards=[]", "data.shards is empty"),
+        ("data.shards=nowhere", "nowhere does not exist"),
+        ("model.dit=gone.safetensors", "gone.safetensors does not exist"),
+        ("model.dit=null", "a LoRA needs the weights"),
+        ("run.steps=null", "either run.steps or run.epochs"),
+        ("run.grad_accum=0", "run.grad_accum is 0"),
+        ("optim.warmup_steps=7", "optim.warmup_steps is 7"),
+        ("optim.name=adamww", "did you mean .adamw."),
+        ("model.dtype=bfloat16", "needs model.dtype float32"),
+        ("zero.offload_optimizer=cpu", "torch engine"),
+        ("parallel.kernel=sage", "sage"),
+        ("adapter.exclude=.*", "leaves nothing to train"),
+        ("preview.every_steps=1", "preview.prompts is empty"),
+    ],
+)
+def test_mistakes(shards, tmp_path, override, says):
+    with pytest.raises(HvtrainError, match=says) as caught:
+        train.run(config(shards, tmp_path / "run", override))
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_of_another_model(tmp_path):
+    from shards.schema import Chunk, Manifest, save_manifest
+    from shards.writer import write_tar
+
+    tars = {"latents": write_tar(tmp_path, "latents/0.tar", [("a", {"latents": torch.zeros(4, 1, 2, 2)}, {})])}
+    save_manifest(tmp_path, Manifest(("latents",), (Chunk("1x16x16", ("a",), tars),)))
+    with pytest.raises(DataError, match="latents of 4 channels"):
+        train.run(config(tmp_path, tmp_path / "run"))
+
+
+def test_checkpoints_are_rotated_and_incomplete_ones_ignored(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, Snapshot(Progress(step), {"w": torch.ones(2)}, {"w": {"step": torch.tensor(1.0)}}), keep_last=2)
+    (tmp_path / "step-00000009").mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-00000003"
+    assert not (tmp_path / "step-00000001").exists()
+    assert checkpoint.load(tmp_path / "step-00000003").optimizer["w"]["step"] == 1
+    (tmp_path / "step-00000003/params.safetensors").write_bytes(b"x")
+    with pytest.raises(HvtrainError, match="step-00000003: cannot be read"):
+        checkpoint.load(tmp_path / "step-00000003")
+
+
+def test_caption_dropout():
+    batch = {"text": torch.ones(400, 3, 2), "text_len": torch.full((400,), 3), "pooled": torch.ones(400, 4)}
+    empty = {"text": torch.zeros(5, 2), "pooled": torch.zeros(4)}
+    out = drop_captions(batch, empty, share=0.25, draw=torch.Generator().manual_seed(0))
+    dropped = out["text_len"] == 5
+    assert 70 < dropped.sum() < 130
+    assert not out["text"][dropped].any() and not out["pooled"][dropped].any()
+    assert out["text"][~dropped][:, :3].all() and not out["text"][~dropped][:, 3:].any()
