@@ -31,7 +31,10 @@ class Previews:
             )
             for p in prompts
         ]
-        self.conds = encode_prompts(cfg.model, subject.spec, [p.prompt for p in prompts], ctx) if prompts else []
+        # A negative prompt for each, used by models that are sampled with true guidance.
+        texts = [r.prompt for r in self.requests] + [r.negative_prompt for r in self.requests]
+        encoded = encode_prompts(cfg.model, subject.spec, texts, ctx) if prompts else []
+        self.conds, self.unconds = encoded[: len(prompts)], encoded[len(prompts) :]
         self.vae = None
 
     @torch.no_grad()
@@ -39,10 +42,10 @@ class Previews:
         """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0; the files are written too. Collective."""
         training = model.training
         model.eval()
-        for i, (request, cond) in enumerate(zip(self.requests, self.conds)):
+        for i, (request, cond, uncond) in enumerate(zip(self.requests, self.conds, self.unconds)):
             with torch.autocast(self.ctx.device.type, torch.bfloat16, enabled=self.autocast):
                 latents = sample_latents(
-                    model, self.subject.spec, self.subject.flavor, cond, request=request, ctx=self.ctx
+                    model, self.subject.spec, self.subject.flavor, cond, request=request, ctx=self.ctx, uncond=uncond
                 )
             if self.ctx.is_main:
                 self.vae = self.vae or open_decoder(self.model_cfg, self.subject.spec, self.ctx)
