@@ -34,7 +34,9 @@ class Failure:
 def guarded(run: Callable[[], int | None]) -> int:
     """Run a command; its exit code. Never raises, except SystemExit."""
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()  # here, not at exit, so that a reader who has left is noticed here
+        return code
     except KeyboardInterrupt:
         _tell(INTERRUPTED, "interrupted")
         return INTERRUPTED
