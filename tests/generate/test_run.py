@@ -17,13 +17,16 @@ from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.merge import run as merge
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
+from hvtrain.generate import pipeline
 from hvtrain.generate.video import read_metadata
 from hvtrain.parallel.context import ParallelContext
 from launcher.local import free_port
 from tests.generate.models import SIZE, random_dit, write_dit
+from tests.parallel.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 HVTRAIN = [sys.executable, "-m", "launcher.cli"]
+SAME = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def difference(path: Path, reference: np.ndarray) -> float:
-    """Mean, not maximum: the codec makes a whole block differ where one value rounds the other way."""
+    """Mean over all values. The codec amplifies: one pixel that rounds the other way before it is a mean of 1.5 after
+    it, so SAME is no exact comparison; another seed or prompt is a mean of 28."""
     return np.abs(pixels(path).astype(int) - reference).mean()
 
 
@@ -81,11 +85,27 @@ def test_a_video_with_its_parameters(folder: Path, plain: np.ndarray) -> None:
     assert (said["seed"], said["steps"], said["shift"], said["dit"]) == (0, 3, 3.0, "dit.safetensors")
 
 
+def frames_before_the_codec(arguments: list[str]) -> np.ndarray | None:
+    """What one rank gives to the encoder; None on ranks that write nothing."""
+    made = []
+    pipeline.write_mp4 = lambda path, frames, **_: made.append(frames)  # this process ends after the call
+    generate.run(config.load(GenerateConfig, None, arguments))
+    return made[0] if made else None
+
+
+def test_sequence_parallel_frames_equal_those_of_one_process(folder: Path) -> None:
+    """Exactly, but for values on the edge between two of the 256 levels."""
+    (alone,) = run_ranks(1, frames_before_the_codec, overrides(folder))
+    first, second = run_ranks(2, frames_before_the_codec, [*overrides(folder), "parallel.ulysses=2"])
+    off = np.abs(first.astype(int) - alone)
+    assert second is None and off.max() <= 1 and off.mean() < 1e-3
+
+
 def test_two_processes_make_the_video_of_one(folder: Path, plain: np.ndarray) -> None:
     done = launch(2, *overrides(folder, output=folder / "two.mp4"), "parallel.ulysses=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("two.mp4") == 1  # one rank speaks
-    assert difference(folder / "two.mp4", plain) < 0.5
+    assert difference(folder / "two.mp4", plain) < SAME
 
 
 def test_two_machines_make_the_video_of_one(folder: Path, plain: np.ndarray) -> None:
@@ -96,7 +116,7 @@ def test_two_machines_make_the_video_of_one(folder: Path, plain: np.ndarray) -> 
         for node in range(2)
     ]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0]
-    assert difference(folder / "nodes.mp4", plain) < 0.5
+    assert difference(folder / "nodes.mp4", plain) < SAME
 
 
 def test_torchrun_starts_it_too(folder: Path, plain: np.ndarray) -> None:
@@ -104,7 +124,7 @@ def test_torchrun_starts_it_too(folder: Path, plain: np.ndarray) -> None:
     command = ["-m", "launcher.worker", "generate", *overrides(folder, output=folder / "t.mp4"), "parallel.ulysses=2"]
     done = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert difference(folder / "t.mp4", plain) < 0.5
+    assert difference(folder / "t.mp4", plain) < SAME
 
 
 def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarray) -> None:
@@ -115,13 +135,13 @@ def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarra
     files = sorted((folder / "many").iterdir())
     assert [f.name for f in files] == ["0000.mp4", "0001.mp4", "0002.mp4"]
     assert [read_metadata(f)["seed"] for f in files] == [0, 1, 9]
-    assert difference(files[0], plain) < 0.5 and difference(files[1], plain) > 2
+    assert difference(files[0], plain) < SAME and difference(files[1], plain) > SAME
 
 
 def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: np.ndarray) -> None:
     lora = folder / "lora.safetensors"
     (path,) = make(folder, output=folder / "lora.mp4", lora=f"[{{path: {lora}, multiplier: 0.5}}]")
-    assert difference(path, plain) > 2
+    assert difference(path, plain) > SAME
     assert read_metadata(path)["lora"] == [{"file": "lora.safetensors", "multiplier": 0.5}]
     merged = folder / "merged.safetensors"
     merge(MergeConfig(str(folder / "dit.safetensors"), (LoraFileConfig(str(lora), 0.5),), str(merged)))
@@ -131,7 +151,7 @@ def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: 
 
 def test_true_guidance_and_bf16(folder: Path, plain: np.ndarray) -> None:
     (path,) = make(folder, output=folder / "cfg.mp4", cfg_scale=3.0, negative_prompt="a blue square", precision="bf16")
-    assert difference(path, plain) > 2
+    assert difference(path, plain) > SAME
     assert read_metadata(path)["precision"] == "bf16"
 
 
