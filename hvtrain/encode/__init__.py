@@ -72,29 +72,30 @@ def _columns(
 
 
 def _open_latents(cfg: EncodeConfig, spec: Any, root: Path, ctx: ParallelContext) -> tuple[Callable, str]:
+    import torch
+
     from hvtrain.encode.pipeline import LatentEncoder
     from hvtrain.generate.pipeline import open_decoder
-    from hvtrain.train.setup import DTYPES
 
     vae = open_decoder(cfg.model, spec, ctx)
-    encoder = LatentEncoder(vae, DTYPES[cfg.dtype], cfg.batch_size, cfg.workers, cfg.seed)
+    encoder = LatentEncoder(vae, getattr(torch, cfg.dtype), cfg.batch_size, cfg.workers, cfg.seed)
     return encoder, f"{vae.fingerprint}/{cfg.dtype}/{cfg.seed}"
 
 
 def _open_text(cfg: EncodeConfig, spec: Any, root: Path, ctx: ParallelContext) -> tuple[Callable, str]:
+    import torch
     from safetensors.torch import save_file
 
     from hvtrain.encode.pipeline import TextEncoder
-    from hvtrain.train.setup import DTYPES
     from shards.atomic import atomic_path
     from shards.schema import EMPTY_TEXT
 
     m = cfg.model
     text = spec.open_text(
         asset(m.llm or ""), m.llm_tokenizer and asset(m.llm_tokenizer), asset(m.clip or ""),
-        m.clip_tokenizer and asset(m.clip_tokenizer), dtype=DTYPES[m.dtype], device=ctx.device, fp8=m.fp8_llm,
+        m.clip_tokenizer and asset(m.clip_tokenizer), dtype=getattr(torch, m.dtype), device=ctx.device, fp8=m.fp8_llm,
     )
-    encoder = TextEncoder(text, DTYPES[cfg.dtype])
+    encoder = TextEncoder(text, getattr(torch, cfg.dtype))
     if ctx.is_main:
         empty = encoder.stored(text.encode([""])[0], "")
         with atomic_path(root / EMPTY_TEXT) as temporary:

@@ -20,8 +20,6 @@ from hvtrain.parallel.context import ParallelContext, check_heads
 from hvtrain.rng import generator
 from shards import ShardSet, open_set
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -47,7 +45,7 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
     else:
         loaded = load_dit(
             asset(cfg.model.dit), model=cfg.model.name, flavor=cfg.model.flavor,
-            dtype=torch.float32 if full else DTYPES[cfg.model.dtype], device="cpu",
+            dtype=torch.float32 if full else getattr(torch, cfg.model.dtype), device="cpu",
         )
         model, spec, flavor, fingerprint = loaded.model, loaded.spec, loaded.flavor, loaded.fingerprint
         check_heads(flavor.arch.heads_num, ctx.ulysses)
