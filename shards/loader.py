@@ -26,7 +26,7 @@ class Batch:
     keys: tuple[str, ...]
     tensors: Mapping[str, Tensor]  # "latents" [B C T H W], "text" [B L E] zero-padded, "text_len" [B], "pooled" [B P]
     meta: tuple[Mapping[str, Any], ...]
-    epoch: int
+    epoch: int  # whole epochs consumed by then, the same on every rank
     cursor: int  # samples consumed by all ranks once each has taken its micro-batch of this round
 
 
@@ -79,13 +79,13 @@ class BatchLoader:
         return batch
 
     def _mine(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches; `begin` becomes the cursor after the whole round."""
+        """This rank's micro-batches; `begin` and `epoch` become those after the whole round."""
         buckets = [bucket for s in self.sets for bucket in s.buckets]
         everyone = stream(buckets, batch_size=self.batch_size, seed=self.seed, cursor=self.cursor)
         while True:
             around = list(islice(everyone, self.dp_size))
             after = around[-1].begin + len(around[-1].samples)
-            yield replace(around[self.dp_rank], begin=after)
+            yield replace(around[self.dp_rank], begin=after, epoch=after // len(buckets))
 
     def _read(self, micro: MicroBatch) -> Batch:
         found = [self.places[index] for index in micro.samples]

@@ -25,7 +25,7 @@ class Cadence:
     grad_accum: int
     log: int
     save: int
-    save_epochs: float
+    save_samples: int  # of all ranks together
     evaluate: int
     preview: int
     max_bad_steps: int
@@ -67,7 +67,7 @@ def train(
     with StopFlag() as stop:
         while progress.step < cadence.steps:
             report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
-            before, progress = progress, report.progress
+            before, progress = progress, report.progress  # the same on all ranks
             bad_in_a_row = bad_in_a_row + 1 if report.result.skipped else 0
             hooks.after_update()
             hooks.log(report)
@@ -78,8 +78,8 @@ def train(
             if _due(progress.step, cadence.preview):
                 hooks.preview(progress.step)
             stopping = stop.agreed(ctx) and progress.step < cadence.steps
-            new_epoch = cadence.save_epochs > 0 and progress.epoch // cadence.save_epochs > before.epoch // cadence.save_epochs
-            if _due(progress.step, cadence.save) or new_epoch or stopping or progress.step == cadence.steps:
+            passed = cadence.save_samples > 0 and _parts(progress, cadence) > _parts(before, cadence)
+            if _due(progress.step, cadence.save) or passed or stopping or progress.step == cadence.steps:
                 hooks.save(progress)
             if stopping:
                 return False
@@ -118,6 +118,10 @@ def _step(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _parts(progress: Progress, cadence: Cadence) -> int:
+    return progress.cursor // cadence.save_samples
 
 
 def _not_finite(report: StepReport, n: int) -> HvtrainError:

@@ -103,7 +103,7 @@ def test_ranks_and_workers_share_one_stream(tmp_path, ranks, workers):
     one = [key for (batch,) in rounds(24, 1) for key in batch.keys]
     got, cursor = [], 0
     for batches in rounds(6, ranks):
-        assert len({b.cursor for b in batches}) == 1
+        assert len({(b.cursor, b.epoch) for b in batches}) == 1
         got += [key for b in batches for key in b.keys]
         cursor = batches[0].cursor
     assert got == one[: len(got)] and cursor == len(got)

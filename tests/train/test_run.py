@@ -98,6 +98,15 @@ def test_sigterm_saves_and_a_restart_finishes(shards, tmp_path):
     assert same(tmp_path / "whole/lora.safetensors", tmp_path / "cut/lora.safetensors")
 
 
+def test_epochs(shards, tmp_path):
+    """10 samples, 2 a step: two epochs are ten steps; a save each time half an epoch is complete."""
+    cfg = config(shards, tmp_path / "run", "run.steps=null", "run.epochs=2", "run.save_every_epochs=0.5", "run.keep_last=0")
+    assert train.run(cfg) == 0
+    saved = sorted(int(p.name[5:]) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == [3, 5, 8, 10]
+    assert [checkpoint.load(tmp_path / f"run/checkpoints/step-{s:08d}").progress.epoch for s in saved] == [0, 1, 1, 2]
+
+
 def test_full_fine_tune_from_scratch_with_ema(shards, tmp_path):
     cfg = config(shards, tmp_path / "run", "adapter.type=none", "model.dit=null", "model.flavor=tiny", "run.ema_decay=0.5",
                  "run.steps=2", "run.name=dit")
