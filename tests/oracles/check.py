@@ -8,6 +8,7 @@ arguments. Prints relative errors ||a - b|| / ||b||; exit code 1 above 1e-5, 2 f
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,22 +73,28 @@ def _is_dit(reference: Reference) -> bool:
 
 
 def dit_of(reference: Reference) -> DiT:
-    """The model of a reference file, in float32. Sizes that the config does not name come from the weights."""
+    """The model of a reference file, in float32. Only what no shape tells comes from the config."""
     c, weights = reference.config, reference.part("weights.")
     proj = weights["img_in.proj.weight"]
+    hidden, patch = proj.shape[0], (proj.shape[2], proj.shape[3], proj.shape[4])
+    blocks = [n for n in weights if n.endswith(("img_attn_q_norm.weight", ".q_norm.weight"))]
+    head = weights[blocks[0]].shape[0]
+    rope = c.get("rope", c.get("rope_dim_list"))
+    if rope is None:
+        raise CheckpointError(f"{reference.path}: its config lacks 'rope', the widths of the rotary axes")
     arch = HunyuanVideoArch(
         in_channels=proj.shape[1],
-        out_channels=c.get("out_channels", 16),
-        hidden_size=proj.shape[0],
-        heads_num=c["heads_num"],
+        out_channels=weights["final_layer.linear.weight"].shape[0] // math.prod(patch),
+        hidden_size=hidden,
+        heads_num=hidden // head,
         double=_count(weights, "double_blocks."),
         single=_count(weights, "single_blocks."),
-        rope_dims=tuple(c["rope"]),
+        rope_dims=tuple(rope),
         text_dim=weights["txt_in.input_embedder.weight"].shape[1],
         pooled_dim=weights["vector_in.in_layer.weight"].shape[1],
         guidance_embed="guidance_in.mlp.0.weight" in weights,
-        patch=(proj.shape[2], proj.shape[3], proj.shape[4]),
-        mlp_ratio=c.get("mlp_width_ratio", c.get("mlp_ratio", 4.0)),
+        patch=patch,
+        mlp_ratio=_mlp_width(weights, hidden) / hidden,
         rope_theta=float(c.get("rope_theta", 256.0)),
         refiner_depth=_count(weights, "txt_in.individual_token_refiner.blocks."),
         token_replace=c.get("i2v_condition_type") == "token_replace",
@@ -118,6 +125,11 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
     for name, wanted in reference.part("grad.").items():
         found = parameters[name].grad
         yield f"grad.{name}", relative(torch.zeros_like(wanted) if found is None else found, wanted)
+
+
+def _mlp_width(weights: Mapping[str, Tensor], hidden: int) -> int:
+    double = weights.get("double_blocks.0.img_mlp.fc1.weight")
+    return double.shape[0] if double is not None else weights["single_blocks.0.linear1.weight"].shape[0] - 3 * hidden
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
