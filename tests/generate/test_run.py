@@ -146,7 +146,7 @@ def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: 
     merged = folder / "merged.safetensors"
     merge(MergeConfig(str(folder / "dit.safetensors"), (LoraFileConfig(str(lora), 0.5),), str(merged)))
     (other,) = make(folder, **{"output": folder / "merged.mp4", "model.dit": merged})
-    assert np.array_equal(pixels(other), pixels(path))
+    assert difference(other, pixels(path)) < SAME  # weights are equal bit for bit, their alignment in memory is not
 
 
 def test_true_guidance_and_bf16(folder: Path, plain: np.ndarray) -> None:
