@@ -1,7 +1,7 @@
 """Key maps: how other programs name and cut the tensors that carry official names here.
 
 A rule pairs one official module with one or several modules of the dialect. Several means that the official module is
-their fusion along the output rows (qkv). A map works both ways, for whole tensors and for LoRA pairs.
+their fusion along the output rows (qkv). A map works both ways; adapters/dialects.py uses the same rules for LoRA pairs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,13 +40,6 @@ class Rule:
         if rest:
             raise ValueError(f"{self.official}: {rows} rows cannot be cut in the proportions {shares}")
         return [share * unit for share in shares]
-
-
-class Pair(NamedTuple):
-    """A low-rank update up @ down."""
-
-    down: Tensor  # [r in]
-    up: Tensor  # [out r]
 
 
 @dataclass(frozen=True)
@@ -137,59 +129,9 @@ class KeyMap:
                 found[f"{other}.{rule.leaf_of_dialect(leaf)}"] = Cut(name, rule, part)
         return found
 
-    def lora_to_dialect(self, module: str, pair: Pair) -> dict[str, Pair]:
-        """An official module's update as updates of the dialect's modules; exact, each keeps the rank."""
-        rule = self.rule_of_official(module)
-        if rule is None:
-            if not self.passthrough:
-                raise KeyError(f"the dialect has no name for '{module}'")
-            return {module: pair}
-        if len(rule.dialect) == 1:
-            return {rule.dialect[0]: Pair(pair.down, swap_halves(pair.up) if rule.swap else pair.up)}
-        ups = pair.up.split(rule.split(pair.up.shape[0]))
-        return {name: Pair(pair.down, up.contiguous()) for name, up in zip(rule.dialect, ups, strict=True)}
-
-    def lora_to_official(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-        """The dialect's updates, alpha already multiplied in, as updates of official modules.
-
-        Parts of a fused module that share `down` keep the rank; else the ranks add up. An absent part is not touched.
-        """
-        groups: dict[str, tuple[Rule, dict[int, Pair]]] = {}
-        out: dict[str, Pair] = {}
-        for module, pair in pairs.items():
-            hit = self.rule_of_dialect(module)
-            if hit is None:
-                out[module] = pair
-            else:
-                groups.setdefault(hit[0].official, (hit[0], {}))[1][hit[1]] = pair
-        for official, (rule, parts) in groups.items():
-            out[official] = _fuse_pairs(rule, parts)
-        return out
-
 
 def swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
-
-
-def _fuse_pairs(rule: Rule, parts: Mapping[int, Pair]) -> Pair:
-    if len(rule.dialect) == 1:
-        return Pair(parts[0].down, swap_halves(parts[0].up) if rule.swap else parts[0].up)
-    shares = rule.rows or (1,) * len(rule.dialect)
-    some = min(parts)
-    unit = parts[some].up.shape[0] // shares[some]
-    rows = [share * unit for share in shares]
-    first = parts[some].down
-    if len(parts) == len(rows) and all(torch.equal(p.down, first) for p in parts.values()):
-        return Pair(first, torch.cat([parts[i].up for i in range(len(rows))]))
-    order = sorted(parts)
-    down = torch.cat([parts[i].down for i in order])
-    up = down.new_zeros(sum(rows), down.shape[0])
-    column = 0
-    for i in order:
-        pair, row = parts[i], sum(rows[:i])
-        up[row : row + rows[i], column : column + pair.down.shape[0]] = pair.up
-        column += pair.down.shape[0]
-    return Pair(down, up)
 
 
 _BLOCK_NUMBER = re.compile(r"(?<=blocks\.)(\d+|\{n\})(?=\.|$)")
