@@ -78,14 +78,13 @@ def test_the_committed_reference_is_the_code() -> None:
     assert committed == cli.reference_text(), "run: hvtrain config > configs/reference.yaml"
 
 
-SHIPPED = [path for folder in ("hunyuan_video", "tiny") for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
+RECIPES = ("clips", "vae")  # of hvtrain.tiny's own programs
+SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.stem not in RECIPES]
 READ_BY = {"encode": "encode", "lora": "train", "full": "train", "dit": "train", "generate": "generate", "model": "train"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_shipped_configs_load(path: Path) -> None:
-    if path.stem not in READ_BY:
-        pytest.skip("a recipe of its own module, tested with it")
     root = config.ROOTS[READ_BY[path.stem]]
     assert config.load(root, path) != root()
 
