@@ -221,7 +221,6 @@ class ModelSpec:
     flavors: Mapping[str, Flavor]
     build: Callable[[Any], DiT]  # arch -> model; on the meta device under `with torch.device("meta")`
     init_weights: Callable[[DiT, torch.Generator], None]  # for training from scratch
-    parse_arch: Callable[[Mapping[str, Any]], Any]  # the JSON of a file's metadata -> arch
     arch_from_weights: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], Any]
     flavor_of: FlavorOf
     owns: Callable[[Mapping[str, tuple[int, ...]]], bool]  # official names and shapes -> is it this architecture?

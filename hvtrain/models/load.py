@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ MODEL_KEY, ARCH_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.arch", "hvtrain.flav
 SHOWN = 3  # differences named in an error
 _SCALE = ".scale_weight"
 _MARKERS = ("scaled_fp8",)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,21 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
     path = Path(path)
     whole = open_weights(path)
     prefix, weights = strip_prefix(whole)
+    weights = _with_scales(weights)
     specs = [find(model)] if model is not None else list(all_specs())
     for spec in specs:
         dialect, sources = _dialect_of(spec, weights)
         shapes = _shapes(sources, weights)
         if not spec.owns(shapes):
             continue
-        arch = spec.arch_from_weights(shapes, weights.metadata)
-        chosen = spec.flavor_of(arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
+        if (stated := weights.metadata.get(MODEL_KEY, spec.name)) != spec.name:
+            raise CheckpointError(f"{path}: its metadata says that it is '{stated}', its tensors are {spec.name}'s")
+        try:
+            arch = spec.arch_from_weights(shapes, weights.metadata)
+            chosen = spec.flavor_of(arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        _refuse_integers(weights, sources)
         return Identified(path, weights, sources, spec, chosen.arch, chosen, prefix, dialect)
     names = " or ".join(spec.name for spec in specs)
     raise CheckpointError(f"{path}: not a DiT of {names}; {_resembles(whole.shapes, weights.shapes)}")
@@ -125,6 +133,25 @@ def check(path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str,
     ]
     if parts:
         raise CheckpointError(f"{path}: its tensors do not fit the model: {'; '.join(parts)}. Is the file complete?")
+
+
+def _with_scales(weights: Weights) -> Weights:
+    """The official float8 file keeps its scales in another one, X_map.pt: module name -> factor."""
+    if not any(f.suffix == ".pt" for f in weights.files) or not any(e.dtype in _FLOAT8 for e in weights.entries.values()):
+        return weights
+    scales = weights.files[0].with_name(weights.files[0].stem + "_map.pt")
+    if not scales.is_file():
+        raise CheckpointError(f"{weights.path}: float8 weights without their scales: put {scales.name} beside it")
+    table = {name.removesuffix(".weight") + _SCALE: entry for name, entry in open_weights(scales).entries.items()}
+    return replace(weights, entries={**weights.entries, **table})
+
+
+def _refuse_integers(weights: Weights, sources: Mapping[str, Fused]) -> None:
+    """Casting quantised integers to floats would load without a complaint, and be noise."""
+    for name in (part for source in sources.values() for part in source.parts):
+        if not weights.dtype(name).is_floating_point:
+            kind = str(weights.dtype(name)).removeprefix("torch.")
+            raise CheckpointError(f"{weights.path}: '{name}' is {kind}: quantised weights are not supported, but float8")
 
 
 def _dialect_of(spec: ModelSpec, weights: Weights) -> tuple[str, dict[str, Fused]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -62,9 +62,9 @@ def read_header(path: str | Path) -> Header:
             table = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", {}) if isinstance(table, dict) else {}
     slots = {}
-    for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in _entries(path, table):
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{path}: tensor '{name}' has the dtype {entry['dtype']}, which is not supported")
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
@@ -74,6 +74,19 @@ def read_header(path: str | Path) -> Header:
                 f"{path}: cut short or damaged: '{name}' should end at byte {stop}, the file has {size}; copy it again"
             )
     return Header(slots, metadata)
+
+
+def _entries(path: str | Path, table: Any) -> list[tuple[str, dict]]:
+    """The tensors of a header in file order, their fields of the right kinds."""
+    try:
+        for entry in table.values():
+            start, stop = entry["data_offsets"]
+            numbers = [start, stop, *entry["shape"]]
+            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+                raise TypeError(f"{entry}")
+        return sorted(table.items(), key=lambda item: item[1]["data_offsets"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: its header is not that of a safetensors file ({error})") from None
 
 
 def lay_out(slots: Iterable[Slot], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[Slot]]:

@@ -27,6 +27,7 @@ from hvtrain.errors import CheckpointError
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("module", "ema", "state_dict", "model")  # keys under which training programs keep the weights
 _SAMPLE_BYTES = 64
+_SHARD = re.compile(r"(?P<name>.*)-\d+-of-(?P<total>\d+)\.\w+")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ def open_weights(path: str | Path) -> Weights:
     elif path.name.endswith(".index.json"):
         found = _files_of_index(path)
     else:
+        if (shard := _SHARD.fullmatch(path.name)) and int(shard["total"]) > 1:
+            raise CheckpointError(
+                f"{path}: one of {int(shard['total'])} shards; name their directory or their .index.json file"
+            )
         found = [path]
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
@@ -140,8 +145,8 @@ def _find_in(folder: Path) -> list[Path]:
 
 
 def _is_set_of_shards(files: list[Path]) -> bool:
-    found = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", f.name) for f in files]
-    totals = {(m[1], int(m[3])) for m in found if m}
+    found = [_SHARD.fullmatch(f.name) for f in files]
+    totals = {(m["name"], int(m["total"])) for m in found if m}
     return all(found) and len(totals) == 1 and totals.pop()[1] == len(files)
 
 
@@ -193,10 +198,10 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
     """A file of torch.save, mapped. Only tensors and plain containers are unpickled, never code."""
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
-            start = file.read(2)
+            start = file.read(1)
         why = {
-            b"PK": "cut short: the end of the archive is missing; copy it again",
-            b"\x80\x02": "a bare pickle of an old PyTorch, which cannot be mapped; load it where you trust it and "
+            b"P": "cut short: the end of the archive is missing; copy it again",
+            b"\x80": "refused, a bare pickle may run code and cannot be mapped; if you trust it, load it elsewhere and "
             "save it as safetensors",
         }
         raise CheckpointError(f"{path}: {why.get(start, 'not a file of torch.save')}")
@@ -204,7 +209,9 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"'{found[1]}'" if found else "more than tensors"
+        if found is None:
+            raise CheckpointError(f"{path}: damaged, or a pickle of more than tensors; copy it again") from None
+        what = f"'{found[1]}'"
         raise CheckpointError(
             f"{path}: refused, its pickle wants to run or build {what}, which weights do not need; if you trust the "
             "file, convert it to safetensors elsewhere"

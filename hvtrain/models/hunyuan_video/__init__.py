@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvtrain.models.base import ModelSpec, TinyParts
-from hvtrain.models.hunyuan_video.arch import infer_arch, parse_arch
-from hvtrain.models.hunyuan_video.flavors import FLAVORS, flavor_of
+from hvtrain.models.hunyuan_video.flavors import FLAVORS, arch_of, flavor_of
 from hvtrain.models.hunyuan_video.inputs import make_input
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, looks_like, owns
 from hvtrain.models.hunyuan_video.lora_names import lora_looks_like
@@ -69,8 +68,7 @@ SPEC = ModelSpec(
     flavors=FLAVORS,
     build=HunyuanVideo,
     init_weights=init_weights,
-    parse_arch=parse_arch,
-    arch_from_weights=infer_arch,
+    arch_from_weights=arch_of,
     flavor_of=flavor_of,
     owns=owns,
     looks_like=looks_like,

@@ -40,6 +40,8 @@ class HunyuanVideoArch:
     token_replace: bool = False  # the first latent frame is a given image; changes no weight's shape
 
     def __post_init__(self) -> None:
+        if min(self.hidden_size, self.heads_num, *self.patch) < 1:
+            raise CheckpointError(f"sizes must be positive: {self}")
         head = self.hidden_size // self.heads_num
         if self.hidden_size % self.heads_num or sum(self.rope_dims) != head or any(d % 2 for d in self.rope_dims):
             raise CheckpointError(
@@ -62,6 +64,8 @@ class HunyuanVideoArch:
 
 def parse_arch(values: Mapping[str, Any]) -> HunyuanVideoArch:
     """From the JSON of a file's metadata."""
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"metadata '{METADATA_KEY}' must be a JSON object, not {values!r}")
     known = {f.name for f in fields(HunyuanVideoArch)}
     if unknown := sorted(set(values) - known):
         raise CheckpointError(f"metadata '{METADATA_KEY}' has unknown fields {unknown}; known: {sorted(known)}")
@@ -82,7 +86,10 @@ def same_weights(a: HunyuanVideoArch, b: HunyuanVideoArch) -> dict[str, tuple[An
 def infer_arch(shapes: Shapes, metadata: Mapping[str, str]) -> HunyuanVideoArch:
     """The architecture of a file under official names. Its metadata wins; else everything is in the shapes."""
     if METADATA_KEY in metadata:
-        return parse_arch(json.loads(metadata[METADATA_KEY]))
+        try:
+            return parse_arch(json.loads(metadata[METADATA_KEY]))
+        except ValueError as error:
+            raise CheckpointError(f"metadata '{METADATA_KEY}' is not JSON: {error}") from None
     proj, final = _shape(shapes, "img_in.proj.weight", 5), _shape(shapes, "final_layer.linear.weight", 2)
     norm = "double_blocks.0.img_attn_q_norm.weight"
     head = _shape(shapes, norm if norm in shapes else "single_blocks.0.q_norm.weight", 1)[0]
@@ -97,12 +104,12 @@ def infer_arch(shapes: Shapes, metadata: Mapping[str, str]) -> HunyuanVideoArch:
         out_channels=final[0] // math.prod(patch),
         hidden_size=hidden,
         heads_num=hidden // head,
-        double=count(shapes, r"double_blocks\.(\d+)\."),
-        single=count(shapes, r"single_blocks\.(\d+)\."),
+        double=_some(shapes, "double_blocks"),
+        single=_some(shapes, "single_blocks"),
         rope_dims=_rope_dims(head),
         text_dim=_shape(shapes, "txt_in.input_embedder.weight", 2)[1],
         pooled_dim=_shape(shapes, "vector_in.in_layer.weight", 2)[1],
-        guidance_embed="guidance_in.mlp.0.weight" in shapes,
+        guidance_embed=has_guidance(shapes),
         patch=patch,
         mlp_ratio=_mlp_ratio(shapes, hidden),
         refiner_depth=count(shapes, r"txt_in\.individual_token_refiner\.blocks\.(\d+)\."),
@@ -115,11 +122,21 @@ def count(names: Iterable[str], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
+def has_guidance(names: Iterable[str]) -> bool:
+    return any(name.startswith("guidance_in.") for name in names)
+
+
+def _some(names: Iterable[str], blocks: str) -> int:
+    if not (n := count(names, blocks + r"\.(\d+)\.")):
+        raise CheckpointError(f"missing keys '{blocks}.*': the file has no such block; is it one part of several?")
+    return n
+
+
 def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     if name not in shapes:
         raise CheckpointError(f"missing key '{name}', which tells the size of the model")
-    if len(shapes[name]) != ndim:
-        raise CheckpointError(f"'{name}' has the shape {shapes[name]}, expected {ndim} dimensions")
+    if len(shapes[name]) != ndim or 0 in shapes[name]:
+        raise CheckpointError(f"'{name}' has the shape {shapes[name]}, expected {ndim} dimensions, none of them 0")
     return shapes[name]
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.models.base import CondField, Defaults, Flavor, LatentGeometry
-from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch, same_weights
+from hvtrain.models.hunyuan_video.arch import (
+    METADATA_KEY,
+    HunyuanVideoArch,
+    Shapes,
+    has_guidance,
+    infer_arch,
+    same_weights,
+)
 
 NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -90,6 +98,17 @@ FLAVORS = {
 }
 
 
+def arch_of(shapes: Shapes, metadata: Mapping[str, str]) -> HunyuanVideoArch:
+    """The architecture of a file under official names: what its metadata says, else the released one with the same
+    patch embedding, so that the strict check can name what such a file lacks; else what the shapes say."""
+    proj = shapes.get("img_in.proj.weight", ())
+    if METADATA_KEY not in metadata:
+        for arch in (flavor.arch for flavor in FLAVORS.values() if not flavor.arch.token_replace):
+            if proj == (arch.hidden_size, arch.in_channels, *arch.patch):
+                return replace(arch, guidance_embed=has_guidance(shapes))
+    return infer_arch(shapes, metadata)
+
+
 def flavor_of(arch: HunyuanVideoArch, name: str | None, *, hint: str | None = None) -> Flavor:
     """The flavor of a file's architecture, with exactly this architecture's sizes.
 
@@ -127,4 +146,8 @@ def _resized(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
 
 def _resembles(arch: HunyuanVideoArch) -> str:
     names = [f"'{f.name}'" for f in FLAVORS.values() if not same_weights(f.arch, arch)]
-    return " or ".join(names) if names else "a model of other sizes (leave model.flavor empty to use its own)"
+    if names:
+        return " or ".join(names)
+    related = [f"'{f.name}'" for f in FLAVORS.values() if f.arch.in_channels == arch.in_channels]
+    like = f", taking {arch.in_channels} channels as {' and '.join(related)}" if related else ""
+    return f"a model of other sizes{like} (leave model.flavor empty to use the file's own)"

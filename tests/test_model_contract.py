@@ -1,0 +1,190 @@
+"""What every model promises, asked of every one that is found. A new architecture is tested by being there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from hvtrain.adapters.dialects import key_map, pieces
+from hvtrain.adapters.files import read_lora, save_lora
+from hvtrain.adapters.lora import adapted_layers, inject, linear_shapes, merge_into
+from hvtrain.models import all_specs, find
+from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
+from hvtrain.models.load import identify, load_dit, save_dit
+from hvtrain.parallel.recompute import pick_policy
+from hvtrain.rng import generator
+
+SPECS = [pytest.param(spec, id=spec.name) for spec in all_specs()]
+FLAVORS = [
+    pytest.param(spec, flavor, id=f"{spec.name}-{name}") for spec in all_specs() for name, flavor in spec.flavors.items()
+]
+
+
+def meta(spec: ModelSpec, flavor: Flavor) -> DiT:
+    with torch.device("meta"):
+        return spec.build(flavor.arch)
+
+
+def shapes_of(model: DiT) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def smallest(spec: ModelSpec) -> Flavor:
+    return min(spec.flavors.values(), key=lambda f: sum(p.numel() for p in meta(spec, f).parameters()))
+
+
+def random_model(spec: ModelSpec) -> DiT:
+    """Unit-scale weights: with small ones attention is uniform, and much that is broken would not show."""
+    model, draw = spec.build(smallest(spec).arch).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=(p[0].numel() if p.ndim > 1 else 1) ** -0.5, generator=draw)
+    return model
+
+
+def batch(flavor: Flavor, device: str = "cpu") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Latents and the conditions that the flavor declares: two samples, ragged where a length is open."""
+    c, t, h, w = flavor.latent.shape(frames=2 * flavor.latent.stride_t + 1, height=64, width=96)
+    draw = generator(1)
+    cond = {}
+    for field in flavor.cond:
+        if field.dims and field.dims[0] is None:
+            cond[field.name] = torch.randn(2, 5, *field.dims[1:], generator=draw)
+            cond[f"{field.name}_len"] = torch.tensor([5, 3])
+        else:
+            dims = [n or m for n, m in zip(field.dims, (c, 1, h, w), strict=False)]
+            cond[field.name] = torch.randn(2, *dims, generator=draw)
+    x = torch.randn(2, c, t, h, w, generator=draw)
+    lengths = {k: v for k, v in cond.items() if k.endswith("_len")}
+    return x.to(device), {k: v.to(device) for k, v in cond.items()} | lengths
+
+
+def an_input(spec: ModelSpec, flavor: Flavor, device: str = "cpu") -> ModelInput:
+    x, cond = batch(flavor, device)
+    sigma = torch.tensor([0.3, 0.9], device=device)
+    return spec.make_input(x, sigma, cond, task=flavor.tasks[0], guidance=flavor.defaults.guidance)
+
+
+@pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
+def test_declared_conditions_make_a_velocity(spec, flavor):
+    """Also at full size, where only shapes are computed."""
+    model, inp = meta(spec, flavor), an_input(spec, flavor, "meta")
+    assert model(inp).shape == batch(flavor)[0].shape
+    assert inp.loss_mask is None or inp.loss_mask.shape == (2, 1, inp.x.shape[2], 1, 1)
+
+
+@pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
+def test_a_file_tells_its_flavor(spec, flavor):
+    shapes = shapes_of(meta(spec, flavor))
+    assert spec.owns(shapes) and spec.looks_like(shapes) is None
+    stated = spec.arch_from_weights(shapes, {"hvtrain.arch": json.dumps(asdict(flavor.arch))})
+    assert spec.flavor_of(stated, None, hint=flavor.name) == flavor
+    assert spec.flavor_of(spec.arch_from_weights(shapes, {}), flavor.name) == flavor  # sizes from shapes alone
+    others = [other for other in all_specs() if other is not spec]
+    assert not any(other.owns(shapes) for other in others)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_forward_and_backward(spec):
+    model, flavor = random_model(spec), smallest(spec)
+    velocity = model(an_input(spec, flavor))
+    velocity.square().mean().backward()
+    assert velocity.isfinite().all() and velocity.std() > 0.01
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not silent
+    first = next(model.blocks[0].parameters()).grad
+    assert first is not None and first.abs().max() > 0
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_recomputed_gradients_are_equal(spec):
+    """A block is a function of its tokens: run again in the backward pass, it does the same."""
+    model, inp = random_model(spec), an_input(spec, smallest(spec))
+    grads = []
+    for policy in ("none", "full"):
+        model.run_block = pick_policy(policy)
+        grads.append(torch.autograd.grad(model(inp).square().mean(), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_first_weights_are_a_function_of_the_generator(spec):
+    arch, states = smallest(spec).arch, []
+    for seed in (0, 0, 1):
+        model = meta(spec, smallest(spec)).to_empty(device="cpu")
+        for p in model.parameters():
+            p.data.fill_(float("nan"))  # what init_weights forgets stays visible
+        spec.init_weights(model, generator(seed))
+        states.append(model.state_dict())
+    assert model.arch == arch and all(t.isfinite().all() for t in states[0].values())
+    assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    assert any(not torch.equal(t, states[2][n]) for n, t in states[0].items())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_key_maps_invert(spec):
+    state = random_model(spec).state_dict()
+    for dialect, keys in spec.key_maps.items():
+        cuts = keys.write(state)
+        theirs = {name: cut.take(state[cut.source]) for name, cut in cuts.items()}
+        assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in state.values()), dialect
+        read = keys.read(theirs)
+        assert read.keys() == state.keys(), dialect
+        shapes = {name: tuple(t.shape) for name, t in theirs.items()}
+        for name, source in read.items():
+            assert source.shape(shapes) == tuple(state[name].shape), (dialect, name)
+            assert torch.equal(source.build(theirs.__getitem__), state[name]), (dialect, name)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_lora_targets_have_a_name_in_every_dialect(spec):
+    model = meta(spec, smallest(spec))
+    targets, shapes = spec.lora_targets(model), linear_shapes(model)
+    assert targets and len(targets) == len(set(targets)) and shapes.keys() >= set(targets)
+    for dialect in spec.key_maps:
+        names = [n for t in targets for n in pieces(key_map(spec, dialect), t, shapes[t][0])]
+        assert len(names) == len(set(names)) >= len(targets), dialect
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@torch.no_grad()
+def test_lora_injected_or_merged_is_the_same(spec, tmp_path):
+    model, inp = random_model(spec), an_input(spec, smallest(spec))
+    before = model(inp)
+    inject(model, spec.lora_targets(model), rank=2, alpha=1.0, seed=0)
+    assert torch.allclose(model(inp), before, atol=1e-6)  # a fresh adapter changes nothing
+    for layer in adapted_layers(model):
+        layer.lora_up.weight.normal_(generator=generator(2))
+    adapted = model(inp)
+    tensors = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+    save_lora(tmp_path / "a.safetensors", tensors, rank=2, alpha=1.0, metadata={}, architecture=spec.name)
+    merged = random_model(spec)
+    merge_into(merged, read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec))
+    change = (adapted - before).norm()
+    assert change > 0.1 * before.norm() and (merged(inp) - adapted).norm() < 1e-4 * change
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_saved_and_loaded(spec, tmp_path):
+    model, flavor = random_model(spec), smallest(spec)
+    save_dit(model, tmp_path / "a.safetensors", spec=spec, flavor=flavor)
+    loaded = load_dit(tmp_path / "a.safetensors", dtype=torch.float32)
+    assert loaded.spec is find(spec.name) and loaded.flavor == flavor
+    assert all(torch.equal(t, loaded.model.state_dict()[n]) for n, t in model.state_dict().items())
+    save_dit(model, tmp_path / "b.safetensors", spec=spec, flavor=flavor, dtype=torch.bfloat16)
+    assert identify(tmp_path / "b.safetensors").weights.dtype(next(iter(model.state_dict()))) == torch.bfloat16
+    assert load_dit(tmp_path / "b.safetensors").fingerprint != loaded.fingerprint
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@torch.no_grad()
+def test_bfloat16_autocast_is_close(spec):
+    model, inp = random_model(spec), an_input(spec, smallest(spec))
+    exact = model(inp)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = model(inp).float()
+    assert 0 < (fast - exact).norm() / exact.norm() < 0.1
+    assert model(replace(inp, t=inp.t.double())).dtype == torch.float32
