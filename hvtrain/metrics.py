@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ class Metrics:
             return
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        entry = {"step": step, "time": round(time.time(), 3), **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        entry = {"step": step, "time": round(time.time(), 3), **finite}
         self.lines.write(json.dumps(entry) + "\n")
         self.lines.flush()
 

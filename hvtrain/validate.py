@@ -14,34 +14,77 @@ from hvtrain.errors import ConfigError
 
 def check_train(cfg: TrainConfig) -> None:
     run = cfg.run
-    _required(cfg.run.output_dir, "run.output_dir", "a directory for this run")
+    _required(run.output_dir, "run.output_dir", "a directory for this run")
+    if not run.name or Path(run.name).name != run.name:
+        raise ConfigError(f"run.name is '{run.name}', expected the name of a file without a directory, as in my-lora")
     if not cfg.data.shards:
         raise ConfigError("data.shards is empty: give the shard sets that `hvtrain encode` wrote")
-    for path in (*cfg.data.shards, *cfg.eval.shards):
+    for path in cfg.data.shards:
         _exists(path, "data.shards")
     if (run.steps is None) == (run.epochs is None):
         raise ConfigError("run: give either run.steps or run.epochs")
-    for key, value in {
-        "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
-        "data.batch_size": cfg.data.batch_size, "run.log_every": run.log_every,
-    }.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"{key} is {value}, expected more than 0")
-    _share(cfg.data.caption_dropout, "data.caption_dropout")
-    _share(run.ema_decay, "run.ema_decay")
-    _files(cfg.model, ("dit",))
-    if cfg.adapter.type == "lora" and cfg.model.dit is None:
-        raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
-    if cfg.adapter.type == "none" and cfg.model.dit is None and cfg.model.flavor is None:
-        raise ConfigError("model.flavor: training from scratch (model.dit: null) needs the flavor to build")
-    if cfg.adapter.type == "none" and cfg.adapter.init_from is not None:
-        raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
-    if run.precision == "fp32" and cfg.adapter.type == "lora" and cfg.model.dtype != "float32":
-        raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {cfg.model.dtype}")
+    _check_ranges(cfg)
+    _check_subject(cfg)
     if run.ema_decay and cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
         raise ConfigError("run.ema_decay: ZeRO-3 keeps no whole weights to average; use zero.stage 0, 1 or 2")
+    if cfg.eval.every_steps:
+        _check_eval(cfg)
     if cfg.preview.every_steps:
         _check_preview(cfg)
+
+
+def _check_ranges(cfg: TrainConfig) -> None:
+    run, optim, flow = cfg.run, cfg.optim, cfg.flow
+    for key, value in {
+        "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
+        "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.alpha": cfg.adapter.alpha,
+        "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
+    }.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key} is {value}, expected more than 0")
+    for key, value in {
+        "optim.lr": optim.lr, "optim.eps": optim.eps, "optim.weight_decay": optim.weight_decay,
+        "optim.max_grad_norm": optim.max_grad_norm, "run.save_every_steps": run.save_every_steps,
+        "run.save_every_epochs": run.save_every_epochs, "run.keep_last": run.keep_last,
+        "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers,
+        "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
+    }.items():
+        if not value >= 0:
+            raise ConfigError(f"{key} is {value}, expected 0 or more")
+    for key, value in {
+        "data.caption_dropout": cfg.data.caption_dropout, "run.ema_decay": run.ema_decay,
+        "optim.betas[0]": optim.betas[0], "optim.betas[1]": optim.betas[1],
+    }.items():
+        _share(value, key)
+
+
+def _check_subject(cfg: TrainConfig) -> None:
+    """What is trained, and in which precision."""
+    model, adapter = cfg.model, cfg.adapter
+    _files(model, ("dit",))
+    if adapter.type == "lora" and model.dit is None:
+        raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
+    if adapter.type == "none" and model.dit is None and model.flavor is None:
+        raise ConfigError("model.flavor: training from scratch (model.dit: null) needs the flavor to build")
+    if adapter.type == "none" and adapter.init_from is not None:
+        raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
+    if adapter.init_from is not None:
+        _exists(adapter.init_from, "adapter.init_from")
+    if cfg.run.precision == "fp32" and adapter.type == "lora" and model.dtype != "float32":
+        raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {model.dtype}")
+    if model.dtype == "float16":
+        raise ConfigError("model.dtype float16 is not for training: gradients would underflow; use bfloat16 or float32")
+
+
+def _check_eval(cfg: TrainConfig) -> None:
+    if not cfg.eval.shards:
+        raise ConfigError("eval.shards is empty but eval.every_steps is set; give shard sets that are not trained on")
+    for path in cfg.eval.shards:
+        _exists(path, "eval.shards")
+    if not cfg.eval.quantiles or any(not 0 < q < 1 for q in cfg.eval.quantiles):
+        raise ConfigError(f"eval.quantiles is {list(cfg.eval.quantiles)}, expected numbers between 0 and 1")
+    if cfg.eval.max_batches < 1:
+        raise ConfigError(f"eval.max_batches is {cfg.eval.max_batches}, expected 1 or more")
 
 
 def _check_preview(cfg: TrainConfig) -> None:

@@ -101,13 +101,16 @@ def claim(output: Path, identity: Mapping[str, object], resolved: str, *, resume
     Raises ConfigError where it holds another run or files that no run wrote. For one rank only.
     """
     marker = output / RUN_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: {output} cannot be made a directory ({error.strerror})") from None
     if marker.exists():
         _same_run(marker, identity, resume=resume)
-    elif output.exists() and any(output.iterdir()):
+    elif any(output.iterdir()):
         raise ConfigError(
             f"run.output_dir: {output} holds files but no run of hvtrain; choose an empty or new directory"
         )
-    output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(resolved)
     temporary = output / f".{RUN_FILE}"
     temporary.write_text(json.dumps(identity, indent=1) + "\n")

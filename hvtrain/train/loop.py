@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,7 +73,7 @@ def train(
             hooks.after_update()
             hooks.log(report)
             if bad_in_a_row >= cadence.max_bad_steps > 0:
-                raise _not_finite(report, bad_in_a_row)
+                raise _not_finite(report, bad_in_a_row, ctx)
             if _due(progress.step, cadence.evaluate):
                 hooks.evaluate(progress.step)
             if _due(progress.step, cadence.preview):
@@ -124,10 +125,14 @@ def _parts(progress: Progress, cadence: Cadence) -> int:
     return progress.cursor // cadence.save_samples
 
 
-def _not_finite(report: StepReport, n: int) -> HvtrainError:
-    values: Mapping[str, float] = dict(zip(report.keys, report.sample_loss.tolist()))
+def _not_finite(report: StepReport, n: int, ctx: ParallelContext) -> HvtrainError:
+    """Names the samples of all ranks: the one that prints may have had none of the bad ones. Collective."""
+    losses: dict[str, float] = {}
+    for mine in ctx.gather_objects(dict(zip(report.keys, report.sample_loss.tolist(), strict=True))):
+        losses |= mine
+    guilty = {key: loss for key, loss in losses.items() if not math.isfinite(loss)} or losses
     return HvtrainError(
         f"step {report.progress.step}: {n} steps in a row had no finite gradient (samples of the last: "
-        + ", ".join(f"{key} loss {value:g}" for key, value in values.items())
+        + ", ".join(f"{key} loss {loss:g}" for key, loss in guilty.items())
         + "); lower optim.lr, or check these samples; the newest checkpoint is from before"
     )

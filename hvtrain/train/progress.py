@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -28,8 +29,10 @@ class ProgressLine:
     def update(self, step: int, *, loss: float, lr: float, seconds: float) -> None:
         if not self.show:
             return
-        self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
-        text = f"loss {self.mean:.4f}  lr {lr:.2e}  {seconds:.2f} s/step"
+        if math.isfinite(loss):  # one bad step must not hide all later ones
+            self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+        shown = f"{self.mean:.4f}" if self.mean is not None else f"{loss:g}"
+        text = f"loss {shown}  lr {lr:.2e}  {seconds:.2f} s/step"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
         elif time.monotonic() - self.last >= PLAIN_EVERY_S or step == self.total:

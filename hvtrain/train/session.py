@@ -8,6 +8,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class Session:
         if self.ctx.is_main:
             try:
                 answer = [checkpoint.claim(
-                    self.output, identity(self.cfg, self.subject.fingerprint), dump(self.cfg),
+                    self.output, identity(self.cfg, self.subject.fingerprint, self.sets), dump(self.cfg),
                     resume=self.cfg.run.resume == "auto",
                 )]
             except Exception as error:  # handed to every rank, raised below
@@ -178,16 +179,18 @@ class Session:
             return
         slowest = ctx.all_reduce_max(r.seconds)
         tokens = ctx.all_reduce_sum(r.n_tokens) / ctx.sp
+        everyone = ctx.gather_objects((r.sigma, r.sample_loss))[:: ctx.sp]  # sequence-parallel peers hold the same
+        sigma, sample_loss = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
         values = {
             "train/loss": r.loss, "train/lr": r.result.lr, "train/grad_norm": r.result.grad_norm or 0.0,
             "train/epoch": float(r.progress.epoch), "train/samples": float(r.progress.cursor),
             "train/bad_steps": float(r.progress.bad_steps),
             "speed/tokens_per_s": tokens / slowest, "speed/step_s": r.seconds, "speed/slowest_rank_s": slowest,
             "speed/data_wait_s": r.waited, "speed/memory_gib": _memory_gib(ctx.device),
-            **{f"train/{k}": v for k, v in loss_by_sigma(r.sigma, r.sample_loss).items()},
+            **{f"train/{k}": v for k, v in loss_by_sigma(sigma, sample_loss).items()},
         }
         self.metrics.scalars(step, values)
-        self.metrics.histogram("train/sigma", step, r.sigma)
+        self.metrics.histogram("train/sigma", step, sigma)
         self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
 
     def _evaluate(self, step: int) -> None:
@@ -206,15 +209,16 @@ class Session:
         params, optimizer = self.engine.export_params(), self.engine.export_optimizer()
         if self.ctx.is_main:
             ema = {n: t.cpu() for n, t in self.ema.items()}
-            checkpoint.save(
-                self.output / "checkpoints", Snapshot(progress, params, optimizer, ema),
-                keep_last=self.cfg.run.keep_last,
-            )
             last = progress.step >= self.steps
             name = self.cfg.run.name if last else f"{self.cfg.run.name}-step{progress.step:08d}"
             self._export(self.output / f"{name}.safetensors", params, progress)
             if ema and last:
                 self._export(self.output / f"{name}-ema.safetensors", ema, progress)
+            # After the user's files: a run that dies in between comes back to before this step and writes them again.
+            checkpoint.save(
+                self.output / "checkpoints", Snapshot(progress, params, optimizer, ema),
+                keep_last=self.cfg.run.keep_last,
+            )
             self.line.note(f"step {progress.step}: saved {name}.safetensors")
         self.ctx.barrier()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,16 +104,26 @@ def total_steps(cfg: TrainConfig, n_samples: int, *, dp: int) -> int:
     return max(1, math.ceil((cfg.run.epochs or 0) * n_samples / per_step))
 
 
-def identity(cfg: TrainConfig, fingerprint: str) -> dict[str, object]:
-    """What makes a run this run: changing any of it makes another. Length, rates and ranks may change."""
+def identity(cfg: TrainConfig, fingerprint: str, sets: Sequence[ShardSet]) -> dict[str, object]:
+    """What makes a run this run: changing any of it makes another. Length, rates, ranks and where the shards lie may
+    change; not their samples, because the cursor counts them."""
     a, f = cfg.adapter, cfg.flow
     return {
         "model.name": cfg.model.name, "weights": fingerprint,
         "adapter": [a.type, a.rank, a.alpha, a.dropout, list(a.include), list(a.exclude)] if a.type == "lora" else [a.type],
         "flow": [f.timestep_sampling, f.shift, f.sigmoid_scale, f.logit_mean, f.min_sigma, f.max_sigma, f.guidance],
-        "data.shards": list(cfg.data.shards), "data.batch_size": cfg.data.batch_size,
+        "data.shards": [_content(s) for s in sets], "data.batch_size": cfg.data.batch_size,
         "run.seed": cfg.run.seed, "run.name": cfg.run.name,
     }
+
+
+def _content(found: ShardSet) -> str:
+    chunks = [
+        [chunk.bucket, chunk.repeats, chunk.keys, {column: tar.sha256 for column, tar in chunk.tars.items()}]
+        for chunk in found.manifest.chunks
+    ]
+    digest = hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()
+    return f"{len(found)} samples, sha256 {digest[:16]}"
 
 
 def check_lengths(cfg: TrainConfig, steps: int) -> None:
