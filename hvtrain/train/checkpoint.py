@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.train.engine import OptimizerState
+from shards.atomic import write_text
 
 RUN_FILE = "run.json"
 _SEPARATOR = "::"  # parameter name :: state name
@@ -107,14 +108,12 @@ def claim(output: Path, identity: Mapping[str, object], resolved: str, *, resume
         raise ConfigError(f"run.output_dir: {output} cannot be made a directory ({error.strerror})") from None
     if marker.exists():
         _same_run(marker, identity, resume=resume)
-    elif any(output.iterdir()):
+    elif any(not p.name.startswith(f".{RUN_FILE}") for p in output.iterdir()):  # that one: killed while writing
         raise ConfigError(
             f"run.output_dir: {output} holds files but no run of hvtrain; choose an empty or new directory"
         )
-    (output / "config.yaml").write_text(resolved)
-    temporary = output / f".{RUN_FILE}"
-    temporary.write_text(json.dumps(identity, indent=1) + "\n")
-    os.replace(temporary, marker)
+    write_text(marker, json.dumps(identity, indent=1) + "\n")
+    write_text(output / "config.yaml", resolved)
     return newest(output / "checkpoints")
 
 

@@ -127,12 +127,35 @@ def test_another_run_is_refused(shards, tmp_path):
     with pytest.raises(ConfigError, match="no run of hvtrain"):
         train.run(config(shards, tmp_path / "mine"))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
+    with pytest.raises(ConfigError, match="photo.jpg cannot be made a directory"):
+        train.run(config(shards, tmp_path / "mine/photo.jpg"))
+
+
+def test_changed_shards_are_another_run_and_moved_ones_are_not(tmp_path):
+    train.run(config(make_shards(tmp_path / "a", n=3), tmp_path / "run", "run.steps=1"))
+    assert train.run(config(make_shards(tmp_path / "moved", n=3), tmp_path / "run", "run.steps=2")) == 0
+    with pytest.raises(ConfigError, match="there data.shards is .'3 samples, .* here .'4 samples, "):
+        train.run(config(make_shards(tmp_path / "more", n=4), tmp_path / "run"))
+
+
+def test_killed_between_the_last_files(shards, tmp_path, monkeypatch):
+    """A run that dies before its last checkpoint is whole writes the user's file again; it never has one without it."""
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", die)
+        train.run(config(shards, tmp_path / "run", "run.steps=1"))
+    (tmp_path / "run/lora.safetensors").unlink()
+    assert train.run(config(shards, tmp_path / "run", "run.steps=1")) == 0
+    assert (tmp_path / "run/lora.safetensors").exists()
 
 
 def test_nan_stops_and_names_the_samples(tmp_path):
     shards = make_shards(tmp_path / "shards", n=1, poison="clip0")
     with pytest.raises(HvtrainError, match="2 steps in a row had no finite gradient.*clip0 loss nan"):
         train.run(config(shards, tmp_path / "run", "run.max_bad_steps=2", "data.batch_size=1"))
+    assert '"train/loss": null' in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +174,15 @@ def test_nan_stops_and_names_the_samples(tmp_path):
         ("parallel.kernel=sage", "sage"),
         ("adapter.exclude=.*", "leaves nothing to train"),
         ("preview.every_steps=1", "preview.prompts is empty"),
+        ("eval.every_steps=1", "eval.shards is empty"),
+        ("adapter.alpha=-1", "adapter.alpha is -1.0, expected more than 0"),
+        ("adapter.init_from=gone.safetensors", "adapter.init_from: gone.safetensors does not exist"),
+        ("optim.lr=-1", "optim.lr is -1.0, expected 0 or more"),
+        ("optim.betas=[0.9, 1.0]", r"optim.betas\[1\] is 1.0"),
+        ("flow.shift=0", "flow.shift is 0.0, expected more than 0"),
+        ("data.workers=-1", "data.workers is -1"),
+        ("run.name=a/b", "without a directory"),
+        ("parallel.ulysses=3", "does not divide the 1 process"),
     ],
 )
 def test_mistakes(shards, tmp_path, override, says):
