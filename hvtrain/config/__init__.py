@@ -1,0 +1,65 @@
+"""Every setting of every command: frozen dataclasses with a docstring under each field. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hvtrain.config.encode import EncodeConfig
+from hvtrain.config.generate import GenerateConfig, LoraFileConfig
+from hvtrain.config.merge import MergeConfig
+from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig
+from hvtrain.config.train import (
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    FlowConfig,
+    OptimConfig,
+    PreviewConfig,
+    RunSettings,
+    SamplePrompt,
+    TrainConfig,
+    ZeroConfig,
+)
+from hvtrain.configload import build, dump, load, reference, to_dict
+
+__all__ = [
+    "ROOTS",
+    "AdapterConfig",
+    "DType",
+    "DataConfig",
+    "EncodeConfig",
+    "EvalConfig",
+    "FlowConfig",
+    "GenerateConfig",
+    "LoraFileConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PreviewConfig",
+    "RunSettings",
+    "SamplePrompt",
+    "TrainConfig",
+    "VaeTilingConfig",
+    "ZeroConfig",
+    "asset",
+    "build",
+    "dump",
+    "load",
+    "reference",
+    "to_dict",
+]
+
+TINY = "tiny:"
+
+
+def asset(path: str) -> str:
+    """`tiny:NAME` is a file of the models that ship with the package; anything else stays as it is."""
+    if not path.startswith(TINY):
+        return path
+    return str(Path(__file__).parents[1] / "tiny" / "assets" / path[len(TINY):])
+
+
+ROOTS: dict[str, type] = {
+    "train": TrainConfig, "encode": EncodeConfig, "generate": GenerateConfig, "merge": MergeConfig,
+}

@@ -1,0 +1,31 @@
+"""`hvtrain encode`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hvtrain.config.model import DType, ModelConfig
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """`hvtrain encode`: clips and captions into shards."""
+
+    dataset: str = ""
+    """Dataset file (TOML)"""
+    output: str = ""
+    """Directory of the shard set; a re-run continues it"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The VAE and text encoders"""
+    columns: tuple[str, ...] = ("latents", "text")
+    """What to encode"""
+    batch_size: int = 1
+    """Clips of one shape that go through the VAE together"""
+    dtype: DType = "bfloat16"
+    """Dtype of the stored tensors"""
+    samples_per_tar: int = 512
+    """Samples after which a tar is closed"""
+    workers: int = 2
+    """Decoding threads"""
+    seed: int = 0
+    """Seed of the posterior samples"""

@@ -1,0 +1,48 @@
+"""encode, train, generate: the commands that a config describes and that run on many processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from launcher.table import command, config_options, load_config
+
+
+def _check(name: str) -> Callable[[argparse.Namespace], None]:
+    """The rules of a config that need no model, applied before processes are started."""
+
+    def check(args: argparse.Namespace) -> None:
+        from hvtrain import validate
+
+        rules: dict[str, Callable] = {
+            "encode": validate.check_encode,
+            "train": validate.check_train,
+            "generate": validate.check_generate,
+        }
+        rules[name](load_config(name, args))
+
+    return check
+
+
+@command("encode", "encode clips and captions into shards", options=config_options, check=_check("encode"))
+def _encode(args: argparse.Namespace) -> None:
+    cfg = load_config("encode", args)
+    from hvtrain import encode
+
+    encode.run(cfg)
+
+
+@command("train", "train a LoRA or the whole model on shards", options=config_options, check=_check("train"))
+def _train(args: argparse.Namespace) -> int | None:
+    cfg = load_config("train", args)
+    from hvtrain import train
+
+    return train.run(cfg)
+
+
+@command("generate", "make videos from prompts", options=config_options, check=_check("generate"))
+def _generate(args: argparse.Namespace) -> None:
+    cfg = load_config("generate", args)
+    from hvtrain import generate
+
+    generate.run(cfg)

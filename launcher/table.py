@@ -1,0 +1,114 @@
+"""The table of commands and the parser made of it. A command's own code is imported when it runs: --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hvtrain.errors import ConfigError, suggest
+from launcher.report import USER_ERROR
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One entry of the table. `check` finds the mistakes that need no model, so that `launch` starts no process."""
+
+    name: str  # "train", or a group and its command: "shards info"
+    about: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    check: Callable[[argparse.Namespace], object] | None = None  # None: cannot run as several processes
+
+
+COMMANDS: dict[str, Command] = {}
+GROUPS: dict[str, str] = {}  # name -> about
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line look like all other mistakes: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see '{self.prog} --help'")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The namespace of one command line; its `command` is a key of COMMANDS."""
+    from hvtrain import __version__
+
+    parser = Parser(prog="hvtrain", description="Train, merge and sample video diffusion transformers.")
+    parser.add_argument("--version", action="version", version=f"hvtrain {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    groups: dict[str, tuple[Parser, argparse._SubParsersAction]] = {}
+    for command in COMMANDS.values():
+        group, _, name = command.name.rpartition(" ")
+        if group and group not in groups:
+            part = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            groups[group] = part, part.add_subparsers(dest="inner", metavar="COMMAND", parser_class=Parser)
+        place = groups[group][1] if group else commands
+        leaf = place.add_parser(name, help=command.about, description=command.about)
+        command.options(leaf)
+        leaf.set_defaults(chosen=command.name)
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(USER_ERROR)
+    _known(arguments, {name: part for name, (part, _) in groups.items()})
+    parsed = parser.parse_args(arguments)
+    parsed.command = parsed.chosen
+    return parsed
+
+
+def _known(arguments: Sequence[str], groups: dict[str, Parser]) -> None:
+    """An unknown command is answered with the nearest one."""
+    first = arguments[0]
+    singles = [name for name in COMMANDS if " " not in name]
+    if not first.startswith("-") and first not in singles and first not in groups:
+        raise ConfigError(f"no command '{first}'; {suggest(first, [*singles, *groups])}")
+    if first not in groups:
+        return
+    if len(arguments) == 1:
+        groups[first].print_help()
+        raise SystemExit(USER_ERROR)
+    inner = [name.split(" ")[1] for name in COMMANDS if name.startswith(f"{first} ")]
+    if not arguments[1].startswith("-") and arguments[1] not in inner:
+        raise ConfigError(f"no command '{first} {arguments[1]}'; {suggest(arguments[1], inner)}")
+
+
+def command(
+    name: str,
+    about: str,
+    *,
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    check: Callable[[argparse.Namespace], object] | None = None,
+) -> Callable:
+    """Put the function below into the table."""
+
+    def register(run: Callable[[argparse.Namespace], int | None]) -> Callable:
+        COMMANDS[name] = Command(name, about, options, run, check)
+        return run
+
+    return register
+
+
+def config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "items",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="a YAML file, and single keys that win over it (`hvtrain config` lists them)",
+    )
+
+
+def load_config(name: str, args: argparse.Namespace):
+    """The config of a command from `[CONFIG.yaml] [key=value ...]`."""
+    from hvtrain import config
+
+    files = [item for item in args.items if not OVERRIDE.match(item)]
+    if len(files) > 1:
+        raise ConfigError(f"one config file expected, got {' and '.join(files)}; single values are given as key=value")
+    overrides = [item for item in args.items if OVERRIDE.match(item)]
+    return config.load(config.ROOTS[name], files[0] if files else None, overrides)
