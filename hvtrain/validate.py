@@ -20,7 +20,8 @@ def check_train(cfg: TrainConfig) -> None:
     if not cfg.data.shards:
         raise ConfigError("data.shards is empty: give the shard sets that `hvtrain encode` wrote")
     for path in cfg.data.shards:
-        _exists(path, "data.shards")
+        if "://" not in path:
+            _exists(path, "data.shards")
     if (run.steps is None) == (run.epochs is None):
         raise ConfigError("run: give either run.steps or run.epochs")
     _check_ranges(cfg)
@@ -96,14 +97,17 @@ def _check_preview(cfg: TrainConfig) -> None:
 
 
 def check_encode(cfg: EncodeConfig) -> None:
-    _required(cfg.dataset, "dataset", "a dataset file (TOML)")
+    _required(cfg.dataset, "dataset", "a dataset file (TOML or YAML)")
     _exists(cfg.dataset, "dataset")
     _required(cfg.output, "output", "a directory for the shard set")
-    legal = ("latents", "text")
+    legal = ("latents", "image", "control", "text")
+    if not cfg.columns or len(set(cfg.columns)) < len(cfg.columns):
+        raise ConfigError(f"columns is {list(cfg.columns)}, expected some of {', '.join(legal)}, each once")
     for column in cfg.columns:
         if column not in legal:
             raise ConfigError(f"columns: no column '{column}'; choose from {', '.join(legal)}")
-    needed = (("vae",) if "latents" in cfg.columns else ()) + (("llm", "clip") if "text" in cfg.columns else ())
+    pixels = set(cfg.columns) - {"text"}
+    needed = (("vae",) if pixels else ()) + (("llm", "clip") if "text" in cfg.columns else ())
     _files(cfg.model, needed, needed_for="encoding")
     for key, value in {"batch_size": cfg.batch_size, "samples_per_tar": cfg.samples_per_tar}.items():
         if value < 1:

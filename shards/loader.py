@@ -1,22 +1,32 @@
-"""Batches for training: this rank's micro-batches of the global stream, read ahead by threads."""
+"""Batches for training: this rank's micro-batches of the global stream, read ahead by threads or processes."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from shards.collate import choose_caption, collate
 from shards.errors import ShardError
-from shards.order import MicroBatch, stream
+from shards.order import MicroBatch, count, stream
 from shards.reader import Sample, ShardSet
 
 AHEAD = 2  # batches in flight per worker
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What this rank reads, and where the stream is once every rank has read its part of the round."""
+
+    micro: MicroBatch
+    cursor: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -28,10 +38,15 @@ class Batch:
     meta: tuple[Mapping[str, Any], ...]
     epoch: int  # whole epochs consumed by then, the same on every rank
     cursor: int  # samples consumed by all ranks once each has taken its micro-batch of this round
+    bad: tuple[str, ...] = ()  # one message per sample that another one stands in for
 
 
 class BatchLoader:
-    """Endless. `workers` threads read ahead (0: read when asked); the order does not depend on their number."""
+    """Endless. `workers` threads or processes read ahead (0: read when asked); the order does not depend on them.
+
+    on_bad_sample: "stop" raises the ShardError that names file and key; "skip" puts the bucket's next sound sample in the
+    bad one's place and says so in Batch.bad. `pin`: batches in page-locked memory.
+    """
 
     def __init__(
         self,
@@ -43,87 +58,102 @@ class BatchLoader:
         seed: int = 0,
         cursor: int = 0,
         workers: int = 0,
+        worker_type: Literal["thread", "process"] = "thread",
+        on_bad_sample: Literal["stop", "skip"] = "stop",
+        pin: bool = False,
     ) -> None:
         self.sets = [sets] if isinstance(sets, ShardSet) else list(sets)
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self.seed, self.cursor, self.workers = seed, cursor, workers
-        self.places = [(s, i) for s in self.sets for i in range(len(s))]
-        if not self.places:
-            raise ShardError(f"no samples in {', '.join(str(s.root) for s in self.sets) or 'an empty list of shard sets'}")
+        self.worker_type, self.skip, self.pin = worker_type, on_bad_sample == "skip", pin
+        self.begins = np.cumsum([0, *map(len, self.sets)])
+        self.groups = joined(s.groups(int(b)) for s, b in zip(self.sets, self.begins))
+        if not self.groups:
+            raise ShardError(f"no samples in {', '.join(s.name for s in self.sets) or 'an empty list of shard sets'}")
 
     def state(self) -> int:
         """The cursor after the batch that was handed out last."""
         return self.cursor
 
     def __iter__(self) -> Iterator[Batch]:
+        for batch in self._ahead():
+            self.cursor = batch.cursor
+            yield batch
+
+    def _ahead(self) -> Iterator[Batch]:
         if not self.workers:
-            for micro in self._mine():
-                yield self._hand_out(self._read(micro))
-            return
-        with ThreadPoolExecutor(self.workers) as pool:
-            waiting: deque[Future[Batch]] = deque()
-            mine = self._mine()
-            try:
-                for micro in islice(mine, AHEAD * self.workers):
-                    waiting.append(pool.submit(self._read, micro))
-                while True:
-                    batch = waiting.popleft().result()
-                    waiting.append(pool.submit(self._read, next(mine)))
-                    yield self._hand_out(batch)
-            finally:
-                for future in waiting:
-                    future.cancel()
+            yield from map(self.read, self.turns())
+        elif self.worker_type == "process":
+            from shards.processes import read_ahead
 
-    def _hand_out(self, batch: Batch) -> Batch:
-        self.cursor = batch.cursor
-        return batch
+            yield from read_ahead(self)
+        else:
+            yield from in_threads(self.turns(), self.read, self.workers)
 
-    def _mine(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches; `begin` and `epoch` become those after the whole round."""
-        buckets = [bucket for s in self.sets for bucket in s.buckets]
-        everyone = stream(buckets, batch_size=self.batch_size, seed=self.seed, cursor=self.cursor)
+    def turns(self) -> Iterator[Turn]:
+        """This rank's micro-batches."""
+        n = count(self.groups)
+        everyone = stream(self.groups, batch_size=self.batch_size, seed=self.seed, cursor=self.cursor)
         while True:
             around = list(islice(everyone, self.dp_size))
             after = around[-1].begin + len(around[-1].samples)
-            yield replace(around[self.dp_rank], begin=after, epoch=after // len(buckets))
+            yield Turn(around[self.dp_rank], after, after // n)
 
-    def _read(self, micro: MicroBatch) -> Batch:
-        found = [self.places[index] for index in micro.samples]
-        samples = [shard_set.get(index) for shard_set, index in found]
+    def read(self, turn: Turn) -> Batch:
+        """Both kinds of workers end here."""
+        bad: list[str] = []
+        samples = [self._sample(index, turn.micro.epoch, bad) for index in turn.micro.samples]
         return Batch(
-            keys=tuple(s.key for s in samples), tensors=collate(samples), meta=tuple(s.meta for s in samples),
-            epoch=micro.epoch, cursor=micro.begin,
+            keys=tuple(s.key for s in samples), tensors=collate(samples, pin=self.pin),
+            meta=tuple(s.meta for s in samples), epoch=turn.epoch, cursor=turn.cursor, bad=tuple(bad),
         )
 
+    def _sample(self, index: int, epoch: int, bad: list[str]) -> Sample:
+        try:
+            return self._get(index, epoch)
+        except ShardError as error:
+            if not self.skip:
+                raise
+            bad.append(str(error))
+            return self._stand_in(index, epoch, error)
 
-def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Stack equal shapes; fields in RAGGED are padded with zeros and get a NAME_len."""
-    names = list(samples[0].tensors)
-    batch: dict[str, Tensor] = {}
-    for name in names:
-        values = [_field(sample, name) for sample in samples]
-        if name in RAGGED:
-            batch |= RAGGED[name](name, values)
-        else:
-            shapes = {tuple(v.shape) for v in values}
-            if len(shapes) > 1:
-                keys = ", ".join(s.key for s in samples)
-                raise ShardError(f"samples {keys}: '{name}' has shapes {sorted(shapes)} in one bucket")
-            batch[name] = torch.stack(values)
-    return batch
+    def _stand_in(self, index: int, epoch: int, error: ShardError) -> Sample:
+        """The next sound sample of the same bucket: all ranks keep equally many batches of equal size."""
+        members = next(m for m in self.groups.values() if m[0] <= index <= m[-1] and index in m)
+        at = int(np.searchsorted(members, index))
+        for other in (*members[at + 1 :], *members[:at]):
+            try:
+                return self._get(int(other), epoch)
+            except ShardError:
+                continue
+        raise ShardError(f"{error}; and its bucket has no sound sample to stand in for it")
 
-
-def _field(sample: Sample, name: str) -> Tensor:
-    if name not in sample.tensors:
-        raise ShardError(f"sample {sample.key} lacks the field '{name}' that others have; encode that column again")
-    return sample.tensors[name]
-
-
-def _padded(name: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True),
-        f"{name}_len": torch.tensor([len(v) for v in values]),
-    }
+    def _get(self, index: int, epoch: int) -> Sample:
+        number = int(np.searchsorted(self.begins, index, side="right")) - 1
+        sample = self.sets[number].get(index - int(self.begins[number]))
+        return choose_caption(sample, seed=self.seed, epoch=epoch, index=index)
 
 
-RAGGED: dict[str, Callable[[str, Sequence[Tensor]], dict[str, Tensor]]] = {"text": _padded}
+def joined(parts: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The groups of several sets as one."""
+    found: dict[str, list[np.ndarray]] = {}
+    for groups in parts:
+        for bucket, members in groups.items():
+            found.setdefault(bucket, []).append(members)
+    return {bucket: np.concatenate(arrays) for bucket, arrays in found.items() if sum(map(len, arrays))}
+
+
+def in_threads(turns: Iterator[Turn], read: Callable[[Turn], Batch], workers: int) -> Iterator[Batch]:
+    """Copying and checksums run outside Python's lock, so threads do for local tars, and share one page cache."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for turn in islice(turns, AHEAD * workers):
+                waiting.append(pool.submit(read, turn))
+            while True:
+                batch = waiting.popleft().result()
+                waiting.append(pool.submit(read, next(turns)))
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,29 +1,26 @@
-"""Reading: every member indexed once, values straight out of a memory map."""
+"""A shard set, read: any sample at any time, from a directory (memory maps) or a URL (byte ranges)."""
 
 from __future__ import annotations
 
-import json
-import mmap
-import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from shards.errors import ShardError
-from shards.schema import EMPTY_TEXT, Chunk, Manifest, load_manifest
+from shards.remote import Remote, is_url
+from shards.schema import EMPTY_TEXT, Chunk, Manifest, TarFile, load_manifest
+from shards.tar import Tar, open_local
+from shards.tensors import parse
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}
-_MAX_HEADER = 1 << 20
-_OPEN_TARS = 256
+_OPEN_TARS = 512
 
 
 @dataclass(frozen=True)
@@ -34,157 +31,91 @@ class Sample:
 
 
 class ShardSet:
-    """A shard set, in the manifest's order."""
+    """The samples of an epoch in the manifest's order; a sample with repeats occurs so often."""
 
     def __init__(self, root: str | Path) -> None:
+        self.remote = Remote(str(root)) if is_url(root) else None
         self.root = Path(root)
-        self.manifest: Manifest = load_manifest(self.root)
-        self._place = [
-            (c, i)
-            for c, chunk in enumerate(self.manifest.chunks)
-            for _ in range(chunk.repeats)
-            for i in range(len(chunk.keys))
-        ]
+        self.name = str(root)
+        self.manifest: Manifest = self.remote.manifest() if self.remote else load_manifest(self.root)
+        chunks = self.manifest.chunks
+        self._begins = [0, *accumulate(len(c.keys) * c.repeats for c in chunks)]
+        self._tars: OrderedDict[str, Tar] = OrderedDict()
+        self._lock = Lock()
+        self._empty_text: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._place)
+        return self._begins[-1]
+
+    def __getstate__(self) -> str:
+        return self.name  # open maps do not travel to other processes
+
+    def __setstate__(self, name: str) -> None:
+        ShardSet.__init__(self, name)
 
     @property
     def keys(self) -> list[str]:
-        return [self.manifest.chunks[c].keys[i] for c, i in self._place]
+        return [key for chunk in self.manifest.chunks for _ in range(chunk.repeats) for key in chunk.keys]
 
-    @property
-    def buckets(self) -> list[str]:
-        """Each sample's bucket."""
-        return [self.manifest.chunks[c].bucket for c, _ in self._place]
+    def groups(self, offset: int = 0) -> dict[str, np.ndarray]:
+        """bucket -> indices of its samples, plus `offset`: what shards.order takes."""
+        found: dict[str, list[np.ndarray]] = {}
+        for begin, end, chunk in zip(self._begins, self._begins[1:], self.manifest.chunks):
+            found.setdefault(chunk.bucket, []).append(np.arange(begin + offset, end + offset, dtype=np.int64))
+        return {bucket: np.concatenate(parts) for bucket, parts in found.items()}
+
+    def place(self, index: int) -> tuple[Chunk, str]:
+        """The chunk and the key of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._begins, index) - 1
+        chunk = self.manifest.chunks[number]
+        return chunk, chunk.keys[(index - self._begins[number]) % len(chunk.keys)]
 
     def get(self, index: int, columns: tuple[str, ...] | None = None) -> Sample:
-        number, inside = self._place[index]
-        chunk: Chunk = self.manifest.chunks[number]
-        key = chunk.keys[inside]
+        chunk, key = self.place(index)
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
         for column in columns or self.manifest.columns:
-            tar = self._tar(chunk, column)
+            tar = self.tar(chunk, column)
             tensors |= tar.tensors(key)
             meta |= tar.meta(key)
+        if chunk.caption_dropout is not None:
+            meta["caption_dropout"] = chunk.caption_dropout
         return Sample(key, tensors, meta)
 
     @property
     def empty_text(self) -> dict[str, Tensor]:
         """The text fields of the empty caption."""
-        path = self.root / EMPTY_TEXT
-        if not path.is_file():
-            raise ShardError(f"{path} is missing: caption dropout needs it; encode column 'text' again")
-        return _tensors(memoryview(path.read_bytes()), str(path))
+        if self._empty_text is not None:
+            return self._empty_text
+        where = f"{self.name}/{EMPTY_TEXT}"
+        try:
+            data = self.remote.read(EMPTY_TEXT) if self.remote else memoryview((self.root / EMPTY_TEXT).read_bytes())
+        except (FileNotFoundError, ShardError):
+            raise ShardError(f"{where} is missing: caption dropout needs it; encode column 'text' again") from None
+        self._empty_text = parse(data, where)
+        return self._empty_text
 
-    def _tar(self, chunk: Chunk, column: str) -> TarMap:
-        if column not in chunk.tars:
-            raise ShardError(f"{self.root}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
-        entry = chunk.tars[column]
-        return open_tar(self.root / entry.path, entry.n_bytes)
+    def tar(self, chunk: Chunk, column: str) -> Tar:
+        """The tar of a chunk's column; the last ones used stay open."""
+        entry = chunk.tars.get(column)
+        if entry is None:
+            raise ShardError(f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
+        with self._lock:
+            if entry.path in self._tars:
+                self._tars.move_to_end(entry.path)
+                return self._tars[entry.path]
+        opened = self._open(entry)
+        with self._lock:
+            self._tars[entry.path] = opened
+            if len(self._tars) > _OPEN_TARS:
+                self._tars.popitem(last=False)
+        return opened
+
+    def _open(self, entry: TarFile) -> Tar:
+        return self.remote.tar(entry) if self.remote else open_local(self.root / entry.path, entry)
 
 
 def open_set(path: str | Path) -> ShardSet:
     return ShardSet(path)
-
-
-@dataclass(frozen=True)
-class Member:
-    offset: int
-    size: int
-
-
-class TarMap:
-    """A tar in memory: member name -> where its bytes are."""
-
-    def __init__(self, path: Path, n_bytes: int | None) -> None:
-        self.path = path
-        try:
-            size = path.stat().st_size
-            if n_bytes is not None and size != n_bytes:
-                raise ShardError(f"{path}: {size} bytes, the manifest says {n_bytes}; the tar is damaged, encode it again")
-            with path.open("rb") as file:
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.members = _index(path, size)
-        except FileNotFoundError:
-            raise ShardError(f"{path}: the manifest lists this tar but it is missing; restore it or encode again") from None
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ShardError(f"{path}: not a readable tar ({error}); encode it again") from None
-
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        return _tensors(self._bytes(f"{key}.safetensors"), f"{self.path}: {key}.safetensors")
-
-    def meta(self, key: str) -> dict[str, Any]:
-        try:
-            return json.loads(bytes(self._bytes(f"{key}.json")))
-        except ValueError as error:
-            raise ShardError(f"{self.path}: {key}.json is damaged ({error})") from None
-
-    def _bytes(self, name: str) -> memoryview:
-        if name not in self.members:
-            raise ShardError(f"{self.path}: no member {name}; the tar does not fit the manifest, encode it again")
-        m = self.members[name]
-        return memoryview(self.map)[m.offset : m.offset + m.size]
-
-
-@lru_cache(maxsize=_OPEN_TARS)
-def open_tar(path: Path, n_bytes: int | None = None) -> TarMap:
-    return TarMap(path, n_bytes)
-
-
-def _index(path: Path, size: int) -> dict[str, Member]:
-    """Members of a tar that may come from anyone: plain files with plain names, each once, inside the tar's bytes."""
-    members: dict[str, Member] = {}
-    with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            name = info.name
-            if not info.isreg():
-                raise ShardError(f"{path}: member {name!r} is not a plain file; refused")
-            if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-                raise ShardError(f"{path}: member {name!r} points outside the set; refused")
-            if name in members:
-                raise ShardError(f"{path}: member {name!r} occurs twice; refused")
-            if info.offset_data + info.size > size:
-                raise ShardError(f"{path}: member {name!r} claims {info.size} bytes beyond the end of the tar; it is cut off")
-            members[name] = Member(info.offset_data, info.size)
-    return members
-
-
-def _tensors(data: memoryview, where: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file without a copy. Checked by hand: the file may come from anyone."""
-    if len(data) < 8:
-        raise ShardError(f"{where}: too short for safetensors")
-    n = int.from_bytes(data[:8], "little")
-    if n > min(_MAX_HEADER, len(data) - 8):
-        raise ShardError(f"{where}: its header claims {n} bytes; refused")
-    try:
-        header = json.loads(bytes(data[8 : 8 + n]))
-        body, found = data[8 + n :], {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-            n_bytes = dtype.itemsize
-            for d in shape:
-                n_bytes *= d
-            if not 0 <= begin <= end <= len(body) or end - begin != n_bytes:
-                raise ShardError(f"{where}: tensor '{name}' does not fit its bytes; the file is damaged")
-            found[name] = _view(body[begin:end], dtype, shape)
-        return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{where}: damaged safetensors header ({type(error).__name__}: {error})") from None
-
-
-def _view(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if not len(data):
-        return torch.empty(shape, dtype=dtype)
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "not writable": true, and documented on Sample
-        flat = torch.frombuffer(data, dtype=torch.uint8)
-    if flat.data_ptr() % dtype.itemsize:
-        flat = flat.clone()  # a member need not begin where its dtype is aligned
-    return flat.view(dtype).view(shape)

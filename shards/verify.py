@@ -2,43 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import xxhash
+
 from shards.errors import ShardError
-from shards.reader import ShardSet, open_set, open_tar
-from shards.writer import sha256
+from shards.reader import ShardSet, open_set
+from shards.schema import EMPTY_TEXT, IMPORTED, Chunk, TarFile, index_path
+from shards.tar import Tar, open_local, skeleton
+from shards.tensors import parse
 
 
-def verify(root: str | Path, *, values: bool = True) -> Iterator[str]:
-    """Yield one line per fault, naming the tar and the key; nothing if the set is sound."""
+def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
+    """Yield one line per fault, naming the tar, the key and the bytes; nothing if the set is sound.
+
+    `values`: also look for NaN and infinity. `progress` is called with the bytes of each tar that was looked at.
+    """
     try:
         found = open_set(root)
+        if found.remote:
+            raise ShardError(f"{root}: verify reads directories; copy the set to a disk first")
+        if "text" in found.manifest.columns and not found.manifest.encoders.get("text", "").startswith(IMPORTED):
+            parse(memoryview((found.root / EMPTY_TEXT).read_bytes()), str(found.root / EMPTY_TEXT))
+    except FileNotFoundError:
+        yield f"{Path(root) / EMPTY_TEXT} is missing: caption dropout needs it; encode column 'text' again"
     except ShardError as error:
         yield str(error)
         return
     yield from _duplicates(found)
+    shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
     for chunk in found.manifest.chunks:
         for column in found.manifest.columns:
             if column not in chunk.tars:
                 yield f"{found.root}: samples from {chunk.keys[0]} on lack column '{column}'"
                 continue
             entry = chunk.tars[column]
-            path = found.root / entry.path
-            if path.is_file() and sha256(path) != entry.sha256:
-                yield f"{path}: its checksum is not the manifest's; the tar is damaged or was replaced"
-                continue
             try:
-                tar = open_tar(path, entry.n_bytes)
-                wanted = {f"{key}.{kind}" for key in chunk.keys for kind in ("safetensors", "json")}
-                for name in sorted(wanted ^ set(tar.members)):
-                    yield f"{path}: member {name} is {'missing' if name in wanted else 'not in the manifest'}"
-                for key in chunk.keys if values else ():
-                    for name, tensor in tar.tensors(key).items():
-                        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-                            yield f"{path}: {key}: '{name}' holds NaN or infinite values"
+                yield from _tar(found.root / entry.path, entry, chunk, values=values, shapes=shapes)
             except ShardError as error:
                 yield str(error)
+            progress(entry.n_bytes)
+
+
+def _tar(
+    path: Path, entry: TarFile, chunk: Chunk, *, values: bool, shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]]
+) -> Iterator[str]:
+    if not path.is_file():
+        raise ShardError(f"{path}: the manifest lists this tar but it is missing; restore it or encode again")
+    size = path.stat().st_size
+    if size != entry.n_bytes:
+        raise ShardError(f"{path}: {size} bytes, the manifest says {entry.n_bytes}; cut off or another tar, encode again")
+    tar = open_local(path, None)
+    data = tar.fetch(0, size)
+    wanted = {f"{key}.{kind}" for key in chunk.keys for kind in ("safetensors", "json")}
+    for name in sorted(wanted ^ set(tar.members)):
+        yield f"{path}: member {name} is {'missing' if name in wanted else 'not in the manifest'}; is this another tar?"
+    n_faults = 0
+    for key in chunk.keys:
+        for fault in _sample(tar, key, chunk.bucket, values=values, shapes=shapes):
+            n_faults += 1
+            yield fault
+    if xxhash.xxh3_128_hexdigest(data) != entry.checksum and not n_faults:
+        part = "headers, padding or JSON" if skeleton(data, tar.members) != entry.skeleton else "contents"
+        yield f"{path}: bytes 0 to {size}: its {part} are not those that were written; restore it or encode again"
+        n_faults += 1
+    if not n_faults and not wanted ^ set(tar.members):
+        yield from _index(path, tar)
+
+
+def _sample(
+    tar: Tar, key: str, bucket: str, *, values: bool, shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]]
+) -> Iterator[str]:
+    if not {f"{key}.safetensors", f"{key}.json"} <= set(tar.members):
+        return  # said above
+    try:
+        tar.meta(key)
+        tensors = tar.tensors(key)
+    except ShardError as error:
+        yield str(error)
+        return
+    member = tar.members[f"{key}.safetensors"]
+    for name, tensor in tensors.items():
+        if values and tensor.is_floating_point() and not tensor.float().isfinite().all():
+            yield (
+                f"{tar.where}: {key} (bytes {member.offset} to {member.offset + member.size}): '{name}' holds NaN or "
+                "infinite values"
+            )
+        if name.endswith("latents"):
+            shape, first = shapes.setdefault((bucket, name), (tuple(tensor.shape), key))
+            if tuple(tensor.shape) != shape:
+                yield f"{tar.where}: {key}: '{name}' is {tuple(tensor.shape)}, in {first} of bucket {bucket} it is {shape}"
+
+
+def _index(path: Path, tar: Tar) -> Iterator[str]:
+    """The file that readers of URLs go by."""
+    place = index_path(path)
+    try:
+        rows = json.loads(place.read_text())["members"]
+        found = {name: (offset, size) for name, offset, size, _ in rows}
+    except FileNotFoundError:
+        yield f"{place} is missing: reading over the network needs it; `hvtrain shards index` writes it"
+        return
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        yield f"{place}: damaged ({error}); `hvtrain shards index` writes it anew"
+        return
+    if found != {name: (m.offset, m.size) for name, m in tar.members.items()}:
+        yield f"{place}: does not fit its tar; `hvtrain shards index` writes it anew"
 
 
 def _duplicates(found: ShardSet) -> Iterator[str]:

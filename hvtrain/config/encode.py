@@ -12,13 +12,13 @@ class EncodeConfig:
     """`hvtrain encode`: clips and captions into shards."""
 
     dataset: str = ""
-    """Dataset file (TOML)"""
+    """Dataset file (TOML or YAML)"""
     output: str = ""
     """Directory of the shard set; a re-run continues it"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The VAE and text encoders"""
     columns: tuple[str, ...] = ("latents", "text")
-    """What to encode"""
+    """What to encode: latents, text, image (the first frame, for image to video), control; together or one by one"""
     batch_size: int = 1
     """Clips of one shape that go through the VAE together"""
     dtype: DType = "bfloat16"
@@ -29,3 +29,5 @@ class EncodeConfig:
     """Decoding threads"""
     seed: int = 0
     """Seed of the posterior samples"""
+    strict: bool = False
+    """Stop at the first clip that cannot be used; otherwise it is listed in rejected.jsonl"""

@@ -13,11 +13,15 @@ class DataConfig:
     """What to train on."""
 
     shards: tuple[str, ...] = ()
-    """Shard sets that hvtrain encode wrote"""
+    """Shard sets that hvtrain encode wrote: directories, or URLs that fsspec opens (s3://, gs://, https://)"""
     batch_size: int = 1
     """Samples per data-parallel rank and micro-step"""
     workers: int = 1
-    """Reader threads"""
+    """Threads or processes that read ahead; 0 reads when asked"""
+    worker_type: Literal["thread", "process"] = "thread"
+    """process: for URLs whose client holds Python's lock; local tars are as fast with threads"""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
 

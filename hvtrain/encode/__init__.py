@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,137 +13,278 @@ from hvtrain.errors import DataError
 from hvtrain.parallel.context import ParallelContext, shutdown, start
 from hvtrain.validate import check_encode
 
+COLUMNS = ("latents", "image", "control", "text")  # in this order: what cannot be decoded is known before text is encoded
+
+
+@dataclass
+class _Job:
+    """A run on one rank."""
+
+    cfg: EncodeConfig
+    ctx: ParallelContext
+    root: Path
+    spec: Any
+    chunks: list = field(default_factory=list)  # of all ranks
+    mine: list[int] = field(default_factory=list)
+    encoders: dict[str, str] = field(default_factory=dict)
+    written: dict[str, dict[int, Any]] = field(default_factory=dict)  # column -> chunk number -> Written
+    rejected: list = field(default_factory=list)  # by this rank, while encoding
+
+    @property
+    def file(self) -> Callable[[str], Path]:
+        """This rank's own file of a kind."""
+        return lambda name: self.root / f"{name}.{self.ctx.rank}"
+
 
 def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
     """Encode what is missing and write the manifest."""
     check_encode(cfg)
-    from hvtrain.encode.dataset import find_clips, read_dataset_file
-    from hvtrain.encode.plan import cut_chunks, plan_samples, without_doubles
     from hvtrain.models import find
 
     own = ctx is None
     ctx = ctx or start()
-    root, spec = Path(cfg.output), find(cfg.model.name)
-    flavor = spec.flavor(cfg.model.flavor) if cfg.model.flavor else next(iter(spec.flavors.values()))
-    clips = [clip for dataset in read_dataset_file(cfg.dataset) for clip in find_clips(dataset)]
-    samples = without_doubles(plan_samples(clips, target_fps=flavor.defaults.fps, workers=cfg.workers))
-    _claim(root, ctx)
-    chunks = cut_chunks(samples, samples_per_tar=cfg.samples_per_tar)
-    short = len({c.path for c in clips}) - len({s.path for s in samples})
-    if ctx.is_main:
-        print(f"{len(clips)} clips, {len(samples)} samples in {len(chunks)} tars, {ctx.world} process(es)", flush=True)
-        if short:
-            print(f"warning: {short} clips are shorter than every target_frames and give no sample")
-    tars, encoders, done = _columns(cfg, spec, root, chunks, ctx)
-    if ctx.is_main:
-        _finish(root, cfg.columns, chunks, tars, encoders)
-        print(f"{root}: {len(samples)} samples; {done}", flush=True)
-    ctx.barrier()
+    job = _Job(cfg, ctx, Path(cfg.output), find(cfg.model.name))
+    _claim(job)
+    refused = _plan(job)
+    summary = _columns(job)
+    _finish(job, refused, summary)
     if own:
         shutdown()
 
 
-def _columns(
-    cfg: EncodeConfig, spec: Any, root: Path, chunks: list, ctx: ParallelContext
-) -> tuple[dict[str, Any], dict[str, str], str]:
-    """Write each column; returns ({tar name: TarFile} of all ranks, fingerprints, a summary)."""
-    from hvtrain.encode.pipeline import ColumnWriter, Meter, OldSamples
-    from hvtrain.encode.plan import share_out
+# --- planning ---------------------------------------------------------------------------------------------------------
 
-    mine, old = share_out(chunks, rank=ctx.rank, world=ctx.world), OldSamples(root)
-    meter = Meter(sum(len(c.samples) for c in mine) * len(cfg.columns), show=ctx.is_main)
-    made: dict[str, Any] = {}
-    encoders: dict[str, str] = {}
+
+def _plan(job: _Job) -> list:
+    """Look at every file, each rank at its share; cut the samples into tars. Returns what was refused."""
+    from hvtrain.encode.clips import Rejected, find_clips
+    from hvtrain.encode.columns import read_rejected
+    from hvtrain.encode.dataset import read_dataset_file
+    from hvtrain.encode.encoders import rejected
+    from hvtrain.encode.plan import Probes, cut_chunks, plan_clips, share_out, without_doubles
+
+    cfg, ctx = job.cfg, job.ctx
+    flavor = job.spec.flavor(cfg.model.flavor) if cfg.model.flavor else next(iter(job.spec.flavors.values()))
+    clips = [clip for dataset in read_dataset_file(cfg.dataset) for clip in find_clips(dataset)]
+    probes = Probes(job.root)
+    mine = plan_clips(clips[ctx.rank :: ctx.world], probes, target_fps=flavor.defaults.fps, workers=cfg.workers)
+    shares = ctx.gather_objects(mine)
+    _save_probes(probes, ctx)
+    found = [row for i in range(len(clips)) for row in shares[i % ctx.world][i // ctx.world]]
+    refused = [row for row in found if isinstance(row, Rejected)]
+    samples = without_doubles([row for row in found if not isinstance(row, Rejected)])
+    if "control" in cfg.columns:
+        bare = [s for s in samples if not s.controls]
+        refused += [Rejected(str(s.clip.path), f"{s.clip.path}: has no control, and column 'control' needs one") for s in bare]
+        samples = [s for s in samples if s.controls]
+    known = {row.digest: row for row in read_rejected(job.root) if row.digest}
+    hopeless = {s.key: known[r.digest] for s in samples if (r := rejected(s, "")).digest in known}
+    refused += hopeless.values()
+    _judge(job, refused, n_samples=len(samples) - len(hopeless))
+    # Cut before the hopeless leave: one that turns out bad later does not move the others to other tars.
+    job.chunks = [c.without(set(hopeless)) for c in cut_chunks(samples, samples_per_tar=cfg.samples_per_tar)]
+    job.mine = share_out(job.chunks, rank=ctx.rank, world=ctx.world)
+    if ctx.is_main:
+        n = sum(len(c.samples) for c in job.chunks)
+        print(f"{len(clips)} clips, {n} samples in {len(job.chunks)} tars, {ctx.world} process(es)", flush=True)
+    return refused
+
+
+def _judge(job: _Job, refused: Sequence, *, n_samples: int) -> None:
+    if refused and job.cfg.strict:
+        raise DataError(f"{refused[0].reason} (strict; {len(refused)} cannot be used, `hvtrain data check` lists them)")
+    if not n_samples:
+        raise DataError(f"no sample can be made of this dataset; the first reason: {refused[0].reason}")
+
+
+def _save_probes(probes: Any, ctx: ParallelContext) -> None:
+    import json
+
+    from shards.atomic import write_text
+
+    new = ctx.gather_objects(probes.new)
+    if ctx.is_main and any(new):
+        for part in new:
+            probes.seen |= part
+        write_text(probes.path, json.dumps(probes.seen))
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _columns(job: _Job) -> str:
+    """Write each column; a summary."""
+    from hvtrain.encode.columns import JOURNAL, REJECTED, ColumnWriter, Known, copier, note
+    from hvtrain.encode.progress import Meter
+
+    cfg, ctx, root = job.cfg, job.ctx, job.root
+    known = Known(root)
+    others = [c for c in (known.manifest.columns if known.manifest else ()) if c not in cfg.columns]
+    columns = sorted([*cfg.columns, *others], key=COLUMNS.index)
+    total = [c for c in job.chunks if c.samples]
+    meter = Meter(
+        root, rank=ctx.rank, world=ctx.world, samples=sum(len(c.samples) for c in total) * len(columns),
+        cost=sum(c.cost for c in total) * len(columns),
+    )
+
+    def refuse(row: Any) -> None:
+        if cfg.strict:
+            raise DataError(f"{row.reason} (strict)")
+        job.rejected.append(row)
+        note(job.file(f".{REJECTED}"), row.row())
+
     parts = []
     try:
-        for column in cfg.columns:
-            encode, encoders[column] = _OPENERS[column](cfg, spec, root, ctx)
-            writer = ColumnWriter(column, root, encoders[column], encode, old)
-            for chunk in mine:
-                tar = writer.write(chunk, meter.advance)
-                made[tar.path] = tar
-            counts = [int(ctx.all_reduce_sum(n)) for n in (writer.tally.encoded, writer.tally.copied, writer.tally.kept)]
+        for column in columns:
+            if column in others:
+                assert known.manifest is not None
+                encode, job.encoders[column] = copier(column, root), known.manifest.encoders[column]
+            else:
+                encode, job.encoders[column] = _OPENERS[column](job)
+            writer = ColumnWriter(
+                column, root, job.encoders[column], encode, known, job.file(JOURNAL), refuse
+            )
+            job.written[column] = {n: writer.write(job.chunks[n], meter.advance) for n in job.mine}
+            t = writer.tally
+            counts = [int(ctx.all_reduce_sum(n)) for n in (t.encoded, t.copied, t.kept)]
             parts.append(f"{column}: {counts[0]} encoded, {counts[1]} copied, {counts[2]} kept")
+            lost = {key for part in ctx.gather_objects(_lost(job, column)) for key in part}
+            job.chunks = [c.without(lost) for c in job.chunks]
+            for column_before, rows in job.written.items():
+                shrinker = ColumnWriter(
+                    column_before, root, job.encoders[column_before], encode, known, job.file(JOURNAL), refuse
+                )
+                job.written[column_before] = {n: shrinker.shrink(w, job.chunks[n]) for n, w in rows.items()}
             del encode, writer
             gc.collect()  # one encoder in memory at a time
     finally:
         meter.close()
-    everyone = {name: tar for part in ctx.gather_objects(made) for name, tar in part.items()}
-    return everyone, encoders, "; ".join(parts)
+    return "; ".join(parts)
 
 
-def _open_latents(cfg: EncodeConfig, spec: Any, root: Path, ctx: ParallelContext) -> tuple[Callable, str]:
-    import torch
+def _lost(job: _Job, column: str) -> list[str]:
+    """Samples of this rank that the column could not make."""
+    return [
+        s.key
+        for number, written in job.written[column].items()
+        for s in job.chunks[number].samples
+        if s.key not in {w.key for w in written.samples}
+    ]
 
-    from hvtrain.encode.pipeline import LatentEncoder
-    from hvtrain.generate.pipeline import open_decoder
 
-    vae = open_decoder(cfg.model, spec, ctx)
-    encoder = LatentEncoder(vae, getattr(torch, cfg.dtype), cfg.batch_size, cfg.workers, cfg.seed)
-    return encoder, f"{vae.fingerprint}/{cfg.dtype}/{cfg.seed}"
+def _open_pixels(column: str) -> Callable[[_Job], tuple[Callable, str]]:
+    def open_column(job: _Job) -> tuple[Callable, str]:
+        import torch
+
+        from hvtrain.encode.encoders import PixelEncoder
+        from hvtrain.generate.pipeline import open_decoder
+
+        cfg = job.cfg
+        vae = open_decoder(cfg.model, job.spec, job.ctx)
+        encoder = PixelEncoder(column, vae, getattr(torch, cfg.dtype), cfg.batch_size, cfg.workers, cfg.seed)
+        return encoder, f"{vae.fingerprint}/{cfg.dtype}/{cfg.seed}"
+
+    return open_column
 
 
-def _open_text(cfg: EncodeConfig, spec: Any, root: Path, ctx: ParallelContext) -> tuple[Callable, str]:
+def _open_text(job: _Job) -> tuple[Callable, str]:
     import torch
     from safetensors.torch import save_file
 
-    from hvtrain.encode.pipeline import TextEncoder
+    from hvtrain.encode.encoders import TextEncoder
     from shards.atomic import atomic_path
     from shards.schema import EMPTY_TEXT
 
-    m = cfg.model
-    text = spec.open_text(
+    cfg, m = job.cfg, job.cfg.model
+    text = job.spec.open_text(
         asset(m.llm or ""), m.llm_tokenizer and asset(m.llm_tokenizer), asset(m.clip or ""),
-        m.clip_tokenizer and asset(m.clip_tokenizer), dtype=getattr(torch, m.dtype), device=ctx.device, fp8=m.fp8_llm,
+        m.clip_tokenizer and asset(m.clip_tokenizer), dtype=getattr(torch, m.dtype), device=job.ctx.device, fp8=m.fp8_llm,
     )
     encoder = TextEncoder(text, getattr(torch, cfg.dtype))
-    if ctx.is_main:
+    if job.ctx.is_main:
         empty = encoder.stored(text.encode([""])[0], "")
-        with atomic_path(root / EMPTY_TEXT) as temporary:
+        if isinstance(empty, str):
+            raise DataError(empty)
+        with atomic_path(job.root / EMPTY_TEXT) as temporary:
             save_file(empty, str(temporary))
     return encoder, f"{text.fingerprint}/{cfg.dtype}"
 
 
-_OPENERS: dict[str, Callable] = {"latents": _open_latents, "text": _open_text}
+_OPENERS: dict[str, Callable[[_Job], tuple[Callable, str]]] = {
+    **{column: _open_pixels(column) for column in COLUMNS if column != "text"}, "text": _open_text,
+}
 
 
-def _claim(root: Path, ctx: ParallelContext) -> None:
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+
+def _claim(job: _Job) -> None:
     """Refuse a directory that holds other things; remove what a killed run left half-written."""
+    from hvtrain.encode.columns import REJECTED
+    from hvtrain.encode.progress import PROGRESS
     from shards.schema import EMPTY_TEXT, MANIFEST
 
-    problem = None
-    if ctx.is_main:
-        known = {MANIFEST, EMPTY_TEXT, *_OPENERS}
-        here = [p.name for p in root.iterdir()] if root.exists() else []
+    problem, root = None, job.root
+    if job.ctx.is_main:
+        known = {MANIFEST, EMPTY_TEXT, REJECTED, *_OPENERS}
+        if root.exists() and not root.is_dir():
+            problem = f"output: {root} is a file; give a directory"
+        here = [p.name for p in root.iterdir()] if root.is_dir() else []
         strangers = [name for name in here if name not in known and not name.startswith(".")]
         if strangers:
             problem = f"output: {root} holds other files ('{sorted(strangers)[0]}'); choose an empty or new directory"
-        else:
-            root.mkdir(parents=True, exist_ok=True)
-            for left in [*root.glob(".*.tmp"), *root.glob("*/.*.tmp")]:
-                left.unlink()
-    problem = ctx.gather_objects(problem)[0]
+        if problem is None:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                for left in [*root.glob(".*.tmp"), *root.glob("*/.*.tmp"), *root.glob(f"{PROGRESS}.*")]:
+                    left.unlink()
+            except OSError as error:
+                problem = f"output: {root} cannot be written ({error.strerror})"
+    problem = job.ctx.gather_objects(problem)[0]
     if problem:
         raise DataError(problem)
 
 
-def _finish(root: Path, columns: tuple[str, ...], chunks: list, tars: dict[str, Any], encoders: dict[str, str]) -> None:
-    """Write the manifest, then remove the tars that only the one before names."""
-    from hvtrain.encode.plan import dataset_hash
-    from shards.errors import ShardError
-    from shards.schema import Chunk, Manifest, load_manifest, save_manifest
+def _finish(job: _Job, refused: list, summary: str) -> None:
+    """Write the manifest, then remove the tars that only the runs before it made."""
+    from hvtrain.encode.columns import JOURNAL, REJECTED, Known, open_again
+    from shards.atomic import write_text
+    from shards.writer import remove_tar
 
-    try:
-        before = {tar.path for c in load_manifest(root).chunks for tar in c.tars.values()}
-    except ShardError:
-        before = set()
-    rows = tuple(
-        Chunk(
-            c.bucket, tuple(s.key for s in c.samples), {col: tars[c.tar_name(col, encoders[col])] for col in columns}, c.repeats
-        )
-        for c in chunks
-    )
-    every = [s for c in chunks for s in c.samples]
-    save_manifest(root, Manifest(columns, rows, encoders, dataset_hash(every, encoders)))
-    for name in before - set(tars):
-        (root / name).unlink(missing_ok=True)
+    ctx, root = job.ctx, job.root
+    everyone = ctx.gather_objects(job.written)
+    refused += [row for part in ctx.gather_objects(job.rejected) for row in part]
+    if ctx.is_main:
+        written = {c: {n: w for part in everyone for n, w in part[c].items()} for c in job.encoders}
+        before = set(Known(root).tars)
+        names = _save(job, written)
+        write_text(root / REJECTED, "".join(row.row() + "\n" for row in refused))
+        for name in before - names:
+            remove_tar(root / name)
+        for left in [*root.glob(f"{JOURNAL}.*"), *root.glob(f".{REJECTED}.*")]:
+            left.unlink()
+        if not refused:
+            (root / REJECTED).unlink()
+        print(f"{root}: {open_again(root)} samples; {summary}", flush=True)
+        if refused:
+            print(f"{len(refused)} not usable, see {root / REJECTED}; the first: {refused[0].reason}", flush=True)
+    ctx.barrier()
+
+
+def _save(job: _Job, written: dict[str, dict[int, Any]]) -> set[str]:
+    """The manifest of all columns; the names of its tars."""
+    from hvtrain.encode.plan import dataset_hash
+    from shards.schema import Chunk, Manifest, save_manifest
+
+    rows = []
+    for number, chunk in enumerate(job.chunks):
+        if not chunk.samples:
+            continue
+        first, keys = chunk.samples[0], tuple(s.key for s in chunk.samples)
+        tars = {column: found[number].tar for column, found in written.items()}
+        rows.append(Chunk(chunk.bucket, keys, tars, first.repeats, first.caption_dropout))
+    if not rows:
+        raise DataError(f"every sample was refused; the first reason: {job.rejected[0].reason if job.rejected else 'see above'}")
+    every = [s for c in job.chunks for s in c.samples]
+    save_manifest(job.root, Manifest(tuple(written), tuple(rows), job.encoders, dataset_hash(every, job.encoders)))
+    return {tar.path for row in rows for tar in row.tars.values()}

@@ -1,17 +1,17 @@
-"""The dataset file: TOML in musubi-tuner's schema, checked strictly, and the clips that it names."""
+"""The dataset file: musubi-tuner's schema in TOML or YAML, checked strictly. Its clips: encode/clips.py."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hvtrain.encode.buckets import STEP, BucketRule
 from hvtrain.encode.frames import LEGAL, FrameRule
-from hvtrain.encode.media import IMAGES, VIDEOS
 from hvtrain.errors import DataError, suggest
 
 if sys.version_info >= (3, 11):
@@ -21,14 +21,39 @@ else:
 
 GENERAL = {
     "caption_extension": str, "batch_size": int, "num_repeats": int, "resolution": (int, list), "enable_bucket": bool,
-    "bucket_no_upscale": bool, "recursive": bool,
+    "bucket_no_upscale": bool, "recursive": bool, "caption_prefix": str, "caption_suffix": str,
+    "caption_dropout": (float, int),
 }
 SOURCES = ("video_directory", "video_jsonl_file", "image_directory", "image_jsonl_file")
 VIDEO = {
     "target_frames": list, "frame_extraction": str, "frame_stride": int, "frame_sample": int, "max_frames": int,
     "source_fps": (float, int),
 }
-KEYS: dict[str, Any] = {**GENERAL, **dict.fromkeys(SOURCES, str), **VIDEO, "cache_directory": str}
+IMAGE = {"no_resize_control": bool, "control_resolution": (int, list)}
+KEYS: dict[str, Any] = {
+    **GENERAL, **dict.fromkeys(SOURCES, str), **VIDEO, **IMAGE, "control_directory": str, "cache_directory": str,
+}
+OLD_NAMES = {
+    "flux_kontext_no_resize_control": "no_resize_control", "qwen_image_edit_no_resize_control": "no_resize_control",
+    "qwen_image_edit_control_resolution": "control_resolution",
+}
+FOREIGN = ("multiple_target", "fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post")
+
+
+@dataclass(frozen=True)
+class ControlRule:
+    """Which size a control picture or clip gets: that of the sample, its own, or a bucket of its own."""
+
+    directory: Path | None = None
+    keep_size: bool = False
+    resolution: tuple[int, int] | None = None
+
+    def size(self, width: int, height: int, *, bucket: tuple[int, int]) -> tuple[int, int]:
+        if self.resolution is not None:
+            return BucketRule(self.resolution, enabled=True).choose(width, height)
+        if self.keep_size:
+            return max(STEP, width - width % STEP), max(STEP, height - height % STEP)
+        return bucket
 
 
 @dataclass(frozen=True)
@@ -40,45 +65,55 @@ class Dataset:
     bucket: BucketRule
     frames: FrameRule
     caption_extension: str = ".txt"
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    caption_dropout: float | None = None  # None: what training says
     num_repeats: int = 1
     recursive: bool = False
     source_fps: float | None = None
+    control: ControlRule = ControlRule()
 
     @property
     def is_video(self) -> bool:
         return self.source.startswith("video")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A source file and its caption."""
-
-    path: Path
-    caption: str
-    dataset: Dataset = field(repr=False)
-
-
 def read_dataset_file(path: str | Path) -> list[Dataset]:
     """The entries of a dataset file. Relative paths count from the current directory, as in musubi-tuner."""
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not TOML: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = _read(path)
     for key in raw:
         if key not in ("general", "datasets"):
-            raise DataError(f"{path}: unknown key '{key}'; {suggest(key, ['general', 'datasets'])}")
-    general, entries = raw.get("general", {}), raw.get("datasets", [])
+            raise DataError(f"{path}: unknown key '{key}'; {suggest(str(key), ['general', 'datasets'])}")
+    general, entries = raw.get("general") or {}, raw.get("datasets") or []
+    if not isinstance(general, dict) or not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise DataError(f"{path}: expected keys under 'general' and a list of entries under 'datasets'")
     _check(general, GENERAL, f"{path}: [general]")
     if not entries:
         raise DataError(f"{path}: no [[datasets]] entry; add one with video_directory or image_directory")
     return [_dataset({**general, **e}, f"{path}: [[datasets]] number {i}") for i, e in enumerate(entries, start=1)]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """TOML, or YAML if the name ends so."""
+    kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "TOML"
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.safe_load(text) if kind == "YAML" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not {kind}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: expected 'general' and 'datasets', found {type(raw).__name__}")
+    return raw
+
+
 def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> None:
     for key, value in table.items():
+        if key in FOREIGN:
+            raise DataError(f"{where}: {key} belongs to another architecture (FramePack, image editing); remove it")
         if key not in legal:
             raise DataError(f"{where}: unknown key '{key}'; {suggest(key, legal)}")
         kinds = legal[key] if isinstance(legal[key], tuple) else (legal[key],)
@@ -88,6 +123,7 @@ def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> No
 
 
 def _dataset(table: dict[str, Any], where: str) -> Dataset:
+    table = {OLD_NAMES.get(key, key): value for key, value in table.items()}
     _check(table, KEYS, where)
     given = [s for s in SOURCES if s in table]
     if len(given) != 1:
@@ -95,6 +131,8 @@ def _dataset(table: dict[str, Any], where: str) -> Dataset:
     source = given[0]
     if source.startswith("image") and (odd := [k for k in VIDEO if k in table]):
         raise DataError(f"{where}: '{odd[0]}' is for videos, this entry has {source}")
+    if source.startswith("video") and (odd := [k for k in IMAGE if k in table]):
+        raise DataError(f"{where}: '{odd[0]}' is for images, this entry has {source}; a control video takes the clip's size")
     path = Path(table[source])
     if not path.exists():
         raise DataError(f"{where}: {source} = '{path}' does not exist")
@@ -106,16 +144,34 @@ def _dataset(table: dict[str, Any], where: str) -> Dataset:
     for key in ("num_repeats", "batch_size"):
         if table.get(key, 1) < 1:
             raise DataError(f"{where}: {key} is {table[key]}, expected 1 or more")
+    if not 0 <= table.get("caption_dropout", 0) <= 1:
+        raise DataError(f"{where}: caption_dropout is {table['caption_dropout']}, expected a share from 0 to 1")
+    if table.get("source_fps", 1) <= 0:
+        raise DataError(f"{where}: source_fps is {table['source_fps']}, expected more than 0")
     return Dataset(
         source=source, path=path, frames=rule if source.startswith("video") else FrameRule(),
         bucket=BucketRule(
             _resolution(table.get("resolution", [960, 544]), where), table.get("enable_bucket", False),
             table.get("bucket_no_upscale", False),
         ),
-        caption_extension=table.get("caption_extension", ".txt"), num_repeats=table.get("num_repeats", 1),
+        caption_extension=table.get("caption_extension", ".txt"), caption_prefix=table.get("caption_prefix", ""),
+        caption_suffix=table.get("caption_suffix", ""), num_repeats=table.get("num_repeats", 1),
+        caption_dropout=float(table["caption_dropout"]) if "caption_dropout" in table else None,
         recursive=table.get("recursive", False),
-        source_fps=float(table["source_fps"]) if "source_fps" in table else None,
+        source_fps=float(table["source_fps"]) if "source_fps" in table else None, control=_control(table, where),
     )
+
+
+def _control(table: Mapping[str, Any], where: str) -> ControlRule:
+    directory = Path(table["control_directory"]) if "control_directory" in table else None
+    if directory is not None and not directory.is_dir():
+        raise DataError(f"{where}: control_directory = '{directory}' is not a directory")
+    if directory is not None and "jsonl" in next(s for s in SOURCES if s in table):
+        raise DataError(f"{where}: control_directory goes with a directory of clips; in JSONL give \"control_path\" per line")
+    if table.get("no_resize_control") and "control_resolution" in table:
+        raise DataError(f"{where}: no_resize_control and control_resolution exclude each other; keep one")
+    resolution = _resolution(table["control_resolution"], where) if "control_resolution" in table else None
+    return ControlRule(directory, table.get("no_resize_control", False), resolution)
 
 
 def _check_frames(rule: FrameRule, where: str) -> None:
@@ -137,53 +193,3 @@ def _resolution(value: int | list, where: str) -> tuple[int, int]:
             near = max(STEP, round(n / STEP) * STEP)
             raise DataError(f"{where}: resolution {pair[0]} x {pair[1]}: expected multiples of {STEP}, for example {near}")
     return pair[0], pair[1]
-
-
-# --- clips --------------------------------------------------------------------------------------------------------
-
-
-def find_clips(dataset: Dataset) -> list[Clip]:
-    """The dataset's clips, sorted. Each has a caption, or it is a DataError that names the file."""
-    found = list(_from_jsonl(dataset) if "jsonl" in dataset.source else _from_folder(dataset))
-    if not found:
-        kind = "videos" if dataset.is_video else "images"
-        raise DataError(f"{dataset.path}: no {kind} here; check {dataset.source} (recursive = true looks into sub-folders)")
-    return found
-
-
-def _from_folder(dataset: Dataset) -> Iterator[Clip]:
-    legal = VIDEOS if dataset.is_video else IMAGES
-    pattern = "**/*" if dataset.recursive else "*"
-    for path in sorted(p for p in dataset.path.glob(pattern) if p.is_file() and p.suffix.lower() in legal):
-        caption = path.with_suffix(dataset.caption_extension)
-        if not caption.is_file():
-            raise DataError(f"{path}: has no caption; write it to {caption.name} beside it")
-        yield Clip(path, _text(caption), dataset)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the caption cannot be read ({error}); save it as UTF-8 text") from None
-
-
-def _from_jsonl(dataset: Dataset) -> Iterator[Clip]:
-    name = "video_path" if dataset.is_video else "image_path"
-    for number, line in enumerate(_text(dataset.path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{dataset.path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get(name), str):
-            raise DataError(f"{where}: expected {{\"{name}\": ..., \"caption\": ...}}")
-        if not isinstance(row.get("caption"), str):
-            raise DataError(f"{where}: {row[name]} has no caption; add \"caption\"")
-        path = Path(row[name])
-        path = path if path.is_absolute() or path.exists() else dataset.path.parent / path
-        if not path.exists():
-            raise DataError(f"{where}: {row[name]} does not exist")
-        yield Clip(path, row["caption"], dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -35,11 +36,14 @@ def normalised(targets: tuple[int, ...]) -> list[int]:
 
 
 def kept_frames(n: int, *, source_fps: float | None, target_fps: float) -> list[int]:
-    """Indices of the frames that remain when a clip is brought to the model's rate by dropping; none are doubled."""
+    """Indices of the frames that remain when a clip is brought to the model's rate by dropping; none are doubled.
+
+    Frame i is at time i / source; it stays if it begins a new frame of the target, floor(i * target / source).
+    """
     if source_fps is None or source_fps <= target_fps:
         return list(range(n))
-    ratio = target_fps / source_fps
-    return [i for i in range(n) if i == 0 or int((i + 1) * ratio + 1e-9) > int(i * ratio + 1e-9)]
+    ratio = Fraction(target_fps).limit_denominator(100_000) / Fraction(source_fps).limit_denominator(100_000)
+    return [i for i in range(n) if i == 0 or int(i * ratio) > int((i - 1) * ratio)]
 
 
 def _whole(frames: int) -> int:

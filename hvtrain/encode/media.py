@@ -44,6 +44,14 @@ def probe(path: Path) -> Probe:
         raise _undecodable(path, error) from None
 
 
+def read_windows(path: Path, windows: Sequence[Sequence[int]], *, size: tuple[int, int]) -> list[np.ndarray]:
+    """uint8 [F H W 3] each: several windows of one file, which is decoded once."""
+    wanted = sorted({i for window in windows for i in window})
+    frames = read_frames(path, wanted, size=size)
+    at = {index: row for row, index in enumerate(wanted)}
+    return [frames[[at[i] for i in window]] for window in windows]
+
+
 def read_frames(path: Path, indices: Sequence[int], *, size: tuple[int, int]) -> np.ndarray:
     """uint8 [F H W 3]: the frames at these ascending indices, as they will be seen. size is (width, height)."""
     if path.is_dir():

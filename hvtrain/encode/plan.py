@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvtrain.encode.dataset import Clip, Dataset
-from hvtrain.encode.frames import kept_frames
-from hvtrain.encode.media import probe
+from hvtrain.encode.clips import Clip, Rejected
+from hvtrain.encode.dataset import Dataset
+from hvtrain.encode.frames import kept_frames, normalised
+from hvtrain.encode.media import Probe, probe
 from hvtrain.errors import DataError
 
 MIN_CHUNKS = 8  # a small set is cut finer, so that several ranks have work
+PROBES = ".probes.json"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Frames of a file, at a size."""
+
+    path: Path
+    state: str  # size and time of the file: a changed one is encoded again
+    frames: tuple[int, ...]  # indices into the file, ascending; the last may repeat
+    size: tuple[int, int]  # width, height
+
+    @property
+    def identity(self) -> str:
+        return repr((str(self.path.resolve()), self.state, self.frames, self.size))
+
+    @property
+    def n_bytes(self) -> int:
+        """Decoded."""
+        return 3 * len(self.frames) * self.size[0] * self.size[1]
 
 
 @dataclass(frozen=True)
@@ -22,26 +45,34 @@ class PlannedSample:
     """One window of one clip."""
 
     key: str
-    path: Path
-    caption: str
-    frames: tuple[int, ...]  # indices into the file
-    size: tuple[int, int]  # width, height
-    repeats: int
-    state: str  # size and time of the source file: a changed clip is encoded again
+    clip: Picture
+    captions: tuple[str, ...]
+    repeats: int = 1
+    caption_dropout: float | None = None
+    controls: tuple[Picture, ...] = ()
 
     @property
     def bucket(self) -> str:
-        return f"{len(self.frames)}x{self.size[1]}x{self.size[0]}"
+        """FxHxW, and the sizes of controls that have another."""
+        w, h = self.clip.size
+        others = "".join(f"+{c.size[1]}x{c.size[0]}" for c in self.controls if c.size != self.clip.size)
+        return f"{len(self.clip.frames)}x{h}x{w}{others}"
 
     @property
     def cost(self) -> int:
-        return len(self.frames) * self.size[0] * self.size[1]
+        return self.clip.n_bytes
 
     def digest(self, column: str, encoder: str) -> str:
         """What the column's tensors are a function of."""
-        if column == "text":
-            return _hash(self.caption, encoder)
-        return _hash(str(self.path.resolve()), self.state, repr(self.frames), repr(self.size), encoder)
+        return _hash(*_SOURCES[column](self), encoder)
+
+
+_SOURCES = {
+    "latents": lambda s: [s.clip.identity],
+    "image": lambda s: [replace(s.clip, frames=s.clip.frames[:1]).identity],
+    "control": lambda s: [c.identity for c in s.controls],
+    "text": lambda s: list(s.captions),
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +86,11 @@ class PlannedChunk:
         return self.samples[0].bucket
 
     @property
-    def repeats(self) -> int:
-        return self.samples[0].repeats
-
-    @property
     def cost(self) -> int:
         return sum(s.cost for s in self.samples)
+
+    def without(self, keys: set[str]) -> PlannedChunk:
+        return PlannedChunk(tuple(s for s in self.samples if s.key not in keys))
 
     def tar_name(self, column: str, encoder: str) -> str:
         """A function of the contents: a tar that exists under its name is the right one."""
@@ -68,50 +98,96 @@ class PlannedChunk:
         return f"{column}/{self.bucket}-{_hash(*parts)[:16]}.tar"
 
 
-def plan_samples(clips: Iterable[Clip], *, target_fps: float, workers: int) -> list[PlannedSample]:
-    """Look at every file (in threads) and cut it into windows."""
+class Probes:
+    """What was seen of each file, kept beside the set so that a re-run opens only new files."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = folder / PROBES if folder else None
+        self.seen: dict[str, list] = {}
+        with suppress(OSError, ValueError):  # a cache: without it the files are opened again
+            self.seen = json.loads(self.path.read_text()) if self.path else {}
+        self.new: dict[str, list] = {}
+
+    def look(self, path: Path) -> tuple[Probe, str]:
+        """The probe of a file, and its state."""
+        status = path.stat()
+        parts = path.iterdir() if path.is_dir() else ()
+        newest = max([status.st_mtime_ns, *(p.stat().st_mtime_ns for p in parts)])
+        name, state = str(path.resolve()), f"{status.st_size}/{newest}"
+        row = self.seen.get(name)
+        if not row or row[0] != state:
+            found = probe(path)
+            row = self.new[name] = [state, found.width, found.height, found.frames, found.fps]
+        return Probe(*row[1:]), state
+
+
+def plan_clips(
+    clips: Sequence[Clip | Rejected], probes: Probes, *, target_fps: float, workers: int
+) -> list[list[PlannedSample | Rejected]]:
+    """For each clip its samples, or why it has none. Files are opened by threads."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda clip: _samples_of(clip, target_fps), clips))
-    samples = [s for group in found for s in group]
-    if not samples:
-        raise DataError("no clip is long enough for its dataset's target_frames; lower target_frames, or use 'full'")
-    return samples
+        return list(pool.map(lambda clip: _samples_of(clip, probes, target_fps), clips))
 
 
-def _samples_of(clip: Clip, target_fps: float) -> list[PlannedSample]:
+def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> list[PlannedSample | Rejected]:
+    if isinstance(clip, Rejected):
+        return [clip]
     dataset: Dataset = clip.dataset
-    seen = probe(clip.path)
+    try:
+        seen, state = probes.look(clip.path)
+        controls = [(path, *probes.look(path)) for path in clip.controls]
+    except (DataError, OSError) as error:
+        return [Rejected(str(clip.path), str(error))]
     kept = kept_frames(seen.frames, source_fps=dataset.source_fps, target_fps=target_fps)
     size = dataset.bucket.choose(seen.width, seen.height)
-    status = clip.path.stat()
+    windows = dataset.frames.windows(len(kept))
+    if not windows:
+        return [Rejected(str(clip.path), _too_short(clip.path, len(kept), dataset))]
     stem = re.sub(r"[^A-Za-z0-9]+", "-", clip.path.stem).strip("-")[:60] or "clip"
-    made = []
-    for start, length in dataset.frames.windows(len(kept)):
+    made: list[PlannedSample | Rejected] = []
+    for start, length in windows:
         frames = tuple(kept[start : start + length])
         # The path is in the hash: equal stems in different folders are different samples.
         tail = _hash(str(clip.path.resolve()), repr(frames), repr(size))[:12]
+        pictures = tuple(
+            Picture(
+                path, its, tuple(min(i, found.frames - 1) for i in frames),
+                dataset.control.size(found.width, found.height, bucket=size),
+            )
+            for path, found, its in controls
+        )
         made.append(PlannedSample(
-            f"{stem}-{tail}", clip.path, clip.caption, frames, size, dataset.num_repeats,
-            f"{status.st_size}/{status.st_mtime_ns}",
+            f"{stem}-{tail}", Picture(clip.path, state, frames, size), clip.captions, dataset.num_repeats,
+            dataset.caption_dropout, pictures,
         ))
     return made
+
+
+def _too_short(path: Path, n: int, dataset: Dataset) -> str:
+    if dataset.frames.extraction == "full":
+        return f"{path}: has no frames"
+    least = min(normalised(dataset.frames.target_frames))
+    return f"{path}: {n} frames, target_frames asks for {least} or more; lower it, or use frame_extraction 'full'"
 
 
 def without_doubles(samples: Sequence[PlannedSample]) -> list[PlannedSample]:
     """Two entries that make the same sample of the same file count once; with different captions they are an error."""
     unique: dict[str, PlannedSample] = {}
     for s in samples:
-        if s.key in unique and unique[s.key].caption != s.caption:
-            raise DataError(f"{s.path}: listed twice with different captions; keep one")
+        if s.key in unique and unique[s.key].captions != s.captions:
+            raise DataError(
+                f"{s.clip.path}: listed twice with different captions; keep one, or give several as \"captions\": [...]"
+            )
         unique.setdefault(s.key, s)
     return list(unique.values())
 
 
 def cut_chunks(samples: Sequence[PlannedSample], *, samples_per_tar: int) -> list[PlannedChunk]:
-    """Tars of one bucket and repeat count each. A function of the samples alone, not of the number of ranks."""
-    groups: dict[tuple[str, int], list[PlannedSample]] = {}
+    """Tars of one bucket, repeat count and dropout each. A function of the samples alone, not of the number of ranks."""
+    groups: dict[tuple[str, int, float], list[PlannedSample]] = {}
     for s in samples:
-        groups.setdefault((s.bucket, s.repeats), []).append(s)
+        rate = -1.0 if s.caption_dropout is None else s.caption_dropout
+        groups.setdefault((s.bucket, s.repeats, rate), []).append(s)
     chunks = []
     for _, members in sorted(groups.items()):
         n = min(samples_per_tar, max(1, -(-len(members) // MIN_CHUNKS)))
@@ -119,14 +195,14 @@ def cut_chunks(samples: Sequence[PlannedSample], *, samples_per_tar: int) -> lis
     return chunks
 
 
-def share_out(chunks: Sequence[PlannedChunk], *, rank: int, world: int) -> list[PlannedChunk]:
-    """This rank's chunks: the dearest first to whom has least."""
+def share_out(chunks: Sequence[PlannedChunk], *, rank: int, world: int) -> list[int]:
+    """Numbers of this rank's chunks: the dearest (frames x area) first to whom has least."""
     loads, mine = [0] * world, []
-    for chunk in sorted(chunks, key=lambda c: -c.cost):
+    for number in sorted(range(len(chunks)), key=lambda i: -chunks[i].cost):
         least = loads.index(min(loads))
-        loads[least] += chunk.cost
+        loads[least] += chunks[number].cost
         if least == rank:
-            mine.append(chunk)
+            mine.append(number)
     return mine
 
 

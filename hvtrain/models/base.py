@@ -214,6 +214,16 @@ class TinyParts:
 
 
 @dataclass(frozen=True)
+class MusubiCache:
+    """How musubi-tuner names and fills its cache files for this architecture."""
+
+    short: str  # in file names
+    full: str  # in the files' metadata
+    latents: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # a latent file's tensors -> our fields
+    text: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """An architecture: data and functions that the rest of the program calls without knowing its name."""
 
@@ -232,6 +242,7 @@ class ModelSpec:
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
     tiny: TinyParts | None = None
+    musubi: MusubiCache | None = None
 
     def flavor(self, name: str) -> Flavor:
         if name not in self.flavors:

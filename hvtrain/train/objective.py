@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class Objective:
         """The loss at given noise levels [B]; also what the held-out loss uses."""
         latents = batch["latents"]
         noise = torch.randn(latents.shape, generator=draw).to(self.device)
-        x0 = latents.to(self.device, torch.float32)
+        x0 = latents.to(self.device, non_blocking=True).float()  # pinned batches are copied while the GPU computes
         sigma = sigma.to(self.device, torch.float32)
         cond = {name: self._placed(value) for name, value in batch.items() if name != "latents"}
         cond.setdefault("image_latents", x0[:, :, :1])  # image to video: the clip's own first latent frame
@@ -69,17 +69,18 @@ class Objective:
 
     def _placed(self, value: Tensor) -> Tensor:
         """Stored in bf16, computed from float32: without autocast a bf16 input would not meet float32 weights."""
-        return value.to(self.device, torch.float32) if value.is_floating_point() else value.to(self.device)
+        there = value.to(self.device, non_blocking=True)
+        return there.float() if there.is_floating_point() else there
 
 
 def drop_captions(
-    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, share: float, draw: torch.Generator
+    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, shares: Sequence[float], draw: torch.Generator
 ) -> dict[str, Tensor]:
-    """Give a share of the samples the empty prompt's embeddings instead of their own."""
+    """Give each sample, with its own probability, the empty prompt's embeddings instead of its caption's."""
     result = dict(batch)
-    if share <= 0:
+    if not any(share > 0 for share in shares):
         return result
-    dropped = torch.rand(len(batch["text_len"]), generator=draw) < share
+    dropped = torch.rand(len(batch["text_len"]), generator=draw) < torch.tensor(shares)
     if not dropped.any():
         return result
     n_empty = len(empty["text"])

@@ -75,6 +75,7 @@ class Session:
         self.metrics = Metrics(self.output if ctx.is_main else None, purge_step=self.start.step + 1)
         self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
         self.started = time.time()
+        self.n_bad = 0  # samples that this rank skipped
 
     # --- start ------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,8 @@ class Session:
         c = self.cfg
         loader = BatchLoader(
             self.sets, batch_size=c.data.batch_size, dp_rank=self.ctx.dp_rank, dp_size=self.ctx.dp, seed=c.run.seed,
-            cursor=self.start.cursor, workers=c.data.workers,
+            cursor=self.start.cursor, workers=c.data.workers, worker_type=c.data.worker_type,
+            on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda",
         )
         self.metrics.text("config", dump(c))
         hooks = Hooks(self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at)
@@ -157,8 +159,11 @@ class Session:
 
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
         place = {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
+        self._count_bad(batch)
+        share = self.cfg.data.caption_dropout
+        shares = [m.get("caption_dropout", share) for m in batch.meta]
         tensors = drop_captions(
-            batch.tensors, self.sets[0].empty_text, share=self.cfg.data.caption_dropout,
+            batch.tensors, self.sets[0].empty_text if any(shares) else {}, shares=shares,
             draw=generator(where.seed, stream="caption-dropout", **place),
         )
         if self.cfg.adapter.type == "lora" and self.cfg.adapter.dropout:
@@ -166,6 +171,12 @@ class Session:
         latents = tensors["latents"]
         n_tokens = len(latents) * self.subject.flavor.latent.n_tokens(latents.shape)
         return self.objective(self.engine.model, tensors, where), n_tokens
+
+    def _count_bad(self, batch: Batch) -> None:
+        for message in batch.bad:
+            self.n_bad += 1
+            if self.n_bad <= 10:  # a damaged tar holds hundreds
+                print(f"warning: skipped: {message}", file=sys.stderr, flush=True)
 
     def _after_update(self) -> None:
         if self.ema:
@@ -185,6 +196,7 @@ class Session:
             "train/loss": r.loss, "train/lr": r.result.lr, "train/grad_norm": r.result.grad_norm or 0.0,
             "train/epoch": float(r.progress.epoch), "train/samples": float(r.progress.cursor),
             "train/bad_steps": float(r.progress.bad_steps),
+            "data/bad_samples": ctx.all_reduce_sum(self.n_bad) / ctx.sp,
             "speed/tokens_per_s": tokens / slowest, "speed/step_s": r.seconds, "speed/slowest_rank_s": slowest,
             "speed/data_wait_s": r.waited, "speed/memory_gib": _memory_gib(ctx.device),
             **{f"train/{k}": v for k, v in loss_by_sigma(sigma, sample_loss).items()},

@@ -119,7 +119,7 @@ def identity(cfg: TrainConfig, fingerprint: str, sets: Sequence[ShardSet]) -> di
 
 def _content(found: ShardSet) -> str:
     chunks = [
-        [chunk.bucket, chunk.repeats, chunk.keys, {column: tar.sha256 for column, tar in chunk.tars.items()}]
+        [chunk.bucket, chunk.repeats, chunk.keys, {column: tar.checksum for column, tar in chunk.tars.items()}]
         for chunk in found.manifest.chunks
     ]
     digest = hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,13 @@
 """Frames, buckets and dataset files: the exact rules."""
 
+import re
+
 import numpy as np
 import pytest
 
 from hvtrain.encode.buckets import BucketRule, sizes
-from hvtrain.encode.dataset import find_clips, read_dataset_file
+from hvtrain.encode.clips import Rejected, find_clips
+from hvtrain.encode.dataset import read_dataset_file
 from hvtrain.encode.frames import FrameRule, kept_frames, normalised
 from hvtrain.encode.media import fit, probe
 from hvtrain.errors import DataError
@@ -32,8 +35,6 @@ def test_targets_and_rates():
     assert normalised((30, 29, 1, 3)) == [1, 29]
     assert kept_frames(6, source_fps=None, target_fps=24) == list(range(6))
     assert kept_frames(6, source_fps=12, target_fps=24) == list(range(6))
-    kept = kept_frames(60, source_fps=60, target_fps=24)
-    assert len(kept) in (24, 25) and kept[0] == 0 and set(np.diff(kept)) <= {1, 2, 3}
 
 
 def test_buckets():
@@ -73,6 +74,12 @@ def dataset(tmp_path, body):
         ("[[datasets]]\nimage_directory = '.'\ntarget_frames = [1]", "is for videos"),
         ("[[datasets]]\nvideo_directory = '.'\nnum_repeats = true", "num_repeats is True, expected int"),
         ("not toml", "not TOML"),
+        ("[[datasets]]\nvideo_directory = '.'\nfp_1f_no_post = true", "another architecture"),
+        ("[[datasets]]\nvideo_directory = '.'\ncaption_dropout = 2", "a share from 0 to 1"),
+        ("[[datasets]]\nvideo_directory = '.'\ncontrol_directory = 'none'", "'none' is not a directory"),
+        ("[[datasets]]\nvideo_directory = '.'\nno_resize_control = true", "is for images"),
+        ("[[datasets]]\nimage_directory = '.'\nno_resize_control = true\ncontrol_resolution = 64", "exclude each other"),
+        ("[[datasets]]\nvideo_directory = '.'\nsource_fps = 0", "source_fps is 0"),
     ],
 )
 def test_dataset_file_mistakes(tmp_path, body, says):
@@ -86,23 +93,77 @@ def test_clips_need_captions(tmp_path):
     with pytest.raises(DataError, match="no images here"):
         find_clips(found)
     (tmp_path / "clips/a.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"a\.png: has no caption"):
-        find_clips(found)
+    (refused,) = find_clips(found)
+    assert "a.png: has no caption" in refused.reason
     (tmp_path / "clips/a.txt").write_text(" a caption \n")
     (clip,) = find_clips(found)
-    assert clip.caption == "a caption"
+    assert clip.captions == ("a caption",)
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
         probe(clip.path)
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [("{", "not JSON"), ('{"video_path": "x"}', "has no caption"), ('{"caption": "x"}', "video_path"),
-     ('{"video_path": "gone.mp4", "caption": "x"}', "gone.mp4 does not exist")],
-)
-def test_jsonl_mistakes(tmp_path, line, says):
+@pytest.mark.parametrize(("line", "says"), [("{", "not JSON"), ('{"caption": "x"}', "video_path")])
+def test_a_broken_listing_is_an_error(tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(line)
     (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"))
     with pytest.raises(DataError, match=says) as caught:
         find_clips(found)
     assert "c.jsonl:1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [('{"video_path": "x"}', 'no "caption"'), ('{"video_path": "gone.mp4", "caption": "x"}', "gone.mp4 does not exist"),
+     ('{"video_path": "x", "caption": "a", "captions": ["b"]}', "both"),
+     ('{"video_path": "x", "caption": 3}', "a text, or a list"),
+     ('{"video_path": "c.jsonl", "caption": "a", "control_path": "nope"}', "control nope|control .*nope does not exist")],
+)
+def test_unusable_lines_are_rejected_with_file_and_line(tmp_path, line, says):
+    (tmp_path / "c.jsonl").write_text(line)
+    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"))
+    (refused,) = find_clips(found)
+    assert isinstance(refused, Rejected) and re.search(says, refused.reason) and "c.jsonl:1" in refused.reason
+
+
+def test_yaml_says_what_toml_says(tmp_path):
+    toml = dataset(tmp_path, "[general]\nresolution = [64, 48]\n[[datasets]]\nvideo_directory = '.'\ntarget_frames = [5, 9]\n")
+    (tmp_path / "d.yaml").write_text("general: {resolution: [64, 48]}\ndatasets: [{video_directory: ., target_frames: [5, 9]}]\n")
+    assert read_dataset_file(toml) == read_dataset_file(tmp_path / "d.yaml")
+    (tmp_path / "d.yaml").write_text("datasets: [")
+    with pytest.raises(DataError, match="not YAML"):
+        read_dataset_file(tmp_path / "d.yaml")
+    (tmp_path / "d.yaml").write_text("- a")
+    with pytest.raises(DataError, match="found list"):
+        read_dataset_file(tmp_path / "d.yaml")
+
+
+def test_controls_are_found_by_name(tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "control").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / f"clips/{name}.png").touch()
+        (tmp_path / f"clips/{name}.txt").write_text(name)
+    for name in ("a.jpg", "b_1.png", "b_0.png", "b_10.png", "bb.png"):
+        (tmp_path / "control" / name).touch()
+    body = f"[[datasets]]\nimage_directory = '{tmp_path}/clips'\ncontrol_directory = '{tmp_path}/control'\n"
+    body += "control_resolution = 64\n"
+    (found,) = read_dataset_file(dataset(tmp_path, body))
+    a, b, c = find_clips(found)
+    assert [p.name for p in a.controls] == ["a.jpg"] and "c.png: has no control" in c.reason
+    assert [p.name for p in b.controls] == ["b_0.png", "b_1.png", "b_10.png"]
+    assert found.control.size(400, 100, bucket=(32, 32)) == BucketRule((64, 64), enabled=True).choose(400, 100)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "n", "expected"),
+    [
+        (60, 24, 11, [0, 3, 5, 8, 10]),  # floor(0.4 i) steps at 3, 5, 8, 10
+        (30, 24, 11, [0, 2, 3, 4, 5, 7, 8, 9, 10]),
+        (48, 24, 6, [0, 2, 4]),
+        (30, 16, 10, [0, 2, 4, 6, 8]),
+        (24, 24, 3, [0, 1, 2]),
+        (29.97, 24, 6, [0, 2, 3, 4, 5]),
+    ],
+)
+def test_frames_that_stay_when_the_rate_falls(source, target, n, expected):
+    assert kept_frames(n, source_fps=source, target_fps=target) == expected

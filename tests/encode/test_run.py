@@ -1,5 +1,6 @@
 """hvtrain encode with the models that ship: once, again, after changes, after a kill."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from hvtrain.config import EncodeConfig, load
 from hvtrain.errors import DataError
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from shards import open_set
+from shards.loader import BatchLoader
 from shards.verify import verify
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny" / "encode.yaml"
@@ -25,8 +27,8 @@ def dataset(tmp_path):
     return write_clips(ClipsRecipe(output=str(tmp_path / "clips"), n=6, seed=3))
 
 
-def run(dataset, output):
-    encode.run(load(EncodeConfig, CONFIG, [f"dataset={dataset}", f"output={output}", "samples_per_tar=2"]))
+def run(dataset, output, *more):
+    encode.run(load(EncodeConfig, CONFIG, [f"dataset={dataset}", f"output={output}", "samples_per_tar=2", *more]))
     return open_set(output)
 
 
@@ -90,6 +92,136 @@ def test_refusals(dataset, tmp_path):
     (tmp_path / "mine/photo.jpg").touch()
     with pytest.raises(DataError, match=r"holds other files \('photo.jpg'\)"):
         run(dataset, tmp_path / "mine")
-    (tmp_path / "clips/clip_00000.mp4").write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"clip_00000\.mp4: cannot be decoded"):
-        run(dataset, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file"):
+        run(dataset, tmp_path / "file")
+
+
+def reasons(output):
+    path = output / "rejected.jsonl"
+    return [json.loads(line)["reason"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_what_cannot_be_used_is_listed_and_strict_stops(dataset, tmp_path, capsys):
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    (clips / "clip_00000.mp4").write_bytes(b"junk")
+    (clips / "clip_00001.txt").unlink()
+    short = dataset.read_text() + f"[[datasets]]\nvideo_directory = '{clips}'\ntarget_frames = [33]\n"
+    dataset.write_text(short)
+    assert len(run(dataset, out)) == 4 and list(verify(out)) == []
+    found = reasons(out)
+    assert sum("clip_00000.mp4: cannot be decoded" in r for r in found) == 2
+    assert sum("clip_00001.mp4: has no caption" in r for r in found) == 2
+    assert sum("9 frames, target_frames asks for 33" in r for r in found) == 4
+    assert "8 not usable" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"clip_0000[01].*\(strict"):
+        run(dataset, tmp_path / "strict", "strict=true")
+    assert not (tmp_path / "strict/manifest.json").exists()
+
+
+def test_a_clip_that_ends_early_is_rejected_while_encoding_and_not_tried_again(dataset, tmp_path, capsys, monkeypatch):
+    """The container promises more frames than can be decoded: only the decoder finds out."""
+    from hvtrain.encode import encoders
+
+    real, tried = encoders.read_windows, []
+
+    def cut_off(path, windows, *, size):
+        tried.append(path.name)
+        if path.name == "clip_00003.mp4":
+            raise DataError(f"{path}: only 3 of the 9 frames can be decoded")
+        return real(path, windows, size=size)
+
+    monkeypatch.setattr(encoders, "read_windows", cut_off)
+    out = tmp_path / "out"
+    assert len(run(dataset, out)) == 5 and list(verify(out)) == [] and tried.count("clip_00003.mp4") == 1
+    (reason,) = reasons(out)
+    assert "only 3 of the 9 frames" in reason
+    tried.clear()
+    assert len(run(dataset, out)) == 5 and not tried and len(reasons(out)) == 1
+    assert "latents: 0 encoded, 0 copied, 5 kept; text: 0 encoded, 0 copied, 5 kept" in capsys.readouterr().out
+    monkeypatch.setattr(encoders, "read_windows", real)
+    (tmp_path / "clips/clip_00003.mp4").write_bytes((tmp_path / "clips/clip_00001.mp4").read_bytes())  # mended
+    assert len(run(dataset, out)) == 6 and reasons(out) == []
+
+
+def test_a_nan_latent_is_rejected_also_from_the_text_column(dataset, tmp_path, monkeypatch):
+    from hvtrain.models.hunyuan_video.vae import VideoVae
+
+    real = VideoVae.encode
+
+    def poisoned(self, video, **options):
+        latents = real(self, video, **options)
+        latents[0, 0, 0, 0, 0] = float("nan")  # the first of each batch of 2
+        return latents
+
+    monkeypatch.setattr(VideoVae, "encode", poisoned)
+    found = run(dataset, tmp_path / "out", "batch_size=2")
+    assert len(found) == 3 and len(reasons(tmp_path / "out")) == 3 and list(verify(tmp_path / "out")) == []
+    assert all("NaN or infinite latents" in r for r in reasons(tmp_path / "out"))
+
+
+def test_columns_one_by_one_are_the_columns_together(dataset, tmp_path, capsys):
+    together = run(dataset, tmp_path / "a", "columns=[latents,image,text]")
+    for column in ("text", "latents", "image"):
+        last = run(dataset, tmp_path / "b", f"columns=[{column}]")
+    assert sorted(last.manifest.columns) == ["image", "latents", "text"] and same(contents(together), contents(last))
+    first = together.get(0).tensors
+    assert first["image_latents"].shape == (16, 1, 8, 8)
+    # The VAE is causal: the first frame alone is the first latent frame, but for the posterior's noise.
+    own, others = distance(first["image_latents"], first["latents"][:, :1]), together.get(1).tensors["latents"][:, :1]
+    assert own < 0.5 * distance(first["image_latents"], others)
+    # A new caption, text alone: the other columns follow.
+    (tmp_path / "clips/clip_00001.txt").write_text("another caption")
+    capsys.readouterr()
+    run(dataset, tmp_path / "b", "columns=[text]")
+    assert "image: 0 encoded, 0 copied, 6 kept; text: 1 encoded" in capsys.readouterr().out
+    # A new clip needs all of them.
+    (tmp_path / "clips/new.mp4").write_bytes((tmp_path / "clips/clip_00001.mp4").read_bytes())
+    (tmp_path / "clips/new.txt").write_text("new")
+    with pytest.raises(DataError, match=r"column 'latents' lacks 1 of the samples.*columns=\[..., latents\]"):
+        run(dataset, tmp_path / "b", "columns=[text]")
+
+
+def test_several_captions_repeats_and_dropout_reach_the_set(dataset, tmp_path):
+    for i in range(6):
+        (tmp_path / f"clips/clip_0000{i}.txt").unlink()
+        (tmp_path / f"clips/clip_0000{i}.json").write_text(json.dumps({"captions": [f"clip {i}", f"number {i}"]}))
+    dataset.write_text(dataset.read_text().replace('".txt"', '".json"').replace(
+        "[[datasets]]", "[[datasets]]\nnum_repeats = 2\ncaption_dropout = 0.5\ncaption_prefix = 'a '\ncaption_suffix = '.'"))
+    found = run(dataset, tmp_path / "out")
+    assert len(found) == 12 and found.manifest.n_keys == 6
+    sample = found.get(0)
+    assert sample.meta["captions"] == ["a clip 0.", "a number 0."] and sample.meta["caption_dropout"] == 0.5
+    assert {"text", "text.1", "pooled", "pooled.1"} < set(sample.tensors)
+    batch = next(iter(BatchLoader(found, batch_size=2)))
+    assert set(batch.tensors) == {"latents", "text", "text_len", "pooled"}
+
+
+def distance(a, b):
+    return (a.float() - b.float()).abs().mean()
+
+
+def test_control_clips_and_images_become_a_column(dataset, tmp_path):
+    (tmp_path / "control").mkdir()
+    for path in sorted((tmp_path / "clips").glob("*.mp4"))[:5]:
+        (tmp_path / "control" / path.name).write_bytes(path.read_bytes())
+    dataset.write_text(dataset.read_text() + f"control_directory = '{tmp_path}/control'\n")
+    found = run(dataset, tmp_path / "out", "columns=[latents,control,text]")
+    assert len(found) == 5 and "has no control in" in reasons(tmp_path / "out")[0]
+    tensors = found.get(0).tensors
+    assert tensors["control_latents"].shape == tensors["latents"].shape
+    # The same clip with other noise.
+    own, others = distance(tensors["control_latents"], tensors["latents"]), found.get(1).tensors["latents"]
+    assert 0 < own < 0.5 * distance(tensors["control_latents"], others)
+
+
+def test_two_ranks_share_the_work_and_make_the_same_set(dataset, tmp_path):
+    one = contents(run(dataset, tmp_path / "one"))
+    command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", "2", "encode", str(CONFIG),
+               f"dataset={dataset}", f"output={tmp_path / 'two'}", "samples_per_tar=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout and "6 samples; latents: 6 encoded" in done.stdout
+    assert same(one, contents(open_set(tmp_path / "two")))
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two")]
+    assert manifests[0] == manifests[1]

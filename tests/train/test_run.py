@@ -216,7 +216,7 @@ def test_checkpoints_are_rotated_and_incomplete_ones_ignored(tmp_path):
 def test_caption_dropout():
     batch = {"text": torch.ones(400, 3, 2), "text_len": torch.full((400,), 3), "pooled": torch.ones(400, 4)}
     empty = {"text": torch.zeros(5, 2), "pooled": torch.zeros(4)}
-    out = drop_captions(batch, empty, share=0.25, draw=torch.Generator().manual_seed(0))
+    out = drop_captions(batch, empty, shares=[0.25] * len(batch["text_len"]), draw=torch.Generator().manual_seed(0))
     dropped = out["text_len"] == 5
     assert 70 < dropped.sum() < 130
     assert not out["text"][dropped].any() and not out["pooled"][dropped].any()

@@ -12,6 +12,7 @@ from hvtrain.models.hunyuan_video.inputs import make_input
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, looks_like, owns
 from hvtrain.models.hunyuan_video.lora_names import lora_looks_like
 from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
+from hvtrain.models.hunyuan_video.musubi import MUSUBI
 
 
 def _open_vae(*args: Any, **options: Any) -> Any:
@@ -79,4 +80,5 @@ SPEC = ModelSpec(
     key_maps=KEY_MAPS,
     is_lora_target=_is_lora_target,
     tiny=TinyParts(_small_vae, _save_vae, _prompt_template),
+    musubi=MUSUBI,
 )

@@ -1,0 +1,172 @@
+"""`hvtrain shards import-musubi`: musubi-tuner's cache directories into a shard set, nothing encoded anew."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hvtrain.encode.clips import Rejected
+from hvtrain.encode.columns import REJECTED
+from hvtrain.errors import DataError
+from hvtrain.models import all_specs, find
+from hvtrain.models.base import ModelSpec
+from shards.atomic import write_text
+from shards.schema import IMPORTED, Chunk, Manifest, save_manifest
+from shards.writer import TarWriter
+
+# {stem}_{start}-{frames}_{w}x{h}_{arch} for videos, {stem}_{w}x{h}_{arch} for images
+NAME = re.compile(r"(?P<stem>.+?)(_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_\d{4,}x\d{4,}_(?P<arch>\w+?)\.safetensors")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A latent file and the text file of its clip."""
+
+    key: str
+    latents: Path
+    text: Path
+    meta: dict[str, Any]
+
+
+def run(
+    caches: Sequence[str], output: str, *, model: str | None, samples_per_tar: int, strict: bool
+) -> Iterator[str]:
+    """Yields what to print."""
+    root = Path(output)
+    if root.exists() and any(root.iterdir()):
+        raise DataError(f"output: {root} holds something already; choose a new or empty directory")
+    spec = find(model) if model else _model_of(caches)
+    if spec.musubi is None:
+        raise DataError(f"model {spec.name} has no musubi-tuner cache format")
+    refused: list[Rejected] = []
+
+    def refuse(path: Path, reason: str) -> None:
+        if strict:
+            raise DataError(f"{path}: {reason} (strict)")
+        refused.append(Rejected(str(path), f"{path}: {reason}"))
+
+    buckets: dict[str, list[_Pair]] = {}
+    flavor = next(iter(spec.flavors.values()))
+    for pair in _pairs(caches, spec.musubi.short, refuse):
+        try:
+            shape = _latent_shape(pair.latents)
+        except DataError as error:
+            refuse(pair.latents, str(error))
+            continue
+        g = flavor.latent
+        bucket = f"{(shape[0] - 1) * g.stride_t + 1}x{shape[1] * g.stride_h}x{shape[2] * g.stride_w}"
+        buckets.setdefault(bucket, []).append(pair)
+    rows = []
+    for bucket, pairs in sorted(buckets.items()):
+        for i in range(0, len(pairs), samples_per_tar):
+            rows += _chunk(root, bucket, pairs[i : i + samples_per_tar], spec, refuse)
+    if not rows:
+        raise DataError(f"nothing could be imported; first: {refused[0].reason if refused else 'no cache files'}")
+    made_by = f"{IMPORTED}musubi-tuner {spec.musubi.full}"
+    save_manifest(root, Manifest(("latents", "text"), tuple(rows), {"latents": made_by, "text": made_by}))
+    yield f"{root}: {sum(len(r.keys) for r in rows)} samples of {spec.name} in {len(rows)} tars a column"
+    yield "the caches hold no empty caption: data.caption_dropout needs column 'text' encoded by hvtrain"
+    if refused:
+        write_text(root / REJECTED, "".join(row.row() + "\n" for row in refused))
+        yield f"{len(refused)} files not usable, see {root / REJECTED}; the first: {refused[0].reason}"
+
+
+def _model_of(caches: Sequence[str]) -> ModelSpec:
+    shorts = {spec.musubi.short: spec for spec in all_specs() if spec.musubi}
+    seen: set[str] = set()
+    for folder in caches:
+        for path in Path(folder).glob("*.safetensors"):
+            match = NAME.fullmatch(path.name)
+            if match:
+                seen.add(match["arch"])
+    known = sorted(seen & set(shorts))
+    if len(known) != 1:
+        legal = ", ".join(f"'{short}' ({spec.name})" for short, spec in shorts.items())
+        raise DataError(
+            f"{', '.join(caches)}: latent caches of {sorted(seen) or 'no architecture'} found; known are {legal}; "
+            "give the right directory, or --model"
+        )
+    return shorts[known[0]]
+
+
+def _pairs(caches: Sequence[str], short: str, refuse: Callable[[Path, str], None]) -> Iterator[_Pair]:
+    for folder in caches:
+        if not Path(folder).is_dir():
+            raise DataError(f"{folder}: no such directory")
+        for path in sorted(Path(folder).glob(f"*_{short}.safetensors")):
+            match = NAME.fullmatch(path.name)
+            if not match or match["arch"] != short:
+                refuse(path, "not a latent cache's name: expected STEM_START-FRAMES_WxH_ARCH.safetensors")
+                continue
+            text = path.with_name(f"{match['stem']}_{short}_te.safetensors")
+            if not text.is_file():
+                refuse(path, f"its text cache {text.name} is missing; run musubi-tuner's text encoder caching")
+                continue
+            stem = re.sub(r"[^A-Za-z0-9]+", "-", match["stem"]).strip("-")[:60] or "clip"
+            tail = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+            start, n = int(match["start"] or 0), int(match["frames"] or 1)
+            frames = [start, start + n - 1, n]
+            yield _Pair(f"{stem}-{tail}", path, text, {"source": str(path), "frames": frames})
+
+
+def _latent_shape(path: Path) -> tuple[int, ...]:
+    try:
+        with safe_open(path, "pt") as file:
+            names = [n for n in file.keys() if re.fullmatch(r"latents_\d+x\d+x\d+_\w+", n)]
+            if len(names) != 1:
+                raise DataError(f"expected one tensor latents_FxHxW_DTYPE, found {sorted(file.keys())}")
+            return tuple(file.get_slice(names[0]).get_shape()[1:])
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"not readable as safetensors ({error})") from None
+
+
+def _chunk(
+    root: Path, bucket: str, pairs: Sequence[_Pair], spec: ModelSpec, refuse: Callable[[Path, str], None]
+) -> list[Chunk]:
+    cache = spec.musubi
+    assert cache is not None
+    good: list[_Pair] = []
+    with TarWriter(root, "latents") as latents, TarWriter(root, "text") as text:
+        for pair in pairs:
+            try:
+                fields = _converted(pair.latents, cache.latents, cache.full)
+                words = _converted(pair.text, cache.text, cache.full)
+            except DataError as error:
+                refuse(pair.latents, str(error))
+                continue
+            latents.add(pair.key, fields.tensors, {**pair.meta, "bucket": bucket})
+            text.add(pair.key, words.tensors, {"caption": words.meta.get("caption1", "")})
+            good.append(pair)
+        if not good:
+            return []
+        digest = hashlib.sha256("\0".join(p.key for p in good).encode()).hexdigest()[:16]
+        tars = {name: w.finish(f"{name}/{bucket}-{digest}.tar") for name, w in (("latents", latents), ("text", text))}
+    return [Chunk(bucket, tuple(p.key for p in good), tars)]
+
+
+@dataclass(frozen=True)
+class _Read:
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, str]
+
+
+def _converted(path: Path, convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], full: str) -> _Read:
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            raw = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path.name}: not readable as safetensors ({error})") from None
+    if meta.get("architecture", full) != full:
+        raise DataError(f"{path.name}: made for architecture {meta['architecture']!r}, expected {full!r}")
+    tensors = convert(raw)
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise DataError(f"{path.name}: holds NaN or infinite values")
+    return _Read(tensors, meta)

@@ -1,0 +1,69 @@
+"""From samples to one batch: equal shapes are stacked, text of different lengths is padded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from shards.errors import ShardError
+from shards.order import pick
+from shards.reader import Sample
+
+VARIANT = re.compile(r"(.+)\.(\d+)")  # text.1 is the second caption's `text`
+
+
+def choose_caption(sample: Sample, *, seed: int, epoch: int, index: int) -> Sample:
+    """One of the sample's captions: every epoch another draw, the same for everyone."""
+    variants = [m for m in map(VARIANT.fullmatch, sample.tensors) if m]
+    if not variants:
+        return sample
+    number = pick(seed, epoch, index, 1 + max(int(m[2]) for m in variants))
+    names = {m[1] for m in variants}
+    tensors = {n: t for n, t in sample.tensors.items() if not VARIANT.fullmatch(n)}
+    meta = dict(sample.meta)
+    if number:
+        try:
+            tensors |= {name: sample.tensors[f"{name}.{number}"] for name in names}
+            meta["caption"] = meta["captions"][number]
+        except (KeyError, IndexError, TypeError):
+            raise ShardError(f"sample {sample.key} lacks its caption number {number}; encode column 'text' again") from None
+    return Sample(sample.key, tensors, meta)
+
+
+def collate(samples: Sequence[Sample], *, pin: bool = False) -> dict[str, Tensor]:
+    """Stack equal shapes; fields in RAGGED are padded with zeros and get a NAME_len. `pin`: into page-locked memory."""
+    names = list(samples[0].tensors)
+    batch: dict[str, Tensor] = {}
+    for name in names:
+        values = [_field(sample, name) for sample in samples]
+        if name in RAGGED:
+            batch |= RAGGED[name](name, values, pin)
+            continue
+        shapes = {tuple(v.shape) for v in values}
+        if len(shapes) > 1:
+            keys = ", ".join(s.key for s in samples)
+            raise ShardError(f"samples {keys}: '{name}' has shapes {sorted(shapes)} in one bucket")
+        out = torch.empty((len(values), *values[0].shape), dtype=values[0].dtype, pin_memory=pin)
+        batch[name] = torch.stack(values, out=out)
+    return batch
+
+
+def _field(sample: Sample, name: str) -> Tensor:
+    if name not in sample.tensors:
+        raise ShardError(f"sample {sample.key} lacks the field '{name}' that others have; encode that column again")
+    return sample.tensors[name]
+
+
+def _padded(name: str, values: Sequence[Tensor], pin: bool) -> dict[str, Tensor]:
+    longest = max(len(v) for v in values)
+    out = torch.empty((len(values), longest, *values[0].shape[1:]), dtype=values[0].dtype, pin_memory=pin)
+    for row, value in zip(out, values, strict=True):
+        row[: len(value)] = value
+        row[len(value) :] = 0
+    return {name: out, f"{name}_len": torch.tensor([len(v) for v in values])}
+
+
+RAGGED: dict[str, Callable[[str, Sequence[Tensor], bool], dict[str, Tensor]]] = {"text": _padded}

@@ -1,0 +1,115 @@
+"""Merged, split, indexed, exported: the samples stay what they were."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from shards import ShardError, edit, info, open_set
+from shards.schema import Manifest, save_manifest
+from shards.verify import verify
+from tests.shards.sets import make_set
+
+
+def contents(*sets):
+    return {s.key: {n: t.clone() for n, t in s.tensors.items()} for found in sets for s in map(found.get, range(len(found)))}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k])
+
+
+def test_split_by_number_is_even_complete_and_disjoint_and_merges_back(tmp_path):
+    whole = make_set(tmp_path / "whole", sizes=((7, 3), (4, 5), (1, 2)))
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_number(3))
+    assert [p.name for p in parts] == ["01", "02", "03"] and {p.samples for p in parts} == {4}
+    sets = [open_set(tmp_path / "parts" / p.name) for p in parts]
+    assert sum(len(s) for s in sets) == 12 and same(contents(*sets), contents(whole))
+    for p in parts:
+        assert list(verify(tmp_path / "parts" / p.name)) == []
+    merged = edit.merge([str(tmp_path / "parts" / p.name) for p in parts], tmp_path / "merged")
+    assert same(contents(merged), contents(whole)) and list(verify(tmp_path / "merged")) == []
+
+
+def test_split_by_caption_and_rest(tmp_path):
+    make_set(tmp_path / "whole")  # captions are the keys: clip0_0 ... clip1_1
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_caption(["CLIP0", "clip1_1"]))
+    assert [(p.name, p.samples) for p in parts] == [("01", 3), ("02", 1), ("rest", 1)]
+    assert json.loads((tmp_path / "parts/split.json").read_text())["parts"][1]["rule"] == "caption matches 'clip1_1'"
+    # A whole tar is shared, not copied.
+    origin, shared = tmp_path / "whole/latents/000000.tar", next((tmp_path / "parts/01/latents").glob("*.tar"))
+    assert origin.stat().st_ino == shared.stat().st_ino
+    with pytest.raises(ShardError, match="would be empty"):
+        edit.split(str(tmp_path / "whole"), tmp_path / "none", edit.by_caption(["nothing like it"]))
+    with pytest.raises(ShardError, match="not a regular expression"):
+        edit.by_caption(["("])
+    with pytest.raises(ShardError, match="cannot make 9 parts"):
+        edit.split(str(tmp_path / "whole"), tmp_path / "nine", edit.by_number(9))
+
+
+def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):
+    make_set(tmp_path / "a", sizes=((3, 5),))
+    make_set(tmp_path / "b", sizes=((3, 5), (2, 4)))  # the first three are a's
+    merged = edit.merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "ab")
+    assert len(merged) == 5 and list(verify(tmp_path / "ab")) == []
+    make_set(tmp_path / "c", sizes=((3, 5),), seed=1)
+    with pytest.raises(ShardError, match="sample clip0_0 differs in 'latents'"):
+        edit.merge([str(tmp_path / "a"), str(tmp_path / "c")], tmp_path / "ac")
+    found = open_set(tmp_path / "a")
+    save_manifest(tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": "other"}))
+    with pytest.raises(ShardError, match="encoders"):
+        edit.merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "x")
+    with pytest.raises(ShardError, match="holds something already"):
+        edit.merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "b")
+
+
+def test_export_is_plain_safetensors(tmp_path):
+    found = make_set(tmp_path / "whole")
+    assert edit.export(str(tmp_path / "whole"), tmp_path / "plain") == 5
+    with safe_open(tmp_path / "plain/clip0_2.safetensors", "pt") as file:
+        assert file.metadata()["caption"] == "clip0_2" and set(file.keys()) == {"latents", "text", "pooled"}
+        assert torch.equal(file.get_tensor("text"), found.get(2).tensors["text"])
+
+
+def test_tars_of_webdataset_become_a_set(tmp_path):
+    import webdataset
+
+    for column, field in (("latents", "latents"), ("text", "text")):
+        (tmp_path / column).mkdir()
+        with webdataset.TarWriter(str(tmp_path / column / "000.tar")) as sink:
+            for key in ("a", "b"):
+                sink.write({"__key__": key, "safetensors": save({field: torch.ones(2, 1, 2, 2)}), "json": {"caption": key}})
+    found = edit.index(tmp_path)
+    assert found.keys == ["a", "b"] and found.get(1).meta["caption"] == "b" and list(verify(tmp_path)) == []
+    (tmp_path / "text/000.tar").unlink()
+    with pytest.raises(ShardError, match="'latents' among them|different numbers"):
+        edit.index(tmp_path)
+        edit.index(tmp_path / "text")
+
+
+def test_info_and_the_commands(tmp_path):
+    found = make_set(tmp_path / "whole")
+    text = "\n".join(info.lines(found))
+    assert "5 samples" in text and "bucket 1x2x5 (frames x height x width): 3 samples" in text
+
+    def hvtrain(*arguments):
+        command = [sys.executable, "-m", "launcher.cli", "shards", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = hvtrain("verify", tmp_path / "whole")
+    assert done.returncode == 0 and "sound, 5 samples" in done.stdout
+    done = hvtrain("split", tmp_path / "whole", "--n", 2, "--output", tmp_path / "halves")
+    assert done.returncode == 0 and "halves/02: 2 samples" in done.stdout, done.stderr
+    done = hvtrain("merge", tmp_path / "halves/01", "--output", tmp_path / "x")
+    assert done.returncode == 2 and "two or more" in done.stderr
+    done = hvtrain("split", tmp_path / "whole", "--n", 2, "--folder", "--output", tmp_path / "y")
+    assert done.returncode == 2 and "not allowed with" in done.stderr
+    done = hvtrain("info", tmp_path / "nothing")
+    assert done.returncode == 2 and "no shard set here" in done.stderr
+    (tmp_path / "whole/text/000000.tar").unlink()
+    done = hvtrain("verify", tmp_path / "whole")
+    assert done.returncode == 1 and "text/000000.tar" in done.stdout
