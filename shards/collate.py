@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from shards.buffers import empty
 from shards.errors import ShardError
 from shards.order import pick
 from shards.reader import Sample
@@ -46,8 +47,10 @@ def collate(samples: Sequence[Sample], *, pin: bool = False) -> dict[str, Tensor
         if len(shapes) > 1:
             keys = ", ".join(s.key for s in samples)
             raise ShardError(f"samples {keys}: '{name}' has shapes {sorted(shapes)} in one bucket")
-        out = torch.empty((len(values), *values[0].shape), dtype=values[0].dtype, pin_memory=pin)
-        batch[name] = torch.stack(values, out=out)
+        out = empty((len(values), *values[0].shape), values[0].dtype, pin=pin)
+        for row, value in zip(out, values, strict=True):
+            row.copy_(value)
+        batch[name] = out
     return batch
 
 
@@ -59,9 +62,9 @@ def _field(sample: Sample, name: str) -> Tensor:
 
 def _padded(name: str, values: Sequence[Tensor], pin: bool) -> dict[str, Tensor]:
     longest = max(len(v) for v in values)
-    out = torch.empty((len(values), longest, *values[0].shape[1:]), dtype=values[0].dtype, pin_memory=pin)
+    out = empty((len(values), longest, *values[0].shape[1:]), values[0].dtype, pin=pin)
     for row, value in zip(out, values, strict=True):
-        row[: len(value)] = value
+        row[: len(value)].copy_(value)
         row[len(value) :] = 0
     return {name: out, f"{name}_len": torch.tensor([len(v) for v in values])}
 

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shards.errors import ShardError
@@ -77,9 +78,9 @@ class ShardSet:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
         for column in columns or self.manifest.columns:
-            tar = self.tar(chunk, column)
-            tensors |= tar.tensors(key)
-            meta |= tar.meta(key)
+            values, row = self.tar(chunk, column).sample(key)
+            tensors |= values
+            meta |= row
         if chunk.caption_dropout is not None:
             meta["caption_dropout"] = chunk.caption_dropout
         return Sample(key, tensors, meta)
@@ -91,7 +92,7 @@ class ShardSet:
             return self._empty_text
         where = f"{self.name}/{EMPTY_TEXT}"
         try:
-            data = self.remote.read(EMPTY_TEXT) if self.remote else memoryview((self.root / EMPTY_TEXT).read_bytes())
+            data = self.remote.read(EMPTY_TEXT) if self.remote else read_bytes(self.root / EMPTY_TEXT)
         except (FileNotFoundError, ShardError):
             raise ShardError(f"{where} is missing: caption dropout needs it; encode column 'text' again") from None
         self._empty_text = parse(data, where)
@@ -115,6 +116,11 @@ class ShardSet:
 
     def _open(self, entry: TarFile) -> Tar:
         return self.remote.tar(entry) if self.remote else open_local(self.root / entry.path, entry)
+
+
+def read_bytes(path: Path) -> Tensor:
+    """uint8 [n]: the contents of a small file."""
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
 
 
 def open_set(path: str | Path) -> ShardSet:

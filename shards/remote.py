@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import fsspec
+import torch
+from torch import Tensor
 
 from shards.errors import ShardError
 from shards.schema import MANIFEST, Manifest, TarFile, parse_manifest
@@ -26,9 +28,9 @@ class Remote:
             raise ShardError(f"{root}: this kind of address cannot be opened ({error}); install its fsspec package") from None
 
     def manifest(self) -> Manifest:
-        return parse_manifest(bytes(self.read(MANIFEST)).decode("utf-8", "replace"), where=f"{self.root}/{MANIFEST}")
+        return parse_manifest(self.read(MANIFEST).numpy().tobytes().decode("utf-8", "replace"), where=f"{self.root}/{MANIFEST}")
 
-    def read(self, name: str, begin: int | None = None, end: int | None = None) -> memoryview:
+    def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
         path = f"{self.base}/{name}"
         try:
             data = self.files.cat_file(path, start=begin, end=end)
@@ -38,13 +40,13 @@ class Remote:
             raise ShardError(f"{self.root}/{name}: cannot be read ({type(error).__name__}: {error})") from None
         if begin is not None and end is not None and len(data) != end - begin:
             raise ShardError(f"{self.root}/{name}: {len(data)} bytes where {end - begin} were asked for; the tar is cut off")
-        return memoryview(bytearray(data))  # writable: torch then takes it without a warning
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def tar(self, entry: TarFile) -> Tar:
         """Through the index beside the tar."""
         name = entry.path.removesuffix(".tar") + ".idx"
         try:
-            rows = json.loads(bytes(self.read(name)))["members"]
+            rows = json.loads(self.read(name).numpy().tobytes())["members"]
             members = {n: Member(int(offset), int(size), str(checksum)) for n, offset, size, checksum in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{self.root}/{name}: damaged index ({error}); copy it from the set once more") from None

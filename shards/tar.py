@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import mmap
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
 from shards.errors import ShardError
-from shards.schema import TarFile
+from shards.schema import TarFile, index_path
 from shards.tensors import parse
 from shards.writer import CHECKSUM
 
@@ -29,30 +31,48 @@ class Member:
 
 
 class Tar:
-    """Samples of a tar by key. `fetch(offset, size)` hands out bytes."""
+    """Samples of a tar by key. `fetch(offset, size)` hands out bytes, as a uint8 tensor [size].
 
-    def __init__(self, where: str, members: dict[str, Member], fetch: Callable[[int, int], memoryview]) -> None:
+    A sample's checksum is compared when it is read for the first time: later epochs read at the speed of memory.
+    """
+
+    def __init__(self, where: str, members: dict[str, Member], fetch: Callable[[int, int], Tensor]) -> None:
         self.where, self.members, self.fetch = where, members, fetch
+        self._sound: set[str] = set()
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a sample, after its checksum was compared."""
-        name = f"{key}.safetensors"
-        return parse(self.checked(key), f"{self.where}: {name}")
+        return parse(self._checked(key, None), f"{self.where}: {key}.safetensors")
+
+    def sample(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and meta: the JSON is read once."""
+        row = self._row(key)
+        tensors = parse(self._checked(key, row), f"{self.where}: {key}.safetensors")
+        row.pop(CHECKSUM, None)
+        return tensors, row
 
     def checked(self, key: str) -> memoryview:
         """The bytes of KEY.safetensors; a ShardError if they are not what was written."""
+        return memoryview(self._checked(key, None).numpy())  # type: ignore[arg-type]
+
+    def _checked(self, key: str, row: dict[str, Any] | None) -> Tensor:
         name = f"{key}.safetensors"
-        data, member = self.bytes(name), self.members[name]
-        wanted = member.checksum or (self._row(key).get(CHECKSUM) if f"{key}.json" in self.members else "")
-        if wanted and xxhash.xxh3_64_hexdigest(data) != wanted:
+        data, member = self._fetch(name), self.members[name]
+        if key in self._sound:
+            return data
+        wanted = member.checksum
+        if not wanted and f"{key}.json" in self.members:
+            wanted = (row or self._row(key)).get(CHECKSUM, "")
+        if wanted and xxhash.xxh3_64_hexdigest(data.numpy()) != wanted:  # type: ignore[arg-type]
             raise ShardError(
                 f"{self.where}: {name} (bytes {member.offset} to {member.offset + member.size}) is damaged: its checksum "
                 "is not the one it was written with; encode it again, or restore the tar"
             )
+        self._sound.add(key)
         return data
 
     def meta(self, key: str) -> dict[str, Any]:
-        row = dict(self._row(key))
+        row = self._row(key)
         row.pop(CHECKSUM, None)
         return row
 
@@ -61,6 +81,9 @@ class Tar:
         return [name.removesuffix(".safetensors") for name in self.members if name.endswith(".safetensors")]
 
     def bytes(self, name: str) -> memoryview:
+        return memoryview(self._fetch(name).numpy())  # type: ignore[arg-type]
+
+    def _fetch(self, name: str) -> Tensor:
         if name not in self.members:
             raise ShardError(f"{self.where}: no member {name}; the tar does not fit the manifest, encode it again")
         member = self.members[name]
@@ -90,18 +113,37 @@ def open_local(path: Path, entry: TarFile | None) -> Tar:
             )
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        view = memoryview(content)
-        members = scan(path, size)
+        data = _tensor(content)
+        members = _indexed(path, size, data, entry) or scan(path, size)
     except FileNotFoundError:
         raise ShardError(f"{path}: the manifest lists this tar but it is missing; restore it or encode again") from None
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(f"{path}: not a readable tar ({error}); encode it again") from None
-    if entry is not None and entry.skeleton and skeleton(view, members) != entry.skeleton:
+    if entry is not None and entry.skeleton and skeleton(data, members) != entry.skeleton:
         raise ShardError(
             f"{path}: its headers or JSON are not those that were written: the tar is damaged or was swapped with another; "
             "restore it or encode again"
         )
-    return Tar(where, members, lambda offset, size: view[offset : offset + size])
+    return Tar(where, members, lambda offset, size: data[offset : offset + size])
+
+
+def _tensor(content: mmap.mmap) -> Tensor:
+    # A map that nobody may write to is what we want; the views are documented as such.
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+    return torch.frombuffer(content, dtype=torch.uint8)
+
+
+def _indexed(path: Path, size: int, data: Tensor, entry: TarFile | None) -> dict[str, Member] | None:
+    """Members by the index beside the tar, if the manifest's checksum of headers and JSON proves that it is this tar's."""
+    if entry is None or not entry.skeleton:
+        return None
+    try:
+        rows = json.loads(index_path(path).read_text())["members"]
+        members = {str(name): Member(int(offset), int(n), str(checksum)) for name, offset, n, checksum in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the tar itself says the same, more slowly
+    inside = all(0 <= m.offset <= m.offset + m.size <= size for m in members.values())
+    return members if inside and skeleton(data, members) == entry.skeleton else None
 
 
 def scan(path: Path, size: int) -> dict[str, Member]:
@@ -122,13 +164,13 @@ def scan(path: Path, size: int) -> dict[str, Member]:
     return members
 
 
-def skeleton(data: memoryview, members: dict[str, Member]) -> str:
+def skeleton(data: Tensor, members: dict[str, Member]) -> str:
     """xxh3-64 of every byte that is not a tensor file's: what shards.writer computes while it writes."""
-    digest, at = xxhash.xxh3_64(), 0
+    digest, at, view = xxhash.xxh3_64(), 0, memoryview(data.numpy())  # type: ignore[arg-type]
     for begin, end in _bodies(members):
-        digest.update(data[at:begin])
+        digest.update(view[at:begin])
         at = end
-    digest.update(data[at:])
+    digest.update(view[at:])
     return digest.hexdigest()
 
 
@@ -136,7 +178,7 @@ def describe(path: Path, name: str) -> TarFile:
     """The manifest entry of a tar that is there."""
     tar = open_local(path, None)
     data = tar.fetch(0, path.stat().st_size)
-    return TarFile(name, len(data), xxhash.xxh3_128_hexdigest(data), skeleton(data, tar.members))
+    return TarFile(name, len(data), xxhash.xxh3_128_hexdigest(data.numpy()), skeleton(data, tar.members))  # type: ignore[arg-type]
 
 
 def _bodies(members: dict[str, Member]) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import warnings
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,40 +19,52 @@ _DTYPES = {
 _MAX_HEADER = 1 << 20
 
 
-def parse(data: memoryview, where: str) -> dict[str, Tensor]:
-    """name -> view of `data`; `where` names the file in errors."""
+class _Entry(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def parse(data: Tensor, where: str) -> dict[str, Tensor]:
+    """name -> view of `data` (uint8 [n]); `where` names the file in errors."""
     if len(data) < 8:
         raise ShardError(f"{where}: too short for safetensors")
-    n = int.from_bytes(data[:8], "little")
+    n = int.from_bytes(data[:8].numpy().tobytes(), "little")
     if n > min(_MAX_HEADER, len(data) - 8):
         raise ShardError(f"{where}: its header claims {n} bytes; refused")
     try:
-        header = json.loads(bytes(data[8 : 8 + n]))
-        body, found = data[8 + n :], {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-            n_bytes = dtype.itemsize
-            for d in shape:
-                if not isinstance(d, int) or d < 0:
-                    raise ValueError(f"shape {shape}")
-                n_bytes *= d
-            if not 0 <= begin <= end <= len(body) or end - begin != n_bytes:
-                raise ShardError(f"{where}: tensor '{name}' does not fit its bytes; the file is damaged")
-            found[name] = _view(body[begin:end], dtype, shape)
-        return found
+        entries = _layout(data[8 : 8 + n].numpy().tobytes())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(f"{where}: damaged safetensors header ({type(error).__name__}: {error})") from None
+    body = data[8 + n :]
+    found = {}
+    for entry in entries:
+        if entry.end > len(body):
+            raise ShardError(f"{where}: tensor '{entry.name}' does not fit its bytes; the file is damaged")
+        flat = body[entry.begin : entry.end]
+        if flat.data_ptr() % entry.dtype.itemsize:
+            flat = flat.clone()  # a member need not begin where its dtype is aligned
+        found[entry.name] = flat.view(entry.dtype).view(entry.shape)
+    return found
 
 
-def _view(data: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if not len(data):
-        return torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "not writable": true, and documented on Sample
-        flat = torch.frombuffer(data, dtype=torch.uint8)
-    if flat.data_ptr() % dtype.itemsize:
-        flat = flat.clone()  # a member need not begin where its dtype is aligned
-    return flat.view(dtype).view(shape)
+@lru_cache(maxsize=1024)
+def _layout(header: bytes) -> tuple[_Entry, ...]:
+    """Samples of one bucket have equal headers: each is read once."""
+    found = []
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        n_bytes = dtype.itemsize
+        for d in shape:
+            if not isinstance(d, int) or d < 0:
+                raise ValueError(f"shape {shape}")
+            n_bytes *= d
+        if not 0 <= begin <= end or end - begin != n_bytes:
+            raise ValueError(f"tensor '{name}' has {end - begin} bytes, its shape and dtype make {n_bytes}")
+        found.append(_Entry(name, dtype, shape, begin, end))
+    return tuple(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from shards.errors import ShardError
-from shards.reader import ShardSet, open_set
+from shards.reader import ShardSet, open_set, read_bytes
 from shards.schema import EMPTY_TEXT, IMPORTED, Chunk, TarFile, index_path
 from shards.tar import Tar, open_local, skeleton
 from shards.tensors import parse
@@ -25,7 +25,7 @@ def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], N
         if found.remote:
             raise ShardError(f"{root}: verify reads directories; copy the set to a disk first")
         if "text" in found.manifest.columns and not found.manifest.encoders.get("text", "").startswith(IMPORTED):
-            parse(memoryview((found.root / EMPTY_TEXT).read_bytes()), str(found.root / EMPTY_TEXT))
+            parse(read_bytes(found.root / EMPTY_TEXT), str(found.root / EMPTY_TEXT))
     except FileNotFoundError:
         yield f"{Path(root) / EMPTY_TEXT} is missing: caption dropout needs it; encode column 'text' again"
     except ShardError as error:
@@ -64,7 +64,7 @@ def _tar(
         for fault in _sample(tar, key, chunk.bucket, values=values, shapes=shapes):
             n_faults += 1
             yield fault
-    if xxhash.xxh3_128_hexdigest(data) != entry.checksum and not n_faults:
+    if xxhash.xxh3_128_hexdigest(data.numpy()) != entry.checksum and not n_faults:  # type: ignore[arg-type]
         part = "headers, padding or JSON" if skeleton(data, tar.members) != entry.skeleton else "contents"
         yield f"{path}: bytes 0 to {size}: its {part} are not those that were written; restore it or encode again"
         n_faults += 1

@@ -24,8 +24,15 @@ def _check(name: str) -> Callable[[argparse.Namespace], None]:
     return check
 
 
-@command("encode", "encode clips and captions into shards", options=config_options, check=_check("encode"))
+def _encode_options(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    parser.add_argument("--strict", action="store_true", help="the same as strict=true: stop at the first unusable clip")
+
+
+@command("encode", "encode clips and captions into shards", options=_encode_options, check=_check("encode"))
 def _encode(args: argparse.Namespace) -> None:
+    if args.strict:
+        args.items.append("strict=true")
     cfg = load_config("encode", args)
     from hvtrain import encode
 

@@ -60,7 +60,8 @@ def caches(folder, *, n=3, short="hv", full="hunyuan_video"):
     for i in range(n):
         latents = torch.randn(16, 3, 8, 8, generator=g).half()
         meta = {"architecture": full, "width": "64", "height": "64", "format_version": "1.0.1", "frame_count": "9"}
-        save_file({"latents_3x8x8_float16": latents}, str(folder / f"a_clip_{i}_00000-009_0064x0064_{short}.safetensors"), metadata=meta)
+        name = f"a_clip_{i}_00000-009_0064x0064_{short}.safetensors"
+        save_file({"latents_3x8x8_float16": latents}, str(folder / name), metadata=meta)
         mask = torch.zeros(256, dtype=torch.int64)
         mask[: 5 + i] = 1
         text = {

@@ -1,0 +1,67 @@
+"""What a run does with its data: damaged samples, URLs, several readers."""
+
+import json
+import shutil
+
+import pytest
+
+from hvtrain import train
+from hvtrain.errors import ConfigError
+from shards import ShardError, open_set
+from tests.shards.test_corruption import damage
+from tests.train.shardset import config, make_shards
+
+
+def losses(output):
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def bad_samples(output):
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["data/bad_samples"] for row in rows if "data/bad_samples" in row]
+
+
+def test_a_damaged_sample_stops_the_run_or_is_skipped_and_counted(tmp_path, capsys):
+    shards = make_shards(tmp_path / "shards")
+    damage(shards, "clip3")
+    with pytest.raises(ShardError, match=r"latents/0\.tar: clip3\.safetensors \(bytes \d+ to \d+\) is damaged"):
+        train.run(config(shards, tmp_path / "stops"))
+    train.run(config(shards, tmp_path / "skips", "data.on_bad_sample=skip"))
+    assert bad_samples(tmp_path / "skips")[-1] == 1.0 and len(losses(tmp_path / "skips")) == 6
+    assert "skipped: " in capsys.readouterr().err
+
+
+def test_a_url_and_any_reader_train_like_the_directory(tmp_path):
+    import fsspec
+
+    shards = make_shards(tmp_path / "shards")
+    train.run(config(shards, tmp_path / "a", "data.workers=0"))
+    train.run(config(f"file://{shards}", tmp_path / "b", "data.workers=2"))
+    train.run(config(shards, tmp_path / "c", "data.workers=2", "data.worker_type=process"))
+    fsspec.filesystem("memory").put(str(shards), "/sets/one", recursive=True)
+    train.run(config("memory://sets/one", tmp_path / "d"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c") == losses(tmp_path / "d")
+    with pytest.raises(ShardError, match="no such file"):
+        train.run(config("memory://sets/none", tmp_path / "e"))
+
+
+def test_split_shards_train_together_like_a_set_of_their_own(tmp_path):
+    """Slices get their data by `shards split`; all parts together are the whole again."""
+    from shards import edit
+
+    shards = make_shards(tmp_path / "shards")
+    edit.split(str(shards), tmp_path / "parts", edit.by_number(2))
+    both = f"[{tmp_path / 'parts/01'}, {tmp_path / 'parts/02'}]"
+    train.run(config(both, tmp_path / "a"))
+    assert len(losses(tmp_path / "a")) == 6
+    assert sorted(open_set(tmp_path / "parts/01").keys + open_set(tmp_path / "parts/02").keys) == sorted(open_set(shards).keys)
+
+
+def test_a_moved_set_continues_and_a_wrong_option_is_named(tmp_path):
+    shards = make_shards(tmp_path / "shards")
+    train.run(config(shards, tmp_path / "run", "run.steps=3"))
+    shutil.move(shards, tmp_path / "moved")
+    train.run(config(tmp_path / "moved", tmp_path / "run", "run.steps=6"))
+    with pytest.raises(ConfigError, match=r"data\.on_bad_sample"):
+        config(shards, tmp_path / "x", "data.on_bad_sample=ignore")
