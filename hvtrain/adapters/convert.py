@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 
 from hvtrain.adapters.dialects import key_map, spread
-from hvtrain.adapters.files import FOLDED_KEY, PARTS_KEY, LoraFile, parts_entry, write_tensors
+from hvtrain.adapters.files import (
+    FOLDED_KEY,
+    PARTS_KEY,
+    LoraFile,
+    parts_entry,
+    sd_scripts_tensors,
+    write_tensors,
+)
 from hvtrain.adapters.metadata import PEFT_KEY
 from hvtrain.adapters.pairs import LoraPair, fold_alpha
 from hvtrain.models.base import ModelSpec
@@ -46,12 +53,31 @@ def to_diffusers(lora: LoraFile, spec: ModelSpec, *, fold: bool = True) -> Conve
     return Converted(_tensors("transformer.", pairs), metadata)
 
 
-def to_comfy(lora: LoraFile) -> Converted:
-    """`diffusion_model.` + official names, alpha kept: ComfyUI, diffusion-pipe and diffusers' converter read it."""
-    tensors = _tensors("diffusion_model.", lora.pairs)
-    for name, pair in lora.pairs.items():
+def to_comfy(lora: LoraFile, *, fold: bool = False) -> Converted:
+    """`diffusion_model.` + official names: ComfyUI and diffusers' converter read it."""
+    pairs, metadata = _folded(lora) if fold else (lora.pairs, {})
+    tensors = _tensors("diffusion_model.", pairs)
+    for name, pair in pairs.items():
         tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(float(pair.alpha))
-    return Converted(tensors, {**_kept(lora), **parts_entry(lora.pairs)})
+    return Converted(tensors, {**_kept(lora), **metadata, **parts_entry(lora.pairs)})
+
+
+def to_diffusion_pipe(lora: LoraFile) -> Converted:
+    """`diffusion_model.` + official names without alpha, which that program takes to be the rank: it is always folded."""
+    pairs, metadata = _folded(lora)
+    return Converted(_tensors("diffusion_model.", pairs), {**_kept(lora), **metadata, **parts_entry(lora.pairs)})
+
+
+def to_musubi(lora: LoraFile, *, fold: bool = False) -> Converted:
+    """`lora_unet_` + official names with underscores: sd-scripts, musubi-tuner, and what hvtrain trains."""
+    pairs, metadata = _folded(lora) if fold else (lora.pairs, {})
+    return Converted(sd_scripts_tensors(pairs), {**_kept(lora), **metadata, **parts_entry(lora.pairs)})
+
+
+def _folded(lora: LoraFile) -> tuple[dict[str, LoraPair], dict[str, str]]:
+    """Pairs with a scale of 1, and the metadata by which `read_lora` undoes it."""
+    alphas = {name: pair.alpha for name, pair in lora.pairs.items() if pair.scale != 1.0}
+    return {name: fold_alpha(pair) for name, pair in lora.pairs.items()}, {FOLDED_KEY: json.dumps(alphas)}
 
 
 def peft_config(pairs: Mapping[str, LoraPair]) -> dict[str, object]:

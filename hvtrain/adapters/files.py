@@ -82,13 +82,18 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """A file in the sd-scripts dialect, its hashes included."""
+    write_tensors(path, sd_scripts_tensors(pairs, dtype), metadata={**metadata, **parts_entry(pairs)})
+
+
+def sd_scripts_tensors(pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The pairs under sd-scripts' names, in their own dtype or in another."""
     tensors = {}
     for module, pair in pairs.items():
         stem = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{stem}.lora_down.weight"] = pair.down.to("cpu", dtype)
-        tensors[f"{stem}.lora_up.weight"] = pair.up.to("cpu", dtype)
+        tensors[f"{stem}.lora_down.weight"] = pair.down.to("cpu", dtype or pair.down.dtype)
+        tensors[f"{stem}.lora_up.weight"] = pair.up.to("cpu", dtype or pair.up.dtype)
         tensors[f"{stem}.alpha"] = torch.tensor(float(pair.alpha))
-    write_tensors(path, tensors, metadata={**metadata, **parts_entry(pairs)})
+    return tensors
 
 
 def parts_entry(pairs: Mapping[str, LoraPair]) -> dict[str, str]:

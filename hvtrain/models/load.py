@@ -88,13 +88,19 @@ def load_dit(
 ) -> LoadedDit:
     """The model in a file. Peak host memory: one copy in `dtype`."""
     found = identify(path, model=model, flavor=flavor)
+    empty = whole_model(found)
+    state = {name: read_tensor(found, name, dtype=dtype, device=device) for name in empty.state_dict()}
+    empty.load_state_dict(state, assign=True)
+    return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
+
+
+def whole_model(found: Identified) -> DiT:
+    """The file's model on the meta device, after its tensors were compared with what the file has."""
     with torch.device("meta"):
         empty = found.spec.build(found.arch)
     wanted = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
     check(found.path, wanted, _shapes(found.sources, found.weights))
-    state = {name: _read(found, name, dtype=dtype, device=device) for name in wanted}
-    empty.load_state_dict(state, assign=True)
-    return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
+    return empty
 
 
 def save_dit(
@@ -162,7 +168,8 @@ def _dialect_of(spec: ModelSpec, weights: Weights) -> tuple[str, dict[str, Fused
     return best, read[best]
 
 
-def _read(found: Identified, name: str, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def read_tensor(found: Identified, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """The tensor of this official name, whatever the file calls it."""
     def get(part: str) -> Tensor:
         mapped = found.weights.get(part)
         value = mapped.to(device=device, dtype=dtype, copy=True)

@@ -95,7 +95,10 @@ def kill_and_continue(tmp_path, n_kills):
             if number % 5 == 0 or (out / "manifest.json").exists():
                 shutil.rmtree(out)  # from nothing again; else what the kills before left is continued
             pids = ranks.start()
-            time.sleep(rng.uniform(0.2, 1.1) * seconds)
+            wanted, deadline = rng.randrange(48), time.monotonic() + 2 * seconds
+            while len(list(out.glob("*/*.tar"))) < wanted and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1))
             kill(rng.choice([pids[:1], pids[1:], pids]))
             time.sleep(0.05)
             kill(pids)  # the launcher takes the others down
