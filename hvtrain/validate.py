@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from hvtrain.config import EncodeConfig, GenerateConfig, ModelConfig, TrainConfig, asset
+from hvtrain.config import AdapterConfig, EncodeConfig, GenerateConfig, ModelConfig, TrainConfig, asset
 from hvtrain.errors import ConfigError
 
 
@@ -63,18 +63,36 @@ def _check_subject(cfg: TrainConfig) -> None:
     """What is trained, and in which precision."""
     model, adapter = cfg.model, cfg.adapter
     _files(model, ("dit",))
-    if adapter.type == "lora" and model.dit is None:
+    if adapter.type != "none" and model.dit is None:
         raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
     if adapter.type == "none" and model.dit is None and model.flavor is None:
         raise ConfigError("model.flavor: training from scratch (model.dit: null) needs the flavor to build")
     if adapter.type == "none" and adapter.init_from is not None:
         raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
+    _check_slice(adapter)
     if adapter.init_from is not None:
         _exists(adapter.init_from, "adapter.init_from")
-    if cfg.run.precision == "fp32" and adapter.type == "lora" and model.dtype != "float32":
+    if cfg.run.precision == "fp32" and adapter.type != "none" and model.dtype != "float32":
         raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {model.dtype}")
     if model.dtype == "float16":
         raise ConfigError("model.dtype float16 is not for training: gradients would underflow; use bfloat16 or float32")
+
+
+def _check_slice(adapter: AdapterConfig) -> None:
+    given = {"adapter.plan": adapter.plan, "adapter.blocks_per_loraid": adapter.blocks_per_loraid}
+    if adapter.type != "loraid":
+        for key, value in {**given, "adapter.loraid": adapter.loraid}.items():
+            if value is not None:
+                raise ConfigError(f"{key} is for adapter.type loraid, it is {adapter.type}")
+        return
+    if (adapter.plan is None) == (adapter.blocks_per_loraid is None):
+        raise ConfigError("adapter.type loraid: give adapter.plan (from `hvtrain slices plan`) or adapter.blocks_per_loraid")
+    if adapter.plan is not None:
+        _exists(adapter.plan, "adapter.plan")
+        if adapter.include or adapter.exclude:
+            raise ConfigError("adapter.include and adapter.exclude: a plan says which layers; give them to `hvtrain slices plan`")
+    if adapter.loraid is None:
+        raise ConfigError("adapter.loraid: which slice of the plan? a number from 1")
 
 
 def _check_eval(cfg: TrainConfig) -> None:

@@ -8,7 +8,7 @@ as in sd-scripts and musubi-tuner, whose files these become.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,11 +35,18 @@ class DropoutKey:
 class LoraLinear(nn.Linear):
     """A frozen Linear and its adapter. The adapter is float32 whatever the base is; autocast casts it per use."""
 
-    def __init__(self, base: nn.Linear, *, name: str, rank: int, alpha: float, dropout: float, seed: int) -> None:
+    def __init__(
+        self, base: nn.Linear, *, name: str, rank: int, alpha: float, dropout: float, seed: int,
+        rows: tuple[int, int] | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # not Linear's own: it would allocate and initialise weights to throw away
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.name, self.rank, self.alpha, self.dropout = name, rank, alpha, dropout
+        # Only these output rows are adapted: the others have no parameters, so nothing can move them.
+        self.rows = rows or (0, self.out_features)
+        if not 0 <= self.rows[0] < self.rows[1] <= self.out_features:
+            raise ConfigError(f"adapter target '{name}': rows {self.rows} of a layer with {self.out_features}")
         self.multiplier = 1.0
         self.dropout_key: DropoutKey | None = None
         # Made on the CPU by name, not in order: equal on every rank without a broadcast, and a layer's start does
@@ -49,7 +56,7 @@ class LoraLinear(nn.Linear):
         device = "cpu" if base.weight.is_meta else base.weight.device
         # Modules, not bare parameters: ZeRO-3 gathers a module's own parameters around its forward.
         self.lora_down = _linear(down, device)
-        self.lora_up = _linear(torch.zeros(self.out_features, rank), device)
+        self.lora_up = _linear(torch.zeros(self.rows[1] - self.rows[0], rank), device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B ... in] -> [B ... out]
         base = F.linear(x, self.weight, self.bias)
@@ -60,7 +67,11 @@ class LoraLinear(nn.Linear):
         inner = self.lora_down(x)  # [B ... rank]
         if self.training and self.dropout > 0:
             inner = inner * self._kept(inner)
-        return base + (self.lora_up(inner) * (self.multiplier * self.alpha / self.rank)).to(base.dtype)
+        delta = (self.lora_up(inner) * (self.multiplier * self.alpha / self.rank)).to(base.dtype)
+        begin, end = self.rows
+        if end - begin < self.out_features:
+            delta = F.pad(delta, (begin, self.out_features - end))
+        return base + delta
 
     def _kept(self, inner: torch.Tensor) -> torch.Tensor:  # [B ... rank] -> [B 1.. rank]
         """0 or 1 / (1 - p) for each sample and rank component, one draw for all tokens of a sample.
@@ -93,10 +104,11 @@ def inject(
     alpha: float | None = None,
     dropout: float = 0.0,
     seed: int = 0,
+    rows: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[str]:
     """Freeze the model and put an adapter on each named Linear. Returns the names of the trainable parameters.
 
-    `alpha` None or 0 means rank, that is a scale of 1.
+    `alpha` None or 0 means rank, that is a scale of 1. `rows`: output rows of a layer that may change (default: all).
     """
     if rank < 1:
         raise ConfigError(f"adapter.rank is {rank}: it must be at least 1")
@@ -110,7 +122,8 @@ def inject(
         if type(layer) is not nn.Linear:
             raise ConfigError(f"adapter target '{name}' is a {type(layer).__name__}; adapters go on Linear layers")
         parent, _, leaf = name.rpartition(".")
-        adapted = LoraLinear(layer, name=name, rank=rank, alpha=alpha or rank, dropout=dropout, seed=seed)
+        own = (rows or {}).get(name)
+        adapted = LoraLinear(layer, name=name, rank=rank, alpha=alpha or rank, dropout=dropout, seed=seed, rows=own)
         adapted.train(layer.training)
         setattr(model.get_submodule(parent), leaf, adapted)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -165,9 +178,14 @@ def start_from(model: nn.Module, lora: LoraFile) -> None:
                 f"set adapter.rank={pair.rank}"
             )
         pair.check_shape(lora.path, name, (layer.out_features, layer.in_features))
+        begin, end = layer.rows
+        if pair.up[:begin].any() or pair.up[end:].any():
+            raise CheckpointError(
+                f"{lora.path}: '{name}' changes rows outside {begin} to {end}, which belong to another slice"
+            )
         with torch.no_grad():
             layer.lora_down.weight.copy_(pair.down)
-            layer.lora_up.weight.copy_(pair.up.float() * (pair.scale / (layer.alpha / layer.rank)))
+            layer.lora_up.weight.copy_(pair.up[begin:end].float() * (pair.scale / (layer.alpha / layer.rank)))
 
 
 def merge_into(model: nn.Module, lora: LoraFile, multiplier: float = 1.0) -> None:
@@ -188,6 +206,19 @@ def merge_all(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> None
             wanted.setdefault(layer, []).append((pair, multiplier))
     for layer, pairs in wanted.items():
         add_pairs(layer.weight.data, pairs)
+
+
+def whole_rows(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adapter parameters as an ordinary LoRA file holds them: `lora_up` of a slice with zeros in the rows it does not own."""
+    layers = {f"{layer.name}.lora_up.weight": layer for layer in adapted_layers(model)}
+    found = {}
+    for name, tensor in tensors.items():
+        layer = layers.get(name)
+        if layer is not None and len(tensor) < layer.out_features:
+            begin, end = layer.rows
+            tensor = F.pad(tensor, (0, 0, begin, layer.out_features - end))
+        found[name] = tensor
+    return found
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

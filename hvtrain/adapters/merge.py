@@ -1,100 +1,135 @@
-"""`hvtrain merge`: LoRAs into a model file. Tensor by tensor, so that memory does not depend on the model's size."""
+"""`hvtrain merge`: LoRAs into a model file, or into one LoRA, with the proof that none overwrote another."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.dialects import Shapes, key_map, pieces
-from hvtrain.adapters.files import LoraFile, read_lora
+from hvtrain.adapters.files import LoraFile, write_lora
 from hvtrain.adapters.lora import linear_shapes
-from hvtrain.adapters.pairs import LoraPair, add_pairs, cut_rows
+from hvtrain.adapters.lowrank import factor, shrink
+from hvtrain.adapters.mergeinputs import Inputs, lora_in, open_inputs, owners_note
+from hvtrain.adapters.mergewrite import Target, plan_parts, refuse_scaled, signature, write_model
+from hvtrain.adapters.metadata import lora_metadata
+from hvtrain.adapters.pairs import LoraPair
+from hvtrain.adapters.policies import POLICIES, Contribution, Dense, Options, Result, by_layer, combine
+from hvtrain.adapters.report import Report, save_report
+from hvtrain.adapters.tools import blocks, open_any
 from hvtrain.config import MergeConfig, asset
-from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.models.load import Identified, check, identify
-from hvtrain.models.stream import Slot, open_writer
-from hvtrain.models.weights import Weights, open_weights
-from shards.atomic import write_text
+from hvtrain.errors import ConfigError, suggest
+from hvtrain.models.base import ModelSpec
+from hvtrain.models.load import Identified, identify, whole_model
+from hvtrain.models.weights import Weights, fingerprint, open_weights
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+Evaluate = Callable[[Inputs, Mapping[str, Result]], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is added to one tensor of the file: pairs already cut to its rows, with their multipliers."""
+class Base:
+    """The model that LoRAs are merged into; without a file only its layers are known."""
 
-    pairs: list[tuple[LoraPair, float]] = field(default_factory=list)
+    found: Identified | None
+    shapes: dict[str, tuple[int, int]]
+    name: str
+    fingerprint: str | None
 
 
-def run(cfg: MergeConfig) -> None:
-    """The merged model has the input's names (prefix included), layout, dtypes and metadata, as safetensors."""
-    source, output = Path(asset(cfg.dit)), Path(cfg.output)
-    if not cfg.lora:
-        raise ConfigError("lora: nothing to merge; give at least one LoRA file")
+def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
+    """Check, combine, write, report. A merged model has the input's names, layout, dtypes and metadata, as safetensors."""
+    _check(cfg)
+    base, spec = _open_base(cfg)
+    inputs = open_inputs(cfg, base.shapes, spec, base=base.fingerprint)
+    layers = by_layer(inputs.loras)
+    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed))
+    for lora, multiplier in inputs.loras:
+        print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
+    report = Report.of(inputs, layers, cfg.on_overlap)
+    for line in report.lines():
+        print(line)
+    if cfg.target == "lora":
+        report.errors |= _write_lora(cfg, inputs, combined, spec.name)
+    else:
+        assert base.found is not None
+        _write_model(cfg, base.found, inputs, combined, base.shapes)
+    if evaluate is not None:
+        report.losses = evaluate(inputs, combined)
+        for name, loss in report.losses.items():
+            print(f"held-out loss {loss:.5f}  {name}")
+    for path in save_report(report, Path(cfg.output)):
+        print(f"report: {path}")
+
+
+def _check(cfg: MergeConfig) -> None:
+    if cfg.on_overlap not in POLICIES:
+        raise ConfigError(f"on_overlap: no policy '{cfg.on_overlap}'; {suggest(cfg.on_overlap, POLICIES)}")
     if cfg.dtype is not None and cfg.dtype not in _DTYPES:
         raise ConfigError(f"dtype: no dtype '{cfg.dtype}'; {suggest(cfg.dtype, _DTYPES)}")
-    dtype = _DTYPES[cfg.dtype] if cfg.dtype else None
-    _check_output(output, source, [Path(entry.path) for entry in cfg.lora])
-    found = identify(source, model=cfg.model)
-    shapes = _check_whole(found)
-    loras = [(read_lora(entry.path, shapes, spec=found.spec), entry.multiplier) for entry in cfg.lora]
-    parts = plan(found, loras, shapes=shapes)
-    weights = open_weights(source)  # every tensor under the file's own name, also those that are not the DiT's
-    _refuse_scaled(weights, parts)
-    for lora, multiplier in loras:
-        print(f"{lora.summary()}, times {multiplier:g}")
-    write(weights, parts, output, metadata=_metadata(weights, loras), dtype=dtype)
-    print(f"{output}: {len(parts)} of {len(weights)} tensors changed")
-
-
-def _check_output(output: Path, source: Path, loras: Sequence[Path]) -> None:
-    for path in (source, *loras):
+    if cfg.target == "model" and not cfg.dit:
+        raise ConfigError("dit: the model to merge into; or give target=lora for one LoRA of all")
+    if cfg.target == "model" and cfg.rank is not None:
+        raise ConfigError("rank is for target lora; a model takes the whole change")
+    if cfg.target == "lora" and (cfg.dtype or cfg.max_shard_gb):
+        raise ConfigError("dtype and max_shard_gb are for target model")
+    if cfg.rank is not None and cfg.rank < 1:
+        raise ConfigError(f"rank is {cfg.rank}, expected 1 or more")
+    if cfg.density is not None and not 0 < cfg.density <= 1:
+        raise ConfigError(f"density is {cfg.density}, expected a share, more than 0 and at most 1")
+    if cfg.max_shard_gb is not None and cfg.max_shard_gb <= 0:
+        raise ConfigError(f"max_shard_gb is {cfg.max_shard_gb}, expected more than 0")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: there is no CUDA device here; use cpu")
+    if cfg.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: '{cfg.device}', expected cpu or cuda")
+    if not cfg.output:
+        raise ConfigError("output is required: the file to write")
+    if not cfg.lora and cfg.plan is None:
+        raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan")
+    output = Path(cfg.output)
+    for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
         if output.exists() and path.exists() and output.samefile(path):
             raise ConfigError(f"output: {output} is one of the inputs; choose another name")
-    if output.suffix not in ("", ".safetensors"):
+    if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
         raise ConfigError(f"output: {output} must end in .safetensors (or name a directory, for a sharded model)")
 
 
-def _check_whole(found: Identified) -> dict[str, tuple[int, int]]:
-    """Refuse an incomplete model; else [out, in] of its Linear layers."""
-    with torch.device("meta"):
-        model = found.spec.build(found.arch)
-    have = found.weights.shapes
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check(found.path, wanted, {name: source.shape(have) for name, source in found.sources.items()})
-    return linear_shapes(model)
+def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
+    if not cfg.dit:
+        first = lora_in(cfg.lora[0].path) if cfg.lora else None
+        if first is None:
+            raise ConfigError("dit: the model that the plan's slices were trained on is needed to read them")
+        known = open_any(first)
+        shapes = dict(known.shapes)
+        return Base(None, shapes, known.spec.name, None), known.spec
+    found = identify(Path(asset(cfg.dit)), model=cfg.model)
+    shapes = linear_shapes(whole_model(found))
+    return Base(found, shapes, found.spec.name, fingerprint(found.weights)), found.spec
 
 
-def plan(found: Identified, loras: Sequence[tuple[LoraFile, float]], *, shapes: Shapes) -> dict[str, Part]:
-    """Which tensors of the file change, by the file's own names. A multiplier of 0 changes none."""
-    parts: dict[str, Part] = {}
-    for lora, multiplier in loras:
-        for module, pair in lora.pairs.items() if multiplier != 0.0 else ():
-            places = pieces(key_map(found.spec, found.dialect), module, shapes[module][0])
-            for layer, cut in zip(places, cut_rows(pair, list(places.values())), strict=True):
-                if cut is not None:
-                    name = f"{found.prefix}{layer}.weight"
-                    parts.setdefault(name, Part()).pairs.append((cut, multiplier))
-    return parts
+# --- into the model -------------------------------------------------------------------------------------------------
 
 
-def _refuse_scaled(weights: Weights, parts: Mapping[str, Part]) -> None:
-    """Eight-bit weights that count times a factor kept elsewhere cannot take a sum: the factor is not applied here."""
-    scaled = any(name.endswith((".scale_weight", "scaled_fp8")) for name in weights)
-    beside = any(file.with_name(f"{file.stem}_map.pt").exists() for file in weights.files)
-    name = next((name for name in parts if weights.dtype(name) in _FLOAT8), None)
-    if name and (scaled or beside):
-        raise CheckpointError(
-            f"{weights.path}: '{name}' is scaled 8-bit: merge into the bfloat16 file and quantise the result"
-        )
+def _write_model(
+    cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    parts = plan_parts(found, combined, shapes)
+    weights = open_weights(Path(asset(cfg.dit)))  # every tensor under the file's own name, also those that are not the DiT's
+    refuse_scaled(weights, parts)
+    target = Target(
+        Path(cfg.output), _DTYPES[cfg.dtype] if cfg.dtype else None,
+        int(cfg.max_shard_gb * 1e9) if cfg.max_shard_gb else None, cfg.device,
+        signature(weights, parts, dtype=cfg.dtype, said=f"{cfg.on_overlap}/{cfg.density}/{cfg.seed}"),
+    )
+    files = write_model(weights, parts, target, metadata=_metadata(weights, inputs.loras))
+    where = f" in {len(files)} files" if len(files) > 1 else ""
+    print(f"{cfg.output}: {len(parts)} of {len(weights)} tensors changed{where}")
 
 
 def _metadata(weights: Weights, loras: Sequence[tuple[LoraFile, float]]) -> dict[str, str]:
@@ -107,58 +142,42 @@ def _metadata(weights: Weights, loras: Sequence[tuple[LoraFile, float]]) -> dict
     return {**kept, MERGED_KEY: json.dumps(history)}
 
 
-def write(
-    weights: Weights,
-    parts: Mapping[str, Part],
-    output: Path,
-    *,
-    metadata: Mapping[str, str],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """One file, or a directory with the shards of the input and their index."""
-    slots = {name: Slot(name, _dtype(entry.dtype, dtype), entry.shape) for name, entry in weights.entries.items()}
-    total = sum(slot.n_bytes for slot in slots.values())
-    single = output.suffix == ".safetensors"
-    if not single and len(weights.files) == 1:
-        raise ConfigError(f"output: {output} must end in .safetensors: {weights.path} is a single file")
-    folder = output.parent if single else output
-    folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder).free) < total:
-        raise ConfigError(f"output: {folder} has {free / 1e9:.1f} GB free, the merged model needs {total / 1e9:.1f} GB")
-    names = {file: file.with_suffix(".safetensors").name for file in weights.files}
-    home = {name: output if single else output / names[entry.file] for name, entry in weights.entries.items()}
-    for path in dict.fromkeys(home.values()):
-        own = [slot for name, slot in slots.items() if home[name] == path]
-        _write_file(weights, parts, path, own, metadata)
-    if not single:
-        table = {name: path.name for name, path in home.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": table}
-        write_text(output / _index_name(weights), json.dumps(index, indent=2))
+# --- into one LoRA --------------------------------------------------------------------------------------------------
 
 
-def _write_file(
-    weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Slot], metadata: Mapping[str, str]
-) -> None:
-    wanted = {slot.name: slot.dtype for slot in slots}
-    with open_writer(path, slots, metadata=metadata) as writer:
-        for name in writer.waiting:
-            given = weights.get(name)
-            tensor = given
-            if name in parts:
-                # Another dtype is rounded to once, after the sum. The mapping itself must not be written to.
-                between = given.dtype if given.dtype == wanted[name] else torch.float32
-                tensor = given.to(between, copy=True, memory_format=torch.contiguous_format)
-                add_pairs(tensor, parts[name].pairs)
-            writer.write(name, tensor.to(wanted[name]))
-            weights.release(given)
+def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result], architecture: str) -> dict[str, float]:
+    """One pair per layer; the relative error of each that was cut."""
+    pairs: dict[str, LoraPair] = {}
+    errors: dict[str, float] = {}
+    for module, result in combined.items():
+        if isinstance(result, Dense):
+            if cfg.rank is None:
+                raise ConfigError(f"on_overlap {cfg.on_overlap} makes full matrices: give rank for the LoRA, or target=model")
+            cut = factor(result.delta(), rank=cfg.rank)
+        elif cfg.rank is not None:
+            cut = shrink([(c.pair, c.multiplier) for c in result], rank=cfg.rank)
+        else:
+            pairs[module] = joined(result)
+            continue
+        pairs[module], errors[module] = cut.pair, cut.error
+    rank = max(pair.rank for pair in pairs.values())
+    first = inputs.loras[0][0].metadata
+    given: dict[str, object] = {key: first[key] for key in ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name") if key in first}
+    if ids := owners_note(inputs.loras):
+        given["ss_loraid"] = ids
+    given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)
+    write_lora(
+        cfg.output, pairs, metadata=lora_metadata(Path(cfg.output), given, architecture=architecture, rank=rank, alpha=rank)
+    )
+    worst = f", largest error of a layer {100 * max(errors.values()):.3g} %" if errors else ", exact"
+    print(f"{cfg.output}: LoRA of {len(pairs)} layers, rank up to {rank}{worst}")
+    return errors
 
 
-def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted and own.is_floating_point else own
-
-
-def _index_name(weights: Weights) -> str:
-    if weights.path.name.endswith(".index.json"):
-        return weights.path.name
-    found = sorted(weights.path.glob("*.index.json")) if weights.path.is_dir() else []
-    return found[0].name if found else "diffusion_pytorch_model.safetensors.index.json"
+def joined(result: Sequence[Contribution]) -> LoraPair:
+    """Their sum as one pair: ranks add up, scales and multipliers go into the up-projections."""
+    if len(result) == 1 and result[0].multiplier == 1.0:
+        return result[0].pair
+    up = torch.cat([c.pair.up.float() * (c.multiplier * c.pair.scale) for c in result], dim=1)
+    down = torch.cat([c.pair.down.float() for c in result])
+    return LoraPair(down, up, float(len(down)))

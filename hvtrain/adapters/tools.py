@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ class Known:
     lora: LoraFile
     spec: ModelSpec
     sizes: str  # whose layer sizes fit: a flavor, or the model file
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # [out, in] of its Linear layers
 
 
 def open_any(path: str | Path, *, dit: str | None = None) -> Known:
@@ -47,15 +48,17 @@ def open_any(path: str | Path, *, dit: str | None = None) -> Known:
     """
     if dit is not None:
         found = identify(asset(dit))
-        return Known(read_lora(path, _shapes(found.spec, found.arch), spec=found.spec), found.spec, str(dit))
+        shapes = _shapes(found.spec, found.arch)
+        return Known(read_lora(path, shapes, spec=found.spec), found.spec, str(dit), shapes)
     refusal: CheckpointError | None = None
     for spec in all_specs():
         sizes: dict[str, Flavor] = {}
         for flavor in spec.flavors.values():  # several flavors have the same layers
             sizes.setdefault(repr(_shapes(spec, flavor.arch)), flavor)
         for flavor in sizes.values():
+            shapes = _shapes(spec, flavor.arch)
             try:
-                return Known(read_lora(path, _shapes(spec, flavor.arch), spec=spec), spec, flavor.name)
+                return Known(read_lora(path, shapes, spec=spec), spec, flavor.name, shapes)
             except CheckpointError as error:
                 refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")

@@ -30,8 +30,8 @@ class DataConfig:
 class AdapterConfig:
     """What is trained."""
 
-    type: Literal["lora", "none"] = "lora"
-    """lora, or none: every weight of the DiT (full fine-tune)"""
+    type: Literal["lora", "loraid", "none"] = "lora"
+    """lora; loraid: a LoRA that owns one slice of a plan; none: every weight of the DiT (full fine-tune)"""
     rank: int = 32
     """Rank of each pair"""
     alpha: float = 32.0
@@ -44,6 +44,12 @@ class AdapterConfig:
     """Patterns of module names to leave out"""
     init_from: str | None = None
     """LoRA file to start from"""
+    plan: str | None = None
+    """For loraid: the plan.json that `hvtrain slices plan` wrote"""
+    loraid: int | None = None
+    """For loraid: which slice of the plan, from 1"""
+    blocks_per_loraid: int | None = None
+    """For loraid instead of a plan: LORAID 1 owns the first so many blocks, LORAID 2 the next, and so on"""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ shapes, so the header goes out first.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hvtrain.errors import CheckpointError
-from shards.atomic import atomic_path
+from shards.atomic import atomic_path, sync, write_text
 
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -152,6 +154,74 @@ def open_writer(
         yield writer
         if writer.waiting:
             raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+
+
+_PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
+
+
+class _ResumableWriter(TensorWriter):
+    """Notes from time to time which tensors are safely on the disk."""
+
+    def __init__(self, file: BinaryIO, slots: Iterable[Slot], note: Callable[[list[str]], None], done: Iterable[str]) -> None:
+        super().__init__(file, slots)
+        self._note, self._done, self._since = note, list(done), 0
+        for name in self._done:
+            del self._waiting[name]
+
+    def write_bytes(self, name: str, data: memoryview) -> None:
+        super().write_bytes(name, data)
+        self._done.append(name)
+        self._since += data.nbytes
+        if self._since >= _PROGRESS_BYTES:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._note(self._done)
+            self._since = 0
+
+
+@contextmanager
+def open_resumable(
+    path: str | Path, slots: Iterable[Slot], *, metadata: Mapping[str, str] | None = None, signature: str
+) -> Iterator[TensorWriter]:
+    """As `open_writer`, but a run that was killed is continued: `waiting` is what is left to write.
+
+    `signature` stands for everything that the contents depend on; a half-written file of another one is begun anew.
+    """
+    path = Path(path)
+    head, placed = lay_out(slots, metadata)
+    partial, journal = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.partial.json")
+    own = hashlib.sha256(signature.encode() + head).hexdigest()
+    done = _written(partial, journal, own)
+
+    def note(names: list[str]) -> None:
+        write_text(journal, json.dumps({"signature": own, "done": names}))
+
+    try:
+        with open(partial, "r+b" if done else "wb") as file:
+            if not done:
+                file.write(head)
+            writer = _ResumableWriter(file, placed, note, done)
+            yield writer
+            if writer.waiting:
+                raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except Exception:  # a mistake, not a kill: nothing to go on with
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        if not partial.exists():
+            journal.unlink(missing_ok=True)
+
+
+def _written(partial: Path, journal: Path, own: str) -> list[str]:
+    """Tensors that an earlier run of the same signature has written."""
+    try:
+        note = json.loads(journal.read_text())
+        return list(note["done"]) if note["signature"] == own and partial.is_file() else []
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.adapters.files import save_lora
-from hvtrain.adapters.lora import seed_dropout
+from hvtrain.adapters.lora import seed_dropout, whole_rows
 from hvtrain.config import TrainConfig, dump
 from hvtrain.flow.timesteps import quantile_function
 from hvtrain.metrics import Metrics, loss_by_sigma
@@ -85,7 +85,7 @@ class Session:
         if self.ctx.is_main:
             try:
                 answer = [checkpoint.claim(
-                    self.output, identity(self.cfg, self.subject.fingerprint, self.sets), dump(self.cfg),
+                    self.output, identity(self.cfg, self.subject, self.sets), dump(self.cfg),
                     resume=self.cfg.run.resume == "auto",
                 )]
             except Exception as error:  # handed to every rank, raised below
@@ -110,7 +110,9 @@ class Session:
         if not self.ctx.is_main:
             return
         c, ctx, n = self.cfg, self.ctx, sum(p.numel() for p in self.subject.trainable.values())
-        what = f"LoRA rank {c.adapter.rank}" if c.adapter.type == "lora" else "all weights"
+        what = {"lora": f"LoRA rank {c.adapter.rank}", "none": "all weights"}.get(
+            c.adapter.type, f"LORAID {c.adapter.loraid} rank {c.adapter.rank}"
+        )
         zero = f"ZeRO-{c.zero.stage}" if c.zero.engine == "deepspeed" else "plain PyTorch"
         offload = f", optimizer on the {c.zero.offload_optimizer}" if c.zero.offload_optimizer != "none" else ""
         print(
@@ -166,7 +168,7 @@ class Session:
             batch.tensors, self.sets[0].empty_text if any(shares) else {}, shares=shares,
             draw=generator(where.seed, stream="caption-dropout", **place),
         )
-        if self.cfg.adapter.type == "lora" and self.cfg.adapter.dropout:
+        if self.cfg.adapter.type != "none" and self.cfg.adapter.dropout:
             seed_dropout(self.subject.model, where.seed, **place)
         latents = tensors["latents"]
         n_tokens = len(latents) * self.subject.flavor.latent.n_tokens(latents.shape)
@@ -236,10 +238,10 @@ class Session:
 
     def _export(self, path: Path, params: dict[str, Tensor], progress: Progress) -> None:
         c, subject = self.cfg, self.subject
-        if c.adapter.type == "lora":
+        if c.adapter.type != "none":
             save_lora(
-                path, params, rank=c.adapter.rank, alpha=c.adapter.alpha, architecture=subject.spec.name,
-                metadata=self._metadata(progress),
+                path, whole_rows(subject.model, params), rank=c.adapter.rank, alpha=c.adapter.alpha,
+                architecture=subject.spec.name, metadata=self._metadata(progress),
             )
             return
         with torch.device("meta"):
@@ -249,8 +251,12 @@ class Session:
 
     def _metadata(self, progress: Progress) -> dict[str, object]:
         """The `ss_*` entries that LoRA managers show."""
-        c = self.cfg
-        return {
+        c, plan = self.cfg, self.subject.plan
+        owner = {} if plan is None else {
+            "ss_loraid": c.adapter.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n,
+            "ss_network_args": {"loraid": c.adapter.loraid, "granularity": plan.granularity, "order": plan.order},
+        }
+        return owner | {
             "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
             "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
             "ss_max_train_steps": self.steps, "ss_steps": progress.step, "ss_epoch": progress.epoch,

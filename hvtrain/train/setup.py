@@ -13,6 +13,7 @@ from torch import nn
 
 from hvtrain.adapters.files import read_lora
 from hvtrain.adapters.lora import inject, linear_shapes, start_from
+from hvtrain.adapters.loraid import Cut, SlicePlan, check_fits, load_plan, make_plan
 from hvtrain.config import TrainConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.models import find
@@ -32,6 +33,7 @@ class Subject:
     flavor: Flavor
     fingerprint: str  # of the weights that training starts from
     trainable: dict[str, nn.Parameter]
+    plan: SlicePlan | None = None  # of a LORAID slice
 
 
 def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
@@ -51,20 +53,39 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
         )
         model, spec, flavor, fingerprint = loaded.model, loaded.spec, loaded.flavor, loaded.fingerprint
         check_heads(flavor.arch.heads_num, ctx.ulysses)
+    plan = None
     if full:
         model.requires_grad_(True)
     else:
-        _add_adapter(model, spec, cfg)
+        plan = _open_plan(model, spec, flavor, cfg, fingerprint) if cfg.adapter.type == "loraid" else None
+        _add_adapter(model, spec, cfg, plan)
     model.to(ctx.device).train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Subject(model, spec, flavor, fingerprint, trainable)
+    return Subject(model, spec, flavor, fingerprint, trainable, plan)
 
 
-def _add_adapter(model: DiT, spec: ModelSpec, cfg: TrainConfig) -> None:
+def _open_plan(model: DiT, spec: ModelSpec, flavor: Flavor, cfg: TrainConfig, fingerprint: str) -> SlicePlan:
+    """The slices that this run's is one of, compared with the model."""
+    a, shapes = cfg.adapter, linear_shapes(model)
+    if a.plan is not None:
+        plan = load_plan(a.plan)
+        check_fits(plan, model=spec.name, shapes=shapes, base=fingerprint, where=a.plan)
+        return plan
+    targets = spec.lora_targets(model, include=a.include, exclude=a.exclude)
+    layers = {name: shapes[name] for name in targets}
+    cut = Cut(blocks_per_loraid=a.blocks_per_loraid)
+    return make_plan(layers, cut, model=spec.name, flavor=flavor.name, base=fingerprint)
+
+
+def _add_adapter(model: DiT, spec: ModelSpec, cfg: TrainConfig, plan: SlicePlan | None) -> None:
     a = cfg.adapter
     shapes = linear_shapes(model)
-    targets = spec.lora_targets(model, include=a.include, exclude=a.exclude)
-    inject(model, targets, rank=a.rank, alpha=a.alpha, dropout=a.dropout, seed=cfg.run.seed)
+    if plan is None:
+        rows, targets = None, spec.lora_targets(model, include=a.include, exclude=a.exclude)
+    else:
+        slots = plan.slice(a.loraid or 0).slots
+        rows, targets = {s.module: (s.begin, s.end) for s in slots}, [s.module for s in slots]
+    inject(model, targets, rank=a.rank, alpha=a.alpha, dropout=a.dropout, seed=cfg.run.seed, rows=rows)
     if a.init_from is not None:
         start_from(model, read_lora(a.init_from, shapes, spec=spec))
 
@@ -104,13 +125,16 @@ def total_steps(cfg: TrainConfig, n_samples: int, *, dp: int) -> int:
     return max(1, math.ceil((cfg.run.epochs or 0) * n_samples / per_step))
 
 
-def identity(cfg: TrainConfig, fingerprint: str, sets: Sequence[ShardSet]) -> dict[str, object]:
+def identity(cfg: TrainConfig, subject: Subject, sets: Sequence[ShardSet]) -> dict[str, object]:
     """What makes a run this run: changing any of it makes another. Length, rates, ranks and where the shards lie may
     change; not their samples, because the cursor counts them."""
     a, f = cfg.adapter, cfg.flow
+    adapter: list[object] = [a.type, a.rank, a.alpha, a.dropout, list(a.include), list(a.exclude)]
+    if subject.plan is not None:
+        adapter += [f"plan {subject.plan.hash[:12]}", f"LORAID {a.loraid}"]
     return {
-        "model.name": cfg.model.name, "weights": fingerprint,
-        "adapter": [a.type, a.rank, a.alpha, a.dropout, list(a.include), list(a.exclude)] if a.type == "lora" else [a.type],
+        "model.name": cfg.model.name, "weights": subject.fingerprint,
+        "adapter": adapter if a.type != "none" else [a.type],
         "flow": [f.timestep_sampling, f.shift, f.sigmoid_scale, f.logit_mean, f.min_sigma, f.max_sigma, f.guidance],
         "data.shards": [_content(s) for s in sets], "data.batch_size": cfg.data.batch_size,
         "run.seed": cfg.run.seed, "run.name": cfg.run.name,

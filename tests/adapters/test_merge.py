@@ -46,7 +46,7 @@ def state(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
 
 def config(dit, loras, output, *, dtype=None, multipliers=(0.75, -0.5)) -> MergeConfig:
     entries = tuple(LoraFileConfig(str(p), m) for p, m in zip(loras, multipliers, strict=True))
-    return MergeConfig(dit=str(dit), lora=entries, output=str(output), dtype=dtype)
+    return MergeConfig(dit=str(dit), lora=entries, output=str(output), dtype=dtype, on_overlap="sum")
 
 
 def expected(loras, tensors, multipliers=(0.75, -0.5)) -> dict[str, torch.Tensor]:

@@ -1,0 +1,184 @@
+"""The merged model, tensor by tensor: memory does not depend on its size, and a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvtrain.adapters.dialects import Shapes, key_map, pieces
+from hvtrain.adapters.pairs import LoraPair, add_pairs, cut_rows
+from hvtrain.adapters.policies import Dense, Result
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.models.load import Identified
+from hvtrain.models.stream import Slot, open_resumable
+from hvtrain.models.weights import Weights
+from shards.atomic import write_text
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is added to one tensor of the file: pairs cut to its rows with their multipliers, or a dense delta."""
+
+    pairs: tuple[tuple[LoraPair, float], ...] = ()
+    dense: Callable[[], Tensor] | None = None
+
+    def add_to(self, weight: Tensor) -> None:
+        if self.dense is not None:
+            weight.copy_(weight.float() + self.dense().to(weight.device))
+        add_pairs(weight, self.pairs)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how the model is written."""
+
+    output: Path
+    dtype: torch.dtype | None
+    max_shard_bytes: int | None
+    device: str
+    signature: str  # of everything that the bytes depend on
+
+
+def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) -> dict[str, Part]:
+    """Which tensors of the file change, by the file's own names."""
+    parts: dict[str, Part] = {}
+    key = key_map(found.spec, found.dialect)
+    for module, result in layers.items():
+        places = pieces(key, module, shapes[module][0])
+        if isinstance(result, Dense):
+            cached = _Last(result.delta)
+            for layer, rows in places.items():
+                parts[f"{found.prefix}{layer}.weight"] = Part(dense=_rows_of(cached, rows))
+            continue
+        for c in result:
+            for layer, cut in zip(places, cut_rows(c.pair, list(places.values())), strict=True):
+                if cut is not None:
+                    name = f"{found.prefix}{layer}.weight"
+                    parts[name] = Part((*parts.get(name, Part()).pairs, (cut, c.multiplier)))
+    return parts
+
+
+class _Last:
+    """A delta is computed once for the pieces that are written one after the other, and then dropped."""
+
+    kept: tuple[object, Tensor] | None = None
+
+    def __init__(self, delta: Callable[[], Tensor]) -> None:
+        self.delta = delta
+
+    def __call__(self) -> Tensor:
+        if _Last.kept is None or _Last.kept[0] is not self:
+            _Last.kept = None
+            _Last.kept = (self, self.delta())
+        return _Last.kept[1]
+
+
+def _rows_of(whole: Callable[[], Tensor], rows: Tensor) -> Callable[[], Tensor]:
+    return lambda: whole()[rows]
+
+
+def refuse_scaled(weights: Weights, parts: Mapping[str, Part]) -> None:
+    """Eight-bit weights that count times a factor kept elsewhere cannot take a sum: the factor is not applied here."""
+    scaled = any(name.endswith((".scale_weight", "scaled_fp8")) for name in weights)
+    beside = any(file.with_name(f"{file.stem}_map.pt").exists() for file in weights.files)
+    name = next((name for name in parts if weights.dtype(name) in _FLOAT8), None)
+    if name and (scaled or beside):
+        raise CheckpointError(
+            f"{weights.path}: '{name}' is scaled 8-bit: merge into the bfloat16 file and quantise the result"
+        )
+
+
+def write_model(weights: Weights, parts: Mapping[str, Part], target: Target, *, metadata: Mapping[str, str]) -> list[Path]:
+    """One file, or a directory of shards and their index. Returns the files."""
+    slots = {name: Slot(name, _dtype(entry.dtype, target.dtype), entry.shape) for name, entry in weights.entries.items()}
+    total = sum(slot.n_bytes for slot in slots.values())
+    home = _homes(weights, slots, target)
+    folder = target.output.parent if target.output.suffix == ".safetensors" else target.output
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for path in dict.fromkeys(home.values()) if path.exists())
+    if (free := shutil.disk_usage(folder).free + there) < total:
+        raise ConfigError(f"output: {folder} has {free / 1e9:.1f} GB free, the merged model needs {total / 1e9:.1f} GB")
+    files = list(dict.fromkeys(home.values()))
+    for path in files:
+        own = [slot for name, slot in slots.items() if home[name] == path]
+        _write_file(weights, parts, path, own, metadata, target)
+    if len(files) > 1 or folder == target.output:
+        table = {name: path.name for name, path in home.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": table}
+        write_text(target.output / _index_name(weights), json.dumps(index, indent=2))
+    return files
+
+
+def _homes(weights: Weights, slots: Mapping[str, Slot], target: Target) -> dict[str, Path]:
+    """Each tensor's file."""
+    output = target.output
+    single = output.suffix == ".safetensors"
+    if target.max_shard_bytes is not None:
+        if single:
+            raise ConfigError(f"output: {output} must be a directory, because max_shard_gb cuts the model into several files")
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name, slot in slots.items():
+            if groups[-1] and size + slot.n_bytes > target.max_shard_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += slot.n_bytes
+        n = len(groups)
+        names = [f"diffusion_pytorch_model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        return {name: output / file for file, group in zip(names, groups, strict=True) for name in group}
+    if not single and len(weights.files) == 1:
+        raise ConfigError(f"output: {output} must end in .safetensors: {weights.path} is a single file (max_shard_gb cuts it)")
+    own = {file: file.with_suffix(".safetensors").name for file in weights.files}
+    return {name: output if single else output / own[entry.file] for name, entry in weights.entries.items()}
+
+
+def _write_file(
+    weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Slot], metadata: Mapping[str, str], target: Target
+) -> None:
+    wanted = {slot.name: slot.dtype for slot in slots}
+    with open_resumable(path, slots, metadata=metadata, signature=target.signature) as writer:
+        for name in writer.waiting:
+            given = weights.get(name)
+            tensor = given
+            if name in parts:
+                # Another dtype is rounded to once, after the sum. The mapping itself must not be written to.
+                between = given.dtype if given.dtype == wanted[name] else torch.float32
+                tensor = given.to(target.device, between, copy=True, memory_format=torch.contiguous_format)
+                parts[name].add_to(tensor)
+            writer.write(name, tensor.to(wanted[name]))
+            weights.release(given)
+
+
+def signature(weights: Weights, parts: Mapping[str, Part], *, dtype: object, said: str) -> str:
+    """Of the inputs: a half-written file is continued only by the same merge."""
+    digest = hashlib.sha256(f"{dtype}/{said}".encode())
+    for file in weights.files:
+        status = file.stat()
+        digest.update(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}".encode())
+    for name, part in parts.items():
+        digest.update(name.encode())
+        for pair, multiplier in part.pairs:
+            sums = [float(t.double().abs().sum()) for t in (pair.up, pair.down)]
+            digest.update(f"{sums}/{pair.alpha}/{multiplier}".encode())
+    return digest.hexdigest()
+
+
+def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted and own.is_floating_point else own
+
+
+def _index_name(weights: Weights) -> str:
+    if weights.path.name.endswith(".index.json"):
+        return weights.path.name
+    found = sorted(weights.path.glob("*.index.json")) if weights.path.is_dir() else []
+    return found[0].name if found else "diffusion_pytorch_model.safetensors.index.json"
