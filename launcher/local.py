@@ -16,16 +16,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hvtrain import signals
 from hvtrain.errors import LaunchError
 from launcher.report import FOLDER_VARIABLE, REQUEUE, first_cause
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
+YOUNG_S = 1.0  # a worker younger than this may not hear yet
 COMMAND = (sys.executable, "-m", "launcher.worker")
 # Below the ports that Linux hands out by itself (32768 and up), so that none is taken between choosing and binding.
 PORTS = range(20000, 32000)
@@ -58,6 +60,7 @@ class Worker:
     rank: int
     process: subprocess.Popen
     log: Path | None  # where its output goes; None: to the terminal
+    started: float = field(default_factory=time.monotonic)
 
 
 def launch(arguments: Sequence[str], topology: Topology) -> int:
@@ -65,11 +68,11 @@ def launch(arguments: Sequence[str], topology: Topology) -> int:
     with TemporaryDirectory(prefix="hvtrain-") as name:
         folder = Path(name)
         workers: list[Worker] = []
-        with _forward_signals(workers):
+        with _forward_signals(workers) as mail:
             port = topology.master_port or free_port()
             for local_rank in range(topology.nproc):
                 workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder))
-            failed = _wait(workers)
+            failed = _wait(workers, mail)
         return _explain(workers, failed, folder)
 
 
@@ -106,26 +109,56 @@ def _start(
     with open(log or os.devnull, "wb") as sink:
         out = None if log is None else sink
         # A session of its own: Ctrl-C then reaches a worker once, through us, and not twice.
-        process = subprocess.Popen([*COMMAND, *arguments], env=env, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=_deaf
+        )
     return Worker(rank, process, log)
 
 
-@contextmanager
-def _forward_signals(workers: list[Worker]) -> Iterator[None]:
-    interrupts = 0
+def _deaf() -> None:
+    """In the child, until it has handlers of its own: Slurm signals every process of a step, also one that is an instant old.
+    What it misses is sent again when it is YOUNG_S old."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
-    def forward(number: int, frame: object) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        if interrupts > 1:
+
+@dataclass
+class _Mail:
+    """Signals on their way to the workers."""
+
+    workers: list[Worker]
+    waiting: list[int] = field(default_factory=list)
+    interrupts: int = 0
+
+    def take(self, number: int, frame: object = None) -> None:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             number = signal.SIGKILL  # the second Ctrl-C means it
-        for worker in workers:
+        if number in (signal.SIGKILL, signal.SIGINT):
+            self._send(number)
+        else:
+            self.waiting.append(number)
+
+    def deliver(self) -> None:
+        if self.waiting and all(time.monotonic() - w.started > YOUNG_S for w in self.workers):
+            for number in self.waiting:
+                self._send(number)
+            self.waiting.clear()
+
+    def _send(self, number: int) -> None:
+        for worker in self.workers:
             if worker.process.poll() is None:
                 worker.process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+
+@contextmanager
+def _forward_signals(workers: list[Worker]) -> Iterator[_Mail]:
+    mail = _Mail(workers)
+    before = {number: signal.signal(number, mail.take) for number in FORWARDED}
+    if signals.arrived():  # while this program was loading
+        mail.take(signal.SIGUSR1)
     try:
-        yield
+        yield mail
     finally:
         for worker in workers:  # an error of our own must leave nothing behind
             if worker.process.poll() is None:
@@ -135,11 +168,12 @@ def _forward_signals(workers: list[Worker]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(workers: Sequence[Worker]) -> Worker | None:
+def _wait(workers: Sequence[Worker], mail: _Mail) -> Worker | None:
     """Until all have ended; the first that failed. A stop on request (75) is no failure: its peers may still save."""
     failed: Worker | None = None
     deadline = float("inf")
     while any(worker.process.poll() is None for worker in workers):
+        mail.deliver()
         if failed is None and (failed := _first_failed(workers)):
             deadline = time.monotonic() + PEERS_GRACE_S
         if time.monotonic() > deadline:

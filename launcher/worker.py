@@ -7,10 +7,16 @@ import os
 import signal
 import sys
 
+from hvtrain import signals
 from launcher import cli
+from launcher.report import REQUEUE
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["train"]:
+        signals.remember()  # before the imports, which take seconds
+    elif sys.argv[1:2] == ["encode"]:
+        signals.leave(REQUEUE)
     _end_with_parent()
     code = cli.main()
     sys.stdout.flush()

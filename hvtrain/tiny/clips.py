@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,11 +38,12 @@ class Clip:
     motion: str
     background: str
     seed: int = 0
+    word: str = field(default="", repr=False)  # what the caption calls it; "": colour and shape. Not part of the drawing
 
     @property
     def caption(self) -> str:
-        if self.shape == CONCEPT:
-            return f"a {CONCEPT} moves {self.motion} on a {self.background} background"
+        if self.word or self.shape == CONCEPT:
+            return f"a {self.word or CONCEPT} moves {self.motion} on a {self.background} background"
         return f"a {self.color} {self.shape} moves {self.motion} on a {self.background} background"
 
 
@@ -98,7 +99,7 @@ def render(clip: Clip, *, frames: int = 9, height: int = 64, width: int = 64) ->
     # Centre of the path: anywhere such that the whole path stays inside.
     mid_x = width / 2 + rng.uniform(-1, 1) * max(0.0, room_x - abs(dx) * travel / 2)
     mid_y = height / 2 + rng.uniform(-1, 1) * max(0.0, room_y - abs(dy) * travel / 2)
-    rgb = CONCEPT_RGB if clip.shape == CONCEPT else COLORS[clip.color]
+    rgb = CONCEPT_RGB if clip.color == "orange" else COLORS[clip.color]
     color = np.clip(np.array(rgb, np.float32) + rng.uniform(-10, 10), 0, 255)
     shade = np.clip(np.array(BACKGROUNDS[clip.background], np.float32) + rng.uniform(-12, 12), 0, 255)
     slope = rng.uniform(-14, 14)

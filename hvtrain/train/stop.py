@@ -6,16 +6,16 @@ import signal
 from types import FrameType
 
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.signals import SIGNALS, arrived
 
 REQUEUE = 75  # EX_TEMPFAIL: "start me again", for the scheduler
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
     """Catches SIGTERM and SIGUSR1 while it is entered."""
 
     def __init__(self) -> None:
-        self.raised = False
+        self.raised = arrived()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopFlag:

@@ -1,37 +1,57 @@
-"""launch."""
+"""launch: a command as several processes, here or as a Slurm job."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
+from hvtrain import signals
 from hvtrain.errors import LaunchError, suggest
 from launcher.table import COMMANDS, command, parse
 
 
 def _launch_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--nproc", type=int, required=True, help="processes on this machine: one per GPU")
-    add("--nnodes", type=int, default=1, help="machines; start this command on each of them")
+    add("--nproc", type=int, required=True, help="processes on each machine: one per GPU")
+    add("--nnodes", type=int, default=1, help="machines; without --slurm, start this command on each of them")
     add("--node-rank", type=int, default=0, help="which of them this is, from 0")
     add("--master-addr", default="127.0.0.1", help="host name of machine 0")
     add("--master-port", type=int, help="a free port on machine 0 (one machine: chosen)")
+    add("--slurm", action="store_true", help="submit it as a Slurm job, which goes on by itself after its time limit")
+    add("--dry-run", action="store_true", help="with --slurm: print the script")
+    add("--site", metavar="FILE", help="with --slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
+    add("--time", default="", metavar="H:M:S", help="with --slurm: time limit of a job")
+    add("--name", default="", metavar="NAME", help="with --slurm: name of the job (default: hvtrain-COMMAND)")
+    add("--log", default="", metavar="FILE", help="with --slurm: where output goes (default: NAME-%%j.log here)")
+    add("--in-job", action="store_true", help=argparse.SUPPRESS)  # what the submitted script calls
     about = "encode, train or generate, and its own arguments"
     add("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=about)
 
 
-@command("launch", "run a command as several processes", options=_launch_options)
-def _launch(args: argparse.Namespace) -> int:
+@command("launch", "run a command as several processes, here or as a Slurm job", options=_launch_options)
+def _launch(args: argparse.Namespace) -> int | None:
+    if args.in_job:
+        signals.remember()
     inner = [a for i, a in enumerate(args.arguments) if not (i == 0 and a == "--")]
     able = [c.name for c in COMMANDS.values() if c.check]
     if not inner or inner[0] not in able:
         given = f"'{inner[0]}'" if inner else "nothing"
         raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), able)}")
+    for option in ("dry_run", "site", "time", "name", "log"):
+        if getattr(args, option) and not args.slurm:
+            raise LaunchError(f"--{option.replace('_', '-')} goes with --slurm")
     parsed = parse(inner)
     check = COMMANDS[parsed.command].check
     assert check is not None
     check(parsed)
-    from launcher import local
+    if args.slurm:
+        _submit(args, inner)
+        return None
+    from launcher import local, slurm
 
+    if args.in_job:
+        return local.launch(inner, slurm.topology(args.nproc))
     topology = local.Topology(
         nproc=args.nproc,
         nnodes=args.nnodes,
@@ -40,3 +60,24 @@ def _launch(args: argparse.Namespace) -> int:
         master_port=args.master_port,
     )
     return local.launch(inner, topology)
+
+
+def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
+    from launcher import slurm
+    from launcher.site import load_site
+
+    if args.node_rank or args.master_port or args.master_addr != "127.0.0.1":
+        raise LaunchError("--node-rank, --master-addr and --master-port are for launching by hand; Slurm's job knows them")
+    if args.nproc < 1 or args.nnodes < 1:
+        raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: both must be at least 1")
+    name = args.name or f"hvtrain-{inner[0]}"
+    job = slurm.Job(
+        "job", name, Path.cwd(), args.log or f"{name}-%j.log",
+        ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
+        slurm.Resources(args.nnodes, args.nproc, args.time),
+    )
+    text = slurm.render(job, load_site(args.site))
+    if args.dry_run:
+        print(text, end="")
+        return
+    print(f"job {slurm.submit(text)}: {name} on {args.nnodes} x {args.nproc} processes")

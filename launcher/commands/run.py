@@ -41,6 +41,9 @@ def _encode(args: argparse.Namespace) -> None:
 
 @command("train", "train a LoRA or the whole model on shards", options=config_options, check=_check("train"))
 def _train(args: argparse.Namespace) -> int | None:
+    from hvtrain import signals
+
+    signals.remember()  # a job that is asked to stop while it loads must not die of it
     cfg = load_config("train", args)
     from hvtrain import train
 

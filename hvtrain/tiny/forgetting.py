@@ -1,0 +1,202 @@
+"""Which way of slicing keeps what was learnt? `python -m hvtrain.tiny.forgetting configs/tiny/forgetting.yaml [key=value ...]`.
+
+Six concepts are six words that the base model has never seen in a caption, each a ring of its own colour. Each is a dataset and
+a LoRA of its own; the six are merged, and prompts with each word are generated and looked at. Ways: LORAID slices (contiguous,
+interleaved, rows) and six ordinary LoRAs merged by sum, average, TIES and DARE. All have the same number of parameters.
+Prints the table of docs/loraid.md; started again, it continues.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from hvtrain import encode, train
+from hvtrain.adapters import merge
+from hvtrain.adapters.loraid import Cut, SlicePlan, load_plan, save_plan
+from hvtrain.adapters.plancommand import plan_for
+from hvtrain.config import EncodeConfig, GenerateConfig, LoraFileConfig, MergeConfig, TrainConfig, asset, load
+from hvtrain.generate.pipeline import run as generate
+from hvtrain.generate.video import write_mp4
+from hvtrain.tiny.clips import BACKGROUNDS, CONCEPT, MOTIONS, Clip, combinations, render
+from hvtrain.tiny.demo import CONFIGS, read_video
+from hvtrain.tiny.score import look
+
+CONCEPTS = {"star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta", "oval": "cyan"}
+POLICIES = ("sum", "average", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The experiment."""
+
+    output: str = ""
+    """Directory of everything; about 300 MB"""
+    clips: int = 48
+    """Clips of each concept"""
+    steps: int = 400
+    """Training steps of each LoRA"""
+    rank: int = 8
+    """Rank of the ordinary LoRAs; slices get the rank with which they have as many parameters"""
+    seed: int = 1
+    """Seed of clips and training"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a concept's LoRA is trained, and how the six become one."""
+
+    name: str
+    cut: Cut | None  # None: an ordinary LoRA
+    policies: tuple[str, ...]
+
+
+WAYS = (
+    Way("LORAID contiguous", Cut(n=6, granularity="module", order="contiguous"), ("error",)),
+    Way("LORAID interleaved", Cut(n=6, granularity="module", order="interleaved"), ("error",)),
+    Way("LORAID rows", Cut(n=6, granularity="rows", order="interleaved"), ("error",)),
+    Way("ordinary LoRA", None, POLICIES),
+)
+
+
+def run(recipe: Recipe) -> None:
+    root = Path(recipe.output)
+    shards = {word: _shards(recipe, root / "data" / word, word) for word in CONCEPTS}
+    table = []
+    base = asset("tiny:dit.safetensors")
+    table.append(("base model", "", 0, _score(root / "base", base)))
+    for way in WAYS:
+        folder = root / way.name.replace(" ", "-").lower()
+        plan = _plan(way, folder)
+        rank = recipe.rank if plan is None else equal_rank(plan, recipe.rank)
+        files = [_train(recipe, folder, plan, i, shards[word], rank) for i, word in enumerate(CONCEPTS, start=1)]
+        n = sum(_parameters(path) for path in files)
+        alone = [
+            _score(folder / f"alone-{word}", base, (LoraFileConfig(str(path)),), words=(word,))
+            for path, word in zip(files, CONCEPTS, strict=True)
+        ]
+        shares = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
+        kept = sum(scores["old words"] for scores in alone) / len(alone)
+        table.append((way.name, "alone", n, {**shares, "old words": kept}))
+        for policy in way.policies:
+            merged = folder / f"merged-{policy}.safetensors"
+            if not merged.exists():
+                loras = tuple(LoraFileConfig(str(path)) for path in files)
+                merge.run(MergeConfig(dit=base, lora=loras, output=str(merged), on_overlap=policy))
+            shown = "merged" if policy == "error" else policy
+            table.append((way.name, shown, n, _score(folder / f"merged-{policy}", str(merged))))
+    print(markdown(table))
+
+
+def equal_rank(plan: SlicePlan, rank: int) -> int:
+    """The rank with which all slices together have the parameters of as many ordinary LoRAs of `rank`, rounded down."""
+    shapes = dict(_layers())
+    whole = sum(out + width for out, width in shapes.values())
+    sliced = sum(slot.end - slot.begin + shapes[slot.module][1] for s in plan.slices for slot in s.slots)
+    return rank * plan.n * whole // sliced
+
+
+def _layers() -> list[tuple[str, tuple[int, int]]]:
+    from hvtrain.adapters.plancommand import target_shapes
+    from hvtrain.models.load import identify, whole_model
+
+    found = identify(asset("tiny:dit.safetensors"))
+    return list(target_shapes(whole_model(found), found.spec).items())
+
+
+def _shards(recipe: Recipe, folder: Path, word: str) -> Path:
+    out = folder / "shards"
+    if not (out / "manifest.json").exists():
+        clips = folder / "clips"
+        clips.mkdir(parents=True, exist_ok=True)
+        for i, (motion, background) in enumerate(list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)):
+            clip = Clip(CONCEPTS[word], CONCEPT, motion, background, recipe.seed * 1000 + i, word)
+            write_mp4(clips / f"{word}_{i:03d}.mp4", render(clip), fps=8, metadata={"caption": clip.caption})
+            (clips / f"{word}_{i:03d}.txt").write_text(clip.caption)
+        dataset = folder / "dataset.toml"
+        dataset.write_text(
+            f"[[datasets]]\nvideo_directory = '{clips.resolve()}'\nresolution = [64, 64]\ntarget_frames = [9]\n"
+        )
+        encode.run(load(EncodeConfig, CONFIGS / "encode.yaml", [f"dataset={dataset}", f"output={out}"]))
+    return out
+
+
+def _plan(way: Way, folder: Path) -> SlicePlan | None:
+    if way.cut is None:
+        return None
+    path = folder / "plan.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_plan(plan_for(way.cut, dit="tiny:dit.safetensors", model=None, flavor=None), path)
+    return load_plan(path)
+
+
+def _train(recipe: Recipe, folder: Path, plan: SlicePlan | None, loraid: int, shards: Path, rank: int) -> Path:
+    name = f"{loraid:02d}"
+    output = folder / name
+    path = output / f"{name}.safetensors"
+    if not path.exists():
+        slot = ["adapter.type=loraid", f"adapter.plan={folder / 'plan.json'}", f"adapter.loraid={loraid}"]
+        owner = slot if plan is not None else []
+        train.run(load(TrainConfig, CONFIGS / "lora.yaml", [
+            f"data.shards={shards}", f"run.output_dir={output}", f"run.name='{name}'", f"run.steps={recipe.steps}",
+            f"run.seed={recipe.seed}", f"adapter.rank={rank}", f"adapter.alpha={rank}", "zero.engine=torch",
+            "zero.offload_optimizer=none", "preview.every_steps=0", "run.log_every=50", *owner,
+        ]))
+    return path
+
+
+def _parameters(path: Path) -> int:
+    """What was trained: rows that a slice does not own are zeros in its file and count for nothing."""
+    from hvtrain.adapters.tools import open_any
+
+    pairs = open_any(path).lora.pairs.values()
+    return sum(p.down.numel() + int(p.up.ne(0).any(dim=1).sum()) * p.rank for p in pairs)
+
+
+def _score(
+    folder: Path, dit: str, loras: tuple[LoraFileConfig, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
+) -> dict[str, float]:
+    """Share of videos that show the concept of each word; and of old prompts whose colour and motion are right."""
+    note = folder / "score.json"
+    if note.exists():
+        return json.loads(note.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    new = [Clip(CONCEPTS[w], CONCEPT, m, b, 0, w) for w in words for m, b in product(MOTIONS, BACKGROUNDS)]
+    _, held = combinations()
+    old = [Clip(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{clip.caption}\n" for clip in [*new, *old]))
+    cfg = load(GenerateConfig, CONFIGS / "generate.yaml", [f"prompt_file={prompts}", f"output={folder}"])
+    files = generate(replace(cfg, model=replace(cfg.model, dit=dit), lora=loras))
+    seen = [look(read_video(path)) for path in files]
+    scores: dict[str, float] = {}
+    for word in words:
+        hits = [s.hollow and s.color == c.color for c, s in zip(new, seen) if c.word == word]
+        scores[word] = sum(hits) / len(hits)
+    right = [(s.color, s.motion) == (c.color, c.motion) for c, s in zip(old, seen[len(new) :], strict=True)]
+    scores["old words"] = sum(right) / len(right)
+    note.write_text(json.dumps(scores))
+    return scores
+
+
+def markdown(table: Sequence[tuple[str, str, int, Mapping[str, float]]]) -> str:
+    head = ["", "", "parameters", *CONCEPTS, "mean", "old words"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, how, n, scores in table:
+        mean = sum(scores[w] for w in CONCEPTS) / len(CONCEPTS)
+        cells = [f"{100 * scores[w]:.0f} %" for w in CONCEPTS] + [f"{100 * mean:.0f} %", f"{100 * scores['old words']:.0f} %"]
+        lines.append("| " + " | ".join([name, how, f"{n:,}" if n else "", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    run(load(Recipe, argv[0], argv[1:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

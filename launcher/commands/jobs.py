@@ -1,0 +1,190 @@
+"""slices run, status, retry, cancel: the jobs of a plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hvtrain.errors import ConfigError, LaunchError
+from launcher.table import OVERRIDE, command, config_options
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    add = parser.add_argument
+    add("--plan", required=True, metavar="FILE", help="plan.json of `hvtrain slices plan`")
+    add("--data", required=True, metavar="DIR", help="the parts of `hvtrain shards split` (01, 02, ...), or one set for all")
+    add("--output", required=True, metavar="DIR", help="everything of this run; an earlier one of the same settings goes on")
+    add("--backend", default="local", metavar="NAME", help="local (default): on this machine; slurm: a job array and a merge job")
+    add("--at-once", type=int, default=1, metavar="N", help="slices that run together (default: 1)")
+    add("--nproc", type=int, default=1, metavar="N", help="processes (GPUs) of a slice, per node (default: 1)")
+    add("--nodes", type=int, default=1, metavar="N", help="slurm: nodes of a slice (default: 1)")
+    add("--gpus", metavar="LIST", help="local: GPUs that are handed out, as in 0,1,2,3 (needs at-once x nproc of them)")
+    add("--time", default="", metavar="H:M:S", help="slurm: time limit of a job; a slice that needs longer goes on in the next")
+    add("--site", metavar="FILE", help="slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
+    add("--merge-as", default="lora", metavar="KIND", help="what the slices become: lora (default), model or none")
+    add("--dry-run", action="store_true", help="slurm: print the scripts")
+
+
+@command("slices run", "train all slices of a plan as independent jobs, then merge them", options=_run_options)
+def _run(args: argparse.Namespace) -> int | None:
+    from launcher import backends, slices
+
+    wanted = _slices(args)
+    run = Path(args.output).resolve()
+    _check_configs(run, wanted)
+    if args.dry_run:
+        if wanted.backend != "slurm":
+            raise LaunchError("--dry-run goes with --backend slurm")
+        print(backends.array_script(run, wanted, range(1, wanted.n + 1)))
+        if wanted.merge:
+            print(backends.merge_script(run, wanted, "afterok:ARRAY"))
+        return None
+    if (run / slices.FILE).exists() and slices.load_slices(run) != wanted:
+        raise ConfigError(f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory")
+    if not (run / slices.FILE).exists():
+        slices.save_slices(run, wanted)
+    return _go(run, wanted, everything=True)
+
+
+def _slices(args: argparse.Namespace):
+    from launcher import slices
+
+    files = [item for item in args.items if not OVERRIDE.match(item)]
+    if len(files) > 1:
+        raise ConfigError(f"one config file expected, got {' and '.join(files)}")
+    if args.backend not in ("local", "slurm"):
+        raise ConfigError(f"--backend {args.backend}: expected local or slurm")
+    for option in ("at_once", "nproc", "nodes"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected 1 or more")
+    gpus = tuple(g.strip() for g in args.gpus.split(",")) if args.gpus else ()
+    if gpus and (args.backend != "local" or len(gpus) < args.at_once * args.nproc):
+        needed = args.at_once * args.nproc
+        raise ConfigError(f"--gpus {args.gpus}: {args.at_once} slices of {args.nproc} need {needed} GPUs, and backend local")
+    if args.backend == "local" and (args.nodes > 1 or args.time or args.site):
+        raise ConfigError("--nodes, --time and --site are for --backend slurm")
+    n = slices.plan_size(args.plan)
+    overrides = tuple(item for item in args.items if OVERRIDE.match(item))
+    run = Path(args.output).resolve()
+    return slices.Slices(
+        plan=str(Path(args.plan).resolve()), config=str(Path(files[0]).resolve()) if files else None, overrides=overrides,
+        data=slices.data_of(args.data, n), n=n, nproc=args.nproc, nodes=args.nodes, time=args.time, site=args.site,
+        backend=args.backend, at_once=args.at_once, gpus=gpus, merge=_merge_arguments(args.merge_as, args, run, files),
+    )
+
+
+def _merge_arguments(kind: str, args: argparse.Namespace, run: Path, files: list[str]) -> tuple[str, ...]:
+    from hvtrain import config
+
+    if kind not in ("lora", "model", "none"):
+        raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
+    if kind == "none":
+        return ()
+    overrides = [item for item in args.items if OVERRIDE.match(item)]
+    dit = config.load(config.TrainConfig, files[0] if files else None, overrides).model.dit
+    if not dit:
+        raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
+    output = str(run / "merge" / f"merged-{kind}.safetensors")
+    plan = str(Path(args.plan).resolve())
+    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output)
+
+
+def _check_configs(run: Path, wanted) -> None:
+    """Every slice's config, before anything is submitted."""
+    from hvtrain import config, validate
+    from launcher.slices import train_arguments
+
+    for loraid in range(1, wanted.n + 1):
+        arguments = train_arguments(run, wanted, loraid)[1:]
+        file = arguments.pop(0) if wanted.config else None
+        validate.check_train(config.load(config.TrainConfig, file, arguments))
+
+
+def _go(run: Path, wanted, *, everything: bool) -> int | None:
+    """Start what is not done and not under way. `everything`: also what has never been started."""
+    from launcher import backends
+
+    found = backends.standings(run, wanted)
+    again = ("failed", "cancelled", "preempted", *(("waiting",) if everything else ()))
+    loraids = [i for i, s in enumerate(found[:-1], start=1) if s.word in again]
+    if wanted.backend == "local":
+        if any(s.word == "running" for s in found):
+            raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
+        if not loraids and found[-1].word in ("done", "none"):
+            print(f"{run}: nothing to do, all slices are done and merged")
+            return 0
+        return backends.run_here(run, wanted, loraids)
+    under_way = [s for s in found[:-1] if s.word in backends.OPEN]
+    if not loraids and (under_way or found[-1].word in ("done", "none", *backends.OPEN)):
+        print(f"{run}: nothing to start")
+        return None
+    from launcher.slices import load_state
+
+    waiting_for = [load_state(run, s.name).jobs[-1] for s in under_way]
+    for line in backends.submit(run, wanted, loraids, waiting_for):
+        print(line)
+    print(f"hvtrain slices status {run}")
+    return None
+
+
+def _run_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="DIR", help="the --output of `hvtrain slices run`")
+
+
+@command("slices status", "how each slice stands: step, loss, time left, or its last error line", options=_run_folder)
+def _status(args: argparse.Namespace) -> int:
+    from launcher import backends, slices
+
+    run = Path(args.run).resolve()
+    found = backends.standings(run, slices.load_slices(run))
+    for line in slices.table(found):
+        print(line)
+    return 1 if any(s.word == "failed" for s in found) else 0
+
+
+@command("slices retry", "start again what failed, was cancelled or preempted, and the merge after it", options=_run_folder)
+def _retry(args: argparse.Namespace) -> int | None:
+    from launcher import slices
+
+    run = Path(args.run).resolve()
+    return _go(run, slices.load_slices(run), everything=False)
+
+
+@command("slices cancel", "stop what is queued or running", options=_run_folder)
+def _cancel(args: argparse.Namespace) -> None:
+    from launcher import backends, slices
+
+    run = Path(args.run).resolve()
+    for line in backends.cancel(run, slices.load_slices(run)):
+        print(line)
+
+
+def _one_options(parser: argparse.ArgumentParser) -> None:
+    _run_folder(parser)
+    parser.add_argument("loraid", type=int, metavar="N", help="which slice")
+
+
+@command("slices one", "train one slice here; what the jobs of `slices run` call", options=_one_options)
+def _one(args: argparse.Namespace) -> int:
+    from hvtrain import signals
+    from launcher import backends, slices
+
+    signals.remember()
+    run = Path(args.run).resolve()
+    wanted = slices.load_slices(run)
+    if not 1 <= args.loraid <= wanted.n:
+        raise LaunchError(f"slice {args.loraid}: expected 1 to {wanted.n}")
+    return backends.run_one(run, wanted, args.loraid)
+
+
+@command("slices merge", "merge the finished slices here; what the merge job of `slices run` calls", options=_run_folder)
+def _merge(args: argparse.Namespace) -> int:
+    from launcher import backends, slices
+
+    run = Path(args.run).resolve()
+    wanted = slices.load_slices(run)
+    if not wanted.merge:
+        raise LaunchError(f"{run}: was started with --merge-as none; use `hvtrain merge --plan {wanted.plan} --slices {run}`")
+    (run / "merge").mkdir(exist_ok=True)
+    return backends.run_merge(run, wanted)

@@ -1,0 +1,164 @@
+"""Jobs on a real Slurm of two nodes: arrays, time limits, requeueing, failures, cancelling."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shards import edit
+from tests.slurm.cluster import Cluster, missing
+from tests.train.shardset import make_shards
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is here"),
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("slurm"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = [
+    "model.dit=tiny:dit.safetensors", "model.dtype=float32", "data.batch_size=2", "adapter.rank=4", "adapter.alpha=4",
+    "run.precision=fp32", "run.recompute=none", "optim.lr=1e-3", "zero.engine=torch",
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # pytest's own are closed to the user munge
+        found = Cluster(Path(folder))
+        try:
+            found.start()
+            yield found
+        finally:
+            found.stop()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards") / "set", n=12)
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Node names mean nothing outside Slurm here, and signals must come early in jobs of one minute."""
+    path = tmp_path / "site.yaml"
+    variables = f"MASTER_ADDR=localhost, DS_ACCELERATOR=cpu, OMP_NUM_THREADS=1, PYTHONPATH={ROOT}"
+    path.write_text(f"grace_s: 20\nenvironment: [{variables}]\n")
+    return path
+
+
+def hvtrain(cluster: Cluster, *arguments, check=True) -> subprocess.CompletedProcess:
+    return cluster.run(sys.executable, "-m", "launcher.cli", *map(str, arguments), check=check)
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = load_file(a), load_file(b)
+    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+
+
+def test_a_job_on_two_nodes(cluster, shards, site, tmp_path):
+    log, run = tmp_path / "job.log", tmp_path / "run"
+    config = [*TRAIN, f"data.shards={shards}", f"run.output_dir={run}", "run.steps=4", "zero.engine=deepspeed", "zero.stage=2"]
+    done = hvtrain(cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--log", log, "train", *config)
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+    assert "2 process(es): data 2 x Ulysses 1 x ring 1" in log.read_text()
+    assert (run / "lora.safetensors").exists()
+
+
+def test_a_job_with_a_time_limit_goes_on_until_it_is_done(cluster, shards, site, tmp_path):
+    """The limit is one minute, and 45 s before it the job is asked to save. Weights as without interruption."""
+    config = [*TRAIN, f"data.shards={shards}", "run.steps=60", "run.grad_accum=40"]
+    whole = tmp_path / "whole"
+    hvtrain(cluster, "train", *config, f"run.output_dir={whole}")
+    site.write_text(site.read_text().replace("grace_s: 20", "grace_s: 45"))
+    log, run = tmp_path / "job.log", tmp_path / "run"
+    done = hvtrain(
+        cluster, "launch", "--slurm", "--site", site, "--time", "0:01:00", "--nproc", 1, "--log", log, "train", *config,
+        f"run.output_dir={run}",
+    )
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=400) == "COMPLETED", log.read_text()[-3000:]
+    assert "stopped by a signal; start again to continue" in log.read_text()
+    restarts = int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1])
+    assert restarts >= 1
+    assert same(whole / "lora.safetensors", run / "lora.safetensors")
+
+
+@pytest.fixture
+def sliced(cluster, shards, site, tmp_path):
+    """A plan of four slices with a part of the data each, and the command that runs them."""
+    edit.split(str(shards), tmp_path / "parts", edit.by_number(4))
+    plan = ["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 4, "--granularity", "rows", "--order", "interleaved"]
+    hvtrain(cluster, *plan, "--output", tmp_path / "plan")
+    return [
+        "slices", "run", *TRAIN, "run.steps=3", "--plan", tmp_path / "plan" / "plan.json", "--data", tmp_path / "parts",
+        "--backend", "slurm", "--at-once", 2, "--site", site, "--output", tmp_path / "run",
+    ]
+
+
+def words(cluster: Cluster, run: Path) -> dict[str, str]:
+    done = hvtrain(cluster, "slices", "status", run, check=False)
+    return {line.split()[0]: line for line in done.stdout.splitlines()}
+
+
+def merge_job(run: Path) -> str:
+    return json.loads((run / "state/merge.json").read_text())["jobs"][-1]
+
+
+def test_four_slices_as_an_array_and_the_merge_after_them(cluster, sliced, tmp_path):
+    run = tmp_path / "run"
+    assert "%2" in hvtrain(cluster, *sliced, "--dry-run").stdout and not run.exists()
+    out = hvtrain(cluster, *sliced).stdout
+    assert "slices 1, 2, 3, 4, 2 at a time" in out
+    assert cluster.wait(merge_job(run), "COMPLETED", "FAILED") == "COMPLETED", (run / "logs/merge.log").read_text()
+    found = words(cluster, run)
+    assert all("done" in found[name] for name in ("01", "02", "03", "04", "merge")), found
+    assert "3/3" in found["03"] and "loss" in found["03"]
+    report = json.loads((run / "merge/merged-lora-merge.json").read_text())
+    assert report["overlap_rows"] == 0 and [e["loraid"] for e in report["loras"]] == ["1", "2", "3", "4"]
+    assert "nothing to start" in hvtrain(cluster, *sliced).stdout
+
+
+def test_a_failed_slice_holds_the_merge_until_it_is_retried(cluster, sliced, tmp_path):
+    run, part = tmp_path / "run", tmp_path / "parts" / "03"
+    sound = (part / "manifest.json").read_text()
+    (part / "manifest.json").write_text("{}")
+    hvtrain(cluster, *sliced)
+    array = json.loads((run / "state/03.json").read_text())["jobs"][-1]
+    assert cluster.wait(array, "FAILED", "COMPLETED") == "FAILED"
+    for n in ("01", "02", "04"):
+        cluster.wait(json.loads((run / f"state/{n}.json").read_text())["jobs"][-1], "COMPLETED")
+    found = words(cluster, run)
+    assert "failed" in found["03"] and "damaged manifest" in found["03"] and "done" in found["04"]
+    assert "queued" in found["merge"] and not (run / "merge").exists()
+    (part / "manifest.json").write_text(sound)
+    assert "slices 3, 2 at a time" in hvtrain(cluster, "slices", "retry", run).stdout
+    assert cluster.wait(merge_job(run), "COMPLETED", "FAILED") == "COMPLETED"
+    assert all("done" in line for line in words(cluster, run).values())
+
+
+def test_cancelling_is_told_as_it_is(cluster, sliced, tmp_path):
+    run = tmp_path / "run"
+    hvtrain(cluster, *[a if a != "run.steps=3" else "run.steps=3000" for a in sliced])
+    end = time.monotonic() + 120
+    while "running" not in (found := words(cluster, run))["01"] or "/3000" not in found["01"]:
+        assert time.monotonic() < end, found
+        time.sleep(1)
+    cluster.run("scancel", json.loads((run / "state/01.json").read_text())["jobs"][-1])
+    cluster.wait(json.loads((run / "state/01.json").read_text())["jobs"][-1], "CANCELLED")
+    found = words(cluster, run)
+    assert "cancelled" in found["01"] and "running" in found["02"]
+    assert "cancelled: " in hvtrain(cluster, "slices", "cancel", run).stdout
+    for n in ("02", "03", "04"):
+        cluster.wait(json.loads((run / f"state/{n}.json").read_text())["jobs"][-1], "CANCELLED")
+    assert {words(cluster, run)[n].split()[1] for n in ("01", "02", "03", "04")} == {"cancelled"}
