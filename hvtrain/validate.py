@@ -133,6 +133,14 @@ def check_encode(cfg: EncodeConfig) -> None:
 
 
 def check_generate(cfg: GenerateConfig) -> None:
+    if cfg.slices is not None:
+        _exists(cfg.slices, "slices")
+    elif cfg.loraid or cfg.lora_multiplier:
+        raise ConfigError("loraid and lora_multiplier choose among the slices of a run: give slices, its directory")
+    if len(cfg.lora_multiplier) > 1 and len(cfg.lora_multiplier) != len(cfg.loraid):
+        raise ConfigError(
+            f"lora_multiplier has {len(cfg.lora_multiplier)} values for {len(cfg.loraid)} slices in loraid; give one each, or one"
+        )
     if (cfg.prompt is None) == (cfg.prompt_file is None):
         raise ConfigError("give either prompt or prompt_file")
     if cfg.prompt_file is not None:

@@ -88,6 +88,14 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("torch build", torch, "it has no CUDA: pip install torch from the CUDA index, see docs/install.md")
 
 
+def count_gpus() -> int:
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len([line for line in done.stdout.splitlines() if line.startswith("GPU")]) if done.returncode == 0 else 0
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -260,7 +260,7 @@ def table(standings: Sequence[Standing]) -> list[str]:
         progress = f"{s.step}/{s.steps}" if s.steps else (str(s.step) if s.step else "")
         loss = f"loss {s.loss:.4f}" if s.loss is not None else ""
         eta = f"{_span(s.eta_s)} left" if s.eta_s is not None else ""
-        parts = [f"{s.name:<6}{s.word:<11}", f"{progress:<14}", f"{loss:<12}", f"{eta:<14}", s.note]
+        parts = [f"{s.name:<6}{s.word:<11}", f"{progress:<14}", f"{loss:<13}", f"{eta:<14}", s.note]
         lines.append("".join(parts).rstrip())
     return lines
 

@@ -94,6 +94,15 @@ def submit(text: str, *, hold: bool = False) -> str:
     return done.stdout.strip().split(";")[0]
 
 
+def submit_and_wait(text: str) -> int:
+    """Run a job to its end; its exit code."""
+    _need("sbatch")
+    done = subprocess.run(["sbatch", "--parsable", "--wait"], input=text, capture_output=True, text=True)
+    if done.returncode and not done.stdout.strip():
+        raise LaunchError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    return done.returncode
+
+
 def states(ids: Sequence[str]) -> dict[str, str]:
     """Job or array task (12_3) -> Slurm's word for its state; one that Slurm has forgotten is absent."""
     if not ids or shutil.which("squeue") is None:

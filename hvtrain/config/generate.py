@@ -53,7 +53,13 @@ class GenerateConfig:
     batch_size: int = 1
     """Prompts sampled together"""
     lora: tuple[LoraFileConfig, ...] = ()
-    """LoRAs to apply"""
+    """LoRAs to apply; multiplier 0 switches one off completely"""
+    slices: str | None = None
+    """A sliced run: the directory that holds 01, 02, ... of `hvtrain slices run`"""
+    loraid: tuple[int, ...] = ()
+    """Which of its slices to apply; none: all"""
+    lora_multiplier: tuple[float, ...] = ()
+    """One for each of them in order, or one for all; none: 1.0"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share one video"""
     precision: Literal["bf16", "fp32"] = "bf16"

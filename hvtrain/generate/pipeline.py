@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvtrain import __version__
-from hvtrain.adapters.files import LoraFile, read_lora
+from hvtrain.adapters.files import LoraFile
 from hvtrain.adapters.lora import linear_shapes, merge_all
 from hvtrain.config import GenerateConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import Velocity, euler
+from hvtrain.generate.loras import open_loras
 from hvtrain.generate.progress import Sampling
 from hvtrain.generate.requests import Job, Request, batches, plan_jobs
 from hvtrain.generate.video import write_mp4
@@ -92,7 +93,7 @@ def make_plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     held = {name: source.shape(found.weights.shapes) for name, source in found.sources.items()}
     check(found.path, {name: tuple(t.shape) for name, t in model.state_dict().items()}, held)
     layers = linear_shapes(model)
-    loras = [(read_lora(asset(lora.path), layers, spec=spec), lora.multiplier) for lora in cfg.lora]
+    loras = open_loras(cfg, layers, spec, quiet=not ctx.is_main)
     size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
     return Plan(spec, flavor, batches(jobs, size), loras)
 

@@ -1,9 +1,10 @@
 """Which way of slicing keeps what was learnt? `python -m hvtrain.tiny.forgetting configs/tiny/forgetting.yaml [key=value ...]`.
 
-Six concepts are six words that the base model has never seen in a caption, each a ring of its own colour. Each is a dataset and
-a LoRA of its own; the six are merged, and prompts with each word are generated and looked at. Ways: LORAID slices (contiguous,
-interleaved, rows) and six ordinary LoRAs merged by sum, average, TIES and DARE. All have the same number of parameters.
-Prints the table of docs/loraid.md; started again, it continues.
+Six concepts are six words that the base model has never seen in a caption, each a circle of a colour that only the word tells.
+Each is a slice of the data, together with as many clips of old words, and a LoRA of its own; the six are merged, and prompts
+with each word are generated and looked at. Ways: LORAID slices (contiguous, interleaved, rows) and six ordinary LoRAs merged by
+sum, average, TIES and DARE. All have the same number of parameters. Prints the table of docs/loraid.md; started again, it
+continues.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hvtrain.adapters.plancommand import plan_for
 from hvtrain.config import EncodeConfig, GenerateConfig, LoraFileConfig, MergeConfig, TrainConfig, asset, load
 from hvtrain.generate.pipeline import run as generate
 from hvtrain.generate.video import write_mp4
-from hvtrain.tiny.clips import BACKGROUNDS, CONCEPT, MOTIONS, Clip, combinations, render
+from hvtrain.tiny.clips import BACKGROUNDS, MOTIONS, Clip, combinations, render, training_clips
 from hvtrain.tiny.demo import CONFIGS, read_video
 from hvtrain.tiny.score import look
 
@@ -36,8 +37,8 @@ class Recipe:
 
     output: str = ""
     """Directory of everything; about 300 MB"""
-    clips: int = 48
-    """Clips of each concept"""
+    clips: int = 36
+    """Clips of each concept, a multiple of 12; as many of old words are added"""
     steps: int = 400
     """Training steps of each LoRA"""
     rank: int = 8
@@ -113,8 +114,10 @@ def _shards(recipe: Recipe, folder: Path, word: str) -> Path:
     if not (out / "manifest.json").exists():
         clips = folder / "clips"
         clips.mkdir(parents=True, exist_ok=True)
-        for i, (motion, background) in enumerate(list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)):
-            clip = Clip(CONCEPTS[word], CONCEPT, motion, background, recipe.seed * 1000 + i, word)
+        places = list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)
+        made = [Clip(CONCEPTS[word], "circle", m, b, recipe.seed * 1000 + i, word) for i, (m, b) in enumerate(places)]
+        made += training_clips(recipe.clips, seed=recipe.seed * 100 + list(CONCEPTS).index(word))
+        for i, clip in enumerate(made):
             write_mp4(clips / f"{word}_{i:03d}.mp4", render(clip), fps=8, metadata={"caption": clip.caption})
             (clips / f"{word}_{i:03d}.txt").write_text(clip.caption)
         dataset = folder / "dataset.toml"
@@ -166,7 +169,7 @@ def _score(
     if note.exists():
         return json.loads(note.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    new = [Clip(CONCEPTS[w], CONCEPT, m, b, 0, w) for w in words for m, b in product(MOTIONS, BACKGROUNDS)]
+    new = [Clip(CONCEPTS[w], "circle", m, b, 0, w) for w in words for m, b in product(MOTIONS, BACKGROUNDS)]
     _, held = combinations()
     old = [Clip(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
     prompts = folder / "prompts.txt"
@@ -176,7 +179,7 @@ def _score(
     seen = [look(read_video(path)) for path in files]
     scores: dict[str, float] = {}
     for word in words:
-        hits = [s.hollow and s.color == c.color for c, s in zip(new, seen) if c.word == word]
+        hits = [s.color == c.color for c, s in zip(new, seen) if c.word == word]
         scores[word] = sum(hits) / len(hits)
     right = [(s.color, s.motion) == (c.color, c.motion) for c, s in zip(old, seen[len(new) :], strict=True)]
     scores["old words"] = sum(right) / len(right)

@@ -1,4 +1,4 @@
-"""models, config, demo, doctor: what there is."""
+"""models, config, demo: what there is."""
 
 from __future__ import annotations
 
@@ -57,10 +57,3 @@ def _demo(args: argparse.Namespace) -> int | None:
     from hvtrain.tiny import demo
 
     return demo.run(args.output)
-
-
-@command("doctor", "check this machine: packages, GPUs, memory, disk")
-def _doctor(args: argparse.Namespace) -> int:
-    from launcher import doctor
-
-    return doctor.run()

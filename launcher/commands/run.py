@@ -50,8 +50,33 @@ def _train(args: argparse.Namespace) -> int | None:
     return train.run(cfg)
 
 
-@command("generate", "make videos from prompts", options=config_options, check=_check("generate"))
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    add = parser.add_argument
+    add("--loraid", nargs="+", action="append", default=[], metavar="N", help="slices of slices=DIR to apply: --loraid 1 2 3")
+    add("--lora_multiplier", "--lora-multiplier", nargs="+", action="append", default=[], metavar="X",
+        help="one per slice, or one for all; 0 switches a slice off completely")
+
+
+def _generate_items(args: argparse.Namespace) -> None:
+    """The options as overrides. An option that takes several values also swallows what follows it: that is given back."""
+    for key in ("loraid", "lora_multiplier"):
+        values = [v for group in getattr(args, key) for v in group]
+        numbers = [v for v in values if v.replace(".", "", 1).lstrip("-").isdigit()]
+        args.items += [v for v in values if v not in numbers]
+        if numbers:
+            args.items.append(f"{key}=[{', '.join(numbers)}]")
+        setattr(args, key, [])
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    _generate_items(args)
+    _check("generate")(args)
+
+
+@command("generate", "make videos from prompts", options=_generate_options, check=_check_generate)
 def _generate(args: argparse.Namespace) -> None:
+    _generate_items(args)
     cfg = load_config("generate", args)
     from hvtrain import generate
 

@@ -162,3 +162,10 @@ def test_cancelling_is_told_as_it_is(cluster, sliced, tmp_path):
     for n in ("02", "03", "04"):
         cluster.wait(json.loads((run / f"state/{n}.json").read_text())["jobs"][-1], "CANCELLED")
     assert {words(cluster, run)[n].split()[1] for n in ("01", "02", "03", "04")} == {"cancelled"}
+
+
+def test_doctor_looks_at_the_nodes_of_an_allocation(cluster, site, tmp_path):
+    done = hvtrain(cluster, "doctor", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--dir", tmp_path)
+    for words_ in ("2 on", "all-reduce", "all-to-all", "Ulysses 2 = one", "ring 2 = one", "seen by all"):
+        assert words_ in done.stdout, done.stdout
+    assert "FAIL" not in done.stdout
