@@ -125,7 +125,7 @@ def _write_model(
     target = Target(
         Path(cfg.output), _DTYPES[cfg.dtype] if cfg.dtype else None,
         int(cfg.max_shard_gb * 1e9) if cfg.max_shard_gb else None, cfg.device,
-        signature(weights, parts, dtype=cfg.dtype, said=f"{cfg.on_overlap}/{cfg.density}/{cfg.seed}"),
+        signature([*weights.files, *(lora.path for lora, _ in inputs.loras)], repr(cfg)),
     )
     files = write_model(weights, parts, target, metadata=_metadata(weights, inputs.loras))
     where = f" in {len(files)} files" if len(files) > 1 else ""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +20,8 @@ from hvtrain.adapters.pairs import LoraPair, add_pairs, cut_rows
 from hvtrain.adapters.policies import Dense, Result
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.load import Identified
-from hvtrain.models.stream import Slot, open_resumable
-from hvtrain.models.weights import Weights
+from hvtrain.models.stream import Slot, TensorWriter, open_resumable
+from hvtrain.models.weights import Entry, Weights
 from shards.atomic import write_text
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -146,30 +149,52 @@ def _write_file(
     weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Slot], metadata: Mapping[str, str], target: Target
 ) -> None:
     wanted = {slot.name: slot.dtype for slot in slots}
-    with open_resumable(path, slots, metadata=metadata, signature=target.signature) as writer:
+    with ExitStack() as stack:
+        files = {f: stack.enter_context(f.open("rb")).fileno() for f in {weights.entries[s.name].file for s in slots}}
+        scratch = torch.empty(max(slot.n_bytes for slot in slots), dtype=torch.uint8)
+        writer = stack.enter_context(open_resumable(path, slots, metadata=metadata, signature=target.signature))
         for name in writer.waiting:
-            given = weights.get(name)
-            tensor = given
-            if name in parts:
-                # Another dtype is rounded to once, after the sum. The mapping itself must not be written to.
-                between = given.dtype if given.dtype == wanted[name] else torch.float32
-                tensor = given.to(target.device, between, copy=True, memory_format=torch.contiguous_format)
+            entry = weights.entries[name]
+            plain = entry.dtype == wanted[name] and entry.start is not None
+            if plain and name not in parts:
+                writer.copy(name, files[entry.file], entry.start or 0)
+            elif plain and target.device == "cpu":
+                tensor = _read_into(scratch, files[entry.file], entry)
                 parts[name].add_to(tensor)
-            writer.write(name, tensor.to(wanted[name]))
-            weights.release(given)
+                writer.write(name, tensor)
+            else:
+                _write_converted(weights, parts.get(name), name, wanted[name], writer, target.device)
 
 
-def signature(weights: Weights, parts: Mapping[str, Part], *, dtype: object, said: str) -> str:
+def _read_into(scratch: Tensor, file: int, entry: Entry) -> Tensor:
+    """The tensor's values in memory that is used again: fresh pages cost more than the copy."""
+    n = math.prod(entry.shape) * entry.dtype.itemsize
+    view, done = memoryview(scratch.numpy())[:n], 0  # type: ignore[arg-type]
+    while done < n:
+        done += os.preadv(file, [view[done:]], (entry.start or 0) + done)
+    return scratch[:n].view(entry.dtype).view(entry.shape)
+
+
+def _write_converted(
+    weights: Weights, part: Part | None, name: str, dtype: torch.dtype, writer: TensorWriter, device: str
+) -> None:
+    """Another dtype is rounded to once, after the sum. The mapping itself must not be written to."""
+    given = weights.get(name)
+    tensor = given
+    if part is not None:
+        between = given.dtype if given.dtype == dtype else torch.float32
+        tensor = given.to(device, between, copy=True, memory_format=torch.contiguous_format)
+        part.add_to(tensor)
+    writer.write(name, tensor.to(dtype))
+    weights.release(given)
+
+
+def signature(files: Sequence[Path], said: str) -> str:
     """Of the inputs: a half-written file is continued only by the same merge."""
-    digest = hashlib.sha256(f"{dtype}/{said}".encode())
-    for file in weights.files:
+    digest = hashlib.sha256(said.encode())
+    for file in files:
         status = file.stat()
-        digest.update(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}".encode())
-    for name, part in parts.items():
-        digest.update(name.encode())
-        for pair, multiplier in part.pairs:
-            sums = [float(t.double().abs().sum()) for t in (pair.up, pair.down)]
-            digest.update(f"{sums}/{pair.alpha}/{multiplier}".encode())
+        digest.update(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

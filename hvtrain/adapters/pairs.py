@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from hvtrain.errors import CheckpointError
 
-_CHUNK = 2**23  # weight elements taken to float32 at a time: 32 MiB each for the weight's copy and for the delta
+_CHUNK = 2**20  # weight elements taken to float32 at a time: 4 MiB, which stay in the cache
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,31 @@ def add_pairs(weight: torch.Tensor, pairs: Iterable[tuple[LoraPair, float]]) -> 
 
     In row chunks, so that a big layer costs no float32 copy of itself. A multiplier of 0 leaves the weight alone.
     """
-    used = [(pair, multiplier * pair.scale) for pair, multiplier in pairs if multiplier != 0.0]
-    if not used:
-        return
     device = weight.device
-    factors = [(p.up.to(device, torch.float32) * s, p.down.to(device, torch.float32)) for p, s in used]
+    factors = []
+    for pair, multiplier in pairs:
+        begin, end = changed_rows(pair.up) if multiplier != 0.0 else (0, 0)
+        if begin < end:  # a slice's `up` is zero outside its rows: they cost nothing
+            up = pair.up[begin:end].to(device, torch.float32) * (multiplier * pair.scale)
+            factors.append((begin, end, up, pair.down.to(device, torch.float32)))
+    edges = sorted({edge for begin, end, _, _ in factors for edge in (begin, end)})
     n_rows = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, weight.shape[0], n_rows):
-        rows = weight[start : start + n_rows]
-        total = rows.to(torch.float32, copy=True)
-        for up, down in factors:
-            total.addmm_(up[start : start + n_rows], down)
-        rows.copy_(total)
+    scratch = torch.empty(n_rows, weight.shape[1], device=device) if factors else weight
+    for first, last in pairwise(edges):
+        own = [(up[first - begin : last - begin], down) for begin, end, up, down in factors if begin <= first and last <= end]
+        for start in range(first, last if own else first, n_rows):
+            stop = min(last, start + n_rows)
+            rows = weight[start:stop]
+            total = scratch[: stop - start].copy_(rows)
+            for up, down in own:
+                total.addmm_(up[start - first : stop - first], down)
+            rows.copy_(total)
+
+
+def changed_rows(up: torch.Tensor) -> tuple[int, int]:
+    """The range of rows that are not all zero; (0, 0) if there is none."""
+    found = torch.nonzero(up.ne(0).any(dim=1)).flatten()
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
 
 def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | None]:

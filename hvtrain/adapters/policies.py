@@ -81,8 +81,9 @@ class Overlap:
 
 def overlaps(layers: dict[str, list[Contribution]]) -> Iterator[Overlap]:
     for module, found in layers.items():
-        for a, b in combinations(found, 2):
-            n = int((a.rows & b.rows).sum())
+        rows = [c.rows for c in found]
+        for (a, mine), (b, its) in combinations(zip(found, rows, strict=True), 2):
+            n = int((mine & its).sum())
             if n:
                 yield Overlap(module, a.lora, b.lora, n)
 

@@ -38,6 +38,7 @@ class Entry:
     shape: tuple[int, ...]
     map: Callable[[], Tensor]  # a view of the file; read-only by agreement
     file: Path
+    start: int | None = None  # where its bytes begin in the file, if they lie there as they are
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             n = slot.n_bytes // slot.dtype.itemsize
             return torch.frombuffer(mapped, dtype=slot.dtype, count=n, offset=slot.start).reshape(slot.shape)
 
-        return Entry(slot.dtype, slot.shape, view, path)
+        return Entry(slot.dtype, slot.shape, view, path, slot.start)
 
     return {name: entry(slot) for name, slot in header.slots.items()}, dict(header.metadata)
 

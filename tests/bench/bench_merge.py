@@ -2,9 +2,9 @@
 
     python -m tests.bench.bench_merge [--gb 6] [--slices 8] [--rank 32] [--folder DIR]
 
-The checkpoint has the official names and the widths of the full-size model with fewer blocks, random bfloat16. Eight LORAID slices
-(rows, interleaved), then as many LoRAs over all rows. Every figure is a run of its own process: seconds, and the peak of its
-anonymous memory (what the page cache cannot give back). Prints a table, asserts nothing.
+The checkpoint has the official names and the widths of the full-size model with fewer blocks, random bfloat16. Eight LORAID
+slices (rows, interleaved), then as many LoRAs over all rows. Every figure is a run of its own process: seconds, and the peak of
+its anonymous memory (what the page cache cannot give back). Prints a table, asserts nothing.
 """
 
 from __future__ import annotations
