@@ -208,3 +208,7 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
     assert "nothing to do" in hvtrain(*start, "--at-once", 2).stdout
     done = hvtrain(*start, "--at-once", 1)
     assert done.returncode == 2 and "another sliced run" in done.stderr
+
+
+def test_the_committed_site_file_is_the_defaults():
+    assert load_site(str(ROOT / "configs" / "cluster.yaml")) == Site()
