@@ -22,6 +22,12 @@ def leave(code: int) -> None:
         signal.signal(number, lambda number, frame: os._exit(code))
 
 
+def obey() -> None:
+    """From now on these signals end the process, as they do by default."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     _early.append(number)
 

@@ -17,6 +17,8 @@ def main() -> None:
         signals.remember()  # before the imports, which take seconds
     elif sys.argv[1:2] == ["encode"]:
         signals.leave(REQUEUE)
+    else:
+        signals.obey()  # the launcher starts its workers deaf
     _end_with_parent()
     code = cli.main()
     sys.stdout.flush()

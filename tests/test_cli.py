@@ -79,7 +79,7 @@ def test_the_committed_reference_is_the_code() -> None:
     assert committed == info.reference_text(), "run: hvtrain config > configs/reference.yaml"
 
 
-RECIPES = ("clips", "vae")  # of hvtrain.tiny's own programs
+RECIPES = ("clips", "forgetting", "vae")  # of hvtrain.tiny's own programs
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.stem not in RECIPES]
 READ_BY = {"encode": "encode", "lora": "train", "full": "train", "dit": "train", "generate": "generate", "model": "train"}
 

@@ -45,7 +45,11 @@ class Snapshot:
 
 
 def save(root: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
-    """Write a checkpoint and drop the oldest beyond `keep_last` (0 keeps all). For one rank only."""
+    """Write a checkpoint and drop the oldest beyond `keep_last` (0 keeps all). For one rank only.
+
+    Raises CheckpointError before anything is written if the disk has no room for it.
+    """
+    _check_room(root, snapshot)
     final = root / f"step-{snapshot.progress.step:08d}"
     temporary = root / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -70,6 +74,19 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
         for old in _complete(root)[:-keep_last]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _check_room(root: Path, snapshot: Snapshot) -> None:
+    tensors = [*snapshot.params.values(), *snapshot.ema.values()]
+    tensors += [t for state in snapshot.optimizer.values() for t in state.values()]
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise CheckpointError(
+            f"{root}: {free / 2**30:.2f} GiB free, the checkpoint of step {snapshot.progress.step} needs {needed / 2**30:.2f}; "
+            "make room and start again: the run continues from the checkpoint before"
+        )
 
 
 def newest(root: Path) -> Path | None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,11 +62,11 @@ class Hooks:
 
 def train(
     engine: Engine, batches: Iterator, hooks: Hooks, *, cadence: Cadence, start: Progress, seed: int,
-    ctx: ParallelContext,
+    ctx: ParallelContext, folder: Path | None = None,
 ) -> bool:
     """Run from `start` to cadence.steps. True: finished; False: stopped early by a signal, with everything saved."""
     progress, bad_in_a_row = start, 0
-    with StopFlag() as stop:
+    with StopFlag(folder) as stop:
         while progress.step < cadence.steps:
             report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
             before, progress = progress, report.progress  # the same on all ranks
@@ -80,7 +81,8 @@ def train(
                 hooks.preview(progress.step)
             stopping = stop.agreed(ctx) and progress.step < cadence.steps
             passed = cadence.save_samples > 0 and _parts(progress, cadence) > _parts(before, cadence)
-            if _due(progress.step, cadence.save) or passed or stopping or progress.step == cadence.steps:
+            asked = stop.asked_to_save(ctx)
+            if _due(progress.step, cadence.save) or passed or asked or stopping or progress.step == cadence.steps:
                 hooks.save(progress)
             if stopping:
                 return False

@@ -149,13 +149,14 @@ class Session:
         )
         try:
             finished = train(
-                self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx
+                self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx,
+                folder=self.output,
             )
         finally:
             self.line.close()
             self.metrics.close()
         if self.ctx.is_main:
-            end = "done" if finished else "stopped by a signal; start again to continue"
+            end = "done" if finished else "stopped on request; start again to continue"
             print(f"{end}: {self.output / c.run.name}.safetensors", flush=True)
         return finished
 

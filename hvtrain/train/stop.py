@@ -1,8 +1,9 @@
-"""Stopping in time: a signal sets a flag, all ranks agree on it at the end of a step, save, and leave together."""
+"""Stopping in time: a signal or a file sets a flag, all ranks agree on it at the end of a step, save, and leave together."""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 
 from hvtrain.parallel.context import ParallelContext
@@ -11,11 +12,14 @@ from hvtrain.signals import SIGNALS, arrived
 REQUEUE = 75  # EX_TEMPFAIL: "start me again", for the scheduler
 
 
-class StopFlag:
-    """Catches SIGTERM and SIGUSR1 while it is entered."""
+SAVE, QUIT = "save", "quit"  # files that a user may touch in the run's directory
 
-    def __init__(self) -> None:
-        self.raised = arrived()
+
+class StopFlag:
+    """Catches SIGTERM and SIGUSR1 while it is entered, and looks for the files `save` and `quit` in `folder`."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.raised, self.folder = arrived(), folder
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopFlag:
@@ -30,5 +34,19 @@ class StopFlag:
         self.raised = True
 
     def agreed(self, ctx: ParallelContext) -> bool:
-        """Whether any rank was signalled; the same answer everywhere. Collective."""
-        return ctx.any(self.raised)
+        """Whether any rank was signalled, or the file `quit` is there; the same answer everywhere. Collective."""
+        return ctx.any(self.raised or self._taken(QUIT, ctx))
+
+    def asked_to_save(self, ctx: ParallelContext) -> bool:
+        """Whether the file `save` is there; the same answer everywhere. Collective."""
+        return ctx.any(self._taken(SAVE, ctx))
+
+    def _taken(self, name: str, ctx: ParallelContext) -> bool:
+        """A file counts once: it is removed. Only rank 0 looks."""
+        if self.folder is None or not ctx.is_main:
+            return False
+        try:
+            (self.folder / name).unlink()
+        except OSError:
+            return False
+        return True

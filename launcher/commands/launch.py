@@ -37,7 +37,8 @@ def _launch(args: argparse.Namespace) -> int | None:
     able = [c.name for c in COMMANDS.values() if c.check]
     if not inner or inner[0] not in able:
         given = f"'{inner[0]}'" if inner else "nothing"
-        raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), able)}")
+        known = [name for name in able if name != "selftest"]
+        raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}")
     for option in ("dry_run", "site", "time", "name", "log"):
         if getattr(args, option) and not args.slurm:
             raise LaunchError(f"--{option.replace('_', '-')} goes with --slurm")

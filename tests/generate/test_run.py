@@ -144,7 +144,8 @@ def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: 
     assert difference(path, plain) > SAME
     assert read_metadata(path)["lora"] == [{"file": "lora.safetensors", "multiplier": 0.5}]
     merged = folder / "merged.safetensors"
-    merge(MergeConfig(str(folder / "dit.safetensors"), (LoraFileConfig(str(lora), 0.5),), str(merged)))
+    files = (LoraFileConfig(str(lora), 0.5),)
+    merge(MergeConfig(dit=str(folder / "dit.safetensors"), lora=files, output=str(merged)))
     (other,) = make(folder, **{"output": folder / "merged.mp4", "model.dit": merged})
     assert difference(other, pixels(path)) < SAME  # weights are equal bit for bit, their alignment in memory is not
 

@@ -112,6 +112,12 @@ def _link():
     return info
 
 
+def _kind(kind):
+    info = tarfile.TarInfo("a.json")
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
 @pytest.mark.parametrize(
     ("members", "says"),
     [
@@ -119,6 +125,9 @@ def _link():
         ([(tarfile.TarInfo("/a.json"), b"{}")], "points outside"),
         ([(_link(), b"")], "not a plain file"),
         ([(tarfile.TarInfo("a.json"), b"{}")] * 2, "twice"),
+        ([(_kind(tarfile.CHRTYPE), b"")], "not a plain file"),
+        ([(_kind(tarfile.LNKTYPE), b"")], "not a plain file"),
+        ([(_kind(tarfile.FIFOTYPE), b"")], "not a plain file"),
     ],
 )
 def test_hostile_tars_are_refused(tmp_path, members, says):
@@ -136,3 +145,21 @@ def test_header_bomb_is_refused(tmp_path):
 def test_not_a_set(tmp_path):
     with pytest.raises(ShardError, match="no shard set here"):
         open_set(tmp_path)
+
+
+def test_a_member_that_claims_gigabytes_is_refused(tmp_path):
+    info = tarfile.TarInfo("a.safetensors")
+    info.size = 5 << 30
+    (tmp_path / "big.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(ShardError, match="claims 5368709120 bytes beyond the end|not a readable tar"):
+        open_local(tmp_path / "big.tar", None)
+
+
+def test_tars_outside_the_set_are_refused(tmp_path):
+    make_set(tmp_path)
+    path = tmp_path / "manifest.json"
+    for evil in ("/etc/passwd", "../x.tar"):
+        path.write_text(path.read_text().replace("latents/000000.tar", evil))
+        with pytest.raises(ShardError, match="outside the set"):
+            open_set(tmp_path)
+        path.write_text(path.read_text().replace(evil, "latents/000000.tar"))

@@ -149,8 +149,10 @@ class Cluster:
             state = self.state(job)
             if state == "PENDING" and "BeginTime" in self.out("squeue", "-h", "-j", job, "-o", "%r"):
                 self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-            if state == "FAILED":  # also what a job is for the moment between its end and its being requeued
-                time.sleep(3)
+            for _ in range(10):  # FAILED is also what a job is for the moment between its end and its being requeued
+                if state != "FAILED":
+                    break
+                time.sleep(1)
                 state = self.state(job)
             return state in wanted
 

@@ -88,7 +88,7 @@ def test_a_job_with_a_time_limit_goes_on_until_it_is_done(cluster, shards, site,
     )
     job = re.search(r"job (\d+)", done.stdout)[1]
     assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=400) == "COMPLETED", log.read_text()[-3000:]
-    assert "stopped by a signal; start again to continue" in log.read_text()
+    assert "stopped on request; start again to continue" in log.read_text()
     restarts = int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1])
     assert restarts >= 1
     assert same(whole / "lora.safetensors", run / "lora.safetensors")
@@ -169,3 +169,21 @@ def test_doctor_looks_at_the_nodes_of_an_allocation(cluster, site, tmp_path):
     for words_ in ("2 on", "all-reduce", "all-to-all", "Ulysses 2 = one", "ring 2 = one", "seen by all"):
         assert words_ in done.stdout, done.stdout
     assert "FAIL" not in done.stdout
+
+
+def test_a_preempted_job_loses_nothing(cluster, shards, site, tmp_path):
+    config = [*TRAIN, f"data.shards={shards}", "run.steps=40", "run.grad_accum=20", "run.save_every_steps=5"]
+    whole = tmp_path / "whole"
+    hvtrain(cluster, "train", *config, f"run.output_dir={whole}")
+    log, run = tmp_path / "job.log", tmp_path / "run"
+    start = ["launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "train", *config, f"run.output_dir={run}"]
+    job = re.search(r"job (\d+)", hvtrain(cluster, *start).stdout)[1]
+    end = time.monotonic() + 120
+    while "step 5: saved" not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
+        time.sleep(0.2)
+    cluster.run("scontrol", "requeue", job)  # what preemption does, and what follows the failure of a node
+    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
+    assert int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1]) == 1
+    assert log.read_text().count("steps 0 to 40") == 1  # it went on, it did not begin again
+    assert same(whole / "lora.safetensors", run / "lora.safetensors")

@@ -65,3 +65,36 @@ def test_a_moved_set_continues_and_a_wrong_option_is_named(tmp_path):
     train.run(config(tmp_path / "moved", tmp_path / "run", "run.steps=6"))
     with pytest.raises(ConfigError, match=r"data\.on_bad_sample"):
         config(shards, tmp_path / "x", "data.on_bad_sample=ignore")
+
+
+def test_touched_files_save_and_quit(tmp_path, capsys):
+    """A file counts once; `quit` leaves with everything saved, and the next start finishes."""
+    shards = make_shards(tmp_path / "shards")
+    run = tmp_path / "run"
+    train.run(config(shards, run, "run.steps=1"))
+    (run / "save").touch()
+    (run / "quit").touch()
+    assert train.run(config(shards, run, "run.steps=6")) == 75
+    assert "stopped on request" in capsys.readouterr().out
+    assert not (run / "save").exists() and not (run / "quit").exists()
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000001", "step-00000002"]
+    assert train.run(config(shards, run, "run.steps=6")) == 0
+    (run / "save").touch()
+    train.run(config(shards, run, "run.steps=8", "run.keep_last=0"))
+    assert (run / "lora-step00000007.safetensors").exists() and len(losses(run)) == 8
+
+
+def test_a_checkpoint_without_room_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from hvtrain.errors import CheckpointError
+    from hvtrain.train import checkpoint
+
+    shards, run = make_shards(tmp_path / "shards"), tmp_path / "run"
+    train.run(config(shards, run, "run.steps=2"))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match="0.00 GiB free, the checkpoint of step 4 needs"):
+        train.run(config(shards, run, "run.steps=4"))
+    monkeypatch.undo()
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train.run(config(shards, run, "run.steps=4")) == 0
