@@ -16,7 +16,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add("--flavor", metavar="NAME", help="flavor of the architecture")
     add("--n", type=int, metavar="N", help="how many slices")
     add("--blocks-per-loraid", type=int, metavar="B", help="or how many blocks each has: LORAID 1 owns the first B, and so on")
-    add("--granularity", default="block", metavar="KIND", help="what is never divided: block (default), module or rows")
+    add("--granularity", metavar="KIND", help="what is never divided: module (default), block (with --blocks-per-loraid) or rows")
     add("--order", default="contiguous", metavar="KIND", help="contiguous ranges (default) or interleaved over the depth")
     add("--include", action="append", default=[], metavar="PATTERN", help="only layers that match (may be repeated)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="never layers that match; wins over --include")
@@ -28,8 +28,9 @@ def _plan(args: argparse.Namespace) -> None:
     from hvtrain.adapters import plancommand
     from hvtrain.adapters.loraid import Cut
 
+    granularity = args.granularity or ("module" if args.blocks_per_loraid is None else "block")
     cut = Cut(
-        args.n, args.blocks_per_loraid, args.granularity, args.order, tuple(args.include), tuple(args.exclude)
+        args.n, args.blocks_per_loraid, granularity, args.order, tuple(args.include), tuple(args.exclude)
     )
     for line in plancommand.run(cut, args.output, dit=args.dit, model=args.model, flavor=args.flavor):
         print(line)

@@ -144,16 +144,12 @@ class Cluster:
         return words.get("JobState", "")
 
     def wait(self, job: str, *wanted: str, seconds: float = 180) -> str:
-        """Until the job is in one of these states; requeued jobs need not sit out their delay."""
+        """Until the job is in one of these states; requeued jobs need not sit out all of their two minutes."""
         def there() -> bool:
             state = self.state(job)
             if state == "PENDING" and "BeginTime" in self.out("squeue", "-h", "-j", job, "-o", "%r"):
+                time.sleep(10)  # the node must have forgotten the job's first start, else the second one fails
                 self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-            for _ in range(10):  # FAILED is also what a job is for the moment between its end and its being requeued
-                if state != "FAILED":
-                    break
-                time.sleep(1)
-                state = self.state(job)
             return state in wanted
 
         self._until(there, f"job {job} {' or '.join(wanted)}", seconds, lambda: f"it is {self.state(job)}")

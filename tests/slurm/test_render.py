@@ -34,7 +34,8 @@ exit "$ENDS_WITH"
 
 def play(tmp_path: Path, text: str, ends_with: int) -> tuple[int, list[str], str]:
     """(exit code, what hvtrain on node 1 saw, what was asked of scontrol)"""
-    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("hvtrain", HVTRAIN)):
+    sleep = "#!/usr/bin/env bash\nexit $ENDS_WITH\n"  # the real one is ended by Slurm
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("hvtrain", HVTRAIN), ("sleep", sleep)):
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
     env = {
