@@ -74,6 +74,12 @@ def singular_values(pair: LoraPair) -> Tensor:
     return torch.linalg.svdvals(ru @ rd.T)
 
 
+def squared_norm(pair: LoraPair) -> float:
+    """Of the pair's delta, sum of its squared values: trace of (up' up) (down down'), no larger than rank x rank."""
+    up, down = pair.up.double(), pair.down.double()
+    return float(((up.T @ up) * (down @ down.T)).sum()) * pair.scale**2
+
+
 def _cut(u: Tensor, s: Tensor, vh: Tensor, *, rank: int, total: float) -> Cut:
     root = s[:rank].clamp_min(0).sqrt()
     pair = LoraPair((root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous(), float(rank))

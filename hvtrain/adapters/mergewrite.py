@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +76,17 @@ class _Last:
     """A delta is computed once for the pieces that are written one after the other, and then dropped."""
 
     kept: tuple[object, Tensor] | None = None
+    lock = threading.Lock()
 
     def __init__(self, delta: Callable[[], Tensor]) -> None:
         self.delta = delta
 
     def __call__(self) -> Tensor:
-        if _Last.kept is None or _Last.kept[0] is not self:
-            _Last.kept = None
-            _Last.kept = (self, self.delta())
-        return _Last.kept[1]
+        with _Last.lock:
+            if _Last.kept is None or _Last.kept[0] is not self:
+                _Last.kept = None
+                _Last.kept = (self, self.delta())
+            return _Last.kept[1]
 
 
 def _rows_of(whole: Callable[[], Tensor], rows: Tensor) -> Callable[[], Tensor]:
@@ -149,21 +153,47 @@ def _write_file(
     weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Slot], metadata: Mapping[str, str], target: Target
 ) -> None:
     wanted = {slot.name: slot.dtype for slot in slots}
+    largest = max(slot.n_bytes for slot in slots)
     with ExitStack() as stack:
         files = {f: stack.enter_context(f.open("rb")).fileno() for f in {weights.entries[s.name].file for s in slots}}
-        scratch = torch.empty(max(slot.n_bytes for slot in slots), dtype=torch.uint8)
         writer = stack.enter_context(open_resumable(path, slots, metadata=metadata, signature=target.signature))
-        for name in writer.waiting:
+        own = threading.local()
+
+        def write(name: str) -> None:
             entry = weights.entries[name]
             plain = entry.dtype == wanted[name] and entry.start is not None
             if plain and name not in parts:
                 writer.copy(name, files[entry.file], entry.start or 0)
             elif plain and target.device == "cpu":
-                tensor = _read_into(scratch, files[entry.file], entry)
+                if not hasattr(own, "scratch"):
+                    own.scratch = torch.empty(largest, dtype=torch.uint8)
+                tensor = _read_into(own.scratch, files[entry.file], entry)
                 parts[name].add_to(tensor)
                 writer.write(name, tensor)
             else:
                 _write_converted(weights, parts.get(name), name, wanted[name], writer, target.device)
+
+        _in_threads(write, writer.waiting)
+
+
+_THREADS = 2  # one reads and writes while the other computes; more would each need memory for a tensor
+
+
+def _in_threads(work: Callable[[str], None], names: Sequence[str]) -> None:
+    """The first error ends it. Each thread computes with its share of the cores: else they wait for one another."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // _THREADS))
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            jobs = [pool.submit(work, name) for name in names]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                for job in jobs:
+                    job.cancel()
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _read_into(scratch: Tensor, file: int, entry: Entry) -> Tensor:

@@ -79,13 +79,20 @@ def add_pairs(weight: torch.Tensor, pairs: Iterable[tuple[LoraPair, float]]) -> 
 
 def changed_rows(up: torch.Tensor) -> tuple[int, int]:
     """The range of rows that are not all zero; (0, 0) if there is none."""
-    found = torch.nonzero(up.ne(0).any(dim=1)).flatten()
+    found = torch.nonzero(up.abs().amax(dim=1)).flatten()
     return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+
+
+def _take(up: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """These rows; of a whole range without a copy."""
+    first, n = int(rows[0]), len(rows)
+    whole = int(rows[-1]) - first + 1 == n and bool((rows.diff() == 1).all())
+    return up[first : first + n] if whole else up[rows]
 
 
 def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | None]:
     """One pair for each set of output rows; None for a part that had no adapter when the pair was joined."""
-    ups = [pair.up[index] for index in rows]
+    ups = [_take(pair.up, index) for index in rows]
     ranks = pair.parts or _stacked_ranks(pair, ups)
     if ranks is None:
         return [LoraPair(pair.down, up, pair.alpha) for up in ups]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -27,7 +28,7 @@ class Contribution:
     pair: LoraPair
     multiplier: float
 
-    @property
+    @cached_property
     def rows(self) -> Tensor:
         """bool [out]: output rows that it changes, told from the tensors themselves."""
         return self.pair.up.ne(0).any(dim=1) if self.pair.down.any() else torch.zeros(len(self.pair.up), dtype=torch.bool)

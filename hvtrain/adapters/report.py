@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hvtrain.adapters.loraid import block_of
-from hvtrain.adapters.lowrank import singular_values
+from hvtrain.adapters.lowrank import squared_norm
 from hvtrain.adapters.mergeinputs import Inputs
 from hvtrain.adapters.policies import Contribution, overlaps
 from shards.atomic import write_text
@@ -56,7 +56,7 @@ class Report:
             for c in found:
                 rows = torch.nonzero(c.rows).flatten()
                 n_rows[c.lora] += len(rows)
-                squares[c.lora] += float(singular_values(c.pair).square().sum()) * c.multiplier**2
+                squares[c.lora] += squared_norm(c.pair) * c.multiplier**2
                 if len(rows):
                     occupancy.setdefault(module, []).append([int(rows[0]), int(rows[-1]) + 1, names[c.lora]])
         seen = list(overlaps(dict(layers)))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def lay_out(slots: Iterable[Slot], metadata: Mapping[str, str] | None = None) ->
 
 
 class TensorWriter:
-    """Takes each declared tensor once, in any order; see `open_writer`."""
+    """Takes each declared tensor once, in any order, from any threads; see `open_writer`."""
 
     def __init__(self, file: BinaryIO, slots: Iterable[Slot]) -> None:
         self._file = file
@@ -137,15 +138,13 @@ class TensorWriter:
         slot = self._waiting.pop(name)
         if data.nbytes != slot.n_bytes:
             raise ValueError(f"{name}: declared {slot.n_bytes} bytes, got {data.nbytes}")
-        if self._file.tell() != slot.start:
-            self._file.seek(slot.start)
-        self._file.write(data)
-
+        done = 0
+        while done < slot.n_bytes:
+            done += os.pwrite(self._file.fileno(), data[done:], slot.start + done)
 
     def copy(self, name: str, source: int, start: int) -> None:
         """The same from a place in another file (a descriptor), without a way through this process."""
         slot = self._waiting.pop(name)
-        self._file.flush()
         done = 0
         while done < slot.n_bytes:
             n = _copy_range(source, self._file.fileno(), slot.n_bytes - done, start + done, slot.start + done)
@@ -169,6 +168,7 @@ def open_writer(
     head, placed = lay_out(slots, metadata)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(head)
+        file.flush()
         writer = TensorWriter(file, placed)
         yield writer
         if writer.waiting:
@@ -183,7 +183,7 @@ class _ResumableWriter(TensorWriter):
 
     def __init__(self, file: BinaryIO, slots: Iterable[Slot], note: Callable[[list[str]], None], done: Iterable[str]) -> None:
         super().__init__(file, slots)
-        self._note, self._done, self._since = note, list(done), 0
+        self._note, self._done, self._since, self._lock = note, list(done), 0, threading.Lock()
         for name in self._done:
             del self._waiting[name]
 
@@ -197,13 +197,15 @@ class _ResumableWriter(TensorWriter):
         self._written(name, n)
 
     def _written(self, name: str, n: int) -> None:
-        self._done.append(name)
-        self._since += n
-        if self._since >= _PROGRESS_BYTES:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._note(self._done)
+        with self._lock:
+            self._done.append(name)
+            self._since += n
+            if self._since < _PROGRESS_BYTES:
+                return
             self._since = 0
+            done = list(self._done)
+            os.fsync(self._file.fileno())
+            self._note(done)
 
 
 @contextmanager
@@ -227,6 +229,7 @@ def open_resumable(
         with open(partial, "r+b" if done else "wb") as file:
             if not done:
                 file.write(head)
+                file.flush()
             writer = _ResumableWriter(file, placed, note, done)
             yield writer
             if writer.waiting:

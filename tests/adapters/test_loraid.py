@@ -110,7 +110,8 @@ def test_slices_of_every_model_are_disjoint_and_complete(spec):
 
 
 def test_a_plan_file_is_read_back_and_an_edited_one_refused(tmp_path, capsys):
-    assert cli.main(["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", "4", "--granularity", "block", "--output", str(tmp_path)]) == 0
+    asked = ["--n", "4", "--granularity", "block", "--output", str(tmp_path)]
+    assert cli.main(["slices", "plan", "--dit", "tiny:dit.safetensors", *asked]) == 0
     out = capsys.readouterr().out
     assert "LORAID   4" in out and (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
     plan = load_plan(tmp_path / "plan.json")
