@@ -28,6 +28,9 @@ def check_train(cfg: TrainConfig) -> None:
     _check_subject(cfg)
     if run.ema_decay and cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
         raise ConfigError("run.ema_decay: ZeRO-3 keeps no whole weights to average; use zero.stage 0, 1 or 2")
+    _check_memory(cfg)
+    if run.keep_best and not cfg.eval.every_steps:
+        raise ConfigError("run.keep_best: the best is told by the held-out loss; set eval.every_steps and eval.shards")
     if cfg.eval.every_steps:
         _check_eval(cfg)
     if cfg.preview.every_steps:
@@ -47,6 +50,7 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "optim.lr": optim.lr, "optim.eps": optim.eps, "optim.weight_decay": optim.weight_decay,
         "optim.max_grad_norm": optim.max_grad_norm, "run.save_every_steps": run.save_every_steps,
         "run.save_every_epochs": run.save_every_epochs, "run.keep_last": run.keep_last,
+        "run.blocks_to_swap": run.blocks_to_swap, "run.hang_timeout_s": run.hang_timeout_s,
         "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
     }.items():
@@ -76,6 +80,28 @@ def _check_subject(cfg: TrainConfig) -> None:
         raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {model.dtype}")
     if model.dtype == "float16":
         raise ConfigError("model.dtype float16 is not for training: gradients would underflow; use bfloat16 or float32")
+
+
+def _check_memory(cfg: TrainConfig) -> None:
+    """Savers of memory that do not go together, and what to use instead."""
+    whole, stage3 = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+    if cfg.run.blocks_to_swap:
+        if whole:
+            raise ConfigError("run.blocks_to_swap: a full fine-tune changes all weights; use zero.offload_param")
+        if stage3:
+            raise ConfigError("run.blocks_to_swap: ZeRO-3 cuts the weights up; use zero.stage 0 to 2, or zero.offload_param")
+        if cfg.run.recompute == "none":
+            raise ConfigError(
+                "run.blocks_to_swap: the backward needs the weights again; use run.recompute full, selective or offload"
+            )
+    if cfg.model.quantize != "none":
+        if whole:
+            raise ConfigError("model.quantize: a full fine-tune cannot train float8 weights; use model.quantize=none")
+        if stage3:
+            raise ConfigError("model.quantize: ZeRO-3 does not cut float8 weights up; use zero.stage 0, 1 or 2")
+    for key, path in {"zero.deepspeed": cfg.zero.deepspeed, "zero.nvme_path": cfg.zero.nvme_path}.items():
+        if path is not None:
+            _exists(path, key)
 
 
 def _check_slice(adapter: AdapterConfig) -> None:
@@ -150,6 +176,8 @@ def check_generate(cfg: GenerateConfig) -> None:
     _files(cfg.model, ("dit", "vae", "llm", "clip"), needed_for="generation")
     for lora in cfg.lora:
         _exists(lora.path, "lora.path")
+    if cfg.blocks_to_swap < 0:
+        raise ConfigError(f"blocks_to_swap is {cfg.blocks_to_swap}, expected 0 or more")
     for key, value in {"steps": cfg.steps, "fps": cfg.fps, "batch_size": cfg.batch_size, "shift": cfg.shift}.items():
         if value is not None and value <= 0:
             raise ConfigError(f"{key} is {value}, expected more than 0")

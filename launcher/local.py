@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 from hvtrain import signals
 from hvtrain.errors import LaunchError
-from launcher.report import FOLDER_VARIABLE, REQUEUE, first_cause
+from launcher.report import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
@@ -63,15 +63,27 @@ class Worker:
     started: float = field(default_factory=time.monotonic)
 
 
-def launch(arguments: Sequence[str], topology: Topology) -> int:
-    """Run `hvtrain ARGUMENTS` in topology.nproc processes here; the exit code of the job."""
+def launch(arguments: Sequence[str], topology: Topology, *, max_restarts: int = 0) -> int:
+    """Run `hvtrain ARGUMENTS` in topology.nproc processes here; the exit code of the job.
+
+    A job that fails is started again up to max_restarts times, unless the fault is the user's (exit code 2).
+    """
+    for restart in range(max_restarts + 1):
+        code = _once(arguments, topology, restart)
+        if code in (0, USER_ERROR, REQUEUE, INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM) or restart == max_restarts:
+            break
+        print(f"starting again ({restart + 1} of {max_restarts})", file=sys.stderr, flush=True)
+    return code
+
+
+def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
     with TemporaryDirectory(prefix="hvtrain-") as name:
         folder = Path(name)
         workers: list[Worker] = []
         with _forward_signals(workers) as mail:
             port = topology.master_port or free_port()
             for local_rank in range(topology.nproc):
-                workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder))
+                workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder, restart=restart))
             failed = _wait(workers, mail)
         return _explain(workers, failed, folder)
 
@@ -88,7 +100,7 @@ def free_port() -> int:
 
 
 def _start(
-    arguments: Sequence[str], topology: Topology, *, local_rank: int, port: int, folder: Path
+    arguments: Sequence[str], topology: Topology, *, local_rank: int, port: int, folder: Path, restart: int
 ) -> Worker:
     rank = topology.node_rank * topology.nproc + local_rank
     threads = max(1, (os.cpu_count() or 1) // topology.nproc)
@@ -103,6 +115,7 @@ def _start(
         "MASTER_ADDR": topology.master_addr,
         "MASTER_PORT": str(port),
         FOLDER_VARIABLE: str(folder),
+        "TORCHELASTIC_RESTART_COUNT": str(restart),
     }
     # Only the first process of a node writes to the terminal: N equal warnings tell no more than one.
     log = None if local_rank == 0 else folder / f"{rank}.log"

@@ -8,7 +8,7 @@ as in sd-scripts and musubi-tuner, whose files these become.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from hvtrain.adapters.files import LoraFile
 from hvtrain.adapters.pairs import LoraPair, add_pairs
 from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.models.fp8 import Fp8Linear, linear
 from hvtrain.rng import generator
 
 
@@ -41,7 +42,12 @@ class LoraLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # not Linear's own: it would allocate and initialise weights to throw away
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        if isinstance(base, Fp8Linear):
+            self.register_buffer("weight", base.weight)
+            self.register_buffer("scale_weight", base.scale_weight)
+        else:
+            self.weight, self.scale_weight = base.weight, None
+        self.bias = base.bias
         self.name, self.rank, self.alpha, self.dropout = name, rank, alpha, dropout
         # Only these output rows are adapted: the others have no parameters, so nothing can move them.
         self.rows = rows or (0, self.out_features)
@@ -59,7 +65,7 @@ class LoraLinear(nn.Linear):
         self.lora_up = _linear(torch.zeros(self.rows[1] - self.rows[0], rank), device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B ... in] -> [B ... out]
-        base = F.linear(x, self.weight, self.bias)
+        base = linear(x, self.weight, self.bias, self.scale_weight)
         if self.multiplier == 0.0:
             return base
         if not torch.is_autocast_enabled(x.device.type):
@@ -119,7 +125,7 @@ def inject(
     model.requires_grad_(False)
     for name in targets:
         layer = _submodule(model, name)
-        if type(layer) is not nn.Linear:
+        if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Fp8Linear):
             raise ConfigError(f"adapter target '{name}' is a {type(layer).__name__}; adapters go on Linear layers")
         parent, _, leaf = name.rpartition(".")
         own = (rows or {}).get(name)
@@ -196,16 +202,34 @@ def merge_into(model: nn.Module, lora: LoraFile, multiplier: float = 1.0) -> Non
 @torch.no_grad()
 def merge_all(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> None:
     """Add several at once: summed in float32 and rounded once per weight, as `hvtrain merge` does it, bit for bit."""
-    wanted: dict[nn.Linear, list[tuple[LoraPair, float]]] = {}
+    merge = merging(linear_shapes(model), loras)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            merge(name, layer.weight.data)
+
+
+def merging(
+    shapes: Mapping[str, tuple[int, int]], loras: Iterable[tuple[LoraFile, float]]
+) -> Callable[[str, torch.Tensor | None], bool]:
+    """Adds LoRAs to a layer's weight, given its name: for `merge_all`, and for a model that is being loaded.
+
+    Says whether the layer is adapted at all; the weight may be None to only ask.
+    """
+    wanted: dict[str, list[tuple[LoraPair, float]]] = {}
     for lora, multiplier in loras:
         for name, pair in lora.pairs.items():
-            layer = _submodule(model, name)
-            if not isinstance(layer, nn.Linear):
-                raise CheckpointError(f"{lora.path}: '{name}' is a {type(layer).__name__}, not a Linear layer")
-            pair.check_shape(lora.path, name, (layer.out_features, layer.in_features))
-            wanted.setdefault(layer, []).append((pair, multiplier))
-    for layer, pairs in wanted.items():
-        add_pairs(layer.weight.data, pairs)
+            if name not in shapes:
+                raise CheckpointError(f"{lora.path}: adapts '{name}', which is no Linear layer: {suggest(name, shapes)}")
+            pair.check_shape(lora.path, name, shapes[name])
+            if multiplier:
+                wanted.setdefault(name, []).append((pair, multiplier))
+
+    def merge(name: str, weight: torch.Tensor | None) -> bool:
+        if weight is not None and name in wanted:
+            add_pairs(weight, wanted[name])
+        return name in wanted
+
+    return merge
 
 
 def whole_rows(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -62,5 +62,7 @@ class GenerateConfig:
     """One for each of them in order, or one for all; none: 1.0"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share one video"""
+    blocks_to_swap: int = 0
+    """Keep the weights of so many blocks in host memory and bring each when it is computed"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast"""

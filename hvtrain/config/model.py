@@ -44,6 +44,11 @@ class ModelConfig:
     """Tokenizer directory of CLIP; null takes the encoder's own directory"""
     dtype: DType = "bfloat16"
     """Dtype of the frozen DiT weights and of the text encoders"""
+    quantize: Literal["none", "fp8", "fp8_scaled"] = "none"
+    """Hold the DiT's frozen Linear weights in float8: fp8 casts, fp8_scaled keeps a factor for every 64 values; a file that
+    is float8 already keeps its own values"""
+    fp8_matmul: bool = True
+    """With quantize, multiply in float8 where the GPU can (not for fp8_scaled's factors); false dequantises everywhere"""
     vae_dtype: DType = "float16"
     """Dtype of the VAE"""
     fp8_llm: bool = False

@@ -104,8 +104,18 @@ class ZeroConfig:
     """deepspeed, or torch: plain PyTorch, for one device"""
     stage: int = 2
     """What ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights"""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer's state lives"""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state lives; nvme for ZeRO-3"""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO-3 keeps each rank's part of the weights"""
+    nvme_path: str | None = None
+    """For nvme: a directory on a local disk"""
+    bucket_mb: float | None = None
+    """Gradients of how many MB are reduced at a time; null: all of them, at most 1024"""
+    communication_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In what gradients travel"""
+    deepspeed: str | None = None
+    """A JSON file of DeepSpeed's own settings, merged over those that hvtrain makes"""
 
 
 @dataclass(frozen=True)
@@ -126,8 +136,11 @@ class RunSettings:
     """Seed of order, noise, timesteps and initial weights"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over float32 trainable weights"""
-    recompute: Literal["none", "full"] = "full"
-    """Activation checkpointing: full recomputes each block in the backward pass"""
+    recompute: Literal["none", "full", "selective", "offload"] = "full"
+    """Activation checkpointing: full recomputes each block in the backward pass, selective all but its attention; offload is
+    full with the blocks' inputs in host memory"""
+    blocks_to_swap: int = 0
+    """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
     ema_decay: float = 0.0
     """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
     save_every_steps: int = 0
@@ -138,6 +151,10 @@ class RunSettings:
     """Checkpoints to keep; 0 keeps all"""
     log_every: int = 1
     """Steps between entries in the log"""
+    keep_best: bool = False
+    """Also keep the weights with the lowest held-out loss, as NAME-best.safetensors; needs eval.every_steps"""
+    hang_timeout_s: float = 1800.0
+    """End the run, and say which rank stands where, if no step ends for so long; 0 waits for ever"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest complete checkpoint in output_dir"""
     max_bad_steps: int = 5

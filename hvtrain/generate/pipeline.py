@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hvtrain import __version__
 from hvtrain.adapters.files import LoraFile
-from hvtrain.adapters.lora import linear_shapes, merge_all
+from hvtrain.adapters.lora import linear_shapes, merging
 from hvtrain.config import GenerateConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError
 from hvtrain.flow.guidance import classifier_free
@@ -31,9 +31,11 @@ from hvtrain.generate.progress import Sampling
 from hvtrain.generate.requests import Job, Request, batches, plan_jobs
 from hvtrain.generate.video import write_mp4
 from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.fp8 import use_matmul
 from hvtrain.models.load import check, identify, load_dit
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
+from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from hvtrain.validate import check_generate
 
@@ -48,6 +50,7 @@ class Plan:
     flavor: Flavor
     jobs: list[list[Job]]  # batches, all of them; this rank's group takes every dp-th
     loras: list[tuple[LoraFile, float]]
+    layers: dict[str, tuple[int, int]]  # [out, in] of every Linear
 
 
 def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
@@ -95,7 +98,7 @@ def make_plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     layers = linear_shapes(model)
     loras = open_loras(cfg, layers, spec, quiet=not ctx.is_main)
     size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
-    return Plan(spec, flavor, batches(jobs, size), loras)
+    return Plan(spec, flavor, batches(jobs, size), loras, layers)
 
 
 def encode_prompts(
@@ -215,17 +218,24 @@ def _sample_all(
 
 
 def _open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
+    use_matmul(cfg.model.fp8_matmul)
     loaded = load_dit(
         asset(str(cfg.model.dit)),
         model=cfg.model.name,
         flavor=cfg.model.flavor,
         dtype=getattr(torch, cfg.model.dtype),
-        device=ctx.device,
+        device="cpu" if cfg.blocks_to_swap else ctx.device,  # what is to be swapped must not fill the device first
+        quantize_to=cfg.model.quantize,
+        edit=merging(plan.layers, plan.loras),
     )
     model = loaded.model.eval().requires_grad_(False)
-    merge_all(model, plan.loras)
+    swap = BlockSwap(model.blocks, cfg.blocks_to_swap, ctx.device) if cfg.blocks_to_swap else None
+    model.to(ctx.device)
     compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    parallelize(model, ctx, kernel=cfg.parallel.kernel, dtype=compute, training=False)
+    kernel = parallelize(model, ctx, kernel=cfg.parallel.kernel, dtype=compute, training=False, swap=swap)
+    if ctx.is_main:
+        swapped = f", {swap.describe()}" if swap else ""
+        print(f"Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
     return model
 
 

@@ -6,17 +6,19 @@ Official names, ComfyUI's and diffusers' are accepted, with the prefixes that al
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models import all_specs, find
 from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.fp8 import DTYPE as FLOAT8
+from hvtrain.models.fp8 import dequantize, quantize, replace_linear
 from hvtrain.models.keys import Fused
 from hvtrain.models.stream import Slot, open_writer
 from hvtrain.models.weights import Weights, fingerprint, open_weights
@@ -27,6 +29,8 @@ SHOWN = 3  # differences named in an error
 _SCALE = ".scale_weight"
 _MARKERS = ("scaled_fp8",)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# (module, its weight or None) -> whether it changes this layer; with a weight, in place
+Edit = Callable[[str, Tensor | None], bool]
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,52 @@ def load_dit(
     flavor: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    quantize_to: str = "none",
+    edit: Edit | None = None,
 ) -> LoadedDit:
-    """The model in a file. Peak host memory: one copy in `dtype`."""
+    """The model in a file. Peak host memory: one copy in `dtype`, or in float8 with `quantize_to` (fp8, fp8_scaled).
+
+    `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is loaded.
+    """
     found = identify(path, model=model, flavor=flavor)
     empty = whole_model(found)
-    state = {name: read_tensor(found, name, dtype=dtype, device=device) for name in empty.state_dict()}
+    layers = {name: m for name, m in empty.named_modules() if isinstance(m, nn.Linear)}
+    eight_bit = set(found.spec.lora_targets(empty)) if quantize_to != "none" else set()
+    state = {}
+    for name in empty.state_dict():
+        module = name.removesuffix(".weight")
+        change = edit if module in layers and name != module else None
+        if name == module or module not in eight_bit:
+            state[name] = read_tensor(found, name, dtype=dtype, device=device)
+            if change is not None:
+                change(module, state[name])
+            continue
+        values, scale = _eight_bit(found, name, quantize_to, dtype, device, change)
+        replace_linear(empty, module, values, scale)
+        state[name] = values
+        if scale is not None:
+            state[module + _SCALE] = scale
     empty.load_state_dict(state, assign=True)
     return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
+
+
+def _eight_bit(
+    found: Identified, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None
+) -> tuple[Tensor, Tensor | None]:
+    """A layer's float8 values and factors: the file's own where it has them and nothing changes them, else new ones."""
+    module, source = name.removesuffix(".weight"), found.sources[name]
+    part = source.parts[0]
+    kept = len(source.parts) == 1 and not source.swap and found.weights.dtype(part) == FLOAT8
+    if kept and (edit is None or not edit(module, None)):
+        mapped = found.weights.get(part)
+        values = mapped.to(device, copy=True)
+        found.weights.release(mapped)
+        scale = part.removesuffix(".weight") + _SCALE
+        return values, found.weights.get(scale).to(device, copy=True) if scale in found.weights else None
+    weight = read_tensor(found, name, dtype=dtype, device=device)
+    if edit is not None:
+        edit(module, weight)
+    return quantize(weight, how)
 
 
 def whole_model(found: Identified) -> DiT:
@@ -104,13 +147,15 @@ def whole_model(found: Identified) -> DiT:
 
 
 def save_dit(
-    model: DiT, path: str | Path, *, spec: ModelSpec, flavor: Flavor, dtype: torch.dtype | None = None
+    model: DiT, path: str | Path, *, spec: ModelSpec, flavor: Flavor, dtype: torch.dtype | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic."""
     state = model.state_dict()
     slots = [Slot(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
     metadata = {
         MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(model.arch)), FLAVOR_KEY: flavor.name, "format": "pt",
+        **(extra or {}),
     }
     with open_writer(path, slots, metadata=metadata) as writer:
         for name in writer.waiting:
@@ -175,18 +220,9 @@ def read_tensor(found: Identified, name: str, *, dtype: torch.dtype, device: tor
         value = mapped.to(device=device, dtype=dtype, copy=True)
         found.weights.release(mapped)
         scale = part.removesuffix(".weight") + _SCALE
-        return _scaled(value, found.weights.get(scale)) if scale in found.weights else value
+        return dequantize(value, found.weights.get(scale), dtype) if scale in found.weights else value
 
     return found.sources[name].build(get)
-
-
-def _scaled(value: Tensor, scale: Tensor) -> Tensor:
-    """Dequantise float8 weights: one factor for the tensor, one a row, or one for each block of a row's columns."""
-    scale = scale.to(value.device, torch.float32)
-    if scale.ndim == 3:  # [out, blocks, 1]
-        blocks = value.float().view(value.shape[0], scale.shape[1], -1)
-        return (blocks * scale).view_as(value).to(value.dtype)
-    return (value.float() * (scale if scale.numel() > 1 else scale.reshape(()))).to(value.dtype)
 
 
 def _is_extra(name: str) -> bool:

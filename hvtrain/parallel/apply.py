@@ -11,6 +11,7 @@ from hvtrain.models.attention import Kernel, local_attend, pick_kernel
 from hvtrain.models.base import LOCAL, DiT
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
+from hvtrain.parallel.swap import BlockSwap
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,11 @@ def parallelize(
     recompute: str = "none",
     dtype: torch.dtype = torch.float32,
     training: bool = True,
+    swap: BlockSwap | None = None,
 ) -> Kernel:
     """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
-    in (bfloat16 under autocast). Returns the chosen kernel, whose name the run prints once."""
+    in (bfloat16 under autocast); `swap` holds weights of the blocks. Returns the chosen kernel, whose name the run prints
+    once."""
     chosen = pick_kernel(kernel, device=ctx.device, dtype=dtype, training=training)
     if ctx.sp > 1:
         from hvtrain.parallel.usp import ShardedSequence, usp_attend
@@ -37,7 +40,8 @@ def parallelize(
         attend = partial(local_attend, kernel=chosen)
     for block in model.blocks:
         setattr(block, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
-    model.run_block = pick_policy(recompute)
+    run_block = pick_policy(recompute)
+    model.run_block = run_block if swap is None else swap.wrap(model.blocks, run_block)
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)
     return chosen

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from hvtrain.errors import ConfigError, LaunchError
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(hours=2)  # later than the watchdog of a run (train/watchdog.py), which can say who hangs
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ParallelContext:
     ulysses_group: dist.ProcessGroup | None = None  # None where the degree is 1
     ring_group: dist.ProcessGroup | None = None
     sp_group: dist.ProcessGroup | None = None
+    restarts: int = 0  # how often this job's processes were started anew (torchrun, hvtrain launch --max-restarts)
 
     @property
     def sp(self) -> int:
@@ -116,6 +117,7 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
         ulysses_group=_my_group(grid.reshape(-1, ulysses), rank),
         ring_group=_my_group(grid.transpose(1, 2).reshape(-1, ring), rank),
         sp_group=_my_group(grid.reshape(-1, sp), rank),
+        restarts=_env_int("TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

@@ -1,28 +1,68 @@
-"""Activation checkpointing: keep a block's input, compute its inside again in the backward pass."""
+"""Activation checkpointing: what of a block is kept for the backward pass, and what is computed again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from hvtrain.errors import ConfigError, suggest
+from hvtrain.models.attention import Partial, keeping
 from hvtrain.models.base import Tokens, run_plain
+from hvtrain.parallel.hostcopy import HostCopies
 
+Block = Callable[[Tokens], Tokens]
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
 
 
-def _full(block: nn.Module, tokens: Tokens) -> Tokens:
+def _full(block: Block, tokens: Tokens) -> Tokens:
     """One block's input per block stays in memory; costs one more forward. Collectives are replayed in the same order
     on all ranks, because every rank runs the same blocks."""
     return checkpoint(block, tokens, use_reentrant=False)
 
 
-POLICIES: dict[str, RunBlock] = {"none": run_plain, "full": _full}
+def _selective(block: Block, tokens: Tokens) -> Tokens:
+    """As full, but attention's output and log-sum-exp are kept too: all but the part whose cost is quadratic is computed
+    again. Around a ring the keys and values then travel once, not twice, before the backward."""
+    kept: list[list[Partial]] = []
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return keeping(kept, replay=False), keeping(kept, replay=True)
+
+    return checkpoint(block, tokens, use_reentrant=False, context_fn=contexts)
+
+
+class _Offload:
+    """As full, with each block's input in pinned host memory until the backward comes near it."""
+
+    def __init__(self) -> None:
+        self.copies = HostCopies()
+
+    def __call__(self, block: Block, tokens: Tokens) -> Tokens:
+        if not torch.is_grad_enabled():
+            return block(tokens)
+        # Only what is passed as a tensor goes through the hooks, and nothing else may hold on to the activations.
+        nothing = tokens.img.new_empty(0)
+        rest = replace(tokens, img=nothing, txt=nothing)
+
+        def run(img: Tensor, txt: Tensor) -> Tokens:
+            return block(replace(rest, img=img, txt=txt))
+
+        with saved_tensors_hooks(self.copies.pack, self.copies.unpack):
+            return checkpoint(run, tokens.img, tokens.txt, use_reentrant=False)
+
+
+POLICIES: dict[str, Callable[[], RunBlock]] = {
+    "none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": _Offload,
+}
 
 
 def pick_policy(name: str) -> RunBlock:
     if name not in POLICIES:
         raise ConfigError(f"run.recompute: no policy '{name}'; {suggest(name, POLICIES)}")
-    return POLICIES[name]
+    return POLICIES[name]()

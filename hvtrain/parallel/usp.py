@@ -22,6 +22,7 @@ from hvtrain.models.attention import (
     Partial,
     join,
     local_attend,
+    recall,
     rows_of_equal_length,
     split,
     stack_rows,
@@ -120,24 +121,9 @@ class _Ring(torch.autograd.Function):
     def forward(ctx, q_img, k_img, v_img, q_txt, k_txt, v_txt, spec: RingSpec):  # type: ignore[override]
         shard, n_q = q_img.shape[1], spec.n_valid(spec.rank, q_img.shape[1])
         runs = rows_of_equal_length(spec.txt_len)
-        queries = [join(Joint(q_img, q_txt), rows, n_img=n_q, n_txt=n_txt) for rows, n_txt in runs]
-        merged: list[Partial | None] = [None] * len(runs)
-        kv, comm = torch.stack([k_img, v_img]), RingComm(spec.group)
-        for step in range(spec.size):
-            more = step + 1 < spec.size
-            if more:
-                coming = comm.send_recv(kv)
-                comm.commit()
-            n_k = spec.n_valid(spec.owner(step), shard)
-            for i, (rows, n_txt) in enumerate(runs):
-                keys, values = _block(kv, rows, n_k, (k_txt, v_txt), n_txt if step == 0 else 0)
-                if keys.shape[1] and queries[i].shape[1]:
-                    merged[i] = _merge(merged[i], spec.kernel.partial(queries[i], keys, values))
-            if more:
-                comm.wait()
-                kv = coming
-        results = [m or _nothing(q) for m, q in zip(merged, queries, strict=True)]
-        outs = [r.out.to(q_img.dtype) for r in results]
+        q, kv_txt = Joint(q_img, q_txt), (k_txt, v_txt)
+        results = recall(lambda: _go_round(q, torch.stack([k_img, v_img]), kv_txt, spec))
+        outs = [r.out for r in results]
         ctx.spec, ctx.runs = spec, runs
         ctx.save_for_backward(q_img, k_img, v_img, q_txt, k_txt, v_txt, *outs, *(r.lse for r in results))
         return tuple(stack_rows([split(o, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for o in outs]))
@@ -183,6 +169,30 @@ class _Ring(torch.autograd.Function):
         dq = stack_rows([split(d, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for d in d_q])
         grads = (dq.img, arriving[0], arriving[1], dq.txt, d_kv_txt[0], d_kv_txt[1])
         return *(g.to(q_img.dtype) for g in grads), None
+
+
+def _go_round(q: Joint, kv: Tensor, kv_txt: tuple[Tensor, Tensor], spec: RingSpec) -> list[Partial]:
+    """Each run of rows' attention over the blocks of all ranks, the output in q's dtype."""
+    shard, n_q = q.img.shape[1], spec.n_valid(spec.rank, q.img.shape[1])
+    runs = rows_of_equal_length(spec.txt_len)
+    queries = [join(q, rows, n_img=n_q, n_txt=n_txt) for rows, n_txt in runs]
+    merged: list[Partial | None] = [None] * len(runs)
+    comm = RingComm(spec.group)
+    for step in range(spec.size):
+        more = step + 1 < spec.size
+        if more:
+            coming = comm.send_recv(kv)
+            comm.commit()
+        n_k = spec.n_valid(spec.owner(step), shard)
+        for i, (rows, n_txt) in enumerate(runs):
+            keys, values = _block(kv, rows, n_k, kv_txt, n_txt if step == 0 else 0)
+            if keys.shape[1] and queries[i].shape[1]:
+                merged[i] = _merge(merged[i], spec.kernel.partial(queries[i], keys, values))
+        if more:
+            comm.wait()
+            kv = coming
+    results = [m or _nothing(one) for m, one in zip(merged, queries, strict=True)]
+    return [Partial(r.out.to(q.img.dtype), r.lse) for r in results]
 
 
 def _block(kv: Tensor, rows: slice, n_img: int, txt: tuple[Tensor, Tensor], n_txt: int) -> tuple[Tensor, Tensor]:

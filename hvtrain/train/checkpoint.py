@@ -47,9 +47,8 @@ class Snapshot:
 def save(root: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
     """Write a checkpoint and drop the oldest beyond `keep_last` (0 keeps all). For one rank only.
 
-    Raises CheckpointError before anything is written if the disk has no room for it.
+    `check_room` first.
     """
-    _check_room(root, snapshot)
     final = root / f"step-{snapshot.progress.step:08d}"
     temporary = root / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +75,8 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
     return final
 
 
-def _check_room(root: Path, snapshot: Snapshot) -> None:
+def check_room(root: Path, snapshot: Snapshot) -> None:
+    """Raises CheckpointError if the disk has no room for it."""
     tensors = [*snapshot.params.values(), *snapshot.ema.values()]
     tensors += [t for state in snapshot.optimizer.values() for t in state.values()]
     needed = sum(t.numel() * t.element_size() for t in tensors)

@@ -24,6 +24,7 @@ from hvtrain.parallel.context import ParallelContext
 Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
 OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
 
+PLACES = ("none", "cpu", "nvme")
 BUCKET = 1 << 26  # elements per all-reduce: 256 MiB in fp32
 
 
@@ -31,9 +32,14 @@ BUCKET = 1 << 26  # elements per all-reduce: 256 MiB in fp32
 class EngineConfig:
     engine: str = "deepspeed"
     stage: int = 2
-    offload_optimizer: str = "none"  # or "cpu"
+    offload_optimizer: str = "none"  # or cpu, nvme
     grad_accum: int = 1
     max_grad_norm: float = 1.0  # 0: no clipping
+    offload_param: str = "none"  # or cpu, nvme
+    nvme_path: str | None = None
+    bucket_mb: float | None = None
+    communication_dtype: str = "fp32"
+    deepspeed: str | None = None  # a JSON file, merged over the config that is made here
 
 
 @dataclass(frozen=True)
@@ -86,19 +92,45 @@ def check_engine(cfg: EngineConfig) -> None:
     """Refuse what makes no sense, naming what to use instead."""
     if cfg.engine not in ("deepspeed", "torch"):
         raise ConfigError(f"zero.engine: no engine '{cfg.engine}'; {suggest(cfg.engine, ['deepspeed', 'torch'])}")
-    if cfg.offload_optimizer not in ("none", "cpu"):
-        near = suggest(cfg.offload_optimizer, ["none", "cpu"])
-        raise ConfigError(f"zero.offload_optimizer: '{cfg.offload_optimizer}' is not a place; {near}")
+    for key, place in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_param)):
+        if place not in PLACES:
+            raise ConfigError(f"zero.{key}: '{place}' is not a place; {suggest(place, PLACES)}")
     if cfg.stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero.stage: {cfg.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
+    _check_places(cfg)
+    if cfg.engine == "torch" and (cfg.deepspeed or cfg.communication_dtype != "fp32" or cfg.bucket_mb):
+        raise ConfigError(
+            "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; "
+            "use zero.engine=deepspeed"
+        )
+    if cfg.bucket_mb is not None and cfg.bucket_mb <= 0:
+        raise ConfigError(f"zero.bucket_mb is {cfg.bucket_mb}, expected more than 0")
+    if cfg.grad_accum < 1:
+        raise ConfigError(f"run.grad_accum: {cfg.grad_accum} micro-steps make no step; use 1 or more")
+
+
+def _check_places(cfg: EngineConfig) -> None:
+    where = "the torch engine" if cfg.engine == "torch" else f"ZeRO stage {cfg.stage}"
     if cfg.offload_optimizer != "none" and (cfg.engine == "torch" or cfg.stage == 0):
-        where = "the torch engine" if cfg.engine == "torch" else "ZeRO stage 0"
         raise ConfigError(
             f"zero.offload_optimizer: {where} keeps the optimizer beside the parameters; "
             "use zero.engine=deepspeed with zero.stage 1, 2 or 3"
         )
-    if cfg.grad_accum < 1:
-        raise ConfigError(f"run.grad_accum: {cfg.grad_accum} micro-steps make no step; use 1 or more")
+    if cfg.offload_param != "none" and (cfg.engine == "torch" or cfg.stage != 3):
+        raise ConfigError(
+            f"zero.offload_param: {where} keeps the whole weights on each device; "
+            "use zero.stage=3, or for a LoRA run.blocks_to_swap"
+        )
+    nvme = "nvme" in (cfg.offload_optimizer, cfg.offload_param)
+    if nvme and cfg.stage != 3:
+        raise ConfigError(f"zero.offload_optimizer: {where} cannot put it on nvme; use zero.stage=3, or cpu")
+    if cfg.offload_param == "nvme" and cfg.offload_optimizer != "nvme":
+        raise ConfigError("zero.offload_param: nvme needs the optimizer there too; set zero.offload_optimizer=nvme")
+    if nvme != (cfg.nvme_path is not None):
+        raise ConfigError(
+            "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme" if nvme
+            else "zero.nvme_path is set but nothing is offloaded to nvme; set zero.offload_optimizer=nvme"
+        )
 
 
 class LearningRate:

@@ -56,8 +56,9 @@ class Hooks:
     after_update: Callable[[], None]
     log: Callable[[StepReport], None]
     save: Callable[[Progress], None]
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[Progress], None]
     preview: Callable[[int], None]
+    at: Callable[[int, str], None] = lambda step, phase: None  # what this rank is doing, for whoever watches
 
 
 def train(
@@ -76,7 +77,7 @@ def train(
             if bad_in_a_row >= cadence.max_bad_steps > 0:
                 raise _not_finite(report, bad_in_a_row, ctx)
             if _due(progress.step, cadence.evaluate):
-                hooks.evaluate(progress.step)
+                hooks.evaluate(progress)
             if _due(progress.step, cadence.preview):
                 hooks.preview(progress.step)
             stopping = stop.agreed(ctx) and progress.step < cadence.steps
@@ -97,10 +98,13 @@ def _step(
     outcome = None
     for micro in range(cadence.grad_accum):
         asked = time.monotonic()
+        hooks.at(progress.step + 1, "reading data")
         batch = next(batches)
         waited += time.monotonic() - asked
         where = Where(seed, progress.step, micro, cadence.grad_accum, ctx.dp_rank, ctx.dp)
+        hooks.at(progress.step + 1, "in the forward pass")
         result, tokens = hooks.micro_step(batch, where)
+        hooks.at(progress.step + 1, "in the backward pass")
         outcome = engine.accumulate(result.loss, last=micro == cadence.grad_accum - 1)
         results.append(result)
         keys += list(batch.keys)
@@ -111,6 +115,7 @@ def _step(
         progress, step=progress.step + 1, cursor=batch.cursor, epoch=batch.epoch,
         bad_steps=progress.bad_steps + outcome.skipped,
     )
+    hooks.at(progress.step + 1, "averaging the loss")
     mean = ctx.all_reduce_mean(sum(r.loss.item() for r in results) / len(results))
     return StepReport(
         progress=after, result=outcome, loss=mean, sample_loss=losses,

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvtrain.adapters.files import save_lora
-from hvtrain.adapters.lora import seed_dropout, whole_rows
+from hvtrain.adapters.lora import seed_dropout
 from hvtrain.config import TrainConfig, dump
 from hvtrain.flow.timesteps import quantile_function
 from hvtrain.metrics import Metrics, loss_by_sigma
-from hvtrain.models.load import save_dit
 from hvtrain.optim import build_optimizer, build_schedule
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
@@ -26,11 +22,13 @@ from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.engine import EngineConfig, build_engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
+from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import Cadence, Hooks, StepReport, train
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
 from hvtrain.train.setup import check_lengths, identity, open_shards, open_subject, total_steps
+from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
 
 
@@ -51,7 +49,7 @@ class Session:
         autocast = cfg.run.precision == "bf16"
         self.kernel = parallelize(
             self.subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
-            dtype=torch.bfloat16 if autocast else torch.float32,
+            dtype=torch.bfloat16 if autocast else torch.float32, swap=self.subject.swap,
         )
         self.objective = Objective(
             self.subject.spec, flavor.tasks[0], cfg.flow.guidance,
@@ -62,7 +60,9 @@ class Session:
         self.engine = build_engine(
             self.subject.model, self.subject.trainable,
             EngineConfig(
-                cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.run.grad_accum, cfg.optim.max_grad_norm
+                cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.run.grad_accum, cfg.optim.max_grad_norm,
+                offload_param=cfg.zero.offload_param, nvme_path=cfg.zero.nvme_path, bucket_mb=cfg.zero.bucket_mb,
+                communication_dtype=cfg.zero.communication_dtype, deepspeed=cfg.zero.deepspeed,
             ),
             ctx,
             optimizer=build_optimizer(self.subject.trainable, cfg.optim),
@@ -74,7 +74,9 @@ class Session:
             self.ema = {n: p.detach().clone() for n, p in self.subject.trainable.items()}
         self.metrics = Metrics(self.output if ctx.is_main else None, purge_step=self.start.step + 1)
         self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
-        self.started = time.time()
+        self.files = RunFiles(cfg, self.subject, sum(len(s) for s in self.sets), self.steps)
+        self.best = ctx.gather_objects(self.files.best_loss() if ctx.is_main else None)[0]
+        self.watch = Watchdog(ctx, cfg.run.hang_timeout_s)
         self.n_bad = 0  # samples that this rank skipped
 
     # --- start ------------------------------------------------------------------------------------------------
@@ -140,7 +142,9 @@ class Session:
             on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda",
         )
         self.metrics.text("config", dump(c))
-        hooks = Hooks(self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at)
+        hooks = Hooks(
+            self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at, self.watch.at
+        )
         cadence = Cadence(
             steps=self.steps, grad_accum=c.run.grad_accum, log=c.run.log_every, save=c.run.save_every_steps,
             save_samples=math.ceil(c.run.save_every_epochs * sum(len(s) for s in self.sets)),
@@ -148,11 +152,16 @@ class Session:
             preview=c.preview.every_steps, max_bad_steps=c.run.max_bad_steps,
         )
         try:
-            finished = train(
-                self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx,
-                folder=self.output,
-            )
+            with self.watch:
+                finished = train(
+                    self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx,
+                    folder=self.output,
+                )
+                self.watch.at(self.steps, "waiting for the last files")
+                self.files.background.wait()
+                self.ctx.barrier()  # no rank ends the job while rank 0 writes
         finally:
+            self.files.background.close()
             self.line.close()
             self.metrics.close()
         if self.ctx.is_main:
@@ -198,7 +207,7 @@ class Session:
         values = {
             "train/loss": r.loss, "train/lr": r.result.lr, "train/grad_norm": r.result.grad_norm or 0.0,
             "train/epoch": float(r.progress.epoch), "train/samples": float(r.progress.cursor),
-            "train/bad_steps": float(r.progress.bad_steps),
+            "train/bad_steps": float(r.progress.bad_steps), "run/restarts": float(ctx.restarts),
             "data/bad_samples": ctx.all_reduce_sum(self.n_bad) / ctx.sp,
             "speed/tokens_per_s": tokens / slowest, "speed/step_s": r.seconds, "speed/slowest_rank_s": slowest,
             "speed/data_wait_s": r.waited, "speed/memory_gib": _memory_gib(ctx.device),
@@ -208,69 +217,38 @@ class Session:
         self.metrics.histogram("train/sigma", step, sigma)
         self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, progress: Progress) -> None:
+        self.watch.at(progress.step, "evaluating")
         values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
-        self.metrics.scalars(step, values)
-        self.line.note(f"step {step}: held-out loss {values['eval/loss']:.4f}")
+        self.metrics.scalars(progress.step, values)
+        self.line.note(f"step {progress.step}: held-out loss {values['eval/loss']:.4f}")
+        self._save_if_best(progress, values["eval/loss"])
 
     def previews_at(self, step: int) -> None:
+        self.watch.at(step, "making previews")
         for name, frames, fps in self.previews.make(self.engine.model, step):
             self.metrics.video(name, step, frames, fps=fps)
 
     # --- files ------------------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
-        """Checkpoint, and the files that are for the user. Collective."""
+        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host."""
+        self.watch.at(progress.step, "copying for a checkpoint")
         params, optimizer = self.engine.export_params(), self.engine.export_optimizer()
         if self.ctx.is_main:
-            ema = {n: t.cpu() for n, t in self.ema.items()}
-            last = progress.step >= self.steps
-            name = self.cfg.run.name if last else f"{self.cfg.run.name}-step{progress.step:08d}"
-            self._export(self.output / f"{name}.safetensors", params, progress)
-            if ema and last:
-                self._export(self.output / f"{name}-ema.safetensors", ema, progress)
-            # After the user's files: a run that dies in between comes back to before this step and writes them again.
-            checkpoint.save(
-                self.output / "checkpoints", Snapshot(progress, params, optimizer, ema),
-                keep_last=self.cfg.run.keep_last,
-            )
-            self.line.note(f"step {progress.step}: saved {name}.safetensors")
+            ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
+            self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
         self.ctx.barrier()
 
-    def _export(self, path: Path, params: dict[str, Tensor], progress: Progress) -> None:
-        c, subject = self.cfg, self.subject
-        if c.adapter.type != "none":
-            save_lora(
-                path, whole_rows(subject.model, params), rank=c.adapter.rank, alpha=c.adapter.alpha,
-                architecture=subject.spec.name, metadata=self._metadata(progress),
-            )
+    def _save_if_best(self, progress: Progress, loss: float) -> None:
+        """Collective: the loss is the same on all ranks."""
+        if not self.cfg.run.keep_best or not loss < self.best:
             return
-        with torch.device("meta"):
-            whole = subject.spec.build(subject.flavor.arch)
-        whole.load_state_dict({n: t.to(torch.bfloat16) for n, t in params.items()}, assign=True)
-        save_dit(whole, path, flavor=subject.flavor, spec=subject.spec)
-
-    def _metadata(self, progress: Progress) -> dict[str, object]:
-        """The `ss_*` entries that LoRA managers show."""
-        c, plan = self.cfg, self.subject.plan
-        owner = {} if plan is None else {
-            "ss_loraid": c.adapter.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n,
-            "ss_network_args": {"loraid": c.adapter.loraid, "granularity": plan.granularity, "order": plan.order},
-        }
-        return owner | {
-            "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
-            "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
-            "ss_max_train_steps": self.steps, "ss_steps": progress.step, "ss_epoch": progress.epoch,
-            "ss_num_train_items": sum(len(s) for s in self.sets), "ss_seed": c.run.seed,
-            "ss_gradient_accumulation_steps": c.run.grad_accum, "ss_gradient_checkpointing": c.run.recompute != "none",
-            "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
-            "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
-            "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
-            "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(c.model.dit or "scratch").name,
-            "ss_training_started_at": self.started, "ss_training_finished_at": time.time(),
-            "ss_datasets": list(c.data.shards), "hvtrain.base": self.subject.fingerprint,
-            "modelspec.date": datetime.fromtimestamp(time.time()).isoformat(timespec="seconds"),
-        }
+        self.best = loss
+        params = self.engine.export_params()
+        if self.ctx.is_main:
+            self.files.save_best(params, progress, loss)
+        self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
 
 
 def _memory_gib(device: torch.device) -> float:

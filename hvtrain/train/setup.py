@@ -18,8 +18,10 @@ from hvtrain.config import TrainConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.models import find
 from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.fp8 import use_matmul
 from hvtrain.models.load import load_dit
 from hvtrain.parallel.context import ParallelContext, check_heads
+from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from shards import ShardSet, open_set
 
@@ -34,6 +36,7 @@ class Subject:
     fingerprint: str  # of the weights that training starts from
     trainable: dict[str, nn.Parameter]
     plan: SlicePlan | None = None  # of a LORAID slice
+    swap: BlockSwap | None = None
 
 
 def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
@@ -49,7 +52,7 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
     else:
         loaded = load_dit(
             asset(cfg.model.dit), model=cfg.model.name, flavor=cfg.model.flavor,
-            dtype=torch.float32 if full else getattr(torch, cfg.model.dtype), device="cpu",
+            dtype=torch.float32 if full else getattr(torch, cfg.model.dtype), device="cpu", quantize_to=cfg.model.quantize,
         )
         model, spec, flavor, fingerprint = loaded.model, loaded.spec, loaded.flavor, loaded.fingerprint
         check_heads(flavor.arch.heads_num, ctx.ulysses)
@@ -59,9 +62,11 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
     else:
         plan = _open_plan(model, spec, flavor, cfg, fingerprint) if cfg.adapter.type == "loraid" else None
         _add_adapter(model, spec, cfg, plan)
+    use_matmul(cfg.model.fp8_matmul)
+    swap = BlockSwap(model.blocks, cfg.run.blocks_to_swap, ctx.device) if cfg.run.blocks_to_swap else None
     model.to(ctx.device).train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Subject(model, spec, flavor, fingerprint, trainable, plan)
+    return Subject(model, spec, flavor, fingerprint, trainable, plan, swap)
 
 
 def _open_plan(model: DiT, spec: ModelSpec, flavor: Flavor, cfg: TrainConfig, fingerprint: str) -> SlicePlan:

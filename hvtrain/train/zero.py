@@ -13,10 +13,12 @@ Three decisions:
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -35,6 +37,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
 from hvtrain.train.engine import (
     EngineConfig,
@@ -52,7 +55,8 @@ from hvtrain.train.engine import (
 
 def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, Any]:
     """DeepSpeed's JSON. Bucket sizes follow the model: the default would reserve 2 GB for a LoRA of 20 MB."""
-    bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), 1 << 28))
+    largest = 1 << 28 if cfg.bucket_mb is None else int(cfg.bucket_mb * 2**18)
+    bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), largest))
     zero: dict[str, Any] = {
         "stage": cfg.stage,
         "overlap_comm": cuda and cfg.stage > 0,  # needs streams
@@ -61,22 +65,63 @@ def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, A
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
-    if cfg.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    for key, place in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_param)):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": cuda}
+        if place == "nvme":
+            zero[key]["nvme_path"] = cfg.nvme_path
+    if cfg.offload_param == "nvme":
+        # One buffer holds one partition, so the largest parameter decides; DeepSpeed's default is made for its own models.
+        zero["offload_param"]["buffer_size"] = max(p.numel() for p in model.parameters())
+        zero["offload_param"]["buffer_count"] = 8
     if cfg.stage == 3:
         # Norms and biases stay whole on every rank: a gather for each costs more than it saves.
         vectors = max((p.numel() for p in model.parameters() if p.ndim < 2), default=0)
         zero |= {"stage3_param_persistence_threshold": vectors, "stage3_prefetch_bucket_size": 1 << 26}
-    return {
+    made = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters read it
         "gradient_accumulation_steps": cfg.grad_accum,
         # Stage 0 has no clipping of its own that knows our groups, nor a check for NaN: `accumulate` does both.
         "gradient_clipping": cfg.max_grad_norm if cfg.stage else 0.0,
+        "communication_data_type": cfg.communication_dtype,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+    return made if cfg.deepspeed is None else _merged(made, _read_json(cfg.deepspeed), cfg.deepspeed)
+
+
+# What the Engine protocol rests on: another value would be silently wrong, or belongs to an option of ours.
+_OURS = {
+    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum", "fp16": "run.precision",
+    "gradient_clipping": "optim.max_grad_norm", "train_batch_size": "data.batch_size", "bf16": "run.precision",
+    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision", "torch_autocast": "run.precision",
+    "zero_optimization.stage": "zero.stage", "communication_data_type": "zero.communication_dtype",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer", "sequence_parallel_size": "parallel.ulysses",
+    "zero_optimization.offload_param.device": "zero.offload_param",
+}
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"zero.deepspeed: {path} is not a JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name")
+    return found
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+    result = dict(under)
+    for key, value in over.items():
+        if own := _OURS.get(prefix + key):
+            raise ConfigError(f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that instead")
+        below = result.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        result[key] = _merged(below, value, path, f"{prefix}{key}.") if both else value  # type: ignore[arg-type]
+    return result
 
 
 class _Inside(nn.Module):
@@ -116,6 +161,8 @@ class DeepSpeedEngine:
         schedule: Schedule,
     ) -> None:
         solo_group(ctx)
+        if "nvme" in (cfg.offload_optimizer, cfg.offload_param):
+            _check_nvme(str(cfg.nvme_path))
         with _quiet():
             _forgo_compiled_ops(ctx)
             self.engine, *_ = deepspeed.initialize(
@@ -261,6 +308,19 @@ class DeepSpeedEngine:
 
 def _shape(p: nn.Parameter) -> torch.Size:
     return getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty between uses
+
+
+def _check_nvme(path: str) -> None:
+    """DeepSpeed compiles its disk access when it is first used (minutes); without the library it would fail with a traceback."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not Path(path).is_dir():
+        raise ConfigError(f"zero.nvme_path: {path} is not a directory")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "zero.offload_optimizer: nvme needs libaio to compile DeepSpeed's disk access; install libaio-dev (Debian) or "
+            "libaio-devel (Red Hat), or use cpu"
+        )
 
 
 def _forgo_compiled_ops(ctx: ParallelContext) -> None:

@@ -18,6 +18,7 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     add("--node-rank", type=int, default=0, help="which of them this is, from 0")
     add("--master-addr", default="127.0.0.1", help="host name of machine 0")
     add("--master-port", type=int, help="a free port on machine 0 (one machine: chosen)")
+    add("--max-restarts", type=int, default=0, metavar="N", help="start the processes again after a failure, up to N times")
     add("--slurm", action="store_true", help="submit it as a Slurm job, which goes on by itself after its time limit")
     add("--dry-run", action="store_true", help="with --slurm: print the script")
     add("--site", metavar="FILE", help="with --slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
@@ -39,6 +40,8 @@ def _launch(args: argparse.Namespace) -> int | None:
         given = f"'{inner[0]}'" if inner else "nothing"
         known = [name for name in able if name != "selftest"]
         raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}")
+    if args.max_restarts and args.slurm:
+        raise LaunchError("--max-restarts is for launching here; a Slurm job that fails is yours to look at, a stopped one goes on")
     for option in ("dry_run", "site", "time", "name", "log"):
         if getattr(args, option) and not args.slurm:
             raise LaunchError(f"--{option.replace('_', '-')} goes with --slurm")
@@ -51,6 +54,11 @@ def _launch(args: argparse.Namespace) -> int | None:
         return None
     from launcher import local, slurm
 
+    if args.max_restarts < 0 or (args.max_restarts and args.nnodes > 1):
+        raise LaunchError(
+            f"--max-restarts {args.max_restarts}: 0 or more, and on one machine; for several use torchrun's option of that name with "
+            "`-m launcher.worker train ...`, or --slurm, whose jobs go on by themselves"
+        )
     if args.in_job:
         return local.launch(inner, slurm.topology(args.nproc))
     topology = local.Topology(
@@ -60,7 +68,7 @@ def _launch(args: argparse.Namespace) -> int | None:
         master_addr=args.master_addr,
         master_port=args.master_port,
     )
-    return local.launch(inner, topology)
+    return local.launch(inner, topology, max_restarts=args.max_restarts)
 
 
 def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:

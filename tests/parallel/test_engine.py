@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +21,9 @@ ENGINES = [
     TORCH,
     *(EngineConfig(stage=stage) for stage in (0, 1, 2, 3)),
     *(EngineConfig(stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)),
+    EngineConfig(stage=3, offload_param="cpu"),
+    EngineConfig(stage=3, offload_optimizer="cpu", offload_param="cpu", bucket_mb=0.0001),
+    EngineConfig(stage=1, bucket_mb=0.0001),
 ]
 STEPS, MICRO = 6, 2  # a global batch is MICRO micro-batches, whoever computes them
 
@@ -51,7 +55,7 @@ def make_engine(cfg: EngineConfig, ctx: ParallelContext) -> Engine:
     groups = [{"params": [p for n, p in params.items() if "bias" in n], "lr": 0.03}]
     groups.append({"params": [p for n, p in params.items() if "bias" not in n], "lr": 0.01})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    cfg = EngineConfig(cfg.engine, cfg.stage, cfg.offload_optimizer, MICRO // ctx.dp, max_grad_norm=0.5)
+    cfg = replace(cfg, grad_accum=MICRO // ctx.dp, max_grad_norm=0.5)
     return build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1 / (n + 1))
 
 
@@ -72,17 +76,17 @@ def train(engine: Engine, ctx: ParallelContext, *, until: int = STEPS, nan_at: i
     return Run(losses, steps, engine.export_params(), engine.export_optimizer())
 
 
-def _all_engines() -> dict[str, tuple[Run, Run, Run]]:
+def _all_engines(engines: list[EngineConfig]) -> dict[str, tuple[Run, Run, Run]]:
     ctx, alone = start(), ParallelContext()
     half = make_engine(TORCH, alone)
     saved = train(half, alone, until=3)
     runs = {}
-    for cfg in ENGINES:
+    for cfg in engines:
         straight = train(make_engine(cfg, ctx), ctx)
         with_nan = train(make_engine(cfg, ctx), ctx, nan_at=2)
         resumed = make_engine(cfg, ctx)
         resumed.load_state(saved.params, saved.optimizer, n_steps=3)
-        runs[f"{cfg.engine} {cfg.stage} {cfg.offload_optimizer}"] = straight, with_nan, train(resumed, ctx)
+        runs[str(cfg)] = straight, with_nan, train(resumed, ctx)
     return runs
 
 
@@ -109,11 +113,26 @@ def test_every_stage_equals_one_process() -> None:
     want_nan = train(make_engine(TORCH, alone), alone, nan_at=2)
     assert [s.skipped for s in want_nan.steps] == [False, False, True, False, False, False]
     assert want.losses[-1] < want.losses[0]
-    runs = run_ranks(2, _all_engines)[0]
+    runs = run_ranks(2, _all_engines, ENGINES)[0]
     assert len(runs) == len(ENGINES)
     for straight, with_nan, resumed in runs.values():
         close(straight, want)
         close(with_nan, want_nan)
+        close(resumed, want)
+
+
+@pytest.mark.slow  # compiles DeepSpeed's disk access: minutes, the first time
+def test_state_on_a_disk_equals_one_process(tmp_path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio-dev is not installed")
+    alone = ParallelContext()
+    want = train(make_engine(TORCH, alone), alone)
+    both = EngineConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path=str(tmp_path))
+    engines = [replace(both, offload_param="none"), replace(both, offload_param="cpu", offload_optimizer="nvme"), both]
+    for straight, _, resumed in run_ranks(2, _all_engines, engines, timeout_s=900)[0].values():
+        close(straight, want)
         close(resumed, want)
 
 
@@ -137,6 +156,12 @@ def test_deepspeed_state_continues_in_plain_torch() -> None:
         (EngineConfig(stage=4), "choose 0, 1, 2 or 3"),
         (EngineConfig(stage=0, offload_optimizer="cpu"), "ZeRO stage 0 .* use zero.engine=deepspeed with zero.stage 1"),
         (EngineConfig(engine="torch", offload_optimizer="cpu"), "torch engine"),
+        (EngineConfig(offload_param="cpu"), "use zero.stage=3, or for a LoRA run.blocks_to_swap"),
+        (EngineConfig(stage=2, offload_optimizer="nvme", nvme_path="/tmp"), "ZeRO stage 2 cannot put it on nvme"),
+        (EngineConfig(stage=3, offload_optimizer="nvme"), "zero.nvme_path: give a directory"),
+        (EngineConfig(stage=3, nvme_path="/tmp"), "nothing is offloaded to nvme"),
+        (EngineConfig(stage=3, offload_param="nvme", nvme_path="/tmp"), "set zero.offload_optimizer=nvme"),
+        (EngineConfig(engine="torch", communication_dtype="bf16"), "use zero.engine=deepspeed"),
         (EngineConfig(offload_optimizer="gpu"), "'gpu' is not a place"),
         (EngineConfig(grad_accum=0), "use 1 or more"),
     ],

@@ -16,6 +16,7 @@ from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from hvtrain.train.engine import EngineConfig, build_engine
 
@@ -48,6 +49,8 @@ class Case:
     offload: str = "none"
     lora: bool = False
     recompute: str = "none"
+    swap: int = 0
+    arch: HunyuanVideoArch = ARCH
 
     def __str__(self) -> str:
         parts = [f"U{self.ulysses}xR{self.ring}", f"{self.engine}-{self.stage}", self.recompute]
@@ -61,7 +64,7 @@ class Outcome(NamedTuple):
 
 def build_model(case: Case) -> tuple[DiT, dict[str, nn.Parameter]]:
     """Unit-scale random weights: with small ones attention is uniform and nothing would show."""
-    model = HunyuanVideo(ARCH)
+    model = HunyuanVideo(case.arch)
     if case.lora:
         targets = [n for n, m in model.named_modules() if type(m) is nn.Linear and "_blocks." in n and "mod" not in n]
         inject(model, targets, rank=3, alpha=6.0, dropout=0.1)
@@ -90,7 +93,8 @@ def make_batch(step: int, micro: int) -> tuple[ModelInput, Tensor]:
 
 def train(case: Case, ctx: ParallelContext, *, optimizer: type, rate: float, n_steps: int, clip: float) -> Outcome:
     model, params = build_model(case)
-    parallelize(model, ctx, recompute=case.recompute)
+    swap = BlockSwap(model.blocks, case.swap, ctx.device) if case.swap else None
+    parallelize(model, ctx, recompute=case.recompute, swap=swap)
     cfg = EngineConfig(case.engine, case.stage, case.offload, MICRO // ctx.dp, clip)
     opt = optimizer(list(params.values()), lr=rate)
     engine = build_engine(model, params, cfg, ctx, optimizer=opt, schedule=lambda n: 1.0)

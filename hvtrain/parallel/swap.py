@@ -1,0 +1,196 @@
+"""Block swap: the frozen weights of some blocks live in pinned host memory and visit the device when their block runs.
+
+Each such block is one flat buffer on the host and takes one copy to one of two slots on the device; while a block computes,
+the next one's copy is under way on a stream of its own. Nothing is copied back: frozen weights do not change. The order
+is followed in both directions, so it works in the forward, in the backward that recomputes, and in sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hvtrain.errors import ConfigError
+from hvtrain.models.base import Tokens
+
+SLOTS = 2
+_ALIGN = 256
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of a block, and where it lies in the block's buffer."""
+
+    owner: nn.Module
+    name: str
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def point_at(self, buffer: Tensor | None, device: torch.device) -> None:
+        """At the piece's bytes in `buffer`, or at nothing."""
+        if buffer is None:
+            value = torch.empty(0, dtype=self.dtype, device=device)
+        else:
+            value = buffer[self.start : self.start + self.n_bytes].view(self.dtype).view(self.shape)
+        if self.name in self.owner._parameters:
+            self.owner.get_parameter(self.name).data = value
+        else:
+            self.owner._buffers[self.name] = value
+
+
+@dataclass
+class _Home:
+    """A block's weights on the host."""
+
+    pieces: list[_Piece]
+    host: Tensor
+
+
+@dataclass
+class _Slot:
+    """Room for one block on the device."""
+
+    buffer: Tensor
+    block: int | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+class BlockSwap:
+    """Takes the weights of enough evenly spaced blocks off the device that `n` average blocks' worth of it is free,
+    the two slots counted. Build it when all that is to be trained requires grad, and before the model is moved.
+
+    Raises ConfigError where so many cannot be freed.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], n: int, device: torch.device) -> None:
+        self.device, self.n_blocks = device, len(blocks)
+        frozen = [_frozen(block) for block in blocks]
+        sizes = [sum(t.nbytes for _, _, t in found) for found in frozen]
+        self.hosted = _choose(sizes, n)
+        self.homes = {i: _pack(frozen[i], pinned=device.type == "cuda") for i in self.hosted}
+        room = max(home.host.numel() for home in self.homes.values())
+        self.slots = [_Slot(torch.empty(room, dtype=torch.uint8, device=device)) for _ in range(SLOTS)]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.last = -1
+        self.freed = sum(sizes[i] for i in self.hosted) - SLOTS * room
+        for home in self.homes.values():
+            for piece in home.pieces:
+                piece.point_at(None, device)
+
+    def wrap(self, blocks: Sequence[nn.Module], run: Callable) -> Callable[[nn.Module, Tokens], Tokens]:
+        """A way to run blocks that has a block's weights in place whenever it is computed, also when again."""
+        index = {id(block): i for i, block in enumerate(blocks)}
+
+        def run_block(block: nn.Module, tokens: Tokens) -> Tokens:
+            i = index[id(block)]
+            if i not in self.homes:
+                return run(block, tokens)
+
+            def in_place(tokens: Tokens) -> Tokens:
+                self.enter(i)
+                return block(tokens)
+
+            return run(in_place, tokens)
+
+        return run_block
+
+    def describe(self) -> str:
+        return f"{len(self.hosted)} of {self.n_blocks} blocks in host memory, which frees {self.freed / 2**30:.2f} GiB"
+
+    def enter(self, i: int) -> None:
+        """Have block i's weights on the device, and the next one's on their way."""
+        slot = self._fetch(i)
+        if slot.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrived)
+        following = self._following(i)
+        self.last = i
+        if following != i:
+            self._fetch(following, keep=slot)
+
+    def _following(self, i: int) -> int:
+        """The next in the direction of travel. A wrong guess costs a wait, nothing else."""
+        place, n = self.hosted.index(i), len(self.hosted)
+        backward = torch.is_grad_enabled() and (i < self.last or (i == self.last and place == n - 1))
+        if backward and place > 0:
+            return self.hosted[place - 1]
+        if place == n - 1 and torch.is_grad_enabled():
+            return i  # the backward begins with this one
+        return self.hosted[(place + 1) % n]
+
+    def _fetch(self, i: int, keep: _Slot | None = None) -> _Slot:
+        for slot in self.slots:
+            if slot.block == i:
+                return slot
+        slot = min((s for s in self.slots if s is not keep), key=lambda s: s.block == self.last)
+        if slot.block is not None:
+            for piece in self.homes[slot.block].pieces:
+                piece.point_at(None, self.device)
+        home = self.homes[i]
+        target = slot.buffer[: home.host.numel()]
+        if self.stream is None:
+            target.copy_(home.host)
+        else:
+            # All that used the slot is in the queue already: a block's backward ends before the next one begins.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                target.copy_(home.host, non_blocking=True)
+                slot.arrived = self.stream.record_event()
+        slot.block = i
+        for piece in home.pieces:
+            piece.point_at(slot.buffer, self.device)
+        return slot
+
+
+def resident_bytes(model: nn.Module, swap: BlockSwap | None = None) -> int:
+    """Bytes of the model's weights on its device, and of the slots."""
+    slots = [slot.buffer for slot in swap.slots] if swap is not None else []
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers(), *slots]
+    }
+    return sum(storages.values())
+
+
+def _frozen(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    found = []
+    for module in block.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found += [(module, name, t) for name, t in own if not t.requires_grad]
+    return found
+
+
+def _choose(sizes: Sequence[int], n: int) -> list[int]:
+    """The fewest evenly spaced blocks that free n average blocks' worth."""
+    total, n_blocks = sum(sizes), len(sizes)
+    if not total:
+        raise ConfigError("blocks_to_swap: no block has frozen weights, full fine-tuning has nothing to swap")
+    most = 0
+    for count in range(SLOTS + 1, n_blocks + 1):
+        hosted = [(2 * i + 1) * n_blocks // (2 * count) for i in range(count)]
+        freed = sum(sizes[i] for i in hosted) - SLOTS * max(sizes[i] for i in hosted)
+        most = max(most, freed * n_blocks // total)
+        if freed >= n * total / n_blocks:
+            return hosted
+    raise ConfigError(
+        f"blocks_to_swap: {n} of {n_blocks} blocks cannot be kept off the device, because {SLOTS} have to be there at a time; "
+        f"at most {most}"
+    )
+
+
+def _pack(found: Sequence[tuple[nn.Module, str, Tensor]], *, pinned: bool) -> _Home:
+    pieces, end = [], 0
+    for owner, name, t in found:
+        pieces.append(_Piece(owner, name, end, t.shape, t.dtype))
+        end += -(-t.nbytes // _ALIGN) * _ALIGN
+    host = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    for piece, (_, _, t) in zip(pieces, found, strict=True):
+        host[piece.start : piece.start + piece.n_bytes].copy_(t.detach().cpu().contiguous().view(-1).view(torch.uint8))
+    return _Home(pieces, host)

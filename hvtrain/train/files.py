@@ -1,0 +1,132 @@
+"""The files of a run: what is for the user, the checkpoints, and writing them behind the training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvtrain.adapters.files import save_lora
+from hvtrain.adapters.lora import whole_rows
+from hvtrain.config import TrainConfig
+from hvtrain.models.load import save_dit
+from hvtrain.models.weights import open_weights
+from hvtrain.train import checkpoint
+from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.setup import Subject
+
+BEST_LOSS = "hvtrain.held_out_loss"
+
+
+class Background:
+    """One write at a time, in a thread. What goes wrong in it is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvtrain-save")
+        self._last: Future | None = None
+
+    def wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Returns at once, unless the write before is not done yet."""
+        self.wait()
+        self._last = self._pool.submit(work)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+
+@dataclass
+class RunFiles:
+    """Knows the names and what is in them. For rank 0; tensors that it is given must be copies."""
+
+    cfg: TrainConfig
+    subject: Subject
+    n_samples: int
+    steps: int
+    started: float = field(default_factory=time.time)
+    background: Background = field(default_factory=Background)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.cfg.run.output_dir)
+
+    def save(self, snapshot: Snapshot, note: Callable[[str], None]) -> None:
+        """The user's files, then the checkpoint: a run that dies in between comes back to before this step and writes them
+        again. Raises CheckpointError at once where the disk has no room."""
+        self.background.wait()
+        checkpoint.check_room(self.output / "checkpoints", snapshot)
+        progress = snapshot.progress
+        last = progress.step >= self.steps
+        name = self.cfg.run.name if last else f"{self.cfg.run.name}-step{progress.step:08d}"
+
+        def write() -> None:
+            self.export(self.output / f"{name}.safetensors", snapshot.params, progress)
+            if snapshot.ema and last:
+                self.export(self.output / f"{name}-ema.safetensors", snapshot.ema, progress)
+            checkpoint.save(self.output / "checkpoints", snapshot, keep_last=self.cfg.run.keep_last)
+            note(f"step {progress.step}: saved {name}.safetensors")
+
+        self.background.start(write)
+
+    @property
+    def best(self) -> Path:
+        return self.output / f"{self.cfg.run.name}-best.safetensors"
+
+    def best_loss(self) -> float:
+        """Of the best weights so far, which their file itself tells; infinite if there is none."""
+        if not self.best.exists():
+            return float("inf")
+        return float(open_weights(self.best).metadata.get(BEST_LOSS, "inf"))
+
+    def save_best(self, params: Mapping[str, Tensor], progress: Progress, loss: float) -> None:
+        self.background.start(lambda: self.export(self.best, params, progress, {BEST_LOSS: loss}))
+
+    def export(
+        self, path: Path, params: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object] | None = None
+    ) -> None:
+        c, subject = self.cfg, self.subject
+        metadata = {**self._metadata(progress), **(extra or {})}
+        if c.adapter.type != "none":
+            save_lora(
+                path, whole_rows(subject.model, dict(params)), rank=c.adapter.rank, alpha=c.adapter.alpha,
+                architecture=subject.spec.name, metadata=metadata,
+            )
+            return
+        with torch.device("meta"):
+            whole = subject.spec.build(subject.flavor.arch)
+        whole.load_state_dict({n: t.to(torch.bfloat16) for n, t in params.items()}, assign=True)
+        about = {key: str(value) for key, value in (extra or {}).items()}
+        save_dit(whole, path, flavor=subject.flavor, spec=subject.spec, extra=about)
+
+    def _metadata(self, progress: Progress) -> dict[str, object]:
+        """The `ss_*` entries that LoRA managers show."""
+        c, plan = self.cfg, self.subject.plan
+        owner = {} if plan is None else {
+            "ss_loraid": c.adapter.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n,
+            "ss_network_args": {"loraid": c.adapter.loraid, "granularity": plan.granularity, "order": plan.order},
+        }
+        return owner | {
+            "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
+            "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
+            "ss_max_train_steps": self.steps, "ss_steps": progress.step, "ss_epoch": progress.epoch,
+            "ss_num_train_items": self.n_samples, "ss_seed": c.run.seed,
+            "ss_gradient_accumulation_steps": c.run.grad_accum, "ss_gradient_checkpointing": c.run.recompute != "none",
+            "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
+            "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
+            "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
+            "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(c.model.dit or "scratch").name,
+            "ss_training_started_at": self.started, "ss_training_finished_at": time.time(),
+            "ss_datasets": list(c.data.shards), "ss_fp8_base": c.model.quantize != "none",
+            "hvtrain.base": self.subject.fingerprint,
+            "modelspec.date": datetime.fromtimestamp(time.time()).isoformat(timespec="seconds"),
+        }
