@@ -186,11 +186,15 @@ def _join(place: torch.device) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
     if missing:
         raise LaunchError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or hvtrain launch")
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store over a restart: without a name of its own, an attempt finds the addresses of the dead.
+    store = dist.PrefixStore(f"hvtrain/attempt-{_env_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    where = {"store": store, "rank": rank, "world_size": world, "timeout": TIMEOUT}
     if place.type == "cuda":
         # gloo beside nccl: flags and sums of single numbers then never wait for the GPU's queue.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=place)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place, **where)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", **where)
 
 
 def _my_group(rows: torch.Tensor, rank: int) -> dist.ProcessGroup | None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hvtrain.parallel.context import ParallelContext
 
 EXIT = 1
-_KEY = "hvtrain/at/{}"
+_KEY = "hvtrain/at/{}/{}"
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval = min(self.timeout_s / 5, 10.0)
-        while not self._end.wait(interval):
+        while True:
             try:
                 self._publish()
                 if time.time() - self.place.since > self.timeout_s:
                     self._give_up(interval)
             except RuntimeError:  # the store went with rank 0: the launcher ends this process too
                 self._store = None
+            if self._end.wait(interval):
+                return
 
     def _publish(self) -> None:
         if self._store is not None:
             place = Place(self.place.step, self.place.phase, self.place.since, time.time())
-            self._store.set(_KEY.format(self.ctx.rank), json.dumps(asdict(place)))
+            self._store.set(_KEY.format(self.ctx.restarts, self.ctx.rank), json.dumps(asdict(place)))
 
     def _give_up(self, interval: float) -> None:
         places = self._read()
@@ -87,7 +89,7 @@ class Watchdog:
         if self._store is None:
             return {self.ctx.rank: Place(self.place.step, self.place.phase, self.place.since, time.time())}
         for rank in range(self.ctx.world):
-            key = _KEY.format(rank)
+            key = _KEY.format(self.ctx.restarts, rank)
             found[rank] = Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None
         return found
 
@@ -97,7 +99,7 @@ def _own_connection() -> dist.Store | None:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    return store.clone() if isinstance(store, dist.TCPStore) else None
+    return store.clone() if isinstance(store, dist.TCPStore) else None  # type: ignore[attr-defined]
 
 
 def report(places: dict[int, Place | None], *, stale_s: float, timeout_s: float) -> str:

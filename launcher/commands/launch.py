@@ -41,7 +41,7 @@ def _launch(args: argparse.Namespace) -> int | None:
         known = [name for name in able if name != "selftest"]
         raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}")
     if args.max_restarts and args.slurm:
-        raise LaunchError("--max-restarts is for launching here; a Slurm job that fails is yours to look at, a stopped one goes on")
+        raise LaunchError("--max-restarts is for launching here; a Slurm job that is stopped goes on by itself")
     for option in ("dry_run", "site", "time", "name", "log"):
         if getattr(args, option) and not args.slurm:
             raise LaunchError(f"--{option.replace('_', '-')} goes with --slurm")
@@ -56,8 +56,8 @@ def _launch(args: argparse.Namespace) -> int | None:
 
     if args.max_restarts < 0 or (args.max_restarts and args.nnodes > 1):
         raise LaunchError(
-            f"--max-restarts {args.max_restarts}: 0 or more, and on one machine; for several use torchrun's option of that name with "
-            "`-m launcher.worker train ...`, or --slurm, whose jobs go on by themselves"
+            f"--max-restarts {args.max_restarts}: 0 or more, and on one machine; for several use torchrun's option of "
+            "that name with `-m launcher.worker train ...`, or --slurm, whose jobs go on by themselves"
         )
     if args.in_job:
         return local.launch(inner, slurm.topology(args.nproc))

@@ -1,0 +1,284 @@
+"""Processes that die, stop or hang in the middle of a run: it ends soon, says why, and continues bit for bit."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hvtrain import train
+from hvtrain.config import dump
+from hvtrain.train.watchdog import Place, report
+from tests.train.shardset import config, make_shards
+
+ROOT = Path(__file__).parents[2]
+ARGS = ("data.batch_size=1", "run.save_every_steps=2", "zero.engine=deepspeed", "zero.stage=2", "adapter.dropout=0.1")
+
+
+def _write(shards: Path, output: Path, *overrides: str) -> Path:
+    path = output.with_suffix(".yaml")
+    path.write_text(dump(config(shards, output, *ARGS, *overrides)))
+    return path
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **more}
+
+
+def _launch(path: Path, *options: str, nproc: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), *options, "train", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _workers(of: int) -> dict[int, int]:
+    """rank -> process id of the running workers under a launcher."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(re.search(r"^PPid:\s+(\d+)", (process / "status").read_text(), re.M)[1])
+            env = dict(e.split("=", 1) for e in (process / "environ").read_text().split("\0") if "=" in e)
+        except (OSError, TypeError):
+            continue
+        if parent == of and "RANK" in env:
+            found[int(env["RANK"])] = int(process.name)
+    return found
+
+
+def _wait_for(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def _steps(run: Path) -> list[int]:
+    log = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def _same(a: Path, b: Path) -> None:
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Path:
+    """The run that nothing happens to, on two processes."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    process = _launch(_write(shards, run, "run.steps=12"))
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    return run / "lora.safetensors"
+
+
+def test_a_killed_rank_ends_the_job_soon_and_restarts_finish_it(shards, whole, tmp_path):
+    """--max-restarts: the first attempt loses a rank, the second goes on from the newest checkpoint and ends the same."""
+    run = tmp_path / "run"
+    process = _launch(_write(shards, run, "run.steps=12"), "--max-restarts", "2")
+    _wait_for(lambda: len(_steps(run)) >= 5)
+    os.kill(_workers(process.pid)[1], signal.SIGKILL)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    assert "process 1 was ended by SIGKILL" in out and "starting again (1 of 2)" in out
+    _same(run / "lora.safetensors", whole)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["run/restarts"] == 1 and last["step"] == 12
+
+
+def test_torchrun_restarts_it_too(shards, whole, tmp_path):
+    run = tmp_path / "run"
+    path = _write(shards, run, "run.steps=12")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone",
+        "--monitor-interval", "0.2", "-m", "launcher.worker", "train", str(path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _wait_for(lambda: len(_steps(run)) >= 5)
+    os.kill(_workers(process.pid)[0], signal.SIGKILL)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    _same(run / "lora.safetensors", whole)
+
+
+def test_a_stopped_rank_is_named_with_the_step(shards, tmp_path):
+    """A process that neither dies nor moves: the others say so after run.hang_timeout_s and the job ends."""
+    run = tmp_path / "run"
+    process = _launch(_write(shards, run, "run.steps=5000", "run.hang_timeout_s=6", "run.save_every_steps=0"))
+    _wait_for(lambda: len(_steps(run)) >= 3)
+    stopped = _workers(process.pid)[1]
+    begun = time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    out = process.communicate(timeout=240)[0]
+    assert time.monotonic() - begun < 60 and process.returncode == 1, out
+    assert re.search(r"rank 1: step \d+, .* silent for .*<- the others wait for it", out), out
+    assert re.search(r"rank 0: step \d+, [\w ]+ for \d+ s\n", out), out
+    assert "loop.py" in out  # where rank 0 itself waits
+
+
+def test_a_hang_of_one_process_is_reported(shards, tmp_path):
+    path = _write(shards, tmp_path / "run", "run.hang_timeout_s=4", "zero.engine=torch")
+    code = (
+        "import sys, time\nfrom hvtrain.train import objective\n"
+        "plain = objective.Objective.__call__\n"
+        "def slow(self, model, batch, where):\n    if where.step == 2: time.sleep(600)\n"
+        "    return plain(self, model, batch, where)\n"
+        "objective.Objective.__call__ = slow\nfrom launcher import cli\n"
+        f"sys.exit(cli.main(['train', {str(path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "no step has ended for 4 s" in done.stderr and "rank 0: step 3, in the forward pass for" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "phases, guilty",
+    [
+        ([(5, "in the backward pass"), (5, "reading data"), (5, "in the backward pass")], [1]),
+        ([(6, "reading data"), (6, "reading data"), (5, "averaging the loss")], [2]),
+        ([(6, "reading data"), (6, "reading data")], []),
+    ],
+)
+def test_who_keeps_the_others_waiting(phases, guilty):
+    now = time.time()
+    text = report({r: Place(step, p, now - 50, now) for r, (step, p) in enumerate(phases)}, stale_s=5, timeout_s=40)
+    assert [int(n) for n in re.findall(r"rank (\d).*<- the others", text)] == guilty
+
+
+def _killed_run(shards: Path, run: Path, *, kills: int, seed: int) -> str:
+    """Kill -9 a random rank at random moments, and start again each time."""
+    draw, path, done, log = random.Random(seed), _write(shards, run, "run.steps=12"), 0, ""
+    while True:
+        process = _launch(path)
+        if done < kills:
+            _wait_for(lambda p=process: len(_workers(p.pid)) == 2 or p.poll() is not None)
+            before = len(_steps(run))
+            kind = draw.choice(("anywhere", "step", "checkpoint"))
+            if kind == "anywhere":
+                time.sleep(draw.uniform(0, 9))
+            elif kind == "step":
+                _wait_for(lambda p=process, n=before: len(_steps(run)) > n or p.poll() is not None)
+                time.sleep(draw.uniform(0, 0.3))
+            else:
+                _wait_for(lambda p=process, writing=run / "checkpoints": any(writing.glob(".writing-*")) or p.poll() is not None)
+            workers = _workers(process.pid)
+            if workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(workers[draw.choice(sorted(workers))], signal.SIGKILL)
+            done += 1
+        out = process.communicate(timeout=240)[0]
+        log += out
+        if process.returncode == 0:
+            return log
+        assert process.returncode == 137, out
+
+
+def test_kills_at_random_moments_leave_the_same_adapter(shards, whole, tmp_path):
+    _killed_run(shards, tmp_path / "run", kills=3, seed=1)
+    _same(tmp_path / "run/lora.safetensors", whole)
+
+
+@pytest.mark.slow
+def test_thirty_kills_leave_the_same_adapter(shards, whole, tmp_path):
+    kills = 0
+    for seed in range(2, 12):  # 12 steps each: a run of its own after every three
+        run = tmp_path / f"run{seed}"
+        _killed_run(shards, run, kills=3, seed=seed)
+        _same(run / "lora.safetensors", whole)
+        kills += 3
+    assert kills == 30
+
+
+def test_the_order_of_samples_survives_other_numbers_of_ranks(tmp_path):
+    """DP 1 -> 2 -> 4 -> 1, 8 samples of each step: the same global sequence as without."""
+    from shards.loader import BatchLoader
+    from shards.reader import open_set
+
+    found = [open_set(make_shards(tmp_path / "shards", n=21))]
+
+    def steps(dp: int, cursor: int, n: int) -> tuple[list[list[str]], int]:
+        """n steps of 8 samples on dp ranks."""
+        streams = [
+            iter(BatchLoader(found, batch_size=2, dp_rank=r, dp_size=dp, seed=3, cursor=cursor, workers=0)) for r in range(dp)
+        ]
+        taken = []
+        for _ in range(n):
+            step = []
+            for _ in range(8 // (2 * dp)):
+                batches = [next(stream) for stream in streams]
+                step += [key for batch in batches for key in batch.keys]
+                cursor = batches[0].cursor
+            taken.append(step)
+        return taken, cursor
+
+    plain, _ = steps(1, 0, 12)
+    changed, cursor = [], 0
+    for dp in (1, 2, 4, 1):
+        taken, cursor = steps(dp, cursor, 3)
+        changed += taken
+    assert changed == plain
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    """By held-out loss, also over a restart; the file says its loss."""
+    shards = make_shards(tmp_path / "shards")
+    run = tmp_path / "run"
+    args = ("run.keep_best=true", "eval.every_steps=2", f"eval.shards={shards}", "eval.max_batches=1", "optim.lr=0.01")
+    train.run(config(shards, run, "run.steps=6", *args))
+    train.run(config(shards, run, "run.steps=10", *args))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    from hvtrain.models.weights import open_weights
+
+    about = open_weights(run / "lora-best.safetensors").metadata
+    assert len(losses) == 5
+    assert float(about["hvtrain.held_out_loss"]) == pytest.approx(min(losses.values()), rel=1e-6)
+    assert int(about["ss_steps"]) == min(losses, key=losses.get)
+
+
+def test_a_failed_write_is_not_lost(tmp_path, monkeypatch):
+    """It happens behind the training, and ends it."""
+    from hvtrain.train import files
+
+    def fail(*args, **options):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(files.checkpoint, "save", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train.run(config(make_shards(tmp_path / "shards"), tmp_path / "run", "run.save_every_steps=2"))
+
+
+def test_writing_does_not_hold_the_training_up(tmp_path, monkeypatch):
+    from hvtrain.train import checkpoint
+
+    plain, order = checkpoint.save, []
+
+    def slow(root, snapshot, **options):
+        time.sleep(1.0)
+        order.append(("written", snapshot.progress.step))
+        return plain(root, snapshot, **options)
+
+    shards = make_shards(tmp_path / "shards")
+    monkeypatch.setattr(checkpoint, "save", slow)
+    from hvtrain.train.session import Session
+
+    log = Session._log
+    monkeypatch.setattr(Session, "_log", lambda self, r: (order.append(("step", r.progress.step)), log(self, r)))
+    train.run(config(shards, tmp_path / "run", "run.save_every_steps=3"))
+    assert order.index(("step", 4)) < order.index(("written", 3))  # step 4 did not wait
+    assert order[-1] == ("written", 6)  # the run did
+    assert (tmp_path / "run/checkpoints/step-00000006/COMPLETE").exists()
