@@ -35,6 +35,7 @@ LAYERS = [
     ("hvtrain.generate", 5),
     ("hvtrain.encode", 5),
     ("hvtrain.train", 6),
+    ("hvtrain.plan", 6),
     ("hvtrain.tiny", 7),
     ("hvtrain", 0),
 ]

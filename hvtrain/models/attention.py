@@ -158,10 +158,10 @@ def _attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernel.attend(q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return _Recalled.apply(q, k, v, kernel)
+    return Recalled.apply(q, k, v, kernel)
 
 
-class _Recalled(torch.autograd.Function):
+class Recalled(torch.autograd.Function):
     """`Kernel.attend` whose forward can be skipped: its backward needs only q, k, v, the output and the log-sum-exp."""
 
     @staticmethod

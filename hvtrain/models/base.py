@@ -241,6 +241,7 @@ class ModelSpec:
     open_text: Callable[..., Any]
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
+    sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list
     tiny: TinyParts | None = None
     musubi: MusubiCache | None = None
 

@@ -89,5 +89,5 @@ def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm without parameters. Under autocast it computes and returns fp32."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+    """LayerNorm without parameters, in and to fp32: what CUDA's autocast does, here on every device."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)

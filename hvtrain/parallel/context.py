@@ -121,6 +121,27 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
     )
 
 
+def start_simulated(world: int, *, ulysses: int, ring: int) -> ParallelContext:
+    """Rank 0 of a job of `world` processes, of which only this one exists: collectives return at once, with nothing in them.
+    For tensors without values (hvtrain/plan)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dp = _data_degree(world, ulysses=ulysses, ring=ring)
+    if world > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    grid = torch.arange(world).reshape(dp, ring, ulysses)
+    return ParallelContext(
+        world=world, dp=dp, ulysses=ulysses, ring=ring, ulysses_group=_my_group(grid.reshape(-1, ulysses), 0),
+        ring_group=_my_group(grid.transpose(1, 2).reshape(-1, ring), 0), sp_group=_my_group(grid.reshape(-1, ulysses * ring), 0),
+    )
+
+
+def without_job() -> dict[str, str]:
+    """The environment for a program that is not a rank of this job, and leaves its GPUs alone."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "GROUP_RANK")
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(own)}, "CUDA_VISIBLE_DEVICES": ""}
+
+
 _closers: list[Callable[[], object]] = []
 
 

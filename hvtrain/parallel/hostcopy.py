@@ -30,7 +30,7 @@ class HostCopies:
     def pack(self, x: Tensor) -> Tensor | _Copy:
         if not x.is_floating_point() or x.numel() < 2:
             return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+        host = self.on_host(x)
         if x.device.type == "cuda":
             stream = self._stream(x.device)
             stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -58,11 +58,15 @@ class HostCopies:
         back, packed.back = packed.back, None
         return back
 
+    def on_host(self, x: Tensor) -> Tensor:
+        """Room for x. An attribute of its own, because a plan does not count it."""
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+
     def _start(self, copy: _Copy) -> None:
         if copy.back is not None:
             return
         if copy.device.type != "cuda":
-            copy.back = copy.host
+            copy.back = copy.host.clone()
             return
         stream = self._stream(copy.device)  # behind the copy to the host, which is on the same stream
         with torch.cuda.stream(stream):

@@ -37,7 +37,7 @@ def _selective(block: Block, tokens: Tokens) -> Tokens:
     return checkpoint(block, tokens, use_reentrant=False, context_fn=contexts)
 
 
-class _Offload:
+class Offload:
     """As full, with each block's input in pinned host memory until the backward comes near it."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _Offload:
 
 
 POLICIES: dict[str, Callable[[], RunBlock]] = {
-    "none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": _Offload,
+    "none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": Offload,
 }
 
 

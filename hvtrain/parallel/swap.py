@@ -167,6 +167,13 @@ def _frozen(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     return found
 
 
+def swap_savings(blocks: Sequence[nn.Module], n: int) -> int:
+    """Bytes that a BlockSwap of n blocks would free; raises ConfigError as it does."""
+    sizes = [sum(t.nbytes for _, _, t in _frozen(block)) for block in blocks]
+    hosted = _choose(sizes, n)
+    return sum(sizes[i] for i in hosted) - SLOTS * max(sizes[i] for i in hosted)
+
+
 def _choose(sizes: Sequence[int], n: int) -> list[int]:
     """The fewest evenly spaced blocks that free n average blocks' worth."""
     total, n_blocks = sum(sizes), len(sizes)

@@ -77,6 +77,7 @@ class Session:
         self.files = RunFiles(cfg, self.subject, sum(len(s) for s in self.sets), self.steps)
         self.best = ctx.gather_objects(self.files.best_loss() if ctx.is_main else None)[0]
         self.watch = Watchdog(ctx, cfg.run.hang_timeout_s)
+        self.latents: tuple[int, ...] = ()  # shape of the batch at hand
         self.n_bad = 0  # samples that this rank skipped
 
     # --- start ------------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ class Session:
         if self.cfg.adapter.type != "none" and self.cfg.adapter.dropout:
             seed_dropout(self.subject.model, where.seed, **place)
         latents = tensors["latents"]
+        self.latents = tuple(latents.shape)
         n_tokens = len(latents) * self.subject.flavor.latent.n_tokens(latents.shape)
         return self.objective(self.engine.model, tensors, where), n_tokens
 

@@ -61,7 +61,7 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
         model.requires_grad_(True)
     else:
         plan = _open_plan(model, spec, flavor, cfg, fingerprint) if cfg.adapter.type == "loraid" else None
-        _add_adapter(model, spec, cfg, plan)
+        add_adapter(model, spec, cfg, plan)
     use_matmul(cfg.model.fp8_matmul)
     swap = BlockSwap(model.blocks, cfg.run.blocks_to_swap, ctx.device) if cfg.run.blocks_to_swap else None
     model.to(ctx.device).train()
@@ -82,7 +82,8 @@ def _open_plan(model: DiT, spec: ModelSpec, flavor: Flavor, cfg: TrainConfig, fi
     return make_plan(layers, cut, model=spec.name, flavor=flavor.name, base=fingerprint)
 
 
-def _add_adapter(model: DiT, spec: ModelSpec, cfg: TrainConfig, plan: SlicePlan | None) -> None:
+def add_adapter(model: DiT, spec: ModelSpec, cfg: TrainConfig, plan: SlicePlan | None) -> None:
+    """Freeze the model and put the config's adapter on it."""
     a = cfg.adapter
     shapes = linear_shapes(model)
     if plan is None:

@@ -193,6 +193,7 @@ def test_kills_at_random_moments_leave_the_same_adapter(shards, whole, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_thirty_kills_leave_the_same_adapter(shards, whole, tmp_path):
     kills = 0
     for seed in range(2, 12):  # 12 steps each: a run of its own after every three

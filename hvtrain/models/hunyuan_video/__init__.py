@@ -79,6 +79,8 @@ SPEC = ModelSpec(
     open_text=_open_text,
     key_maps=KEY_MAPS,
     is_lora_target=_is_lora_target,
+    # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.
+    sizes=((1280, 720), (960, 544), (1104, 832), (960, 960), (832, 624), (720, 720)),
     tiny=TinyParts(_small_vae, _save_vae, _prompt_template),
     musubi=MUSUBI,
 )
