@@ -1,6 +1,6 @@
 """The product's promise: whatever the layout and the engine, training computes what one process computes.
 
-Per layout and engine, full fine-tune and LoRA (with dropout): the losses of 20 steps, and every parameter's gradient
+Per layout and engine, full fine-tune and LoRA (with dropout): the losses of 30 steps, and every parameter's gradient
 by itself, to 1e-4 in float32. Sizes and text lengths change from step to step and no layout divides them.
 """
 
@@ -37,20 +37,24 @@ TWO_RANKS = [
     Case(**U2, stage=2),
     Case(**R2, stage=2, recompute="full"),
 ]
-TWO_RANKS_GRADIENTS = [
-    Case(**DP, engine="torch", stage=0),
-    Case(**DP, stage=1, offload="cpu"),
-    Case(**DP, stage=3, offload="cpu"),
-    Case(**U2, engine="torch", stage=0),
-    Case(**U2, stage=3, recompute="full"),
-    Case(**R2, stage=3, offload="cpu"),
-]
 FOUR_RANKS = [Case(**U2, stage=2)]  # DP 2 x Ulysses 2
+ENGINES = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 2, "offload": "cpu"}]
+# Every layout under every engine; recompute in some of them.
+TWO_RANKS_GRADIENTS = [
+    Case(engine="torch", stage=0),
+    Case(**DP, stage=3, offload="cpu"),
+    *(Case(**layout, **engine) for layout in (U2, R2) for engine in ENGINES),
+    Case(**U2, stage=3, recompute="full"),
+    Case(**R2, stage=2, recompute="selective"),
+    Case(**U2, engine="torch", stage=0, recompute="selective"),
+]
 FOUR_RANKS_GRADIENTS = [
-    Case(**R2, stage=3),
-    Case(ulysses=2, ring=2, stage=1),
-    Case(ulysses=4, stage=0),
-    Case(ring=4, stage=2),
+    *(
+        Case(**layout, **engine)
+        for layout in (U2, R2, {"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2})  # on 4 ranks U2 and R2 are DP 2 x each
+        for engine in ENGINES
+    ),
+    Case(ulysses=2, ring=2, stage=2, recompute="selective"),
 ]
 
 
@@ -82,11 +86,11 @@ def test_layouts_and_engines_equal_one_process(
     world: int, curves: list[Case], gradients_only: list[Case], reference: dict
 ) -> None:
     results = run_ranks(world, _losses_and_gradients, curves, gradients_only)[0]
-    assert len(results) == len(curves) + len(gradients_only)
+    assert len(results) == len({*curves, *gradients_only})
     wrong = []
     for case, (losses, grads) in results.items():
         want_losses, want_grads = reference[alone(case)]
-        assert len(losses) == (20 if case in curves else 0)
+        assert len(losses) == (30 if case in curves else 0)
         off = max((abs(a - b) / b for a, b in zip(losses, want_losses, strict=False)), default=0.0)
         if not off < TOLERANCE:
             wrong.append(f"{case}: losses differ by {off:.1e}")

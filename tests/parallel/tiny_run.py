@@ -50,6 +50,7 @@ class Case:
     lora: bool = False
     recompute: str = "none"
     swap: int = 0
+    micro: int = MICRO  # micro-batches of a global step
     arch: HunyuanVideoArch = ARCH
 
     def __str__(self) -> str:
@@ -95,23 +96,23 @@ def train(case: Case, ctx: ParallelContext, *, optimizer: type, rate: float, n_s
     model, params = build_model(case)
     swap = BlockSwap(model.blocks, case.swap, ctx.device) if case.swap else None
     parallelize(model, ctx, recompute=case.recompute, swap=swap)
-    cfg = EngineConfig(case.engine, case.stage, case.offload, MICRO // ctx.dp, clip)
+    cfg = EngineConfig(case.engine, case.stage, case.offload, case.micro // ctx.dp, clip)
     opt = optimizer(list(params.values()), lr=rate)
     engine = build_engine(model, params, cfg, ctx, optimizer=opt, schedule=lambda n: 1.0)
     losses = []
     for step in range(n_steps):
-        total, mine = 0.0, range(ctx.dp_rank, MICRO, ctx.dp)
+        total, mine = 0.0, range(ctx.dp_rank, case.micro, ctx.dp)
         for micro in mine:
             inp, target = make_batch(step, micro)
             seed_dropout(model, 7, step=step, micro=micro)
             loss = (engine.model(inp) - target).square().mean()
             engine.accumulate(loss, last=micro == mine[-1])
-            total += loss.item() / MICRO
+            total += loss.item() / case.micro
         losses.append(ctx.all_reduce_sum(total) / ctx.sp)
     return Outcome(losses, engine.export_params())
 
 
-def loss_curve(case: Case, ctx: ParallelContext, n_steps: int = 20) -> list[float]:
+def loss_curve(case: Case, ctx: ParallelContext, n_steps: int = 30) -> list[float]:
     return train(case, ctx, optimizer=torch.optim.AdamW, rate=2e-3, n_steps=n_steps, clip=1.0).losses
 
 
