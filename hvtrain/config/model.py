@@ -66,4 +66,4 @@ class ParallelConfig:
     ring: int = 1
     """Ring degree: ranks that pass keys and values around"""
     kernel: str = "auto"
-    """Attention kernel: auto, sdpa, flash2, flash3 or sage"""
+    """Attention kernel: auto, sdpa, flash2, flash3, sage (sampling only) or xfuser (sampling on several GPUs only)"""

@@ -66,7 +66,7 @@ def pick_kernel(
         order = ("flash3", "flash2", "sdpa") if device.type == "cuda" else ("sdpa",)
         return next(KERNELS[n] for n in order if KERNELS[n].missing(device, dtype) is None)
     if name not in KERNELS:
-        raise ConfigError(f"parallel.kernel: no attention kernel '{name}'; {suggest(name, ['auto', *KERNELS])}")
+        raise ConfigError(f"parallel.kernel: no attention kernel '{name}'; {suggest(name, ['auto', 'xfuser', *KERNELS])}")
     kernel = KERNELS[name]
     reason = kernel.missing(device, dtype)
     if reason is None and training and not kernel.trains:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from hvtrain.models.attention import Kernel, local_attend, pick_kernel
-from hvtrain.models.base import LOCAL, DiT
+from hvtrain.models.base import LOCAL, Attend, DiT
+from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.parallel.swap import BlockSwap
@@ -29,8 +31,16 @@ def parallelize(
     """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
     in (bfloat16 under autocast); `swap` holds weights of the blocks. Returns the chosen kernel, whose name the run prints
     once."""
-    chosen = pick_kernel(kernel, device=ctx.device, dtype=dtype, training=training)
-    if ctx.sp > 1:
+    other = kernel == xfuser_path.NAME
+    if other:
+        xfuser_path.refuse(ctx, training=training)
+    chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training)
+    attend: Attend
+    if other:
+        from hvtrain.parallel.usp import ShardedSequence
+
+        model.sequence, attend, chosen = ShardedSequence(ctx), xfuser_path.xfuser_attend(ctx), replace(chosen, name=kernel)
+    elif ctx.sp > 1:
         from hvtrain.parallel.usp import ShardedSequence, usp_attend
 
         model.sequence = ShardedSequence(ctx)

@@ -12,7 +12,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.models import attention
 from hvtrain.models.attention import KERNELS, local_attend, pick_kernel
 from hvtrain.models.base import Joint
-from hvtrain.parallel.context import check_heads, start
+from hvtrain.parallel.context import ParallelContext, check_heads, start
 from hvtrain.parallel.usp import usp_attend
 from hvtrain.rng import generator
 from tests.parallel.ranks import run_ranks
@@ -187,6 +187,21 @@ def test_kernel_choice() -> None:
         pick_kernel("flash_2", device=CPU)
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         pick_kernel("flash3", device=CPU)
+
+
+@pytest.mark.parametrize(
+    "ctx, training, says",
+    [
+        (ParallelContext(world=2, ulysses=2), True, "gives text keys and values no gradient; train with 'auto'"),
+        (ParallelContext(world=2, ulysses=2), False, "needs a CUDA device, this is cpu"),
+    ],
+)
+def test_xfuser_is_refused_with_the_reason(ctx: ParallelContext, training: bool, says: str) -> None:
+    from hvtrain.parallel.apply import parallelize
+    from tests.parallel.tiny_run import Case, build_model
+
+    with pytest.raises(ConfigError, match=says):
+        parallelize(build_model(Case())[0], ctx, kernel="xfuser", training=training)
 
 
 def test_heads_must_be_divisible() -> None:
