@@ -156,6 +156,16 @@ def test_true_guidance_and_bf16(folder: Path, plain: np.ndarray) -> None:
     assert read_metadata(path)["precision"] == "bf16"
 
 
+def test_a_swapped_model_makes_the_same_video(folder: Path, plain: np.ndarray) -> None:
+    (out,) = make(folder, output=folder / "swapped.mp4", blocks_to_swap=2)
+    assert difference(out, plain) < SAME
+
+
+def test_a_float8_model_makes_nearly_the_same_video(folder: Path, plain: np.ndarray) -> None:
+    (out,) = make(folder, output=folder / "eight.mp4", **{"model.quantize": "fp8_scaled"})
+    assert 0 < difference(out, plain) < 20  # another seed or prompt: 28
+
+
 def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None:
     """Encoding text with an 8B model takes minutes: mistakes must not wait for it. The text encoder here is none."""
     torch.save({}, folder / "none.pt")
