@@ -64,7 +64,9 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
         add_adapter(model, spec, cfg, plan)
     use_matmul(cfg.model.fp8_matmul)
     swap = BlockSwap(model.blocks, cfg.run.blocks_to_swap, ctx.device) if cfg.run.blocks_to_swap else None
-    model.to(ctx.device).train()
+    if not (cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3):  # that moves and cuts it, parameter by parameter
+        model.to(ctx.device)
+    model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return Subject(model, spec, flavor, fingerprint, trainable, plan, swap)
 

@@ -165,11 +165,14 @@ class DeepSpeedEngine:
             _check_nvme(str(cfg.nvme_path))
         with _quiet():
             _forgo_compiled_ops(ctx)
+            config = ds_config(cfg, model, cuda=ctx.device.type == "cuda")
+            if cfg.stage == 3:
+                # Parameter by parameter: the whole model never lies on a device. `initialize` would move it there first.
+                deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
+                for buffer in model.buffers():
+                    buffer.data = buffer.to(ctx.device)
             self.engine, *_ = deepspeed.initialize(
-                model=_Inside(model, ctx.device.type),
-                optimizer=optimizer,
-                dist_init_required=False,
-                config=ds_config(cfg, model, cuda=ctx.device.type == "cuda"),
+                model=_Inside(model, ctx.device.type), optimizer=optimizer, dist_init_required=False, config=config
             )
         at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)

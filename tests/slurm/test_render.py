@@ -84,7 +84,7 @@ def test_what_a_site_says_reaches_the_script(tmp_path):
     ):
         assert f"#SBATCH {line}\n" in text
     assert "module load cuda/12.4\nsource /opt/venv/bin/activate\n" in text
-    assert "srun --kill-on-bad-exit=0 --cpus-per-task=96 apptainer exec --nv x.sif hvtrain launch train\n" in text
+    assert "srun --kill-on-bad-exit=0 --wait=50 --cpus-per-task=96 apptainer exec --nv x.sif hvtrain launch train\n" in text
     assert "@{" not in text
     extra = {"dependency": "afterok:1"}
     merge = slurm.Job("merge", "m", tmp_path, "x.log", ["slices", "merge", "/r"], slurm.Resources(gpus=False), extra)
