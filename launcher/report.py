@@ -18,6 +18,7 @@ from pathlib import Path
 USER_ERROR = 2
 REQUEUE = 75  # the run was asked to stop, has saved, and continues when it is started again
 INTERRUPTED = 130
+NO_READER = 141  # as if ended by SIGPIPE
 FOLDER_VARIABLE = "HVTRAIN_REPORT_DIR"
 
 
@@ -43,7 +44,8 @@ def guarded(run: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         # `hvtrain models keys X | head`: nobody reads on. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        # One of several processes must not look finished: its peers would wait for it.
+        return 0 if os.environ.get("WORLD_SIZE", "1") == "1" else NO_READER
     except Exception as error:
         if is_user_error(error):
             _tell(USER_ERROR, f"error: {one_line(error)}")

@@ -20,6 +20,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = [
     ("hvtrain.errors", 0),
     ("hvtrain.rng", 0),
+    ("hvtrain.precision", 0),
     ("hvtrain.signals", 0),
     ("hvtrain.configload", 1),
     ("hvtrain.config", 1),

@@ -217,6 +217,12 @@ def test_a_bug_on_one_rank_ends_the_job_although_the_other_hangs(tmp_path: Path)
     assert time.monotonic() - begun < 60
 
 
+def test_a_rank_that_nobody_reads_does_not_look_finished(tmp_path: Path) -> None:
+    """`hvtrain launch ... | head`: rank 0 finds its reader gone; its peers, which wait for it, are ended with it."""
+    process = job(tmp_path, "if rank == 0:\n    raise BrokenPipeError\ntime.sleep(600)")
+    assert process.wait(timeout=60) == 141
+
+
 def test_a_killed_process_is_named(tmp_path: Path) -> None:
     body = "print('last words', flush=True)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
     code, _, err = end(job(tmp_path, body))

@@ -36,6 +36,7 @@ from hvtrain.models.load import check, identify, load_dit
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.parallel.swap import BlockSwap
+from hvtrain.precision import autocast
 from hvtrain.rng import generator
 from hvtrain.validate import check_generate
 
@@ -200,7 +201,7 @@ def _sample_all(
             first = batch[0].request
             guided = first.cfg_scale != 1
             progress.start(first.steps * (2 if guided else 1), steps=first.steps)
-            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            with autocast(ctx.device.type, enabled=cfg.precision == "bf16"):
                 latents = sample_latents(
                     model,
                     plan.spec,

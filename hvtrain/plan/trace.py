@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hvtrain import precision
 from hvtrain.models import attention
 from hvtrain.models.attention import Grads, Kernel, Partial
 from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec, Tokens
@@ -164,7 +165,7 @@ def _run(
     model.run_block = run_chosen
     hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
     with meter, torch.set_grad_enabled(training):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with precision.autocast("cpu", enabled=autocast):
             velocity = model(inp)
         if training:
             velocity.float().square().mean().backward()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.timesteps import Quantile, stratified
 from hvtrain.models.base import ModelSpec
+from hvtrain.precision import autocast
 from hvtrain.rng import generator
 
 
@@ -62,7 +63,7 @@ class Objective:
         cond = {name: self._placed(value) for name, value in batch.items() if name != "latents"}
         cond.setdefault("image_latents", x0[:, :, :1])  # image to video: the clip's own first latent frame
         inp = self.spec.make_input(add_noise(x0, noise, sigma), sigma, cond, task=self.task, guidance=self.guidance)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with autocast(self.device.type, enabled=self.autocast):
             velocity = model(inp)
         errors = squared_error(velocity, target(x0, noise), inp.loss_mask)
         return MicroResult(errors.mean(), errors.detach(), sigma)

@@ -14,6 +14,7 @@ from hvtrain.generate.pipeline import decode, encode_prompts, open_decoder, samp
 from hvtrain.generate.requests import Request
 from hvtrain.generate.video import write_mp4
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.precision import autocast
 from hvtrain.train.setup import Subject
 
 
@@ -43,7 +44,7 @@ class Previews:
         training = model.training
         model.eval()
         for i, (request, cond, uncond) in enumerate(zip(self.requests, self.conds, self.unconds)):
-            with torch.autocast(self.ctx.device.type, torch.bfloat16, enabled=self.autocast):
+            with autocast(self.ctx.device.type, enabled=self.autocast):
                 latents = sample_latents(
                     model, self.subject.spec, self.subject.flavor, cond, request=request, ctx=self.ctx, uncond=uncond
                 )

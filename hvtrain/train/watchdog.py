@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -49,7 +50,6 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.timeout_s > 0:
-            self._store = _own_connection() if self.ctx.world > 1 else None
             self.at(self.place.step, self.place.phase)
             self._thread = threading.Thread(target=self._watch, name="hvtrain-watchdog", daemon=True)
             self._thread.start()
@@ -62,6 +62,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval = min(self.timeout_s / 5, 10.0)
+        self._store = _own_connection() if self.ctx.world > 1 else None  # here: rank 0 may be gone, and nothing waits for it
         while True:
             try:
                 self._publish()
@@ -99,7 +100,12 @@ def _own_connection() -> dist.Store | None:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    return store.clone() if isinstance(store, dist.TCPStore) else None  # type: ignore[attr-defined]
+    if not isinstance(store, dist.TCPStore):
+        return None
+    try:
+        return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    except RuntimeError:
+        return None
 
 
 def report(places: dict[int, Place | None], *, stale_s: float, timeout_s: float) -> str:

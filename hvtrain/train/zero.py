@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
+from hvtrain.precision import autocast
 from hvtrain.train.engine import (
     EngineConfig,
     LearningRate,
@@ -132,7 +133,7 @@ class _Inside(nn.Module):
         self.model, self.device_type = model, device_type
 
     def forward(self, inp: Any, enabled: bool, dtype: torch.dtype) -> Any:
-        with torch.autocast(self.device_type, dtype=dtype, enabled=enabled):
+        with autocast(self.device_type, dtype=dtype, enabled=enabled):
             return self.model(inp)
 
 

@@ -32,6 +32,7 @@ from hvtrain.models.fp8 import quantize, replace_linear, use_matmul
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.plan.trace import Shape, fake_input, simulated, trace_step
+from hvtrain.precision import autocast
 
 RANK = 32
 
@@ -100,7 +101,7 @@ def step_of(model: DiT, inp: ModelInput, case: Case, device: torch.device) -> Ca
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True) if params else None
 
     def step() -> None:
-        with torch.set_grad_enabled(case.training), torch.autocast(device.type, torch.bfloat16):
+        with torch.set_grad_enabled(case.training), autocast(device.type, enabled=True):
             out = model(inp)
         if optimizer is not None:
             out.float().square().mean().backward()

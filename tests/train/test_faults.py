@@ -36,7 +36,29 @@ def _environment(**more: str) -> dict[str, str]:
 
 def _launch(path: Path, *options: str, nproc: int = 2) -> subprocess.Popen:
     command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), *options, "train", str(path)]
-    return subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return _start(command)
+
+
+_started: list[subprocess.Popen] = []
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _started.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """A test that failed leaves no processes behind; workers end with their launcher."""
+    yield
+    for process in _started:
+        if process.poll() is None:
+            for worker in _workers(process.pid).values():
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
+            process.wait()
+    _started.clear()
 
 
 def _workers(of: int) -> dict[int, int]:
@@ -107,7 +129,7 @@ def test_torchrun_restarts_it_too(shards, whole, tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone",
         "--monitor-interval", "0.2", "-m", "launcher.worker", "train", str(path),
     ]
-    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = _start(command)
     _wait_for(lambda: len(_steps(run)) >= 5)
     os.kill(_workers(process.pid)[0], signal.SIGKILL)
     out = process.communicate(timeout=240)[0]

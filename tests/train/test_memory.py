@@ -49,9 +49,15 @@ def test_the_adapter_is_the_same(shards, plain, tmp_path, items):
         torch.testing.assert_close(found[name], tensor, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-7)
 
 
-@pytest.mark.parametrize("how", ["fp8", "fp8_scaled"])
-def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, how):
-    train.run(config(shards, tmp_path / "run", f"model.quantize={how}", "run.steps=12"))
+@pytest.mark.parametrize(
+    "items", [("fp8",), ("fp8_scaled",), ("fp8_scaled", "zero.engine=deepspeed", "run.recompute=full", "run.blocks_to_swap=2")],
+    ids=" ".join,
+)
+def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, items):
+    try:
+        train.run(config(shards, tmp_path / "run", f"model.quantize={items[0]}", "run.steps=12", *items[1:]))
+    finally:
+        shutdown()
     losses = [json.loads(line)["train/loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     found = load_file(tmp_path / "run/lora.safetensors")
     assert len(losses) == 12 and found.keys() == plain.keys()
