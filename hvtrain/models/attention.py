@@ -102,15 +102,20 @@ def rows_of_equal_length(txt_len: tuple[int, ...]) -> list[tuple[slice, int]]:
 
 def join(x: Joint, rows: slice, *, n_img: int, n_txt: int) -> Tensor:
     """[b, n_img + n_txt, N, D]: the valid tokens of these samples, image first."""
+    if n_txt == 0:
+        return x.img[rows, :n_img]
     return torch.cat([x.img[rows, :n_img], x.txt[rows, :n_txt]], dim=1)
 
 
 def split(out: Tensor, *, n_img: int, pad_img: int, pad_txt: int) -> Joint:
     """Undo `join`, padding the image to pad_img and the text to pad_txt tokens with zeros."""
     img, txt = out[:, :n_img], out[:, n_img:]
-    return Joint(
-        F.pad(img, (0, 0, 0, 0, 0, pad_img - n_img)), F.pad(txt, (0, 0, 0, 0, 0, pad_txt - txt.shape[1]))
-    )
+    return Joint(_padded(img, pad_img), _padded(txt, pad_txt))
+
+
+def _padded(x: Tensor, n: int) -> Tensor:
+    missing = n - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x  # padding by nothing would copy
 
 
 def stack_rows(parts: list[Joint]) -> Joint:

@@ -53,8 +53,10 @@ class ShardedSequence:
         """This rank's slice. A plain slice is its own true adjoint: the gradient of other ranks' tokens is zero here."""
         n, size = x.shape[dim], self.ctx.sp
         chunk = -(-n // size)
-        pad = [0, 0] * (x.ndim - 1 - dim) + [0, chunk * size - n]
-        return F.pad(x, pad).narrow(dim, self.ctx.sp_rank * chunk, chunk)
+        if chunk * size > n:
+            x = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, chunk * size - n])
+        # A copy: a view would keep the whole sequence in memory on every rank.
+        return x.narrow(dim, self.ctx.sp_rank * chunk, chunk).clone()
 
 
 def usp_attend(
