@@ -150,6 +150,41 @@ def test_ulysses_and_ring_equal_one_process(world: int) -> None:
         assert len(errors) >= 2 * len(SHAPES) and not bad, bad
 
 
+def _heads_of_real_models(world: int) -> dict[str, float]:
+    """Largest error of the output for the head counts of the models, at an odd length with ragged text."""
+    warnings.simplefilter("ignore")
+    errors = {}
+    n_img, txt_len = 45, (3, 7)
+    for heads in (24, 16, 40, 12):
+        g = generator(heads, stream="heads")
+        whole = [Joint(*(torch.randn(2, n, heads, 8, generator=g) for n in (n_img, 9))) for _ in range(3)]
+        want = local_attend(*whole, txt_len=txt_len, n_img=n_img)
+        for ulysses in [u for u in range(1, world + 1) if world % u == 0]:
+            ctx = start(ulysses, world // ulysses)
+            chunk = -(-n_img // world)
+            mine = slice(ctx.sp_rank * chunk, (ctx.sp_rank + 1) * chunk)
+            pad = (0, 0, 0, 0, 0, chunk * world - n_img)
+            parts = [Joint(torch.nn.functional.pad(x.img, pad)[:, mine], x.txt) for x in whole]
+            out = usp_attend(*parts, txt_len=txt_len, n_img=n_img, ctx=ctx, kernel=KERNELS["sdpa"])
+            ref = torch.nn.functional.pad(want.img, pad)[:, mine]
+            error = max((out.img - ref).abs().max().item(), (out.txt - want.txt).abs().max().item())
+            errors[f"{heads} heads, U{ulysses}xR{world // ulysses}"] = error
+    return errors
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_the_head_counts_of_the_models(world: int) -> None:
+    """24, 16, 40 and 12 heads, on 4 ranks, and on 3, where Ulysses has no way for 16 and 40 and says which degrees there are."""
+    if world == 3:
+        with pytest.raises(ConfigError, match="choose one of 1, 2, 4, 8, 16"):
+            check_heads(16, 3)
+        with pytest.raises(ConfigError, match="choose one of 1, 2, 4, 5, 8, 10, 20, 40"):
+            check_heads(40, 3)
+        return
+    for errors in run_ranks(world, _heads_of_real_models, world):
+        assert len(errors) == 12 and max(errors.values()) < 1e-5, errors
+
+
 def _usp_under_autocast(world: int) -> list[tuple[float, float, torch.dtype]]:
     """(error, error of the same in bf16 by one process, dtype) of outputs and gradients of every layout."""
     warnings.simplefilter("ignore")
