@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12 make env     another interpreter (default: python3)
 #   make test ARGS="-k lora -x"    arguments for pytest (default: as many processes as cores, at most 8)
+#   make mutate ONLY='hvtrain.flow.*'   plant bugs and see whether the tests notice (tests/mutate.py)
 
 PYTHON ?= python3
 ARGS ?= -n auto --maxprocesses 8 --dist loadfile
@@ -11,13 +12,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # One thread per process: tests and the demo start several processes. No library may ask a hub for files.
 ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint mutate env clean
 
 demo: $(STAMP)
 	@$(ENV) $(BIN)/hvtrain demo
 
 test: $(STAMP)
 	@$(ENV) $(BIN)/python -m pytest $(ARGS)
+
+# Hours the first time; stopped, it goes on. No part of `make test`.
+mutate: $(STAMP)
+	@$(ENV) $(BIN)/python -m tests.mutate $(ONLY)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
@@ -34,4 +39,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv mutants build *.egg-info .pytest_cache .mypy_cache .ruff_cache
