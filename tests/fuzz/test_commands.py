@@ -1,4 +1,4 @@
-"""Any command line near a right one: one line and exit code 2, or what was asked for; never a traceback, never success for nothing."""
+"""Any command line near a right one: one line and exit code 2, or what was asked for; never success for nothing."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ LINES = (
     "config train",
 )
 ODD = (
-    "", " ", "-", "--", "nan", "inf", "-1", "0", "1", "3", "1e99", "9" * 30, "0.5", "é😀", "a\nb", "$(touch PWN)", "'", '"', "%j",
-    "/dev/null", "/", ".", "missing.yaml", "a,b", "[1]", "{}", "true", "null", "x=1", "=", "a=b=c", "--help", "--nope", "1x1x1", "\udcff",
+    "", " ", "-", "--", "nan", "inf", "-1", "0", "1", "3", "1e99", "9"*30, "0.5", "é😀", "a\nb", "$(touch PWN)",
+    "'", '"', "%j", "/dev/null", "/", ".", "missing.yaml", "a,b", "[1]", "{}", "true", "null", "x=1", "=",
+    "a=b=c", "--help", "--nope", "1x1x1", "\udcff",
 )
 VALUES = (
-    "[", "{", "{a: 1}", "[1, x]", "*a", "&a 1", "!!python/object:os.system", "~", "yes", "0x10", "1_000", ": :", "1:30", "2026-01-01",
-    "[[1]]", "-0.0", "1e400", "-inf", ".nan", ".inf", "1e-320", "[nan]", "[1e99]", "'", "|", "> x", "- a", "a: b: c", "[{}]", "[null]",
+    "[", "{", "{a: 1}", "[1, x]", "*a", "&a 1", "!!python/object:os.system", "~", "yes", "0x10", "1_000", ": :",
+    "1:30", "2026-01-01", "[[1]]", "-0.0", "1e400", "-inf", ".nan", ".inf", "1e-320", "[nan]", "[1e99]", "'",
+    "|", "> x", "- a", "a: b: c", "[{}]", "[null]",
 )
 
 
@@ -83,11 +85,11 @@ def options() -> list[str]:
     for command in COMMANDS.values():
         parser = Parser()
         command.options(parser)
-        found.update(o for action in parser._actions if not isinstance(action, argparse._HelpAction) for o in action.option_strings)
+        found.update(*(a.option_strings for a in parser._actions if not isinstance(a, argparse._HelpAction)))
     return sorted(found)
 
 
-KEYS = sorted({key for root in config.ROOTS.values() for key in keys(root) if "output" not in key}) + ["run", "x.y", "model.dti"]
+KEYS = sorted({key for root in config.ROOTS.values() for key in keys(root) if "output" not in key} | {"run", "x.y", "model.dti"})
 OPTIONS = options()
 WRITES = ("output", "--output", "--log", "--name")  # where a user lets it write is the user's to say
 
@@ -103,7 +105,7 @@ def mistaken(draw: st.DrawFn, right: Sequence[str], paths: Sequence[str]) -> lis
         if slip == "key":
             line.append(f"{draw(st.sampled_from(KEYS))}={draw(st.one_of(st.sampled_from(VALUES), odd))}")
         elif slip == "option":
-            line[place:place] = [draw(st.sampled_from(OPTIONS))] + draw(st.lists(odd, max_size=1))
+            line[place:place] = [draw(st.sampled_from(OPTIONS)), *draw(st.lists(odd, max_size=1))]
         elif place >= len(line) or line[place - 1] in WRITES or line[place].startswith(("output=", *WRITES)):
             continue
         elif slip == "replace":

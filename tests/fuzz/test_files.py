@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from tests.fuzz.world import World, fuzz, world  # noqa: F401 (a fixture)
 
 ODD = (
-    b"", b" ", b"\t", b"\n", b"\r\n", b"\x00", b"\xff", b"\xef\xbb\xbf", "é😀".encode(), b"null", b"true", b"nan", b".nan", b".inf", b"-1", b"0",
-    b"1e999", b"9" * 30, b"[", b"]", b"{", b"}", b"[[]]", b'"', b"'", b"#", b":", b",", b"- ", b"&a ", b"*a", b"!!python/object:os.system",
-    b"../../x", b"/dev/null", b"--w 1e9", b"--s nan", b"--d -1", b"--zz 1", b"\\u0000", b"\\ud800", b"=", b"%", b"$(touch PWN)", b"`touch PWN`",
+    b"", b" ", b"\t", b"\n", b"\r\n", b"\x00", b"\xff", b"\xef\xbb\xbf", "é😀".encode(), b"null", b"true",
+    b"nan", b".nan", b".inf", b"-1", b"0", b"1e999", b"9"*30, b"[", b"]", b"{", b"}", b"[[]]", b'"', b"'", b"#",
+    b":", b",", b"- ", b"&a ", b"*a", b"!!python/object:os.system", b"../../x", b"/dev/null", b"--w 1e9",
+    b"--s nan", b"--d -1", b"--zz 1", b"\\u0000", b"\\ud800", b"=", b"%", b"$(touch PWN)", b"`touch PWN`",
 )
-VALUES = (None, True, -1, 0, 1, 2**70, 0.5, float("nan"), float("inf"), "", "x", "../../x", "/x", "a\nb", "\x00", "\ud800", [], {}, [[]], {"a": 1})
+VALUES = (
+    None, True, -1, 0, 1, 2**70, 0.5, float("nan"), float("inf"), "", "x", "../../x", "/x", "a\nb", "\x00",
+    "\ud800", [], {}, [[]], {"a": 1},
+)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ def _fill(world: World) -> None:
     make_shards(given / "set", n=4)
     (given / "train.yaml").write_text(
         f"model: {{dit: 'tiny:dit.safetensors', dtype: float32}}\ndata: {{shards: ['{given}/set'], batch_size: 2}}\n"
-        "adapter: {rank: 4, alpha: 4}\nrun: {precision: fp32, recompute: none, steps: 2, output_dir: run}\nzero: {engine: torch}\n"
+        "adapter: {rank: 4, alpha: 4}\nrun: {precision: fp32, recompute: none, steps: 2, output_dir: run}\n"
+        "zero: {engine: torch}\n"
     )
     (given / "generate.yaml").write_text(
         "model: {dit: 'tiny:dit.safetensors', vae: 'tiny:vae.safetensors', llm: 'tiny:llm', clip: 'tiny:clip', dtype: float32}\n"
@@ -206,7 +207,7 @@ def _stop_before_work(patch: pytest.MonkeyPatch) -> None:
 
 def _begin_slices(world: World) -> None:
     given = world.given
-    what = (str(given / "train.yaml"), "--plan", str(given / "plan" / "plan.json"), "--data", str(given / "parts"), "--output", "old")
-    assert world.call("slices", "run", *what).code is None
+    data = ("--plan", str(given / "plan" / "plan.json"), "--data", str(given / "parts"))
+    assert world.call("slices", "run", str(given / "train.yaml"), *data, "--output", "old").code is None
     shutil.move(world.out / "old", given / "old")
     world.fresh_output()
