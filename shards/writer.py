@@ -18,7 +18,8 @@ from torch import Tensor
 
 from shards.atomic import create_temporary, sync, write_text
 from shards.errors import ShardError
-from shards.schema import TarFile, check_key, index_path
+from shards.names import check_key
+from shards.schema import TarFile, index_path
 
 CHECKSUM = "xxh3"  # the key in KEY.json: xxh3-64 of KEY.safetensors
 _BLOCK = 512
@@ -77,7 +78,7 @@ class TarWriter:
     def _member(self, name: str, data: bytes | memoryview, *, tensors: bool) -> None:
         info = tarfile.TarInfo(name)  # no owner, no time: equal samples make equal tars
         info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(info.tobuf(tarfile.USTAR_FORMAT if len(name) <= tarfile.LENGTH_NAME else tarfile.GNU_FORMAT))
         self.members.append([name, self.at, len(data), xxhash.xxh3_64_hexdigest(data)])
         self._write(data, skeleton=not tensors)
         self._write(bytes(-len(data) % _BLOCK))
