@@ -112,7 +112,7 @@ def full(error: OSError, path: Path) -> ShardError:
             f"{path}: the disk is full ({free / 2**20:.0f} MiB left); nothing half-written was kept: make room and run "
             "the same command again, it continues"
         )
-    return ShardError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again")
+    return ShardError(f"{path}: cannot be written ({error.strerror or error}); mend that and run the same command again")
 
 
 def remove_tar(path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from shards import ShardError, edit, info, open_set
 from shards.loader import BatchLoader
 from shards.schema import Chunk, Manifest, TarFile, load_manifest
-from shards.tar import open_local, parse_index
+from shards.tar import Member, open_local, parse_index
 from shards.tensors import parse
 from shards.verify import verify
 from shards.writer import TarWriter
@@ -122,7 +122,7 @@ def test_a_manifest_names_nothing_that_no_set_may_hold(tmp_path, sound, name):
     with pytest.raises(ShardError) as error:
         load_manifest(tmp_path)
     line = str(error.value)
-    assert str(tmp_path / "manifest.json") in line and says in line and "\n" not in line and line.isprintable() and len(line) < 600
+    assert str(tmp_path / "manifest.json") in line and says in line and line.isprintable() and len(line) < 600
 
 
 def test_what_a_manifest_may_hold(tmp_path, sound):
@@ -196,7 +196,7 @@ INDICES = {
     "offset text": ([["a.json", "512", 5, ""]], "is '512'"),
     "size negative": ([["a.json", 512, -5, ""]], "is -5"),
     "size true": ([["a.json", 512, True, ""]], "is True"),
-    "beyond": ([["a.json", 512, 9729, ""]], "begins at byte 512 of a tar of 10240, is 9729: expected a whole number from 0 to 9728"),
+    "beyond": ([["a.json", 512, 9729, ""]], "at byte 512 of a tar of 10240, is 9729: expected a whole number from 0 to 9728"),
     "huge": ([["a.json", 512, 1 << 80, ""]], "is 1208925819614629174706176"),
     "checksum": ([["a.json", 512, 5, None]], "damaged index"),
     "short": ([["a.json", 512, 5]], "damaged index"),
@@ -213,7 +213,7 @@ def test_an_index_names_nothing_that_no_tar_could_hold(name):
 
 def test_an_index_in_range_is_read():
     members = parse_index(b'{"members": [["a.json", 512, 9728, "c"], ["b.json", 10240, 0, ""]]}', 10240)
-    assert {n: (m.offset, m.size, m.checksum) for n, m in members.items()} == {"a.json": (512, 9728, "c"), "b.json": (10240, 0, "")}
+    assert members == {"a.json": Member(512, 9728, "c"), "b.json": Member(10240, 0, "")}
     for data in (b"[]", b"{", b"\xff", b"[" * 100_000, b'{"members": [], "members": []}'):
         with pytest.raises(ShardError, match="damaged index"):
             parse_index(data, 10240)
@@ -292,7 +292,7 @@ def header(rows, body=64):
         {"x\x1b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
         {"x" * 101: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
         {"x": 5}, [], 5, b"{", b"\xff\xff", b"[" * 100_000,
-        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, "x": {}}',
     ],
 )
 def test_a_header_of_tensors_is_checked(rows):
