@@ -16,7 +16,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from shards.atomic import sync, write_text
+from shards.atomic import create_temporary, sync, write_text
 from shards.errors import ShardError
 from shards.schema import TarFile, check_key, index_path
 
@@ -33,9 +33,12 @@ class TarWriter:
 
     def __init__(self, root: Path, column: str) -> None:
         self.root, self.folder = root, root / column
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.folder / f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
-        self.file = self.temporary.open("wb", buffering=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.temporary, handle = create_temporary(self.folder / "tar")
+        except OSError as error:
+            raise full(error, self.folder) from None
+        self.file = os.fdopen(handle, "wb", buffering=0)
         self.whole, self.skeleton = xxhash.xxh3_128(), xxhash.xxh3_64()
         self.at = 0
         self.members: list[list[Any]] = []
@@ -103,7 +106,7 @@ def write_tar(root: Path, name: str, samples: Iterable[tuple[str, Mapping[str, T
 def full(error: OSError, path: Path) -> ShardError:
     """What a failed write says."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
         return ShardError(
             f"{path}: the disk is full ({free / 2**20:.0f} MiB left); nothing half-written was kept: make room and run "
             "the same command again, it continues"
