@@ -15,6 +15,7 @@ from hvtrain.adapters.loraid import block_of
 from hvtrain.adapters.lowrank import squared_norm
 from hvtrain.adapters.mergeinputs import Inputs
 from hvtrain.adapters.policies import Contribution, overlaps
+from hvtrain.outputs import writing
 from shards.atomic import write_text
 
 SHOWN = 200  # overlapping layers that the JSON lists
@@ -85,8 +86,9 @@ def save_report(report: Report, output: Path) -> list[Path]:
     """NAME-merge.json and NAME-merge.html beside the output."""
     folder, stem = (output.parent, output.stem) if output.suffix else (output, output.name)
     paths = [folder / f"{stem}-merge.json", folder / f"{stem}-merge.html"]
-    write_text(paths[0], json.dumps(asdict(report), indent=1) + "\n")
-    write_text(paths[1], page(report, stem))
+    for path, text in zip(paths, (json.dumps(asdict(report), indent=1) + "\n", page(report, stem)), strict=True):
+        with writing(path):
+            write_text(path, text)
     return paths
 
 
