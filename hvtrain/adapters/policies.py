@@ -97,8 +97,8 @@ def _error(found: Sequence[Contribution], module: str, options: Options) -> Resu
         if n:
             others = ", ".join(name for name in POLICIES if name != "error")
             raise CheckpointError(
-                f"{a.lora} and {b.lora} both change {n} rows of '{module}': merged, one would overwrite the other. Train them "
-                f"as slices of one plan, or say how to reconcile them: --on-overlap {others}"
+                f"{a.lora} and {b.lora} both change {n} rows of '{module}': added up, neither is what it was trained to be. "
+                f"Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}"
             )
     return list(found)
 

@@ -23,6 +23,7 @@ from hvtrain.adapters.files import (
 )
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.lowrank import factor, rank_for, shrink, singular_values
+from hvtrain.adapters.mergeinputs import CONFIG, lora_in
 from hvtrain.adapters.metadata import lora_metadata
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
@@ -52,9 +53,11 @@ class Known:
 
 def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False) -> Known:
     """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` as in `read_lora`.
+    The directory of a finished run stands for its result.
 
     Raises CheckpointError with the reason of the nearest architecture.
     """
+    path = lora_of(path)
     if dit is not None:
         found = identify(asset(dit))
         shapes = _shapes(found.spec, found.arch)
@@ -71,6 +74,11 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False) 
             except CheckpointError as error:
                 refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
+
+
+def lora_of(path: str | Path) -> Path:
+    """The file itself, or the result of a finished run's directory."""
+    return lora_in(path) if Path(path, CONFIG).is_file() else Path(path)
 
 
 def _shapes(spec: ModelSpec, arch: object) -> dict[str, tuple[int, int]]:
@@ -99,6 +107,7 @@ def info(path: str | Path, *, dit: str | None = None) -> Iterator[str]:
     """What a file is: dialect, layers, rank, alpha, blocks, LORAID, norms."""
     known = open_any(path, dit=dit)
     lora, meta = known.lora, known.lora.metadata
+    path = lora.path
     yield f"{path}: LoRA for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
     ranks = Counter(pair.rank for pair in lora.pairs.values())
     alphas = Counter(round(pair.alpha, 6) for pair in lora.pairs.values())
@@ -154,7 +163,7 @@ def _counted(values: Counter) -> str:
 def convert(path: str, output: str, *, target: str, fold: bool, dit: str | None = None, edited: bool = False) -> str:
     if target not in DIALECTS:
         raise ConfigError(f"--to: no dialect '{target}'; {suggest(target, DIALECTS)}")
-    check_output(output, path)
+    check_output(output, lora_of(path))
     known = open_any(path, dit=dit, edited=edited)
     DIALECTS[target](known.lora, known.spec, fold).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
@@ -168,7 +177,7 @@ def resize(path: str, output: str, *, rank: int | None, energy: float | None, di
         raise ConfigError(f"--rank {rank}: expected 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy}: expected a share, more than 0 and at most 1")
-    check_output(output, path)
+    check_output(output, lora_of(path))
     known = open_any(path, dit=dit)
     pairs, lost, whole = {}, 0.0, 0.0
     for name, pair in known.lora.pairs.items():

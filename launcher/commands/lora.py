@@ -11,7 +11,7 @@ GROUPS["lora"] = "look at LoRA files, convert, cut, extract and average them"
 
 
 def _file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect")
+    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect, or the directory of a finished run")
     parser.add_argument("--dit", metavar="FILE", help="the model it belongs to (default: the known models' sizes are tried)")
 
 

@@ -142,9 +142,10 @@ def test_metadata_of_others_that_are_damaged_are_one_line(files, tmp_path, capsy
     module = "double_blocks.0.img_attn_qkv"
     for parts in (f'{{"{module}": [4, 4, 4]}}', f'{{"{module}": "x"}}', f'{{"{module}": [4, 0, 0]}}'):
         save_file(tensors, path, metadata={"hvtrain.parts": parts})
-        options = ["--dit", str(files / "dit0.safetensors"), "--to", "diffusers", "--keep-alpha", "--output", str(tmp_path / "d.safetensors")]
+        other = tmp_path / "d.safetensors"
+        options = ["--dit", str(files / "dit0.safetensors"), "--to", "diffusers", "--keep-alpha", "--output", str(other)]
         assert cli.main(["lora", "convert", str(path), *options]) == 0
-        up = load_file(tmp_path / "d.safetensors")["transformer.transformer_blocks.0.attn.to_v.lora_B.weight"]
+        up = load_file(other)["transformer.transformer_blocks.0.attn.to_v.lora_B.weight"]
         assert torch.equal(up, tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][96:])
 
 
@@ -167,7 +168,8 @@ def test_room_is_counted_as_the_disk_will_see_it(files, tmp_path, monkeypatch, c
     before = out.read_bytes()
     assert call(files, "model", out) == 2
     err = capsys.readouterr().err
-    assert f"{tmp_path} has {size_text(size + spare - 1)} free, 1 bytes too little for the merged model of {size_text(size)}" in err
+    needed = f"1 bytes too little for the merged model of {size_text(size)}"
+    assert f"{tmp_path} has {size_text(size + spare - 1)} free, {needed}" in err
     assert f"in the way: {out} (" in err and "an existing output is kept until the new one is complete" in err
     assert out.read_bytes() == before
     out.unlink()
@@ -222,3 +224,23 @@ def test_an_output_is_never_an_input(files, tmp_path, capsys):
         assert "average of 2 files" in capsys.readouterr().out
     assert cli.main(["lora", "resize", one, "--rank", "2", "--output", str(tmp_path)]) == 2
     assert cli.main(["lora", "resize", one, "--rank", "2", "--output", str(tmp_path / "x.bin")]) == 2
+
+
+def test_the_directory_of_a_finished_run_stands_for_its_lora(files, tmp_path, capsys):
+    run, dit = tmp_path / "run", ["--dit", str(files / "dit0.safetensors")]
+    run.mkdir()
+    (run / "config.yaml").write_text("run: {name: cat}\n")
+    for name in ("cat.safetensors", "cat-step00000010.safetensors"):
+        shutil.copy(files / "lora0.safetensors", run / name)
+    assert cli.main(["lora", "info", str(run), *dit]) == 0
+    assert f"{run / 'cat.safetensors'}: LoRA for" in capsys.readouterr().out
+    out = tmp_path / "comfyui.safetensors"
+    assert cli.main(["lora", "convert", str(run), *dit, "--to", "comfyui", "--output", str(out)]) == 0
+    assert cli.main(["lora", "resize", str(run), *dit, "--rank", "2", "--output", str(run / "cat.safetensors")]) == 2
+    assert "is the input" in capsys.readouterr().err
+    (run / "cat.safetensors").unlink()
+    assert cli.main(["lora", "info", str(run), *dit]) == 2
+    assert "is not finished (no cat.safetensors yet)" in capsys.readouterr().err
+    (run / "config.yaml").write_text("- a\n: {")
+    assert cli.main(["lora", "info", str(run), *dit]) == 2
+    assert "config.yaml is damaged" in capsys.readouterr().err
