@@ -24,6 +24,7 @@ from hvtrain.errors import ConfigError, suggest
 from hvtrain.models.base import ModelSpec
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.weights import Weights, fingerprint, open_weights
+from hvtrain.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
@@ -98,6 +99,7 @@ def _check(cfg: MergeConfig) -> None:
             raise ConfigError(f"output: {output} is one of the inputs; choose another name")
     if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
         raise ConfigError(f"output: {output} must end in .safetensors (or name a directory, for a sharded model)")
+    check_place(output)
 
 
 def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -168,6 +169,9 @@ class Session:
         if self.ctx.is_main:
             end = "done" if finished else "stopped on request; start again to continue"
             print(f"{end}: {self.output / c.run.name}.safetensors", flush=True)
+            if finished and c.adapter.type != "none":
+                there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
+                print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
         return finished
 
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:

@@ -11,7 +11,7 @@ GROUPS["lora"] = "look at LoRA files, convert, cut, extract and average them"
 
 
 def _file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect")
+    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect, or the directory of a finished run")
     parser.add_argument("--dit", metavar="FILE", help="the model it belongs to (default: the known models' sizes are tried)")
 
 
@@ -36,6 +36,8 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     about = "multiply alpha / rank into the up-projection (default for diffusers; always so for diffusion-pipe)"
     how.add_argument("--fold-alpha", action="store_true", help=about)
     how.add_argument("--keep-alpha", action="store_true", help="leave alpha as it is (default for musubi and comfyui)")
+    parser.add_argument("--edited", action="store_true",
+        help="another program changed the file and left its checksum: do not compare it, write a new one")
 
 
 @command("lora convert", "between musubi / sd-scripts, ComfyUI, diffusers / PEFT and diffusion-pipe", options=_convert_options)
@@ -45,7 +47,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.to == "diffusion-pipe" and args.keep_alpha:
         raise ConfigError("--keep-alpha: diffusion-pipe has no alpha in its files; leave the option out")
     fold = args.fold_alpha or (args.to == "diffusers" and not args.keep_alpha)
-    print(tools.convert(args.file, args.output, target=args.to, fold=fold, dit=args.dit))
+    print(tools.convert(args.file, args.output, target=args.to, fold=fold, dit=args.dit, edited=args.edited))
 
 
 def _resize_options(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +101,7 @@ def _ema(args: argparse.Namespace) -> None:
     for name, value in (("--beta", beta), ("--beta2", args.beta2)):
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"{name} {value}: expected 0 or more and less than 1")
-    files = ema.checkpoints(args.paths)
+    files = ema.checkpoints(args.paths, output=args.output)
     if args.sigma_rel is not None:
         profile = ema.power(args.sigma_rel)
     else:
