@@ -141,5 +141,5 @@ def _decoding(path: Path) -> Iterator[None]:
 def _undecodable(path: Path, error: Exception) -> DataError:
     if not path.exists():
         return DataError(f"{path}: no such file, but the dataset lists it")
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(f"{path}: cannot be decoded ({reason}); replace it or remove it from the dataset")

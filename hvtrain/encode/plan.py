@@ -117,7 +117,7 @@ class Probes:
         row = self.seen.get(name)
         if not row or row[0] != state or len(row) != 1 + len(fields(Probe)):
             row = self.new[name] = [state, *vars(probe(path)).values()]
-        found = Probe(*row[1:-1], times=tuple(row[-1]))
+        found = replace(Probe(*row[1:]), times=tuple(row[-1]))  # JSON made a list of it
         return found, f"{state}/{found.view}" if found.view else state
 
 
