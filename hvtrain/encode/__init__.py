@@ -133,21 +133,23 @@ def _columns(job: _Job) -> str:
         job.rejected.append(row)
         note(job.file(f".{REJECTED}"), row.row())
 
-    parts = []
+    parts, n_new = [], 0
     try:
         for column in columns:
             if column in others:
                 assert known.manifest is not None
                 encode, job.encoders[column] = copier(column, root), known.manifest.encoders[column]
             else:
-                encode, job.encoders[column] = _OPENERS[column](job)
+                encode, job.encoders[column] = _open(job, column, known)
             writer = ColumnWriter(
                 column, root, job.encoders[column], encode, known, job.file(JOURNAL), refuse
             )
+            meter.column = column
             job.written[column] = {n: writer.write(job.chunks[n], meter.advance) for n in job.mine}
             t = writer.tally
             counts = [int(ctx.all_reduce_sum(n)) for n in (t.encoded, t.copied, t.kept)]
             parts.append(f"{column}: {counts[0]} encoded, {counts[1]} copied, {counts[2]} kept")
+            n_new += counts[0] + counts[1]
             lost = {key for part in ctx.gather_objects(_lost(job, column)) for key in part}
             job.chunks = [c.without(lost) for c in job.chunks]
             for column_before, rows in job.written.items():
@@ -159,7 +161,7 @@ def _columns(job: _Job) -> str:
             gc.collect()  # one encoder in memory at a time
     finally:
         meter.close()
-    return "; ".join(parts)
+    return ("" if n_new else "nothing to do, all of it was there; ") + "; ".join(parts)
 
 
 def _lost(job: _Job, column: str) -> list[str]:
@@ -170,6 +172,33 @@ def _lost(job: _Job, column: str) -> list[str]:
         for s in job.chunks[number].samples
         if s.key not in {w.key for w in written.samples}
     ]
+
+
+def _open(job: _Job, column: str, known: Any) -> tuple[Callable, str]:
+    """The column's encoder and its fingerprint. It is not loaded if no rank would use it."""
+    from hvtrain.encode.columns import copier
+    from hvtrain.encode.identity import remember, remembered, signature
+    from shards.schema import EMPTY_TEXT
+
+    cfg, m = job.cfg, job.cfg.model
+    if column == "text":
+        signed = signature(map(_file, (m.llm, m.llm_tokenizer, m.clip, m.clip_tokenizer)), (m.fp8_llm, m.dtype, cfg.dtype))
+    else:
+        signed = signature([_file(m.vae)], (m.vae_dtype, m.vae_tiling, cfg.dtype, cfg.seed))
+    name = remembered(job.root, column, signed)
+    chunks = [job.chunks[n] for n in job.mine if job.chunks[n].samples]
+    missing = name is None or any(known.entry(c.tar_name(column, name)) is None for c in chunks)
+    missing = missing or (column == "text" and not (job.root / EMPTY_TEXT).is_file())
+    if not job.ctx.any(missing):  # asked of all: the ranks go on together
+        return copier(column, job.root), str(name)
+    encode, name = _OPENERS[column](job)
+    if job.ctx.is_main:
+        remember(job.root, column, signed, name)
+    return encode, name
+
+
+def _file(path: str | None) -> str | None:
+    return path and asset(path)
 
 
 def _open_pixels(column: str) -> Callable[[_Job], tuple[Callable, str]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hvtrain.encode.dataset import Dataset
 from hvtrain.encode.media import IMAGES, VIDEOS
+from hvtrain.encode.places import brief, place, shown, sound
 from hvtrain.errors import DataError
 
 
@@ -32,32 +34,70 @@ class Rejected:
     reason: str
     digest: str = ""  # of the sample; "": found while planning, looked at anew by each run
 
+    def __post_init__(self) -> None:
+        for name in ("path", "reason"):  # both are printed, and written as UTF-8
+            object.__setattr__(self, name, shown(getattr(self, name)))
+
     def row(self) -> str:
         return json.dumps({k: v for k, v in vars(self).items() if v}, ensure_ascii=False)
 
 
 def find_clips(dataset: Dataset) -> list[Clip | Rejected]:
     """In a fixed order. A DataError if there is nothing at all, or the listing itself is broken."""
-    found = list(_from_jsonl(dataset) if "jsonl" in dataset.source else _from_folder(dataset))
-    if not found:
-        kind = "videos" if dataset.is_video else "images"
-        raise DataError(f"{dataset.path}: no {kind} here; check {dataset.source} (recursive = true looks into sub-folders)")
-    return found
-
-
-def _from_folder(dataset: Dataset) -> Iterator[Clip | Rejected]:
-    legal = VIDEOS if dataset.is_video else IMAGES
-    pattern = "**/*" if dataset.recursive else "*"
+    if "jsonl" in dataset.source:
+        found = list(_from_jsonl(dataset))
+        if not found:
+            raise DataError(f"{dataset.path}: is empty; expected lines {{\"{_path_key(dataset)}\": ..., \"caption\": ...}}")
+        return found
     if not dataset.path.is_dir():
         raise DataError(f"{dataset.path}: {dataset.source} names a file; give the directory, or use the JSONL key")
-    for path in sorted(p for p in dataset.path.glob(pattern) if p.is_file() and p.suffix.lower() in legal):
-        caption = path.with_suffix(dataset.caption_extension)
-        try:
-            if not caption.is_file():
-                raise DataError(f"{path}: has no caption; write it to {caption.name} beside it")
-            yield Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset))
-        except DataError as error:
-            yield Rejected(str(path), str(error))
+    paths = sorted(_walk(dataset.path, deep=dataset.recursive))
+    legal = VIDEOS if dataset.is_video else IMAGES
+    chosen = [path for path in paths if path.suffix.lower() in legal]
+    if not chosen:
+        raise DataError(_nothing(dataset, paths, legal))
+    return [_beside_its_caption(path, dataset) for path in chosen]
+
+
+def _nothing(dataset: Dataset, paths: list[Path], legal: Sequence[str]) -> str:
+    kind = "videos" if dataset.is_video else "images"
+    others = sorted({p.suffix.lower() for p in paths if p.suffix})[:10]
+    found = f"; found {', '.join(others)}" if others else ""
+    below = any(p.is_dir() for p in dataset.path.iterdir()) and not dataset.recursive
+    hint = "recursive = true looks into sub-folders" if below else f"check {dataset.source}"
+    return f"{dataset.path}: no {kind} here ({' '.join(legal)} count{shown(found)}); {hint}"
+
+
+def _walk(folder: Path, *, deep: bool) -> Iterator[Path]:
+    """What is in the folder and, if `deep`, below it; linked folders too, each real folder once."""
+    seen: set[tuple[int, int]] = set()
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"{shown(error.filename or folder)}: cannot be listed ({error.strerror})")
+
+    for here, below, names in os.walk(folder, onerror=stop, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (Path(here, name) for name in names)
+        if not deep:
+            return
+        below.sort()
+
+
+def _beside_its_caption(path: Path, dataset: Dataset) -> Clip | Rejected:
+    caption = path.with_suffix(dataset.caption_extension)
+    try:
+        sound(path)
+        if not caption.is_file():
+            raise DataError(f"{path}: has no caption; write it to {caption.name} beside it")
+        return Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset))
+    except DataError as error:
+        return Rejected(str(path), str(error))
+    except OSError as error:
+        return Rejected(str(path), f"{path}: its caption or control cannot be read ({error.strerror})")
 
 
 def _captions(path: Path, dataset: Dataset) -> tuple[str, ...]:
@@ -65,68 +105,96 @@ def _captions(path: Path, dataset: Dataset) -> tuple[str, ...]:
     if path.suffix.lower() != ".json":
         return _dressed([text], dataset)
     try:
-        return _dressed(_caption_list(json.loads(text)), dataset)
+        return _dressed(_caption_list(_json(text)), dataset)
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected {{\"caption\": \"...\"}} or {{\"captions\": [\"...\", ...]}}") from None
 
 
 def _caption_list(raw: Any) -> list[str]:
-    """What a JSON caption file or a JSONL line says: one caption or several."""
+    """What a JSON caption file or a JSONL line says: one caption or several. A ValueError says what is wrong."""
     if isinstance(raw, dict):
         given = [raw[key] for key in ("caption", "captions") if key in raw]
         if len(given) != 1:
-            raise ValueError("no \"caption\"" if not given else "both \"caption\" and \"captions\"")
+            raise ValueError("it has no \"caption\"" if not given else "it has both \"caption\" and \"captions\"")
         raw = given[0]
     values = [raw] if isinstance(raw, str) else raw
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
-        raise ValueError("a caption is a text, or a list of texts")
+        raise ValueError(f"its caption is {brief(raw)}, expected a text or a list of texts")
     return values
+
+
+def _json(text: str) -> Any:
+    """A ValueError, one line, for what JSON forbids, and for a key that is given twice, of which one would be lost."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"key {brief(key)} is given twice; keep one")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _dressed(captions: list[str], dataset: Dataset) -> tuple[str, ...]:
     whole = [dataset.caption_prefix + c.strip() + dataset.caption_suffix for c in captions]
+    for caption in whole:
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"its caption {brief(caption)} is not valid Unicode (half of a pair)") from None
     return tuple(dict.fromkeys(whole))  # the same caption twice would only be drawn more often
 
 
 def _text(path: Path) -> str:
+    """Without the byte order mark that some editors write."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the caption cannot be read ({error}); save it as UTF-8 text") from None
+        raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
+
+
+def _path_key(dataset: Dataset) -> str:
+    return "video_path" if dataset.is_video else "image_path"
 
 
 def _from_jsonl(dataset: Dataset) -> Iterator[Clip | Rejected]:
-    name = "video_path" if dataset.is_video else "image_path"
-    for number, line in enumerate(_text(dataset.path).splitlines(), start=1):
+    name, folder = _path_key(dataset), dataset.path.parent
+    if not dataset.path.is_file():
+        raise DataError(f"{dataset.path}: {dataset.source} names no file; use the directory key for a directory")
+    for number, line in enumerate(_text(dataset.path).split("\n"), start=1):  # a caption may hold other kinds of line end
         if not line.strip():
             continue
         where = f"{dataset.path}:{number}"
         try:
-            row = json.loads(line)
+            row = _json(line)
         except ValueError as error:
             raise DataError(f"{where}: not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
             raise DataError(f"{where}: expected {{\"{name}\": ..., \"caption\": ...}}")
         try:
-            captions = _dressed(_caption_list(row), dataset)
+            yield _of_line(row, row[name], folder, dataset)
+        except DataError as error:
+            yield Rejected(row[name], f"{where}: {error}")
         except ValueError as error:
-            yield Rejected(row[name], f"{where}: {row[name]} has {error}; add \"caption\"")
-            continue
-        path = _place(row[name], dataset)
-        if not path.exists():
-            yield Rejected(row[name], f"{where}: {row[name]} does not exist")
-            continue
-        keys = sorted((k for k in row if re.fullmatch(r"control_path(_\d+)?", k)), key=lambda k: (len(k), k))
-        controls = tuple(_place(str(row[k]), dataset) for k in keys)
-        if missing := [p for p in controls if not p.exists()]:
-            yield Rejected(row[name], f"{where}: its control {missing[0]} does not exist")
-            continue
-        yield Clip(path, captions, dataset, controls)
+            yield Rejected(row[name], f"{where}: {row[name]}: {error}")
 
 
-def _place(name: str, dataset: Dataset) -> Path:
-    path = Path(name)
-    return path if path.is_absolute() or path.exists() else dataset.path.parent / path
+def _of_line(row: dict[str, Any], name: str, folder: Path, dataset: Dataset) -> Clip:
+    captions = _dressed(_caption_list(row), dataset)
+    keys = sorted((k for k in row if re.fullmatch(r"control_path(_\d+)?", k)), key=lambda k: (len(k), k))
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise ValueError(f"its {key} is {brief(row[key])}, expected a path")
+    path = place(name, folder)
+    try:
+        return Clip(path, captions, dataset, tuple(place(row[key], folder) for key in keys))
+    except DataError as error:
+        raise DataError(f"its control {error}") from None
 
 
 def _controls_of(path: Path, dataset: Dataset) -> tuple[Path, ...]:

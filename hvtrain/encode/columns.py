@@ -97,12 +97,13 @@ class ColumnWriter:
     refuse: Callable[[Rejected], None]
     tally: Tally = field(default_factory=Tally)
 
-    def write(self, chunk: PlannedChunk, advance: Callable[[PlannedSample], None]) -> Written:
+    def write(self, chunk: PlannedChunk, advance: Callable[[PlannedSample, bool], None]) -> Written:
+        """The chunk's tar; `advance` is told of each sample, and whether it was encoded."""
         entry = self.known.entry(chunk.tar_name(self.column, self.encoder)) if chunk.samples else None
         if entry is not None or not chunk.samples:
             self.tally.kept += len(chunk.samples)
             for s in chunk.samples:
-                advance(s)
+                advance(s, False)
             return Written(entry, chunk.samples)
         old = {s.key: self.known.find(self.column, s.digest(self.column, self.encoder)) for s in chunk.samples}
         fresh = self.encode([s for s in chunk.samples if old[s.key] is None])
@@ -111,7 +112,7 @@ class ColumnWriter:
             for s in chunk.samples:
                 if self._one(s, old[s.key], fresh, out):
                     written.append(s)
-                advance(s)
+                advance(s, old[s.key] is None)
             if not written:
                 return Written(None, ())
             name = PlannedChunk(tuple(written)).tar_name(self.column, self.encoder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import yaml
 
 from hvtrain.encode.buckets import STEP, BucketRule
 from hvtrain.encode.frames import LEGAL, FrameRule
+from hvtrain.encode.places import brief, place, shown, sound
 from hvtrain.errors import DataError, suggest
 
 if sys.version_info >= (3, 11):
@@ -37,6 +40,11 @@ OLD_NAMES = {
     "flux_kontext_no_resize_control": "no_resize_control", "qwen_image_edit_no_resize_control": "no_resize_control",
     "qwen_image_edit_control_resolution": "control_resolution",
 }
+BOUNDS: dict[str, tuple[float, float]] = {  # both ends are legal; NaN and infinity are between no two numbers
+    "batch_size": (1, 10**6), "num_repeats": (1, 10**4), "caption_dropout": (0, 1), "source_fps": (0.01, 10**4),
+    "frame_stride": (1, 10**9), "frame_sample": (1, 10**6), "max_frames": (1, 10**9),
+}
+MAX_SIDE = 8192  # pixels of a resolution: far above what any model was trained with
 FOREIGN = ("multiple_target", "fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post")
 
 
@@ -79,35 +87,54 @@ class Dataset:
 
 
 def read_dataset_file(path: str | Path) -> list[Dataset]:
-    """The entries of a dataset file. Relative paths count from the current directory, as in musubi-tuner."""
+    """The entries of a dataset file, with absolute paths (places.py). Raises DataError."""
     path = Path(path)
     raw = _read(path)
     for key in raw:
         if key not in ("general", "datasets"):
-            raise DataError(f"{path}: unknown key '{key}'; {suggest(str(key), ['general', 'datasets'])}")
+            raise DataError(f"{path}: unknown key {brief(key)}; {suggest(str(key), ['general', 'datasets'])}")
     general, entries = raw.get("general") or {}, raw.get("datasets") or []
     if not isinstance(general, dict) or not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise DataError(f"{path}: expected keys under 'general' and a list of entries under 'datasets'")
     _check(general, GENERAL, f"{path}: [general]")
     if not entries:
         raise DataError(f"{path}: no [[datasets]] entry; add one with video_directory or image_directory")
-    return [_dataset({**general, **e}, f"{path}: [[datasets]] number {i}") for i, e in enumerate(entries, start=1)]
+    folder = Path(os.path.abspath(path)).parent
+    return [_dataset({**general, **e}, f"{path}: [[datasets]] number {i}", folder) for i, e in enumerate(entries, start=1)]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """TOML, or YAML if the name ends so."""
     kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text) if kind == "YAML" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not {kind}: {' '.join(str(error).split())}") from None
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is not a file; give a dataset file (TOML or YAML)")
+        text = path.read_text(encoding="utf-8-sig")
+        raw = yaml.load(text, _UniqueKeys) if kind == "YAML" else tomllib.loads(text)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not {kind}: nested too deeply") from None
+    except _ODD as error:
+        raise DataError(f"{path}: not {kind}: {' '.join(str(error).split()) or type(error).__name__}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise DataError(f"{path}: expected 'general' and 'datasets', found {type(raw).__name__}")
     return raw
+
+
+# What the parsers raise: their own errors, and Python's for odd values (a date in month 13, a number of 5000 digits).
+_ODD = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, as TOML does."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and not k.tag.endswith(":merge")]
+        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
+            raise yaml.YAMLError(f"key '{twice[0]}' is given twice, line {node.start_mark.line + 1} and below; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> None:
@@ -115,14 +142,23 @@ def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> No
         if key in FOREIGN:
             raise DataError(f"{where}: {key} belongs to another architecture (FramePack, image editing); remove it")
         if key not in legal:
-            raise DataError(f"{where}: unknown key '{key}'; {suggest(key, legal)}")
+            raise DataError(f"{where}: unknown key {brief(key)}; {suggest(str(key), legal)}")
         kinds = legal[key] if isinstance(legal[key], tuple) else (legal[key],)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(k.__name__ for k in kinds)
-            raise DataError(f"{where}: {key} is {value!r}, expected {expected}")
+            raise DataError(f"{where}: {key} is {brief(value)}, expected {expected}")
+        if key in BOUNDS and not BOUNDS[key][0] <= value <= BOUNDS[key][1]:  # of NaN neither is true
+            low, high = BOUNDS[key]
+            raise DataError(f"{where}: {key} is {brief(value)}, expected a number from {low} to {high}")
+        if isinstance(value, str):
+            try:
+                sound(value)
+            except DataError as error:
+                raise DataError(f"{where}: {key}: {error}") from None
 
 
-def _dataset(table: dict[str, Any], where: str) -> Dataset:
+def _dataset(table: dict[str, Any], where: str, folder: Path) -> Dataset:
+    """`folder`: of the dataset file."""
     table = {OLD_NAMES.get(key, key): value for key, value in table.items()}
     _check(table, KEYS, where)
     given = [s for s in SOURCES if s in table]
@@ -133,63 +169,66 @@ def _dataset(table: dict[str, Any], where: str) -> Dataset:
         raise DataError(f"{where}: '{odd[0]}' is for videos, this entry has {source}")
     if source.startswith("video") and (odd := [k for k in IMAGE if k in table]):
         raise DataError(f"{where}: '{odd[0]}' is for images, this entry has {source}; a control video takes the clip's size")
-    path = Path(table[source])
-    if not path.exists():
-        raise DataError(f"{where}: {source} = '{path}' does not exist")
     rule = FrameRule(
         target_frames=tuple(table.get("target_frames", [1])), extraction=table.get("frame_extraction", "head"),
         stride=table.get("frame_stride", 1), sample=table.get("frame_sample", 1), max_frames=table.get("max_frames", 129),
     )
     _check_frames(rule, where)
-    for key in ("num_repeats", "batch_size"):
-        if table.get(key, 1) < 1:
-            raise DataError(f"{where}: {key} is {table[key]}, expected 1 or more")
-    if not 0 <= table.get("caption_dropout", 0) <= 1:
-        raise DataError(f"{where}: caption_dropout is {table['caption_dropout']}, expected a share from 0 to 1")
-    if table.get("source_fps", 1) <= 0:
-        raise DataError(f"{where}: source_fps is {table['source_fps']}, expected more than 0")
+    extension = table.get("caption_extension", ".txt")
+    if not re.fullmatch(r"\.[^/\0]*[^/\0.]", extension):
+        raise DataError(f"{where}: caption_extension is {brief(extension)}, expected one with its dot, for example \".txt\"")
     return Dataset(
-        source=source, path=path, frames=rule if source.startswith("video") else FrameRule(),
+        source=source, path=_placed(table, source, where, folder),
+        frames=rule if source.startswith("video") else FrameRule(),
         bucket=BucketRule(
-            _resolution(table.get("resolution", [960, 544]), where), table.get("enable_bucket", False),
+            _resolution(table.get("resolution", [960, 544]), "resolution", where), table.get("enable_bucket", False),
             table.get("bucket_no_upscale", False),
         ),
-        caption_extension=table.get("caption_extension", ".txt"), caption_prefix=table.get("caption_prefix", ""),
+        caption_extension=extension, caption_prefix=table.get("caption_prefix", ""),
         caption_suffix=table.get("caption_suffix", ""), num_repeats=table.get("num_repeats", 1),
         caption_dropout=float(table["caption_dropout"]) if "caption_dropout" in table else None,
         recursive=table.get("recursive", False),
-        source_fps=float(table["source_fps"]) if "source_fps" in table else None, control=_control(table, where),
+        source_fps=float(table["source_fps"]) if "source_fps" in table else None,
+        control=_control(table, where, folder),
     )
 
 
-def _control(table: Mapping[str, Any], where: str) -> ControlRule:
-    directory = Path(table["control_directory"]) if "control_directory" in table else None
+def _placed(table: Mapping[str, Any], key: str, where: str, folder: Path) -> Path:
+    try:
+        return place(table[key], folder)
+    except DataError as error:
+        raise DataError(f"{where}: {key} = {error}") from None
+
+
+def _control(table: Mapping[str, Any], where: str, folder: Path) -> ControlRule:
+    directory = _placed(table, "control_directory", where, folder) if "control_directory" in table else None
     if directory is not None and not directory.is_dir():
-        raise DataError(f"{where}: control_directory = '{directory}' is not a directory")
+        raise DataError(f"{where}: control_directory = '{shown(directory)}' is not a directory")
     if directory is not None and "jsonl" in next(s for s in SOURCES if s in table):
         raise DataError(f"{where}: control_directory goes with a directory of clips; in JSONL give \"control_path\" per line")
     if table.get("no_resize_control") and "control_resolution" in table:
         raise DataError(f"{where}: no_resize_control and control_resolution exclude each other; keep one")
-    resolution = _resolution(table["control_resolution"], where) if "control_resolution" in table else None
+    resolution = _resolution(table["control_resolution"], "control_resolution", where) if "control_resolution" in table else None
     return ControlRule(directory, table.get("no_resize_control", False), resolution)
 
 
 def _check_frames(rule: FrameRule, where: str) -> None:
     if rule.extraction not in LEGAL:
-        raise DataError(f"{where}: frame_extraction '{rule.extraction}'; {suggest(rule.extraction, LEGAL)}")
-    if not rule.target_frames or any(not isinstance(t, int) or t < 1 for t in rule.target_frames):
-        raise DataError(f"{where}: target_frames is {list(rule.target_frames)}, expected numbers like [1, 25, 49]")
-    for name in ("stride", "sample", "max_frames"):
-        if getattr(rule, name) < 1:
-            raise DataError(f"{where}: frame_{name} is {getattr(rule, name)}, expected 1 or more")
+        raise DataError(f"{where}: frame_extraction {brief(rule.extraction)}; {suggest(rule.extraction, LEGAL)}")
+    if not rule.target_frames or not all(_is_number(t) for t in rule.target_frames):
+        raise DataError(f"{where}: target_frames is {brief(list(rule.target_frames))}, expected numbers like [1, 25, 49]")
 
 
-def _resolution(value: int | list, where: str) -> tuple[int, int]:
-    pair = [value, value] if isinstance(value, int) else value
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise DataError(f"{where}: resolution is {value!r}, expected a number or [width, height]")
+def _resolution(value: int | list, key: str, where: str) -> tuple[int, int]:
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(_is_number(n) and n <= MAX_SIDE for n in pair):
+        raise DataError(f"{where}: {key} is {brief(value)}, expected a number up to {MAX_SIDE}, or [width, height]")
     for n in pair:
         if n % STEP:
             near = max(STEP, round(n / STEP) * STEP)
-            raise DataError(f"{where}: resolution {pair[0]} x {pair[1]}: expected multiples of {STEP}, for example {near}")
+            raise DataError(f"{where}: {key} {pair[0]} x {pair[1]}: expected multiples of {STEP}, for example {near}")
     return pair[0], pair[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

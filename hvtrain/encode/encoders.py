@@ -85,8 +85,8 @@ class PixelEncoder:
     def _flush(self, batch: Sequence[tuple[_Job, np.ndarray]]) -> Iterator[tuple[_Job, Tensor | str]]:
         if not batch:
             return
-        pixels = torch.from_numpy(np.stack([p for _, p in batch]))
-        video = pixels.permute(0, 4, 1, 2, 3).to(self.vae.device, torch.float32) / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([p for _, p in batch])).to(self.vae.device)  # as bytes: a quarter of the traffic
+        video = pixels.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1  # [B 3 F H W]
         # A generator per key: the posterior's sample does not depend on batches or ranks.
         draws = [generator(self.seed, stream=self._stream(job)) for job, _ in batch]
         latents = self.vae.encode(video.to(self.vae.dtype), generator=draws).to("cpu", self.dtype)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from hvtrain.encode.clips import Clip, Rejected
 from hvtrain.encode.dataset import Dataset
-from hvtrain.encode.frames import kept_frames, normalised
+from hvtrain.encode.frames import kept_frames, normalised, shown_frames
 from hvtrain.encode.media import Probe, probe
 from hvtrain.errors import DataError
 
@@ -26,8 +26,8 @@ class Picture:
     """Frames of a file, at a size."""
 
     path: Path
-    state: str  # size and time of the file: a changed one is encoded again
-    frames: tuple[int, ...]  # indices into the file, ascending; the last may repeat
+    state: str  # size and time of the file, and how it is turned: a changed one is encoded again
+    frames: tuple[int, ...]  # indices into the file, ascending; some may repeat
     size: tuple[int, int]  # width, height
 
     @property
@@ -115,10 +115,10 @@ class Probes:
         newest = max([status.st_mtime_ns, *(p.stat().st_mtime_ns for p in parts)])
         name, state = str(path.resolve()), f"{status.st_size}/{newest}"
         row = self.seen.get(name)
-        if not row or row[0] != state:
-            found = probe(path)
-            row = self.new[name] = [state, found.width, found.height, found.frames, found.fps]
-        return Probe(*row[1:]), state
+        if not row or row[0] != state or len(row) != 1 + len(fields(Probe)):
+            row = self.new[name] = [state, *vars(probe(path)).values()]
+        found = replace(Probe(*row[1:]), times=tuple(row[-1]))  # JSON made a list of it
+        return found, f"{state}/{found.view}" if found.view else state
 
 
 def plan_clips(
@@ -136,9 +136,9 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
     try:
         seen, state = probes.look(clip.path)
         controls = [(path, *probes.look(path)) for path in clip.controls]
+        kept = _kept(seen, source_fps=dataset.source_fps, target_fps=target_fps)
     except (DataError, OSError) as error:
-        return [Rejected(str(clip.path), str(error))]
-    kept = kept_frames(seen.frames, source_fps=dataset.source_fps, target_fps=target_fps)
+        return [Rejected(str(clip.path), _named(clip.path, error))]
     size = dataset.bucket.choose(seen.width, seen.height)
     windows = dataset.frames.windows(len(kept))
     if not windows:
@@ -161,6 +161,18 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
             dataset.caption_dropout, pictures,
         ))
     return made
+
+
+def _kept(seen: Probe, *, source_fps: float | None, target_fps: float) -> list[int]:
+    """Indices of the frames that windows are cut from, in order."""
+    if seen.times:
+        return shown_frames(seen.times, source_fps=source_fps, target_fps=target_fps)
+    return kept_frames(seen.frames, source_fps=source_fps, target_fps=target_fps)
+
+
+def _named(path: Path, error: Exception) -> str:
+    reason = f"{error.strerror or error}; give a file that can be read" if isinstance(error, OSError) else str(error)
+    return reason if str(path) in reason else f"{path}: {reason}"
 
 
 def _too_short(path: Path, n: int, dataset: Dataset) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from hvtrain.encode.places import shown
 from hvtrain.encode.plan import PlannedSample
 from shards.atomic import write_text
 
@@ -18,10 +19,11 @@ class Meter:
     """Samples and cost (frames x area) over all columns: a live bar on a terminal, else a line every five seconds."""
 
     def __init__(self, root: Path, *, rank: int, world: int, samples: int, cost: float) -> None:
-        """`samples` and `cost`: of all ranks together."""
+        """`samples` and `cost`: of all ranks and columns together."""
         self.root, self.rank, self.world = root, rank, world
-        self.samples, self.cost = samples, max(cost, 1.0)
-        self.mine = [0, 0.0]
+        self.samples, self.cost = samples, cost
+        self.column = ""
+        self.mine = [0, 0.0, 0.0]  # samples that are done, cost of those that were encoded, cost of the others
         self.begun = self.last = time.monotonic()
         self.shown = self.begun
         self.bar = None
@@ -29,12 +31,12 @@ class Meter:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(TextColumn("encoding"), BarColumn(), TextColumn("{task.fields[n]}"), TimeRemainingColumn())
-            self.task = self.bar.add_task("encoding", total=self.cost, n=f"0/{samples}")
+            self.task = self.bar.add_task("encoding", total=max(cost, 1.0), n=f"0/{samples}")
             self.bar.start()
 
-    def advance(self, sample: PlannedSample) -> None:
+    def advance(self, sample: PlannedSample, encoded: bool) -> None:
         self.mine[0] += 1
-        self.mine[1] += sample.cost
+        self.mine[1 if encoded else 2] += sample.cost
         now = time.monotonic()
         if now - self.last < EVERY_S:
             return
@@ -42,7 +44,7 @@ class Meter:
         if self.rank:
             write_text(self._file(self.rank), json.dumps(self.mine))
         else:
-            self._show(now)
+            self._show(now, sample)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -50,21 +52,23 @@ class Meter:
         if self.rank:
             self._file(self.rank).unlink(missing_ok=True)
 
-    def _show(self, now: float) -> None:
-        n, cost = self.mine
+    def _show(self, now: float, sample: PlannedSample) -> None:
+        n, encoded, others = self.mine
         for rank in range(1, self.world):
             try:
                 its = json.loads(self._file(rank).read_text())
-                n, cost = n + its[0], cost + its[1]
+                n, encoded, others = n + its[0], encoded + its[1], others + its[2]
             except (OSError, ValueError):
                 continue  # not begun, or done: shown a little low
         if self.bar is not None:
-            self.bar.update(self.task, completed=cost, n=f"{n}/{self.samples}")
-        elif now - self.shown > 5:
+            self.bar.update(self.task, completed=encoded + others, n=f"{n}/{self.samples}")
+        elif now - self.shown > 5 and encoded:
             self.shown = now
-            left = (now - self.begun) * (self.cost / max(cost, 1.0) - 1)
+            # What was there already took no time, and says nothing about the rest.
+            left = (now - self.begun) * (self.cost - encoded - others) / encoded
             who = f" by {self.world} processes" if self.world > 1 else ""
-            print(f"encoded {n}/{self.samples}{who}, about {left:.0f} s left", flush=True)
+            at = f"{self.column}, {shown(sample.clip.path.name)}"
+            print(f"{n} of {self.samples} (samples x columns) done{who}, at {at}, about {left:.0f} s left", flush=True)
 
     def _file(self, rank: int) -> Path:
         return self.root / f"{PROGRESS}.{rank}"

@@ -9,7 +9,8 @@ from hvtrain.encode.buckets import BucketRule, sizes
 from hvtrain.encode.clips import Rejected, find_clips
 from hvtrain.encode.dataset import read_dataset_file
 from hvtrain.encode.frames import FrameRule, kept_frames, normalised
-from hvtrain.encode.media import fit, probe
+from hvtrain.encode.media import probe
+from hvtrain.encode.view import fit
 from hvtrain.errors import DataError
 
 
@@ -75,8 +76,8 @@ def dataset(tmp_path, body):
         ("[[datasets]]\nvideo_directory = '.'\nnum_repeats = true", "num_repeats is True, expected int"),
         ("not toml", "not TOML"),
         ("[[datasets]]\nvideo_directory = '.'\nfp_1f_no_post = true", "another architecture"),
-        ("[[datasets]]\nvideo_directory = '.'\ncaption_dropout = 2", "a share from 0 to 1"),
-        ("[[datasets]]\nvideo_directory = '.'\ncontrol_directory = 'none'", "'none' is not a directory"),
+        ("[[datasets]]\nvideo_directory = '.'\ncaption_dropout = 2", "caption_dropout is 2, expected a number from 0 to 1"),
+        ("[[datasets]]\nvideo_directory = '.'\ncontrol_directory = 'none'", "control_directory = 'none' does not exist"),
         ("[[datasets]]\nvideo_directory = '.'\nno_resize_control = true", "is for images"),
         ("[[datasets]]\nimage_directory = '.'\nno_resize_control = true\ncontrol_resolution = 64", "exclude each other"),
         ("[[datasets]]\nvideo_directory = '.'\nsource_fps = 0", "source_fps is 0"),
@@ -113,10 +114,10 @@ def test_a_broken_listing_is_an_error(tmp_path, line, says):
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [('{"video_path": "x"}', 'no "caption"'), ('{"video_path": "gone.mp4", "caption": "x"}', "gone.mp4 does not exist"),
+    [('{"video_path": "x"}', 'no "caption"'), ('{"video_path": "gone.mp4", "caption": "x"}', "'gone.mp4' does not exist"),
      ('{"video_path": "x", "caption": "a", "captions": ["b"]}', "both"),
-     ('{"video_path": "x", "caption": 3}', "a text, or a list"),
-     ('{"video_path": "c.jsonl", "caption": "a", "control_path": "nope"}', "control nope|control .*nope does not exist")],
+     ('{"video_path": "x", "caption": 3}', "caption is 3, expected a text or a list"),
+     ('{"video_path": "c.jsonl", "caption": "a", "control_path": "nope"}', "control 'nope' does not exist")],
 )
 def test_unusable_lines_are_rejected_with_file_and_line(tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(line)
