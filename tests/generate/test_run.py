@@ -17,7 +17,7 @@ from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.merge import run as merge
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
-from hvtrain.generate import pipeline
+from hvtrain.generate import write
 from hvtrain.generate.video import read_metadata
 from hvtrain.parallel.context import ParallelContext
 from launcher.local import free_port
@@ -88,7 +88,7 @@ def test_a_video_with_its_parameters(folder: Path, plain: np.ndarray) -> None:
 def frames_before_the_codec(arguments: list[str]) -> np.ndarray | None:
     """What one rank gives to the encoder; None on ranks that write nothing."""
     made = []
-    pipeline.write_mp4 = lambda path, frames, **_: made.append(frames)  # this process ends after the call
+    write.write_mp4 = lambda path, frames, **_: made.append(frames)  # this process ends after the call
     generate.run(config.load(GenerateConfig, None, arguments))
     return made[0] if made else None
 
