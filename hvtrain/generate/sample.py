@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,17 @@ from torch import Tensor, nn
 
 from hvtrain.adapters.lora import merging
 from hvtrain.config import GenerateConfig, ModelConfig, asset
-from hvtrain.errors import ConfigError
+from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import Velocity, euler
-from hvtrain.generate.plan import Plan
+from hvtrain.generate.check import open_text
+from hvtrain.generate.plan import Lot, Plan
 from hvtrain.generate.progress import Sampling
-from hvtrain.generate.requests import Job, Request
+from hvtrain.generate.requests import Request
+from hvtrain.generate.spool import Kept, find, keep
+from hvtrain.generate.stop import Stop, Stopped
+from hvtrain.generate.write import free, parameters
 from hvtrain.models.base import DiT, Flavor, ModelSpec
 from hvtrain.models.fp8 import use_matmul
 from hvtrain.models.load import load_dit
@@ -36,15 +39,7 @@ def encode_prompts(
     """Each prompt's conditions as a batch of one, on the CPU. The encoders live on rank 0 only, and not for long."""
     found: list[dict[str, Tensor]] = []
     if ctx.is_main:
-        encoders = spec.open_text(
-            asset(str(model.llm)),
-            None if model.llm_tokenizer is None else asset(model.llm_tokenizer),
-            asset(str(model.clip)),
-            None if model.clip_tokenizer is None else asset(model.clip_tokenizer),
-            dtype=getattr(torch, model.dtype),
-            device=ctx.device,
-            fp8=model.fp8_llm,
-        )
+        encoders = open_text(model, spec, ctx.device)
         found = encoders.encode(list(prompts))
         del encoders
         free(ctx)
@@ -72,11 +67,14 @@ def sample_latents(
     ctx: ParallelContext,
     uncond: Cond | None = None,
     seeds: Sequence[int] = (),
+    begin: Kept | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Scaled latents [B C T H W], float32, the same on every sequence-parallel rank. Collective among them.
 
     One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
-    each. `uncond` holds the negative prompts, as many. The caller chooses autocast.
+    each. `uncond` holds the negative prompts, as many. The caller chooses autocast. `on_step(n, x)` is called on every
+    rank when n steps are done; `begin` goes on from such a place, with x [B C T H W], and ends with the same latents.
     """
     seeds = seeds or [request.seed]
     if len(seeds) != len(cond["text_len"]):
@@ -95,40 +93,90 @@ def sample_latents(
     velocity = velocity_under(cond)
     if uncond is not None and request.cfg_scale != 1:
         velocity = classifier_free(velocity, velocity_under(uncond), request.cfg_scale)
-    shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
-    # On the CPU whatever the device, and per video: neither the machine nor the batch changes a seed's video.
-    noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds])
-    return euler(velocity, noise.to(ctx.device), sigmas(request.steps, shift=request.shift))
+    if begin is None:
+        shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
+        # On the CPU whatever the device, and per video: neither the machine nor the batch changes a seed's video.
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds])
+        begin = Kept(noise, 0)
+    x, schedule = begin.x.to(ctx.device), sigmas(request.steps, shift=request.shift)
+    for n in range(begin.step, request.steps):
+        x = euler(velocity, x, schedule[n : n + 2])
+        if on_step is not None:
+            on_step(n + 1, x)
+    return x
 
 
-def sample_all(
-    cfg: GenerateConfig, plan: Plan, mine: Sequence[list[Job]], conds: Mapping[str, Cond], ctx: ParallelContext
-) -> list[Tensor]:
-    """The latents of each batch, on the CPU; the DiT lives in here."""
+def sample_lots(
+    cfg: GenerateConfig, plan: Plan, lots: Sequence[Lot], conds: Mapping[str, Cond], *, ctx: ParallelContext, stop: Stop
+) -> Iterator[Lot]:
+    """Each lot when its latents are on the disk; the DiT lives in here. Collective among the ranks that share videos.
+
+    Raises Stopped at the end of a step, with what is under way on the disk too, and DataError for latents that are not finite.
+    """
+    if not lots:
+        return
     model = open_dit(cfg, plan, ctx)
-    results = []
-    total = sum(batch[0].request.steps for batch in mine)
-    with Sampling(total, show=ctx.is_main) as progress:
-        model.register_forward_hook(progress.step)
-        for batch in mine:
-            first = batch[0].request
-            guided = first.cfg_scale != 1
-            progress.start(first.steps * (2 if guided else 1), steps=first.steps)
+    stop.check()
+    with Sampling(sum(lot.n_left for lot in lots), show=ctx.is_main) as progress:
+        for lot in lots:
+            first = lot.jobs[0].request
+
+            def on_step(n: int, x: Tensor, lot: Lot = lot) -> None:
+                progress.step()
+                _refuse_broken(lot, n, x)
+                if n < lot.jobs[0].request.steps and stop.agreed():
+                    keep_lot(cfg, plan, lot, n, x, ctx=ctx)
+                    raise Stopped
+
             with autocast(ctx.device.type, enabled=cfg.precision == "bf16"):
                 latents = sample_latents(
                     model,
                     plan.spec,
                     plan.flavor,
-                    stack([conds[job.request.prompt] for job in batch]),
+                    stack([conds[job.request.prompt] for job in lot.jobs]),
                     request=first,
                     ctx=ctx,
-                    uncond=stack([conds[job.request.negative_prompt] for job in batch]) if guided else None,
-                    seeds=[job.request.seed for job in batch],
+                    uncond=stack([conds[job.request.negative_prompt] for job in lot.jobs]) if first.cfg_scale != 1 else None,
+                    seeds=[job.request.seed for job in lot.jobs],
+                    begin=_begin(plan, lot),
+                    on_step=on_step,
                 )
-            results.append(latents.cpu())
+            keep_lot(cfg, plan, lot, first.steps, latents, ctx=ctx)
+            del latents
+            yield lot
     del model
     free(ctx)
-    return results
+
+
+def keep_lot(cfg: GenerateConfig, plan: Plan, lot: Lot, step: int, x: Tensor, *, ctx: ParallelContext) -> None:
+    """A lot's latents to the disk, each video's in a file of its own: by the first of the ranks that share it."""
+    if ctx.sp_rank == 0:
+        for job, one in zip(lot.jobs, x.cpu(), strict=True):
+            identity = plan.sources.latents(job.request)
+            keep(job.output, Kept(one, step), identity=identity, parameters=parameters(cfg, plan, job.request))
+
+
+def _begin(plan: Plan, lot: Lot) -> Kept | None:
+    """Where a run before was stopped."""
+    if not lot.step:
+        return None
+    found = [find(job.output, plan.sources.latents(job.request)) for job in lot.jobs]
+    x = [kept.x for kept in found if kept is not None and kept.step == lot.step]
+    if len(x) < len(lot.jobs):
+        raise DataError(f"{lot.jobs[0].output.parent}: the latents that process 0 found there are not seen by every process")
+    return Kept(torch.stack(x), lot.step)
+
+
+def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
+    """NaN would become a black video."""
+    for job, one in zip(lot.jobs, x, strict=True):
+        if not torch.isfinite(one).all():
+            r = job.request
+            raise DataError(
+                f"{job.output}: its latents are not finite after step {n} of {r.steps} (guidance {r.guidance:g}, cfg_scale "
+                f"{r.cfg_scale:g}, shift {r.shift:g}): the weights, a LoRA or its multiplier, or model.dtype does it; try "
+                "without LoRAs, then precision=fp32 with model.dtype=float32"
+            )
 
 
 def open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
@@ -151,9 +199,3 @@ def open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
         swapped = f", {swap.describe()}" if swap else ""
         print(f"Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
     return model
-
-
-def free(ctx: ParallelContext) -> None:
-    gc.collect()
-    if ctx.device.type == "cuda":
-        torch.cuda.empty_cache()
