@@ -187,7 +187,7 @@ def check_size(prefix: str, *, width: int | None, height: int | None, frames: in
     """What the VAE's 4 x 8 x 8 cells and the DiT's 2 x 2 patches can hold."""
     for name, value in (("width", width), ("height", height)):
         if value is not None and (value <= 0 or value % 16):
-            near = max(16, round(value / 16) * 16)
+            near = max(16, (value + 8) // 16 * 16)
             raise ConfigError(f"{prefix}{name} is {value}, expected a multiple of 16, for example {near}")
     if frames is not None and (frames < 1 or frames % 4 != 1):
         near = max(1, (frames - 1) // 4 * 4 + 1)

@@ -13,7 +13,7 @@ from launcher.report import REQUEUE
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] in (["train"], ["generate"]):
         signals.remember()  # before the imports, which take seconds
     elif sys.argv[1:2] == ["encode"]:
         signals.leave(REQUEUE)

@@ -29,7 +29,7 @@ class GenerateConfig:
     prompt_file: str | None = None
     """A text file with one prompt a line"""
     output: str = ""
-    """The .mp4 file, or with prompt_file the directory"""
+    """The .mp4 file (or .png, for frames=1); a directory with prompt_file, and without it a file is named in one"""
     width: int | None = None
     """Pixels, a multiple of 16; null: the flavor's own"""
     height: int | None = None
@@ -52,6 +52,10 @@ class GenerateConfig:
     """What not to show, for cfg_scale above 1"""
     batch_size: int = 1
     """Prompts sampled together"""
+    decode: Literal["each", "last"] = "each"
+    """each: decode a video when it is sampled, with the DiT still on the GPU if both fit; last: sample all, then decode all"""
+    save_latents: bool = False
+    """Keep the latents of each video beside it, as NAME.latents.safetensors"""
     lora: tuple[LoraFileConfig, ...] = ()
     """LoRAs to apply; multiplier 0 switches one off completely"""
     slices: str | None = None

@@ -206,7 +206,7 @@ def _open_pixels(column: str) -> Callable[[_Job], tuple[Callable, str]]:
         import torch
 
         from hvtrain.encode.encoders import PixelEncoder
-        from hvtrain.generate.pipeline import open_decoder
+        from hvtrain.generate.write import open_decoder
 
         cfg = job.cfg
         vae = open_decoder(cfg.model, job.spec, job.ctx)

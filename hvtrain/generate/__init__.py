@@ -9,7 +9,7 @@ from hvtrain.parallel.context import ParallelContext
 
 
 def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
-    """Make the videos; their files, in order. Collective: every rank calls it."""
+    """Make the videos that are not there yet; the files of all, in order. Collective: every rank calls it."""
     from hvtrain.generate import pipeline
 
     return pipeline.run(cfg, ctx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from hvtrain.adapters.dialects import Shapes
@@ -17,6 +18,9 @@ from hvtrain.models.base import ModelSpec
 def open_loras(cfg: GenerateConfig, shapes: Shapes, spec: ModelSpec, *, quiet: bool = False) -> list[tuple[LoraFile, float]]:
     """Read them, and say which blocks each holds and whether any two change the same rows."""
     wanted = [(asset(lora.path), lora.multiplier) for lora in cfg.lora] + _slices(cfg)
+    for path, multiplier in wanted:
+        if not math.isfinite(multiplier):
+            raise ConfigError(f"the multiplier of {path} is {multiplier}, expected a finite number; 0 switches it off")
     loras = [(read_lora(path, shapes, spec=spec), multiplier) for path, multiplier in wanted]
     if not quiet:
         for lora, multiplier in loras:

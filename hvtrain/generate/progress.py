@@ -10,11 +10,11 @@ PLAIN_EVERY_S = 10.0
 
 
 class Sampling:
-    """Counts forward passes; registered as the model's forward hook, so that no sampler knows of it."""
+    """Counts the steps of all videos of this rank."""
 
     def __init__(self, total_steps: int, *, show: bool) -> None:
         self.total, self.show = total_steps, show
-        self.done, self.per_pass, self.last = 0.0, 1.0, time.monotonic()
+        self.done, self.last = 0, time.monotonic()
         self.bar: Any = None
 
     def __enter__(self) -> Sampling:
@@ -32,14 +32,10 @@ class Sampling:
         if self.bar is not None:
             self.bar.stop()
 
-    def start(self, passes: int, *, steps: int) -> None:
-        """The next `passes` forward passes are `steps` steps of the total."""
-        self.per_pass = steps / passes
-
-    def step(self, *_: object) -> None:
-        self.done += self.per_pass
+    def step(self) -> None:
+        self.done += 1
         if self.bar is not None:
-            self.bar.update(self.task, completed=round(self.done))
-        elif self.show and (time.monotonic() - self.last > PLAIN_EVERY_S or round(self.done, 6) >= self.total):
+            self.bar.update(self.task, completed=self.done)
+        elif self.show and (time.monotonic() - self.last > PLAIN_EVERY_S or self.done >= self.total):
             self.last = time.monotonic()
-            print(f"sampling: step {round(self.done)} of {self.total}", flush=True)
+            print(f"sampling: step {self.done} of {self.total}", flush=True)

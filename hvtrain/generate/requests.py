@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ LINE_OPTIONS: dict[str, tuple[str, type]] = {
     "fs": ("shift", float),
     "n": ("negative_prompt", str),
 }
+MAX_SIDE = 16384  # of the H.264 encoder
+MAX_STEPS = 10_000
+MAX_FPS = 1000
+VIDEO, PICTURE = ".mp4", ".png"
 
 
 @dataclass(frozen=True)
@@ -84,15 +91,26 @@ class Request:
             ("height", self.height, latent.stride_h * latent.patch[1]),
         ):
             if value <= 0 or value % unit:
-                near = max(unit, round(value / unit) * unit)
+                near = max(unit, (value + unit // 2) // unit * unit)
                 raise ConfigError(f"{name} is {value}, expected a multiple of {unit}, for example {near}")
         n = latent.stride_t
         if self.frames < 1 or (self.frames - 1) % n:
             near = max(self.frames - 1, 0) // n * n + 1
             raise ConfigError(f"frames is {self.frames}, expected {n}n + 1, for example {near} or {near + n}")
+        for name in ("shift", "guidance", "cfg_scale"):
+            if not math.isfinite(number := getattr(self, name)):
+                raise ConfigError(f"{name} is {number}, expected a finite number")
         for name, number in (("steps", self.steps), ("fps", self.fps), ("shift", self.shift)):
             if number <= 0:
                 raise ConfigError(f"{name} is {number}, expected more than 0")
+        for name, number, most in (("steps", self.steps, MAX_STEPS), ("fps", self.fps, MAX_FPS)):
+            if number > most:
+                raise ConfigError(f"{name} is {number}, expected at most {most}")
+        for name in ("prompt", "negative_prompt"):
+            try:
+                getattr(self, name).encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{name} holds what is no text ({error.reason} at letter {error.start})") from None
 
     @property
     def layout(self) -> tuple:
@@ -122,18 +140,39 @@ def plan_jobs(cfg: GenerateConfig, flavor: Flavor) -> list[Job]:
         "negative_prompt": cfg.negative_prompt,
     }
     if cfg.prompt_file is None:
-        output = Path(cfg.output)
-        if output.suffix != ".mp4":
-            raise ConfigError(f"output is {cfg.output}, expected a name that ends with .mp4")
-        return [Job(Request.of(flavor, prompt=cfg.prompt or "", seed=cfg.seed, **common), output)]
+        request = Request.of(flavor, prompt=cfg.prompt or "", seed=cfg.seed, **common)
+        return [Job(request, _single_output(cfg, request))]
     jobs = []
     for i, (where, values) in enumerate(read_prompts(Path(cfg.prompt_file))):
         try:
             request = Request.of(flavor, **{**common, "seed": cfg.seed + i, **values})
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        jobs.append(Job(request, Path(cfg.output) / f"{i:04d}.mp4"))
+        jobs.append(Job(request, Path(cfg.output) / f"{i:04d}{_ending(request)}"))
     return jobs
+
+
+def _single_output(cfg: GenerateConfig, request: Request) -> Path:
+    """The file that the config names; in a directory, one named after the prompt and all else that makes the video."""
+    output = Path(cfg.output)
+    if output.is_dir() or cfg.output.endswith("/"):
+        words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:40].strip("-") or "video"
+        makes = (asdict(request), asdict(cfg.model), cfg.precision, [asdict(lora) for lora in cfg.lora])
+        slices = (cfg.slices, cfg.loraid, cfg.lora_multiplier)
+        digest = hashlib.sha256(json.dumps([makes, slices]).encode()).hexdigest()
+        return output / f"{words}-{digest[:8]}{_ending(request)}"
+    if output.suffix not in (VIDEO, PICTURE):
+        raise ConfigError(
+            f"output is {cfg.output}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a directory: "
+            f"one that exists, or {cfg.output}/"
+        )
+    if output.suffix == PICTURE and request.frames != 1:
+        raise ConfigError(f"output is {cfg.output}, one picture, but frames is {request.frames}: give frames=1, or NAME{VIDEO}")
+    return output
+
+
+def _ending(request: Request) -> str:
+    return PICTURE if request.frames == 1 else VIDEO
 
 
 def read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from hvtrain.config import TrainConfig
-from hvtrain.generate.pipeline import decode, encode_prompts, open_decoder, sample_latents
 from hvtrain.generate.requests import Request
+from hvtrain.generate.sample import encode_prompts, sample_latents
 from hvtrain.generate.video import write_mp4
+from hvtrain.generate.write import decode, open_decoder
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.precision import autocast
 from hvtrain.train.setup import Subject

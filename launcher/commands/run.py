@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from launcher.report import REQUEUE
 from launcher.table import command, config_options, load_config
 
 
@@ -75,9 +76,17 @@ def _check_generate(args: argparse.Namespace) -> None:
 
 
 @command("generate", "make videos from prompts", options=_generate_options, check=_check_generate)
-def _generate(args: argparse.Namespace) -> None:
+def _generate(args: argparse.Namespace) -> int:
+    from hvtrain import signals
+
+    signals.remember()  # as for train: obeyed at the end of a sampling step
     _generate_items(args)
     cfg = load_config("generate", args)
     from hvtrain import generate
+    from hvtrain.generate.stop import Stopped
 
-    generate.run(cfg)
+    try:
+        generate.run(cfg)
+    except Stopped:
+        return REQUEUE
+    return 0

@@ -17,7 +17,7 @@ from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.merge import run as merge
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
-from hvtrain.generate import pipeline
+from hvtrain.generate import write
 from hvtrain.generate.video import read_metadata
 from hvtrain.parallel.context import ParallelContext
 from launcher.local import free_port
@@ -88,15 +88,15 @@ def test_a_video_with_its_parameters(folder: Path, plain: np.ndarray) -> None:
 def frames_before_the_codec(arguments: list[str]) -> np.ndarray | None:
     """What one rank gives to the encoder; None on ranks that write nothing."""
     made = []
-    pipeline.write_mp4 = lambda path, frames, **_: made.append(frames)  # this process ends after the call
+    write.write_mp4 = lambda path, frames, **_: made.append(frames)  # this process ends after the call
     generate.run(config.load(GenerateConfig, None, arguments))
     return made[0] if made else None
 
 
 def test_sequence_parallel_frames_equal_those_of_one_process(folder: Path) -> None:
     """Exactly, but for values on the edge between two of the 256 levels."""
-    (alone,) = run_ranks(1, frames_before_the_codec, overrides(folder))
-    first, second = run_ranks(2, frames_before_the_codec, [*overrides(folder), "parallel.ulysses=2"])
+    (alone,) = run_ranks(1, frames_before_the_codec, overrides(folder, output=folder / "never1.mp4"))
+    first, second = run_ranks(2, frames_before_the_codec, [*overrides(folder, output=folder / "never2.mp4"), "parallel.ulysses=2"])
     off = np.abs(first.astype(int) - alone)
     assert second is None and off.max() <= 1 and off.mean() < 1e-3
 

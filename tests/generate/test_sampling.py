@@ -11,8 +11,8 @@ from hvtrain.errors import ConfigError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import euler
-from hvtrain.generate.pipeline import sample_latents, stack
 from hvtrain.generate.requests import Request
+from hvtrain.generate.sample import sample_latents, stack
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from tests.generate.models import SIZE, random_cond, random_dit, spec_and_flavor

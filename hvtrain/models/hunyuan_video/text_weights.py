@@ -175,7 +175,10 @@ class _Source:
 def _assign(
     model: nn.Module, source: _Source, *, dtype: torch.dtype, device: torch.device | str, fp8: bool
 ) -> None:
-    """Fill a meta model tensor by tensor; with `fp8` its linear layers become Fp8Linear."""
+    """Fill a meta model tensor by tensor; with `fp8` its linear layers become Fp8Linear. For the meta device there is nothing to
+    fill it with: then the files' headers have been checked, and that was it."""
+    if torch.device(device).type == "meta":
+        return
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
         if fp8 and isinstance(module, nn.Linear):

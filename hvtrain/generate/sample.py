@@ -1,0 +1,201 @@
+"""From prompts to latents: text encoders, DiT and solver, on all ranks that share a video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvtrain.adapters.lora import merging
+from hvtrain.config import GenerateConfig, ModelConfig, asset
+from hvtrain.errors import ConfigError, DataError
+from hvtrain.flow.guidance import classifier_free
+from hvtrain.flow.schedule import sigmas
+from hvtrain.flow.solvers import Velocity, euler
+from hvtrain.generate.check import open_text
+from hvtrain.generate.plan import Lot, Plan
+from hvtrain.generate.progress import Sampling
+from hvtrain.generate.requests import Request
+from hvtrain.generate.spool import Kept, find, keep
+from hvtrain.generate.stop import Stop, Stopped
+from hvtrain.generate.write import free, parameters
+from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.fp8 import use_matmul
+from hvtrain.models.load import load_dit
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.swap import BlockSwap
+from hvtrain.precision import autocast
+from hvtrain.rng import generator
+
+Cond = Mapping[str, Tensor]  # "text" [B L E], "text_len" [B], "pooled" [B P]
+
+
+def encode_prompts(
+    model: ModelConfig, spec: ModelSpec, prompts: Sequence[str], ctx: ParallelContext
+) -> list[dict[str, Tensor]]:
+    """Each prompt's conditions as a batch of one, on the CPU. The encoders live on rank 0 only, and not for long."""
+    found: list[dict[str, Tensor]] = []
+    if ctx.is_main:
+        encoders = open_text(model, spec, ctx.device)
+        found = encoders.encode(list(prompts))
+        del encoders
+        free(ctx)
+    return [
+        {name: value[None] for name, value in sample.items()} | {"text_len": torch.tensor([len(sample["text"])])}
+        for sample in ctx.gather_objects(found)[0]
+    ]
+
+
+def stack(conds: Sequence[Cond]) -> dict[str, Tensor]:
+    """Several conditions as one batch; text is padded with zeros to the longest."""
+    longest = max(cond["text"].shape[1] for cond in conds)
+    padded = [{**cond, "text": F.pad(cond["text"], (0, 0, 0, longest - cond["text"].shape[1]))} for cond in conds]
+    return {name: torch.cat([cond[name] for cond in padded]) for name in padded[0]}
+
+
+@torch.no_grad()
+def sample_latents(
+    model: nn.Module,
+    spec: ModelSpec,
+    flavor: Flavor,
+    cond: Cond,
+    *,
+    request: Request,
+    ctx: ParallelContext,
+    uncond: Cond | None = None,
+    seeds: Sequence[int] = (),
+    begin: Kept | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Scaled latents [B C T H W], float32, the same on every sequence-parallel rank. Collective among them.
+
+    One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
+    each. `uncond` holds the negative prompts, as many. The caller chooses autocast. `on_step(n, x)` is called on every
+    rank when n steps are done; `begin` goes on from such a place, with x [B C T H W], and ends with the same latents.
+    """
+    seeds = seeds or [request.seed]
+    if len(seeds) != len(cond["text_len"]):
+        raise ValueError(f"{len(seeds)} seeds for {len(cond['text_len'])} prompts")
+    if uncond is None and request.cfg_scale != 1:
+        raise ConfigError(f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without")
+
+    def velocity_under(condition: Cond) -> Velocity:
+        here = {name: value.to(ctx.device) for name, value in condition.items()}
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return model(spec.make_input(x, sigma, here, task=flavor.tasks[0], guidance=request.guidance))
+
+        return velocity
+
+    velocity = velocity_under(cond)
+    if uncond is not None and request.cfg_scale != 1:
+        velocity = classifier_free(velocity, velocity_under(uncond), request.cfg_scale)
+    if begin is None:
+        shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
+        # On the CPU whatever the device, and per video: neither the machine nor the batch changes a seed's video.
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds])
+        begin = Kept(noise, 0)
+    x, schedule = begin.x.to(ctx.device), sigmas(request.steps, shift=request.shift)
+    for n in range(begin.step, request.steps):
+        x = euler(velocity, x, schedule[n : n + 2])
+        if on_step is not None:
+            on_step(n + 1, x)
+    return x
+
+
+def sample_lots(
+    cfg: GenerateConfig, plan: Plan, lots: Sequence[Lot], conds: Mapping[str, Cond], *, ctx: ParallelContext, stop: Stop
+) -> Iterator[Lot]:
+    """Each lot when its latents are on the disk; the DiT lives in here. Collective among the ranks that share videos.
+
+    Raises Stopped at the end of a step, with what is under way on the disk too, and DataError for latents that are not finite.
+    """
+    if not lots:
+        return
+    model = open_dit(cfg, plan, ctx)
+    stop.check()
+    with Sampling(sum(lot.n_left for lot in lots), show=ctx.is_main) as progress:
+        for lot in lots:
+            first = lot.jobs[0].request
+
+            def on_step(n: int, x: Tensor, lot: Lot = lot) -> None:
+                progress.step()
+                _refuse_broken(lot, n, x)
+                if n < lot.jobs[0].request.steps and stop.agreed():
+                    keep_lot(cfg, plan, lot, n, x, ctx=ctx)
+                    raise Stopped
+
+            with autocast(ctx.device.type, enabled=cfg.precision == "bf16"):
+                latents = sample_latents(
+                    model,
+                    plan.spec,
+                    plan.flavor,
+                    stack([conds[job.request.prompt] for job in lot.jobs]),
+                    request=first,
+                    ctx=ctx,
+                    uncond=stack([conds[job.request.negative_prompt] for job in lot.jobs]) if first.cfg_scale != 1 else None,
+                    seeds=[job.request.seed for job in lot.jobs],
+                    begin=_begin(plan, lot),
+                    on_step=on_step,
+                )
+            keep_lot(cfg, plan, lot, first.steps, latents, ctx=ctx)
+            del latents
+            yield lot
+    del model
+    free(ctx)
+
+
+def keep_lot(cfg: GenerateConfig, plan: Plan, lot: Lot, step: int, x: Tensor, *, ctx: ParallelContext) -> None:
+    """A lot's latents to the disk, each video's in a file of its own: by the first of the ranks that share it."""
+    if ctx.sp_rank == 0:
+        for job, one in zip(lot.jobs, x.cpu(), strict=True):
+            identity = plan.sources.latents(job.request)
+            keep(job.output, Kept(one, step), identity=identity, parameters=parameters(cfg, plan, job.request))
+
+
+def _begin(plan: Plan, lot: Lot) -> Kept | None:
+    """Where a run before was stopped."""
+    if not lot.step:
+        return None
+    found = [find(job.output, plan.sources.latents(job.request)) for job in lot.jobs]
+    x = [kept.x for kept in found if kept is not None and kept.step == lot.step]
+    if len(x) < len(lot.jobs):
+        raise DataError(f"{lot.jobs[0].output.parent}: the latents that process 0 found there are not seen by every process")
+    return Kept(torch.stack(x), lot.step)
+
+
+def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
+    """NaN would become a black video."""
+    for job, one in zip(lot.jobs, x, strict=True):
+        if not torch.isfinite(one).all():
+            r = job.request
+            raise DataError(
+                f"{job.output}: its latents are not finite after step {n} of {r.steps} (guidance {r.guidance:g}, cfg_scale "
+                f"{r.cfg_scale:g}, shift {r.shift:g}): the weights, a LoRA or its multiplier, or model.dtype does it; try "
+                "without LoRAs, then precision=fp32 with model.dtype=float32"
+            )
+
+
+def open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
+    use_matmul(cfg.model.fp8_matmul)
+    loaded = load_dit(
+        asset(str(cfg.model.dit)),
+        model=cfg.model.name,
+        flavor=cfg.model.flavor,
+        dtype=getattr(torch, cfg.model.dtype),
+        device="cpu" if cfg.blocks_to_swap else ctx.device,  # what is to be swapped must not fill the device first
+        quantize_to=cfg.model.quantize,
+        edit=merging(plan.layers, plan.loras),
+    )
+    model = loaded.model.eval().requires_grad_(False)
+    swap = BlockSwap(model.blocks, cfg.blocks_to_swap, ctx.device) if cfg.blocks_to_swap else None
+    model.to(ctx.device)
+    compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    kernel = parallelize(model, ctx, kernel=cfg.parallel.kernel, dtype=compute, training=False, swap=swap)
+    if ctx.is_main:
+        swapped = f", {swap.describe()}" if swap else ""
+        print(f"Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
+    return model

@@ -1,0 +1,77 @@
+"""Latents on the disk between sampling and decoding: what a run that is killed need not sample again.
+
+A hidden safetensors file beside the video: x after `step` of the request's steps, and whose latents they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hvtrain.errors import DataError
+from shards.atomic import atomic_path
+
+_KEY = "hvtrain.latents"  # of the file's metadata
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Latents of one video."""
+
+    x: Tensor  # [C T H W] float32
+    step: int  # so many steps are done
+
+
+def hidden(output: Path) -> Path:
+    """Where a video's latents wait."""
+    return output.with_name(f".{output.name}.safetensors")
+
+
+def visible(output: Path) -> Path:
+    """Where they stay with save_latents."""
+    return output.with_name(f"{output.stem}.latents.safetensors")
+
+
+def keep(output: Path, kept: Kept, *, identity: str, parameters: Mapping[str, Any]) -> None:
+    """Raises DataError where the disk takes no more."""
+    path = hidden(output)
+    note = {"identity": identity, "step": kept.step, "parameters": dict(parameters)}
+    try:
+        with atomic_path(path) as temporary:
+            save_file({"latents": kept.x.contiguous()}, str(temporary), metadata={_KEY: json.dumps(note)})
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: the latents cannot be written ({error}); make room and start again") from None
+
+
+def find(output: Path, identity: str) -> Kept | None:
+    """A video's latents, whole or on their way. A file that is damaged, or of other parameters, counts as none."""
+    for path in (hidden(output), visible(output)):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                note = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+                if note.get("identity") == identity:
+                    return Kept(file.get_tensor("latents"), int(note["step"]))
+        except (OSError, SafetensorError, ValueError, KeyError):
+            continue
+    return None
+
+
+def forget(output: Path, *, save: bool) -> None:
+    """The video is there: its latents go, or stay under a name that is not hidden; so does what killed runs left half-written."""
+    waiting = hidden(output)
+    left = [p for path in (output, waiting) for p in output.parent.glob(f".{escape(path.name)}.*.tmp")]
+    if waiting.exists():
+        if save:
+            waiting.replace(visible(output))
+        else:
+            left.append(waiting)
+    for path in left:
+        path.unlink(missing_ok=True)

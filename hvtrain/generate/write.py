@@ -1,0 +1,134 @@
+"""From latents to files: the VAE and the parameters that go into a file."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvtrain import __version__
+from hvtrain.config import GenerateConfig, ModelConfig, asset
+from hvtrain.errors import DataError, HvtrainError
+from hvtrain.generate.plan import Lot, Plan
+from hvtrain.generate.requests import PICTURE, Job, Request
+from hvtrain.generate.spool import find, forget
+from hvtrain.generate.stop import Stop, Stopped
+from hvtrain.generate.video import write_mp4, write_png
+from hvtrain.models.base import ModelSpec
+from hvtrain.parallel.context import ParallelContext
+
+
+def open_decoder(model: ModelConfig, spec: ModelSpec, ctx: ParallelContext) -> Any:
+    return spec.open_vae(
+        asset(str(model.vae)), dtype=getattr(torch, model.vae_dtype), device=ctx.device, tiling=model.vae_tiling
+    )
+
+
+def decode(vae: Any, latents: Tensor) -> list[np.ndarray]:
+    """Each video's frames, uint8 [F H W 3]; one video at a time goes through the VAE."""
+    return [to_bytes(vae.decode(one)[0]) for one in latents.split(1)]
+
+
+def to_bytes(video: Tensor) -> np.ndarray:
+    """[3 F H W] in [-1, 1] -> uint8 [F H W 3]: -1 is 0, 1 is 255, and in between the nearest."""
+    return (video * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+class Writer:
+    """From latents on the disk to files. The VAE is opened for the first and waits in host memory between two lots, so that a
+    video is decoded when it is sampled although the device belongs to the DiT."""
+
+    def __init__(self, cfg: GenerateConfig, plan: Plan, *, ctx: ParallelContext, stop: Stop) -> None:
+        self.cfg, self.plan, self.ctx, self.stop = cfg, plan, ctx, stop
+        self.vae: Any = None
+        self.written: set[Path] = set()  # of a lot that is tried again, some may be
+
+    def write(self, lot: Lot, *, beside: bool = False) -> bool:
+        """False if the device has no room for the VAE beside the DiT. The first of the ranks that share the videos works, the
+        others wait. Collective among them; raises Stopped on all of them, with what is not written still on the disk."""
+        room = True
+        if self.ctx.sp_rank == 0:
+            try:
+                self._write(lot)
+            except Stopped:
+                pass  # the others hear of it below
+            except torch.OutOfMemoryError as error:
+                if not beside:
+                    raise self._too_large(lot, error) from None
+                room = False
+                print(f"{self.ctx.device}: no room for the VAE beside the DiT; videos are decoded after the last step", flush=True)
+            self._leave_device()
+        self.stop.check()
+        return not self.stop.any_peer(not room)
+
+    def _write(self, lot: Lot) -> None:
+        if self.vae is None:
+            self.vae = open_decoder(self.cfg.model, self.plan.spec, self.ctx)
+            for module in self.vae.model.modules():
+                module.register_forward_pre_hook(self._leave_in_time)
+        self.vae.to(self.ctx.device)
+        for job in lot.jobs:
+            self._leave_in_time()
+            if job.output not in self.written:
+                self._write_one(job)
+                self.written.add(job.output)
+
+    def _write_one(self, job: Job) -> None:
+        kept = find(job.output, self.plan.sources.latents(job.request))
+        if kept is None or kept.step < job.request.steps:
+            raise DataError(f"{job.output}: its latents are gone from the disk; start again to sample it anew")
+        video = self.vae.decode(kept.x[None])[0]
+        if not torch.isfinite(video).all():
+            raise DataError(
+                f"{job.output}: the VAE makes values that are not finite in model.vae_dtype {self.cfg.model.vae_dtype}; start "
+                "again with bfloat16 or float32: the latents are kept, only decoding is done again"
+            )
+        about = {**parameters(self.cfg, self.plan, job.request), "identity": self.plan.sources.video(job.request)}
+        if job.output.suffix == PICTURE:
+            write_png(job.output, to_bytes(video)[0], metadata=about)
+        else:
+            write_mp4(job.output, to_bytes(video), fps=job.request.fps, metadata=about)
+        forget(job.output, save=self.cfg.save_latents)
+        print(f"{job.output}", flush=True)
+
+    def _leave_in_time(self, *_: object) -> None:
+        """Decoding a large video takes minutes, and nothing is lost by breaking it off."""
+        if self.stop.noted:
+            raise Stopped
+
+    def _leave_device(self) -> None:
+        if self.vae is not None:
+            self.vae.to("cpu")
+        free(self.ctx)
+
+    def _too_large(self, lot: Lot, error: Exception) -> HvtrainError:
+        r = lot.jobs[0].request
+        return HvtrainError(
+            f"out of memory on {self.ctx.device} in decoding {r.width} x {r.height} x {r.frames} frames: lower "
+            f"model.vae_tiling.spatial or .temporal, and start again: the latents are kept. {str(error).splitlines()[0][:200]}"
+        )
+
+
+def parameters(cfg: GenerateConfig, plan: Plan, request: Request) -> dict[str, Any]:
+    """What goes into a video file: enough to make the same video again."""
+    return {
+        **asdict(request),
+        "model": plan.spec.name,
+        "flavor": plan.flavor.name,
+        "dit": Path(str(cfg.model.dit)).name,
+        "lora": [{"file": Path(lora.path).name, "multiplier": factor} for lora, factor in plan.loras],
+        "precision": cfg.precision,
+        "hvtrain": __version__,
+    }
+
+
+def free(ctx: ParallelContext) -> None:
+    """Give what is no longer used back to the device."""
+    gc.collect()
+    if ctx.device.type == "cuda":
+        torch.cuda.empty_cache()
