@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +144,7 @@ class Session:
                     self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx,
                     folder=self.output,
                 )
-                self.watch.at(self.steps, "waiting for the last files")
+                self.watch.at(self.steps, "waiting for the last files", writing=self.ctx.is_main)
                 self.files.background.wait()
                 self.ctx.barrier()  # no rank ends the job while rank 0 writes
         except KeyboardInterrupt:
@@ -222,16 +224,34 @@ class Session:
         self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
 
     def _evaluate(self, progress: Progress) -> None:
-        self.watch.at(progress.step, "evaluating")
-        values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
+        with self._beating(progress.step, "evaluating"):
+            values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
         self.metrics.scalars(progress.step, values)
         self.line.note(f"step {progress.step}: held-out loss {values['eval/loss']:.4f}")
         self._save_if_best(progress, values["eval/loss"])
 
     def previews_at(self, step: int) -> None:
-        self.watch.at(step, "making previews")
-        for name, frames, fps in self.previews.make(self.engine.model, step):
-            self.metrics.video(name, step, frames, fps=fps)
+        with self._beating(step, "making previews"):
+            for name, frames, fps in self.previews.make(self.engine.model, step):
+                self.metrics.video(name, step, frames, fps=fps)
+                self.watch.at(step, f"making previews, {name} written")
+
+    @contextmanager
+    def _beating(self, step: int, phase: str) -> Iterator[None]:
+        """Long work of many forward passes: each is a sign of life."""
+        passes = 0
+
+        def beat(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+            self.watch.at(step, f"{phase}, forward pass {passes}")
+
+        self.watch.at(step, phase)
+        handle = self.engine.model.register_forward_hook(beat)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -241,6 +261,7 @@ class Session:
         params, optimizer = self.engine.export_params(), self.engine.export_optimizer()
         if self.ctx.is_main:
             ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
+            self.watch.at(progress.step, "waiting for the files of the save before", writing=True)
             self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
         self.ctx.barrier()
 
@@ -251,6 +272,7 @@ class Session:
         self.best = loss
         params = self.engine.export_params()
         if self.ctx.is_main:
+            self.watch.at(progress.step, "waiting for the files of the save before", writing=True)
             self.files.save_best(params, progress, loss)
         self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
 
