@@ -9,10 +9,13 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
+import os
+import reprlib
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -97,19 +100,69 @@ def field_notes(cls: type) -> dict[str, str]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+class KeyTwice(ValueError):
+    """In a YAML mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, which YAML forbids and PyYAML takes silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # PyYAML's own words for it
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise KeyTwice(f"key '{key}' is given twice, in line {lines[key]} and in line {line}; keep one")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+# What PyYAML raises, and what its constructors let through of Python for odd values (a date in month 13, deep nesting).
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Plain values from YAML: UTF-8, or UTF-16 with a byte order mark. A ValueError says in one line what is wrong with it,
+    a key that is given twice included."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, _Loader)
+    except KeyTwice:
+        raise
+    except _NOT_YAML as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(reason or type(error).__name__) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Keys and values of a YAML file that a user wrote. Raises ConfigError."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file")
+        raw = parse_yaml(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    return raw
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    raw = read_yaml(path)
     if "base" not in raw:
         return raw
-    base = (path.parent / str(raw.pop("base"))).resolve()
+    named = raw.pop("base")
+    if not isinstance(named, str) or not named or "\0" in named:
+        raise ConfigError(f"{path}: base is {_shown(named)}, expected the path of another config")
+    base = Path(os.path.realpath(path.parent / named))
     if base in seen:
         raise ConfigError(f"{path}: 'base' goes round in a circle through {base}")
     return _merged(_read(base, (*seen, base)), raw)
@@ -126,17 +179,20 @@ def _merged(under: dict, over: Mapping) -> dict:
 def _set(raw: dict, key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for name in sections:
-        below = raw.setdefault(name, {})
+        below = raw.get(name) or {}
         if not isinstance(below, dict):
             raise ConfigError(f"'{key}': '{name}' is a value, not a section")
-        raw = below
+        raw[name] = dict(below)  # a copy: with a YAML alias, one section may stand in two places
+        raw = raw[name]
     raw[last] = value
 
 
 def _value(item: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+        return parse_yaml(text) if text else ""
+    except KeyTwice as error:
+        raise ConfigError(f"'{item}': {error}") from None
+    except ValueError:
         return text  # a prompt with a colon in it is a string
 
 
@@ -162,7 +218,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if origin is Literal:
         if value not in get_args(kind):
             legal = [str(a) for a in get_args(kind)]
-            raise ConfigError(f"{where}: {key} is {value!r}; {suggest(str(value), legal)} ({' | '.join(legal)})")
+            near = suggest(value if isinstance(value, str) else "", legal)
+            raise ConfigError(f"{where}: {key} is {_shown(value)}; {near} ({' | '.join(legal)})")
         return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
@@ -197,17 +254,26 @@ def _scalar(value: Any, kind: Any, *, where: str, key: str) -> Any:
         return value
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as text
-        except (TypeError, ValueError):
-            pass
+            number = float(value)  # YAML reads 1e-4 as text
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
     raise _wrong(value, names.get(kind, str(kind)), where=where, key=key)
 
 
 def _wrong(value: Any, expected: str, *, where: str, key: str) -> ConfigError:
-    return ConfigError(f"{where}: {key} is {value!r}, expected {expected}")
+    return ConfigError(f"{where}: {key} is {_shown(value)}, expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """One short line, whatever it is: a few lines of YAML can stand for gigabytes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    return " ".join(short.repr(value).split())
 
 
 def _plain(value: Any) -> Any:

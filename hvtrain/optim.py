@@ -55,8 +55,7 @@ def cosine(x: float, floor: float) -> float:
 
 def build_optimizer(params: Mapping[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms."""
-    if cfg.name not in OPTIMIZERS:
-        raise ConfigError(f"optim.name: no optimizer '{cfg.name}'; {suggest(cfg.name, OPTIMIZERS)}")
+    check_optimizer(cfg)
     matrices = [p for p in params.values() if p.ndim >= 2]
     vectors = [p for p in params.values() if p.ndim < 2]
     groups = [
@@ -67,10 +66,16 @@ def build_optimizer(params: Mapping[str, nn.Parameter], cfg: OptimConfig) -> tor
     return OPTIMIZERS[cfg.name](groups, cfg)
 
 
+def check_optimizer(cfg: OptimConfig) -> None:
+    for key, name, table in (("name", cfg.name, OPTIMIZERS), ("schedule", cfg.schedule, SCHEDULES)):
+        if name not in table:
+            what = "optimizer" if key == "name" else "schedule"
+            raise ConfigError(f"optim.{key}: no {what} '{name}'; {suggest(name, table)}")
+
+
 def build_schedule(cfg: OptimConfig, *, total_steps: int) -> Schedule:
     """Step (from 0) -> factor of the learning rate: a linear warm-up, then the named curve to the last step."""
-    if cfg.schedule not in SCHEDULES:
-        raise ConfigError(f"optim.schedule: no schedule '{cfg.schedule}'; {suggest(cfg.schedule, SCHEDULES)}")
+    check_optimizer(cfg)
     if cfg.warmup_steps < 0 or cfg.warmup_steps > total_steps:
         raise ConfigError(f"optim.warmup_steps is {cfg.warmup_steps}: expected 0 to the run's {total_steps} steps")
     curve, rest = SCHEDULES[cfg.schedule], max(1, total_steps - cfg.warmup_steps)

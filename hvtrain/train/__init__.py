@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 
 from hvtrain.config import TrainConfig
 from hvtrain.parallel.context import ParallelContext, shutdown, start
+from hvtrain.runlock import Busy
 from hvtrain.validate import check_train
 
 
 def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     """Train; the exit code is 0 when finished and 75 when a signal asked to stop early (start again to continue)."""
     check_train(cfg)
-    from hvtrain.plan.oom import explained, is_out_of_memory
-    from hvtrain.train.session import Session
+    from hvtrain.train.prepare import prepare, take
     from hvtrain.train.stop import REQUEUE
 
     own = ctx is None
     ctx = ctx or start(cfg.parallel.ulysses, cfg.parallel.ring)
     if ctx.device.type == "cpu":
         torch.set_flush_denormal(True)  # subnormal moments of a converged optimizer are slow on CPUs
-    session = None
+    prepared = prepare(cfg, ctx)
     try:
-        session = Session(cfg, ctx)
-        finished = session.train()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        lock, found = take(cfg, ctx, prepared)
+    except Busy as error:
+        if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
             raise
-        flavor, latents = (session.subject.flavor, session.latents) if session else (None, ())
-        raise explained(error, cfg, ctx, flavor, latents) from None
+        # Slurm started this job again while its first life goes on (on a node that was lost): it ends, and then we may.
+        if ctx.is_main:
+            print(f"{error}; asking Slurm to start this job again later", file=sys.stderr, flush=True)
+        return REQUEUE
+    with lock:
+        finished = _train(cfg, ctx, prepared, lock, found)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
+
+
+def _train(cfg, ctx, prepared, lock, found) -> bool:
+    from hvtrain.plan.oom import explained, is_out_of_memory
+    from hvtrain.train.session import Session
+
+    session = None
+    try:
+        session = Session(cfg, ctx, prepared, lock, found)
+        return session.train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        latents = session.latents if session else ()
+        raise explained(error, cfg, ctx, prepared.flavor if session else None, latents) from None

@@ -1,8 +1,9 @@
 """Training state on disk, in a layout that shows neither the number of ranks nor the ZeRO stage.
 
 `checkpoints/step-00000010/` holds params.safetensors (trainable weights, fp32), optimizer.safetensors, perhaps
-ema.safetensors, state.json (step, cursor, ...) and, written last, COMPLETE. The directory gets its name only when it is
-whole, so the newest name is always a state to continue from.
+ema.safetensors, state.json (step, cursor, ...) and, written last, COMPLETE with size and checksum of each of them and of
+the result that was written before. The directory gets its name only when it is whole, so the newest name is always a state
+to continue from; if the disk has damaged it since, the one before is.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.errors import CheckpointError
 from hvtrain.train.engine import OptimizerState
-from shards.atomic import write_text
+from shards.atomic import sync, write_text
 
-RUN_FILE = "run.json"
+COMPLETE = "COMPLETE"
 _SEPARATOR = "::"  # parameter name :: state name
 
 
@@ -44,15 +46,33 @@ class Snapshot:
     ema: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def save(root: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
+def save(root: Path, snapshot: Snapshot, *, keep_last: int, results: Iterable[Path] = ()) -> Path:
     """Write a checkpoint and drop the oldest beyond `keep_last` (0 keeps all). For one rank only.
 
-    `check_room` first.
+    `results`: the finished run's files for the user, sealed with it. `check_room` first.
     """
     final = root / f"step-{snapshot.progress.step:08d}"
     temporary = root / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, snapshot)
+        _seal_all(temporary, {p.name: seal(p) for p in sorted(temporary.iterdir())}, results)
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(root)
+    if keep_last:
+        for old in _complete(root)[:-keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
     flat = {
         f"{name}{_SEPARATOR}{key}": value.clone()  # scalars may be one tensor for all; the format wants each its own
         for name, state in snapshot.optimizer.items()
@@ -61,38 +81,133 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
     files: dict[str, Mapping[str, Tensor]] = {"params": snapshot.params, "optimizer": flat, "ema": snapshot.ema}
     for name, tensors in files.items():
         if tensors or name != "ema":
-            save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary / f"{name}.safetensors"))
-    (temporary / "state.json").write_text(json.dumps(asdict(snapshot.progress), indent=1) + "\n")
-    (temporary / "COMPLETE").touch()
-    for path in [*temporary.iterdir(), temporary]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _fsync(root)
-    if keep_last:
-        for old in _complete(root)[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+            save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / f"{name}.safetensors"))
+    (folder / "state.json").write_text(json.dumps(asdict(snapshot.progress), indent=1) + "\n")
 
 
-def check_room(root: Path, snapshot: Snapshot) -> None:
-    """Raises CheckpointError if the disk has no room for it."""
+# --- seals ------------------------------------------------------------------------------------------------------------
+
+
+def seal(path: Path) -> list:
+    """[size in bytes, xxh3-64] of a file."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+            size += len(piece)
+    return [size, digest.hexdigest()]
+
+
+def _seal_all(folder: Path, files: Mapping[str, list], results: Iterable[Path]) -> None:
+    seals = {"files": files, "results": {p.name: seal(p) for p in results}}
+    write_text(folder / COMPLETE, json.dumps(seals, indent=1) + "\n")
+
+
+def seal_results(path: Path, results: Iterable[Path]) -> None:
+    """Of results that were made again from the checkpoint `path`."""
+    _seal_all(path, _seals(path).get("files", {}), results)
+
+
+def result_is_whole(path: Path, result: Path) -> bool:
+    """Whether a file of the finished run is what was written with the checkpoint `path`; without a seal, whether it opens."""
+    if not result.is_file():
+        return False
+    wanted = _seals(path).get("results", {}).get(result.name)
+    if wanted is None:
+        return _opens(result) is None
+    return _broken(result, wanted) is None
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its seal. Raises CheckpointError. Those of older versions have none: their
+    files are opened, which shows that they are whole, not that they are right."""
+    seals = _seals(path).get("files") or {}
+    required = {"params.safetensors", "optimizer.safetensors", "state.json"}
+    for name in sorted(required | set(seals)):
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        reason = _broken(file, seals[name]) if name in seals else _opens(file)
+        if reason:
+            raise CheckpointError(f"{file} is damaged: {reason}")
+
+
+def _broken(file: Path, wanted: list) -> str | None:
+    size = file.stat().st_size
+    if size != wanted[0]:
+        return f"{size} bytes, {wanted[0]} were written"
+    return None if seal(file) == wanted else "its checksum is not the one it was written with"
+
+
+def _opens(file: Path) -> str | None:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), "pt"):
+                return None
+        Progress(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _seals(path: Path) -> dict[str, dict[str, list]]:
+    try:
+        text = (path / COMPLETE).read_text()
+        return json.loads(text) if text else {}  # older versions left it empty
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / COMPLETE} is damaged: {error}") from None
+
+
+def check_room(root: Path, snapshot: Snapshot, *, results: int = 0) -> None:
+    """Raises CheckpointError if the disk has no room for it, and for `results` bytes that are written before."""
     tensors = [*snapshot.params.values(), *snapshot.ema.values()]
     tensors += [t for state in snapshot.optimizer.values() for t in state.values()]
-    needed = sum(t.numel() * t.element_size() for t in tensors)
+    needed = sum(t.numel() * t.element_size() for t in tensors) + results
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise CheckpointError(
-            f"{root}: {free / 2**30:.2f} GiB free, the checkpoint of step {snapshot.progress.step} needs {needed / 2**30:.2f}; "
-            "make room and start again: the run continues from the checkpoint before"
+            f"{root}: {_size(free)} free, step {snapshot.progress.step} needs {_size(needed)} for its checkpoint and its "
+            "result; make room and start again: the run continues from the checkpoint before"
         )
 
 
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 1 << 30 else f"{n / 2**20:.2f} MiB"
+
+
 def newest(root: Path) -> Path | None:
-    """The latest complete checkpoint."""
+    """The latest complete checkpoint, damaged or not."""
     found = _complete(root)
     return found[-1] if found else None
+
+
+def newest_sound(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The latest whose files are what was written. Damaged ones are set aside under another name, and said.
+
+    Raises CheckpointError if there are only damaged ones. For one rank only: it reads them whole.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(_complete(root)):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+            continue
+        for bad, reason in damaged:
+            aside = _free_name(bad.with_name(f"damaged-{bad.name}"))
+            os.replace(bad, aside)
+            say(f"warning: {reason}; set aside as {aside.name}, the run goes on from {path.name}")
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0][1]}, and no sound checkpoint is left in {root}; remove that directory to begin this run anew"
+        )
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    return next(p for n in range(1, 1000) if not (p := path if n == 1 else path.with_name(f"{path.name}-{n}")).exists())
 
 
 def load(path: Path) -> Snapshot:
@@ -108,58 +223,8 @@ def load(path: Path) -> Snapshot:
             progress, load_file(str(path / "params.safetensors")), optimizer, load_file(str(ema)) if ema.exists() else {}
         )
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); remove it to continue from the one before"
-        ) from None
-
-
-def claim(output: Path, identity: Mapping[str, object], resolved: str, *, resume: bool) -> Path | None:
-    """Make `output` this run's directory and return the checkpoint to continue from, if any.
-
-    Raises ConfigError where it holds another run or files that no run wrote. For one rank only.
-    """
-    marker = output / RUN_FILE
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.output_dir: {output} cannot be made a directory ({error.strerror})") from None
-    if marker.exists():
-        _same_run(marker, identity, resume=resume)
-    elif any(not p.name.startswith(f".{RUN_FILE}") for p in output.iterdir()):  # that one: killed while writing
-        raise ConfigError(
-            f"run.output_dir: {output} holds files but no run of hvtrain; choose an empty or new directory"
-        )
-    write_text(marker, json.dumps(identity, indent=1) + "\n")
-    write_text(output / "config.yaml", resolved)
-    return newest(output / "checkpoints")
-
-
-def _same_run(marker: Path, identity: Mapping[str, object], *, resume: bool) -> None:
-    where = marker.parent
-    if not resume:
-        raise ConfigError(
-            f"run.output_dir: {where} holds a run already and run.resume is 'never'; "
-            "choose another directory, or run.resume=auto to continue it"
-        )
-    try:
-        before = json.loads(marker.read_text())
-    except ValueError:
-        raise ConfigError(f"run.output_dir: {marker} is damaged; choose another directory") from None
-    for key, value in identity.items():
-        if before.get(key) != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"run.output_dir: {where} holds another run: there {key} is {before.get(key)!r}, here {value!r}; "
-                "choose another directory, or give the same value to continue that run"
-            )
+        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def _complete(root: Path) -> list[Path]:
     return sorted(p.parent for p in root.glob("step-*/COMPLETE"))
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

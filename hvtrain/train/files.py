@@ -10,13 +10,16 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hvtrain.adapters.files import save_lora
 from hvtrain.adapters.lora import whole_rows
 from hvtrain.config import TrainConfig
+from hvtrain.errors import CheckpointError
 from hvtrain.models.load import save_dit
 from hvtrain.models.weights import open_weights
+from hvtrain.runlock import RunLock
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.setup import Subject
@@ -53,8 +56,10 @@ class RunFiles:
     subject: Subject
     n_samples: int
     steps: int
+    lock: RunLock
     started: float = field(default_factory=time.time)
     background: Background = field(default_factory=Background)
+    saved: int = 0  # the step that a next start goes on from
 
     @property
     def output(self) -> Path:
@@ -64,19 +69,61 @@ class RunFiles:
         """The user's files, then the checkpoint: a run that dies in between comes back to before this step and writes them
         again. Raises CheckpointError at once where the disk has no room."""
         self.background.wait()
-        checkpoint.check_room(self.output / "checkpoints", snapshot)
+        self.lock.check()
         progress = snapshot.progress
         last = progress.step >= self.steps
+        checkpoint.check_room(self.checkpoints, snapshot, results=self._result_bytes(snapshot, last=last))
         name = self.cfg.run.name if last else f"{self.cfg.run.name}-step{progress.step:08d}"
 
         def write() -> None:
-            self.export(self.output / f"{name}.safetensors", snapshot.params, progress)
-            if snapshot.ema and last:
-                self.export(self.output / f"{name}-ema.safetensors", snapshot.ema, progress)
-            checkpoint.save(self.output / "checkpoints", snapshot, keep_last=self.cfg.run.keep_last)
+            try:
+                self.export(self.output / f"{name}.safetensors", snapshot.params, progress)
+                if snapshot.ema and last:
+                    self.export(self.output / f"{name}-ema.safetensors", snapshot.ema, progress)
+                checkpoint.save(
+                    self.checkpoints, snapshot, keep_last=self.cfg.run.keep_last, results=self.results if last else ()
+                )
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: the run "
+                    "continues from the checkpoint before"
+                ) from error
+            self.saved = progress.step
             note(f"step {progress.step}: saved {name}.safetensors")
 
         self.background.start(write)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    @property
+    def results(self) -> list[Path]:
+        """What a finished run leaves for the user."""
+        endings = ("", "-ema") if self.cfg.run.ema_decay else ("",)
+        return [self.output / f"{self.cfg.run.name}{ending}.safetensors" for ending in endings]
+
+    def mend_results(self, found: Path) -> list[str]:
+        """Write those results of the finished run again, from its last checkpoint, that are gone or not what was written;
+        their names."""
+        lost = [path for path in self.results if not checkpoint.result_is_whole(found, path)]
+        if not lost:
+            return []
+        self.lock.check()
+        snapshot = checkpoint.load(found)
+        tensors = dict(zip(self.results, (snapshot.params, snapshot.ema)))
+        for path in lost:
+            if not tensors[path]:
+                raise CheckpointError(f"{path} is lost, and {found} holds no moving average to make it from; set run.ema_decay=0")
+            self.export(path, tensors[path], snapshot.progress)
+        checkpoint.seal_results(found, self.results)
+        return [path.name for path in lost]
+
+    def _result_bytes(self, snapshot: Snapshot, *, last: bool) -> int:
+        lora = self.cfg.adapter.type != "none"
+        params = whole_rows(self.subject.model, dict(snapshot.params)) if lora else snapshot.params
+        size = sum(t.numel() for t in params.values()) * (4 if lora else 2) + (1 << 20)
+        return size * (2 if snapshot.ema and last else 1)
 
     @property
     def best(self) -> Path:
@@ -89,6 +136,7 @@ class RunFiles:
         return float(open_weights(self.best).metadata.get(BEST_LOSS, "inf"))
 
     def save_best(self, params: Mapping[str, Tensor], progress: Progress, loss: float) -> None:
+        self.lock.check()
         self.background.start(lambda: self.export(self.best, params, progress, {BEST_LOSS: loss}))
 
     def export(

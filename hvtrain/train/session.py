@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +21,19 @@ from hvtrain.optim import build_optimizer, build_schedule
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
+from hvtrain.runlock import RunLock
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
-from hvtrain.train.engine import EngineConfig, build_engine
+from hvtrain.train.engine import build_engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import Cadence, Hooks, StepReport, train
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+from hvtrain.train.prepare import Prepared, on_all
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
-from hvtrain.train.setup import check_lengths, identity, open_shards, open_subject, total_steps
+from hvtrain.train.rundir import cut_metrics
+from hvtrain.train.setup import engine_config, open_subject
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
 
@@ -36,17 +41,13 @@ from shards.loader import Batch, BatchLoader
 class Session:
     """Everything that a run holds. `train` is the whole of it."""
 
-    def __init__(self, cfg: TrainConfig, ctx: ParallelContext) -> None:
-        self.cfg, self.ctx, self.output = cfg, ctx, Path(cfg.run.output_dir)
-        self.subject = open_subject(cfg, ctx)
+    def __init__(self, cfg: TrainConfig, ctx: ParallelContext, prepared: Prepared, lock: RunLock, found: Path | None) -> None:
+        """`found`: the checkpoint to continue from."""
+        self.cfg, self.ctx, self.output, self.found = cfg, ctx, Path(cfg.run.output_dir), found
+        self.subject = open_subject(cfg, ctx, prepared.plan)
         flavor = self.subject.flavor
-        self.sets = open_shards(cfg.data.shards, flavor, key="data.shards")
-        self.held = HeldOut(
-            open_shards(cfg.eval.shards, flavor, key="eval.shards"), cfg.data.batch_size, cfg.eval.quantiles,
-            cfg.eval.max_batches,
-        )
-        self.steps = total_steps(cfg, sum(len(s) for s in self.sets), dp=ctx.dp)
-        check_lengths(cfg, self.steps)
+        self.sets, self.steps = prepared.sets, prepared.steps
+        self.held = HeldOut(prepared.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches)
         autocast = cfg.run.precision == "bf16"
         self.kernel = parallelize(
             self.subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
@@ -56,15 +57,10 @@ class Session:
             self.subject.spec, flavor.tasks[0], cfg.flow.guidance,
             quantile_function(cfg.flow.timestep_sampling, cfg.flow), ctx.device, autocast,
         )
-        found = self._claim()
         self.previews = Previews(cfg, self.subject, ctx)  # encodes its prompts before the engine takes memory
         self.engine = build_engine(
             self.subject.model, self.subject.trainable,
-            EngineConfig(
-                cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.run.grad_accum, cfg.optim.max_grad_norm,
-                offload_param=cfg.zero.offload_param, nvme_path=cfg.zero.nvme_path, bucket_mb=cfg.zero.bucket_mb,
-                communication_dtype=cfg.zero.communication_dtype, deepspeed=cfg.zero.deepspeed,
-            ),
+            engine_config(cfg),
             ctx,
             optimizer=build_optimizer(self.subject.trainable, cfg.optim),
             schedule=build_schedule(cfg.optim, total_steps=self.steps),
@@ -73,31 +69,21 @@ class Session:
         self.start = self._restore(found)
         if cfg.run.ema_decay and not self.ema:
             self.ema = {n: p.detach().clone() for n, p in self.subject.trainable.items()}
+            if self.start.step:
+                self._say(f"run.ema_decay: {found} holds no moving average; it begins at step {self.start.step}")
+        if ctx.is_main:
+            cut_metrics(self.output, self.start.step)
         self.metrics = Metrics(self.output if ctx.is_main else None, purge_step=self.start.step + 1)
         self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
-        self.files = RunFiles(cfg, self.subject, sum(len(s) for s in self.sets), self.steps)
+        self.files = RunFiles(
+            cfg, self.subject, sum(len(s) for s in self.sets), self.steps, lock, saved=self.start.step
+        )
         self.best = ctx.gather_objects(self.files.best_loss() if ctx.is_main else None)[0]
         self.watch = Watchdog(ctx, cfg.run.hang_timeout_s)
         self.latents: tuple[int, ...] = ()  # shape of the batch at hand
         self.n_bad = 0  # samples that this rank skipped
 
     # --- start ------------------------------------------------------------------------------------------------
-
-    def _claim(self) -> Path | None:
-        """Make the output directory ours. Rank 0 looks; a refusal is raised on all ranks alike."""
-        answer: list[object] = [None]
-        if self.ctx.is_main:
-            try:
-                answer = [checkpoint.claim(
-                    self.output, identity(self.cfg, self.subject, self.sets), dump(self.cfg),
-                    resume=self.cfg.run.resume == "auto",
-                )]
-            except Exception as error:  # handed to every rank, raised below
-                answer = [error]
-        result = self.ctx.gather_objects(answer[0])[0]
-        if isinstance(result, Exception):
-            raise result
-        return result
 
     def _restore(self, found: Path | None) -> Progress:
         if found is None:
@@ -113,7 +99,7 @@ class Session:
     def _announce(self) -> None:
         if not self.ctx.is_main:
             return
-        c, ctx, n = self.cfg, self.ctx, sum(p.numel() for p in self.subject.trainable.values())
+        c, ctx, n = self.cfg, self.ctx, self.subject.n_parameters
         what = {"lora": f"LoRA rank {c.adapter.rank}", "none": "all weights"}.get(
             c.adapter.type, f"LORAID {c.adapter.loraid} rank {c.adapter.rank}"
         )
@@ -124,7 +110,8 @@ class Session:
             f"{sum(len(s) for s in self.sets)} samples\n"
             f"{ctx.world} process(es): data {ctx.dp} x Ulysses {ctx.ulysses} x ring {ctx.ring}, {zero}{offload}, "
             f"{self.kernel.name} attention, {c.run.precision}\n"
-            f"steps {self.start.step} to {self.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each; "
+            f"steps {self.start.step + 1} to {self.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each (fewer "
+            "where a bucket ends); "
             f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}",
             flush=True,
         )
@@ -132,11 +119,10 @@ class Session:
     # --- the run ----------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
-        self._announce()
-        if self.start.step >= self.steps:
-            if self.ctx.is_main:
-                print(f"nothing to do: {self.output} is at step {self.start.step} of {self.steps}")
+        if self.found is not None and self.start.step >= self.steps:
+            self._finish(self.found)
             return True
+        self._announce()
         c = self.cfg
         loader = BatchLoader(
             self.sets, batch_size=c.data.batch_size, dp_rank=self.ctx.dp_rank, dp_size=self.ctx.dp, seed=c.run.seed,
@@ -159,9 +145,13 @@ class Session:
                     self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx,
                     folder=self.output,
                 )
-                self.watch.at(self.steps, "waiting for the last files")
+                self.watch.at(self.steps, "waiting for the last files", writing=self.ctx.is_main)
                 self.files.background.wait()
                 self.ctx.barrier()  # no rank ends the job while rank 0 writes
+        except KeyboardInterrupt:
+            self.files.background.close()
+            self._say(f"ended at once: start again to go on from step {self.files.saved}")
+            raise
         finally:
             self.files.background.close()
             self.line.close()
@@ -173,6 +163,20 @@ class Session:
                 there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
                 print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
         return finished
+
+    def _finish(self, found: Path) -> None:
+        """There is nothing to train; but what the run was for must be there."""
+        made = on_all(self.ctx, lambda: self.files.mend_results(found) if self.ctx.is_main else [])
+        self.files.background.close()
+        self.metrics.close()
+        self._say(
+            f"{self.output} is at step {self.start.step} of {self.steps}: "
+            + (f"made again from its checkpoint: {', '.join(made)}" if made else "nothing to do")
+        )
+
+    def _say(self, text: str) -> None:
+        if self.ctx.is_main:
+            print(text, flush=True)
 
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
         place = {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
@@ -224,16 +228,34 @@ class Session:
         self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
 
     def _evaluate(self, progress: Progress) -> None:
-        self.watch.at(progress.step, "evaluating")
-        values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
+        with self._beating(progress.step, "evaluating"):
+            values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
         self.metrics.scalars(progress.step, values)
         self.line.note(f"step {progress.step}: held-out loss {values['eval/loss']:.4f}")
         self._save_if_best(progress, values["eval/loss"])
 
     def previews_at(self, step: int) -> None:
-        self.watch.at(step, "making previews")
-        for name, frames, fps in self.previews.make(self.engine.model, step):
-            self.metrics.video(name, step, frames, fps=fps)
+        with self._beating(step, "making previews"):
+            for name, frames, fps in self.previews.make(self.engine.model, step):
+                self.metrics.video(name, step, frames, fps=fps)
+                self.watch.at(step, f"making previews, {name} written")
+
+    @contextmanager
+    def _beating(self, step: int, phase: str) -> Iterator[None]:
+        """Long work of many forward passes: each is a sign of life."""
+        passes = 0
+
+        def beat(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+            self.watch.at(step, f"{phase}, forward pass {passes}")
+
+        self.watch.at(step, phase)
+        handle = self.engine.model.register_forward_hook(beat)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -243,6 +265,7 @@ class Session:
         params, optimizer = self.engine.export_params(), self.engine.export_optimizer()
         if self.ctx.is_main:
             ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
+            self.watch.at(progress.step, "waiting for the files of the save before", writing=True)
             self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
         self.ctx.barrier()
 
@@ -253,6 +276,7 @@ class Session:
         self.best = loss
         params = self.engine.export_params()
         if self.ctx.is_main:
+            self.watch.at(progress.step, "waiting for the files of the save before", writing=True)
             self.files.save_best(params, progress, loss)
         self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -20,9 +20,10 @@ from hvtrain.models import find
 from hvtrain.models.base import DiT, Flavor, ModelSpec
 from hvtrain.models.fp8 import use_matmul
 from hvtrain.models.load import load_dit
-from hvtrain.parallel.context import ParallelContext, check_heads
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
+from hvtrain.train.engine import EngineConfig
 from shards import ShardSet, open_set
 
 
@@ -37,15 +38,15 @@ class Subject:
     trainable: dict[str, nn.Parameter]
     plan: SlicePlan | None = None  # of a LORAID slice
     swap: BlockSwap | None = None
+    n_parameters: int = 0  # that are trained; ZeRO-3 empties the tensors that could be counted
 
 
-def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
-    """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32."""
+def open_subject(cfg: TrainConfig, ctx: ParallelContext, plan: SlicePlan | None = None) -> Subject:
+    """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of its slices."""
     full = cfg.adapter.type == "none"
     if cfg.model.dit is None:
         spec = find(cfg.model.name)
         flavor = spec.flavor(str(cfg.model.flavor))
-        check_heads(flavor.arch.heads_num, ctx.ulysses)
         model = spec.build(flavor.arch)
         spec.init_weights(model, generator(cfg.run.seed, stream="init"))
         fingerprint = "scratch"
@@ -55,12 +56,9 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
             dtype=torch.float32 if full else getattr(torch, cfg.model.dtype), device="cpu", quantize_to=cfg.model.quantize,
         )
         model, spec, flavor, fingerprint = loaded.model, loaded.spec, loaded.flavor, loaded.fingerprint
-        check_heads(flavor.arch.heads_num, ctx.ulysses)
-    plan = None
     if full:
         model.requires_grad_(True)
     else:
-        plan = _open_plan(model, spec, flavor, cfg, fingerprint) if cfg.adapter.type == "loraid" else None
         add_adapter(model, spec, cfg, plan)
     use_matmul(cfg.model.fp8_matmul)
     swap = BlockSwap(model.blocks, cfg.run.blocks_to_swap, ctx.device) if cfg.run.blocks_to_swap else None
@@ -68,10 +66,10 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext) -> Subject:
         model.to(ctx.device)
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Subject(model, spec, flavor, fingerprint, trainable, plan, swap)
+    return Subject(model, spec, flavor, fingerprint, trainable, plan, swap, sum(p.numel() for p in trainable.values()))
 
 
-def _open_plan(model: DiT, spec: ModelSpec, flavor: Flavor, cfg: TrainConfig, fingerprint: str) -> SlicePlan:
+def open_plan(model: DiT, spec: ModelSpec, flavor: Flavor, cfg: TrainConfig, fingerprint: str) -> SlicePlan:
     """The slices that this run's is one of, compared with the model."""
     a, shapes = cfg.adapter, linear_shapes(model)
     if a.plan is not None:
@@ -133,17 +131,17 @@ def total_steps(cfg: TrainConfig, n_samples: int, *, dp: int) -> int:
     return max(1, math.ceil((cfg.run.epochs or 0) * n_samples / per_step))
 
 
-def identity(cfg: TrainConfig, subject: Subject, sets: Sequence[ShardSet]) -> dict[str, object]:
-    """What makes a run this run: changing any of it makes another. Length, rates, ranks and where the shards lie may
-    change; not their samples, because the cursor counts them."""
-    a, f = cfg.adapter, cfg.flow
-    adapter: list[object] = [a.type, a.rank, a.alpha, a.dropout, list(a.include), list(a.exclude)]
-    if subject.plan is not None:
-        adapter += [f"plan {subject.plan.hash[:12]}", f"LORAID {a.loraid}"]
+def identity(cfg: TrainConfig, base: str, plan: SlicePlan | None, sets: Sequence[ShardSet]) -> dict[str, object]:
+    """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the shards lie may
+    change; not their samples, because the cursor counts them. `base`: fingerprint of the weights it starts from."""
+    a = cfg.adapter
+    names = ("type",) if a.type == "none" else ("type", "rank", "alpha", "dropout", "include", "exclude")
+    adapter: dict[str, object] = {f"adapter.{name}": getattr(a, name) for name in names}
+    if plan is not None:
+        adapter |= {"adapter.plan": plan.hash[:12], "adapter.loraid": a.loraid}
     return {
-        "model.name": cfg.model.name, "weights": subject.fingerprint,
-        "adapter": adapter if a.type != "none" else [a.type],
-        "flow": [f.timestep_sampling, f.shift, f.sigmoid_scale, f.logit_mean, f.min_sigma, f.max_sigma, f.guidance],
+        "model.name": cfg.model.name, "weights": base, **adapter,
+        **{f"flow.{name}": value for name, value in asdict(cfg.flow).items()},  # all: whatever a sampler takes is in there
         "data.shards": [_content(s) for s in sets], "data.batch_size": cfg.data.batch_size,
         "run.seed": cfg.run.seed, "run.name": cfg.run.name,
     }
@@ -156,6 +154,15 @@ def _content(found: ShardSet) -> str:
     ]
     digest = hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()
     return f"{len(found)} samples, sha256 {digest[:16]}"
+
+
+def engine_config(cfg: TrainConfig) -> EngineConfig:
+    zero = cfg.zero
+    return EngineConfig(
+        zero.engine, zero.stage, zero.offload_optimizer, cfg.run.grad_accum, cfg.optim.max_grad_norm,
+        offload_param=zero.offload_param, nvme_path=zero.nvme_path, bucket_mb=zero.bucket_mb,
+        communication_dtype=zero.communication_dtype, deepspeed=zero.deepspeed,
+    )
 
 
 def check_lengths(cfg: TrainConfig, steps: int) -> None:

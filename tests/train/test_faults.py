@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 
 from hvtrain import train
 from hvtrain.config import dump
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.train import watchdog
 from hvtrain.train.watchdog import Place, report
 from tests.train.shardset import config, make_shards
 
@@ -137,19 +140,23 @@ def test_torchrun_restarts_it_too(shards, whole, tmp_path):
     _same(run / "lora.safetensors", whole)
 
 
-def test_a_stopped_rank_is_named_with_the_step(shards, tmp_path):
-    """A process that neither dies nor moves: the others say so after run.hang_timeout_s and the job ends."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_with_the_step(shards, tmp_path, rank):
+    """A process that neither dies nor moves: the other says so after run.hang_timeout_s and the job ends. Rank 0 keeps the
+    store that the ranks talk through: whoever asks it then waits for ever."""
     run = tmp_path / "run"
     process = _launch(_write(shards, run, "run.steps=5000", "run.hang_timeout_s=6", "run.save_every_steps=0"))
     _wait_for(lambda: len(_steps(run)) >= 3)
-    stopped = _workers(process.pid)[1]
+    time.sleep(1)  # so that they have heard of each other
+    stopped = _workers(process.pid)[rank]
     begun = time.monotonic()
     os.kill(stopped, signal.SIGSTOP)
     out = process.communicate(timeout=240)[0]
     assert time.monotonic() - begun < 60 and process.returncode == 1, out
-    assert re.search(r"rank 1: step \d+, .* silent for .*<- the others wait for it", out), out
-    assert re.search(r"rank 0: step \d+, [\w ]+ for \d+ s\n", out), out
-    assert "loop.py" in out  # where rank 0 itself waits
+    assert re.search(rf"rank {rank}: step \d+, .* silent for .*<- the others wait for it", out), out
+    assert re.search(rf"rank {1 - rank}: step \d+, [\w ]+ for \d+ s\n", out), out
+    assert ("rank 0, through which the ranks tell each other where they are, has not answered" in out) == (rank == 0), out
+    assert "loop.py" in out  # where the other itself waits
 
 
 def test_a_hang_of_one_process_is_reported(shards, tmp_path):
@@ -179,6 +186,68 @@ def test_who_keeps_the_others_waiting(phases, guilty):
     now = time.time()
     text = report({r: Place(step, p, now - 50, now) for r, (step, p) in enumerate(phases)}, stale_s=5, timeout_s=40)
     assert [int(n) for n in re.findall(r"rank (\d).*<- the others", text)] == guilty
+
+
+def test_when_the_store_is_deaf_its_keeper_is_the_one():
+    now = time.time()
+    places = {r: Place(5, "in the backward pass", now - 50, now - 45) for r in range(3)} | {2: Place(5, "x", now - 50, now)}
+    text = report(places, stale_s=5, timeout_s=40, deaf_s=44)
+    assert [int(n) for n in re.findall(r"rank (\d).*<- the others", text)] == [0] and "not answered for 44 s" in text
+    early = report({1: places[2]}, stale_s=5, timeout_s=40, deaf_s=44)  # nothing was ever heard
+    assert re.search(r"rank 0: never heard of  <- the others wait for it", early)
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list[int]:
+    codes: list[int] = []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)  # the watching thread ends so, instead of the process
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **options: None)
+    return codes
+
+
+def test_writing_takes_as_long_as_it_takes(ended, capsys):
+    with watchdog.Watchdog(ParallelContext(), 0.2) as watch:
+        watch.at(7, "waiting for the last files", writing=True)
+        time.sleep(0.7)
+        assert not ended and "step 7: waiting for the last files for 0 s; is the disk slow" in capsys.readouterr().err
+        watch.at(8, "reading data")
+        time.sleep(0.7)
+    assert ended == [1]
+
+
+@pytest.mark.parametrize(("seen", "codes"), [(0.0, []), (99.0, [1])], ids=["alive", "silent"])
+def test_the_others_wait_for_the_one_that_writes_while_it_lives(ended, seen, codes):
+    watch = watchdog.Watchdog(ParallelContext(world=2, rank=1), 0.2)
+    watch._exchange = lambda: None  # what it would have heard:
+    watch._heard = {0: Place(7, "waiting for the last files", time.time(), time.time() - seen, writing=True)}
+    with watch:
+        time.sleep(0.7)
+    assert ended == codes
+
+
+def test_every_forward_pass_of_evaluations_and_previews_is_a_sign_of_life(shards, tmp_path, monkeypatch):
+    """One number for the whole of them would end a healthy run: a preview of 13B takes half an hour."""
+    said = []
+    at = watchdog.Watchdog.at
+    monkeypatch.setattr(watchdog.Watchdog, "at", lambda self, *a, **o: (said.append((*a, o)), at(self, *a, **o))[1])
+    train.run(config(
+        shards, tmp_path / "run", "run.steps=2", "eval.every_steps=2", f"eval.shards={shards}", "eval.max_batches=2",
+        "preview.every_steps=2", "preview.prompts=[{prompt: a, frames: 5, width: 32, height: 32, steps: 3},"
+        " {prompt: b, frames: 5, width: 32, height: 32, steps: 3}]",
+        "model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip", "model.vae_dtype=float32",
+    ))
+    phases = [phase for _, phase, _ in said]
+    assert phases.count("evaluating, forward pass 10") == 1  # 2 batches x 5 quantiles
+    assert phases.count("making previews, forward pass 6") == 1  # 2 prompts x 3 steps
+    assert "making previews, preview/0 written" in phases
+    assert (2, "waiting for the last files", {"writing": True}) in said
+    assert all(o.get("writing", False) == phase.startswith("waiting for the") for _, phase, o in said)
 
 
 def _killed_run(shards: Path, run: Path, *, kills: int, seed: int) -> str:

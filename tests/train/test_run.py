@@ -127,7 +127,7 @@ def test_full_fine_tune_from_scratch_with_ema(shards, tmp_path):
 
 def test_another_run_is_refused(shards, tmp_path):
     train.run(config(shards, tmp_path / "run", "run.steps=1"))
-    with pytest.raises(ConfigError, match="holds another run: there adapter is"):
+    with pytest.raises(ConfigError, match="holds another run: adapter.rank is 4 there, 8 here; choose"):
         train.run(config(shards, tmp_path / "run", "adapter.rank=8"))
     with pytest.raises(ConfigError, match="run.resume is 'never'"):
         train.run(config(shards, tmp_path / "run", "run.resume=never"))
@@ -143,7 +143,7 @@ def test_another_run_is_refused(shards, tmp_path):
 def test_changed_shards_are_another_run_and_moved_ones_are_not(tmp_path):
     train.run(config(make_shards(tmp_path / "a", n=3), tmp_path / "run", "run.steps=1"))
     assert train.run(config(make_shards(tmp_path / "moved", n=3), tmp_path / "run", "run.steps=2")) == 0
-    with pytest.raises(ConfigError, match="there data.shards is .'3 samples, .* here .'4 samples, "):
+    with pytest.raises(ConfigError, match=r'data.shards is \["3 samples, .*"\] there, \["4 samples, .*"\] here;'):
         train.run(config(make_shards(tmp_path / "more", n=4), tmp_path / "run"))
 
 
