@@ -77,7 +77,7 @@ def test_declared_conditions_make_a_velocity(spec, flavor):
 
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
 def test_the_loss_mask_leaves_out_what_is_given_and_nothing_else(spec, flavor):
-    """A frame that the model is handed clean (the same at every sigma) is not learnt; every other is. No mask: nothing is given."""
+    """A frame that is handed over clean (the same whatever the noise) is not learnt; every other is. No mask: none is clean."""
     for task in flavor.tasks:
         x, cond = batch(flavor)
         inputs = [

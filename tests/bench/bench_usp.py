@@ -39,7 +39,8 @@ class Sent:
     @contextmanager
     def counting(self):
         new = hasattr(dist, "all_gather_single")  # torch 2.13
-        to_all, to_one = ("all_gather_single", "reduce_scatter_single") if new else ("all_gather_into_tensor", "reduce_scatter_tensor")
+        to_all = "all_gather_single" if new else "all_gather_into_tensor"
+        to_one = "reduce_scatter_single" if new else "reduce_scatter_tensor"
         plain = {n: getattr(dist, n) for n in ("all_to_all_single", to_all, to_one, "P2POp")}
 
         def share(x: torch.Tensor, group: object) -> int:

@@ -12,7 +12,15 @@ from torch import nn
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train import engine as engines
-from hvtrain.train.engine import EngineConfig, LearningRate, TorchEngine, build_engine, check_engine, clip_, filled_grads
+from hvtrain.train.engine import (
+    EngineConfig,
+    LearningRate,
+    TorchEngine,
+    build_engine,
+    check_engine,
+    clip_,
+    filled_grads,
+)
 
 PLAIN = EngineConfig(engine="torch", stage=0, max_grad_norm=0.0)
 
