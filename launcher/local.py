@@ -22,13 +22,13 @@ from tempfile import TemporaryDirectory
 
 from hvtrain import signals
 from hvtrain.errors import LaunchError
+from hvtrain.program import HVTRAIN
 from launcher.report import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
 YOUNG_S = 1.0  # a worker younger than this may not hear yet
-COMMAND = (sys.executable, "-m", "launcher.worker")
 # Below the ports that Linux hands out by itself (32768 and up), so that none is taken between choosing and binding.
 PORTS = range(20000, 32000)
 
@@ -123,7 +123,7 @@ def _start(
         out = None if log is None else sink
         # A session of its own: Ctrl-C then reaches a worker once, through us, and not twice.
         process = subprocess.Popen(
-            [*COMMAND, *arguments], env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=_deaf
+            [*HVTRAIN, *arguments], env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=_deaf
         )
     return Worker(rank, process, log)
 

@@ -23,6 +23,7 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]
     check: Callable[[argparse.Namespace], object] | None = None  # None: cannot run as several processes
+    prints: bool = False  # its result is what it prints: it ends when nobody reads on; others finish their work
 
 
 COMMANDS: dict[str, Command] = {}
@@ -84,11 +85,12 @@ def command(
     *,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     check: Callable[[argparse.Namespace], object] | None = None,
+    prints: bool = False,
 ) -> Callable:
     """Put the function below into the table."""
 
     def register(run: Callable[[argparse.Namespace], int | None]) -> Callable:
-        COMMANDS[name] = Command(name, about, options, run, check)
+        COMMANDS[name] = Command(name, about, options, run, check, prints)
         return run
 
     return register

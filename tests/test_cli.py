@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from hvtrain import config
 from hvtrain.errors import LaunchError
+from hvtrain.program import HVTRAIN
 from launcher import cli, local, table
 from launcher.commands import info
 from launcher.report import REQUEUE, USER_ERROR
@@ -21,8 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def hvtrain(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launcher.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+    return subprocess.run([*HVTRAIN, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -149,16 +150,75 @@ def test_shard_errors_are_mistakes_too(capsys: pytest.CaptureFixture) -> None:
     assert guarded(fail) == USER_ERROR
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m launcher.cli models keys hunyuan-video | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [
+        ("| head -1", 0, ""),
+        ("> /dev/full", 2, "error: standard output: No space left on device; what was printed is not complete\n"),
+        (">&-", 2, "error: standard output: closed; what was printed is not complete\n"),
+        (">&- 2>&-", 2, ""),
+    ],
+)
+def test_a_command_that_prints_ends_when_nobody_can_read_it(to: str, code: int, said: str) -> None:
+    command = f"set -o pipefail; {shlex.join(HVTRAIN)} config train {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("| true", ""),
+        ("2>&1 | true", ""),
+        (">&-", ""),
+        ("> /dev/full", "warning: standard output: No space left on device; going on without it\n"),
+    ],
+)
+def test_a_command_that_makes_files_finishes_in_silence(tmp_path: Path, to: str, said: str) -> None:
+    """`hvtrain train | head -1` must not leave with success and nothing saved."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "from launcher import cli, table\n"
+        "def work(args):\n"
+        "    for i in range(40):\n"
+        "        print('step', i, flush=True)\n"
+        "        print('note', i, file=sys.stderr if 'both' in sys.argv else sys.stdout)\n"
+        "        time.sleep(0.005)\n"
+        "    pathlib.Path('result').touch()\n"
+        "    return 7\n"
+        "cli.COMMANDS['demo'] = table.Command('demo', '', lambda parser: None, work)\n"
+        "sys.argv = [sys.argv[0], 'demo']\n"
+        "sys.exit(cli.main())\n"
+    )
+    command = f"set -o pipefail; {shlex.join([sys.executable, str(script)])} {to}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr) == (7, said)
+    assert (tmp_path / "result").exists()
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_bug_and_no_success(capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    def fail() -> None:
+        raise BrokenPipeError("of a reader process")
+
+    assert guarded(fail) == 1
+    assert "BrokenPipeError: of a reader process" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.toml")
+    done = subprocess.run([*HVTRAIN, "data", "check", name], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == USER_ERROR and done.stderr.startswith("error: caf\\udce9.toml")
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def job(tmp_path: Path, body: str, nproc: int = 2) -> subprocess.Popen:
+def job(tmp_path: Path, body: str, nproc: int = 2, restarts: int = 0) -> subprocess.Popen:
     """A launched job whose command is `body` instead of hvtrain's own: what is tested is the launcher."""
     script = tmp_path / "job.py"
     script.write_text(
@@ -170,11 +230,11 @@ def job(tmp_path: Path, body: str, nproc: int = 2) -> subprocess.Popen:
         "rank = int(os.environ.get('RANK', -1))\n"
         "def body():\n" + "".join(f"    {line}\n" for line in body.strip().splitlines()) + "\n"
         "if rank < 0:\n"
-        "    local.COMMAND = (sys.executable, __file__)\n"
+        "    local.HVTRAIN = (sys.executable, __file__)\n"
         "    local.PEERS_GRACE_S = 1.0\n"
-        f"    sys.exit(local.launch([], local.Topology(nproc={nproc})))\n"
-        "cli.main = lambda: report.guarded(body)\n"
-        "worker.main()\n"
+        f"    sys.exit(local.launch([], local.Topology(nproc={nproc}), max_restarts={restarts}))\n"
+        "cli.run = lambda arguments: report.guarded(body)\n"
+        "worker.main([])\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "RANK"}
     return subprocess.Popen(
@@ -217,10 +277,26 @@ def test_a_bug_on_one_rank_ends_the_job_although_the_other_hangs(tmp_path: Path)
     assert time.monotonic() - begun < 60
 
 
-def test_a_rank_that_nobody_reads_does_not_look_finished(tmp_path: Path) -> None:
-    """`hvtrain launch ... | head`: rank 0 finds its reader gone; its peers, which wait for it, are ended with it."""
-    process = job(tmp_path, "if rank == 0:\n    raise BrokenPipeError\ntime.sleep(600)")
-    assert process.wait(timeout=60) == 141
+@pytest.mark.parametrize("code", [2, REQUEUE, 130])
+def test_a_job_that_would_end_in_the_same_way_is_not_started_again(tmp_path: Path, code: int) -> None:
+    """--max-restarts is for accidents: not for a user's mistake, a stop on request or Ctrl-C."""
+    body = f"(here / 'starts').open('a').write('x')\nreturn {code}"
+    assert end(job(tmp_path, body, nproc=1, restarts=3))[0] == code
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_an_accident_is_started_again_so_often_and_no_more(tmp_path: Path) -> None:
+    body = """
+with (here / 'starts').open('a') as file: file.write(os.environ['TORCHELASTIC_RESTART_COUNT'])
+if len((here / 'starts').read_text()) < 3: raise ValueError('an accident')
+"""
+    code, _, err = end(job(tmp_path, body, nproc=1, restarts=5))
+    assert code == 0 and (tmp_path / "starts").read_text() == "012"
+    assert "starting again (1 of 5)" in err and "starting again (2 of 5)" in err and "(3 of 5)" not in err
+    (tmp_path / "starts").write_text("")
+    body = "(here / 'starts').open('a').write('x')\nos.kill(os.getpid(), signal.SIGKILL)"
+    assert end(job(tmp_path, body, nproc=1, restarts=2))[0] == 137
+    assert (tmp_path / "starts").read_text() == "xxx"
 
 
 def test_a_killed_process_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def _models_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavor", help="of which of its flavors (default: the first)")
 
 
-@command("models", "list the architectures and their sizes", options=_models_options)
+@command("models", "list the architectures and their sizes", options=_models_options, prints=True)
 def _models(args: argparse.Namespace) -> None:
     from hvtrain.models import listing
 
@@ -31,7 +31,8 @@ def _config_command_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="train, encode, generate or merge (default: all of them)")
 
 
-@command("config", "print every key of a command's config with default and meaning", options=_config_command_options)
+@command("config", "print every key of a command's config with default and meaning", options=_config_command_options,
+         prints=True)
 def _config(args: argparse.Namespace) -> None:
     print(reference_text(args.name), end="")
 

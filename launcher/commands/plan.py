@@ -19,7 +19,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--table", action="store_true", help="generation at all sizes that the model's authors list, on 1 to 8 GPUs")
 
 
-@command("plan", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options)
+@command("plan", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
 def _plan(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.gpus):
         raise ConfigError(f"--gpus '{args.gpus}': expected numbers, as in 8 or 1,4,8")
