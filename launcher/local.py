@@ -88,6 +88,11 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
         return _explain(workers, failed, folder)
 
 
+def cores() -> int:
+    """Those that this process may use: fewer than the machine has inside a Slurm job or a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_port() -> int:
     for port in random.sample(PORTS, 50):
         with socket.socket() as probe:
@@ -103,9 +108,8 @@ def _start(
     arguments: Sequence[str], topology: Topology, *, local_rank: int, port: int, folder: Path, restart: int
 ) -> Worker:
     rank = topology.node_rank * topology.nproc + local_rank
-    threads = max(1, (os.cpu_count() or 1) // topology.nproc)
     env = {
-        "OMP_NUM_THREADS": str(threads),  # the user's own setting wins
+        "OMP_NUM_THREADS": str(max(1, cores() // topology.nproc)),  # the user's own setting wins
         **os.environ,
         "WORLD_SIZE": str(topology.nproc * topology.nnodes),
         "LOCAL_WORLD_SIZE": str(topology.nproc),

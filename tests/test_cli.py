@@ -130,6 +130,16 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "Traceback" in (err := capsys.readouterr().err) and "ZeroDivisionError: a bug" in err
 
 
+def test_the_demo_needs_no_gpu_for_each_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvtrain.tiny import demo
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda output: seen.append((output, os.environ["CUDA_VISIBLE_DEVICES"])))
+    assert cli.main(["demo", "--output", "there"]) == 0
+    assert seen == [("there", "")]
+
+
 def test_an_error_of_several_lines_is_printed_as_one(capsys: pytest.CaptureFixture) -> None:
     from launcher.report import guarded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from hvtrain.errors import ConfigError, suggest
 from launcher.table import command
@@ -53,8 +54,10 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo/)")
 
 
-@command("demo", "the whole road on a tiny model: encode, train, generate, merge", options=_demo_options)
+@command("demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge", options=_demo_options)
 def _demo(args: argparse.Namespace) -> int | None:
     from hvtrain.tiny import demo
 
+    # Two processes show what several do; a machine with one GPU has none for the second.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return demo.run(args.output)
