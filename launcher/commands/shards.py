@@ -31,7 +31,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", action="store_true", help="leave out the search for NaN and infinite values")
 
 
-@command("shards verify", "read every byte: checksums, shapes, NaN, keys equal across columns", options=_verify_options, prints=True)
+@command("shards verify", "read every byte: checksums, shapes, NaN, keys equal across columns",
+         options=_verify_options, prints=True)
 def _verify(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
