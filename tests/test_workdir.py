@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,4 +65,4 @@ def test_scripts_of_slurm_call_the_same_program(odd: Path) -> None:
     text = start(odd, *HVTRAIN, "launch", "--slurm", "--dry-run", "--nproc", "2", "train", f"{CONFIGS}/lora.yaml",
                  "data.shards=shards", "run.output_dir=a")
     line = next(line for line in text.splitlines() if line.startswith("srun"))
-    assert f"{HVTRAIN[0]} {HVTRAIN[1]} launch" in line and " -m " not in line
+    assert f"{shlex.join(HVTRAIN)} launch" in line and " -m " not in line
