@@ -16,7 +16,7 @@ from hvtrain import config
 from hvtrain.errors import LaunchError
 from hvtrain.program import HVTRAIN
 from launcher import cli, local, table
-from launcher.commands import info
+from launcher.commands import info, run
 from launcher.report import REQUEUE, USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,14 +111,55 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["config", "trainn"], "did you mean 'train'"),
         (["generate", "prompt=a cat", "output=x.mp4", "frames=12"], "expected 4n + 1"),
         (["generate", "prompt=a cat", "output=x.mp4", "width=100"], "multiple of 16"),
+        (["generate", "lora=a.sft", "configs/tiny/generate.yaml"],
+            "error: command line: lora[0] is 'a.sft', expected a section with keys of its own, as in {path: a.sft}"),
+        (["train", "configs/tiny/lora.yaml", "optim.lrr=1"], "error: command line: unknown key 'optim.lrr'"),
+        (["generate", "--lora", "a", "--lora", "b", "--lora_multiplier", "1", "2", "3"], "2 --lora but 3 --lora_multiplier"),
+        (["generate", "--lora", "a", "lora=[]"], "give all of them in one way"),
+        (["generate", "--lora", "a", "--loraid", "1", "--lora_multiplier", "1"], "--lora_multiplier: of --lora or of --loraid?"),
+        (["train", "run.steps=1", "--bogus", "run.name=a"], "unrecognized arguments: --bogus; see 'hvtrain train --help'"),
+        (["slices", "run", "--plan"], "see 'hvtrain slices run --help'"),
+        (["plan", "configs/hunyuan_video/lora.yaml"], "to plan without weights add model.dit=null model.flavor=t2v"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     assert cli.main(arguments) == USER_ERROR
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+
+
+def test_options_stand_anywhere_between_the_other_arguments() -> None:
+    parsed = table.parse(["encode", "a.yaml", "--strict", "dataset=b", "output=c"])
+    assert (parsed.command, parsed.strict, parsed.items) == ("encode", True, ["a.yaml", "dataset=b", "output=c"])
+    parsed = table.parse(["plan", "--gpus", "8", "a.yaml", "--size", "64x64x9", "data.batch_size=2", "--generate"])
+    assert (parsed.items, parsed.size, parsed.gpus) == (["a.yaml", "data.batch_size=2"], "64x64x9", "8")
+    parsed = table.parse(["slices", "run", "a.yaml", "--plan", "P", "--data", "D", "run.steps=4", "--output", "O"])
+    assert (parsed.command, parsed.items, parsed.output) == ("slices run", ["a.yaml", "run.steps=4"], "O")
+    parsed = table.parse(["shards", "merge", "A", "--output", "O", "B"])
+    assert parsed.sets == ["A", "B"]
+    # What follows the launched command is that command's.
+    parsed = table.parse(["launch", "--nproc", "2", "encode", "a.yaml", "--strict", "output=c"])
+    assert (parsed.nproc, parsed.arguments) == (2, ["encode", "a.yaml", "--strict", "output=c"])
+
+
+def test_generate_takes_lora_files_as_merge_does() -> None:
+    def lora(*arguments: str):
+        parsed = table.parse(["generate", *arguments])
+        run._generate_items(parsed)
+        run._generate_items(parsed)  # the launcher looks at the same arguments before
+        return table.load_config("generate", parsed)
+
+    files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü: [1].safetensors"
+    found = lora(*files, "--lora_multiplier", "0.8", "-0.5", "steps=3")
+    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü: [1].safetensors", -0.5)]
+    assert (found.prompt, found.steps) == ("x", 3)
+    assert [f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora] == [0.5, 0.5]
+    assert [f.multiplier for f in lora("--lora", "a", "--lora", "b").lora] == [1.0, 1.0]
+    found = lora("slices=runs", "--loraid", "1", "2", "prompt=x", "--lora_multiplier", "1.0", "0")
+    assert (found.loraid, found.lora_multiplier, found.lora, found.prompt) == ((1, 2), (1.0, 0.0), (), "x")
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

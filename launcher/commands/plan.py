@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from hvtrain.errors import ConfigError
 from launcher.table import command, config_options, load_config
@@ -17,6 +18,17 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=float, metavar="GIB", help="memory of one GPU (default: this machine's GPU, else 80)")
     add("--size", metavar="WxHxF", help="width x height x frames of the clips, as in 960x544x33 (default: the flavor's own)")
     add("--table", action="store_true", help="generation at all sizes that the model's authors list, on 1 to 8 GPUs")
+
+
+def _weights_or_none(model) -> None:
+    from hvtrain.config import asset
+
+    if model.dit is None or Path(asset(model.dit)).exists():
+        return
+    from hvtrain.models import find
+
+    flavor = model.flavor or next(iter(find(model.name).flavors))
+    raise ConfigError(f"model.dit: {model.dit} does not exist; to plan without weights add model.dit=null model.flavor={flavor}")
 
 
 @command("plan", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
@@ -34,6 +46,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     validate.check_size("--size: ", width=width, height=height, frames=frames)
     cfg = load_config("generate" if args.generate or args.table else "train", args)
+    _weights_or_none(cfg.model)
     from hvtrain.plan import report
 
     asked = report.Asked(numbers, args.memory, width, height, frames)
