@@ -70,7 +70,14 @@ def _parse_leaf(leaf: Parser, arguments: Sequence[str], found: argparse.Namespac
     whole = any(action.nargs == argparse.REMAINDER for action in leaf._actions)
     if whole or "-h" in arguments or "--help" in arguments:
         return leaf.parse_args(arguments, found)
-    return leaf.parse_intermixed_args(arguments, found)
+    found, extra = leaf.parse_known_intermixed_args(arguments, found)
+    unknown = [word.partition("=")[0] for word in extra if word.startswith("-")]
+    if unknown:
+        near = suggest(unknown[0], leaf._option_string_actions)
+        leaf.error(f"unknown option {unknown[0]}" + (f", {near}" if near.startswith("did you mean") else ""))
+    if extra:
+        leaf.error(f"unexpected argument '{extra[0]}'")
+    return found
 
 
 def _known(arguments: Sequence[str], groups: dict[str, Parser]) -> None:
