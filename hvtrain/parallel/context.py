@@ -149,11 +149,6 @@ def without_job() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if not k.startswith(own)}, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def on_the_cpu() -> dict[str, str]:
-    """The environment for a job of ours that is to leave the GPUs alone."""
-    return {**os.environ, DEVICE: "cpu"}
-
-
 _closers: list[Callable[[], object]] = []
 
 

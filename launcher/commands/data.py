@@ -24,7 +24,7 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
 
 
 @command("data check", "buckets, frames, captions, unreadable files, size of the shards; exit code 1 if clips are unusable",
-         options=_options)
+         options=_options, prints=True)
 def _check(args: argparse.Namespace) -> int:
     from hvtrain.encode import check
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from hvtrain.errors import LaunchError
-from hvtrain.parallel.context import DEVICE, ParallelContext, on_the_cpu, start
-from hvtrain.tiny import demo
+from hvtrain.parallel.context import DEVICE, ParallelContext, start
 
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", DEVICE, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 
@@ -104,13 +103,3 @@ def test_a_device_that_was_asked_for_is_that_or_an_error(machine, monkeypatch):
     monkeypatch.setenv(DEVICE, "gpu")
     with pytest.raises(LaunchError, match="HVTRAIN_DEVICE is 'gpu', expected cpu or cuda"):
         start()
-
-
-@pytest.mark.parametrize("n_gpus, told", [(0, None), (1, "cpu"), (2, None)])
-def test_the_demo_s_two_processes_do_not_fight_for_one_gpu(machine, monkeypatch, n_gpus, told):
-    machine(sees=n_gpus)
-    seen = []
-    monkeypatch.setattr(demo.subprocess, "run", lambda command, env: seen.append(env) or type("Done", (), {"returncode": 0}))
-    demo._hvtrain("doctor")
-    assert [env and env[DEVICE] for env in seen] == [told]
-    assert on_the_cpu()[DEVICE] == "cpu"
