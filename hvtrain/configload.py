@@ -47,6 +47,12 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
     return build(cls, raw, where=where)
 
 
+def override(key: str, value: Any) -> str:
+    """The `key=value` that `load` reads as exactly this value, whatever is in it."""
+    text = yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return f"{key}={text.strip()[1:-1]}"
+
+
 def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "") -> T:
     """An instance of the dataclass `cls` from plain values; `prefix` is the section's dotted name."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

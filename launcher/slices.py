@@ -3,21 +3,27 @@
     RUN/slices.json     the plan, the base config, data per slice, resources
     RUN/01, RUN/02 ...  the slices' own training runs
     RUN/state/01.json   its attempts: job or process, exit code, when
+    RUN/state/cancelled.json, RUN/state/lock
     RUN/logs/01.log     its output
     RUN/state/merge.json, RUN/logs/merge.log
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvtrain.configload import override
 from hvtrain.errors import ConfigError, LaunchError
+from launcher.slurm import RESTARTS
 
 FILE = "slices.json"
 PLAN_FORMAT = "hvtrain-slices/1"
@@ -41,6 +47,7 @@ class Slices:
     at_once: int = 1
     gpus: tuple[str, ...] = ()  # local: handed out to slices
     merge: tuple[str, ...] = ()  # arguments of `hvtrain merge`; empty: no merge
+    max_restarts: int = RESTARTS  # of a slice's processes, when one of them dies
 
     def width(self) -> int:
         return max(2, len(str(self.n)))
@@ -53,7 +60,7 @@ class Slices:
 class State:
     """How one slice (or the merge) stands. Written by whoever submits it and by the job itself."""
 
-    jobs: list[str] = field(default_factory=list)  # Slurm ids 12_3, or pid:BOOT
+    jobs: list[str] = field(default_factory=list)  # Slurm ids 12_3, or pid:STARTTIME
     started: float | None = None  # of the last attempt
     ended: float | None = None
     code: int | None = None  # exit code; 75: stopped in time, to go on
@@ -78,10 +85,14 @@ def save_slices(run: Path, slices: Slices) -> None:
 
 
 def load_state(run: Path, name: str) -> State:
+    """Raises LaunchError for a file that cannot be read: what it would say is not "never started"."""
+    path = run / "state" / f"{name}.json"
     try:
-        return State(**json.loads((run / "state" / f"{name}.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        return State(**json.loads(path.read_text()))
+    except FileNotFoundError:
         return State()
+    except (OSError, ValueError, TypeError) as error:
+        raise LaunchError(f"{path}: cannot be read ({error}); remove it once you know that {name} is not running") from None
 
 
 def save_state(run: Path, name: str, state: State) -> None:
@@ -95,6 +106,53 @@ def _write(path: Path, body: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def cancelled(run: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((run / "state" / "cancelled.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def mark_cancelled(run: Path, jobs: Mapping[str, str]) -> None:
+    """Remember the wish: name -> the attempt that it ended, "" if there had been none. In a file of its own, since the jobs
+    write their states meanwhile; a later attempt is another job, which no mark touches."""
+    if jobs:
+        _write(run / "state" / "cancelled.json", {**cancelled(run), **jobs})
+
+
+@contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Nobody else starts jobs of this run meanwhile. The kernel takes the lock back when its holder ends, in whatever way."""
+    path = run / "state" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"{run}: its slices are being started already, by process {starter(run).partition(':')[0] or 'unknown'}; "
+                f"`hvtrain slices status {run}` shows them, `hvtrain slices cancel {run}` stops them"
+            ) from None
+        except OSError as error:
+            print(f"warning: {path}: this file system has no locks ({error.strerror}): start {run} once only", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{os.getpid()}:{process_start(os.getpid())}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def starter(run: Path) -> str:
+    """The process that holds the lock, as pid:STARTTIME, or nothing."""
+    try:
+        job = (run / "state" / "lock").read_text()
+    except OSError:
+        return ""
+    return job if alive(job) else ""
 
 
 def plan_size(path: str) -> int:
@@ -117,7 +175,7 @@ def data_of(path: str, n: int) -> tuple[str, ...]:
         return (path,) * n
     if not folder.is_dir():
         raise ConfigError(f"--data {path}: no such directory")
-    parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+    parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
     if [int(p.name) for p in parts] != list(range(1, n + 1)):
         found = ", ".join(p.name for p in parts) or "none"
         raise ConfigError(
@@ -130,77 +188,56 @@ def data_of(path: str, n: int) -> tuple[str, ...]:
 def train_arguments(run: Path, slices: Slices, loraid: int) -> list[str]:
     """Of `hvtrain train` for one slice. The slice's own keys come last, so they win."""
     name = slices.name(loraid)
+    own = {
+        "adapter.type": "loraid", "adapter.plan": slices.plan, "adapter.loraid": loraid, "adapter.blocks_per_loraid": None,
+        "data.shards": [slices.data[loraid - 1]], "run.output_dir": str(run / name), "run.name": f"slice-{name}",
+    }
     return [
         "train", *([slices.config] if slices.config else []), *slices.overrides,
-        "adapter.type=loraid", f"adapter.plan={slices.plan}", f"adapter.loraid={loraid}", "adapter.blocks_per_loraid=null",
-        f"data.shards=[{slices.data[loraid - 1]}]", f"run.output_dir={run / name}", f"run.name=slice-{name}",
+        *(override(key, value) for key, value in own.items()),
     ]
 
 
-# --- how it stands ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One line of `hvtrain slices status`."""
-
-    name: str
-    word: str  # waiting, queued, running, preempted, failed, cancelled, done
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    eta_s: float | None = None
-    note: str = ""
-
-
-def standing(run: Path, slices: Slices, loraid: int, queue: dict[str, str]) -> Standing:
-    """Of a slice, from its files and from what the queue says of its job."""
+def result(run: Path, slices: Slices, loraid: int) -> Path:
     name = slices.name(loraid)
-    state, folder = load_state(run, name), run / name
-    step, loss, pace = _progress(folder)
-    steps = _steps(folder)
-    if (folder / f"slice-{name}.safetensors").is_file() and state.code in (0, None):
-        return Standing(name, "done", steps or step, steps, loss)
-    word, note = _word(state, queue)
-    if word == "failed":
-        note = last_error(run / "logs" / f"{name}.log") or note
-    eta = (steps - step) * pace if word == "running" and steps and pace else None
-    return Standing(name, word, step, steps, loss, eta, note)
+    return run / name / f"slice-{name}.safetensors"
 
 
-def merge_standing(run: Path, slices: Slices, queue: dict[str, str]) -> Standing:
-    if not slices.merge:
-        return Standing(MERGE, "none", note="not asked for")
-    state = load_state(run, MERGE)
-    if state.code == 0:
-        return Standing(MERGE, "done", note=f"{run / MERGE}")
-    word, note = _word(state, queue)
-    if word == "failed":
-        note = last_error(run / "logs" / "merge.log") or note
-    return Standing(MERGE, word, note=note)
+def amiss(path: Path) -> str:
+    """What is wrong with a safetensors file, by its header and its size; its values are not read. "": nothing."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
+        return "" if ends and 8 + length + max(ends) == size else f"{path.name} is damaged ({size} bytes)"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        return f"{path.name} is damaged ({error})"
 
 
-def _word(state: State, queue: dict[str, str]) -> tuple[str, str]:
-    if not state.jobs:
-        return "waiting", ""
-    job = state.jobs[-1]
-    said = queue.get(job) if ":" not in job else ("RUNNING" if alive(job) else "")
-    word = (said or "").split(" ")[0]
-    if word in ("RUNNING", "COMPLETING", "CONFIGURING"):
-        return "running", f"job {job}"
-    if word in ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"):
-        kind = "preempted" if state.code == 75 else "queued"
-        return kind, f"job {job} {said}"
-    if word == "CANCELLED":
-        return "cancelled", f"job {job}"
-    if state.code == 75:
-        return "preempted", "saved; `hvtrain slices retry` goes on"
-    if state.code == 0:
-        return "failed", "ended without its file"
-    if state.code is not None:
-        return "failed", f"exit code {state.code}"
-    why = f"Slurm says {said}" if said else "ended without a word: killed, or its node failed"
-    return "failed", f"job {job}: {why}"
+def set_damaged_aside(run: Path, slices: Slices, loraid: int) -> None:
+    """A result that is damaged makes room for the one that this attempt writes."""
+    path = result(run, slices, loraid)
+    if path.exists() and (wrong := amiss(path)):
+        print(f"{wrong}; it is now {path.name}.damaged", flush=True)
+        path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def note_start(run: Path, name: str, job: str) -> None:
+    state = load_state(run, name)
+    if not state.jobs or state.jobs[-1] != job:
+        state.jobs.append(job)
+    state.started, state.ended, state.code = time.time(), None, None
+    save_state(run, name, state)
+
+
+def note_end(run: Path, name: str, code: int) -> None:
+    state = load_state(run, name)
+    state.ended, state.code = time.time(), code
+    save_state(run, name, state)
 
 
 def alive(job: str) -> bool:
@@ -216,70 +253,3 @@ def process_start(pid: int) -> str:
         return "" if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
         return ""
-
-
-def _progress(folder: Path) -> tuple[int, float | None, float]:
-    """(last step, its loss, seconds per step) of a run."""
-    step, loss, pace = 0, None, 0.0
-    try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()[-50:]
-    except OSError:
-        return step, loss, pace
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # being written
-        if "train/loss" in row:
-            step, loss, pace = row["step"], row["train/loss"], row.get("speed/slowest_rank_s", 0.0)
-    return step, loss, pace
-
-
-def _steps(folder: Path) -> int:
-    import yaml
-
-    try:
-        return int((yaml.safe_load((folder / "config.yaml").read_text()) or {}).get("run", {}).get("steps") or 0)
-    except (OSError, ValueError, yaml.YAMLError):
-        return 0
-
-
-def last_error(log: Path) -> str:
-    """The last line that says what went wrong."""
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return ""
-    errors = [line for line in lines if line.startswith("error:") or "Error:" in line]
-    return (errors or lines or [""])[-1][:300]
-
-
-def table(standings: Sequence[Standing]) -> list[str]:
-    lines = []
-    for s in standings:
-        progress = f"{s.step}/{s.steps}" if s.steps else (str(s.step) if s.step else "")
-        loss = f"loss {s.loss:.4f}" if s.loss is not None else ""
-        eta = f"{_span(s.eta_s)} left" if s.eta_s is not None else ""
-        parts = [f"{s.name:<6}{s.word:<11}", f"{progress:<14}", f"{loss:<13}", f"{eta:<14}", s.note]
-        lines.append("".join(parts).rstrip())
-    return lines
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def note_start(run: Path, name: str, job: str) -> None:
-    state = load_state(run, name)
-    if not state.jobs or state.jobs[-1] != job:
-        state.jobs.append(job)
-    state.started, state.ended, state.code = time.time(), None, None
-    save_state(run, name, state)
-
-
-def note_end(run: Path, name: str, code: int) -> None:
-    state = load_state(run, name)
-    state.ended, state.code = time.time(), code
-    save_state(run, name, state)

@@ -40,7 +40,7 @@ def _doctor(args: argparse.Namespace) -> int:
     log = Path("hvtrain-doctor.log").resolve()
     log.unlink(missing_ok=True)
     job = slurm.Job(
-        "job", "hvtrain-doctor", Path.cwd(), str(log), ["launch", "--nproc", str(nproc), "--in-job", *inner],
+        "job", "hvtrain-doctor", Path.cwd(), slurm.literal(log), ["launch", "--nproc", str(nproc), "--in-job", *inner],
         slurm.Resources(args.nnodes, nproc, "10"),
     )
     failed = slurm.submit_and_wait(slurm.render(job, load_site(args.site)))

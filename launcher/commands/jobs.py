@@ -22,6 +22,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--gpus", metavar="LIST", help="local: GPUs that are handed out, as in 0,1,2,3 (needs at-once x nproc of them)")
     add("--time", default="", metavar="H:M:S", help="slurm: time limit of a job; a slice that needs longer goes on in the next")
     add("--site", metavar="FILE", help="slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
+    add("--max-restarts", type=int, metavar="N",
+        help="start a slice's processes again when one of them dies, up to N times in a job (default: 3)")
     add("--merge-as", default="lora", metavar="KIND", help="what the slices become: lora (default), model or none")
     add("--dry-run", action="store_true", help="slurm: print the scripts")
 
@@ -33,22 +35,23 @@ def _run(args: argparse.Namespace) -> int | None:
     wanted = _slices(args)
     run = Path(args.output).resolve()
     _check_configs(run, wanted)
+    scripts = []
+    if wanted.backend == "slurm":  # rendered before anything is written: a value may be refused
+        scripts = [backends.array_script(run, wanted, range(1, wanted.n + 1)), backends.merge_script(run, wanted, ["ARRAY"])]
     if args.dry_run:
-        if wanted.backend != "slurm":
+        if not scripts:
             raise LaunchError("--dry-run goes with --backend slurm")
-        print(backends.array_script(run, wanted, range(1, wanted.n + 1)))
-        if wanted.merge:
-            print(backends.merge_script(run, wanted, "afterok:ARRAY"))
+        print("\n".join(scripts if wanted.merge else scripts[:1]))
         return None
     if (run / slices.FILE).exists() and slices.load_slices(run) != wanted:
         raise ConfigError(f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory")
     if not (run / slices.FILE).exists():
         slices.save_slices(run, wanted)
-    return _go(run, wanted, everything=True)
+    return _go(run, wanted)
 
 
 def _slices(args: argparse.Namespace):
-    from launcher import slices
+    from launcher import slices, slurm
 
     files = [item for item in args.items if not OVERRIDE.match(item)]
     if len(files) > 1:
@@ -58,6 +61,8 @@ def _slices(args: argparse.Namespace):
     for option in ("at_once", "nproc", "nodes"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected 1 or more")
+    if args.max_restarts is not None and args.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {args.max_restarts}: expected 0 or more")
     gpus = tuple(g.strip() for g in args.gpus.split(",")) if args.gpus else ()
     if gpus and (args.backend != "local" or len(gpus) < args.at_once * args.nproc):
         needed = args.at_once * args.nproc
@@ -69,8 +74,10 @@ def _slices(args: argparse.Namespace):
     run = Path(args.output).resolve()
     return slices.Slices(
         plan=str(Path(args.plan).resolve()), config=str(Path(files[0]).resolve()) if files else None, overrides=overrides,
-        data=slices.data_of(args.data, n), n=n, nproc=args.nproc, nodes=args.nodes, time=args.time, site=args.site,
+        data=slices.data_of(args.data, n), n=n, nproc=args.nproc, nodes=args.nodes, time=args.time,
+        site=str(Path(args.site).resolve()) if args.site else None,
         backend=args.backend, at_once=args.at_once, gpus=gpus, merge=_merge_arguments(args.merge_as, args, run, files),
+        max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
     )
 
 
@@ -101,29 +108,24 @@ def _check_configs(run: Path, wanted) -> None:
         validate.check_train(config.load(config.TrainConfig, file, arguments))
 
 
-def _go(run: Path, wanted, *, everything: bool) -> int | None:
-    """Start what is not done and not under way. `everything`: also what has never been started."""
-    from launcher import backends
+def _go(run: Path, wanted) -> int | None:
+    """Start what is neither done nor under way."""
+    from launcher import backends, slices
 
-    found = backends.standings(run, wanted)
-    again = ("failed", "cancelled", "preempted", *(("waiting",) if everything else ()))
-    loraids = [i for i, s in enumerate(found[:-1], start=1) if s.word in again]
-    if wanted.backend == "local":
-        if any(s.word == "running" for s in found):
+    with slices.only_one(run):
+        found = backends.standings(run, wanted)
+        backends.refuse_unknown(run, found)
+        start = backends.not_begun(found)
+        if wanted.backend == "local" and any(s.job for s in found):
             raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
-        if not loraids and found[-1].word in ("done", "none"):
-            print(f"{run}: nothing to do, all slices are done and merged")
+        if not start.loraids and not start.merge:
+            under_way = any(s.job for s in found)
+            print(f"{run}: nothing to start, {'the rest is under way' if under_way else 'all slices are done and merged'}")
             return 0
-        return backends.run_here(run, wanted, loraids)
-    under_way = [s for s in found[:-1] if s.word in backends.OPEN]
-    if not loraids and (under_way or found[-1].word in ("done", "none", *backends.OPEN)):
-        print(f"{run}: nothing to start")
-        return None
-    from launcher.slices import load_state
-
-    waiting_for = [load_state(run, s.name).jobs[-1] for s in under_way]
-    for line in backends.submit(run, wanted, loraids, waiting_for):
-        print(line)
+        if wanted.backend == "local":
+            return backends.run_here(run, wanted, start.loraids)
+        for line in backends.submit(run, wanted, start):
+            print(line)
     print(f"hvtrain slices status {run}")
     return None
 
@@ -135,21 +137,22 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
 @command("slices status", "how each slice stands: step, loss, time left, or its last error line",
          options=_run_folder, prints=True)
 def _status(args: argparse.Namespace) -> int:
-    from launcher import backends, slices
+    from launcher import backends, slices, standing
 
     run = Path(args.run).resolve()
     found = backends.standings(run, slices.load_slices(run))
-    for line in slices.table(found):
+    for line in standing.table(found):
         print(line)
-    return 1 if any(s.word == "failed" for s in found) else 0
+    return 1 if any(s.word in ("failed", "blocked", "unknown") for s in found) else 0
 
 
-@command("slices retry", "start again what failed, was cancelled or preempted, and the merge after it", options=_run_folder)
+@command("slices retry", "start what is neither done nor under way: failed, cancelled, preempted; and the merge after it",
+         options=_run_folder)
 def _retry(args: argparse.Namespace) -> int | None:
     from launcher import slices
 
     run = Path(args.run).resolve()
-    return _go(run, slices.load_slices(run), everything=False)
+    return _go(run, slices.load_slices(run))
 
 
 @command("slices cancel", "stop what is queued or running", options=_run_folder)

@@ -18,7 +18,8 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     add("--node-rank", type=int, default=0, help="which of them this is, from 0")
     add("--master-addr", default="127.0.0.1", help="host name of machine 0")
     add("--master-port", type=int, help="a free port on machine 0 (one machine: chosen)")
-    add("--max-restarts", type=int, default=0, metavar="N", help="start the processes again after a failure, up to N times")
+    add("--max-restarts", type=int, metavar="N",
+        help="start the processes again after a failure, up to N times (default: 0; with --slurm: 3 in a job)")
     add("--slurm", action="store_true", help="submit it as a Slurm job, which goes on by itself after its time limit")
     add("--dry-run", action="store_true", help="with --slurm: print the script")
     add("--site", metavar="FILE", help="with --slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
@@ -40,8 +41,8 @@ def _launch(args: argparse.Namespace) -> int | None:
         given = f"'{inner[0]}'" if inner else "nothing"
         known = [name for name in able if name != "selftest"]
         raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}")
-    if args.max_restarts and args.slurm:
-        raise LaunchError("--max-restarts is for launching here; a Slurm job that is stopped goes on by itself")
+    if args.max_restarts is not None and args.max_restarts < 0:
+        raise LaunchError(f"--max-restarts {args.max_restarts}: expected 0 or more")
     for option in ("dry_run", "site", "time", "name", "log"):
         if getattr(args, option) and not args.slurm:
             raise LaunchError(f"--{option.replace('_', '-')} goes with --slurm")
@@ -54,9 +55,9 @@ def _launch(args: argparse.Namespace) -> int | None:
         return None
     from launcher import local, slurm
 
-    if args.max_restarts < 0 or (args.max_restarts and args.nnodes > 1):
+    if args.max_restarts and args.nnodes > 1:
         raise LaunchError(
-            f"--max-restarts {args.max_restarts}: 0 or more, and on one machine; for several use torchrun's option of "
+            f"--max-restarts {args.max_restarts}: on one machine only; for several use torchrun's option of "
             "that name with `--no-python hvtrain train ...`, or --slurm, whose jobs go on by themselves"
         )
     if args.in_job:
@@ -68,7 +69,7 @@ def _launch(args: argparse.Namespace) -> int | None:
         master_addr=args.master_addr,
         master_port=args.master_port,
     )
-    return local.launch(inner, topology, max_restarts=args.max_restarts)
+    return local.launch(inner, topology, max_restarts=args.max_restarts or 0)
 
 
 def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
@@ -80,13 +81,25 @@ def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
     if args.nproc < 1 or args.nnodes < 1:
         raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: both must be at least 1")
     name = args.name or f"hvtrain-{inner[0]}"
+    restarts = slurm.RESTARTS if args.max_restarts is None else args.max_restarts
     job = slurm.Job(
-        "job", name, Path.cwd(), args.log or f"{name}-%j.log",
-        ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
-        slurm.Resources(args.nnodes, args.nproc, args.time),
+        "job", name, Path.cwd(), _log(args.log, name), ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
+        slurm.Resources(args.nnodes, args.nproc, args.time, max_restarts=restarts),
     )
     text = slurm.render(job, load_site(args.site))
     if args.dry_run:
         print(text, end="")
         return
     print(f"job {slurm.submit(text)}: {name} on {args.nnodes} x {args.nproc} processes")
+
+
+def _log(pattern: str, name: str) -> str:
+    """Where the job's output goes, as Slurm reads it: %j and its like are filled in, in what the user has given."""
+    from launcher import slurm
+
+    if not pattern and "/" in name:
+        raise LaunchError(f"--name {name}: the log is named by it and cannot hold a '/'; give --log too")
+    path = Path(pattern or f"{slurm.literal(name)}-%j.log")
+    if "%" not in str(path.parent) and not path.parent.is_dir():
+        raise LaunchError(f"--log {pattern}: there is no directory {path.parent}; without it the job would end and say nothing")
+    return str(path) if path.is_absolute() else f"{slurm.literal(Path.cwd())}/{path}"
