@@ -30,6 +30,7 @@ from hvtrain.train.progress import ProgressLine
 from hvtrain.train.setup import check_lengths, identity, open_shards, open_subject, total_steps
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
+from shards.remote import shown
 
 
 class Session:
@@ -88,7 +89,7 @@ class Session:
         if self.ctx.is_main:
             try:
                 answer = [checkpoint.claim(
-                    self.output, identity(self.cfg, self.subject, self.sets), dump(self.cfg),
+                    self.output, identity(self.cfg, self.subject, self.sets), shown(dump(self.cfg)),
                     resume=self.cfg.run.resume == "auto",
                 )]
             except Exception as error:  # handed to every rank, raised below
@@ -142,7 +143,7 @@ class Session:
             cursor=self.start.cursor, workers=c.data.workers, worker_type=c.data.worker_type,
             on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda",
         )
-        self.metrics.text("config", dump(c))
+        self.metrics.text("config", shown(dump(c)))
         hooks = Hooks(
             self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at, self.watch.at
         )
