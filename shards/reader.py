@@ -88,6 +88,16 @@ class ShardSet:
             meta["caption_dropout"] = chunk.caption_dropout
         return Sample(key, tensors, meta)
 
+    def some(self) -> Sample:
+        """A sound sample of the first: one that is damaged is for `data.on_bad_sample` to judge."""
+        fault: ShardError | None = None
+        for index in range(min(len(self), 64)):
+            try:
+                return self.get(index)
+            except ShardError as error:
+                fault = fault or error
+        raise fault or ShardError(f"{self.name}: holds no samples")
+
     @property
     def empty_text(self) -> dict[str, Tensor]:
         """The text fields of the empty caption."""

@@ -15,6 +15,7 @@ from hvtrain.configload import read_yaml
 from hvtrain.errors import ConfigError
 from hvtrain.runlock import RunLock
 from shards.atomic import write_text
+from shards.remote import shown
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 # run.json of older versions kept these as bare lists.
@@ -44,7 +45,7 @@ def claim(cfg: TrainConfig, identity: Mapping[str, object], say: Callable[[str],
             _tell_changes(output / CONFIG_FILE, cfg, say)
         clear_leftovers(output, cfg.run.name)
         write_text(marker, json.dumps(identity, indent=1) + "\n")
-        write_text(output / CONFIG_FILE, dump(cfg))
+        write_text(output / CONFIG_FILE, shown(dump(cfg)))
     except BaseException:
         lock.release()
         raise
