@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,11 @@ def _check(cfg: MergeConfig) -> None:
         raise ConfigError(f"rank is {cfg.rank}, expected 1 or more")
     if cfg.density is not None and not 0 < cfg.density <= 1:
         raise ConfigError(f"density is {cfg.density}, expected a share, more than 0 and at most 1")
-    if cfg.max_shard_gb is not None and cfg.max_shard_gb <= 0:
+    if cfg.max_shard_gb is not None and not 0 < cfg.max_shard_gb < math.inf:
         raise ConfigError(f"max_shard_gb is {cfg.max_shard_gb}, expected more than 0")
+    for number, entry in enumerate(cfg.lora):
+        if not math.isfinite(entry.multiplier):
+            raise ConfigError(f"lora[{number}].multiplier is {entry.multiplier}, expected a finite number")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: there is no CUDA device here; use cpu")
     if cfg.device not in ("cpu", "cuda"):
