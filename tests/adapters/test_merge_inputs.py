@@ -22,10 +22,12 @@ from hvtrain.adapters.mergeinputs import (
 )
 from hvtrain.adapters.pairs import LoraPair
 from hvtrain.adapters.policies import Contribution
-from hvtrain.config import LoraFileConfig, MergeConfig
+from hvtrain.config import LoraFileConfig, MergeConfig, dump
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.load import save_dit
 from hvtrain.models.weights import fingerprint, open_weights
+from launcher import cli
+from launcher.commands.info import reference_text
 from tests.adapters.models import SPEC, build
 
 SHAPES = {f"double_blocks.{i}.img_attn_proj": (8, 4) for i in range(4)}
@@ -216,6 +218,8 @@ def valid(**given):
     [
         ({"on_overlap": "summ"}, "on_overlap: no policy 'summ'; did you mean 'sum'?"),
         ({"dtype": "bf16"}, "dtype: no dtype 'bf16'; did you mean 'bfloat16'?"),
+        ({"target": "both"}, "target (--as): 'both', expected model or lora"),
+        ({"evaluate": ("/nowhere",)}, "evaluate: /nowhere: no such shard set"),
         ({"dit": ""}, "dit: the model to merge into; or give target=lora for one LoRA of all"),
         ({"rank": 4}, "rank is for target lora; a model takes the whole change"),
         ({"target": "lora", "dtype": "float16"}, "dtype and max_shard_gb are for target model"),
@@ -235,7 +239,7 @@ def valid(**given):
         ({"device": "cuda"}, "device: there is no CUDA device here; use cpu"),
         ({"device": "tpu"}, "device: 'tpu', expected cpu or cuda"),
         ({"output": ""}, "output is required: the file to write"),
-        ({"lora": ()}, "lora: nothing to merge; give at least one LoRA file, or a plan"),
+        ({"lora": ()}, "lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)"),
         ({"output": "m.bin"}, "output: m.bin must end in .safetensors (or name a directory, for a sharded model)"),
         ({"output": "m", "target": "lora"}, "output: m must end in .safetensors (or name a directory, for a sharded model)"),
     ],
@@ -405,3 +409,51 @@ def test_without_a_model(tmp_path, capsys):
 
 def test_inputs_are_a_record():
     assert Inputs([], None).missing == () and mergeinputs.CONFIG == "config.yaml"
+
+
+# --- how it is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_config_file_keys_and_options_say_the_same(tmp_path, monkeypatch):
+    """`hvtrain config merge` prints what `hvtrain merge CONFIG.yaml` loads; keys win over the file, options over both."""
+    seen = []
+    monkeypatch.setattr(merge, "run", lambda cfg, evaluate: seen.append(cfg))
+
+    def asked(*arguments):
+        assert cli.main(["merge", *map(str, arguments)]) == 0
+        return seen.pop()
+
+    every = tmp_path / "every.yaml"
+    every.write_text(reference_text("merge"))
+    assert asked(every) == MergeConfig() == asked()
+    two = (LoraFileConfig("a", 0.5), LoraFileConfig("b", 2.0))
+    wanted = MergeConfig(
+        dit="d", lora=two, plan="p", slices="s", allow_missing=True, any_base=True, output="o", target="lora", rank=3,
+        on_overlap="dare", density=0.25, seed=9, dtype="float16", max_shard_gb=1.5, device="cuda",
+    )
+    options = ["--dit", "d", "--lora", "a", "--lora", "b", "--multiplier", "0.5", "--multiplier", "2"]
+    options += ["--plan", "p", "--slices", "s"]
+    options += ["--allow-missing", "--any-base", "--output", "o", "--as", "lora", "--rank", "3", "--on-overlap", "dare"]
+    options += ["--density", "0.25", "--seed", "9", "--dtype", "float16", "--max-shard-gb", "1.5", "--device", "cuda"]
+    assert asked(*options) == wanted
+    said = tmp_path / "said.yaml"
+    said.write_text(dump(wanted))
+    assert asked(said) == wanted
+    assert asked(said, "seed=1", "rank=5") == replace(wanted, seed=1, rank=5)
+    assert asked(said, "seed=1", "--seed", "0", "--dit", "") == replace(wanted, seed=0, dit="")
+    assert asked(said, "--multiplier", "3") == replace(wanted, lora=(LoraFileConfig("a", 3.0), LoraFileConfig("b", 3.0)))
+    assert asked(said, "--lora", "c") == replace(wanted, lora=(LoraFileConfig("c", 1.0),))
+    assert asked("model=hunyuan-video") == MergeConfig(model="hunyuan-video")
+
+
+def test_how_it_is_asked_for_wrongly(tmp_path, capsys):
+    for arguments, said in [
+        (["--lora", "a", "--multiplier", "1", "--multiplier", "2"], "1 --lora but 2 --multiplier; give one for each, in order"),
+        (["onoverlap=sum"], "unknown key 'onoverlap'; did you mean 'on_overlap'?"),
+        (["--dit", "d", "--lora", "a"], "output is required: the file to write"),
+        ([], "the model to merge into"),
+        (["none.yaml"], "none.yaml"),
+    ]:
+        assert cli.main(["merge", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert said in err and len(err.splitlines()) == 1, err
