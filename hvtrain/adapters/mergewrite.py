@@ -226,7 +226,10 @@ def _read_into(scratch: Tensor, file: int, entry: Entry) -> Tensor:
     n = math.prod(entry.shape) * entry.dtype.itemsize
     view, done = memoryview(scratch.numpy())[:n], 0  # type: ignore[arg-type]
     while done < n:
-        done += os.preadv(file, [view[done:]], (entry.start or 0) + done)
+        read = os.preadv(file, [view[done:]], (entry.start or 0) + done)
+        if read == 0:
+            raise CheckpointError(f"{entry.file}: ends too early; it was changed while it was read")
+        done += read
     return scratch[:n].view(entry.dtype).view(entry.shape)
 
 

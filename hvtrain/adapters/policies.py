@@ -220,11 +220,15 @@ def by_layer(loras: Sequence[tuple[LoraFile, float]]) -> dict[str, list[Contribu
 
 def labels(loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
     """A name for each that no other has: the file's, with as many of its folders as that takes. Runs often share theirs."""
-    paths = [lora.path.absolute() for lora, _ in loras]
-    n = next((n for n in range(1, 64) if len({path.parts[-n:] for path in paths}) == len(paths)), 0)
-    if n:
-        return [str(Path(*path.parts[-n:])) for path in paths]
-    return [f"{path.name} ({number})" for number, path in enumerate(paths, start=1)]  # a file given twice
+    parts = [lora.path.absolute().parts for lora, _ in loras]
+
+    def label(number: int, own: tuple[str, ...]) -> str:
+        for n in range(1, len(own) + 1):
+            if sum(other[-n:] == own[-n:] for other in parts) == 1:
+                return str(Path(*own[-n:]))
+        return f"{own[-1]} ({number})"  # a file given twice
+
+    return [label(number, own) for number, own in enumerate(parts, start=1)]
 
 
 def combine(layers: dict[str, list[Contribution]], policy: str, options: Options) -> dict[str, Result]:

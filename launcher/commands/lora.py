@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from hvtrain.errors import ConfigError
 from launcher.table import GROUPS, command
@@ -128,8 +129,8 @@ def _average(args: argparse.Namespace) -> None:
     weights = args.weight or [1.0] * len(args.files)
     if len(weights) != len(args.files):
         raise ConfigError(f"{len(args.files)} files but {len(weights)} --weight; give one for each, in order")
-    if sum(weights) <= 0 or min(weights) < 0:
-        raise ConfigError(f"--weight {weights}: expected 0 or more, and not all 0")
+    if not (0 < sum(weights) < math.inf and all(w >= 0 for w in weights)):
+        raise ConfigError(f"--weight {weights}: expected finite numbers, 0 or more, and not all 0")
     shares = [w / sum(weights) for w in weights]
     ema.average(ema.checkpoints(args.files), shares, args.output, democratic=args.democratic)
     print(f"{args.output}: average of {len(args.files)} files")

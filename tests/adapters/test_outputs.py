@@ -244,3 +244,10 @@ def test_the_directory_of_a_finished_run_stands_for_its_lora(files, tmp_path, ca
     (run / "config.yaml").write_text("- a\n: {")
     assert cli.main(["lora", "info", str(run), *dit]) == 2
     assert "config.yaml is damaged" in capsys.readouterr().err
+
+
+def test_weights_of_an_average_are_numbers(files, tmp_path, capsys):
+    for weight in ("nan", "inf", "-1"):
+        out = tmp_path / "x.safetensors"
+        assert call(files, "average", out, "--weight", "1", "--weight", weight) == 2
+        assert "expected finite numbers, 0 or more, and not all 0" in capsys.readouterr().err and not out.exists()
