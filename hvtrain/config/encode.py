@@ -24,7 +24,7 @@ class EncodeConfig:
     dtype: DType = "bfloat16"
     """Dtype of the stored tensors"""
     samples_per_tar: int = 512
-    """Samples after which a tar is closed"""
+    """Samples of a tar at most; a small bucket is cut into up to 8 tars, so that several processes share it"""
     workers: int = 2
     """Decoding threads"""
     seed: int = 0

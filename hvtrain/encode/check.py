@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hvtrain.encode.clips import Clip, Rejected, find_clips
 from hvtrain.encode.dataset import Dataset, read_dataset_file
+from hvtrain.encode.frames import normalised
+from hvtrain.encode.places import shown
 from hvtrain.encode.plan import PlannedSample, Probes, plan_clips, without_doubles
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import all_specs, find
@@ -15,6 +18,9 @@ from hvtrain.models.base import Flavor
 from shards.info import size
 
 SHOWN = 20  # unusable clips that are listed
+ENLARGED = 1.5  # times: from here on a warning
+TEXT_TOKENS = 256  # what the encoder reads of a caption
+LETTERS = 4  # of a token of English, about
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class EntryYield:
     samples: int
     frames: int  # of the clips, at the model's rate
     used: int  # of these, in at least one sample
+    short: Mapping[int, int]  # target_frames -> usable clips that are too short for it
 
 
 @dataclass(frozen=True)
@@ -35,17 +42,29 @@ class Report:
     entries: tuple[EntryYield, ...]
     samples: tuple[PlannedSample, ...]
     refused: tuple[Rejected, ...]
+    enlarged: tuple[Enlarged, ...]
+    listed_tokens: int  # of the largest video that the model's authors list
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """A clip whose samples have more pixels than it shows."""
+
+    path: Path
+    times: float  # in length
+    shown: tuple[int, int]  # width, height
+    size: tuple[int, int]
 
 
 def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> Report:
-    """Open every file of the dataset, decode none."""
+    """Open every file of the dataset; of each only the first frame is decoded."""
     names = [s.name for s in all_specs()]
     if model is not None and model not in names:
         raise ConfigError(f"--model: no model '{model}'; {suggest(model, names)}")
     spec = find(model or names[0])
     chosen = spec.flavor(flavor) if flavor else next(iter(spec.flavors.values()))
     probes = Probes(None)
-    entries, samples, refused = [], [], []
+    entries, samples, refused, enlarged = [], [], [], []
     for dataset in read_dataset_file(path):
         clips = find_clips(dataset)
         found = plan_clips(clips, probes, target_fps=chosen.defaults.fps, workers=workers)
@@ -54,8 +73,28 @@ def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> R
         samples += good
         n_frames = sum(_frames(clip, probes) for clip in clips)
         used = sum(len({i for s in rows if isinstance(s, PlannedSample) for i in s.clip.frames}) for rows in found)
-        entries.append(EntryYield(dataset, len(clips), len(good), n_frames, used))
-    return Report(spec.name, chosen, tuple(entries), tuple(without_doubles(samples)), tuple(refused))
+        entries.append(EntryYield(dataset, len(clips), len(good), n_frames, used, _short(dataset, found)))
+        enlarged += [e for rows in found for s in rows[:1] if isinstance(s, PlannedSample) and (e := _enlarged(s, probes))]
+    d, geometry = chosen.defaults, chosen.latent
+    listed = [geometry.shape(frames=d.frames, height=h, width=w) for w, h in (*spec.sizes, (d.width, d.height))]
+    return Report(
+        spec.name, chosen, tuple(entries), tuple(without_doubles(samples)), tuple(refused), tuple(enlarged),
+        max(map(geometry.n_tokens, listed)),
+    )
+
+
+def _short(dataset: Dataset, found: Sequence[Sequence[PlannedSample | Rejected]]) -> dict[int, int]:
+    if dataset.frames.extraction == "full":
+        return {}
+    lengths = [{len(s.clip.frames) for s in rows if isinstance(s, PlannedSample)} for rows in found]
+    counts = {t: sum(bool(made) and t not in made for made in lengths) for t in normalised(dataset.frames.target_frames)}
+    return {t: n for t, n in counts.items() if n}
+
+
+def _enlarged(s: PlannedSample, probes: Probes) -> Enlarged | None:
+    width, height = probes.new[str(s.clip.path.resolve())][1:3]
+    times = max(s.clip.size[0] / width, s.clip.size[1] / height)
+    return Enlarged(s.clip.path, times, (width, height), s.clip.size) if times > ENLARGED else None
 
 
 def _frames(clip: Clip | Rejected, probes: Probes) -> int:
@@ -69,30 +108,56 @@ def lines(report: Report) -> Iterator[str]:
     yield f"as {report.model} {report.flavor.name} sees it ({d.fps} frames a second)"
     for number, e in enumerate(report.entries, start=1):
         share = f", {100 * e.used / e.frames:.0f} % of {e.frames} frames are used" if e.frames else ""
-        yield f"entry {number} ({e.dataset.path}): {e.clips} clips, {e.samples} samples{share}"
+        yield f"entry {number} ({shown(e.dataset.path)}): {n_of(e.clips, 'clip')}, {n_of(e.samples, 'sample')}{share}"
+        for target, n in e.short.items():
+            yield f"  {n_of(n, 'clip')} too short for target_frames {target}, used for the lower ones"
     buckets = Counter(s.bucket for s in report.samples)
     for bucket, n in sorted(buckets.items()):
         repeats = sum(s.repeats for s in report.samples if s.bucket == bucket)
-        shown = f", {repeats} with repeats" if repeats != n else ""
-        yield f"bucket {bucket} (frames x height x width): {n} samples{shown}"
+        more = f", {repeats} with repeats" if repeats != n else ""
+        yield f"bucket {bucket} (frames x height x width): {n_of(n, 'sample')}{more}"
     yield from _sizes(report)
     several = sum(len(s.captions) > 1 for s in report.samples)
-    empty = [s for s in report.samples if not all(s.captions)]
     if several:
-        yield f"{several} samples have several captions; each epoch draws one"
-    if empty:
-        yield f"warning: {len(empty)} samples have an empty caption, first {empty[0].clip.path}"
+        yield f"{n_of(several, 'sample')} with several captions; each epoch draws one"
+    warnings = list(_warnings(report))
+    yield from (f"warning: {w}" for w in warnings)
     if not report.refused:
-        yield "every clip can be used"
+        yield "every clip can be used" + (", but see the warnings" if warnings else "")
         return
-    yield f"{len(report.refused)} clips cannot be used:"
+    yield f"{n_of(len(report.refused), 'clip')} cannot be used:"
     yield from (f"  {r.reason}" for r in report.refused[:SHOWN])
     if len(report.refused) > SHOWN:
         yield f"  and {len(report.refused) - SHOWN} more"
 
 
+def _warnings(report: Report) -> Iterator[str]:
+    empty = [s for s in report.samples if not all(s.captions)]
+    if empty:
+        yield f"{n_of(len(empty), 'sample')} with an empty caption, first {shown(empty[0].clip.path)}"
+    most = TEXT_TOKENS * LETTERS
+    long = [s for s in report.samples if max(map(len, s.captions)) > most]
+    if long:
+        letters = max(len(c) for c in long[0].captions)
+        yield (f"{n_of(len(long), 'sample')} with a caption above {most} letters, first {shown(long[0].clip.path)} ({letters}): "
+               f"the encoder reads {TEXT_TOKENS} tokens, about {most} letters, and cuts the rest off")
+    if report.enlarged:
+        worst = max(report.enlarged, key=lambda e: e.times)
+        (w, h), (width, height) = worst.shown, worst.size
+        yield (f"{n_of(len(report.enlarged), 'clip')} enlarged to more than {ENLARGED} times, most {shown(worst.path)} "
+               f"({w} x {h} to {width} x {height}); lower resolution, or bucket_no_upscale = true")
+    tokens = max((report.flavor.latent.n_tokens(_latent_shape(report, s)) for s in report.samples), default=0)
+    if tokens > 2 * report.listed_tokens:
+        yield (f"{tokens} tokens in the largest sample; the largest video of the model's authors has {report.listed_tokens}: "
+               "lower resolution or target_frames")
+
+
+def n_of(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def _sizes(report: Report) -> Iterator[str]:
-    """Latents exactly, embeddings by a guess at the caption's tokens (four letters each); both bfloat16."""
+    """Latents exactly, embeddings by a guess at the caption's tokens; both bfloat16."""
     latents = text = tokens = 0
     for s in report.samples:
         shape = _latent_shape(report, s)
@@ -103,7 +168,7 @@ def _sizes(report: Report) -> Iterator[str]:
                 if field.column == "text":
                     n = 2
                     for width in field.dims:
-                        n *= width if width is not None else min(256, 8 + len(caption) // 4)
+                        n *= width if width is not None else min(TEXT_TOKENS, 8 + len(caption) // LETTERS)
                     text += n
     if report.samples:
         biggest = max(report.samples, key=lambda s: s.cost)

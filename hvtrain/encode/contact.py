@@ -13,12 +13,14 @@ import numpy as np
 from PIL import Image
 
 from hvtrain.encode.media import read_frames
+from hvtrain.encode.places import shown
 from hvtrain.encode.plan import Picture, PlannedSample
 from hvtrain.errors import DataError
 from shards.atomic import write_text
 
 HEIGHT = 160  # pixels of a thumbnail
 FRAMES = 3  # first, middle, last
+LETTERS = 1000  # of a caption; the encoder reads little more
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>Dataset preview</title>
 <style>body{{font:15px/1.4 system-ui,sans-serif;margin:2rem;max-width:72rem}}figure{{margin:0 0 2rem}}
@@ -44,10 +46,17 @@ def write(samples: Sequence[PlannedSample], output: str | Path, *, n: int, worke
 
 
 def _row(s: PlannedSample) -> str:
-    what = f"{s.clip.path.name}, frames {s.clip.frames[0]} to {s.clip.frames[-1]}, {s.bucket}"
-    captions = "<br>".join(html.escape(c) or "<i>empty caption</i>" for c in s.captions)
+    what = f"{shown(s.clip.path.name)}, frames {s.clip.frames[0]} to {s.clip.frames[-1]}, {s.bucket}"
+    captions = "<br>".join(_caption(c) for c in s.captions)
     pictures = _pictures(s.clip) + "".join(f"<br>control: {_pictures(c)}" for c in s.controls)
     return f"<figure>{pictures}<figcaption>{captions}<br><small>{html.escape(what)}</small></figcaption></figure>"
+
+
+def _caption(text: str) -> str:
+    if not text:
+        return "<i>empty caption</i>"
+    cut = f" <i>… {len(text)} letters</i>" if len(text) > LETTERS else ""
+    return html.escape(text[:LETTERS]) + cut
 
 
 def _pictures(picture: Picture) -> str:

@@ -40,8 +40,10 @@ def _preview(args: argparse.Namespace) -> None:
 
     if args.max < 1:
         raise ConfigError(f"--max {args.max}: expected 1 or more")
+    if not args.output.lower().endswith((".html", ".htm")):
+        raise ConfigError(f"--output {args.output}: expected a page to write, for example preview.html")
     report = check.look(args.dataset, model=args.model, flavor=args.flavor, workers=args.workers)
     n = contact.write(report.samples, args.output, n=args.max, workers=args.workers)
     print(f"{args.output}: {n} of {len(report.samples)} samples")
     if report.refused:
-        print(f"{len(report.refused)} clips cannot be used; `hvtrain data check {args.dataset}` lists them")
+        print(f"{check.n_of(len(report.refused), 'clip')} cannot be used; `hvtrain data check {args.dataset}` lists them")

@@ -1,17 +1,23 @@
 """hvtrain data check and preview; musubi-tuner's caches."""
 
+import base64
+import io
 import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from hvtrain.encode import check, contact
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from shards import open_set
 from shards.verify import verify
+from tests.encode.test_view import corners, quarters, write_clip
 
 
 def hvtrain(*arguments):
@@ -51,6 +57,67 @@ def test_preview_shows_pictures_and_escaped_captions(dataset, tmp_path):
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; wide" in text and "<b>bold" not in text
     done = hvtrain("data", "preview", dataset, "--output", tmp_path / "no/such/page.html")
     assert done.returncode == 2 and "cannot be written" in done.stderr
+    done = hvtrain("data", "preview", dataset, "--output", dataset)  # never over what is no page
+    assert done.returncode == 2 and "expected a page to write" in done.stderr and "[general]" in dataset.read_text()
+
+
+def images(tmp_path, general, *captions, size=(64, 48)):
+    """A dataset of pictures with these captions."""
+    for i, caption in enumerate(captions):
+        Image.new("RGB", size, (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    (tmp_path / "d.toml").write_text(f"[general]\n{general}\n[[datasets]]\nimage_directory = '.'\n")
+    return tmp_path / "d.toml"
+
+
+def checked(dataset):
+    return list(check.lines(check.look(str(dataset), model=None, flavor=None, workers=2)))
+
+
+def test_check_warns_of_enlarged_pictures_and_of_more_tokens_than_any_model_was_made_for(tmp_path):
+    small = checked(images(tmp_path, "resolution = 512", "a", "b"))
+    assert (f"warning: 2 clips enlarged to more than 1.5 times, most {tmp_path}/0.png (64 x 48 to 512 x 512); lower resolution, "
+            "or bucket_no_upscale = true") in small
+    assert small[-1] == "every clip can be used, but see the warnings" and not any("tokens in" in x for x in small)
+    # 8192 / 16 squared; 1280 x 720 x 129 frames are 33 x 45 x 80 tokens.
+    large = checked(images(tmp_path, "resolution = 8192", "a", "b"))
+    assert any(x.startswith("warning: 262144 tokens in the largest sample; the largest video of the model's authors has 118800")
+               for x in large)
+    assert checked(images(tmp_path, "resolution = [96, 64]", "a", "b"))[-1] == "every clip can be used"
+
+
+def test_check_warns_of_captions_that_are_cut_and_preview_shows_their_beginning(tmp_path):
+    dataset = images(tmp_path, "resolution = 64", "r" * 1025, "r" * 1024, "", size=(64, 64))
+    found = checked(dataset)
+    assert (f"warning: 1 sample with a caption above 1024 letters, first {tmp_path}/0.png (1025): the encoder reads 256 tokens, "
+            "about 1024 letters, and cuts the rest off") in found
+    assert f"warning: 1 sample with an empty caption, first {tmp_path}/2.png" in found
+    report = check.look(str(dataset), model=None, flavor=None, workers=2)
+    contact.write(report.samples, tmp_path / "p.html", n=9, workers=1)
+    page = (tmp_path / "p.html").read_text()
+    assert "r" * 1000 + " <i>… 1025 letters</i>" in page and "r" * 1001 not in page
+
+
+def test_clips_too_short_for_a_target_are_counted(tmp_path):
+    dataset = write_clips(ClipsRecipe(output=str(tmp_path / "clips"), n=2, seed=3))  # 9 frames each
+    dataset.write_text(dataset.read_text().replace("[9]", "[5, 9, 33]"))
+    found = checked(dataset)
+    assert "  2 clips too short for target_frames 33, used for the lower ones" in found and found[-1] == "every clip can be used"
+    assert not any("target_frames 9" in line for line in found)
+    dataset.write_text(dataset.read_text().replace("[5, 9, 33]", "[33]"))
+    found = checked(dataset)
+    assert "2 clips cannot be used:" in found and sum("9 frames, target_frames asks for 33 or more" in x for x in found) == 2
+
+
+def test_preview_shows_a_turned_clip_the_right_way_up(tmp_path):
+    write_clip(tmp_path / "a.mp4", [quarters()] * 3, matrix=(0, 1, -1, 0))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "d.toml").write_text("[general]\nresolution = 64\nenable_bucket = true\n[[datasets]]\nvideo_directory = '.'\n")
+    report = check.look(str(tmp_path / "d.toml"), model=None, flavor=None, workers=2)
+    contact.write(report.samples, tmp_path / "p.html", n=9, workers=1)
+    (jpeg,) = re.findall("data:image/jpeg;base64,([^\"]+)", (tmp_path / "p.html").read_text())
+    picture = Image.open(io.BytesIO(base64.b64decode(jpeg)))
+    assert picture.size == (48, 80) and corners(np.asarray(picture)) == "brwg"
 
 
 def caches(folder, *, n=3, short="hv", full="hunyuan_video"):

@@ -20,6 +20,11 @@ from hvtrain.errors import DataError
         (50, FrameRule((1, 25, 26), "head"), [(0, 1), (0, 25)]),
         (24, FrameRule((25,), "head"), []),
         (53, FrameRule((25,), "chunk"), [(0, 25), (25, 25)]),
+        (50, FrameRule((25,), "chunk"), [(0, 25), (25, 25)]),  # the last one fits exactly
+        (49, FrameRule((25,), "chunk"), [(0, 25)]),
+        (35, FrameRule((25,), "slide", stride=10), [(0, 25), (10, 25)]),
+        (27, FrameRule((25,), "uniform", sample=9), [(0, 25), (1, 25), (2, 25)]),
+        (25, FrameRule((25,), "uniform", sample=4), [(0, 25)]),
         (40, FrameRule((25,), "slide", stride=10), [(0, 25), (10, 25)]),
         (40, FrameRule((25,), "uniform", sample=4), [(0, 25), (5, 25), (10, 25), (15, 25)]),
         (40, FrameRule((25,), "uniform", sample=1), [(0, 25)]),
@@ -45,6 +50,9 @@ def test_buckets():
     assert rule.choose(1920, 1080) == (960, 544) and rule.choose(1080, 1920) == (544, 960)
     assert BucketRule((960, 544)).choose(100, 900) == (960, 544)
     assert BucketRule((960, 544), enabled=True, no_upscale=True).choose(333, 250) == (320, 240)
+    # A picture of exactly the area keeps its size too; one of a row more is brought to a bucket.
+    small = BucketRule((160, 80), enabled=True, no_upscale=True)
+    assert small.choose(320, 40) == (320, 32) and small.choose(320, 41) == (256, 48)
 
 
 def test_fit_covers_and_crops_the_middle():

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hvtrain import encode
-from hvtrain.config import EncodeConfig, load
+from hvtrain.config import EncodeConfig, asset, load
 from hvtrain.errors import DataError
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from shards import open_set
@@ -86,6 +87,136 @@ def test_a_killed_run_is_continued(dataset, tmp_path):
     process.wait()
     assert same(whole, contents(run(dataset, tmp_path / "out"))) and list(verify(tmp_path / "out")) == []
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_what_a_stopped_run_wrote_is_found_in_other_tars_and_no_tar_is_left_over(tmp_path, capsys, monkeypatch):
+    """Stopped between the columns there is no manifest: only the journal knows the tars."""
+    dataset = write_clips(ClipsRecipe(output=str(tmp_path / "clips"), n=10, seed=3))
+    out = tmp_path / "out"
+
+    def stopped(job):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(encode._OPENERS, "text", stopped)
+        run(dataset, out)
+    assert len(list(out.glob("latents/*.tar"))) == 5 and not (out / "manifest.json").exists()
+    for name in (".mp4", ".txt"):  # a new first clip: every sample moves to another tar
+        (tmp_path / f"clips/a{name}").write_bytes((tmp_path / f"clips/clip_00004{name}").read_bytes())
+    found = run(dataset, out)
+    assert "latents: 1 encoded, 10 copied, 0 kept; text: 11 encoded" in capsys.readouterr().out
+    named = {tar.path for chunk in found.manifest.chunks for tar in chunk.tars.values()}
+    assert {str(p.relative_to(out)) for p in out.glob("*/*.tar")} == named and list(verify(out)) == []
+
+
+def test_other_bytes_of_the_same_length_are_encoded_again(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    for name, grey in (("a", 40), ("b", 200)):
+        Image.new("RGB", (64, 64), (grey,) * 3).save(tmp_path / f"clips/{name}.bmp")  # always 12,342 bytes
+        (tmp_path / f"clips/{name}.txt").write_text(name)
+    dataset = tmp_path / "d.toml"
+    dataset.write_text("[general]\nresolution = 64\n[[datasets]]\nimage_directory = 'clips'\n")
+    first = contents(run(dataset, tmp_path / "out", "columns=[latents]"))
+    (tmp_path / "clips/a.bmp").write_bytes((tmp_path / "clips/b.bmp").read_bytes())
+    again = contents(run(dataset, tmp_path / "out", "columns=[latents]"))
+    assert "latents: 1 encoded, 0 copied, 1 kept" in capsys.readouterr().out
+    (a, b) = sorted(first)
+    assert not torch.equal(first[a]["latents"], again[a]["latents"]) and torch.equal(first[b]["latents"], again[b]["latents"])
+
+
+def test_a_rerun_with_nothing_to_do_loads_no_model_and_says_so(dataset, tmp_path, capsys, monkeypatch):
+    import dataclasses
+    import shutil
+
+    from hvtrain.models import find
+
+    vae = shutil.copytree(Path(asset("tiny:vae.safetensors")).parent, tmp_path / "assets") / "vae.safetensors"
+    out, spec = tmp_path / "out", find("hunyuan-video")
+    first = contents(run(dataset, out, f"model.vae={vae}"))
+    capsys.readouterr()
+
+    def loads(*arguments, **options):
+        raise AssertionError("a model is loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hvtrain.models.find", lambda name: dataclasses.replace(spec, open_vae=loads, open_text=loads))
+        assert same(first, contents(run(dataset, out, f"model.vae={vae}")))
+        assert "6 samples; nothing to do, all of it was there; latents: 0 encoded" in capsys.readouterr().out
+        # One caption more: text is encoded, the VAE stays where it is.
+        (tmp_path / "clips/clip_00001.txt").write_text("another caption")
+        patch.setattr("hvtrain.models.find", lambda name: dataclasses.replace(spec, open_vae=loads))
+        run(dataset, out, f"model.vae={vae}")
+        assert "6 samples; latents: 0 encoded, 0 copied, 6 kept; text: 1 encoded" in capsys.readouterr().out
+        # A file that was touched may be another one: it is looked into.
+        os.utime(vae, ns=(0, 0))
+        with pytest.raises(AssertionError, match="a model is loaded"):
+            run(dataset, out, f"model.vae={vae}")
+    run(dataset, out, f"model.vae={vae}")
+    assert "nothing to do" in capsys.readouterr().out  # it was the same
+    for lost in (out / "empty_text.safetensors", next(out.glob("text/*.tar"))):
+        lost.unlink()
+        run(dataset, out, f"model.vae={vae}")
+        assert list(verify(out)) == [] and lost.exists()
+
+
+def test_progress_in_a_log_names_the_clip_and_leaves_out_what_was_there(tmp_path, capsys, monkeypatch):
+    from hvtrain.encode import progress
+    from hvtrain.encode.plan import Picture, PlannedSample
+
+    now = iter(range(0, 1000, 10))  # seconds: every look at the clock is 10 later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    sample = PlannedSample("k", Picture(Path("a clip\n.mp4"), "", (0,), (10, 10)), ("c",))
+    meter = progress.Meter(tmp_path, rank=0, world=1, samples=4, cost=4 * sample.cost)
+    meter.column = "latents"
+    meter.advance(sample, False)  # nothing was encoded yet: no rate, no line
+    meter.advance(sample, True)
+    meter.advance(sample, True)
+    assert capsys.readouterr().out.splitlines() == [
+        # one of three in 20 s: two more in 40 s
+        r"2 of 4 (samples x columns) done, at latents, a clip\n.mp4, about 40 s left",
+        r"3 of 4 (samples x columns) done, at latents, a clip\n.mp4, about 15 s left",
+    ]
+
+
+class _Copies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the dtypes of what goes from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device != out.device:
+            self.dtypes.append((args[0].dtype, out.dtype))
+        return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pixels_go_to_the_vae_as_numbers_from_minus_one_to_one_and_to_its_device_as_bytes(device, tmp_path):
+    import types
+
+    from hvtrain.encode.encoders import PixelEncoder
+    from hvtrain.encode.plan import Picture, PlannedSample
+
+    Image.new("RGB", (64, 48), (0, 51, 255)).save(tmp_path / "a.png")
+    seen = []
+
+    def see(video, *, generator):
+        seen.append(video)
+        return torch.zeros(len(generator), 16, 1, 6, 8)
+
+    vae = types.SimpleNamespace(device=torch.device(device), dtype=torch.float32, encode=see)
+    sample = PlannedSample("k", Picture(tmp_path / "a.png", "", (0,), (64, 48)), ("c",))
+    with _Copies() as copies:
+        list(PixelEncoder("latents", vae, torch.float32, 1, 1, 0)([sample]))
+    (video,) = seen
+    assert video.shape == (1, 3, 1, 48, 64) and video.dtype == torch.float32
+    if device == "meta":
+        assert copies.dtypes == [(torch.uint8, torch.uint8)]
+    else:
+        expected = torch.tensor([-1.0, -0.6, 1.0]).view(1, 3, 1, 1, 1).expand_as(video)
+        torch.testing.assert_close(video, expected)
 
 
 def test_refusals(dataset, tmp_path):
