@@ -97,13 +97,13 @@ def check_memory(
         least = least_bytes(batch, flavor, layers, sp=ctx.sp, n_bytes=n_bytes)
         if least <= there:
             continue
-        r = batch[0].request
+        r, name = batch[0].request, batch[0].output.name
         n_tokens = flavor.latent.n_tokens(flavor.latent.shape(frames=r.frames, height=r.height, width=r.width))
         together = f" ({len(batch)} together)" if len(batch) > 1 else ""
         raise ConfigError(
-            f"{batch[0].output.name}: {r.width} x {r.height} x {r.frames} frames{together} are {n_tokens:,} image tokens each, "
-            f"which need at least {_size(least)} besides the weights, {ctx.device} has {_size(there)}: lower width, height or frames, "
-            "or share a video among more processes (parallel.ulysses, parallel.ring)"
+            f"{name}: {r.width} x {r.height} x {r.frames} frames{together} are {n_tokens:,} image tokens each and "
+            f"need at least {_size(least)} besides the weights; {ctx.device} has {_size(there)}. Lower width, height or "
+            "frames, or share a video among more processes (parallel.ulysses, parallel.ring)"
         )
 
 

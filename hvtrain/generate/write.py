@@ -61,7 +61,7 @@ class Writer:
                 if not beside:
                     raise self._too_large(lot, error) from None
                 room = False
-                print(f"{self.ctx.device}: no room for the VAE beside the DiT; videos are decoded after the last step", flush=True)
+                print(f"{self.ctx.device}: no room for the VAE beside the DiT; decoding is left to the end", flush=True)
             self._leave_device()
         self.stop.check()
         return not self.stop.any_peer(not room)

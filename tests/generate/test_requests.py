@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hvtrain.config import GenerateConfig
+from hvtrain.config import GenerateConfig, LoraFileConfig
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate.requests import Job, Request, batches, plan_jobs, read_prompts
 from hvtrain.models import find
@@ -35,6 +38,17 @@ def test_what_is_not_given_is_the_flavors_own() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"shift": 0.0}, "shift is 0"),
         ({"fps": -1}, "fps is -1"),
+        ({"steps": 10_001}, "steps is 10001, expected at most 10000"),
+        ({"fps": 1001}, "fps is 1001, expected at most 1000"),
+        ({"width": 10**400 + 1}, "expected a multiple of 16"),
+        ({"width": 648}, "for example 656"),
+        ({"width": 647}, "for example 640"),
+        ({"shift": math.nan}, "shift is nan, expected a finite number"),
+        ({"shift": math.inf}, "shift is inf"),
+        ({"guidance": math.nan}, "guidance is nan, expected a finite number"),
+        ({"guidance": -math.inf}, "guidance is -inf"),
+        ({"cfg_scale": math.nan}, "cfg_scale is nan"),
+        ({"negative_prompt": "a \udcff"}, "negative_prompt holds what is no text (surrogates not allowed at letter 2)"),
     ],
 )
 def test_impossible_sizes(size: dict, words: str) -> None:
@@ -43,12 +57,52 @@ def test_impossible_sizes(size: dict, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_the_largest_that_is_possible() -> None:
+    r = Request.of(FLAVOR, prompt="", width=160_000, height=16, frames=1, steps=10_000, fps=1000, guidance=-1.0)
+    assert (r.width, r.height, r.frames, r.steps, r.fps, r.guidance) == (160_000, 16, 1, 10_000, 1000, -1.0)
+
+
+def test_a_prompt_that_is_no_text() -> None:
+    with pytest.raises(ConfigError, match="prompt holds what is no text"):
+        Request.of(FLAVOR, prompt="caf\udce9")
+
+
 def test_a_single_prompt(tmp_path: Path) -> None:
     cfg = GenerateConfig(prompt="a cat", output=str(tmp_path / "cat.mp4"), seed=5, steps=10)
     (job,) = plan_jobs(cfg, FLAVOR)
     assert job.output == tmp_path / "cat.mp4" and (job.request.seed, job.request.steps) == (5, 10)
     with pytest.raises(ConfigError, match="ends with .mp4"):
         plan_jobs(GenerateConfig(prompt="a cat", output="folder"), FLAVOR)
+    with pytest.raises(ConfigError, match="ends with .mp4"):
+        plan_jobs(GenerateConfig(prompt="a cat", output="cat.avi"), FLAVOR)
+
+
+def test_one_frame_is_a_picture(tmp_path: Path) -> None:
+    picture = {"prompt": "a cat", "output": "cat.png"}
+    (job,) = plan_jobs(GenerateConfig(**picture, frames=1), FLAVOR)
+    assert job.output == Path("cat.png") and job.request.frames == 1
+    with pytest.raises(ConfigError, match=r"output is cat.png, one picture, but frames is 129: give frames=1, or NAME.mp4"):
+        plan_jobs(GenerateConfig(**picture), FLAVOR)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --f 1\na dog --f 5\n")
+    jobs = plan_jobs(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
+    assert [str(job.output) for job in jobs] == ["out/0000.png", "out/0001.mp4"]
+
+
+def test_a_file_in_a_directory_is_named_by_what_makes_it(tmp_path: Path) -> None:
+    def name(**changes: object) -> str:
+        cfg = GenerateConfig(**{"prompt": "A cat: walks,\nslowly!", "output": f"{tmp_path}/", "frames": 5, **changes})
+        (job,) = plan_jobs(cfg, FLAVOR)
+        assert job.output.parent == tmp_path
+        return job.output.name
+
+    lora = (LoraFileConfig("l.safetensors", 0.5),)
+    names = [name(), name(seed=1), name(guidance=2.0), name(lora=lora), name(prompt="a cat walks slowly"), name(frames=1)]
+    names.append(name(lora=(replace(lora[0], multiplier=0.6),)))
+    assert len(set(names)) == len(names) and name() == names[0]
+    assert re.fullmatch(r"a-cat-walks-slowly-[0-9a-f]{8}\.mp4", names[0]) and names[5].endswith(".png")
+    assert name(output=str(tmp_path)) == names[0]  # it exists
+    assert name(prompt="猫").startswith("video-") and len(name(prompt="word " * 99)) == len("word-" * 8) + len("12345678.mp4")
 
 
 def test_a_prompt_file(tmp_path: Path) -> None:
@@ -85,6 +139,43 @@ def test_a_line_that_asks_for_the_impossible_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_jobs(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
     assert "prompts.txt:2: frames is 10, expected 4n + 1" in str(caught.value)
+
+
+def test_every_option_of_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    line = "a --w 320 --h 176 --f 5 --s 7 --d 3 --g 2.5 --l 4 --fs 3.5 --n not\tthis --n nor this"
+    file.write_text(f"# a comment --w 8\nfirst\n\n{line}\n   # no prompt\nthird--w 5\n")
+    cfg = GenerateConfig(prompt_file=str(file), output="out", seed=7, fps=12, height=160, steps=2)
+    first, second, third = (job.request for job in plan_jobs(cfg, FLAVOR))
+    assert second == Request("a", 320, 176, 5, 12, 7, 3, 3.5, 2.5, 4.0, "nor this")
+    assert (first.seed, third.seed) == (7, 9)  # a line's own place counts, also after one with --d
+    assert (third.prompt, third.width, third.height, third.steps) == ("third--w 5", 1280, 160, 2)
+
+
+def test_numbers_that_are_none_are_named_with_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    for option, words in (("--g nan", "guidance is nan"), ("--fs inf", "shift is inf"), ("--l -inf", "cfg_scale is -inf")):
+        file.write_text(f"a dog\na cat {option}\n")
+        with pytest.raises(ConfigError) as caught:
+            plan_jobs(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
+        assert f"prompts.txt:2: {words}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 640}, {"height": 320}, {"frames": 5}, {"steps": 3}, {"shift": 2.0}, {"guidance": 2.0}, {"cfg_scale": 2.0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_differs_is_not_sampled_together(change: dict) -> None:
+    a = Request.of(FLAVOR, prompt="a", width=320, height=160, frames=9)
+    jobs = [Job(a, Path("a.mp4")), Job(replace(a, **change), Path("b.mp4"))]
+    assert [len(batch) for batch in batches(jobs, 8)] == [1, 1]
+
+
+def test_prompt_seed_and_rate_may_differ_in_a_batch() -> None:
+    a = Request.of(FLAVOR, prompt="a", seed=1, fps=8)
+    b = Request.of(FLAVOR, prompt="b", seed=2, fps=24, negative_prompt="c")
+    assert [len(batch) for batch in batches([Job(r, Path("x")) for r in (a, b)], 8)] == [2]
 
 
 def test_batches_hold_one_layout() -> None:

@@ -96,7 +96,8 @@ def frames_before_the_codec(arguments: list[str]) -> np.ndarray | None:
 def test_sequence_parallel_frames_equal_those_of_one_process(folder: Path) -> None:
     """Exactly, but for values on the edge between two of the 256 levels."""
     (alone,) = run_ranks(1, frames_before_the_codec, overrides(folder, output=folder / "never1.mp4"))
-    first, second = run_ranks(2, frames_before_the_codec, [*overrides(folder, output=folder / "never2.mp4"), "parallel.ulysses=2"])
+    shared = [*overrides(folder, output=folder / "never2.mp4"), "parallel.ulysses=2"]
+    first, second = run_ranks(2, frames_before_the_codec, shared)
     off = np.abs(first.astype(int) - alone)
     assert second is None and off.max() <= 1 and off.mean() < 1e-3
 

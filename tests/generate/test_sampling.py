@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import euler
 from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import sample_latents, stack
+from hvtrain.generate.spool import Kept
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from tests.generate.models import SIZE, random_cond, random_dit, spec_and_flavor
@@ -115,6 +117,41 @@ def test_noise_is_a_function_of_the_seed_alone() -> None:
     assert a.shape == (1, 16, 3, 6, 10) and a.dtype == torch.float32
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.05
     assert a.flatten()[0].item() == pytest.approx(FIRST_NOISE_OF_SEED_11, abs=1e-6)
+
+
+def drift(inp) -> torch.Tensor:
+    """A velocity that is the noise level itself: what is added to the noise is then a sum over the schedule."""
+    return (inp.t / 1000).view(-1, 1, 1, 1, 1).expand_as(inp.x)
+
+
+def test_the_sigmas_are_those_of_the_request() -> None:
+    """With shift s the k-th of n sigmas is s e / (1 + (s - 1) e), e = 1 - k / n."""
+    spec, flavor = spec_and_flavor()
+    for shift in (1.0, 5.0):
+        request = Request.of(flavor, prompt="", steps=4, shift=shift, cfg_scale=1.0, **SIZE)
+        options = {"request": request, "ctx": ParallelContext(), "seeds": [11]}
+        end = sample_latents(drift, spec, flavor, random_cond(3), **options)
+        even = [1, 0.75, 0.5, 0.25, 0]
+        levels = [shift * e / (1 + (shift - 1) * e) for e in even]
+        added = sum((there - here) * here for here, there in pairwise(levels))
+        noise = sample_latents(torch_zeros, spec, flavor, random_cond(3), **options)
+        assert (end - noise).mean().item() == pytest.approx(added, abs=1e-4)
+        assert (end - noise).std().item() < 1e-5
+
+
+def torch_zeros(inp) -> torch.Tensor:
+    return torch.zeros_like(inp.x)
+
+
+def test_a_sampling_goes_on_from_any_step(alone: torch.Tensor) -> None:
+    """Bit for bit, and `on_step` is told of every step with what it has made."""
+    seen: list[tuple[int, torch.Tensor]] = []
+    whole = sample(on_step=lambda n, x: seen.append((n, x.clone())))
+    assert torch.equal(whole, alone) and [n for n, _ in seen] == [1, 2, 3, 4]
+    assert torch.equal(seen[-1][1], whole) and not torch.equal(seen[1][1], seen[2][1])
+    later: list[int] = []
+    rest = sample(begin=Kept(seen[1][1], 2), on_step=lambda n, x: later.append(n))
+    assert torch.equal(rest, whole) and later == [3, 4]
 
 
 FIRST_NOISE_OF_SEED_11 = -0.7473927736282349  # a change of this number changes the video of every seed

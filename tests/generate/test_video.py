@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from hvtrain.errors import DataError
-from hvtrain.generate.video import read_metadata, write_mp4
+from hvtrain.generate.video import read_metadata, write_mp4, write_png
 
 
 def bars(frames: int = 9, height: int = 64, width: int = 96) -> np.ndarray:
@@ -68,3 +72,39 @@ def test_a_file_without_parameters(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match="no generation parameters"):
         read_metadata(tmp_path / "a.mp4")
+
+
+def test_a_picture_is_exact_and_holds_its_parameters(tmp_path: Path) -> None:
+    image, path = bars(1)[0], tmp_path / "new" / "a.png"
+    write_png(path, image, metadata={"prompt": 'a "cät"\n猫', "seed": 3})
+    with Image.open(path) as found:
+        assert found.format == "PNG" and np.array_equal(np.asarray(found), image)
+    assert read_metadata(path) == {"prompt": 'a "cät"\n猫', "seed": 3}
+    Image.fromarray(image).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match="no generation parameters"):
+        read_metadata(tmp_path / "b.png")
+
+
+@contextmanager
+def no_file_above(n_bytes: int) -> Iterator[None]:
+    """A disk that is full, as far as this process sees."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
+    (tmp_path / "a.mp4").write_bytes(b"old")
+    with no_file_above(2000):
+        with pytest.raises(DataError, match=r"a\.mp4 cannot be written \(File too large\)"):
+            write_mp4(tmp_path / "a.mp4", noise, fps=8, metadata={})
+        with pytest.raises(DataError, match=r"a\.png cannot be written \(File too large\)"):
+            write_png(tmp_path / "a.png", noise[0], metadata={})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        write_mp4(tmp_path / "file" / "a.mp4", noise, fps=8, metadata={})
