@@ -41,7 +41,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
     run, optim, flow = cfg.run, cfg.optim, cfg.flow
     for key, value in {
         "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
-        "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.alpha": cfg.adapter.alpha,
+        "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.rank": cfg.adapter.rank,
+        "adapter.alpha": cfg.adapter.alpha,
         "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
     }.items():
         if value is not None and not value > 0:
