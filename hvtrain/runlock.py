@@ -48,8 +48,8 @@ class Holder:
     token: str  # tells two holders apart whatever the rest says
 
     @classmethod
-    def me(cls) -> Holder:
-        return cls(socket.gethostname(), os.getpid(), time.time(), os.environ.get("SLURM_JOB_ID", ""), secrets.token_hex(8))
+    def me(cls, job: str = "") -> Holder:
+        return cls(socket.gethostname(), os.getpid(), time.time(), job, secrets.token_hex(8))
 
     def describe(self) -> str:
         since = datetime.fromtimestamp(self.since).isoformat(" ", "seconds")
@@ -57,17 +57,18 @@ class Holder:
 
 
 class RunLock:
-    """Holds `folder` from `acquire` to `release`, or to the end of the process."""
+    """Holds `folder` from `acquire` to `release`, or to the end of the process. `key` is the option that names the folder,
+    `job` the Slurm job that asks."""
 
-    def __init__(self, folder: str | Path, key: str = "run.output_dir") -> None:
-        self.path, self.key = Path(folder) / NAME, key
+    def __init__(self, folder: str | Path, *, key: str = "run.output_dir", job: str = "") -> None:
+        self.path, self.key, self.job = Path(folder) / NAME, key, job
         self._me: Holder | None = None
         self._handle: int | None = None
         self._end = threading.Event()
         self._beating: threading.Thread | None = None
         self._taken_by: Holder | None = None
 
-    def acquire(self, wait_s: float = WAIT_S) -> RunLock:
+    def acquire(self, wait_s: float) -> RunLock:
         """Raises Busy, naming the holder, when it is still held after `wait_s`."""
         deadline, told = time.monotonic() + wait_s, False
         while not self._try():
@@ -135,7 +136,7 @@ class RunLock:
         decided = kernel is True and (before is None or before.host == socket.gethostname())
         if not decided and before is not None and _moves(self.path):
             return False
-        me = Holder.me()
+        me = Holder.me(self.job)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)
         os.fsync(handle)
@@ -165,12 +166,6 @@ class RunLock:
         found = _read(self.path)
         if found is not None and self._me is not None and found.token != self._me.token:
             self._taken_by = found
-
-
-def wait_s() -> float:
-    """How long a run waits for the one before: longer if Slurm or a launcher has started it again."""
-    again = any(os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    return REQUEUED_WAIT_S if again else WAIT_S
 
 
 def _flock(handle: int) -> bool | None:

@@ -15,8 +15,10 @@ from hvtrain.errors import ConfigError
 def check_train(cfg: TrainConfig) -> None:
     run = cfg.run
     _required(run.output_dir, "run.output_dir", "a directory for this run")
-    if not run.name or Path(run.name).name != run.name:
-        raise ConfigError(f"run.name is '{run.name}', expected the name of a file without a directory, as in my-lora")
+    if not run.name.isprintable() or not run.name or Path(run.name).name != run.name or len(run.name.encode()) > 200:
+        raise ConfigError(f"run.name is {run.name[:200]!r}, expected the name of a file without a directory, as in my-lora")
+    if "\0" in run.output_dir:
+        raise ConfigError(f"run.output_dir is {run.output_dir!r}, expected a path")
     if not cfg.data.shards:
         raise ConfigError("data.shards is empty: give the shard sets that `hvtrain encode` wrote")
     for path in cfg.data.shards:
@@ -41,8 +43,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
     run, optim, flow = cfg.run, cfg.optim, cfg.flow
     for key, value in {
         "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
-        "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.alpha": cfg.adapter.alpha,
-        "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
+        "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.rank": cfg.adapter.rank,
+        "adapter.alpha": cfg.adapter.alpha, "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
     }.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}, expected more than 0")
@@ -209,7 +211,11 @@ def _required(value: str, key: str, what: str) -> None:
 
 
 def _exists(path: str, key: str) -> None:
-    if not Path(asset(path)).exists():
+    try:
+        there = Path(asset(path)).exists()
+    except OSError as error:
+        raise ConfigError(f"{key}: {path[:100]} cannot be looked at ({error.strerror})") from None
+    if not there:
         raise ConfigError(f"{key}: {path} does not exist")
 
 

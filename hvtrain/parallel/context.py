@@ -39,6 +39,8 @@ class ParallelContext:
     ring_group: dist.ProcessGroup | None = None
     sp_group: dist.ProcessGroup | None = None
     restarts: int = 0  # how often this job's processes were started anew (torchrun, hvtrain launch --max-restarts)
+    job: str = ""  # of Slurm
+    requeues: int = 0  # how often Slurm started that job again
 
     @property
     def sp(self) -> int:
@@ -125,6 +127,8 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
         ring_group=_my_group(grid.transpose(1, 2).reshape(-1, ring), rank),
         sp_group=_my_group(grid.reshape(-1, sp), rank),
         restarts=_env_int("TORCHELASTIC_RESTART_COUNT", 0),
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        requeues=_env_int("SLURM_RESTART_COUNT", 0),
     )
 
 

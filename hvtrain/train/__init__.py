@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
@@ -27,7 +26,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     try:
         lock, found = take(cfg, ctx, prepared)
     except Busy as error:
-        if os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
+        if not ctx.requeues:
             raise
         # Slurm started this job again while its first life goes on (on a node that was lost): it ends, and then we may.
         if ctx.is_main:

@@ -67,7 +67,7 @@ def train(
 ) -> bool:
     """Run from `start` to cadence.steps. True: finished; False: stopped early by a signal, with everything saved."""
     progress, bad_in_a_row = start, 0
-    with StopFlag(folder) as stop:
+    with StopFlag(folder, show=ctx.is_main) as stop:
         while progress.step < cadence.steps:
             report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
             before, progress = progress, report.progress  # the same on all ranks

@@ -76,7 +76,7 @@ def take(cfg: TrainConfig, ctx: ParallelContext, prepared: Prepared) -> tuple[Ru
         if not ctx.is_main:
             return
         own = identity(cfg, prepared.fingerprint, prepared.plan, prepared.sets)
-        lock = claim(cfg, own, say)
+        lock = claim(cfg, own, ctx, say)
         try:
             found = checkpoint.newest_sound(Path(cfg.run.output_dir) / "checkpoints", say)
         except BaseException:

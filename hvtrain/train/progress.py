@@ -15,7 +15,7 @@ class ProgressLine:
     def __init__(self, total: int, *, start: int, show: bool) -> None:
         self.total, self.show, self.bar, self.last = total, show, None, 0.0
         self.begun, self.start = time.monotonic(), start
-        self.mean: float | None = None
+        self.sum, self.weight = 0.0, 0.0  # of the losses so far, the newest counting most
         if show and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,9 +30,9 @@ class ProgressLine:
         if not self.show:
             return
         if math.isfinite(loss):  # one bad step must not hide all later ones
-            self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
-        shown = f"{self.mean:.4f}" if self.mean is not None else f"{loss:g}"
-        text = f"loss {shown}  lr {lr:.2e}  {seconds:.2f} s/step"
+            self.sum, self.weight = 0.95 * self.sum + loss, 0.95 * self.weight + 1.0
+        average = f" (average {self.sum / self.weight:.4f})" if self.weight else ""
+        text = f"loss {loss:.4f}{average}  lr {lr:.2e}  {seconds:.2f} s/step"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
         elif time.monotonic() - self.last >= PLAIN_EVERY_S or step == self.total:

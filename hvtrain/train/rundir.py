@@ -13,6 +13,7 @@ from hvtrain import runlock
 from hvtrain.config import TrainConfig, dump, to_dict
 from hvtrain.configload import read_yaml
 from hvtrain.errors import ConfigError
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.runlock import RunLock
 from shards.atomic import write_text
 from shards.remote import shown
@@ -26,7 +27,7 @@ _LISTS = {
 _MAY_DIFFER = ("run.output_dir", "run.resume")  # not worth a word
 
 
-def claim(cfg: TrainConfig, identity: Mapping[str, object], say: Callable[[str], None]) -> RunLock:
+def claim(cfg: TrainConfig, identity: Mapping[str, object], ctx: ParallelContext, say: Callable[[str], None]) -> RunLock:
     """Make run.output_dir this run's, held until the lock is released. For one rank only.
 
     Raises ConfigError where it holds another run or files that no run wrote, and Busy where another process trains in it.
@@ -36,7 +37,8 @@ def claim(cfg: TrainConfig, identity: Mapping[str, object], say: Callable[[str],
     try:
         output.mkdir(parents=True, exist_ok=True)
         _no_strangers(output)
-        lock = RunLock(output).acquire(runlock.wait_s())
+        again = ctx.requeues or ctx.restarts
+        lock = RunLock(output, job=ctx.job).acquire(runlock.REQUEUED_WAIT_S if again else runlock.WAIT_S)
     except OSError as error:
         raise ConfigError(f"run.output_dir: {output} cannot be made a directory to write in ({error.strerror})") from None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -16,14 +17,16 @@ SAVE, QUIT = "save", "quit"  # files that a user may touch in the run's director
 
 
 class StopFlag:
-    """Catches SIGTERM and SIGUSR1 while it is entered, and looks for the files `save` and `quit` in `folder`."""
+    """Catches SIGTERM, SIGUSR1 and the first Ctrl-C while it is entered, and looks for the files `save` and `quit` in `folder`.
+    A second Ctrl-C is a KeyboardInterrupt, as ever."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.raised, self.folder = arrived(), folder
+    def __init__(self, folder: Path | None = None, *, show: bool = False) -> None:
+        self.raised, self.folder, self.show = arrived(), folder, show
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopFlag:
         self._before = {number: signal.signal(number, self._raise) for number in SIGNALS}
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -32,6 +35,12 @@ class StopFlag:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.show:  # not print: it may be what was interrupted
+            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
     def agreed(self, ctx: ParallelContext) -> bool:
         """Whether any rank was signalled, or the file `quit` is there; the same answer everywhere. Collective."""

@@ -117,14 +117,6 @@ def test_one_that_stood_still_writes_nothing_more(tmp_path, monkeypatch):
     assert json.loads((tmp_path / ".lock").read_text())["token"] == taken.token  # not ours to remove
 
 
-def test_a_requeued_start_waits_longer(monkeypatch):
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    assert runlock.wait_s() == runlock.WAIT_S
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert runlock.wait_s() == runlock.REQUEUED_WAIT_S
-
-
 def test_a_second_training_is_refused_and_harms_nothing(tmp_path, monkeypatch):
     shards, run = make_shards(tmp_path / "shards"), tmp_path / "run"
     monkeypatch.setattr(runlock, "WAIT_S", 0.2)
@@ -137,9 +129,12 @@ def test_a_second_training_is_refused_and_harms_nothing(tmp_path, monkeypatch):
         (run / ".lock").touch()
         assert sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir() if p.name != ".lock") == before
         # A job that Slurm has started again must not end as failed: it comes back until the other is gone.
-        monkeypatch.setattr(runlock, "REQUEUED_WAIT_S", 0.2)
+        monkeypatch.setattr(runlock, "REQUEUED_WAIT_S", 0.3)
+        waits = []
+        acquire = RunLock.acquire
+        monkeypatch.setattr(RunLock, "acquire", lambda self, wait_s: (waits.append(wait_s), acquire(self, wait_s))[1])
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert train.run(config(shards, run, "run.steps=4")) == 75
+        assert train.run(config(shards, run, "run.steps=4")) == 75 and waits == [0.3]
     assert train.run(config(shards, run, "run.steps=4")) == 0
 
 
