@@ -217,6 +217,9 @@ def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.de
                 f"start one process per GPU (--nproc {max(1, n_gpus)}), or set {DEVICE}=cpu to compute on the CPU"
             )
         place = torch.device("cuda", place.index if place.index is not None else local_rank)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            # Read when the GPU is first used. Every text length makes blocks of other sizes: without, gaps fill the memory.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(place)
     return place
 

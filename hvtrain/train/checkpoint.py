@@ -74,7 +74,7 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int, results: Iterable[Pa
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     flat = {
-        f"{name}{_SEPARATOR}{key}": value.clone()  # scalars may be one tensor for all; the format wants each its own
+        f"{name}{_SEPARATOR}{key}": value if value.ndim else value.clone()  # a scalar may be one tensor for all
         for name, state in snapshot.optimizer.items()
         for key, value in state.items()
     }

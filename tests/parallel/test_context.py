@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ import torch
 from hvtrain.errors import LaunchError
 from hvtrain.parallel.context import DEVICE, ParallelContext, start
 
-ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", DEVICE, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", DEVICE, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "WORLD_SIZE", "RANK", "LOCAL_RANK",
+               "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # fmt: skip
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     """`machine(sees=, has=)`: so many GPUs for PyTorch, and for the operating system. Returns which were taken."""
     for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back, also if it was not there and is set by what is tested
+        monkeypatch.delenv(name)
     taken: list[torch.device] = []
 
     def make(*, sees: int, has: int | None = None, complains: str = "") -> list[torch.device]:
@@ -42,6 +45,21 @@ def test_one_gpu_is_taken(machine):
     taken = machine(sees=1)
     ctx = start()
     assert ctx.device == torch.device("cuda", 0) and taken == [ctx.device] and ctx.device_name == "NVIDIA H100"
+
+
+def test_a_gpu_s_memory_is_in_segments_that_grow_unless_the_user_says_otherwise(machine, monkeypatch):
+    machine(sees=1)
+    start(device="cpu")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    start()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    start()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    start()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_each_of_eight_processes_takes_its_own(machine, monkeypatch):

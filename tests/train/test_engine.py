@@ -201,6 +201,18 @@ def test_what_makes_no_sense_is_refused(cfg, message):
         check_engine(cfg)
 
 
+@pytest.mark.parametrize("home", [None, "no/such/folder"])
+def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, monkeypatch):
+    """DeepSpeed would die of it after the model is loaded, with a traceback that names no reason."""
+    cfg = EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+    check_engine(cfg)  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=f"nvme needs a CUDA toolkit .* CUDA_HOME is {home}; install the toolkit .* or use cpu"):
+        check_engine(cfg)
+    check_engine(EngineConfig(stage=3, offload_optimizer="cpu"))
+
+
 def test_what_makes_sense_is_not():
     for cfg in (
         PLAIN, EngineConfig(), EngineConfig(stage=0, bucket_mb=0.1), EngineConfig(stage=1, offload_optimizer="cpu"),
