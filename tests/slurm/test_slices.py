@@ -92,8 +92,8 @@ def test_the_last_error_is_shown(run):
     assert standing.standing(run, plan, 1, slurm.Queue()).note == "error: x is wrong; mend it"
 
 
-@pytest.mark.parametrize(("code", "word"), [(None, "unknown"), (75, "unknown"), (2, "failed"), (137, "failed")])
-def test_a_silent_scheduler_leaves_a_job_unknown_unless_it_said_how_it_ended(run, code, word):
+@pytest.mark.parametrize(("code", "word"), [(None, "unknown"), (75, "unknown"), (137, "unknown"), (2, "failed"), (0, "failed")])
+def test_a_silent_scheduler_leaves_a_job_unknown_unless_it_said_that_it_is_over(run, code, word):
     plan = a_run(run, n=1)
     stands(run, "01", "7_1", code=code)
     found = standing.standing(run, plan, 1, slurm.Queue(silent="no route"))
