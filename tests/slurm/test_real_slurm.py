@@ -192,8 +192,10 @@ def test_cancelling_is_told_as_it_is(cluster, sliced, tmp_path):
     found = words(cluster, run)
     assert "cancelled" in found["01"] and "running" in found["02"]
     assert "cancelled: " in hvtrain(cluster, "slices", "cancel", run).stdout
-    cluster.wait(json.loads((run / "state/02.json").read_text())["jobs"][-1], "CANCELLED")  # Slurm drops the pending ones
-    assert {line.split()[1] for line in words(cluster, run).values()} == {"cancelled"}
+    end = time.monotonic() + 90
+    while {line.split()[1] for line in (found := words(cluster, run)).values()} != {"cancelled"}:  # Slurm drops the pending ones
+        assert time.monotonic() < end and "running" in str(found), found  # those that ran save first
+        time.sleep(1)
     cluster.run("scancel", "--user=root")
 
 
