@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = {"dit": "dit.safetensors", "vae": "vae.safetensors", "llm": "llm", "clip": "clip"}
 TRAIN = [
     "model.dit=tiny:dit.safetensors", "model.dtype=float32", "data.batch_size=2", "adapter.rank=4", "adapter.alpha=4",
     "run.precision=fp32", "run.recompute=none", "optim.lr=1e-3", "zero.engine=torch",
@@ -117,6 +118,27 @@ def test_a_process_that_is_killed_starts_again_in_a_job_with_odd_names(cluster, 
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
     assert "exit code 137: starting again (1 of 3)" in log.read_text() and log.read_text().count("steps 0 to 60") == 1
     assert "Restarts=0" in cluster.out("scontrol", "show", "job", job) and not list(cluster.root.glob("pwned*"))
+
+
+def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, site, tmp_path):
+    prompts, output, log = tmp_path / "prompts.txt", tmp_path / "videos", tmp_path / "job.log"
+    prompts.write_text("".join(f"a red circle moves left {i}\n" for i in range(6)))
+    parts = [f"model.{part}=tiny:{file}" for part, file in MODEL.items()]
+    config = [*parts, "model.dtype=float32", "model.vae_dtype=float32", "precision=fp32", "width=80", "height=48", "frames=9"]
+    done = hvtrain(
+        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "generate", *config, "steps=300",
+        f"prompt_file={prompts}", f"output={output}",
+    )
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    end = time.monotonic() + 200
+    while not (first := sorted(output.glob("*.mp4"))):
+        assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+    made = first[0].stat().st_mtime_ns
+    cluster.run("scancel", "--signal=USR1", job)  # to the steps, not to the script: as --signal does before the limit
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
+    assert "Restarts=1" in cluster.out("scontrol", "show", "job", job) and "starting again" not in log.read_text()
+    assert len(list(output.glob("*.mp4"))) == 6 and first[0].stat().st_mtime_ns == made
 
 
 @pytest.fixture
