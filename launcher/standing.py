@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.report import REQUEUE
+from launcher.report import REQUEUE, USER_ERROR
 from launcher.slices import MERGE, Slices, State, alive, amiss, cancelled, load_state, result
 from launcher.slurm import Queue
 
@@ -59,7 +59,7 @@ def _of_job(run: Path, name: str, state: State, queue: Queue, wrong: str) -> Sta
     """By the newest attempt; `wrong`: what its result lacks."""
     job = state.jobs[-1] if state.jobs else ""
     local = ":" in job
-    if job and not local and queue.silent and state.code in (None, REQUEUE):
+    if job and not local and queue.silent and state.code not in (0, USER_ERROR):  # after another code its script may start again
         return Standing(name, "unknown", note=f"the scheduler does not answer: {queue.silent}")
     said = ("RUNNING" if alive(job) else "") if local else _said(queue, job, state)
     word = said.split(" ")[0]

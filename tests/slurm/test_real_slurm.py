@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = {"dit": "dit.safetensors", "vae": "vae.safetensors", "llm": "llm", "clip": "clip"}
 TRAIN = [
     "model.dit=tiny:dit.safetensors", "model.dtype=float32", "data.batch_size=2", "adapter.rank=4", "adapter.alpha=4",
     "run.precision=fp32", "run.recompute=none", "optim.lr=1e-3", "zero.engine=torch",
@@ -119,6 +120,27 @@ def test_a_process_that_is_killed_starts_again_in_a_job_with_odd_names(cluster, 
     assert "Restarts=0" in cluster.out("scontrol", "show", "job", job) and not list(cluster.root.glob("pwned*"))
 
 
+def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, site, tmp_path):
+    prompts, output, log = tmp_path / "prompts.txt", tmp_path / "videos", tmp_path / "job.log"
+    prompts.write_text("".join(f"a red circle moves left {i}\n" for i in range(6)))
+    parts = [f"model.{part}=tiny:{file}" for part, file in MODEL.items()]
+    config = [*parts, "model.dtype=float32", "model.vae_dtype=float32", "precision=fp32", "width=80", "height=48", "frames=9"]
+    done = hvtrain(
+        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "generate", *config, "steps=300",
+        f"prompt_file={prompts}", f"output={output}",
+    )
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    end = time.monotonic() + 200
+    while not (first := sorted(output.glob("*.mp4"))):
+        assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+    made = first[0].stat().st_mtime_ns
+    cluster.run("scancel", "--signal=USR1", job)  # to the steps, not to the script: as --signal does before the limit
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
+    assert "Restarts=1" in cluster.out("scontrol", "show", "job", job) and "starting again" not in log.read_text()
+    assert len(list(output.glob("*.mp4"))) == 6 and first[0].stat().st_mtime_ns == made
+
+
 @pytest.fixture
 def sliced(cluster, shards, site, tmp_path):
     """A plan of four slices with a part of the data each, and the command that runs them."""
@@ -168,9 +190,12 @@ def test_a_failed_slice_holds_the_merge_until_it_is_retried(cluster, sliced, tmp
     assert cluster.wait(array, "FAILED", "COMPLETED") == "FAILED"
     for n in ("01", "02", "04"):
         cluster.wait(json.loads((run / f"state/{n}.json").read_text())["jobs"][-1], "COMPLETED")
-    found = words(cluster, run)
+    end = time.monotonic() + 60
+    while "blocked" not in (found := words(cluster, run))["merge"]:  # Slurm notices it in its next round
+        assert time.monotonic() < end and "queued" in found["merge"], found
+        time.sleep(1)
     assert "failed" in found["03"] and "damaged manifest" in found["03"] and "done" in found["04"]
-    assert found["merge"].split()[1] == "blocked" and not (run / "merge").exists()
+    assert not (run / "merge").exists()
     (part / "manifest.json").write_text(sound)
     assert "slices 3, 2 at a time" in hvtrain(cluster, "slices", "retry", run).stdout
     assert cluster.wait(merge_job(run), "COMPLETED", "FAILED") == "COMPLETED"
@@ -189,8 +214,11 @@ def test_cancelling_is_told_as_it_is(cluster, sliced, tmp_path):
     found = words(cluster, run)
     assert "cancelled" in found["01"] and "running" in found["02"]
     assert "cancelled: " in hvtrain(cluster, "slices", "cancel", run).stdout
-    cluster.wait(json.loads((run / "state/02.json").read_text())["jobs"][-1], "CANCELLED")  # Slurm drops the pending ones
-    assert {line.split()[1] for line in words(cluster, run).values()} == {"cancelled"}
+    end = time.monotonic() + 90
+    while "running" in str(found := words(cluster, run)):  # they save first
+        assert time.monotonic() < end, found
+        time.sleep(1)
+    assert {line.split()[1] for line in found.values()} == {"cancelled"}  # also those that Slurm has dropped while pending
     cluster.run("scancel", "--user=root")
 
 

@@ -185,7 +185,7 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
     done = hvtrain("slices", "retry", run)
     assert done.returncode == 0 and "slice 2: done" in done.stdout and "slice 1" not in done.stdout, done.stderr
     assert (run / "merge/merged-lora.safetensors").is_file()
-    assert "nothing to do" in hvtrain(*start, "--at-once", 2).stdout
+    assert "nothing to start" in hvtrain(*start, "--at-once", 2).stdout
     done = hvtrain(*start, "--at-once", 1)
     assert done.returncode == 2 and "another sliced run" in done.stderr
 

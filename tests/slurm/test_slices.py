@@ -92,8 +92,8 @@ def test_the_last_error_is_shown(run):
     assert standing.standing(run, plan, 1, slurm.Queue()).note == "error: x is wrong; mend it"
 
 
-@pytest.mark.parametrize(("code", "word"), [(None, "unknown"), (75, "unknown"), (2, "failed"), (137, "failed")])
-def test_a_silent_scheduler_leaves_a_job_unknown_unless_it_said_how_it_ended(run, code, word):
+@pytest.mark.parametrize(("code", "word"), [(None, "unknown"), (75, "unknown"), (137, "unknown"), (2, "failed"), (0, "failed")])
+def test_a_silent_scheduler_leaves_a_job_unknown_unless_it_said_that_it_is_over(run, code, word):
     plan = a_run(run, n=1)
     stands(run, "01", "7_1", code=code)
     found = standing.standing(run, plan, 1, slurm.Queue(silent="no route"))
@@ -572,3 +572,33 @@ def test_the_merge_is_noted(run, monkeypatch):
     assert backends.run_merge(run, plan) == 3
     assert seen == [["merge", *plan.merge]] and slices.load_state(run, "merge").code == 3
     assert slices.load_state(run, "merge").jobs == ["85"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "says"),
+    [
+        ("a\ntouch pwned\n#", [], "line break"), ("run", ["--time", "1\ntouch pwned"], "--time"), ("a\\b", [], "backslash"),
+        ("run", ["--max-restarts", "-1"], "expected 0 or more"), ("run", ["--site", "gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_what_cannot_be_a_job_is_refused_before_anything_is_written(fake, tmp_path, capsys, monkeypatch, output, more, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 2}))
+    for part in ("01", "02"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+    given = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", "parts", "--backend", "slurm"]
+    code, said = hvtrain(capsys, "run", *given, "--output", output, *more)
+    assert code == 2 and says in said, said
+    assert not fake.scripts() and not (tmp_path / output).exists() and not (tmp_path / "pwned").exists()
+    assert hvtrain(capsys, "run", *given, "--output", "a b", "--site", site(tmp_path))[0] == 0
+    found = slices.load_slices(tmp_path / "a b")
+    assert (found.site, found.max_restarts, found.at_once) == (str(tmp_path / "site.yaml"), 3, 1)
+    assert slices.load_state(tmp_path / "a b", "02").jobs == ["101_2"] and options(fake.scripts()[0])["--partition"] == "p"
+
+
+def site(folder: Path) -> str:
+    (folder / "site.yaml").write_text("partition: p\n")
+    return "site.yaml"
