@@ -51,7 +51,7 @@ PICKS = [753, 323, 877]
 def by_hand(groups, batch_size, seed, epoch):
     batches = []
     for bucket in sorted(groups):
-        members = sorted(groups[bucket], key=lambda i: splitmix((i + salt(seed, epoch, "samples")) & MASK))
+        members = sorted(groups[bucket].tolist(), key=lambda i: splitmix((i + salt(seed, epoch, "samples")) & MASK))
         batches += [tuple(members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
     places = sorted(range(len(batches)), key=lambda i: splitmix((i + salt(seed, epoch, "batches")) & MASK))
     return [batches[i] for i in places]
