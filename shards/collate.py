@@ -13,7 +13,7 @@ from shards.errors import ShardError
 from shards.order import pick
 from shards.reader import Sample
 
-VARIANT = re.compile(r"(.+)\.(\d+)")  # text.1 is the second caption's `text`
+VARIANT = re.compile(r"(.+)\.([0-9]{1,4})")  # text.1 is the second caption's `text`
 
 
 def choose_caption(sample: Sample, *, seed: int, epoch: int, index: int) -> Sample:
@@ -40,18 +40,23 @@ def collate(samples: Sequence[Sample], *, pin: bool = False) -> dict[str, Tensor
     batch: dict[str, Tensor] = {}
     for name in names:
         values = [_field(sample, name) for sample in samples]
+        _alike(name, samples, [str(v.dtype).removeprefix("torch.") for v in values], "dtypes")
         if name in RAGGED:
+            _alike(name, samples, ["x".join(["any", *map(str, v.shape[1:])]) if v.ndim else "none" for v in values], "shapes")
             batch |= RAGGED[name](name, values, pin)
             continue
-        shapes = {tuple(v.shape) for v in values}
-        if len(shapes) > 1:
-            keys = ", ".join(s.key for s in samples)
-            raise ShardError(f"samples {keys}: '{name}' has shapes {sorted(shapes)} in one bucket")
+        _alike(name, samples, [tuple(v.shape) for v in values], "shapes")
         out = empty((len(values), *values[0].shape), values[0].dtype, pin=pin)
         for row, value in zip(out, values, strict=True):
             row.copy_(value)
         batch[name] = out
     return batch
+
+
+def _alike(name: str, samples: Sequence[Sample], seen: Sequence[object], what: str) -> None:
+    if len(set(seen)) > 1 or "none" in seen:
+        keys = ", ".join(s.key for s in samples)
+        raise ShardError(f"samples {keys}: '{name}' has {what} {', '.join(sorted(map(str, set(seen))))} in one bucket")
 
 
 def _field(sample: Sample, name: str) -> Tensor:

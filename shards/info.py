@@ -24,7 +24,8 @@ def lines(found: ShardSet) -> Iterator[str]:
     for name, tensor in sample.tensors.items():
         yield f"field {name}: {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in {sample.key}"
     if "caption" in sample.meta:
-        yield f"caption of {sample.key}: {sample.meta['caption']}"
+        words = "".join(c if c.isprintable() else " " for c in str(sample.meta["caption"]))  # nothing that steers a terminal
+        yield f"caption of {sample.key}: {words}"
 
 
 def size(n_bytes: float) -> str:

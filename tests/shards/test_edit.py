@@ -53,7 +53,9 @@ def test_split_by_caption_and_rest(tmp_path):
 
 
 def test_a_folder_is_one_part_by_whatever_name(tmp_path):
-    names = ["/data/ds/jl/a.mp4", "ds/jl/b.mp4", "./ds/jl/c.mp4", "/data/ds/../ds/jl/d.mp4", "jl/e.mp4", "/data/other/f.mp4", "g.mp4"]
+    names = [
+        "/data/ds/jl/a.mp4", "ds/jl/b.mp4", "./ds/jl/c.mp4", "/data/ds/../ds/jl/d.mp4", "jl/e.mp4", "/data/other/f.mp4", "g.mp4",
+    ]
     keys = [name[-5] for name in names]
     rows = [(k, {"latents": torch.ones(1, 1, 2, 2)}, {"source": name}) for k, name in zip(keys, names)]
     tar = write_tar(tmp_path / "whole", "latents/0.tar", rows)
