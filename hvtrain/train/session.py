@@ -161,13 +161,12 @@ class Session:
         return finished
 
     def _finish(self, found: Path) -> None:
-        """There is nothing to train; but what the run was for must be there."""
+        """There is nothing to train, but what the run was for is not there as it was written."""
         made = on_all(self.ctx, lambda: self.files.mend_results(found) if self.ctx.is_main else [])
         self.files.background.close()
         self.metrics.close()
         self._say(
-            f"{self.output} is at step {self.start.step} of {self.steps}: "
-            + (f"made again from its checkpoint: {', '.join(made)}" if made else "nothing to do")
+            f"{self.output} is at step {self.start.step} of {self.steps}: made again from its checkpoint: {', '.join(made)}"
         )
 
     def _say(self, text: str) -> None:
