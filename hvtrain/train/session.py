@@ -156,8 +156,10 @@ class Session:
             self.line.close()
             self.metrics.close()
         if self.ctx.is_main:
-            end = "done" if finished else "stopped on request; start again to continue"
-            print(f"{end}: {self.output / c.run.name}.safetensors", flush=True)
+            end = f"done: {self.files.results[0]}" if finished else (
+                f"stopped on request; start again to continue from step {self.files.saved} of {self.steps}"
+            )
+            print(end, flush=True)
         return finished
 
     def _finish(self, found: Path) -> None:
