@@ -7,20 +7,33 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from shards.atomic import atomic_path, write_text
 from shards.errors import ShardError
+from shards.files import inside
+from shards.making import making
+from shards.names import check_bucket, check_column
 from shards.order import salt
 from shards.reader import ShardSet, open_set
-from shards.schema import EMPTY_TEXT, IMPORTED, Chunk, Manifest, TarFile, index_path, save_manifest
+from shards.schema import (
+    EMPTY_TEXT,
+    IMPORTED,
+    MANIFEST,
+    Chunk,
+    Manifest,
+    TarFile,
+    index_path,
+    save_manifest,
+)
 from shards.tar import Tar, describe, open_local
 from shards.writer import TarWriter, full
 
@@ -33,9 +46,20 @@ SPLIT = "split.json"
 def merge(sources: Sequence[str], output: str | Path) -> ShardSet:
     """Several sets as one. Whole tars are hard links where the disk allows it; a sample that two sets hold counts once.
 
-    Raises ShardError if columns or encoders differ, or one key stands for two contents.
+    Raises ShardError if columns or encoders differ, or one key stands for two contents. Killed, it is continued.
     """
-    sets, root = [open_set(s) for s in sources], _new_folder(output)
+    sets = [open_set(s) for s in sources]
+    with making(output, f"shards merge {' '.join(s.name for s in sets)}", sets) as root:
+        rows = tuple(_take(found, chunk, keys, root) for found, chunk, keys in _each_once(sets))
+        _copy_empty_text(sets[0], root)
+        first = sets[0].manifest
+        dataset = hashlib.sha256("".join(s.manifest.dataset for s in sets).encode()).hexdigest()
+        save_manifest(root, Manifest(first.columns, rows, first.encoders, dataset))
+    return open_set(root)
+
+
+def _each_once(sets: Sequence[ShardSet]) -> list[tuple[ShardSet, Chunk, list[str]]]:
+    """What to take of which set."""
     first = sets[0].manifest
     for found in sets[1:]:
         for what in ("columns", "encoders"):
@@ -45,17 +69,14 @@ def merge(sources: Sequence[str], output: str | Path) -> ShardSet:
                     f"{found.name} has {what} {_shown(there)}, {sets[0].name} has {_shown(here)}: encode both the same way"
                 )
     seen: dict[str, tuple[ShardSet, Chunk]] = {}
-    rows = []
+    taken = []
     for found in sets:
         for chunk in found.manifest.chunks:
             keys = [key for key in chunk.keys if not _held(key, found, chunk, seen)]
             seen |= dict.fromkeys(keys, (found, chunk))
             if keys:
-                rows.append(_take(found, chunk, keys, root))
-    _copy_empty_text(sets[0], root)
-    dataset = hashlib.sha256("".join(s.manifest.dataset for s in sets).encode()).hexdigest()
-    save_manifest(root, Manifest(first.columns, tuple(rows), first.encoders, dataset))
-    return open_set(root)
+                taken.append((found, chunk, keys))
+    return taken
 
 
 def _held(key: str, found: ShardSet, chunk: Chunk, seen: Mapping[str, tuple[ShardSet, Chunk]]) -> bool:
@@ -83,31 +104,45 @@ class Part:
 Assign = Callable[[ShardSet], tuple[list[Part], dict[str, int]]]  # parts, and key -> which
 
 
-def split(source: str, output: str | Path, assign: Assign) -> list[Part]:
-    """One set per part under output/NAME, and split.json that says which is which."""
-    found, root = open_set(source), _new_folder(output)
-    parts, where = assign(found)
-    counts = []
-    for number, part in enumerate(parts):
-        rows = []
-        folder = root / part.name
-        folder.mkdir()
-        for chunk in found.manifest.chunks:
-            keys = [key for key in chunk.keys if where.get(key) == number]
-            if keys:
-                rows.append(_take(found, chunk, keys, folder))
-        n = sum(len(row.keys) for row in rows)
-        counts.append(replace(part, samples=n))
-        if not n:
-            raise ShardError(f"part {part.name} ({part.rule}) would be empty; nothing in {source} belongs to it")
-        _copy_empty_text(found, folder)
-        save_manifest(folder, replace(found.manifest, chunks=tuple(rows)))
-    body = {"source": source, "parts": [vars(part) for part in counts]}
-    write_text(root / SPLIT, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-    return counts
+@dataclass(frozen=True)
+class Rule:
+    text: str  # as it is typed: one rule, one text
+    assign: Assign
 
 
-def by_number(n: int, *, seed: int = 0) -> Assign:
+def split(source: str, output: str | Path, rule: Rule) -> list[Part]:
+    """One set per part under output/NAME, and split.json that says which is which. Killed, it is continued."""
+    found = open_set(source)
+    parts, where = rule.assign(found)
+    rows: list[list[tuple[Chunk, list[str]]]] = [[] for _ in parts]
+    for chunk in found.manifest.chunks:
+        dealt = defaultdict(list)
+        for key in chunk.keys:
+            dealt[where[key]].append(key)
+        for number, keys in dealt.items():
+            rows[number].append((chunk, keys))
+    parts = [replace(part, samples=sum(len(keys) for _, keys in mine)) for part, mine in zip(parts, rows)]
+    for part in parts:
+        if not part.samples:
+            raise ShardError(f"part {part.name} ({part.rule}) would be empty; nothing in {found.name} belongs to it")
+    with making(output, f"shards split {found.name} {rule.text}", [found]) as root:
+        for part, mine in zip(parts, rows):
+            _write_part(found, mine, root / part.name)
+        body = {"source": found.name, "parts": [vars(part) for part in parts]}
+        write_text(root / SPLIT, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+    return parts
+
+
+def _write_part(found: ShardSet, rows: Sequence[tuple[Chunk, Sequence[str]]], folder: Path) -> None:
+    if (folder / MANIFEST).exists():
+        return  # written last: a run before this one was through with it
+    folder.mkdir(exist_ok=True)
+    chunks = tuple(_take(found, chunk, keys, folder) for chunk, keys in rows)
+    _copy_empty_text(found, folder)
+    save_manifest(folder, replace(found.manifest, chunks=chunks))
+
+
+def by_number(n: int, *, seed: int = 0) -> Rule:
     """n parts of equal size; every bucket is dealt out evenly."""
 
     def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
@@ -124,10 +159,10 @@ def by_number(n: int, *, seed: int = 0) -> Assign:
         width = max(2, len(str(n)))
         return [Part(f"{i + 1:0{width}d}", f"every {n}th sample") for i in range(n)], where
 
-    return assign
+    return Rule(f"--n {n}" + (f" (seed {seed})" if seed else ""), assign)
 
 
-def by_caption(patterns: Sequence[str]) -> Assign:
+def by_caption(patterns: Sequence[str]) -> Rule:
     """A part per pattern (regular expression, case ignored), the first that matches; what none matches is `rest`."""
     try:
         wanted = [re.compile(p, re.IGNORECASE) for p in patterns]
@@ -144,20 +179,32 @@ def by_caption(patterns: Sequence[str]) -> Assign:
             parts.append(Part("rest", "no pattern matches"))
         return parts, where
 
-    return assign
+    return Rule(" ".join(f"--caption {p!r}" for p in patterns), assign)
 
 
-def by_folder() -> Assign:
+def by_folder() -> Rule:
     """A part per folder that the clips came from."""
 
     def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
-        folders = {key: str(Path(str(meta.get("source", ""))).parent) for key, meta in _meta(found, "latents")}
-        names = sorted(set(folders.values()))
-        width = max(2, len(str(len(names))))
-        parts = [Part(f"{i + 1:0{width}d}", f"clips of {name}") for i, name in enumerate(names)]
-        return parts, {key: names.index(folder) for key, folder in folders.items()}
+        folders = {key: os.path.dirname(str(meta.get("source", ""))) for key, meta in _meta(found, "latents")}
+        same = one_name(set(folders.values()))
+        numbers = {name: i for i, name in enumerate(sorted(set(same.values())))}
+        width = max(2, len(str(len(numbers))))
+        parts = [Part(f"{i + 1:0{width}d}", f"clips of {name}") for name, i in numbers.items()]
+        return parts, {key: numbers[same[folder]] for key, folder in folders.items()}
 
-    return assign
+    return Rule("--folder", assign)
+
+
+def one_name(folders: Iterable[str]) -> dict[str, str]:
+    """folder -> the name it goes by. Lists of clips name one folder relatively and absolutely: a relative name is the
+    absolute one that ends in it, if a single one does."""
+    plain = {folder: os.path.normpath(folder) for folder in folders}
+    ends: dict[str, set[str]] = defaultdict(set)
+    for name in filter(os.path.isabs, plain.values()):
+        for at in (i for i, letter in enumerate(name) if letter == "/"):
+            ends[name[at + 1 :]].add(name)
+    return {folder: next(iter(ends[name])) if len(ends.get(name, ())) == 1 else name for folder, name in plain.items()}
 
 
 def _meta(found: ShardSet, column: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -181,31 +228,47 @@ def index(root: str | Path) -> ShardSet:
     columns = sorted(p.name for p in folder.iterdir() if p.is_dir() and list(p.glob("*.tar"))) if folder.is_dir() else []
     if "latents" not in columns:
         raise ShardError(f"{folder}: expected folders of tars, one per column, 'latents' among them; found {columns}")
-    tars = {c: sorted((folder / c).glob("*.tar")) for c in columns}
+    tars = {check_column(c): sorted(p.name for p in inside(folder, c).glob("*.tar")) for c in columns}
     if len({len(found) for found in tars.values()}) > 1:
         counts = ", ".join(f"{c}: {len(found)}" for c, found in tars.items())
         raise ShardError(f"{folder}: the columns have different numbers of tars ({counts})")
-    rows = []
-    for together in zip(*tars.values()):
-        opened = {c: open_local(path, None) for c, path in zip(columns, together)}
-        keys = opened["latents"].keys()
-        for tar in opened.values():
-            if tar.keys() != keys:
-                raise ShardError(f"{tar.where}: its keys are not those of {opened['latents'].where}")
-        buckets = {_bucket(opened["latents"], key) for key in keys}
-        if len(buckets) != 1:
-            raise ShardError(f"{opened['latents'].where}: a tar holds one shape, this one {len(buckets)}: {sorted(buckets)}")
-        for path, tar in zip(together, opened.values()):
-            _write_index(path, tar)
-        entries = {c: describe(path, f"{c}/{path.name}") for c, path in zip(columns, together)}
-        rows.append(Chunk(buckets.pop(), tuple(keys), entries))
-    save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, f"{IMPORTED}unknown")))
+    try:
+        rows = [_indexed(folder, dict(zip(columns, names))) for names in zip(*tars.values())]
+        save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, f"{IMPORTED}unknown")))
+    except OSError as error:
+        raise full(error, folder) from None
     return open_set(folder)
+
+
+def _indexed(folder: Path, names: Mapping[str, str]) -> Chunk:
+    """The tars of one number, by column; writes their indices."""
+    paths = {c: inside(folder, f"{c}/{name}") for c, name in names.items()}
+    opened = {c: open_local(path, None) for c, path in paths.items()}
+    latents = opened["latents"]
+    for tar in opened.values():
+        if tar.keys() != latents.keys():
+            raise ShardError(f"{tar.where}: its keys are not those of {latents.where}")
+    try:
+        buckets = {_bucket(latents, key) for key in latents.keys()}
+        if len(buckets) != 1:
+            raise ShardError(f"a tar holds one shape, this one {len(buckets)}: {', '.join(sorted(buckets))}")
+        entries = {c: describe(path, f"{c}/{path.name}") for c, path in paths.items()}
+        found = Chunk(buckets.pop(), tuple(latents.keys()), entries)
+    except ShardError as error:
+        raise error if latents.where in str(error) else ShardError(f"{latents.where}: {error}") from None
+    for c, path in paths.items():
+        _write_index(path, opened[c])
+    return found
 
 
 def _bucket(tar: Tar, key: str) -> str:
     bucket = tar.meta(key).get("bucket")
-    return str(bucket) if bucket else "latents-" + "x".join(map(str, tar.tensors(key)["latents"].shape[1:]))
+    if bucket:
+        return check_bucket(bucket)
+    tensors = tar.tensors(key)
+    if "latents" not in tensors:
+        raise ShardError(f"{tar.where}: {key} holds no tensor 'latents', but {', '.join(tensors) or 'none'}")
+    return "latents-" + "x".join(map(str, tensors["latents"].shape[1:]))
 
 
 def _write_index(path: Path, tar: Tar) -> None:
@@ -214,60 +277,69 @@ def _write_index(path: Path, tar: Tar) -> None:
 
 
 def export(source: str, output: str | Path) -> int:
-    """KEY.safetensors with the tensors of all columns, their JSON in the header. Returns how many."""
-    found, root = open_set(source), _new_folder(output)
-    for chunk in found.manifest.chunks:
-        opened = {column: found.tar(chunk, column) for column in found.manifest.columns}
-        for key in chunk.keys:
-            tensors: dict[str, Tensor] = {}
-            meta: dict[str, str] = {"bucket": chunk.bucket}
-            for tar in opened.values():
-                tensors |= tar.tensors(key)
-                meta |= {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in tar.meta(key).items()}
-            with atomic_path(root / f"{key}.safetensors") as temporary:
-                save_file({n: t.contiguous() for n, t in tensors.items()}, str(temporary), metadata=meta)
+    """KEY.safetensors with the tensors of all columns, their JSON in the header. Returns how many. Killed, it is continued."""
+    found = open_set(source)
+    with making(output, f"shards export {found.name}", [found]) as root:
+        for chunk in found.manifest.chunks:
+            for key in chunk.keys:
+                path = root / f"{key}.safetensors"
+                if not path.exists():
+                    with atomic_path(path) as temporary:
+                        temporary.write_bytes(_plain(found, chunk, key))
     return found.manifest.n_keys
+
+
+def _plain(found: ShardSet, chunk: Chunk, key: str) -> bytes:
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, str] = {"bucket": chunk.bucket}
+    for column in found.manifest.columns:
+        tar = found.tar(chunk, column)
+        tensors |= tar.tensors(key)
+        meta |= {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in tar.meta(key).items()}
+    return save({n: t.contiguous() for n, t in tensors.items()}, metadata=meta)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def _take(found: ShardSet, chunk: Chunk, keys: Sequence[str], root: Path) -> Chunk:
-    """Some keys of a chunk as a chunk of the set at `root`."""
+    """Some keys of a chunk as a chunk of the set at `root`; tars that are there already were made by the same command."""
     tars = {}
     for column in found.manifest.columns:
         if len(keys) == len(chunk.keys) and not found.remote:
-            tars[column] = _link(found.root, found.tar(chunk, column), chunk.tars[column], root, column)
+            tars[column] = _link(found, chunk, root, column)
         else:
-            tars[column] = _rewrite(found.tar(chunk, column), chunk.bucket, keys, root, column)
+            tars[column] = _rewrite(found, chunk, keys, root, column)
     return replace(chunk, keys=tuple(keys), tars=tars)
 
 
-def _rewrite(tar: Tar, bucket: str, keys: Sequence[str], root: Path, column: str) -> TarFile:
-    digest = hashlib.sha256()
+def _rewrite(found: ShardSet, chunk: Chunk, keys: Sequence[str], root: Path, column: str) -> TarFile:
+    digest = hashlib.sha256(json.dumps([chunk.tars[column].checksum, list(keys)]).encode()).hexdigest()
+    name = f"{column}/{chunk.bucket}-{digest[:16]}.tar"
+    if (root / name).exists():
+        return describe(root / name, name)
+    tar = found.tar(chunk, column)
     with TarWriter(root, column) as out:
         for key in keys:
-            data = tar.checked(key)
-            out.add_bytes(key, data, tar.meta(key))
-            digest.update(key.encode() + data)
-        return out.finish(f"{column}/{bucket}-{digest.hexdigest()[:16]}.tar")
+            out.add_bytes(key, tar.checked(key), tar.meta(key))
+        return out.finish(name)
 
 
-def _link(source: Path, tar: Tar, entry: TarFile, root: Path, column: str) -> TarFile:
+def _link(found: ShardSet, chunk: Chunk, root: Path, column: str) -> TarFile:
     """The same bytes in another set: tars are never changed in place, so two sets may share them."""
-    name = f"{column}/{entry.checksum[:8]}-{Path(entry.path).name}"
-    target, origin = root / name, source / entry.path
+    entry, tar = chunk.tars[column], found.tar(chunk, column)
+    mark = f"{entry.checksum[:8]}-"
+    name = f"{column}/{mark}{Path(entry.path).name.removeprefix(mark)}"
+    target, origin = root / name, found.path(entry)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not index_path(target).exists():  # first: a tar that is there has its index
+        _write_index(target, tar)
     if not target.exists():
         try:
-            try:
-                os.link(origin, target)
-            except OSError:  # another file system
-                with atomic_path(target) as temporary:
-                    shutil.copyfile(origin, temporary)
-        except OSError as error:
-            raise full(error, target) from None
-    _write_index(target, tar)
+            os.link(os.path.realpath(origin), target)
+        except OSError:  # another file system
+            with atomic_path(target) as temporary:
+                shutil.copyfile(origin, temporary)
     return replace(entry, path=name)
 
 
@@ -275,15 +347,7 @@ def _copy_empty_text(found: ShardSet, root: Path) -> None:
     if "text" not in found.manifest.columns or found.manifest.encoders.get("text", "").startswith(IMPORTED):
         return
     with atomic_path(root / EMPTY_TEXT) as temporary:
-        save_file({n: t.clone() for n, t in found.empty_text.items()}, str(temporary))
-
-
-def _new_folder(path: str | Path) -> Path:
-    root = Path(path)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ShardError(f"output: {root} holds something already; choose a new or empty directory")
-    root.mkdir(parents=True, exist_ok=True)
-    return root
+        temporary.write_bytes(save({n: t.clone() for n, t in found.empty_text.items()}))
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from shards.errors import ShardError
-from shards.remote import Remote, is_url
+from shards.files import inside, read_plain
+from shards.remote import Remote, is_url, shown
 from shards.schema import EMPTY_TEXT, Chunk, Manifest, TarFile, load_manifest
-from shards.tar import Tar, open_local
+from shards.tar import Tar, check_size, missing, open_local
 from shards.tensors import parse
 
 _OPEN_TARS = 512
@@ -37,7 +40,7 @@ class ShardSet:
     def __init__(self, root: str | Path) -> None:
         self.remote = Remote(str(root)) if is_url(root) else None
         self.root = Path(root)
-        self.name = str(root)
+        self.address, self.name = str(root), shown(root)  # the name is for people, the address may hold a password
         self.manifest: Manifest = self.remote.manifest() if self.remote else load_manifest(self.root)
         chunks = self.manifest.chunks
         self._begins = [0, *accumulate(len(c.keys) * c.repeats for c in chunks)]
@@ -49,10 +52,10 @@ class ShardSet:
         return self._begins[-1]
 
     def __getstate__(self) -> str:
-        return self.name  # open maps do not travel to other processes
+        return self.address  # open maps do not travel to other processes
 
-    def __setstate__(self, name: str) -> None:
-        ShardSet.__init__(self, name)
+    def __setstate__(self, address: str) -> None:
+        ShardSet.__init__(self, address)
 
     @property
     def keys(self) -> list[str]:
@@ -85,6 +88,16 @@ class ShardSet:
             meta["caption_dropout"] = chunk.caption_dropout
         return Sample(key, tensors, meta)
 
+    def some(self) -> Sample:
+        """A sound sample of the first: one that is damaged is for `data.on_bad_sample` to judge."""
+        fault: ShardError | None = None
+        for index in range(min(len(self), 64)):
+            try:
+                return self.get(index)
+            except ShardError as error:
+                fault = fault or error
+        raise fault or ShardError(f"{self.name}: holds no samples")
+
     @property
     def empty_text(self) -> dict[str, Tensor]:
         """The text fields of the empty caption."""
@@ -92,9 +105,11 @@ class ShardSet:
             return self._empty_text
         where = f"{self.name}/{EMPTY_TEXT}"
         try:
-            data = self.remote.read(EMPTY_TEXT) if self.remote else read_bytes(self.root / EMPTY_TEXT)
-        except (FileNotFoundError, ShardError):
+            data = self.remote.read(EMPTY_TEXT) if self.remote else read_bytes(inside(self.root, EMPTY_TEXT))
+        except FileNotFoundError:
             raise ShardError(f"{where} is missing: caption dropout needs it; encode column 'text' again") from None
+        except (ShardError, OSError) as error:
+            raise ShardError(f"{where} cannot be read ({error}): caption dropout needs it") from None
         self._empty_text = parse(data, where)
         return self._empty_text
 
@@ -102,7 +117,7 @@ class ShardSet:
         """The tar of a chunk's column; the last ones used stay open."""
         entry = chunk.tars.get(column)
         if entry is None:
-            raise ShardError(f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
+            raise self._lacks(chunk, column)
         with self._lock:
             if entry.path in self._tars:
                 self._tars.move_to_end(entry.path)
@@ -114,14 +129,58 @@ class ShardSet:
                 self._tars.popitem(last=False)
         return opened
 
+    def _lacks(self, chunk: Chunk, column: str) -> ShardError:
+        return ShardError(f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
+
     def _open(self, entry: TarFile) -> Tar:
-        return self.remote.tar(entry) if self.remote else open_local(self.root / entry.path, entry)
+        return self.remote.tar(entry) if self.remote else open_local(self.path(entry), entry)
+
+    def path(self, entry: TarFile) -> Path:
+        """Where a tar of a local set lies; a ShardError if that is outside the set."""
+        return inside(self.root, entry.path)
+
+    def check_tars(self) -> None:
+        """Every sample has its columns, and every tar of a local set is there, inside it, and has its size: a run that would
+        miss one after hours ends now. Contents are compared when they are read; of a URL nothing is asked."""
+        faults: list[str] = []
+        folders: dict[str, Path] = {}
+        for chunk in self.manifest.chunks:
+            for column in self.manifest.columns:
+                if column not in chunk.tars:
+                    raise self._lacks(chunk, column)
+                try:
+                    if not self.remote:
+                        self._check_tar(chunk.tars[column], folders)
+                except ShardError as error:
+                    faults.append(str(error))
+        if faults:
+            more = f" ({len(faults) - 1} more tars are missing or have another size)" if len(faults) > 1 else ""
+            raise ShardError(faults[0] + more)
+
+    def _check_tar(self, tar: TarFile, folders: dict[str, Path]) -> None:
+        """One system call for a tar: there may be ten thousand, on a network's disk."""
+        folder = tar.path.rpartition("/")[0]
+        if folder not in folders:
+            folders[folder] = inside(self.root, folder)
+        path = self.root / tar.path
+        try:
+            found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode):
+                found = self.path(tar).stat()
+        except FileNotFoundError:
+            raise missing(path) from None
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be looked at ({error.strerror})") from None
+        check_size(path, found.st_size, tar)
 
 
 def read_bytes(path: Path) -> Tensor:
     """uint8 [n]: the contents of a small file."""
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(read_plain(path)), dtype=torch.uint8)
 
 
 def open_set(path: str | Path) -> ShardSet:
-    return ShardSet(path)
+    """A set whose tars are all there."""
+    found = ShardSet(path)
+    found.check_tars()
+    return found

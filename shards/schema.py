@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from shards.atomic import write_text
 from shards.errors import ShardError
+from shards.files import inside, parse_json, read_plain
+from shards.names import check_bucket, check_column, check_keys, check_once, check_tar_path
 
 FORMAT = "hvtrain-shards"
 VERSION = 2
 MANIFEST = "manifest.json"
 EMPTY_TEXT = "empty_text.safetensors"
 IMPORTED = "imported: "  # begins the fingerprint of a column that another program encoded
-SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
-SAFE_COLUMN = re.compile(r"[a-z][a-z0-9_]{0,39}")
+MAX_BYTES = 1 << 62  # of a tar
+MAX_REPEATS = 1_000_000
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_SKELETON = re.compile(r"([0-9a-f]{16})?")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class TarFile:
     n_bytes: int
     checksum: str  # xxh3-128 of the file
     skeleton: str = ""  # xxh3-64 of all its bytes but the tensors': headers, padding, JSON; "" is not checked
+
+    def __post_init__(self) -> None:
+        check_tar_path(self.path)
+        check_int(f"size of {self.path}", self.n_bytes, 0, MAX_BYTES)
+        for pattern, value in ((_CHECKSUM, self.checksum), (_SKELETON, self.skeleton)):
+            if not isinstance(value, str) or not pattern.fullmatch(value):
+                raise ShardError(f"{self.path}: {ascii(value)[:80]} is no checksum: expected {pattern.pattern}")
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,39 @@ class Chunk:
     repeats: int = 1  # how often an epoch shows each of its samples
     caption_dropout: float | None = None  # None: what the training config says
 
+    def __post_init__(self) -> None:
+        check_bucket(self.bucket)
+        if not self.keys:
+            raise ShardError("a tar without samples: expected one or more")
+        check_keys(self.keys)
+        for column in self.tars:
+            check_column(column)
+        check_int("repeats", self.repeats, 1, MAX_REPEATS)
+        rate = self.caption_dropout
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+            raise ShardError(f"caption_dropout is {ascii(rate)[:80]}: expected 0 to 1")
+
 
 @dataclass(frozen=True)
 class Manifest:
+    """Raises ShardError, as the records in it do, for a name or number that no set may hold, whoever wrote it."""
+
     columns: tuple[str, ...]
     chunks: tuple[Chunk, ...]
     encoders: Mapping[str, str] = field(default_factory=dict)  # column -> fingerprint of what made it
     dataset: str = ""  # hash of the dataset's settings
+
+    def __post_init__(self) -> None:
+        if not self.columns or len(set(self.columns)) < len(self.columns):
+            raise ShardError(f"columns are {ascii(self.columns)[:80]}: expected one or more, each once")
+        for name in (*self.columns, *self.encoders):
+            check_column(name)
+        for text in (*self.encoders.values(), self.dataset):
+            if not isinstance(text, str) or not text.isprintable():
+                raise ShardError(f"a fingerprint is {ascii(text)[:80]}: expected printable letters")
+        check_once(lambda: (key for chunk in self.chunks for key in chunk.keys), self.n_keys, "key")
+        tars = [tar.path for chunk in self.chunks for tar in chunk.tars.values()]
+        check_once(lambda: tars, len(tars), "tar")
 
     @property
     def n_samples(self) -> int:
@@ -84,50 +121,47 @@ def _chunk_row(chunk: Chunk) -> dict[str, Any]:
 
 
 def load_manifest(root: Path) -> Manifest:
-    path = root / MANIFEST
+    path = inside(root, MANIFEST)
     if not path.is_file():
         raise ShardError(f"{root}: no shard set here ({MANIFEST} is missing); `hvtrain encode` writes one")
     try:
-        return parse_manifest(path.read_text(encoding="utf-8"), where=str(path))
-    except UnicodeDecodeError as error:
-        raise ShardError(f"{path}: damaged manifest ({error}); encode again to mend it") from None
+        data = read_plain(path)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_manifest(data, where=str(path))
 
 
-def parse_manifest(text: str, *, where: str) -> Manifest:
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
     try:
-        raw = json.loads(text)
+        raw = parse_json(data)
         if raw["format"] != FORMAT or raw["version"] != VERSION:
             raise ShardError(
-                f"{where}: format {raw['format']!r} version {raw['version']!r}, this program reads {FORMAT!r} {VERSION}; "
-                "encode again"
+                f"format {ascii(raw['format'])[:80]} version {ascii(raw['version'])[:80]}, this program reads {FORMAT!r} "
+                f"{VERSION}; encode again"
             )
-        columns = tuple(raw["columns"])
-        chunks = tuple(_chunk(c, columns) for c in raw["chunks"])
-        return Manifest(columns, chunks, dict(raw["encoders"]), raw["dataset"])
+        chunks = tuple(map(_chunk, _list(raw["chunks"])))
+        return Manifest(tuple(_list(raw["columns"])), chunks, dict(raw["encoders"]), raw["dataset"])
+    except ShardError as error:
+        raise ShardError(f"{where}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{where}: damaged manifest ({type(error).__name__}: {error}); encode again to mend it") from None
 
 
-def _chunk(raw: Mapping[str, Any], columns: Sequence[str]) -> Chunk:
+def _chunk(raw: Mapping[str, Any]) -> Chunk:
     tars = {column: TarFile(**tar) for column, tar in raw["tars"].items()}
-    for tar in tars.values():
-        inside = PurePosixPath(tar.path)
-        if inside.is_absolute() or ".." in inside.parts or "\\" in tar.path:
-            raise ShardError(f"manifest names a tar outside the set: {tar.path!r}")
-    for column in columns:
-        if not SAFE_COLUMN.fullmatch(column):
-            raise ShardError(f"manifest names a column {column!r}: expected lower-case letters, digits and '_'")
-    repeats = raw.get("repeats", 1)
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ShardError(f"manifest: repeats is {repeats!r}, expected 1 or more")
-    return Chunk(raw["bucket"], tuple(raw["keys"]), tars, repeats, raw.get("caption_dropout"))
+    return Chunk(raw["bucket"], tuple(_list(raw["keys"])), tars, raw.get("repeats", 1), raw.get("caption_dropout"))
 
 
-def check_key(key: str) -> str:
-    """Keys become member names, so they are plain: letters, digits, - and _."""
-    if not SAFE_KEY.fullmatch(key):
-        raise ShardError(f"sample key {key!r}: expected letters, digits, '-' and '_' only, at most 200 of them")
-    return key
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, found {ascii(value)[:80]}")
+    return value
+
+
+def check_int(what: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ShardError(f"{what} is {ascii(value)[:80]}: expected a whole number from {least} to {most}")
+    return value
 
 
 def index_path(tar: Path) -> Path:

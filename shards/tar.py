@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import mmap
+import os
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +16,10 @@ import xxhash
 from torch import Tensor
 
 from shards.errors import ShardError
-from shards.schema import TarFile, index_path
-from shards.tensors import parse
+from shards.files import open_plain, parse_json, parse_row, read_plain
+from shards.names import check_member
+from shards.schema import TarFile, check_int, index_path
+from shards.tensors import not_finite, parse
 from shards.writer import CHECKSUM
 
 _MAX_JSON = 1 << 20
@@ -33,21 +35,30 @@ class Member:
 class Tar:
     """Samples of a tar by key. `fetch(offset, size)` hands out bytes, as a uint8 tensor [size].
 
-    A sample's checksum is compared when it is read for the first time: later epochs read at the speed of memory.
+    A sample's checksum is compared, and its values are looked at, when it is read for the first time: later epochs read
+    at the speed of memory.
     """
 
     def __init__(self, where: str, members: dict[str, Member], fetch: Callable[[int, int], Tensor]) -> None:
         self.where, self.members, self.fetch = where, members, fetch
         self._sound: set[str] = set()
+        self._finite: set[str] = set()
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a sample, after its checksum was compared."""
         return parse(self._checked(key, None), f"{self.where}: {key}.safetensors")
 
     def sample(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and meta: the JSON is read once."""
+        """Tensors and meta, for training: NaN and infinity are a ShardError. The JSON is read once."""
         row = self._row(key)
         tensors = parse(self._checked(key, row), f"{self.where}: {key}.safetensors")
+        if key not in self._finite:
+            for name in not_finite(tensors):
+                raise ShardError(
+                    f"{self.where}: {key}: '{name}' holds NaN or infinite values; encode it again, or leave it out with "
+                    "data.on_bad_sample=skip"
+                )
+            self._finite.add(key)
         row.pop(CHECKSUM, None)
         return tensors, row
 
@@ -94,11 +105,8 @@ class Tar:
             data = self.bytes(f"{key}.json")
             if len(data) > _MAX_JSON:
                 raise ValueError(f"{len(data)} bytes")
-            row = json.loads(bytes(data))
-            if not isinstance(row, dict):
-                raise ValueError(f"expected keys and values, found {type(row).__name__}")
-            return row
-        except (ValueError, RecursionError) as error:
+            return parse_row(bytes(data))
+        except ValueError as error:
             raise ShardError(f"{self.where}: {key}.json is damaged ({error}); encode it again") from None
 
 
@@ -106,17 +114,15 @@ def open_local(path: Path, entry: TarFile | None) -> Tar:
     """Map a tar. With the manifest's entry, its size and everything but the tensors' bytes are compared with it."""
     where = str(path)
     try:
-        size = path.stat().st_size
-        if entry is not None and size != entry.n_bytes:
-            raise ShardError(
-                f"{path}: {size} bytes, the manifest says {entry.n_bytes}; the tar is damaged or another one, encode it again"
-            )
-        with path.open("rb") as file:
+        with open(open_plain(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if entry is not None:
+                check_size(path, size, entry)
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         data = _tensor(content)
         members = _indexed(path, size, data, entry) or scan(path, size)
     except FileNotFoundError:
-        raise ShardError(f"{path}: the manifest lists this tar but it is missing; restore it or encode again") from None
+        raise missing(path) from None
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(f"{path}: not a readable tar ({error}); encode it again") from None
     if entry is not None and entry.skeleton and skeleton(data, members) != entry.skeleton:
@@ -138,12 +144,38 @@ def _indexed(path: Path, size: int, data: Tensor, entry: TarFile | None) -> dict
     if entry is None or not entry.skeleton:
         return None
     try:
-        rows = json.loads(index_path(path).read_text())["members"]
-        members = {str(name): Member(int(offset), int(n), str(checksum)) for name, offset, n, checksum in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+        members = parse_index(read_plain(index_path(path)), size)
+    except (OSError, ShardError):
         return None  # the tar itself says the same, more slowly
-    inside = all(0 <= m.offset <= m.offset + m.size <= size for m in members.values())
-    return members if inside and skeleton(data, members) == entry.skeleton else None
+    return members if skeleton(data, members) == entry.skeleton else None
+
+
+def parse_index(data: bytes, size: int) -> dict[str, Member]:
+    """Members of a tar of `size` bytes by what lies beside it. Raises ShardError for anything that no tar could be."""
+    members: dict[str, Member] = {}
+    try:
+        for name, offset, n, checksum in parse_json(data)["members"]:
+            if check_member(name) in members:
+                raise ShardError(f"member {name!r} occurs twice; refused")
+            check_int(f"offset of {name!r}", offset, 0, size)
+            check_int(f"size of {name!r}, which begins at byte {offset} of a tar of {size},", n, 0, size - offset)
+            if not isinstance(checksum, str):
+                raise TypeError(f"checksum {ascii(checksum)[:80]}")
+            members[name] = Member(offset, n, checksum)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"damaged index ({error})") from None
+    return members
+
+
+def check_size(path: Path, size: int, entry: TarFile) -> None:
+    if size != entry.n_bytes:
+        raise ShardError(
+            f"{path}: {size} bytes, the manifest says {entry.n_bytes}; the tar is damaged or another one, encode it again"
+        )
+
+
+def missing(path: Path) -> ShardError:
+    return ShardError(f"{path}: the manifest lists this tar but it is missing; restore it or encode again")
 
 
 def scan(path: Path, size: int) -> dict[str, Member]:
@@ -154,8 +186,10 @@ def scan(path: Path, size: int) -> dict[str, Member]:
             name = info.name
             if not info.isreg() or info.issparse():
                 raise ShardError(f"{path}: member {name!r} is not a plain file; refused")
-            if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-                raise ShardError(f"{path}: member {name!r} points outside the set; refused")
+            try:
+                check_member(name)
+            except ShardError as error:
+                raise ShardError(f"{path}: {error}") from None
             if name in members:
                 raise ShardError(f"{path}: member {name!r} occurs twice; refused")
             if info.offset_data + info.size > size:

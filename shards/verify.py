@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from shards.errors import ShardError
-from shards.reader import ShardSet, open_set, read_bytes
-from shards.schema import EMPTY_TEXT, IMPORTED, Chunk, TarFile, index_path
-from shards.tar import Tar, open_local, skeleton
-from shards.tensors import parse
+from shards.files import read_plain
+from shards.reader import ShardSet
+from shards.schema import IMPORTED, Chunk, TarFile, index_path
+from shards.tar import Tar, open_local, parse_index, skeleton
+from shards.tensors import not_finite
 
 
 def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
@@ -21,17 +22,17 @@ def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], N
     `values`: also look for NaN and infinity. `progress` is called with the bytes of each tar that was looked at.
     """
     try:
-        found = open_set(root)
+        found = ShardSet(root)  # not open_set: every tar that is missing gets its line
         if found.remote:
-            raise ShardError(f"{root}: verify reads directories; copy the set to a disk first")
-        if "text" in found.manifest.columns and not found.manifest.encoders.get("text", "").startswith(IMPORTED):
-            parse(read_bytes(found.root / EMPTY_TEXT), str(found.root / EMPTY_TEXT))
-    except FileNotFoundError:
-        yield f"{Path(root) / EMPTY_TEXT} is missing: caption dropout needs it; encode column 'text' again"
+            raise ShardError(f"{found.name}: verify reads directories; copy the set to a disk first")
     except ShardError as error:
         yield str(error)
         return
-    yield from _duplicates(found)
+    try:
+        if "text" in found.manifest.columns and not found.manifest.encoders.get("text", "").startswith(IMPORTED):
+            found.empty_text  # noqa: B018 it is read
+    except ShardError as error:
+        yield str(error)
     shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
     for chunk in found.manifest.chunks:
         for column in found.manifest.columns:
@@ -40,7 +41,7 @@ def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], N
                 continue
             entry = chunk.tars[column]
             try:
-                yield from _tar(found.root / entry.path, entry, chunk, values=values, shapes=shapes)
+                yield from _tar(found.path(entry), entry, chunk, values=values, shapes=shapes)
             except ShardError as error:
                 yield str(error)
             progress(entry.n_bytes)
@@ -49,12 +50,7 @@ def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], N
 def _tar(
     path: Path, entry: TarFile, chunk: Chunk, *, values: bool, shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]]
 ) -> Iterator[str]:
-    if not path.is_file():
-        raise ShardError(f"{path}: the manifest lists this tar but it is missing; restore it or encode again")
-    size = path.stat().st_size
-    if size != entry.n_bytes:
-        raise ShardError(f"{path}: {size} bytes, the manifest says {entry.n_bytes}; cut off or another tar, encode again")
-    tar = open_local(path, None)
+    tar, size = open_local(path, replace(entry, skeleton="")), entry.n_bytes  # what is damaged shall be named in detail
     data = tar.fetch(0, size)
     wanted = {f"{key}.{kind}" for key in chunk.keys for kind in ("safetensors", "json")}
     for name in sorted(wanted ^ set(tar.members)):
@@ -69,7 +65,7 @@ def _tar(
         yield f"{path}: bytes 0 to {size}: its {part} are not those that were written; restore it or encode again"
         n_faults += 1
     if not n_faults and not wanted ^ set(tar.members):
-        yield from _index(path, tar)
+        yield from _index(path, size, tar)
 
 
 def _sample(
@@ -84,37 +80,29 @@ def _sample(
         yield str(error)
         return
     member = tar.members[f"{key}.safetensors"]
+    for name in not_finite(tensors) if values else ():
+        yield (
+            f"{tar.where}: {key} (bytes {member.offset} to {member.offset + member.size}): '{name}' holds NaN or "
+            "infinite values"
+        )
     for name, tensor in tensors.items():
-        if values and tensor.is_floating_point() and not tensor.float().isfinite().all():
-            yield (
-                f"{tar.where}: {key} (bytes {member.offset} to {member.offset + member.size}): '{name}' holds NaN or "
-                "infinite values"
-            )
         if name.endswith("latents"):
             shape, first = shapes.setdefault((bucket, name), (tuple(tensor.shape), key))
             if tuple(tensor.shape) != shape:
                 yield f"{tar.where}: {key}: '{name}' is {tuple(tensor.shape)}, in {first} of bucket {bucket} it is {shape}"
 
 
-def _index(path: Path, tar: Tar) -> Iterator[str]:
+def _index(path: Path, size: int, tar: Tar) -> Iterator[str]:
     """The file that readers of URLs go by."""
     place = index_path(path)
     try:
-        rows = json.loads(place.read_text())["members"]
-        found = {name: (offset, size) for name, offset, size, _ in rows}
+        found = parse_index(read_plain(place), size)
     except FileNotFoundError:
         yield f"{place} is missing: reading over the network needs it; `hvtrain shards index` writes it"
         return
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        yield f"{place}: damaged ({error}); `hvtrain shards index` writes it anew"
+    except (ShardError, OSError) as error:
+        yield f"{place}: {error}; `hvtrain shards index` writes it anew"
         return
-    if found != {name: (m.offset, m.size) for name, m in tar.members.items()}:
+    if {n: (m.offset, m.size) for n, m in found.items()} != {n: (m.offset, m.size) for n, m in tar.members.items()}:
         yield f"{place}: does not fit its tar; `hvtrain shards index` writes it anew"
 
-
-def _duplicates(found: ShardSet) -> Iterator[str]:
-    seen: set[str] = set()
-    for key in (key for chunk in found.manifest.chunks for key in chunk.keys):
-        if key in seen:
-            yield f"{found.root}: key {key} occurs twice"
-        seen.add(key)

@@ -16,9 +16,10 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from shards.atomic import sync, write_text
+from shards.atomic import create_temporary, sync, write_text
 from shards.errors import ShardError
-from shards.schema import TarFile, check_key, index_path
+from shards.names import check_key
+from shards.schema import TarFile, index_path
 
 CHECKSUM = "xxh3"  # the key in KEY.json: xxh3-64 of KEY.safetensors
 _BLOCK = 512
@@ -33,9 +34,12 @@ class TarWriter:
 
     def __init__(self, root: Path, column: str) -> None:
         self.root, self.folder = root, root / column
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.folder / f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
-        self.file = self.temporary.open("wb", buffering=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.temporary, handle = create_temporary(self.folder / "tar")
+        except OSError as error:
+            raise full(error, self.folder) from None
+        self.file = os.fdopen(handle, "wb", buffering=0)
         self.whole, self.skeleton = xxhash.xxh3_128(), xxhash.xxh3_64()
         self.at = 0
         self.members: list[list[Any]] = []
@@ -74,7 +78,7 @@ class TarWriter:
     def _member(self, name: str, data: bytes | memoryview, *, tensors: bool) -> None:
         info = tarfile.TarInfo(name)  # no owner, no time: equal samples make equal tars
         info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(info.tobuf(tarfile.USTAR_FORMAT if len(name) <= tarfile.LENGTH_NAME else tarfile.GNU_FORMAT))
         self.members.append([name, self.at, len(data), xxhash.xxh3_64_hexdigest(data)])
         self._write(data, skeleton=not tensors)
         self._write(bytes(-len(data) % _BLOCK))
@@ -103,12 +107,12 @@ def write_tar(root: Path, name: str, samples: Iterable[tuple[str, Mapping[str, T
 def full(error: OSError, path: Path) -> ShardError:
     """What a failed write says."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
         return ShardError(
             f"{path}: the disk is full ({free / 2**20:.0f} MiB left); nothing half-written was kept: make room and run "
             "the same command again, it continues"
         )
-    return ShardError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again")
+    return ShardError(f"{path}: cannot be written ({error.strerror or error}); mend that and run the same command again")
 
 
 def remove_tar(path: Path) -> None:

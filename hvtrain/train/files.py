@@ -23,6 +23,7 @@ from hvtrain.runlock import RunLock
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.setup import Subject
+from shards.remote import shown
 
 BEST_LOSS = "hvtrain.held_out_loss"
 
@@ -183,7 +184,7 @@ class RunFiles:
             "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
             "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(c.model.dit or "scratch").name,
             "ss_training_started_at": self.started, "ss_training_finished_at": time.time(),
-            "ss_datasets": list(c.data.shards), "ss_fp8_base": c.model.quantize != "none",
+            "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
             "hvtrain.base": self.subject.fingerprint,
             "modelspec.date": datetime.fromtimestamp(time.time()).isoformat(timespec="seconds"),
         }

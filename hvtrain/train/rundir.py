@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hvtrain import runlock
 from hvtrain.config import TrainConfig, dump, to_dict
 from hvtrain.configload import read_yaml
@@ -16,6 +18,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.runlock import RunLock
 from shards.atomic import write_text
+from shards.remote import shown
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 # run.json of older versions kept these as bare lists.
@@ -46,7 +49,7 @@ def claim(cfg: TrainConfig, identity: Mapping[str, object], ctx: ParallelContext
             _tell_changes(output / CONFIG_FILE, cfg, say)
         clear_leftovers(output, cfg.run.name)
         write_text(marker, json.dumps(identity, indent=1) + "\n")
-        write_text(output / CONFIG_FILE, dump(cfg))
+        write_text(output / CONFIG_FILE, shown(dump(cfg)))
     except BaseException:
         lock.release()
         raise
@@ -113,7 +116,7 @@ def _tell_changes(path: Path, cfg: TrainConfig, say: Callable[[str], None]) -> N
         before = _flat(read_yaml(path))
     except ConfigError:
         return  # config.yaml is for people: run.json decides
-    now = _flat(to_dict(cfg))
+    now = _flat(yaml.safe_load(shown(dump(cfg))))  # as it was written: without passwords
     changed = [k for k in now if k in before and before[k] != now[k] and k not in _MAY_DIFFER]
     if changed:
         values = ", ".join(f"{k} {_shown(before[k])} -> {_shown(now[k])}" for k in changed)

@@ -35,6 +35,7 @@ from hvtrain.train.rundir import cut_metrics
 from hvtrain.train.setup import engine_config, open_subject
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
+from shards.remote import shown
 
 
 class Session:
@@ -128,7 +129,7 @@ class Session:
             cursor=self.start.cursor, workers=c.data.workers, worker_type=c.data.worker_type,
             on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda",
         )
-        self.metrics.text("config", dump(c))
+        self.metrics.text("config", shown(dump(c)))
         hooks = Hooks(
             self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at, self.watch.at
         )

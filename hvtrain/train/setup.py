@@ -99,25 +99,27 @@ def add_adapter(model: DiT, spec: ModelSpec, cfg: TrainConfig, plan: SlicePlan |
 def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[ShardSet]:
     """Open shard sets and compare a sample of each with what the model needs."""
     sets = [open_set(path) for path in paths]
-    for path, found in zip(paths, sets):
+    for found in sets:
         if not len(found):
-            raise DataError(f"{key}: {path} holds no samples; encode some clips into it")
-        tensors = found.get(0).tensors
+            raise DataError(f"{key}: {found.name} holds no samples; encode some clips into it")
+        tensors = found.some().tensors
+        if "latents" not in tensors:
+            raise DataError(f"{key}: {found.name} lacks the field 'latents'; encode column 'latents'")
         if tensors["latents"].shape[0] != flavor.latent.channels:
             raise DataError(
-                f"{key}: {path} holds latents of {tensors['latents'].shape[0]} channels, flavor '{flavor.name}' takes "
+                f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor '{flavor.name}' takes "
                 f"{flavor.latent.channels}; encode the clips with this model's VAE"
             )
         for field in flavor.cond:
             if field.name not in tensors:
                 if field.optional:
                     continue
-                raise DataError(f"{key}: {path} lacks the field '{field.name}'; encode column '{field.column}'")
+                raise DataError(f"{key}: {found.name} lacks the field '{field.name}'; encode column '{field.column}'")
             shape = tensors[field.name].shape
             if len(shape) != len(field.dims) or any(w not in (None, n) for w, n in zip(field.dims, shape)):
                 wanted = " x ".join("any" if d is None else str(d) for d in field.dims)
                 raise DataError(
-                    f"{key}: {path} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {wanted}; "
+                    f"{key}: {found.name} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {wanted}; "
                     "encode the captions with this model's text encoders"
                 )
     return sets

@@ -87,10 +87,10 @@ def _split(args: argparse.Namespace) -> None:
     from shards import edit
 
     if args.n is not None:
-        assign = edit.by_number(args.n)
+        rule = edit.by_number(args.n)
     else:
-        assign = edit.by_folder() if args.folder else edit.by_caption(args.caption)
-    for part in edit.split(args.set, args.output, assign):
+        rule = edit.by_folder() if args.folder else edit.by_caption(args.caption)
+    for part in edit.split(args.set, args.output, rule):
         print(f"{args.output}/{part.name}: {part.samples} samples, {part.rule}")
 
 

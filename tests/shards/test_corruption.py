@@ -2,15 +2,16 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from shards import ShardError, open_set
 from shards.loader import BatchLoader
-from shards.schema import EMPTY_TEXT
+from shards.schema import EMPTY_TEXT, Chunk, Manifest, load_manifest, save_manifest
 from shards.verify import verify
-from shards.writer import TarWriter
+from shards.writer import TarWriter, write_tar
 from tests.shards.sets import make_set
 
 
@@ -72,12 +73,48 @@ def test_truncated_missing_and_swapped_tars_are_named(tmp_path):
         read_all(tmp_path)
 
 
+def test_every_missing_or_cut_tar_is_noticed_when_the_set_is_opened(tmp_path):
+    make_set(tmp_path, sizes=((3, 4), (3, 4), (2, 2)))
+    (tmp_path / "latents/000001.tar").unlink()
+    with (tmp_path / "text/000002.tar").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ShardError, match=r"latents/000001\.tar: .* missing.* \(1 more tars are missing or have another size\)"):
+        open_set(tmp_path)
+    faults = list(verify(tmp_path))
+    assert len(faults) == 2 and "latents/000001.tar" in faults[0] and "text/000002.tar" in faults[1]
+    manifest = load_manifest(tmp_path)
+    (first, *rest) = manifest.chunks
+    short = replace(first, tars={"latents": first.tars["latents"]})
+    save_manifest(tmp_path, replace(manifest, chunks=(short, *rest)))
+    with pytest.raises(ShardError, match="no column 'text' for the 3 samples from clip0_0"):
+        open_set(tmp_path)
+
+
 def test_a_column_without_its_tar_and_a_missing_empty_caption_are_named(tmp_path):
     make_set(tmp_path)
     (tmp_path / EMPTY_TEXT).unlink()
     assert any(EMPTY_TEXT in fault for fault in verify(tmp_path))
     shutil.rmtree(tmp_path / "text")
     assert sum("text/00000" in fault for fault in verify(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_one_value_that_is_not_finite_is_named_by_verify_and_by_the_reader(tmp_path, value, dtype):
+    sample = torch.ones(2, 1, 2, 3).to(dtype)
+    sample.view(-1)[7] = torch.tensor(value).to(dtype)
+    sound = torch.full((2, 1, 2, 3), torch.finfo(dtype).max).to(dtype)  # as large as it may be: their sum is infinite
+    rows = [("good", {"latents": sound, "n": torch.ones(2, dtype=torch.int32)}, {}), ("bad", {"latents": sample}, {})]
+    tar = write_tar(tmp_path, "latents/0.tar", rows)
+    save_manifest(tmp_path, Manifest(("latents",), (Chunk("b", ("good", "bad"), {"latents": tar}),)))
+    (fault,) = verify(tmp_path)
+    assert "latents/0.tar: bad (bytes " in fault and "'latents' holds NaN or infinite values" in fault
+    assert list(verify(tmp_path, values=False)) == []
+    found = open_set(tmp_path)
+    assert torch.equal(found.get(0).tensors["latents"].float(), sound.float())
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ShardError, match=r"latents/0\.tar: bad: 'latents' holds NaN or infinite values"):
+            found.get(1)
 
 
 def test_not_finite_values_and_odd_shapes_are_named(tmp_path):
@@ -87,10 +124,6 @@ def test_not_finite_values_and_odd_shapes_are_named(tmp_path):
         out.add("clip0_0", {"latents": torch.full((2, 1, 2, 3), float("nan"))}, {})
         out.add("clip0_1", {"latents": torch.zeros(2, 1, 2, 4)}, {})
         entry = out.finish("latents/000000.tar")
-    from dataclasses import replace
-
-    from shards.schema import Manifest, save_manifest
-
     chunk = replace(chunk, tars={**chunk.tars, "latents": entry})
     save_manifest(tmp_path, Manifest(("latents", "text"), (chunk,)))
     faults = list(verify(tmp_path))

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from shards import ShardError, edit, info, open_set
-from shards.schema import Manifest, save_manifest
+from shards.schema import Chunk, Manifest, save_manifest
 from shards.verify import verify
+from shards.writer import write_tar
 from tests.shards.sets import make_set
 
 
@@ -49,6 +50,22 @@ def test_split_by_caption_and_rest(tmp_path):
         edit.by_caption(["("])
     with pytest.raises(ShardError, match="cannot make 9 parts"):
         edit.split(str(tmp_path / "whole"), tmp_path / "nine", edit.by_number(9))
+
+
+def test_a_folder_is_one_part_by_whatever_name(tmp_path):
+    names = [
+        "/data/ds/jl/a.mp4", "ds/jl/b.mp4", "./ds/jl/c.mp4", "/data/ds/../ds/jl/d.mp4", "jl/e.mp4", "/data/other/f.mp4", "g.mp4",
+    ]
+    keys = [name[-5] for name in names]
+    rows = [(k, {"latents": torch.ones(1, 1, 2, 2)}, {"source": name}) for k, name in zip(keys, names)]
+    tar = write_tar(tmp_path / "whole", "latents/0.tar", rows)
+    save_manifest(tmp_path / "whole", Manifest(("latents",), (Chunk("b", tuple(keys), {"latents": tar}),)))
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_folder())
+    assert [(p.name, p.rule, p.samples) for p in parts] == [
+        ("01", "clips of .", 1), ("02", "clips of /data/ds/jl", 5), ("03", "clips of /data/other", 1)]
+    assert open_set(tmp_path / "parts/02").keys == ["a", "b", "c", "d", "e"]
+    # Two folders that end alike are not taken for one another.
+    assert edit.one_name(["/x/ds", "/y/ds", "ds", "s"]) == {"/x/ds": "/x/ds", "/y/ds": "/y/ds", "ds": "ds", "s": "s"}
 
 
 def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shards import ShardError, open_set
 from shards.loader import BatchLoader
-from shards.order import epoch_order
+from shards.order import epoch_order, stream
 from shards.reader import Sample, ShardSet
 from shards.schema import Chunk, Manifest, TarFile, load_manifest, save_manifest
 from shards.verify import verify
@@ -51,21 +51,23 @@ def test_every_key_once_per_epoch_for_random_manifests(tmp_path, rows, batch, dp
     options = {"batch_size": batch, "dp_size": dp, "seed": seed, "workers": workers}
 
     def global_order(start, n_rounds):
-        """(samples in the order of the stream, the cursor after each round); every rank has a batch in every round."""
+        """Samples in the order of the stream, how far the cursor went by each round, the keys of each rank in each round."""
         ranks = [iter(BatchLoader(found, dp_rank=r, cursor=start, **options)) for r in range(dp)]
-        order, cursors = [], []
+        order, cursors, rounds = [], [], []
         for _ in range(n_rounds):
             around = [next(rank) for rank in ranks]
             assert len({(b.cursor, b.epoch) for b in around}) == 1
             assert all(len({m["bucket"] for m in b.meta}) == 1 for b in around)
             order += [int(i) for b in around for i in b.tensors["latents"]]
-            cursors.append(around[0].cursor)
+            cursors.append(around[0].cursor - start)
+            rounds.append([b.keys for b in around])
         for rank in ranks:
             rank.close()
-        return order, cursors
+        return order, cursors, rounds
 
-    order, cursors = global_order(0, 2 * n // dp + 2)
-    assert cursors[-1] == len(order) >= 2 * n or batch > 1
+    order, cursors, rounds = global_order(0, 2 * n // dp + 2)
+    each = [sum(map(len, around)) for around in rounds]  # samples that all ranks together took, round by round
+    assert cursors == list(itertools.accumulate(each)) and cursors[-1] == len(order)
     for epoch in range(len(order) // n):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
     # Continued at any cursor, on another number of ranks: the same stream.
@@ -75,11 +77,16 @@ def test_every_key_once_per_epoch_for_random_manifests(tmp_path, rows, batch, dp
     assert rest == whole[cursor : cursor + len(rest)]
 
 
-def test_sequence_parallel_peers_read_the_same(tmp_path):
+def test_each_rank_takes_its_own_turns_whoever_reads_ahead(tmp_path):
+    """Rank r of n has micro-batches r, r + n, ...: sequence-parallel peers, which share a dp_rank, have the same, others not."""
     found = make_set(tmp_path)
-    a, b = (iter(BatchLoader(found, batch_size=2, dp_rank=1, dp_size=2, seed=1, workers=w)) for w in (0, 3))
-    for _ in range(6):
-        assert next(a).keys == next(b).keys
+    groups = found.groups()
+    everyone = [m.samples for m in itertools.islice(stream(groups, batch_size=2, seed=1), 18)]
+    for rank in range(3):
+        wanted = [tuple(found.keys[i] for i in samples) for samples in everyone[rank::3]]
+        for workers in (0, 3):
+            loader = BatchLoader(found, batch_size=2, dp_rank=rank, dp_size=3, seed=1, workers=workers)
+            assert [b.keys for b in itertools.islice(loader, 6)] == wanted
 
 
 @pytest.mark.parametrize("dp", [1, 2])

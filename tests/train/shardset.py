@@ -11,12 +11,12 @@ from shards.writer import write_tar
 
 
 def make_shards(root: Path, *, n: int = 10, poison: str | None = None) -> Path:
-    """n samples; the one named `poison` has NaN latents."""
+    """n samples; the one named `poison` has latents so large that no loss of them is finite."""
     g = torch.Generator().manual_seed(1)
     keys = tuple(f"clip{i}" for i in range(n))
     latents = {k: torch.randn(16, 2, 4, 4, generator=g).bfloat16() for k in keys}
     if poison:
-        latents[poison] = torch.full_like(latents[poison], float("nan"))
+        latents[poison] = torch.full_like(latents[poison], 3e38)
     text = {k: torch.randn(2 + i % 3, 64, generator=g) for i, k in enumerate(keys)}
     tars = {
         "latents": write_tar(root, "latents/0.tar", [(k, {"latents": latents[k]}, {}) for k in keys]),

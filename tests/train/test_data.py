@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from hvtrain import train
 from hvtrain.errors import ConfigError
 from shards import ShardError, open_set
+from shards.schema import save_manifest
+from shards.writer import write_tar
 from tests.shards.test_corruption import damage
 from tests.train.shardset import config, make_shards
 
@@ -44,6 +47,43 @@ def test_a_url_and_any_reader_train_like_the_directory(tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c") == losses(tmp_path / "d")
     with pytest.raises(ShardError, match="no such file"):
         train.run(config("memory://sets/none", tmp_path / "e"))
+
+
+def test_a_password_in_an_address_is_kept_nowhere(tmp_path, capsys):
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(make_shards(tmp_path / "shards")), "/me:S3CRET@host/set", recursive=True)
+    train.run(config("memory://me:S3CRET@host/set", tmp_path / "run", "run.steps=1"))
+    said = capsys.readouterr()
+    kept = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in kept} >= {".yaml", ".safetensors", ".jsonl"} and any("events" in p.name for p in kept)
+    assert not [path for path in kept if b"S3CRET" in path.read_bytes()] and "S3CRET" not in said.out + said.err
+    assert "memory://host/set" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_missing_tar_is_noticed_before_the_first_step(tmp_path):
+    shards = make_shards(tmp_path / "shards")
+    (shards / "text/0.tar").unlink()
+    with pytest.raises(ShardError, match=r"text/0\.tar: the manifest lists this tar but it is missing"):
+        train.run(config(shards, tmp_path / "run", "data.on_bad_sample=skip"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_latents_are_named_or_skipped(tmp_path):
+    shards = make_shards(tmp_path / "shards")
+    rows = []
+    for i in range(10):
+        tensors = {n: t.clone() for n, t in open_set(shards).get(i, ("latents",)).tensors.items()}
+        if i in (0, 3):
+            tensors["latents"].view(-1)[i] = float("nan")
+        rows.append((f"clip{i}", tensors, {}))
+    manifest = open_set(shards).manifest
+    tars = {**manifest.chunks[0].tars, "latents": write_tar(shards, "latents/0.tar", rows)}
+    save_manifest(shards, replace(manifest, chunks=(replace(manifest.chunks[0], tars=tars),)))
+    with pytest.raises(ShardError, match=r"latents/0\.tar: clip[03]: 'latents' holds NaN or infinite values"):
+        train.run(config(shards, tmp_path / "stops"))
+    train.run(config(shards, tmp_path / "skips", "data.on_bad_sample=skip"))
+    assert bad_samples(tmp_path / "skips")[-1] == 2.0 and len(losses(tmp_path / "skips")) == 6
 
 
 def test_split_shards_train_together_like_a_set_of_their_own(tmp_path):

@@ -1,0 +1,104 @@
+"""The order of samples, by value: it must be the same for ever, or no run could be continued."""
+
+import hashlib
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from shards.order import MicroBatch, count, epoch_order, mix, pick, salt, stream
+
+MASK = (1 << 64) - 1
+
+
+def splitmix(state):
+    """One step of splitmix64 with Python's own numbers, as its authors print it."""
+    z = (state + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_the_hash_is_splitmix64():
+    # The published first numbers of the generator that starts at 0; and at 1234567.
+    gamma = 0x9E3779B97F4A7C15
+    assert mix(np.array([0]), 0).tolist() == [0xE220A8397B1DCDAF]
+    assert mix(np.array([gamma, 2 * gamma & MASK], dtype=np.uint64), 0).tolist() == [0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix(np.array([0]), 1234567).tolist() == [6457827717110365317]
+    values = [0, 1, 2, 1 << 40, MASK]
+    assert mix(np.array(values, dtype=np.uint64), MASK).tolist() == [splitmix((v + MASK) & MASK) for v in values]
+    assert mix(np.arange(3), 5).dtype == np.uint64
+
+
+def test_a_salt_is_the_first_eight_bytes_of_a_sha256():
+    assert salt(7, 3, "samples") == int.from_bytes(hashlib.sha256(b"7/3/samples").digest()[:8], "little")
+    assert salt(7, 3, "samples") == SALT and salt("73", "samples") != salt(7, 3, "samples") != salt(7, 3, "batches")
+
+
+SALT = 572876071946327394
+
+
+def test_a_caption_is_picked_by_the_hash():
+    for n in (1, 2, 3, 7):
+        wanted = [splitmix((i + salt(4, 2, "caption")) & MASK) % n for i in range(20)]
+        assert [pick(4, 2, i, n) for i in range(20)] == wanted and set(wanted) == set(range(n))
+    assert [pick(4, e, 0, 1000) for e in range(3)] == PICKS and type(pick(4, 0, 0, 2)) is int
+
+
+PICKS = [753, 323, 877]
+
+
+def by_hand(groups, batch_size, seed, epoch):
+    batches = []
+    for bucket in sorted(groups):
+        members = sorted(groups[bucket], key=lambda i: splitmix((i + salt(seed, epoch, "samples")) & MASK))
+        batches += [tuple(members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
+    places = sorted(range(len(batches)), key=lambda i: splitmix((i + salt(seed, epoch, "batches")) & MASK))
+    return [batches[i] for i in places]
+
+
+GROUPS = {"b": np.array([3, 4, 5, 9, 10]), "a": np.array([0, 1, 2, 6, 7, 8])}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 20])
+def test_an_epoch_is_shuffled_in_its_buckets_cut_and_shuffled_again(batch_size):
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (123456789, 77)):
+        order = epoch_order(GROUPS, batch_size=batch_size, seed=seed, epoch=epoch)
+        got = [order.batch(i) for i in range(len(order.starts))]
+        assert got == by_hand(GROUPS, batch_size, seed, epoch)
+        assert order.lengths.tolist() == [len(batch) for batch in got] and all(type(i) is int for b in got for i in b)
+
+
+def test_the_order_written_down():
+    order = epoch_order(GROUPS, batch_size=2, seed=1, epoch=0)
+    assert [order.batch(i) for i in range(6)] == WRITTEN
+
+
+WRITTEN = [(10, 9), (1, 7), (4, 5), (8, 2), (6, 0), (3,)]
+
+
+def test_the_stream_is_epoch_after_epoch():
+    wanted, begin = [], 0
+    for epoch in range(3):
+        for samples in by_hand(GROUPS, 2, 5, epoch):
+            wanted.append(MicroBatch(epoch, samples, begin))
+            begin += len(samples)
+    assert begin == 3 * 11 == 3 * count(GROUPS)
+    assert list(islice(stream(GROUPS, batch_size=2, seed=5), len(wanted))) == wanted
+
+
+def test_a_cursor_anywhere_is_the_rest_of_the_stream():
+    whole = list(islice(stream(GROUPS, batch_size=3, seed=5), 20))
+    flat = [(batch.epoch, sample) for batch in whole for sample in batch.samples]
+    for cursor in range(33):
+        (first, second) = islice(stream(GROUPS, batch_size=3, seed=5, cursor=cursor), 2)
+        inside = next(b for b in whole if b.begin <= cursor < b.begin + len(b.samples))
+        assert first == MicroBatch(inside.epoch, inside.samples[cursor - inside.begin :], cursor)
+        assert second == whole[whole.index(inside) + 1]
+        assert flat[cursor : cursor + len(first.samples)] == [(first.epoch, s) for s in first.samples]
+
+
+def test_nothing_has_no_order():
+    assert count({}) == count({"a": np.array([], dtype=np.int64)}) == 0
+    with pytest.raises(ValueError, match="no samples"):
+        next(stream({}, batch_size=2, seed=0))
