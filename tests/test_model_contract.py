@@ -73,7 +73,23 @@ def test_declared_conditions_make_a_velocity(spec, flavor):
     """Also at full size, where only shapes are computed."""
     model, inp = meta(spec, flavor), an_input(spec, flavor, "meta")
     assert model(inp).shape == batch(flavor)[0].shape
-    assert inp.loss_mask is None or inp.loss_mask.shape == (2, 1, inp.x.shape[2], 1, 1)
+
+
+@pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
+def test_the_loss_mask_leaves_out_what_is_given_and_nothing_else(spec, flavor):
+    """A frame that is handed over clean (the same whatever the noise) is not learnt; every other is. No mask: none is clean."""
+    for task in flavor.tasks:
+        x, cond = batch(flavor)
+        inputs = [
+            spec.make_input(x + shift, torch.tensor([0.3, 0.9]), cond, task=task, guidance=1.0) for shift in (0.0, 1.0)
+        ]
+        c = x.shape[1]
+        moved = (inputs[1].x[:, :c] - inputs[0].x[:, :c]).abs().amax((1, 3, 4)) > 0  # [B T]
+        mask = inputs[0].loss_mask
+        learnt = torch.ones_like(moved) if mask is None else mask[:, 0, :, 0, 0].bool()
+        assert mask is None or mask.shape == (2, 1, inputs[0].x.shape[2], 1, 1)
+        assert torch.equal(learnt, moved), task
+        assert mask is None or mask.unique().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)

@@ -236,7 +236,7 @@ def _open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
     kernel = parallelize(model, ctx, kernel=cfg.parallel.kernel, dtype=compute, training=False, swap=swap)
     if ctx.is_main:
         swapped = f", {swap.describe()}" if swap else ""
-        print(f"Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
+        print(f"{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
     return model
 
 

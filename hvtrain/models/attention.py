@@ -8,10 +8,12 @@ partial results (parallel/usp.py).
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor
 
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models.base import Joint
+from hvtrain.rng import generator
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 
 class Partial(NamedTuple):
@@ -53,6 +57,7 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
+_CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and PyTorch passes it by
 
 
 def pick_kernel(
@@ -63,8 +68,7 @@ def pick_kernel(
     SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
     """
     if name == "auto":
-        order = ("flash3", "flash2", "sdpa") if device.type == "cuda" else ("sdpa",)
-        return next(KERNELS[n] for n in order if KERNELS[n].missing(device, dtype) is None)
+        return next(KERNELS[n] for n in _fastest(device) if KERNELS[n].missing(device, dtype) is None)
     if name not in KERNELS:
         raise ConfigError(f"parallel.kernel: no attention kernel '{name}'; {suggest(name, ['auto', 'xfuser', *KERNELS])}")
     kernel = KERNELS[name]
@@ -74,6 +78,14 @@ def pick_kernel(
     if reason:
         raise ConfigError(f"parallel.kernel: '{name}' cannot be used: {reason}")
     return kernel
+
+
+def _fastest(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ("sdpa",)
+    # From Hopper on, PyTorch's own attention is cuDNN's where that is new enough: half again as fast as FlashAttention 2.
+    cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and (torch.backends.cudnn.version() or 0) >= _CUDNN
+    return ("flash3", "sdpa") if cudnn else ("flash3", "flash2", "sdpa")
 
 
 def local_attend(
@@ -243,19 +255,65 @@ def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 # --- optional packages, imported when used ------------------------------------------------------------------------
 
 
-def _cuda_package_missing(package: str, capability: tuple[int, int]) -> Callable[[torch.device, torch.dtype], str | None]:
+def _package_missing(
+    package: str, name: str, *, since: tuple[int, int], until: tuple[int, int] = (99, 0)
+) -> Callable[[torch.device, torch.dtype], str | None]:
+    """For a kernel that is made for GPUs of compute capability `since` up to, and without, `until`."""
+
     def missing(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return f"it needs a CUDA device, this is {device.type}"
-        if torch.cuda.get_device_capability(device) < capability:
-            return f"it needs compute capability {capability[0]}.{capability[1]} or newer"
+        here = torch.cuda.get_device_capability(device)
+        if not since <= here < until:
+            wanted = f"{since[0]}.{since[1]} or newer" if until[0] == 99 else f"{since[0]}.x"
+            return f"it needs compute capability {wanted}, this is {here[0]}.{here[1]}"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
         if importlib.util.find_spec(package) is None:
             return f"the Python package '{package}' is not installed"
-        return None
+        reason = _trial(name, device, dtype)
+        return reason and f"the Python package '{package}' is installed, but {reason}"
 
     return missing
+
+
+@cache
+def _trial(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Call all of a kernel on a little attention and compare: what is wrong, or None.
+
+    A package of that name may be another one (flash-attn-4 brings a `flash_attn` without FlashAttention 2), built for another
+    PyTorch, or have changed its private functions; else that shows in the first step, after minutes of loading.
+    """
+    kernel = KERNELS[name]
+    q, k, v, d_out = _little_attention(device, dtype)
+    with torch.enable_grad():
+        wide = [x.float().requires_grad_() for x in (q, k, v)]
+        scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / q.shape[-1] ** 0.5
+        out = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
+        wanted = [out, out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.float())]
+    try:
+        with torch.no_grad():
+            result = kernel.partial(q, k, v)
+            grads = kernel.backward(d_out, q, k, v, result) if kernel.backward else ()
+            found = [kernel.attend(q, k, v), *result, *grads]
+        right = all(_near(have, want.detach()) for have, want in zip(found, wanted))
+        reason = None if right else "it computes something else: it may be built for another PyTorch"
+    except Exception as error:  # of any kind: it is not our code
+        reason = f"a call of it fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if reason:
+        log.warning("attention kernel %s is installed, but %s", name, reason)
+    return reason
+
+
+def _little_attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the output's gradient, [2 64 2 128]: the head dim of the real models."""
+    draw = generator(0, stream="kernel-trial")
+    return [torch.randn(2, 64, 2, 128, generator=draw).to(device, dtype) for _ in range(4)]
+
+
+def _near(have: Tensor, want: Tensor) -> bool:
+    """Within what the coarsest kernel rounds (int8); false for NaN."""
+    return have.shape == want.shape and bool((have.float() - want).abs().max() <= 0.1 * want.abs().max())
 
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -326,10 +384,11 @@ def _sage_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 KERNELS |= {
     "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
     "flash2": Kernel(
-        "flash2", _flash2, _flash2_partial, _flash2_backward, _cuda_package_missing("flash_attn", (8, 0))
+        "flash2", _flash2, _flash2_partial, _flash2_backward, _package_missing("flash_attn", "flash2", since=(8, 0))
     ),
-    "flash3": Kernel(
-        "flash3", _flash3, _flash3_partial, _flash3_backward, _cuda_package_missing("flash_attn_interface", (9, 0))
+    "flash3": Kernel(  # for Hopper alone
+        "flash3", _flash3, _flash3_partial, _flash3_backward,
+        _package_missing("flash_attn_interface", "flash3", since=(9, 0), until=(10, 0)),
     ),
-    "sage": Kernel("sage", _sage, _sage_partial, None, _cuda_package_missing("sageattention", (8, 0))),
+    "sage": Kernel("sage", _sage, _sage_partial, None, _package_missing("sageattention", "sage", since=(8, 0))),
 }

@@ -27,10 +27,11 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     training: bool = True,
     swap: BlockSwap | None = None,
+    compiler: str | None = None,
 ) -> Kernel:
     """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
-    in (bfloat16 under autocast); `swap` holds weights of the blocks. Returns the chosen kernel, whose name the run prints
-    once."""
+    in (bfloat16 under autocast); `swap` holds weights of the blocks; `compiler` is a backend of torch.compile for each
+    block. Returns the chosen kernel, whose name the run prints once."""
     other = kernel == xfuser_path.NAME
     if other:
         xfuser_path.refuse(ctx, training=training)
@@ -48,8 +49,13 @@ def parallelize(
     else:
         model.sequence = LOCAL
         attend = partial(local_attend, kernel=chosen)
+    if compiler and (recompute == "selective" or ctx.ring > 1 or other):
+        # What is kept between a block's two runs, and messages from rank to rank, cannot be traced: compiled around.
+        attend = torch.compiler.disable(attend)
     for block in model.blocks:
         setattr(block, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
+        if compiler:
+            block.compile(backend=compiler)
     run_block = pick_policy(recompute)
     model.run_block = run_block if swap is None else swap.wrap(model.blocks, run_block)
     if ctx.is_main:

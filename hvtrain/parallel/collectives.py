@@ -7,6 +7,8 @@ collective is its mathematical transpose: all-gather <-> reduce-scatter with sum
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +30,11 @@ def tokens_to_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return SeqAllToAll4D.apply(group, x, 1, 2)
 
 
+def _named(name: str, before: str) -> Callable[..., object]:
+    """torch 2.13 gave the collectives new names, and warns of the old ones."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -35,7 +42,7 @@ class _Gather(torch.autograd.Function):
         mine = x.transpose(0, dim).contiguous()
         n, *rest = mine.shape
         out = mine.new_empty(n * dist.get_world_size(group), *rest)
-        dist.all_gather_single(out, mine, group=group)
+        _named("all_gather_single", "all_gather_into_tensor")(out, mine, group=group)
         return out.transpose(0, dim).contiguous()
 
     @staticmethod
@@ -43,5 +50,5 @@ class _Gather(torch.autograd.Function):
         whole = grad.transpose(0, ctx.dim).contiguous()
         n, *rest = whole.shape
         mine = whole.new_empty(n // dist.get_world_size(ctx.group), *rest)
-        dist.reduce_scatter_single(mine, whole, op=dist.ReduceOp.SUM, group=ctx.group)
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(mine, whole, op=dist.ReduceOp.SUM, group=ctx.group)
         return mine.transpose(0, ctx.dim).contiguous(), None, None

@@ -7,6 +7,7 @@ ring x Ulysses block hold one sample together: "sequence-parallel peers".
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from hvtrain.errors import ConfigError, LaunchError
 
+DEVICE = "HVTRAIN_DEVICE"  # cpu or cuda: what processes compute on where no one says; unset: a GPU if there is one
 TIMEOUT = timedelta(hours=2)  # later than the watchdog of a run (train/watchdog.py), which can say who hangs
 
 
@@ -51,6 +53,11 @@ class ParallelContext:
     @property
     def ring_rank(self) -> int:
         return self.sp_rank // self.ulysses
+
+    @property
+    def device_name(self) -> str:
+        """For people: "CPU", or the GPU's name."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     @property
     def is_main(self) -> bool:
@@ -146,6 +153,11 @@ def without_job() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if not k.startswith(own)}, "CUDA_VISIBLE_DEVICES": ""}
 
 
+def on_the_cpu() -> dict[str, str]:
+    """The environment for a job of ours that is to leave the GPUs alone."""
+    return {**os.environ, DEVICE: "cpu"}
+
+
 _closers: list[Callable[[], object]] = []
 
 
@@ -194,17 +206,50 @@ def _data_degree(world: int, *, ulysses: int, ring: int) -> int:
 
 def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
     if device is None:
+        device = os.environ.get(DEVICE) or None
+        if device not in (None, "cpu", "cuda"):
+            raise LaunchError(f"environment variable {DEVICE} is '{device}', expected cpu or cuda, or nothing at all")
+    if device is None:
+        if not torch.cuda.is_available():
+            _refuse_unseen_gpus()
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     place = torch.device(device)
     if place.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
             raise LaunchError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
-                "start one process per GPU"
+                f"process {local_rank} of this machine has no GPU: PyTorch sees {n_gpus}; "
+                f"start one process per GPU (--nproc {max(1, n_gpus)}), or set {DEVICE}=cpu to compute on the CPU"
             )
         place = torch.device("cuda", place.index if place.index is not None else local_rank)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            # Read when the GPU is first used. Every text length makes blocks of other sizes: without, gaps fill the memory.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(place)
     return place
+
+
+def _refuse_unseen_gpus() -> None:
+    """Raise if there are GPUs that PyTorch does not see: 13 billion parameters on a CPU look like a run that hangs.
+
+    Whoever hides them (CUDA_VISIBLE_DEVICES set to nothing or to no GPU) means it.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
+        return
+    files = sorted(glob.glob("/dev/nvidia[0-9]*"))
+    given = next((f"{n}={os.environ[n]}" for n in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS") if os.environ.get(n)), None)
+    found = f"this machine has {files[0]}" if files else f"Slurm gave this job {given}" if given else None
+    if found is None:
+        return
+    try:
+        torch.cuda.init()
+        reason = "no device is visible to this process"
+    except Exception as error:  # of several kinds: no driver, an old one, a CPU build
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+    raise LaunchError(
+        f"{found}, but PyTorch {torch.__version__} sees no GPU: {reason}. Install the build of PyTorch for your driver "
+        f"(docs/install.md), or have Slurm give the job its GPUs; {DEVICE}=cpu computes on the CPU all the same"
+    )
 
 
 def _join(place: torch.device) -> None:

@@ -7,12 +7,13 @@ for them, which no error would show (xFuserRingFlashAttnFunc, xfuser 0.7).
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.attention import rows_of_equal_length, split, stack_rows
+from hvtrain.models.attention import KERNELS, rows_of_equal_length, split, stack_rows
 from hvtrain.models.base import Attend, Joint
 from hvtrain.parallel.context import ParallelContext, at_shutdown
 
@@ -30,8 +31,34 @@ def refuse(ctx: ParallelContext, *, training: bool) -> None:
         reason = "the Python package 'xfuser' is not installed"
     elif ctx.sp == 1:
         reason = "there is nothing to share among one rank; set parallel.ulysses or parallel.ring, or use 'auto'"
+    else:
+        reason = _unfit()
     if reason:
         raise ConfigError(f"parallel.kernel: 'xfuser' cannot be used: {reason}")
+
+
+def _unfit() -> str | None:
+    """Whether the package can be imported and told which kernel to use: what it takes by itself differs between releases."""
+    try:
+        from xfuser.core.long_ctx_attention import xFuserLongContextAttention
+        from yunchang.kernels import AttnType
+
+        takes = inspect.signature(xFuserLongContextAttention.__init__).parameters
+        if "attn_type" not in takes or not hasattr(AttnType, "TORCH_FLASH"):
+            return "this release does not let one choose its kernel; install a newer xfuser and yunchang"
+    except Exception as error:  # of any kind: it is not our code
+        return f"the Python package 'xfuser' is installed, but {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _kernel_of(device: torch.device) -> Any:
+    """The fastest of xfuser's kernels that works here; PyTorch's own needs no package."""
+    from yunchang.kernels import AttnType
+
+    for ours, theirs in (("flash3", "FA3"), ("flash2", "FA")):
+        if KERNELS[ours].missing(device, torch.bfloat16) is None:
+            return AttnType[theirs]
+    return AttnType.TORCH_FLASH
 
 
 def xfuser_attend(ctx: ParallelContext) -> Attend:
@@ -69,4 +96,4 @@ def _layer(ctx: ParallelContext) -> Any:
             data_parallel_degree=ctx.dp, sequence_parallel_degree=ctx.sp, ulysses_degree=ctx.ulysses, ring_degree=ctx.ring
         )
         at_shutdown(xdist.destroy_model_parallel)
-    return xFuserLongContextAttention()
+    return xFuserLongContextAttention(attn_type=_kernel_of(ctx.device))

@@ -52,13 +52,14 @@ def degrees(heads: int, gpus: int) -> list[tuple[int, int]]:
 
 
 def of_training(cfg: TrainConfig, about: Subject, shape: Shape, gpus: int) -> Estimate:
-    """One rank of `gpus`, on CUDA: gradients are reduced while the backward goes on."""
+    """One rank of `gpus`, on CUDA, where a full fine-tune's gradients are reduced while the backward goes on."""
     with simulated(world=gpus, ulysses=cfg.parallel.ulysses, ring=cfg.parallel.ring) as ctx:
         model = _build(cfg, about)
         stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
         layout = Layout(
             cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer != "none", cfg.zero.offload_param != "none", gpus,
-            cfg.zero.bucket_mb, freed_by_swap=0 if stage3 else _freed(model, cfg.run.blocks_to_swap),
+            cfg.zero.bucket_mb, overlap=cfg.adapter.type == "none",
+            freed_by_swap=0 if stage3 else _freed(model, cfg.run.blocks_to_swap),
         )
         trace = trace_step(
             model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,

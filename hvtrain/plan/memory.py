@@ -9,7 +9,7 @@ from hvtrain.plan.trace import Trace
 
 STATE_BYTES = 8  # Adam's two moments in fp32, per trained value
 _LIVE = 10**9  # elements that DeepSpeed's stage 3 keeps gathered (its default)
-_PREFETCH = 1 << 26
+_PREFETCH = 1 << 28  # as train/zero.py sets it
 _BUCKET = 1 << 28
 _TORCH_BUCKET = 1 << 26
 
@@ -24,7 +24,7 @@ class Layout:
     offload_param: bool = False
     world: int = 1
     bucket_mb: float | None = None
-    overlap: bool = True  # DeepSpeed on CUDA reduces while the backward goes on, from two buckets
+    overlap: bool = True  # DeepSpeed on CUDA reduces a full fine-tune's gradients in the backward, from two buckets
     freed_by_swap: int = 0
 
     @property

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hvtrain.errors import ConfigError, HvtrainError
+from hvtrain.parallel.context import on_the_cpu
 from hvtrain.tiny.clips import BACKGROUNDS, CONCEPT, MOTIONS
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from hvtrain.tiny.score import look
@@ -102,7 +104,9 @@ def _sheet(folder: Path, prompts: list[str]) -> None:
 def _hvtrain(*arguments: str) -> None:
     command = [sys.executable, "-m", "launcher.cli", *arguments]
     print("$ hvtrain " + " ".join(arguments), flush=True)
-    if code := subprocess.run(command).returncode:
+    # A process takes a GPU of its own, and the demo starts two: a single GPU stays idle.
+    env = on_the_cpu() if torch.cuda.device_count() == 1 else None
+    if code := subprocess.run(command, env=env).returncode:
         raise HvtrainError(f"the demo stopped: 'hvtrain {arguments[0]}' ended with exit code {code}")
 
 

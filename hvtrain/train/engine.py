@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -122,6 +123,8 @@ def _check_places(cfg: EngineConfig) -> None:
             "use zero.stage=3, or for a LoRA run.blocks_to_swap"
         )
     nvme = "nvme" in (cfg.offload_optimizer, cfg.offload_param)
+    if nvme:
+        _check_toolkit()
     if nvme and cfg.stage != 3:
         raise ConfigError(f"zero.offload_optimizer: {where} cannot put it on nvme; use zero.stage=3, or cpu")
     if cfg.offload_param == "nvme" and cfg.offload_optimizer != "nvme":
@@ -130,6 +133,19 @@ def _check_places(cfg: EngineConfig) -> None:
         raise ConfigError(
             "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme" if nvme
             else "zero.nvme_path is set but nothing is offloaded to nvme; set zero.offload_optimizer=nvme"
+        )
+
+
+def _check_toolkit() -> None:
+    """Where PyTorch sees a GPU, DeepSpeed compiles its disk access against CUDA's headers, also if the run is on the CPU."""
+    if not torch.cuda.is_available():
+        return
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None or not Path(CUDA_HOME, "include").is_dir():
+        raise ConfigError(
+            "zero.offload_optimizer: nvme needs a CUDA toolkit to compile DeepSpeed's disk access, and CUDA_HOME is "
+            f"{CUDA_HOME}; install the toolkit of PyTorch's CUDA version and set CUDA_HOME to it, or use cpu"
         )
 
 

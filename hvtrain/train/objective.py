@@ -60,7 +60,8 @@ class Objective:
         noise = torch.randn(latents.shape, generator=draw).to(self.device)
         x0 = latents.to(self.device, non_blocking=True).float()  # pinned batches are copied while the GPU computes
         sigma = sigma.to(self.device, torch.float32)
-        cond = {name: self._placed(value) for name, value in batch.items() if name != "latents"}
+        # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
+        cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n != "latents"}
         cond.setdefault("image_latents", x0[:, :, :1])  # image to video: the clip's own first latent frame
         inp = self.spec.make_input(add_noise(x0, noise, sigma), sigma, cond, task=self.task, guidance=self.guidance)
         with autocast(self.device.type, enabled=self.autocast):

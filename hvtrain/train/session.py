@@ -108,8 +108,8 @@ class Session:
         print(
             f"{self.subject.spec.name} {self.subject.flavor.name}: training {what} ({n:,} parameters) on "
             f"{sum(len(s) for s in self.sets)} samples\n"
-            f"{ctx.world} process(es): data {ctx.dp} x Ulysses {ctx.ulysses} x ring {ctx.ring}, {zero}{offload}, "
-            f"{self.kernel.name} attention, {c.run.precision}\n"
+            f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring {ctx.ring}, "
+            f"{zero}{offload}, {self.kernel.name} attention, {c.run.precision}\n"
             f"steps {self.start.step + 1} to {self.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each (fewer "
             "where a bucket ends); "
             f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}",

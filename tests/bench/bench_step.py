@@ -79,11 +79,8 @@ def build(spec: ModelSpec, flavor: Flavor, case: Case, device: torch.device) -> 
     ctx = ParallelContext(device=device)
     parallelize(
         model, ctx, kernel=case.kernel, dtype=torch.bfloat16, training=case.training,
-        recompute=case.recompute if case.training else "none",
+        recompute=case.recompute if case.training else "none", compiler="inductor" if case.compiled else None,
     )
-    if case.compiled:
-        for block in model.blocks:
-            block.compile()
     return model.train(case.training)
 
 

@@ -38,7 +38,10 @@ class Sent:
 
     @contextmanager
     def counting(self):
-        plain = {n: getattr(dist, n) for n in ("all_to_all_single", "all_gather_single", "reduce_scatter_single", "P2POp")}
+        new = hasattr(dist, "all_gather_single")  # torch 2.13
+        to_all = "all_gather_single" if new else "all_gather_into_tensor"
+        to_one = "reduce_scatter_single" if new else "reduce_scatter_tensor"
+        plain = {n: getattr(dist, n) for n in ("all_to_all_single", to_all, to_one, "P2POp")}
 
         def share(x: torch.Tensor, group: object) -> int:
             return x.numel() * (dist.get_world_size(group) - 1) // dist.get_world_size(group)
@@ -49,17 +52,18 @@ class Sent:
 
         def gather(out, x, group=None, **k):
             self.n += x.numel() * (dist.get_world_size(group) - 1)
-            return plain["all_gather_single"](out, x, group=group, **k)
+            return plain[to_all](out, x, group=group, **k)
 
         def scatter(out, x, op=dist.ReduceOp.SUM, group=None, **k):
             self.n += share(x, group)
-            return plain["reduce_scatter_single"](out, x, op=op, group=group, **k)
+            return plain[to_one](out, x, op=op, group=group, **k)
 
         def p2p(op, tensor, *a, **k):
             self.n += tensor.numel() if op is dist.isend else 0
             return plain["P2POp"](op, tensor, *a, **k)
 
-        dist.all_to_all_single, dist.all_gather_single, dist.reduce_scatter_single, dist.P2POp = a2a, gather, scatter, p2p
+        for name, counted in zip(plain, (a2a, gather, scatter, p2p)):
+            setattr(dist, name, counted)
         try:
             yield
         finally:

@@ -7,16 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from hvtrain.adapters.lora import seed_dropout
 from hvtrain.errors import ConfigError
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown
+from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.parallel.swap import BlockSwap, resident_bytes
 from tests.parallel.tiny_run import ARCH, Case, Outcome, build_model, make_batch, train
 
 ALONE = ParallelContext()
 DEEP = replace(ARCH, double=3, single=5)
+DEEP_BLOCKS = range(8)
 
 
 def run(case: Case) -> Outcome:
@@ -66,30 +72,65 @@ def test_accumulation_is_bit_equal_to_adding_up_by_hand(engine: str, stage: int)
         assert torch.equal(after[name], want), name
 
 
-@pytest.mark.parametrize("policy", ["full", "selective", "offload"])
-def test_a_policy_keeps_what_it_says(policy: str) -> None:
-    """Bytes that autograd holds between forward and backward: fewer than without, in the order of the policies."""
+class Living(TorchDispatchMode):
+    """Bytes of everything computed while entered that is still in memory: by storage, so that no one can hold it unseen."""
 
-    def saved(recompute: str) -> int:
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def n_bytes(self, but: set[int]) -> int:
+        return sum(n for at, (ref, n) in self.made.items() if at not in but and not ref.expired())
+
+
+def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes on the device between forward and backward: full keeps each block's two inputs, selective attention's outputs
+    and log-sum-exps too, offload neither; what offload keeps is on the host, and none of the copies outlives its use."""
+    host: set[int] = set()
+    copies: list[HostCopies] = []
+    room = HostCopies.on_host
+
+    def on_host(self: HostCopies, x: torch.Tensor) -> torch.Tensor:
+        copies.append(self)
+        there = room(self, x)
+        host.add(there.untyped_storage().data_ptr())
+        return there
+
+    monkeypatch.setattr(HostCopies, "on_host", on_host)
+
+    def kept(recompute: str) -> tuple[int, int]:
         model, _ = build_model(Case(lora=True, arch=DEEP))
         parallelize(model, ALONE, recompute=recompute)
-        held: dict[int, torch.UntypedStorage] = {}
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            if x.untyped_storage().data_ptr() not in weights:
-                held[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
-
-        from hvtrain.adapters.lora import seed_dropout
-
         seed_dropout(model, 7)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = model(make_batch(0, 0)[0])
-        out.sum().backward()
-        return sum(s.nbytes() for s in held.values())
+        host.clear()  # addresses are used again
+        inp = make_batch(2, 0)[0]  # 77 image tokens
+        given = {x.untyped_storage().data_ptr() for x in (*model.parameters(), inp.x, inp.text, inp.t, *inp.cond.values())}
+        with Living() as living:
+            out = model(inp).sum()
+            before = living.n_bytes(host | given)
+            out.backward()
+            del out
+        grads = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+        return before, living.n_bytes(host | given | grads)
 
-    assert saved(policy) < 0.5 * saved("none")
+    inp = make_batch(2, 0)[0]
+    tokens = 2 * (77 + max(inp.text_len)) * 4  # of both samples, in bytes
+    inputs = len(DEEP_BLOCKS) * tokens * DEEP.hidden_size
+    attention = len(DEEP_BLOCKS) * sum(77 + n for n in inp.text_len) * 4 * (DEEP.hidden_size + DEEP.heads_num)
+    before, after = zip(*(kept(p) for p in ("none", "full", "selective", "offload")))
+    none, full, selective, offload = before
+    assert none > 10 * full
+    assert full - offload == inputs and selective - full == attention
+    assert after == (0, 0, 0, 0)
+    assert copies and all(not one.out for one in copies)
 
 
 def test_selective_computes_attention_once() -> None:
@@ -158,9 +199,12 @@ def test_block_swap_and_policies_on_a_gpu(policy: str) -> None:
     device = torch.device("cuda", 0)
     ctx = ParallelContext(device=device)
 
-    def grads(recompute: str, n_swapped: int) -> dict[str, torch.Tensor]:
+    def run_on_gpu(recompute: str, n_swapped: int) -> tuple[dict[str, torch.Tensor], int, int]:
+        """Gradients; the bytes of weights that lie there; and the peak of activations above them."""
+        torch.cuda.empty_cache()
         model, params = build_model(Case(lora=True, arch=DEEP))
         swap = BlockSwap(model.blocks, n_swapped, device) if n_swapped else None
+        before = torch.cuda.memory_allocated(device)
         model.to(device)
         for module in model.modules():
             if hasattr(module, "dropout"):
@@ -171,13 +215,20 @@ def test_block_swap_and_policies_on_a_gpu(policy: str) -> None:
             inp, x=inp.x.to(device), t=inp.t.to(device), text=inp.text.to(device),
             cond={k: v.to(device) for k, v in inp.cond.items()},
         )
+        weights = torch.cuda.memory_allocated(device) - before
+        torch.cuda.reset_peak_memory_stats(device)
         for _ in range(3):
             (model(inp) - target.to(device)).square().mean().backward()
-        return {n: p.grad for n, p in params.items() if p.grad is not None}
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before - weights
+        return {n: p.grad for n, p in params.items() if p.grad is not None}, weights, peak
 
-    want, got = grads("none", 0), grads(policy, 4)
+    want, whole, most = run_on_gpu("none", 0)
+    got, resident, peak = run_on_gpu(policy, 4)
     for name, grad in want.items():
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6)
+    assert resident < 0.8 * whole, (resident, whole)  # half of the blocks are away
+    assert peak < 0.7 * most, (peak, most)
 
 
 def test_dropout_and_swap_need_no_weights_of_a_linear() -> None:

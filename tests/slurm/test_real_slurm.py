@@ -71,7 +71,7 @@ def test_a_job_on_two_nodes(cluster, shards, site, tmp_path):
     done = hvtrain(cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--log", log, "train", *config)
     job = re.search(r"job (\d+)", done.stdout)[1]
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
-    assert "2 process(es): data 2 x Ulysses 1 x ring 1" in log.read_text()
+    assert "2 process(es) on CPU: data 2 x Ulysses 1 x ring 1" in log.read_text()
     assert (run / "lora.safetensors").exists()
 
 

@@ -102,6 +102,23 @@ def test_deepspeed_s_own_settings_are_merged_over_ours(tmp_path):
     assert small["zero_optimization"]["reduce_bucket_size"] == 2 and small["communication_data_type"] == "bf16"
 
 
+@pytest.mark.parametrize("cuda, whole, stage, overlaps", [
+    (True, True, 2, True), (True, False, 2, False), (False, True, 2, False), (True, True, 0, False), (True, False, 3, False),
+])  # fmt: skip
+def test_gradients_travel_beside_the_backward_of_a_full_fine_tune_alone(cuda, whole, stage, overlaps):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    net[0].requires_grad_(whole)
+    zero = ds_config(EngineConfig(stage=stage), net, cuda=cuda)["zero_optimization"]
+    assert zero["overlap_comm"] is overlaps
+
+
+def test_zero_3_leaves_torch_s_linear_alone_and_gathers_a_block_ahead():
+    zero = ds_config(EngineConfig(stage=3), torch.nn.Linear(3, 3), cuda=True)["zero_optimization"]
+    assert zero["memory_efficient_linear"] is False and zero["stage3_prefetch_bucket_size"] == 1 << 28
+    two = ds_config(EngineConfig(stage=2), torch.nn.Linear(3, 3), cuda=True)["zero_optimization"]
+    assert "memory_efficient_linear" not in two
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [

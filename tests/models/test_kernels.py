@@ -1,0 +1,224 @@
+"""Optional attention packages are called before they are chosen: stand-ins for them, good and bad, on a pretended GPU."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import logging
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hvtrain.errors import ConfigError
+from hvtrain.models import attention
+from hvtrain.models.attention import KERNELS, pick_kernel
+from hvtrain.parallel import xfuser_path
+from hvtrain.parallel.context import ParallelContext
+
+GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
+SDPA = KERNELS["sdpa"]
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], int], None]:
+    """No packages, and a GPU of a capability with a cuDNN; what a trial computes is computed on the CPU."""
+    little = attention._little_attention
+    monkeypatch.setattr(attention, "_little_attention", lambda device, dtype: little(torch.device("cpu"), dtype))
+    for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface", "sageattention", "xfuser"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    find = attention.importlib.util.find_spec
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda n: find(n) if n in sys.modules else None)
+
+    def make(capability: tuple[int, int], cudnn: int = 91501) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+
+    make((9, 0))
+    attention._trial.cache_clear()
+    yield make
+    attention._trial.cache_clear()
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> types.ModuleType:
+    made = types.ModuleType(name)
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    made.__path__ = []  # a package
+    vars(made).update(contents)
+    monkeypatch.setitem(sys.modules, name, made)
+    return made
+
+
+def attend(q, k, v, **_):
+    return SDPA.attend(q, k, v)
+
+
+def flash2_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+                   return_softmax):  # fmt: skip
+    assert (dropout_p, softmax_scale, causal, softcap) == (0.0, q.shape[-1] ** -0.5, False, 0.0)
+    return *SDPA.partial(q, k, v), None, None
+
+
+def flash2_backward(dout, q, k, v, out, lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+                    window_size_right, softcap, alibi_slopes, deterministic):  # fmt: skip
+    for into, grad in zip((dq, dk, dv), SDPA.backward(dout, q, k, v, attention.Partial(out, lse))):
+        into.copy_(grad)
+
+
+def install_flash2(monkeypatch: pytest.MonkeyPatch, *, attend: Callable = attend, forward: Callable = flash2_forward) -> None:
+    module(monkeypatch, "flash_attn", flash_attn_func=attend)
+    inside = {"_flash_attn_forward": forward, "_flash_attn_backward": flash2_backward}
+    module(monkeypatch, "flash_attn.flash_attn_interface", **inside)
+
+
+def flash3_forward(q, k, v, softmax_scale=None):
+    return *SDPA.partial(q, k, v), None, None
+
+
+def flash3_backward(dout, q, k, v, out, lse, dq=None, dk=None, dv=None, softmax_scale=None):
+    flash2_backward(dout, q, k, v, out, lse, dq, dk, dv, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def install_flash3(monkeypatch: pytest.MonkeyPatch, **other: Callable) -> None:
+    inside = {"flash_attn_func": attend, "_flash_attn_forward": flash3_forward, "_flash_attn_backward": flash3_backward}
+    module(monkeypatch, "flash_attn_interface", **{**inside, **other})
+
+
+def auto() -> str:
+    return pick_kernel("auto", device=GPU, dtype=BF16).name
+
+
+def test_the_fastest_that_works_is_taken(gpu, monkeypatch):
+    assert auto() == "sdpa"
+    install_flash2(monkeypatch)
+    gpu((8, 0))
+    assert auto() == "flash2" == pick_kernel("flash2", device=GPU, dtype=BF16).name
+    gpu((9, 0), cudnn=91500)
+    assert auto() == "flash2"
+    for newer in ((9, 0), (10, 0)):  # PyTorch's is cuDNN's there, and faster than FlashAttention 2
+        gpu(newer, cudnn=91501)
+        assert auto() == "sdpa" and pick_kernel("flash2", device=GPU, dtype=BF16).name == "flash2"
+    gpu((9, 0))
+    install_flash3(monkeypatch)
+    assert auto() == "flash3"
+    assert pick_kernel("auto", device=GPU, dtype=torch.float32).name == "sdpa"
+    assert pick_kernel("auto", device=torch.device("cpu"), dtype=BF16).name == "sdpa"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_flash3_is_for_hopper_alone(gpu, monkeypatch, capability):
+    install_flash3(monkeypatch)
+    gpu(capability)
+    assert auto() == "sdpa"
+    with pytest.raises(ConfigError, match=rf"'flash3' cannot be used: it needs compute capability 9.x, this is {capability[0]}"):
+        pick_kernel("flash3", device=GPU, dtype=BF16)
+
+
+def test_an_old_gpu_and_a_wide_dtype_are_refused(gpu, monkeypatch):
+    install_flash2(monkeypatch)
+    with pytest.raises(ConfigError, match="computes in bfloat16 or float16, not float32"):
+        pick_kernel("flash2", device=GPU, dtype=torch.float32)
+    gpu((7, 5))
+    with pytest.raises(ConfigError, match=r"compute capability 8.0 or newer, this is 7.5"):
+        pick_kernel("flash2", device=GPU, dtype=BF16)
+
+
+def broken(*_, **__):
+    raise ImportError("libflash.so: undefined symbol: _ZN3c10\nand more")
+
+
+def wrong(q, k, v, **_):
+    return SDPA.attend(q, v, k)
+
+
+def nothing(q, k, v, **_):
+    return torch.full_like(q, float("nan"))
+
+
+@pytest.mark.parametrize(
+    "install, says",
+    [
+        (lambda m: module(m, "flash_attn", cute=None), "No module named 'flash_attn.flash_attn_interface'"),  # flash-attn-4
+        (lambda m: install_flash2(m, attend=broken), "ImportError: libflash.so: undefined symbol: _ZN3c10$"),
+        (lambda m: install_flash2(m, attend=wrong), "it computes something else"),
+        (lambda m: install_flash2(m, attend=nothing), "it computes something else"),
+        (lambda m: install_flash2(m, forward=lambda q, k, v: None), "TypeError: .* unexpected keyword|TypeError: .* positional"),
+        (lambda m: install_flash2(m, forward=lambda *a, **k: (SDPA.attend(*a[:3]), torch.zeros(2, 2, 64))), "something else"),
+    ],
+    ids=["flash-attn-4", "another ABI", "wrong numbers", "NaN", "another signature", "wrong log-sum-exp"],
+)
+def test_a_package_that_does_not_work_is_named_and_passed_by(gpu, monkeypatch, caplog, install, says):
+    gpu((8, 0))
+    install(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert auto() == "sdpa"
+        assert auto() == "sdpa"
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "flash2 is installed, but" in caplog.text  # once
+    reason = f"'flash2' cannot be used: the Python package 'flash_attn' is installed, but .*({says})"
+    with pytest.raises(ConfigError, match=reason):
+        pick_kernel("flash2", device=GPU, dtype=BF16)
+
+
+def test_an_early_flash3_with_other_signatures_is_passed_by(monkeypatch):
+    install_flash3(monkeypatch, _flash_attn_forward=lambda q, k, v, k_new, v_new, qv, softmax_scale: None)
+    assert auto() == "sdpa"
+    attention._trial.cache_clear()
+    install_flash3(monkeypatch, _flash_attn_backward=lambda dout, q, k, v, out, lse, cu_seqlens_q, **_: None)
+    with pytest.raises(ConfigError, match="'flash3' cannot be used: .* a call of it fails: TypeError"):
+        pick_kernel("flash3", device=GPU, dtype=BF16)
+    attention._trial.cache_clear()
+    install_flash3(monkeypatch, flash_attn_func=lambda q, k, v: (SDPA.attend(q, k, v), None))  # out and log-sum-exp
+    assert auto() == "flash3"
+
+
+def test_sage_may_round_but_must_give_its_log_sum_exp(monkeypatch):
+    def rounded(q, k, v, tensor_layout, return_lse=False):
+        assert tensor_layout == "NHD"
+        out, lse = SDPA.partial((q * 16).round() / 16, k, v)
+        return (out, lse) if return_lse else out
+
+    module(monkeypatch, "sageattention", sageattn=rounded)
+    assert pick_kernel("sage", device=GPU, dtype=BF16, training=False).name == "sage"
+    assert auto() == "sdpa"  # never by itself
+    with pytest.raises(ConfigError, match="it has no backward; train with 'auto'"):
+        pick_kernel("sage", device=GPU, dtype=BF16)
+    attention._trial.cache_clear()
+    module(monkeypatch, "sageattention", sageattn=lambda q, k, v, tensor_layout, **_: SDPA.attend(q, k, v))  # 1.0
+    with pytest.raises(ConfigError, match="'sage' cannot be used: .*'sageattention' is installed, but"):
+        pick_kernel("sage", device=GPU, dtype=BF16, training=False)
+
+
+class Chosen:
+    def __init__(self, attn_type: object = None) -> None:
+        self.attn_type = attn_type
+
+
+def install_xfuser(monkeypatch: pytest.MonkeyPatch, layer: type) -> None:
+    module(monkeypatch, "xfuser")
+    state = types.SimpleNamespace(model_parallel_is_initialized=lambda: True)
+    module(monkeypatch, "xfuser.core", distributed=state)
+    module(monkeypatch, "xfuser.core.distributed", **vars(state))
+    module(monkeypatch, "xfuser.core.long_ctx_attention", xFuserLongContextAttention=layer)
+
+
+def test_xfuser_is_told_its_kernel(gpu, monkeypatch):
+    """What it takes by itself is None in one release and FlashAttention, installed or not, in another."""
+    ctx = ParallelContext(world=2, ulysses=2, device=GPU)
+    install_xfuser(monkeypatch, Chosen)
+    xfuser_path.refuse(ctx, training=False)
+    assert xfuser_path._layer(ctx).attn_type.name == "TORCH_FLASH"
+    install_flash2(monkeypatch)
+    assert xfuser_path._layer(ctx).attn_type.name == "FA"
+    install_flash3(monkeypatch)
+    assert xfuser_path._layer(ctx).attn_type.name == "FA3"
+
+
+def test_an_xfuser_that_cannot_be_told_or_imported_is_refused(monkeypatch):
+    ctx = ParallelContext(world=2, ulysses=2, device=GPU)
+    install_xfuser(monkeypatch, type("Old", (), {"__init__": lambda self, scatter_idx=2: None}))
+    with pytest.raises(ConfigError, match="does not let one choose its kernel; install a newer xfuser"):
+        xfuser_path.refuse(ctx, training=False)
+    monkeypatch.delitem(sys.modules, "xfuser.core.long_ctx_attention")
+    with pytest.raises(ConfigError, match="'xfuser' is installed, but ModuleNotFoundError"):
+        xfuser_path.refuse(ctx, training=False)

@@ -1,0 +1,223 @@
+"""The plain engine in one process: what an optimizer step is, number by number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hvtrain.errors import ConfigError
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.train import engine as engines
+from hvtrain.train.engine import (
+    EngineConfig,
+    LearningRate,
+    TorchEngine,
+    build_engine,
+    check_engine,
+    clip_,
+    filled_grads,
+)
+
+PLAIN = EngineConfig(engine="torch", stage=0, max_grad_norm=0.0)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.b = nn.Parameter(torch.tensor([[4.0]], dtype=torch.float64))
+        self.unused = nn.Parameter(torch.tensor([7.0]))
+
+
+def build(cfg: EngineConfig = PLAIN, *, optimizer=torch.optim.SGD, schedule=lambda n: 1.0, **options) -> TorchEngine:
+    model = Two()
+    params = dict(model.named_parameters())
+    groups = [{"params": [params["a"], params["unused"]], "lr": 0.5}, {"params": [params["b"]], "lr": 0.25}]
+    engine = build_engine(
+        model, params, cfg, ParallelContext(), optimizer=optimizer(groups, **options), schedule=schedule
+    )
+    assert isinstance(engine, TorchEngine) and engine.model is model
+    return engine
+
+
+def loss_of(engine: TorchEngine, a: float, b: float) -> torch.Tensor:
+    """Its gradient is a in each element of the one parameter and b in the other."""
+    return a * engine.params["a"].sum() + b * engine.params["b"].sum()
+
+
+def values(engine: TorchEngine) -> list[float]:
+    return [x for name in ("a", "b", "unused") for x in engine.params[name].flatten().tolist()]
+
+
+def test_micro_steps_add_up_to_their_mean():
+    engine = build(replace(PLAIN, grad_accum=2))
+    assert engine.accumulate(loss_of(engine, 1.0, 3.0), last=False) is None
+    assert engine.n_steps == 0 and values(engine) == [1.0, 2.0, 4.0, 7.0]
+    result = engine.accumulate(loss_of(engine, 3.0, 5.0), last=True)
+    assert result is not None and not result.skipped and result.lr == 0.5 and engine.n_steps == 1
+    assert result.grad_norm == pytest.approx(math.sqrt(2**2 + 2**2 + 4**2))  # of means 2, 2 and 4
+    assert values(engine) == [1.0 - 0.5 * 2, 2.0 - 0.5 * 2, 4.0 - 0.25 * 4, 7.0]
+    assert all(p.grad is None for p in engine.params.values())
+    engine.accumulate(loss_of(engine, 0.0, 0.0), last=False)
+    engine.accumulate(loss_of(engine, 2.0, 0.0), last=True)  # nothing of the first step is left
+    assert values(engine) == [0.0 - 0.5, 1.0 - 0.5, 3.0, 7.0]
+
+
+def test_a_norm_above_the_limit_is_scaled_down_to_it():
+    engine = build(replace(PLAIN, max_grad_norm=1.5))
+    result = engine.accumulate(loss_of(engine, 2.0, 1.0), last=True)  # gradients 2, 2, 1: norm 3
+    assert result is not None and result.grad_norm == pytest.approx(3.0)  # as it was before
+    assert values(engine) == pytest.approx([1 - 0.5 * 1.0, 2 - 0.5 * 1.0, 4 - 0.25 * 0.5, 7.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.0, 3.1, 100.0])
+def test_a_norm_below_the_limit_is_left_alone(limit):
+    """Never scaled up; a limit of 0 is none."""
+    engine = build(replace(PLAIN, max_grad_norm=limit))
+    result = engine.accumulate(loss_of(engine, 2.0, 1.0), last=True)
+    assert result is not None and result.grad_norm == pytest.approx(3.0)
+    assert values(engine) == [1 - 0.5 * 2.0, 2 - 0.5 * 2.0, 4 - 0.25 * 1.0, 7.0]
+
+
+def test_the_norm_is_over_all_gradients():
+    grads = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]], dtype=torch.bfloat16), torch.tensor(12.0)]
+    assert clip_(grads, 0.0).item() == 13.0 and grads[0].tolist() == [3.0, 0.0]
+    norm = clip_(grads, 6.5)
+    assert norm.item() == 13.0 and norm.dtype == torch.float32
+    assert [g.flatten().tolist() for g in grads] == [pytest.approx(x, rel=1e-5) for x in ([1.5, 0], [2.0], [6.0])]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_skips_the_step(bad):
+    engine = build(replace(PLAIN, max_grad_norm=1.0), optimizer=torch.optim.AdamW)
+    result = engine.accumulate(loss_of(engine, 1.0, bad), last=True)
+    assert result is not None and result.skipped and not math.isfinite(result.grad_norm or 0.0)
+    assert values(engine) == [1.0, 2.0, 4.0, 7.0] and engine.export_optimizer() == {}
+    assert engine.n_steps == 1 and all(p.grad is None for p in engine.params.values())
+    good = engine.accumulate(loss_of(engine, 1.0, 1.0), last=True)
+    assert good is not None and not good.skipped and values(engine)[0] < 1.0
+
+
+def test_the_rate_is_each_group_s_own_times_the_schedule():
+    engine = build(schedule=lambda n: 1 / (n + 1))
+    rates = []
+    for _ in range(3):
+        result = engine.accumulate(loss_of(engine, 0.0, 0.0), last=True)
+        assert result is not None
+        rates.append((result.lr, *(g["lr"] for g in engine.optimizer.param_groups)))
+    assert rates == [(0.5 / n, 0.5 / n, 0.25 / n) for n in (1, 2, 3)]
+    again = LearningRate(build().optimizer, lambda n: n / 10)
+    assert again.set(4) == pytest.approx(0.2) and again.set(2) == pytest.approx(0.1)
+
+
+def test_what_has_no_gradient_gets_zeros_of_its_own_shape():
+    a, b = (nn.Parameter(torch.ones(2, 3, dtype=d)) for d in (torch.float32, torch.bfloat16))
+    a.grad = torch.full((2, 3), 5.0)
+    first, second = filled_grads([a, b])
+    assert first is a.grad and second is b.grad and (first == 5).all()
+    assert second.shape == (2, 3) and second.dtype == torch.bfloat16 and not second.any()
+
+
+def test_exported_state_is_a_copy_in_float32_and_is_taken_back():
+    engine = build(optimizer=torch.optim.AdamW, weight_decay=0.0)
+    assert engine.export_optimizer() == {}
+    for n in range(3):
+        engine.accumulate(loss_of(engine, 1.0 + n, 2.0), last=True)
+    params, state = engine.export_params(), engine.export_optimizer()
+    assert [list(params), list(state)] == [["a", "b", "unused"]] * 2
+    everything = [*params.values(), *(t for s in state.values() for t in s.values())]
+    assert all(t.dtype == torch.float32 and not t.requires_grad for t in everything)
+    assert set(state["a"]) == {"step", "exp_avg", "exp_avg_sq"} and state["a"]["step"].item() == 3.0
+    assert state["b"]["exp_avg"].item() == pytest.approx(2.0 * (1 - 0.9**3))
+    kept = {name: t.clone() for name, t in params.items()}, state["a"]["exp_avg"].clone()
+    resumed = build(optimizer=torch.optim.AdamW, weight_decay=0.0)
+    resumed.load_state(params, state, n_steps=3)
+    assert resumed.n_steps == 3 and resumed.params["b"].dtype == torch.float64
+    for run in (engine, resumed):
+        for n in range(2):
+            run.accumulate(loss_of(run, 0.5, 1.0 + n), last=True)
+    assert values(resumed) == pytest.approx(values(engine), rel=1e-6)
+    assert resumed.export_optimizer()["a"]["step"].item() == 5.0
+    # The steps went on in their own tensors, not in what was exported.
+    assert all(torch.equal(params[n], kept[0][n]) for n in params) and torch.equal(state["a"]["exp_avg"], kept[1])
+    assert state["a"]["step"].item() == 3.0
+
+
+def test_state_of_another_order_of_groups_finds_its_parameters():
+    """By name: the optimizer numbers its parameters by groups (a, unused, b here)."""
+    engine = build(optimizer=torch.optim.AdamW)
+    state = {n: {"step": torch.tensor(1.0), "exp_avg": torch.full(p.shape, v), "exp_avg_sq": torch.ones(p.shape)}
+             for v, (n, p) in enumerate(engine.params.items())}  # fmt: skip
+    engine.load_state({n: torch.full(p.shape, 10.0) for n, p in engine.params.items()}, state, n_steps=1)
+    assert values(engine) == [10.0] * 4
+    assert [s["exp_avg"].unique().item() for s in engine.export_optimizer().values()] == [0.0, 1.0, 2.0]
+    engine.load_state({n: torch.zeros(p.shape) for n, p in engine.params.items()}, {"b": state["b"]}, n_steps=1)
+    assert list(engine.export_optimizer()) == ["b"]
+
+
+@pytest.mark.parametrize("bucket, calls", [(1 << 26, 2), (3, 3), (1, 4)])
+def test_gradients_are_averaged_over_the_ranks_in_buckets(bucket, calls, monkeypatch):
+    """A bucket ends when it is full and where the type changes: here with 2 and 2 elements in float32, 1 in float64, 1 in 32."""
+    sent: list[list[float]] = []
+
+    def all_reduce(flat: torch.Tensor) -> None:
+        sent.append(flat.tolist())
+        flat.add_(2.0)  # the other ranks' sum
+
+    monkeypatch.setattr(engines.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(engines, "BUCKET", bucket)
+    grads = [torch.tensor([[2.0], [6.0]]), torch.tensor([4.0, 10.0]), torch.tensor([8.0], dtype=torch.float64)]
+    engines._reduce(grads, ParallelContext(world=4))
+    assert [g.flatten().tolist() for g in grads] == [[1.0, 2.0], [1.5, 3.0], [2.5]] and grads[0].shape == (2, 1)
+    joined = [[2.0, 6.0, 4.0, 10.0], [8.0]] if bucket > 2 else [[2.0, 6.0], [4.0, 10.0], [8.0]]
+    assert sent == joined and len(sent) <= calls
+    sent.clear()
+    engines._reduce(grads, ParallelContext())
+    assert sent == []
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        (EngineConfig(engine="deepsped"), "zero.engine: no engine 'deepsped'; did you mean 'deepspeed'"),
+        (EngineConfig(stage=4), "zero.stage: 4 is not a ZeRO stage"),
+        (EngineConfig(stage=-1), "zero.stage: -1 is not a ZeRO stage"),
+        (EngineConfig(offload_param="gpu"), "zero.offload_param: 'gpu' is not a place"),
+        (EngineConfig(bucket_mb=0.0), "zero.bucket_mb is 0.0, expected more than 0"),
+        (EngineConfig(engine="torch", bucket_mb=1.0), "are DeepSpeed's, zero.engine is torch"),
+        (EngineConfig(engine="torch", deepspeed="x.json"), "are DeepSpeed's, zero.engine is torch"),
+        (EngineConfig(stage=3, offload_param="nvme", nvme_path="x"), "set zero.offload_optimizer=nvme"),
+        (EngineConfig(stage=2, offload_param="cpu"), "zero.offload_param: ZeRO stage 2 keeps the whole weights"),
+        (EngineConfig(engine="torch", stage=3, offload_param="cpu"), "the torch engine keeps the whole weights"),
+        (EngineConfig(grad_accum=0), "run.grad_accum: 0 micro-steps"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        check_engine(cfg)
+
+
+@pytest.mark.parametrize("home", [None, "no/such/folder"])
+def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, monkeypatch):
+    """DeepSpeed would die of it after the model is loaded, with a traceback that names no reason."""
+    cfg = EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+    check_engine(cfg)  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=f"nvme needs a CUDA toolkit .* CUDA_HOME is {home}; install the toolkit .* or use cpu"):
+        check_engine(cfg)
+    check_engine(EngineConfig(stage=3, offload_optimizer="cpu"))
+
+
+def test_what_makes_sense_is_not():
+    for cfg in (
+        PLAIN, EngineConfig(), EngineConfig(stage=0, bucket_mb=0.1), EngineConfig(stage=1, offload_optimizer="cpu"),
+        EngineConfig(stage=3, offload_param="cpu"), EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x"),
+        EngineConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path="x"),
+        EngineConfig(communication_dtype="bf16", deepspeed="x.json"),
+    ):  # fmt: skip
+        check_engine(cfg)

@@ -1,0 +1,171 @@
+"""One micro-step: which noise, which sigma, which input and which loss. The model is a recorder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvtrain.config import FlowConfig
+from hvtrain.flow.timesteps import quantile_function, stratified
+from hvtrain.models import find
+from hvtrain.models.base import ModelInput
+from hvtrain.rng import generator
+from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+
+SHAPE = (2, 3, 4, 2, 2)  # [B C T H W]
+QUANTILE = quantile_function("shift", FlowConfig(shift=5.0))
+BASE = Objective(find("hunyuan-video"), "t2v", 6.0, QUANTILE, torch.device("cpu"), False)
+HERE = Where(seed=1, step=4, micro=0, n_micro=2, dp_rank=0, dp=2)
+
+
+class Recorder(nn.Module):
+    """A model that says zero and keeps what it was given; the velocity may be given as well."""
+
+    def __init__(self, answer: Tensor | None = None) -> None:
+        super().__init__()
+        self.answer = answer
+        self.seen: list[ModelInput] = []
+        self.autocast: list[bool] = []
+
+    def forward(self, inp: ModelInput) -> Tensor:
+        self.seen.append(inp)
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
+        answer = torch.zeros(SHAPE) if self.answer is None else self.answer
+        return answer.clone().requires_grad_()
+
+
+def batch() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "latents": torch.randn(SHAPE, generator=g).bfloat16(), "text": torch.randn(2, 5, 7, generator=g).bfloat16(),
+        "text_len": torch.tensor([5, 3]), "pooled": torch.randn(2, 4, generator=g).bfloat16(),
+    }  # fmt: skip
+
+
+def noise_at(where: Where, objective: Objective = BASE) -> Tensor:
+    """The noise that a place gets: what the model sees of latents that are zero, over sigma."""
+    model = Recorder()
+    zero = {**batch(), "latents": torch.zeros(SHAPE)}
+    result = objective(model, zero, where)
+    return model.seen[0].x / result.sigma.view(-1, 1, 1, 1, 1)
+
+
+def test_noise_is_a_function_of_seed_step_micro_step_and_data_rank():
+    """Each of them gives other numbers; the number of ranks and of micro-steps does not; and the values by the formula."""
+    want = torch.randn(SHAPE, generator=generator(1, step=4, micro=0, dp_rank=0, stream="noise"))
+    torch.testing.assert_close(noise_at(HERE), want)
+    torch.testing.assert_close(noise_at(replace(HERE, dp=4, n_micro=3)), want)
+    for other in ({"seed": 2}, {"step": 5}, {"micro": 1}, {"dp_rank": 1}):
+        noise = noise_at(replace(HERE, **other))
+        assert (noise - want).abs().mean() > 0.5, other
+        place = {"step": 4, "micro": 0, "dp_rank": 0, **{k: v for k, v in other.items() if k != "seed"}}
+        expected = torch.randn(SHAPE, generator=generator(other.get("seed", 1), stream="noise", **place))
+        torch.testing.assert_close(noise, expected)
+
+
+def test_the_parts_of_a_step_cover_the_noise_levels_once():
+    """Micro-step m of rank r is part m * dp + r of the step's strata."""
+    sigmas = []
+    for micro in range(2):
+        for dp_rank in range(2):
+            found = BASE(Recorder(), batch(), replace(HERE, micro=micro, dp_rank=dp_rank)).sigma
+            u = stratified(2, seed=1, step=4, part=micro * 2 + dp_rank, n_parts=4)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, QUANTILE(u).float())
+            sigmas += found.tolist()
+    assert sorted(int(8 * below(s)) for s in sigmas) == list(range(8))
+
+
+def below(sigma: float) -> float:
+    """The share of the noise levels below sigma: the quantile's inverse."""
+    t = torch.tensor(sigma, dtype=torch.float64)
+    t = t / (5 - 4 * t)
+    return torch.special.ndtr(torch.logit(t)).item()
+
+
+def test_the_model_sees_noised_latents_and_the_loss_compares_velocities():
+    sigma = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    draw = generator(3)
+    noise = torch.randn(SHAPE, generator=generator(3))
+    data = batch()
+    x0 = data["latents"].float()
+    answer = torch.full(SHAPE, 0.5)
+    model = Recorder(answer)
+    result = BASE.compare(model, data, sigma=sigma, draw=draw)
+    (inp,) = model.seen
+    s = sigma.float().view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(inp.x, (1 - s) * x0 + s * noise)
+    assert inp.x.dtype == torch.float32 and inp.t.tolist() == [250.0, 1000.0] and inp.text_len == (5, 3)
+    assert inp.text.dtype == torch.float32 and torch.equal(inp.text, data["text"].float())
+    assert torch.equal(inp.cond["pooled"], data["pooled"].float()) and inp.cond["guidance"].tolist() == [6016.0] * 2
+    want = (answer - (noise - x0)).pow(2).flatten(1).mean(1)
+    torch.testing.assert_close(result.per_sample, want)
+    assert not result.per_sample.requires_grad and result.loss.requires_grad
+    assert result.loss.item() == pytest.approx(want.mean().item())
+    assert result.sigma.tolist() == [0.25, 1.0] and isinstance(result, MicroResult)
+
+
+def test_the_clip_s_own_first_frame_is_its_image_unless_it_brings_one():
+    objective, data = replace(BASE, task="i2v"), batch()
+    model = Recorder()
+    objective(model, data, HERE)
+    assert torch.equal(model.seen[0].x[:, :, :1], data["latents"][:, :, :1].float())
+    objective(model, {**data, "image_latents": torch.full((2, 3, 1, 2, 2), 9.0)}, HERE)
+    assert (model.seen[1].x[:, :, 0] == 9).all()
+    far = torch.zeros(SHAPE)
+    far[:, :, 0] = 1e4  # the given frame is not learnt
+    loss = objective(Recorder(far), data, HERE).per_sample
+    torch.testing.assert_close(loss, objective(Recorder(), data, HERE).per_sample)
+
+
+def test_autocast_is_round_the_model_alone():
+    for wanted in (False, True):
+        model = Recorder()
+        replace(BASE, autocast=wanted)(model, batch(), HERE)
+        assert model.autocast == [wanted] and not torch.is_autocast_enabled("cpu")
+
+
+def test_text_lengths_never_leave_the_cpu():
+    """They are read as numbers in every forward: on a GPU that would wait for all its work."""
+    gone: list[str] = []
+
+    class Watched(Tensor):
+        def to(self, *args, **kwargs):  # type: ignore[override]
+            gone.append("to")
+            return super().to(*args, **kwargs)
+
+    lengths = torch.tensor([5, 3]).as_subclass(Watched)
+    model = Recorder()
+    BASE(model, {**batch(), "text_len": lengths}, HERE)
+    assert model.seen[0].text_len == (5, 3) and not gone
+
+
+EMPTY = {"text": torch.full((7, 7), 9.0), "pooled": torch.full((4,), 8.0)}
+
+
+def test_captions_are_dropped_by_each_sample_s_own_share():
+    data = batch()
+    same = drop_captions(data, {}, shares=[0.0, 0.0], draw=generator(1))
+    assert same.keys() == data.keys() and all(same[k] is data[k] for k in data) and same is not data
+    found = drop_captions(data, EMPTY, shares=[0.0, 1.0], draw=generator(1))
+    assert found["text_len"].tolist() == [5, 7] and found["text"].shape == (2, 7, 7)
+    assert torch.equal(found["text"][0, :5], data["text"][0]) and not found["text"][0, 5:].any()
+    assert (found["text"][1] == 9).all() and found["text"].dtype == torch.bfloat16
+    assert torch.equal(found["pooled"][0], data["pooled"][0]) and (found["pooled"][1] == 8).all()
+    assert found["pooled"].dtype == torch.bfloat16 and data["text_len"].tolist() == [5, 3]
+    short = drop_captions(data, {k: v[:2] if k == "text" else v for k, v in EMPTY.items()}, shares=[1.0, 0.0], draw=generator(1))
+    assert short["text_len"].tolist() == [2, 3] and (short["text"][0, :2] == 9).all() and not short["text"][0, 2:].any()
+
+
+def test_how_often_captions_are_dropped():
+    many = {"text": torch.zeros(4000, 1, 1), "text_len": torch.ones(4000, dtype=torch.long), "pooled": torch.zeros(4000, 1)}
+    blank = {"text": torch.ones(1, 1), "pooled": torch.ones(1)}
+    shares = [0.1] * 2000 + [0.6] * 2000
+    gone = drop_captions(many, blank, shares=shares, draw=generator(1))["pooled"].flatten()
+    assert gone[:2000].mean().item() == pytest.approx(0.1, abs=0.03)
+    assert gone[2000:].mean().item() == pytest.approx(0.6, abs=0.05)
+    draw = torch.rand(4000, generator=generator(1))
+    assert torch.equal(gone.bool(), draw < torch.tensor(shares))
