@@ -360,7 +360,7 @@ def test_a_bug_on_one_rank_ends_the_job_although_the_other_hangs(tmp_path: Path)
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.parametrize("code", [2, REQUEUE, 130])
+@pytest.mark.parametrize("code", [2, REQUEUE, 130, 143])
 def test_a_job_that_would_end_in_the_same_way_is_not_started_again(tmp_path: Path, code: int) -> None:
     """--max-restarts is for accidents: not for a user's mistake, a stop on request or Ctrl-C."""
     body = f"(here / 'starts').open('a').write('x')\nreturn {code}"

@@ -184,14 +184,14 @@ def test_the_readmes_road_leaves_what_it_promises(road: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if shown(page)], ids=name_of)
 def test_the_commands_of_a_page_run(page: Path, road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = ["clips", "clips.toml", "model.safetensors", "data", "runs"]
+    made = ["clips", "clips.toml", "model.safetensors", "merged.safetensors", "data", "runs"]
     if page.stem == "shards":
         made.append("parts")
         shutil.copytree(road / "data/shards", "tars", ignore=shutil.ignore_patterns("manifest.json"))
     for name in made:
         Path(name).symlink_to(road / name)
-    for name, step in (("a", "00000001"), ("b", "00000002")):
-        Path(f"{name}.safetensors").symlink_to(road / f"runs/a/my_lora-step{step}.safetensors")
+    for name, file in {"a": "my_lora-step00000001", "b": "my_lora"}.items():
+        Path(f"{name}.safetensors").symlink_to(road / f"runs/a/{file}.safetensors")
     walk(page)
 
 
