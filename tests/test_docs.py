@@ -47,8 +47,11 @@ NAMES = {
         "SET": "data/shards", "A": "parts/01", "B": "parts/02", "AB": "merged-{n}", "PARTS": "split-{n}",
         "export DIR": "exported-{n}", "index DIR": "tars",
     },
+    "docs/slurm.md": {
+        "data.shards=/data/shards": "data.shards=data/shards", "run.output_dir=/data/runs/a": "run.output_dir=runs/b",
+    },
     "docs/loraid.md": {
-        "FILE": "a.safetensors", "OUT": "out-{n}.safetensors", "TUNED": "merged.safetensors", "BASE": "model.safetensors",
+        "FILE": "a.safetensors", "OUT": "out-{n}.safetensors", "TUNED": "tuned.safetensors", "BASE": "model.safetensors",
         "A": "a.safetensors", "B": "b.safetensors",
         "runs/a/lora-step00000100.safetensors": "runs/a/my_lora-step00000001.safetensors",
         "--plan ...": "plan/plan.json", "--slices ...": "runs/sliced", "[--rank": "--rank", "64]": "4", "64": "4", "1 3": "2",
@@ -163,7 +166,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     here = tmp_path_factory.mktemp("road")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        write_clips(ClipsRecipe(output="clips", n=6, seed=3))
+        write_clips(ClipsRecipe(output="clips", n=6, seed=1))
         entry = '[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [9]\n'
         Path("clips.toml").write_text("[general]\nresolution = [64, 64]\n" + entry)
         Path("model.safetensors").symlink_to(config.asset("tiny:dit.safetensors"))
@@ -184,18 +187,21 @@ def test_the_readmes_road_leaves_what_it_promises(road: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if shown(page)], ids=name_of)
 def test_the_commands_of_a_page_run(page: Path, road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = ["clips", "clips.toml", "model.safetensors", "merged.safetensors", "data", "runs"]
+    made = ["clips", "clips.toml", "model.safetensors", "data", "runs"]
     if page.stem == "shards":
         made.append("parts")
         shutil.copytree(road / "data/shards", "tars", ignore=shutil.ignore_patterns("manifest.json"))
     for name in made:
         Path(name).symlink_to(road / name)
-    for name, file in {"a": "my_lora-step00000001", "b": "my_lora"}.items():
-        Path(f"{name}.safetensors").symlink_to(road / f"runs/a/{file}.safetensors")
+    for name, file in {"a": "runs/a/my_lora-step00000001", "b": "runs/a/my_lora", "tuned": "merged"}.items():
+        Path(f"{name}.safetensors").symlink_to(road / f"{file}.safetensors")
     walk(page)
 
 
-def test_the_example_files_are_read(tmp_path: Path) -> None:
+def test_the_example_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("clips", "poses"):
+        (tmp_path / folder).mkdir()
     (_, text), = (block for block in split_page(ROOT / "docs/encode.md")[0] if block[0] == "toml")
     file = tmp_path / "dataset.toml"
     file.write_text(text)
