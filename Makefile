@@ -14,14 +14,14 @@ ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALL
 .PHONY: demo test lint env clean
 
 demo: $(STAMP)
-	@$(ENV) $(BIN)/hvtrain demo
+	@$(ENV) $(BIN)/python -m launcher demo
 
 test: $(STAMP)
 	@$(ENV) $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy
+	@$(BIN)/python -m ruff check --quiet .
+	@$(BIN)/python -m mypy
 
 env: $(STAMP)
 

@@ -25,6 +25,14 @@ from hvtrain.errors import ConfigError, suggest
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
+COMMAND_LINE = "command line"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A value of an override: a mistake in it is the command line's, not the file's."""
+
+    value: Any
 
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -34,8 +42,8 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
         key, sign, text = item.partition("=")
         if not sign:
             raise ConfigError(f"'{item}': an override is written key=value, as in optim.lr=1e-4")
-        _set(raw, key, _value(item, text))
-    where = str(path) if path is not None else "command line"
+        _set(raw, key, _Given(_value(item, text)))
+    where = str(path) if path is not None else COMMAND_LINE
     return build(cls, raw, where=where)
 
 
@@ -45,7 +53,8 @@ def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "")
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {_nearest(str(key), cls, prefix)}")
+            origin = COMMAND_LINE if isinstance(raw[key], _Given) else where
+            raise ConfigError(f"{origin}: unknown key '{prefix}{key}'; {_nearest(str(key), cls, prefix)}")
     values = {}
     for name, f in fields.items():
         if name in raw:
@@ -180,6 +189,8 @@ def _set(raw: dict, key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for name in sections:
         below = raw.get(name) or {}
+        if isinstance(below, _Given):
+            below = below.value or {}
         if not isinstance(below, dict):
             raise ConfigError(f"'{key}': '{name}' is a value, not a section")
         raw[name] = dict(below)  # a copy: with a YAML alias, one section may stand in two places
@@ -212,6 +223,8 @@ def _nearest(key: str, cls: type, prefix: str) -> str:
 
 
 def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
+    if isinstance(value, _Given):
+        value, where = value.value, COMMAND_LINE
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _optional(value, kind, where=where, key=key)
@@ -223,7 +236,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise _wrong(value, "a section with keys of its own", where=where, key=key)
+            first = dataclasses.fields(kind)[0].name
+            raise _wrong(value, f"a section with keys of its own, as in {{{first}: {_shown(value)}}}", where=where, key=key)
         return build(kind, value, where=where, prefix=key + ".")  # type: ignore[arg-type]
     if origin is tuple:
         return _sequence(value, get_args(kind), where=where, key=key)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvtrain.program import HVTRAIN
 from launcher import slurm
 from launcher.report import REQUEUE
 from launcher.site import load_site
@@ -44,7 +44,7 @@ def standings(run: Path, slices: Slices) -> list[Standing]:
 
 
 def command(run: Path, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", "launcher.cli", "slices", *map(str, arguments)]
+    return [*HVTRAIN, "slices", *map(str, arguments)]
 
 
 # --- Slurm ------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def run_merge(run: Path, slices: Slices) -> int:
     note_start(run, MERGE, job or f"{os.getpid()}:{process_start(os.getpid())}")
     code = 1
     try:
-        code = subprocess.run([sys.executable, "-m", "launcher.cli", "merge", *slices.merge]).returncode
+        code = subprocess.run([*HVTRAIN, "merge", *slices.merge]).returncode
     finally:
         note_end(run, MERGE, code)
     return code

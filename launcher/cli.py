@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 
 from launcher import commands as commands  # fills the table
+from launcher import output
 from launcher.report import guarded
 from launcher.table import COMMANDS, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code. The console script and launcher.worker end with it."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _main(arguments))
+    """The exit code. Without argv this process is hvtrain itself: the console script and `python DIR/launcher` end with it."""
+    if argv is not None:
+        return run(argv)
+    # Helper processes (readers of data, compilers) are started by libraries with the working directory on their path.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    output.prepare()
+    arguments = list(sys.argv[1:])
+    if "LOCAL_RANK" in os.environ:
+        if arguments and re.match("--local[-_]rank=", arguments[0]):
+            del arguments[0]  # `deepspeed` says it twice
+        if arguments and arguments[0] in COMMANDS and COMMANDS[arguments[0]].check:
+            from launcher import worker
+
+            worker.main(arguments)
+    return run(arguments)
 
 
-def _main(arguments: Sequence[str]) -> int | None:
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line in this process; its exit code."""
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
     args = parse(arguments)
-    return COMMANDS[args.command].run(args)
+    command = COMMANDS[args.command]
+    if not (command.prints or getattr(args, "dry_run", False)):
+        output.go_on_unread()
+    return command.run(args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from launcher.local import cores
 from launcher.report import USER_ERROR
 
 NEEDED = (
@@ -50,7 +51,8 @@ def run() -> int:
 def _system() -> Iterator[Finding]:
     old = sys.version_info < (3, 10)
     yield Finding("python", platform.python_version(), "3.10 or newer is needed" if old else "", fatal=old)
-    yield Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    scarce = cores() < 2 * count_gpus()
+    yield Finding("cores", str(cores()), "fewer than 2 for each GPU: ask for more (Slurm: cpus_per_process)" if scarce else "")
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
         yield Finding("memory", f"{memory:.0f} GiB")
@@ -72,10 +74,14 @@ def _packages() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     """Asked of the driver, not of torch: a torch that cannot see the GPU is one of the things to find."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    given = os.environ.get("SLURM_JOB_GPUS")
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        yield Finding("GPU", "none: runs on the CPU")
+        answer = None
+    if answer is None or (answer.returncode == 0 and not answer.stdout.strip()):
+        lost = "nvidia-smi finds none: the container or the node lacks NVIDIA's driver" if given else ""
+        yield Finding("GPU", f"Slurm gave {given}" if given else "none: runs on the CPU", lost, fatal=bool(given))
         return
     if answer.returncode:
         yield Finding("GPU", "nvidia-smi fails", f"mend the driver: {answer.stdout.strip() or answer.stderr.strip()}")
@@ -85,15 +91,32 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("GPU", gpu)
     torch = _version("torch") or ""
     if gpus and torch.endswith("+cpu"):
-        yield Finding("torch build", torch, "it has no CUDA: pip install torch from the CUDA index, see docs/install.md")
+        yield Finding("torch build", torch, "it has no CUDA: install PyTorch's CUDA build, see docs/install.md", fatal=True)
+    elif expected := count_gpus():
+        yield _torch_sees(expected)
+
+
+def _torch_sees(expected: int) -> Finding:
+    """Asked in a process of its own: torch takes seconds to load, and a broken one may take its process with it."""
+    program = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    seen = int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+    if seen >= expected:
+        return Finding("torch sees", f"{seen} GPU(s)")
+    said = " ".join((done.stderr.strip().splitlines() or ["nothing was said"])[-1].split())
+    advice = f"a driver that is too old for this build of PyTorch, or a container without --gpus: {said}"
+    return Finding("torch sees", f"{seen} of {expected} GPU(s)", advice, fatal=seen == 0)
 
 
 def count_gpus() -> int:
+    """The GPUs that processes started here will find, by the driver and CUDA_VISIBLE_DEVICES."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    return len([line for line in done.stdout.splitlines() if line.startswith("GPU")]) if done.returncode == 0 else 0
+    n = len([line for line in done.stdout.splitlines() if line.startswith("GPU")]) if done.returncode == 0 else 0
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return n if chosen is None else min(n, len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
 
 
 def _version(name: str) -> str | None:

@@ -22,13 +22,13 @@ from tempfile import TemporaryDirectory
 
 from hvtrain import signals
 from hvtrain.errors import LaunchError
+from hvtrain.program import HVTRAIN
 from launcher.report import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
 YOUNG_S = 1.0  # a worker younger than this may not hear yet
-COMMAND = (sys.executable, "-m", "launcher.worker")
 # Below the ports that Linux hands out by itself (32768 and up), so that none is taken between choosing and binding.
 PORTS = range(20000, 32000)
 
@@ -48,6 +48,8 @@ class Topology:
             raise LaunchError(f"--nproc {self.nproc} --nnodes {self.nnodes}: both must be at least 1")
         if not 0 <= self.node_rank < self.nnodes:
             raise LaunchError(f"--node-rank {self.node_rank}: expected 0 to {self.nnodes - 1} (--nnodes {self.nnodes})")
+        if self.master_port is not None and not 0 < self.master_port < 2**16:
+            raise LaunchError(f"--master-port {self.master_port}: expected 1 to 65535")
         if self.nnodes > 1 and (self.master_port is None or self.master_addr == "127.0.0.1"):
             raise LaunchError(
                 "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port on it, "
@@ -88,6 +90,11 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
         return _explain(workers, failed, folder)
 
 
+def cores() -> int:
+    """Those that this process may use: fewer than the machine has inside a Slurm job or a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_port() -> int:
     for port in random.sample(PORTS, 50):
         with socket.socket() as probe:
@@ -103,9 +110,8 @@ def _start(
     arguments: Sequence[str], topology: Topology, *, local_rank: int, port: int, folder: Path, restart: int
 ) -> Worker:
     rank = topology.node_rank * topology.nproc + local_rank
-    threads = max(1, (os.cpu_count() or 1) // topology.nproc)
     env = {
-        "OMP_NUM_THREADS": str(threads),  # the user's own setting wins
+        "OMP_NUM_THREADS": str(max(1, cores() // topology.nproc)),  # the user's own setting wins
         **os.environ,
         "WORLD_SIZE": str(topology.nproc * topology.nnodes),
         "LOCAL_WORLD_SIZE": str(topology.nproc),
@@ -123,7 +129,7 @@ def _start(
         out = None if log is None else sink
         # A session of its own: Ctrl-C then reaches a worker once, through us, and not twice.
         process = subprocess.Popen(
-            [*COMMAND, *arguments], env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=_deaf
+            [*HVTRAIN, *arguments], env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=_deaf
         )
     return Worker(rank, process, log)
 

@@ -6,20 +6,33 @@ folder instead of printing, and the launcher prints the one that explains the ot
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from launcher import output
 
 USER_ERROR = 2
 REQUEUE = 75  # the run was asked to stop, has saved, and continues when it is started again
 INTERRUPTED = 130
-NO_READER = 141  # as if ended by SIGPIPE
 FOLDER_VARIABLE = "HVTRAIN_REPORT_DIR"
+# A disk's or a user's limits, met anywhere: no bug of ours, and nothing that a traceback would help to mend.
+PLACES = {
+    errno.ENOSPC: "make room, then the same command again",
+    errno.EDQUOT: "your quota is used up: make room, then the same command again",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that you may read and write, or ask for the permission",
+    errno.EPERM: "choose a place that you may read and write, or ask for the permission",
+    errno.EFBIG: "larger than files may be here (ulimit -f, or the file system)",
+    errno.EMFILE: "too few open files are allowed: ulimit -n 4096",
+}
 
 
 @dataclass(frozen=True)
@@ -35,20 +48,22 @@ class Failure:
 def guarded(run: Callable[[], int | None]) -> int:
     """Run a command; its exit code. Never raises, except SystemExit."""
     try:
-        code = run() or 0
-        sys.stdout.flush()  # here, not at exit, so that a reader who has left is noticed here
-        return code
+        with output.watched():
+            return run() or 0
+    except output.OutputLost as lost:
+        if not lost.reason:  # `hvtrain models keys X | head`
+            return 0
+        _tell(USER_ERROR, f"error: {lost}")
+        return USER_ERROR
     except KeyboardInterrupt:
         _tell(INTERRUPTED, "interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # `hvtrain models keys X | head`: nobody reads on. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # One of several processes must not look finished: its peers would wait for it.
-        return 0 if os.environ.get("WORLD_SIZE", "1") == "1" else NO_READER
     except Exception as error:
         if is_user_error(error):
             _tell(USER_ERROR, f"error: {one_line(error)}")
+            return USER_ERROR
+        if isinstance(error, OSError) and (advice := PLACES.get(error.errno or 0)):
+            _tell(USER_ERROR, f"error: {error.filename or 'a file'}: {error.strerror}; {advice}")
             return USER_ERROR
         _tell(1, traceback.format_exc().rstrip())
         return 1
@@ -79,7 +94,8 @@ def _tell(code: int, text: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
-        print(text if rank == 0 else f"{text} (rank {rank})", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the exit code still says it
+            print(text if rank == 0 else f"{text} (rank {rank})", file=sys.stderr, flush=True)
         return
     record = Path(folder, f"{rank}.json")
     temporary = record.with_suffix(".tmp")

@@ -7,12 +7,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
+from hvtrain.program import HVTRAIN
 from launcher.local import Topology
 from launcher.site import Site
 
@@ -81,7 +81,7 @@ def _export(item: str) -> str:
 
 
 def _hvtrain(site: Site) -> str:
-    return site.command or f"{shlex.quote(sys.executable)} -m launcher.cli"
+    return site.command or shlex.join(HVTRAIN)
 
 
 def submit(text: str, *, hold: bool = False) -> str:

@@ -23,6 +23,7 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]
     check: Callable[[argparse.Namespace], object] | None = None  # None: cannot run as several processes
+    prints: bool = False  # its result is what it prints: it ends when nobody reads on; others finish their work
 
 
 COMMANDS: dict[str, Command] = {}
@@ -44,22 +45,39 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"hvtrain {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     groups: dict[str, tuple[Parser, argparse._SubParsersAction]] = {}
+    leaves: dict[str, Parser] = {}
     for command in COMMANDS.values():
         group, _, name = command.name.rpartition(" ")
         if group and group not in groups:
             part = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = part, part.add_subparsers(dest="inner", metavar="COMMAND", parser_class=Parser)
         place = groups[group][1] if group else commands
-        leaf = place.add_parser(name, help=command.about, description=command.about)
+        leaves[command.name] = leaf = place.add_parser(name, help=command.about, description=command.about)
         command.options(leaf)
-        leaf.set_defaults(chosen=command.name)
     if not arguments:
         parser.print_help()
         raise SystemExit(USER_ERROR)
     _known(arguments, {name: part for name, (part, _) in groups.items()})
-    parsed = parser.parse_args(arguments)
-    parsed.command = parsed.chosen
-    return parsed
+    words = 2 if arguments[0] in groups else 1
+    leaf = leaves.get(" ".join(arguments[:words]), parser)
+    if leaf is parser:
+        return parser.parse_args(arguments)  # --help, --version
+    return _parse_leaf(leaf, arguments[words:], argparse.Namespace(command=" ".join(arguments[:words])))
+
+
+def _parse_leaf(leaf: Parser, arguments: Sequence[str], found: argparse.Namespace) -> argparse.Namespace:
+    """Options may stand anywhere, also between positionals; but what follows `launch ... COMMAND` belongs to that command."""
+    whole = any(action.nargs == argparse.REMAINDER for action in leaf._actions)
+    if whole or "-h" in arguments or "--help" in arguments:
+        return leaf.parse_args(arguments, found)
+    found, extra = leaf.parse_known_intermixed_args(arguments, found)
+    unknown = [word.partition("=")[0] for word in extra if word.startswith("-")]
+    if unknown:
+        near = suggest(unknown[0], leaf._option_string_actions)
+        leaf.error(f"unknown option {unknown[0]}" + (f", {near}" if near.startswith("did you mean") else ""))
+    if extra:
+        leaf.error(f"unexpected argument '{extra[0]}'")
+    return found
 
 
 def _known(arguments: Sequence[str], groups: dict[str, Parser]) -> None:
@@ -84,11 +102,12 @@ def command(
     *,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     check: Callable[[argparse.Namespace], object] | None = None,
+    prints: bool = False,
 ) -> Callable:
     """Put the function below into the table."""
 
     def register(run: Callable[[argparse.Namespace], int | None]) -> Callable:
-        COMMANDS[name] = Command(name, about, options, run, check)
+        COMMANDS[name] = Command(name, about, options, run, check, prints)
         return run
 
     return register

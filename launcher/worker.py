@@ -1,4 +1,4 @@
-"""The process that `hvtrain launch`, torchrun or srun starts: `python -m launcher.worker train ...`."""
+"""One process of several: what hvtrain is when `hvtrain launch`, torchrun or `deepspeed` has started it as a rank."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from hvtrain import signals
 from launcher import cli
 from launcher.report import REQUEUE
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["train"]:
+def main(arguments: Sequence[str]) -> NoReturn:
+    if arguments[:1] == ["train"]:
         signals.remember()  # before the imports, which take seconds
-    elif sys.argv[1:2] == ["encode"]:
+    elif arguments[:1] == ["encode"]:
         signals.leave(REQUEUE)
     else:
         signals.obey()  # the launcher starts its workers deaf
     _end_with_parent()
-    code = cli.main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = cli.run(arguments)
     # At once: the ordinary exit may wait for a collective whose other ranks have failed too, and tearing libraries'
     # threads down now and then aborts a process that has finished its work.
     os._exit(code)
@@ -36,4 +36,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Also where pytest is started in a directory that holds a `shards` or a `types.py`: no child looks for modules there.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,8 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The suite is the CPU's: with GPUs in sight, every process of a test would take one. `-m gpu` runs what is for them."""
-    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+    """Parity tests compare with the CPU, and a machine with one GPU has none for a second rank: `-m gpu` asks for GPUs."""
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -31,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         import torch
 
         if not torch.cuda.is_available():
-            reasons["gpu"] = "needs a CUDA device"
+            reasons["gpu"] = "needs a CUDA device, and to be asked for: -m gpu"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,16 +15,16 @@ import pytest
 
 from hvtrain import config
 from hvtrain.errors import LaunchError
+from hvtrain.program import HVTRAIN
 from launcher import cli, local, table
-from launcher.commands import info
+from launcher.commands import info, run
 from launcher.report import REQUEUE, USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def hvtrain(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launcher.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+    return subprocess.run([*HVTRAIN, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -107,17 +109,67 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["launch", "--nproc", "2"], "cannot start nothing"),
         (["launch", "--nproc", "0", "train", "run.steps=x"], "run.steps"),
         (["models", "keys", "hunyuan-vidio"], "did you mean 'hunyuan-video'"),
+        (["data", "check", "pyproject.toml", "--workers", "0"], "--workers 0: expected 1 or more"),
+        (["data", "preview", "pyproject.toml", "--max", "0"], "--max 0: expected 1 or more"),
+        (["demo", "--output", "pyproject.toml"], "pyproject.toml is a file; give a directory"),
+        (["demo", "--output", "tests"], "tests holds files that no demo wrote"),
+        (["demo", "--output", "/proc/no/demo"], "/proc/no/demo cannot be made"),
+        (["doctor", "--dir", "nowhere"], "--dir nowhere: no such directory"),
+        (["plan", "model.dit=null", "--memory", "nan"], "--memory is nan, expected a GPU's memory in GiB"),
         (["config", "trainn"], "did you mean 'train'"),
         (["generate", "prompt=a cat", "output=x.mp4", "frames=12"], "expected 4n + 1"),
         (["generate", "prompt=a cat", "output=x.mp4", "width=100"], "multiple of 16"),
+        (["generate", "lora=a.sft", "configs/tiny/generate.yaml"],
+            "error: command line: lora[0] is 'a.sft', expected a section with keys of its own, as in {path: a.sft}"),
+        (["train", "configs/tiny/lora.yaml", "optim.lrr=1"], "error: command line: unknown key 'optim.lrr'"),
+        (["generate", "--lora", "a", "--lora", "b", "--lora_multiplier", "1", "2", "3"], "2 --lora but 3 --lora_multiplier"),
+        (["generate", "--lora", "a", "lora=[]"], "give all of them in one way"),
+        (["generate", "--lora", "a", "--loraid", "1", "--lora_multiplier", "1"], "--lora_multiplier: of --lora or of --loraid?"),
+        (["train", "run.steps=1", "--bogus", "run.name=a"], "unknown option --bogus; see 'hvtrain train --help'"),
+        (["encode", "a.yaml", "--strikt", "output=b"], "unknown option --strikt, did you mean '--strict'?; see 'hvtrain encode"),
+        (["shards", "info", "a", "b"], "unexpected argument 'b'; see 'hvtrain shards info --help'"),
+        (["slices", "run", "--plan"], "see 'hvtrain slices run --help'"),
+        (["plan", "configs/hunyuan_video/lora.yaml"], "to plan without weights add model.dit=null model.flavor=t2v"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     assert cli.main(arguments) == USER_ERROR
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+
+
+def test_options_stand_anywhere_between_the_other_arguments() -> None:
+    parsed = table.parse(["encode", "a.yaml", "--strict", "dataset=b", "output=c"])
+    assert (parsed.command, parsed.strict, parsed.items) == ("encode", True, ["a.yaml", "dataset=b", "output=c"])
+    parsed = table.parse(["plan", "--gpus", "8", "a.yaml", "--size", "64x64x9", "data.batch_size=2", "--generate"])
+    assert (parsed.items, parsed.size, parsed.gpus) == (["a.yaml", "data.batch_size=2"], "64x64x9", "8")
+    parsed = table.parse(["slices", "run", "a.yaml", "--plan", "P", "--data", "D", "run.steps=4", "--output", "O"])
+    assert (parsed.command, parsed.items, parsed.output) == ("slices run", ["a.yaml", "run.steps=4"], "O")
+    parsed = table.parse(["shards", "merge", "A", "--output", "O", "B"])
+    assert parsed.sets == ["A", "B"]
+    # What follows the launched command is that command's.
+    parsed = table.parse(["launch", "--nproc", "2", "encode", "a.yaml", "--strict", "output=c"])
+    assert (parsed.nproc, parsed.arguments) == (2, ["encode", "a.yaml", "--strict", "output=c"])
+
+
+def test_generate_takes_lora_files_as_merge_does() -> None:
+    def lora(*arguments: str):
+        parsed = table.parse(["generate", *arguments])
+        run._generate_items(parsed)
+        run._generate_items(parsed)  # the launcher looks at the same arguments before
+        return table.load_config("generate", parsed)
+
+    files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü: [1].safetensors"
+    found = lora(*files, "--lora_multiplier", "0.8", "-0.5", "steps=3")
+    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü: [1].safetensors", -0.5)]
+    assert (found.prompt, found.steps) == ("x", 3)
+    assert [f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora] == [0.5, 0.5]
+    assert [f.multiplier for f in lora("--lora", "a", "--lora", "b").lora] == [1.0, 1.0]
+    found = lora("slices=runs", "--loraid", "1", "2", "prompt=x", "--lora_multiplier", "1.0", "0")
+    assert (found.loraid, found.lora_multiplier, found.lora, found.prompt) == ((1, 2), (1.0, 0.0), (), "x")
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -127,6 +179,16 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setitem(cli.COMMANDS, "doctor", table.Command("doctor", "", lambda parser: None, broken))
     assert cli.main(["doctor"]) == 1
     assert "Traceback" in (err := capsys.readouterr().err) and "ZeroDivisionError: a bug" in err
+
+
+def test_the_demo_needs_no_gpu_for_each_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvtrain.tiny import demo
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda output: seen.append((output, os.environ["CUDA_VISIBLE_DEVICES"])))
+    assert cli.main(["demo", "--output", "there"]) == 0
+    assert seen == [("there", "")]
 
 
 def test_an_error_of_several_lines_is_printed_as_one(capsys: pytest.CaptureFixture) -> None:
@@ -149,16 +211,97 @@ def test_shard_errors_are_mistakes_too(capsys: pytest.CaptureFixture) -> None:
     assert guarded(fail) == USER_ERROR
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m launcher.cli models keys hunyuan-video | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [
+        ("| head -1", 0, ""),
+        ("> /dev/full", 2, "error: standard output: No space left on device; what was printed is not complete\n"),
+        (">&-", 2, "error: standard output: closed; what was printed is not complete\n"),
+        (">&- 2>&-", 2, ""),
+    ],
+)
+def test_a_command_that_prints_ends_when_nobody_can_read_it(to: str, code: int, said: str) -> None:
+    command = f"set -o pipefail; {shlex.join(HVTRAIN)} config train {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("| true", ""),
+        ("2>&1 | true", ""),
+        (">&-", ""),
+        ("> /dev/full", "warning: standard output: No space left on device; going on without it\n"),
+    ],
+)
+def test_a_command_that_makes_files_finishes_in_silence(tmp_path: Path, to: str, said: str) -> None:
+    """`hvtrain train | head -1` must not leave with success and nothing saved."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "from launcher import cli, table\n"
+        "def work(args):\n"
+        "    for i in range(40):\n"
+        "        print('step', i, flush=True)\n"
+        "        print('note', i, file=sys.stderr if 'both' in sys.argv else sys.stdout)\n"
+        "        time.sleep(0.005)\n"
+        "    pathlib.Path('result').touch()\n"
+        "    return 7\n"
+        "cli.COMMANDS['demo'] = table.Command('demo', '', lambda parser: None, work)\n"
+        "sys.argv = [sys.argv[0], 'demo']\n"
+        "sys.exit(cli.main())\n"
+    )
+    command = f"set -o pipefail; {shlex.join([sys.executable, str(script)])} {to}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr) == (7, said)
+    assert (tmp_path / "result").exists()
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_bug_and_no_success(capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    def fail() -> None:
+        raise BrokenPipeError("of a reader process")
+
+    assert guarded(fail) == 1
+    assert "BrokenPipeError: of a reader process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "make room"), (errno.EROFS, "can be written"), (errno.EACCES, "permission")]
+)
+def test_what_the_disk_refuses_is_one_line(number: int, advice: str, capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "/data/out/model.safetensors")
+
+    assert guarded(fail) == USER_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: /data/out/model.safetensors: {os.strerror(number)}; ") and advice in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_of_our_own_that_is_not_there_is_a_bug(capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    assert guarded(lambda: Path("/nowhere/state.json").read_text() and 0) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.toml")
+    done = subprocess.run([*HVTRAIN, "data", "check", name], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == USER_ERROR and done.stderr.startswith("error: caf\\udce9.toml")
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def job(tmp_path: Path, body: str, nproc: int = 2) -> subprocess.Popen:
+def job(tmp_path: Path, body: str, nproc: int = 2, restarts: int = 0) -> subprocess.Popen:
     """A launched job whose command is `body` instead of hvtrain's own: what is tested is the launcher."""
     script = tmp_path / "job.py"
     script.write_text(
@@ -170,11 +313,11 @@ def job(tmp_path: Path, body: str, nproc: int = 2) -> subprocess.Popen:
         "rank = int(os.environ.get('RANK', -1))\n"
         "def body():\n" + "".join(f"    {line}\n" for line in body.strip().splitlines()) + "\n"
         "if rank < 0:\n"
-        "    local.COMMAND = (sys.executable, __file__)\n"
+        "    local.HVTRAIN = (sys.executable, __file__)\n"
         "    local.PEERS_GRACE_S = 1.0\n"
-        f"    sys.exit(local.launch([], local.Topology(nproc={nproc})))\n"
-        "cli.main = lambda: report.guarded(body)\n"
-        "worker.main()\n"
+        f"    sys.exit(local.launch([], local.Topology(nproc={nproc}), max_restarts={restarts}))\n"
+        "cli.run = lambda arguments: report.guarded(body)\n"
+        "worker.main([])\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "RANK"}
     return subprocess.Popen(
@@ -217,10 +360,26 @@ def test_a_bug_on_one_rank_ends_the_job_although_the_other_hangs(tmp_path: Path)
     assert time.monotonic() - begun < 60
 
 
-def test_a_rank_that_nobody_reads_does_not_look_finished(tmp_path: Path) -> None:
-    """`hvtrain launch ... | head`: rank 0 finds its reader gone; its peers, which wait for it, are ended with it."""
-    process = job(tmp_path, "if rank == 0:\n    raise BrokenPipeError\ntime.sleep(600)")
-    assert process.wait(timeout=60) == 141
+@pytest.mark.parametrize("code", [2, REQUEUE, 130, 143])
+def test_a_job_that_would_end_in_the_same_way_is_not_started_again(tmp_path: Path, code: int) -> None:
+    """--max-restarts is for accidents: not for a user's mistake, a stop on request or Ctrl-C."""
+    body = f"(here / 'starts').open('a').write('x')\nreturn {code}"
+    assert end(job(tmp_path, body, nproc=1, restarts=3))[0] == code
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_an_accident_is_started_again_so_often_and_no_more(tmp_path: Path) -> None:
+    body = """
+with (here / 'starts').open('a') as file: file.write(os.environ['TORCHELASTIC_RESTART_COUNT'])
+if len((here / 'starts').read_text()) < 3: raise ValueError('an accident')
+"""
+    code, _, err = end(job(tmp_path, body, nproc=1, restarts=5))
+    assert code == 0 and (tmp_path / "starts").read_text() == "012"
+    assert "starting again (1 of 5)" in err and "starting again (2 of 5)" in err and "(3 of 5)" not in err
+    (tmp_path / "starts").write_text("")
+    body = "(here / 'starts').open('a').write('x')\nos.kill(os.getpid(), signal.SIGKILL)"
+    assert end(job(tmp_path, body, nproc=1, restarts=2))[0] == 137
+    assert (tmp_path / "starts").read_text() == "xxx"
 
 
 def test_a_killed_process_is_named(tmp_path: Path) -> None:
@@ -274,6 +433,7 @@ def alive(pid: int) -> bool:
     [
         ({"nproc": 0}, "at least 1"),
         ({"nproc": 1, "nnodes": 2}, "--master-addr"),
+        ({"nproc": 1, "master_port": 65536}, "--master-port 65536: expected 1 to 65535"),
         ({"nproc": 1, "nnodes": 2, "node_rank": 2, "master_addr": "a", "master_port": 1}, "expected 0 to 1"),
     ],
 )

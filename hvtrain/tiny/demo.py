@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.parallel.context import on_the_cpu
+from hvtrain.program import HVTRAIN
 from hvtrain.tiny.clips import BACKGROUNDS, CONCEPT, MOTIONS
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from hvtrain.tiny.score import look
@@ -30,12 +30,17 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 def run(output: str) -> int:
     """Make everything below `output`, which is emptied if an earlier demo made it."""
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output: {folder} is a file; give a directory")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ConfigError(f"--output: {folder} holds files that no demo wrote; choose another directory")
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS} is missing: the demo runs from a checkout of the repository (`make demo`)")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {folder} cannot be made ({error.strerror}); choose another directory") from None
     (folder / MARKER).touch()
     started = time.monotonic()
     prompts = [f"a {CONCEPT} moves {m} on a {b} background" for m in MOTIONS for b in BACKGROUNDS]
@@ -102,11 +107,10 @@ def _sheet(folder: Path, prompts: list[str]) -> None:
 
 
 def _hvtrain(*arguments: str) -> None:
-    command = [sys.executable, "-m", "launcher.cli", *arguments]
     print("$ hvtrain " + " ".join(arguments), flush=True)
     # A process takes a GPU of its own, and the demo starts two: a single GPU stays idle.
     env = on_the_cpu() if torch.cuda.device_count() == 1 else None
-    if code := subprocess.run(command, env=env).returncode:
+    if code := subprocess.run([*HVTRAIN, *arguments], env=env).returncode:
         raise HvtrainError(f"the demo stopped: 'hvtrain {arguments[0]}' ended with exit code {code}")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
+from hvtrain.program import HVTRAIN
 from launcher.table import command
 
 
@@ -21,19 +21,19 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 @command("doctor", "check machines: packages, GPUs, memory, disk, collectives and their speed, attention on all processes",
-         options=_options)
+         options=_options, prints=True)
 def _doctor(args: argparse.Namespace) -> int:
     from launcher import doctor
 
-    code = doctor.run()
     if args.nproc < 0 or args.nnodes < 1:
         raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: expected 1 or more")
     if not Path(args.dir).is_dir():
         raise LaunchError(f"--dir {args.dir}: no such directory")
+    code = doctor.run()
     nproc = args.nproc or doctor.count_gpus() or 2
     inner = ["selftest", "--dir", str(Path(args.dir).resolve())]
     if not args.slurm:
-        return code or subprocess.run([sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), *inner]).returncode
+        return code or subprocess.run([*HVTRAIN, "launch", "--nproc", str(nproc), *inner]).returncode
     from launcher import slurm
     from launcher.site import load_site
 

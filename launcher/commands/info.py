@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from hvtrain.errors import ConfigError, suggest
 from launcher.table import command
@@ -14,7 +15,7 @@ def _models_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavor", help="of which of its flavors (default: the first)")
 
 
-@command("models", "list the architectures and their sizes", options=_models_options)
+@command("models", "list the architectures and their sizes", options=_models_options, prints=True)
 def _models(args: argparse.Namespace) -> None:
     from hvtrain.models import listing
 
@@ -31,7 +32,8 @@ def _config_command_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="train, encode, generate or merge (default: all of them)")
 
 
-@command("config", "print every key of a command's config with default and meaning", options=_config_command_options)
+@command("config", "print every key of a command's config with default and meaning", options=_config_command_options,
+         prints=True)
 def _config(args: argparse.Namespace) -> None:
     print(reference_text(args.name), end="")
 
@@ -52,8 +54,10 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo/)")
 
 
-@command("demo", "the whole road on a tiny model: encode, train, generate, merge", options=_demo_options)
+@command("demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge", options=_demo_options)
 def _demo(args: argparse.Namespace) -> int | None:
     from hvtrain.tiny import demo
 
+    # Two processes show what several do; a machine with one GPU has none for the second.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return demo.run(args.output)

@@ -132,7 +132,8 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="DIR", help="the --output of `hvtrain slices run`")
 
 
-@command("slices status", "how each slice stands: step, loss, time left, or its last error line", options=_run_folder)
+@command("slices status", "how each slice stands: step, loss, time left, or its last error line",
+         options=_run_folder, prints=True)
 def _status(args: argparse.Namespace) -> int:
     from launcher import backends, slices
 

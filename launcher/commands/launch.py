@@ -57,7 +57,7 @@ def _launch(args: argparse.Namespace) -> int | None:
     if args.max_restarts < 0 or (args.max_restarts and args.nnodes > 1):
         raise LaunchError(
             f"--max-restarts {args.max_restarts}: 0 or more, and on one machine; for several use torchrun's option of "
-            "that name with `-m launcher.worker train ...`, or --slurm, whose jobs go on by themselves"
+            "that name with `--no-python hvtrain train ...`, or --slurm, whose jobs go on by themselves"
         )
     if args.in_job:
         return local.launch(inner, slurm.topology(args.nproc))

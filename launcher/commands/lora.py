@@ -19,7 +19,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
 
 
-@command("lora info", "dialect, layers, rank, alpha, blocks, LORAID, norms", options=_file)
+@command("lora info", "dialect, layers, rank, alpha, blocks, LORAID, norms", options=_file, prints=True)
 def _info(args: argparse.Namespace) -> None:
     from hvtrain.adapters import tools
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from hvtrain.errors import ConfigError
 from launcher.table import command, config_options, load_config
@@ -19,7 +20,18 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--table", action="store_true", help="generation at all sizes that the model's authors list, on 1 to 8 GPUs")
 
 
-@command("plan", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options)
+def _weights_or_none(model) -> None:
+    from hvtrain.config import asset
+
+    if model.dit is None or Path(asset(model.dit)).exists():
+        return
+    from hvtrain.models import find
+
+    flavor = model.flavor or next(iter(find(model.name).flavors))
+    raise ConfigError(f"model.dit: {model.dit} does not exist; to plan without weights add model.dit=null model.flavor={flavor}")
+
+
+@command("plan", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
 def _plan(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.gpus):
         raise ConfigError(f"--gpus '{args.gpus}': expected numbers, as in 8 or 1,4,8")
@@ -34,6 +46,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     validate.check_size("--size: ", width=width, height=height, frames=frames)
     cfg = load_config("generate" if args.generate or args.table else "train", args)
+    _weights_or_none(cfg.model)
     from hvtrain.plan import report
 
     asked = report.Asked(numbers, args.memory, width, height, frames)

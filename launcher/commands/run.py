@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 
+from hvtrain.errors import ConfigError
 from launcher.table import command, config_options, load_config
 
 
@@ -53,20 +55,45 @@ def _train(args: argparse.Namespace) -> int | None:
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
+    add("--lora", action="append", default=[], metavar="FILE", help="a LoRA file or the directory of a run; may be repeated")
     add("--loraid", nargs="+", action="append", default=[], metavar="N", help="slices of slices=DIR to apply: --loraid 1 2 3")
     add("--lora_multiplier", "--lora-multiplier", nargs="+", action="append", default=[], metavar="X",
-        help="one per slice, or one for all; 0 switches a slice off completely")
+        help="one for each --lora or --loraid, in order, or one for all; 0 switches one off completely")
 
 
 def _generate_items(args: argparse.Namespace) -> None:
     """The options as overrides. An option that takes several values also swallows what follows it: that is given back."""
+    numbers: dict[str, list[str]] = {}
     for key in ("loraid", "lora_multiplier"):
         values = [v for group in getattr(args, key) for v in group]
-        numbers = [v for v in values if v.replace(".", "", 1).lstrip("-").isdigit()]
-        args.items += [v for v in values if v not in numbers]
-        if numbers:
-            args.items.append(f"{key}=[{', '.join(numbers)}]")
+        numbers[key] = [v for v in values if _is_number(v)]
+        args.items += [v for v in values if not _is_number(v)]
         setattr(args, key, [])
+    if args.lora:
+        args.items.append(_lora_item(args, numbers.pop("lora_multiplier"), slices=bool(numbers["loraid"])))
+        args.lora = []
+    args.items += [f"{key}=[{', '.join(found)}]" for key, found in numbers.items() if found]
+
+
+def _lora_item(args: argparse.Namespace, factors: list[str], *, slices: bool) -> str:
+    if slices and factors:
+        raise ConfigError("--lora_multiplier: of --lora or of --loraid? give the files as lora=[{path: FILE, multiplier: X}]")
+    if any(item.startswith("lora=") for item in args.items):
+        raise ConfigError("--lora and lora=...: both give LoRA files; give all of them in one way")
+    if len(factors) not in (0, 1, len(args.lora)):
+        numbers = f"{len(args.lora)} --lora but {len(factors)} --lora_multiplier"
+        raise ConfigError(f"{numbers}; give one for each, in order, or one for all")
+    factors = factors * len(args.lora) if len(factors) == 1 else factors or ["1.0"] * len(args.lora)
+    files = (f"{{path: {json.dumps(p)}, multiplier: {x}}}" for p, x in zip(args.lora, factors, strict=True))
+    return f"lora=[{', '.join(files)}]"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_generate(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ def _set_or_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", metavar="SET", help="directory or URL of a shard set")
 
 
-@command("shards info", "what is in a set: samples, columns, buckets, fields", options=_set_or_url)
+@command("shards info", "what is in a set: samples, columns, buckets, fields", options=_set_or_url, prints=True)
 def _info(args: argparse.Namespace) -> None:
     from shards import info, open_set
 
@@ -31,7 +31,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", action="store_true", help="leave out the search for NaN and infinite values")
 
 
-@command("shards verify", "read every byte: checksums, shapes, NaN, keys equal across columns", options=_verify_options)
+@command("shards verify", "read every byte: checksums, shapes, NaN, keys equal across columns",
+         options=_verify_options, prints=True)
 def _verify(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress

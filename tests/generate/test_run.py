@@ -121,7 +121,7 @@ def test_two_machines_make_the_video_of_one(folder: Path, plain: np.ndarray) -> 
 
 def test_torchrun_starts_it_too(folder: Path, plain: np.ndarray) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "launcher.worker", "generate", *overrides(folder, output=folder / "t.mp4"), "parallel.ulysses=2"]
+    command = ["--no-python", *HVTRAIN, "generate", *overrides(folder, output=folder / "t.mp4"), "parallel.ulysses=2"]
     done = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert difference(folder / "t.mp4", plain) < SAME

@@ -20,6 +20,7 @@ from hvtrain import train
 from hvtrain.config import dump
 from hvtrain.errors import CheckpointError
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.program import HVTRAIN
 from hvtrain.train import watchdog
 from hvtrain.train.watchdog import Place, report
 from tests.train.shardset import config, make_shards
@@ -131,7 +132,7 @@ def test_torchrun_restarts_it_too(shards, whole, tmp_path):
     path = _write(shards, run, "run.steps=12")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone",
-        "--monitor-interval", "0.2", "-m", "launcher.worker", "train", str(path),
+        "--monitor-interval", "0.2", "--no-python", *HVTRAIN, "train", str(path),
     ]
     process = _start(command)
     _wait_for(lambda: len(_steps(run)) >= 5)
