@@ -196,7 +196,7 @@ def _set(raw: dict, key: str, value: Any) -> None:
     for name in sections:
         below = raw.get(name) or {}
         if isinstance(below, _Given):
-            below = below.value
+            below = below.value or {}
         if not isinstance(below, dict):
             raise ConfigError(f"'{key}': '{name}' is a value, not a section")
         raw[name] = dict(below)  # a copy: with a YAML alias, one section may stand in two places
@@ -243,7 +243,7 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             first = dataclasses.fields(kind)[0].name
-            raise _wrong(value, f"a section with keys of its own, as in {{{first}: {value}}}", where=where, key=key)
+            raise _wrong(value, f"a section with keys of its own, as in {{{first}: {_shown(value)}}}", where=where, key=key)
         return build(kind, value, where=where, prefix=key + ".")  # type: ignore[arg-type]
     if origin is tuple:
         return _sequence(value, get_args(kind), where=where, key=key)

@@ -48,6 +48,8 @@ class Topology:
             raise LaunchError(f"--nproc {self.nproc} --nnodes {self.nnodes}: both must be at least 1")
         if not 0 <= self.node_rank < self.nnodes:
             raise LaunchError(f"--node-rank {self.node_rank}: expected 0 to {self.nnodes - 1} (--nnodes {self.nnodes})")
+        if self.master_port is not None and not 0 < self.master_port < 2**16:
+            raise LaunchError(f"--master-port {self.master_port}: expected 1 to 65535")
         if self.nnodes > 1 and (self.master_port is None or self.master_addr == "127.0.0.1"):
             raise LaunchError(
                 "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port on it, "

@@ -6,6 +6,7 @@ folder instead of printing, and the launcher prints the one that explains the ot
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -22,6 +23,16 @@ USER_ERROR = 2
 REQUEUE = 75  # the run was asked to stop, has saved, and continues when it is started again
 INTERRUPTED = 130
 FOLDER_VARIABLE = "HVTRAIN_REPORT_DIR"
+# A disk's or a user's limits, met anywhere: no bug of ours, and nothing that a traceback would help to mend.
+PLACES = {
+    errno.ENOSPC: "make room, then the same command again",
+    errno.EDQUOT: "your quota is used up: make room, then the same command again",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that you may read and write, or ask for the permission",
+    errno.EPERM: "choose a place that you may read and write, or ask for the permission",
+    errno.EFBIG: "larger than files may be here (ulimit -f, or the file system)",
+    errno.EMFILE: "too few open files are allowed: ulimit -n 4096",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     except Exception as error:
         if is_user_error(error):
             _tell(USER_ERROR, f"error: {one_line(error)}")
+            return USER_ERROR
+        if isinstance(error, OSError) and (advice := PLACES.get(error.errno or 0)):
+            _tell(USER_ERROR, f"error: {error.filename or 'a file'}: {error.strerror}; {advice}")
             return USER_ERROR
         _tell(1, traceback.format_exc().rstrip())
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -108,6 +109,13 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["launch", "--nproc", "2"], "cannot start nothing"),
         (["launch", "--nproc", "0", "train", "run.steps=x"], "run.steps"),
         (["models", "keys", "hunyuan-vidio"], "did you mean 'hunyuan-video'"),
+        (["data", "check", "pyproject.toml", "--workers", "0"], "--workers 0: expected 1 or more"),
+        (["data", "preview", "pyproject.toml", "--max", "0"], "--max 0: expected 1 or more"),
+        (["demo", "--output", "pyproject.toml"], "pyproject.toml is a file; give a directory"),
+        (["demo", "--output", "tests"], "tests holds files that no demo wrote"),
+        (["demo", "--output", "/proc/no/demo"], "/proc/no/demo cannot be made"),
+        (["doctor", "--dir", "nowhere"], "--dir nowhere: no such directory"),
+        (["plan", "model.dit=null", "--memory", "nan"], "--memory is nan, expected a GPU's memory in GiB"),
         (["config", "trainn"], "did you mean 'train'"),
         (["generate", "prompt=a cat", "output=x.mp4", "frames=12"], "expected 4n + 1"),
         (["generate", "prompt=a cat", "output=x.mp4", "width=100"], "multiple of 16"),
@@ -262,6 +270,28 @@ def test_a_pipe_that_breaks_elsewhere_is_a_bug_and_no_success(capsys: pytest.Cap
     assert "BrokenPipeError: of a reader process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "make room"), (errno.EROFS, "can be written"), (errno.EACCES, "permission")]
+)
+def test_what_the_disk_refuses_is_one_line(number: int, advice: str, capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "/data/out/model.safetensors")
+
+    assert guarded(fail) == USER_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: /data/out/model.safetensors: {os.strerror(number)}; ") and advice in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_of_our_own_that_is_not_there_is_a_bug(capsys: pytest.CaptureFixture) -> None:
+    from launcher.report import guarded
+
+    assert guarded(lambda: Path("/nowhere/state.json").read_text() and 0) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.toml")
     done = subprocess.run([*HVTRAIN, "data", "check", name], capture_output=True, text=True, cwd=tmp_path)
@@ -330,7 +360,7 @@ def test_a_bug_on_one_rank_ends_the_job_although_the_other_hangs(tmp_path: Path)
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.parametrize("code", [2, REQUEUE, 130])
+@pytest.mark.parametrize("code", [2, REQUEUE, 130, 143])
 def test_a_job_that_would_end_in_the_same_way_is_not_started_again(tmp_path: Path, code: int) -> None:
     """--max-restarts is for accidents: not for a user's mistake, a stop on request or Ctrl-C."""
     body = f"(here / 'starts').open('a').write('x')\nreturn {code}"
@@ -403,6 +433,7 @@ def alive(pid: int) -> bool:
     [
         ({"nproc": 0}, "at least 1"),
         ({"nproc": 1, "nnodes": 2}, "--master-addr"),
+        ({"nproc": 1, "master_port": 65536}, "--master-port 65536: expected 1 to 65535"),
         ({"nproc": 1, "nnodes": 2, "node_rank": 2, "master_addr": "a", "master_port": 1}, "expected 0 to 1"),
     ],
 )

@@ -154,7 +154,7 @@ class RunSettings:
     keep_best: bool = False
     """Also keep the weights with the lowest held-out loss, as NAME-best.safetensors; needs eval.every_steps"""
     hang_timeout_s: float = 1800.0
-    """End the run, and say which rank stands where, if no step ends for so long; 0 waits for ever"""
+    """End the run, and say which rank stands where, if nothing moves for so long; 0 waits for ever"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest complete checkpoint in output_dir"""
     max_bad_steps: int = 5

@@ -110,7 +110,7 @@ def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpu
 
 def memory_bytes(asked: Asked) -> int:
     if asked.memory_gib is not None:
-        if asked.memory_gib <= 0:
+        if not 0 < asked.memory_gib < float("inf"):
             raise ConfigError(f"--memory is {asked.memory_gib:g}, expected a GPU's memory in GiB")
         return int(asked.memory_gib * GIB)
     if torch.cuda.is_available():

@@ -28,12 +28,17 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 def run(output: str) -> int:
     """Make everything below `output`, which is emptied if an earlier demo made it."""
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output: {folder} is a file; give a directory")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ConfigError(f"--output: {folder} holds files that no demo wrote; choose another directory")
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS} is missing: the demo runs from a checkout of the repository (`make demo`)")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {folder} cannot be made ({error.strerror}); choose another directory") from None
     (folder / MARKER).touch()
     started = time.monotonic()
     prompts = [f"a {CONCEPT} moves {m} on a {b} background" for m in MOTIONS for b in BACKGROUNDS]

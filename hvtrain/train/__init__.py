@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hvtrain.config import TrainConfig
 from hvtrain.parallel.context import ParallelContext, shutdown, start
-from hvtrain.runlock import Busy
+from hvtrain.runlock import Busy, RunLock
 from hvtrain.validate import check_train
+
+if TYPE_CHECKING:
+    from hvtrain.train.prepare import Prepared
 
 
 def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     """Train; the exit code is 0 when finished and 75 when a signal asked to stop early (start again to continue)."""
     check_train(cfg)
-    from hvtrain.train.prepare import prepare, take
+    from hvtrain.train.checkpoint import step_of
+    from hvtrain.train.files import is_finished
+    from hvtrain.train.prepare import on_all, prepare, take
     from hvtrain.train.stop import REQUEUE
 
     own = ctx is None
@@ -33,13 +40,16 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
             print(f"{error}; asking Slurm to start this job again later", file=sys.stderr, flush=True)
         return REQUEUE
     with lock:
-        finished = _train(cfg, ctx, prepared, lock, found)
+        over = found is not None and on_all(ctx, lambda: ctx.is_main and is_finished(cfg, found, steps=prepared.steps))
+        if over and found is not None and ctx.is_main:
+            print(f"nothing to do: {cfg.run.output_dir} is at step {step_of(found)} of {prepared.steps}", flush=True)
+        finished = ctx.any(over) or _train(cfg, ctx, prepared, lock, found)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
 
 
-def _train(cfg, ctx, prepared, lock, found) -> bool:
+def _train(cfg: TrainConfig, ctx: ParallelContext, prepared: Prepared, lock: RunLock, found: Path | None) -> bool:
     from hvtrain.plan.oom import explained, is_out_of_memory
     from hvtrain.train.session import Session
 

@@ -163,8 +163,11 @@ def check_room(root: Path, snapshot: Snapshot, *, results: int = 0) -> None:
     tensors = [*snapshot.params.values(), *snapshot.ema.values()]
     tensors += [t for state in snapshot.optimizer.values() for t in state.values()]
     needed = sum(t.numel() * t.element_size() for t in tensors) + results
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be written ({error.strerror}); mend that and start again") from None
     if free < needed:
         raise CheckpointError(
             f"{root}: {_size(free)} free, step {snapshot.progress.step} needs {_size(needed)} for its checkpoint and its "
@@ -174,6 +177,10 @@ def check_room(root: Path, snapshot: Snapshot, *, results: int = 0) -> None:
 
 def _size(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 1 << 30 else f"{n / 2**20:.2f} MiB"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def newest(root: Path) -> Path | None:

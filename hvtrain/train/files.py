@@ -49,6 +49,17 @@ class Background:
         self._pool.shutdown(wait=True)
 
 
+def results_of(cfg: TrainConfig) -> list[Path]:
+    """What a finished run leaves for the user."""
+    endings = ("", "-ema") if cfg.run.ema_decay else ("",)
+    return [Path(cfg.run.output_dir, f"{cfg.run.name}{ending}.safetensors") for ending in endings]
+
+
+def is_finished(cfg: TrainConfig, found: Path, *, steps: int) -> bool:
+    """Whether the checkpoint `found` is the run's end, and the results that were written with it are still there and whole."""
+    return checkpoint.step_of(found) >= steps and all(checkpoint.result_is_whole(found, path) for path in results_of(cfg))
+
+
 @dataclass
 class RunFiles:
     """Knows the names and what is in them. For rank 0; tensors that it is given must be copies."""
@@ -100,9 +111,7 @@ class RunFiles:
 
     @property
     def results(self) -> list[Path]:
-        """What a finished run leaves for the user."""
-        endings = ("", "-ema") if self.cfg.run.ema_decay else ("",)
-        return [self.output / f"{self.cfg.run.name}{ending}.safetensors" for ending in endings]
+        return results_of(self.cfg)
 
     def mend_results(self, found: Path) -> list[str]:
         """Write those results of the finished run again, from its last checkpoint, that are gone or not what was written;

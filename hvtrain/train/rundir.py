@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hvtrain import runlock
 from hvtrain.config import TrainConfig, dump, to_dict
 from hvtrain.configload import read_yaml
@@ -114,7 +116,7 @@ def _tell_changes(path: Path, cfg: TrainConfig, say: Callable[[str], None]) -> N
         before = _flat(read_yaml(path))
     except ConfigError:
         return  # config.yaml is for people: run.json decides
-    now = _flat(to_dict(cfg))
+    now = _flat(yaml.safe_load(shown(dump(cfg))))  # as it was written: without passwords
     changed = [k for k in now if k in before and before[k] != now[k] and k not in _MAY_DIFFER]
     if changed:
         values = ", ".join(f"{k} {_shown(before[k])} -> {_shown(now[k])}" for k in changed)

@@ -158,21 +158,22 @@ class Session:
             self.line.close()
             self.metrics.close()
         if self.ctx.is_main:
-            end = "done" if finished else "stopped on request; start again to continue"
-            print(f"{end}: {self.output / c.run.name}.safetensors", flush=True)
+            end = f"done: {self.files.results[0]}" if finished else (
+                f"stopped on request; start again to continue from step {self.files.saved} of {self.steps}"
+            )
+            print(end, flush=True)
             if finished and c.adapter.type != "none":
                 there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
                 print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
         return finished
 
     def _finish(self, found: Path) -> None:
-        """There is nothing to train; but what the run was for must be there."""
+        """There is nothing to train, but what the run was for is not there as it was written."""
         made = on_all(self.ctx, lambda: self.files.mend_results(found) if self.ctx.is_main else [])
         self.files.background.close()
         self.metrics.close()
         self._say(
-            f"{self.output} is at step {self.start.step} of {self.steps}: "
-            + (f"made again from its checkpoint: {', '.join(made)}" if made else "nothing to do")
+            f"{self.output} is at step {self.start.step} of {self.steps}: made again from its checkpoint: {', '.join(made)}"
         )
 
     def _say(self, text: str) -> None:

@@ -143,7 +143,7 @@ def report(places: dict[int, Place | None], *, stale_s: float, timeout_s: float,
     silent = [0] if deaf else [r for r, p in places.items() if p is None or heard_at - p.seen > stale_s]
     heard = {r: p for r, p in places.items() if p is not None and r not in silent}
     guilty = silent or _odd_ones(heard)
-    lines = [f"error: no step has ended for {timeout_s:g} s (run.hang_timeout_s): the run hangs"]
+    lines = [f"error: nothing has moved for {timeout_s:g} s (run.hang_timeout_s): the run hangs"]
     if deaf:
         lines.append(
             f"  rank 0, through which the ranks tell each other where they are, has not answered for {deaf_s:.0f} s; what "

@@ -23,12 +23,20 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max", type=int, default=60, metavar="N", help="samples to show, spread evenly (default: 60)")
 
 
+def _look(args: argparse.Namespace):
+    from hvtrain.encode import check
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: expected 1 or more")
+    return check.look(args.dataset, model=args.model, flavor=args.flavor, workers=args.workers)
+
+
 @command("data check", "buckets, frames, captions, unreadable files, size of the shards; exit code 1 if clips are unusable",
          options=_options, prints=True)
 def _check(args: argparse.Namespace) -> int:
     from hvtrain.encode import check
 
-    report = check.look(args.dataset, model=args.model, flavor=args.flavor, workers=args.workers)
+    report = _look(args)
     for line in check.lines(report):
         print(line)
     return 1 if report.refused else 0
@@ -36,13 +44,13 @@ def _check(args: argparse.Namespace) -> int:
 
 @command("data preview", "a page with the clips as they will be cropped, and their captions", options=_preview_options)
 def _preview(args: argparse.Namespace) -> None:
-    from hvtrain.encode import check, contact
+    from hvtrain.encode import contact
 
     if args.max < 1:
         raise ConfigError(f"--max {args.max}: expected 1 or more")
     if not args.output.lower().endswith((".html", ".htm")):
         raise ConfigError(f"--output {args.output}: expected a page to write, for example preview.html")
-    report = check.look(args.dataset, model=args.model, flavor=args.flavor, workers=args.workers)
+    report = _look(args)
     n = contact.write(report.samples, args.output, n=args.max, workers=args.workers)
     print(f"{args.output}: {n} of {len(report.samples)} samples")
     if report.refused:

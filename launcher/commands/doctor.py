@@ -25,11 +25,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from launcher import doctor
 
-    code = doctor.run()
     if args.nproc < 0 or args.nnodes < 1:
         raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: expected 1 or more")
     if not Path(args.dir).is_dir():
         raise LaunchError(f"--dir {args.dir}: no such directory")
+    code = doctor.run()
     nproc = args.nproc or doctor.count_gpus() or 2
     inner = ["selftest", "--dir", str(Path(args.dir).resolve())]
     if not args.slurm:

@@ -1,5 +1,6 @@
 """What is wrong is said before any weights are read, and by all ranks alike."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.train import setup
 from hvtrain.train.prepare import on_all
 from shards import ShardError
+from shards.schema import Manifest, load_manifest, save_manifest
 from tests.train.shardset import config, make_shards
 
 
@@ -67,6 +69,22 @@ def test_previews_of_sizes_that_the_model_cannot_hold(shards, tmp_path):
 def test_a_good_config_does_read_it(shards, tmp_path):
     with pytest.raises(AssertionError, match="the model was read"):
         train.run(config(shards, tmp_path / "run"))
+
+
+def test_a_missing_tar_is_noticed_at_once(tmp_path):
+    """Not after hours, when its turn comes: the first sample, which is looked at, is in another tar."""
+    shards, more = make_shards(tmp_path / "set"), make_shards(tmp_path / "more")
+    first, second = (load_manifest(folder).chunks[0] for folder in (shards, more))
+    tars = {}
+    for column, tar in second.tars.items():
+        tars[column] = replace(tar, path=f"{column}/1.tar")
+        (more / tar.path).rename(shards / tars[column].path)
+    keys = tuple(f"{key}-again" for key in second.keys)
+    save_manifest(shards, Manifest(("latents", "text"), (first, replace(second, keys=keys, tars=tars))))
+    (shards / "text/1.tar").unlink()
+    with pytest.raises(ShardError, match=r"text/1.tar.*missing"):
+        train.run(config(shards, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_one_rank_finds_all_say():

@@ -69,7 +69,7 @@ def test_a_run_and_its_files(shards, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["zero.engine=torch", "zero.stage=2", "zero.stage=3"])
-def test_resume_equals_no_interruption(shards, tmp_path, engine, monkeypatch):
+def test_resume_equals_no_interruption(shards, tmp_path, engine, monkeypatch, capfd):
     """Six steps, and three and then three more with another process's worth of state: the same bits."""
     # DeepSpeed's ZeRO-3 replaces this function for the whole process; put it back for the tests after this one.
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
@@ -78,6 +78,7 @@ def test_resume_equals_no_interruption(shards, tmp_path, engine, monkeypatch):
     extra = tuple(part for item in extra for part in item.split(","))
     assert train.run(config(shards, tmp_path / "whole", *extra)) == 0
     assert train.run(config(shards, tmp_path / "cut", *extra)) == 0
+    assert capfd.readouterr().out.count("training LoRA rank 4 (76,800 parameters)") == 2  # ZeRO-3 hides them
     last = tmp_path / "cut/checkpoints/step-00000006"
     (last / "COMPLETE").unlink()  # as if it had been killed while writing: not complete, so it does not count
     (tmp_path / "cut/lora.safetensors").unlink()

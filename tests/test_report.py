@@ -1,0 +1,141 @@
+"""What a launcher concludes from how its processes ended, and how it numbers them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from launcher import local
+from launcher.report import Failure, first_cause
+from tests.test_cli import end, job
+
+
+def recorded(folder: Path, *failures: Failure) -> Failure | None:
+    for failure in failures:
+        (folder / f"{failure.rank}.json").write_text(json.dumps(asdict(failure)))
+    return first_cause(folder)
+
+
+def test_the_users_mistake_explains_the_others_however_late_it_was_noticed(tmp_path: Path) -> None:
+    mistake = Failure(2, 2, 30.0, "error: clip.mp4")
+    assert recorded(tmp_path, Failure(0, 1, 10.0, "lost a peer"), Failure(1, 1, 20.0, "lost another"), mistake) == mistake
+
+
+def test_of_several_mistakes_the_first_and_of_equal_ones_rank_0s(tmp_path: Path) -> None:
+    assert first_cause(tmp_path) is None
+    early = Failure(3, 2, 10.0, "error: a")
+    assert recorded(tmp_path, Failure(1, 2, 20.0, "error: b"), early) == early
+    same = Failure(0, 2, 99.0, "error: a")
+    assert recorded(tmp_path, same, Failure(2, 2, 11.0, "error: a")) == same
+
+
+def test_without_a_mistake_the_earliest_failure(tmp_path: Path) -> None:
+    early = Failure(1, 1, 10.0, "Traceback a")
+    assert recorded(tmp_path, Failure(0, 1, 20.0, "Traceback b"), early, Failure(2, 130, 15.0, "interrupted")) == early
+
+
+class Ended:
+    def __init__(self, code: int | None) -> None:
+        self.returncode = code
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+def workers(*codes: int | None) -> list[local.Worker]:
+    return [local.Worker(rank, Ended(code), None) for rank, code in enumerate(codes)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("codes", "failed"),
+    [
+        ((0, 0), None), ((0, 75), None), ((None, 75), None), ((None, None), None),
+        ((0, 1), 1), ((1, 2), 0), ((75, 1), 1), ((None, 2), 1),
+        ((1, -9), 1), ((-15, 2), 0), ((1, 0, -9, 2), 2),  # one that was killed explains the others
+    ],
+)
+def test_which_process_failed(codes: tuple, failed: int | None) -> None:
+    found = local._first_failed(workers(*codes))
+    assert (found.rank if found else None) == failed
+
+
+@pytest.mark.parametrize(("codes", "code"), [((0, 0), 0), ((0, 75), 75), ((75, 75), 75)])
+def test_the_exit_code_of_a_job_that_did_not_fail(codes: tuple, code: int, tmp_path: Path) -> None:
+    assert local._explain(workers(*codes), None, tmp_path) == code
+
+
+def test_ranks_are_counted_over_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **options: object) -> None:
+            seen.append(env)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    there = local.Topology(nproc=4, nnodes=3, node_rank=2, master_addr="node0", master_port=20001)
+    for local_rank in range(4):
+        worker = local._start([], there, local_rank=local_rank, port=20001, folder=tmp_path, restart=5)
+        assert worker.rank == 8 + local_rank
+        assert worker.log == (None if local_rank == 0 else tmp_path / f"{8 + local_rank}.log")
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+             "TORCHELASTIC_RESTART_COUNT")
+    assert [seen[3][name] for name in names] == ["12", "4", "11", "3", "2", "node0", "20001", "5"]
+
+
+def test_ports_are_none_that_the_system_hands_out_by_itself() -> None:
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert {local.free_port() for _ in range(20)} <= set(range(20000, min(given, 32000)))
+
+
+def test_the_second_ctrl_c_means_it(tmp_path: Path) -> None:
+    body = """
+signal.signal(signal.SIGINT, lambda *_: (here / f'{rank}.heard').touch())
+(here / f'{rank}.ready').touch()
+time.sleep(600)
+"""
+    process = job(tmp_path, body)
+    wait(tmp_path, "*.ready")
+    process.send_signal(signal.SIGINT)
+    wait(tmp_path, "*.heard")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, _, err = end(process, timeout=60)
+    assert code == 128 + signal.SIGKILL and "was ended by SIGKILL" in err
+
+
+def wait(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < 2:
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.02)
+
+
+def test_a_launched_command_is_that_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is a rank only if the environment and the command say so: `hvtrain models` in a job stays what it is."""
+    from launcher import cli, worker
+
+    started = []
+    monkeypatch.setattr(worker, "main", lambda arguments: started.append(arguments))
+    monkeypatch.setattr(cli, "run", lambda arguments: 0)
+    monkeypatch.setattr(cli.output, "prepare", lambda: None)
+    for rank, arguments, expected in (
+        ("0", ["train", "a.yaml"], [["train", "a.yaml"]]),
+        ("1", ["--local_rank=1", "encode"], [["encode"]]),
+        ("1", ["--local-rank=1", "generate"], [["generate"]]),
+        ("0", ["models"], []), ("0", [], []), (None, ["train", "a.yaml"], []),
+    ):
+        started.clear()
+        monkeypatch.setattr(cli.sys, "argv", ["hvtrain", *arguments])
+        if rank is None:
+            monkeypatch.delenv("LOCAL_RANK", raising=False)
+        else:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert cli.main() == 0 and started == expected, arguments
+    assert os.environ["PYTHONSAFEPATH"] == "1"
