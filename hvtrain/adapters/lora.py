@@ -70,10 +70,10 @@ class LoraLinear(nn.Linear):
             return base
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_down.weight.dtype)
-        inner = self.lora_down(x)  # [B ... rank]
+        inner = self.lora_down(x) * (self.multiplier * self.alpha / self.rank)  # [B ... rank]: far fewer numbers than come out
         if self.training and self.dropout > 0:
             inner = inner * self._kept(inner)
-        delta = (self.lora_up(inner) * (self.multiplier * self.alpha / self.rank)).to(base.dtype)
+        delta = self.lora_up(inner).to(base.dtype)
         begin, end = self.rows
         if end - begin < self.out_features:
             delta = F.pad(delta, (begin, self.out_features - end))
