@@ -7,6 +7,10 @@ import re
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    # `-m` put the working directory first, where a user's data may be called `shards`: off, as in __main__.py.
+    sys.path[:] = [*sys.path[1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+
 from launcher import commands as commands  # fills the table
 from launcher import output
 from launcher.report import guarded

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -62,8 +63,10 @@ def guarded(run: Callable[[], int | None]) -> int:
         if is_user_error(error):
             _tell(USER_ERROR, f"error: {one_line(error)}")
             return USER_ERROR
-        if isinstance(error, OSError) and (advice := PLACES.get(error.errno or 0)):
-            _tell(USER_ERROR, f"error: {error.filename or 'a file'}: {error.strerror}; {advice}")
+        if advice := PLACES.get(_number(error)):
+            named = isinstance(error, OSError) and error.filename is not None
+            said = f"{error.filename}: {error.strerror}" if named else one_line(error)  # type: ignore[attr-defined]
+            _tell(USER_ERROR, f"error: {said}; {advice}")
             return USER_ERROR
         _tell(1, traceback.format_exc().rstrip())
         return 1
@@ -74,6 +77,14 @@ def is_user_error(error: BaseException) -> bool:
     homes = (("hvtrain.errors", "HvtrainError"), ("shards.errors", "ShardError"))
     classes = [getattr(sys.modules[module], name) for module, name in homes if module in sys.modules]
     return isinstance(error, tuple(classes))
+
+
+def _number(error: BaseException) -> int:
+    """The system's number of an error, also of a library in Rust (safetensors), which only writes it."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def one_line(error: BaseException) -> str:

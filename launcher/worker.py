@@ -9,6 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    # `-m` put the working directory first, where a user's data may be called `shards`: off, as in __main__.py.
+    sys.path[:] = [*sys.path[1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+
 from hvtrain import signals
 from launcher import cli
 from launcher.report import REQUEUE

@@ -285,6 +285,17 @@ def test_what_the_disk_refuses_is_one_line(number: int, advice: str, capsys: pyt
     assert err.count("\n") == 1
 
 
+def test_so_is_what_a_library_in_rust_says_of_the_disk(capsys: pytest.CaptureFixture) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from launcher.report import guarded
+
+    assert guarded(lambda: save_file({"a": np.zeros(1)}, "/sys/a.safetensors")) == USER_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "os error" in err and "; choose a place" in err and err.count("\n") == 1
+
+
 def test_a_file_of_our_own_that_is_not_there_is_a_bug(capsys: pytest.CaptureFixture) -> None:
     from launcher.report import guarded
 

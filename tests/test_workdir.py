@@ -61,6 +61,15 @@ def test_under_torchrun_and_deepspeeds_launcher(odd: Path) -> None:
     assert "unknown key 'nothing'" in start(odd, *rank, "train", "nothing=1", code=2)
 
 
+def test_modules_started_by_name_leave_the_working_directory(tmp_path: Path) -> None:
+    """`-m` is not how hvtrain starts itself; but who does so meets a folder of data, if not a file named as Python's own."""
+    for name in ("shards", "hvtrain"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "yaml.py").write_text("raise ImportError('yaml.py of the working directory was imported')\n")
+    for module in ("launcher", "launcher.cli", "launcher.worker"):
+        assert start(tmp_path, sys.executable, "-m", module, "config", "train").startswith("model:"), module
+
+
 def test_scripts_of_slurm_call_the_same_program(odd: Path) -> None:
     text = start(odd, *HVTRAIN, "launch", "--slurm", "--dry-run", "--nproc", "2", "train", f"{CONFIGS}/lora.yaml",
                  "data.shards=shards", "run.output_dir=a")

@@ -6,6 +6,7 @@ merged; pixels tell whether the videos show it.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import time
@@ -105,7 +106,7 @@ def _sheet(folder: Path, prompts: list[str]) -> None:
 
 
 def _hvtrain(*arguments: str) -> None:
-    print("$ hvtrain " + " ".join(arguments), flush=True)
+    print(f"$ hvtrain {shlex.join(arguments)}", flush=True)
     if code := subprocess.run([*HVTRAIN, *arguments]).returncode:
         raise HvtrainError(f"the demo stopped: 'hvtrain {arguments[0]}' ended with exit code {code}")
 

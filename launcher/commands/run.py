@@ -56,7 +56,7 @@ def _train(args: argparse.Namespace) -> int | None:
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
-    add("--lora", action="append", default=[], metavar="FILE", help="a LoRA file or the directory of a run; may be repeated")
+    add("--lora", action="append", default=[], metavar="FILE", help="a LoRA file; may be repeated")
     add("--loraid", nargs="+", action="append", default=[], metavar="N", help="slices of slices=DIR to apply: --loraid 1 2 3")
     add("--lora_multiplier", "--lora-multiplier", nargs="+", action="append", default=[], metavar="X",
         help="one for each --lora or --loraid, in order, or one for all; 0 switches one off completely")
