@@ -44,7 +44,7 @@ def _check(args: argparse.Namespace) -> int:
 
 @command("data preview", "a page with the clips as they will be cropped, and their captions", options=_preview_options)
 def _preview(args: argparse.Namespace) -> None:
-    from hvtrain.encode import contact
+    from hvtrain.encode import check, contact
 
     if args.max < 1:
         raise ConfigError(f"--max {args.max}: expected 1 or more")
