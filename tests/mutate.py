@@ -3,7 +3,7 @@
 mutmut plants them, in copies under `mutants/` (settings: [tool.mutmut] in pyproject.toml), and keeps what it learnt
 there: a run that was stopped goes on, and a later one tries only functions that changed. This script prints the score
 of each module and every survivor as a diff. A survivor that is an equal program (no test can tell the two apart) is
-listed in tests/equal_mutants.toml with the reason, and counted apart.
+listed in tests/equal_mutants/ with the reason, and counted apart.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-EQUAL = ROOT / "tests" / "equal_mutants.toml"
+EQUAL = ROOT / "tests" / "equal_mutants"
 MUTMUT = (sys.executable, "-c", "from mutmut.__main__ import cli; cli()")
 CAUGHT = ("killed", "timeout", "caught by type check", "segfault")
 RESULT = re.compile(r"^\s*(?P<name>\S+): (?P<status>[a-z ]+)$", re.M)
@@ -47,7 +47,7 @@ def mutmut(*arguments: str, output: bool) -> str:
     """Runs it; with output=False it draws its progress on the terminal, where there is one."""
     quiet = subprocess.DEVNULL if not (output or sys.stdout.isatty()) else None
     done = subprocess.run(
-        [*MUTMUT, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE if output else quiet,
+        [*MUTMUT, *arguments], text=True, stdout=subprocess.PIPE if output else quiet,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     if done.returncode and not output:
@@ -57,13 +57,15 @@ def mutmut(*arguments: str, output: bool) -> str:
 
 def diff(name: str) -> str:
     """The lines that the mutant takes away and puts in."""
-    lines = mutmut("show", name, output=True).splitlines()
+    from mutmut.__main__ import find_mutant, get_diff_for_mutant  # reads the settings of the working directory
+
+    lines = get_diff_for_mutant(name, path=find_mutant(name).path).splitlines()
     return "\n".join(line for line in lines if re.match(r"[-+](?![-+])", line))
 
 
 def equals() -> dict[tuple[str, str], str]:
     """(function, diff without white space) -> the reason why no test can see it."""
-    entries = tomllib.loads(EQUAL.read_text())["mutant"] if EQUAL.exists() else []
+    entries = [entry for path in sorted(EQUAL.glob("*.toml")) for entry in tomllib.loads(path.read_text())["mutant"]]
     return {(entry["function"], _bare(entry["diff"])): entry["reason"] for entry in entries}
 
 
@@ -77,6 +79,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="run nothing, print what is known")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    os.chdir(ROOT)
     if not args.report:
         mutmut("run", "--max-children", str(args.processes), *args.only, output=False)
     found = [Mutant(m["name"], m["status"]) for m in RESULT.finditer(mutmut("results", "--all", "true", output=True))]
