@@ -57,7 +57,10 @@ def mutmut(*arguments: str, output: bool) -> str:
 
 def diff(name: str) -> str:
     """The lines that the mutant takes away and puts in."""
-    from mutmut.__main__ import find_mutant, get_diff_for_mutant  # reads the settings of the working directory
+    from mutmut.__main__ import (  # reads the settings of the working directory
+        find_mutant,
+        get_diff_for_mutant,
+    )
 
     lines = get_diff_for_mutant(name, path=find_mutant(name).path).splitlines()
     return "\n".join(line for line in lines if re.match(r"[-+](?![-+])", line))
