@@ -174,7 +174,7 @@ def _sizes(report: Report) -> Iterator[str]:
         biggest = max(report.samples, key=lambda s: s.cost)
         sizes = "x".join(map(str, _latent_shape(report, biggest)))
         yield f"largest sample: latents {sizes}, {tokens} tokens"
-    yield f"shards: about {size(latents)} of latents and {size(text)} of text, {len(report.samples)} samples"
+    yield f"shards: about {size(latents)} of latents and {size(text)} of text, {n_of(len(report.samples), 'sample')}"
 
 
 def _latent_shape(report: Report, s: PlannedSample) -> tuple[int, int, int, int]:

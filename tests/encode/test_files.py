@@ -170,7 +170,7 @@ def test_a_line_of_wrong_types_is_listed(folder, row, says):
     ("row", "says"),
     [('{"video_path": "a", "video_path": "b", "caption": "c"}', "key 'video_path' is given twice"),
      ('{"video_path": "a", "caption": "c", "x": {"y": 1, "y": 2}}', "key 'y' is given twice"),
-     ("[" * 100_000, "nested too deeply"), ('{"video_path": ' + "9" * 5000 + "}", "not JSON: .*4300"),
+     ("[" * 100_000, "nested"), ('{"video_path": ' + "9" * 5000 + "}", "not JSON: .*4300"),
      ('{"video_path": 5}', "expected {"), ("[]", "expected {"), ("null", "expected {")],
 )
 def test_a_line_that_is_no_object_ends_the_reading_with_its_number(folder, row, says):
@@ -208,8 +208,8 @@ def test_no_number_is_absurd(folder, key, value):
 
 @pytest.mark.parametrize(
     ("name", "body", "says"),
-    [("d.toml", "a = " + "[" * 100_000, "nested too deeply"), ("d.toml", "a = " + "9" * 5000, "not TOML: .*4300"),
-     ("d.yaml", "[" * 2000, "nested too deeply"), ("d.yaml", "a: 2001-99-99", "not YAML: month"),
+    [("d.toml", "a = " + "[" * 100_000, "nested"), ("d.toml", "a = " + "9" * 5000, "not TOML: .*4300"),
+     ("d.yaml", "[" * 2000, "nested"), ("d.yaml", "a: 2001-99-99", "not YAML: month"),
      ("d.yaml", "general: {recursive: true, recursive: false}", "key 'recursive' is given twice"),
      ("d.yaml", "{1: 2}", "unknown key 1"), ("d.yaml", "datasets: [{video_directory: ., 1: 2}]", "unknown key 1"),
      ("d.yaml", 'datasets: [{video_directory: ., caption_prefix: "\\ud800"}]', "caption_prefix: .*not valid Unicode"),

@@ -157,6 +157,10 @@ def test_a_rerun_with_nothing_to_do_loads_no_model_and_says_so(dataset, tmp_path
         lost.unlink()
         run(dataset, out, f"model.vae={vae}")
         assert list(verify(out)) == [] and lost.exists()
+    for change, says in (("seed=1", "latents: 6 encoded, 0 copied, 0 kept; text: 0 enc"), ("dtype=float32", "text: 6 encoded")):
+        capsys.readouterr()
+        run(dataset, out, f"model.vae={vae}", change)  # what is remembered holds for these settings only
+        assert says in capsys.readouterr().out
 
 
 def test_progress_in_a_log_names_the_clip_and_leaves_out_what_was_there(tmp_path, capsys, monkeypatch):
