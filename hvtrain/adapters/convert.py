@@ -14,6 +14,7 @@ from hvtrain.adapters.dialects import key_map, spread
 from hvtrain.adapters.files import (
     FOLDED_KEY,
     PARTS_KEY,
+    STALE,
     LoraFile,
     parts_entry,
     sd_scripts_tensors,
@@ -103,5 +104,5 @@ def _tensors(prefix: str, pairs: Mapping[str, LoraPair]) -> dict[str, torch.Tens
 
 def _kept(lora: LoraFile) -> dict[str, str]:
     """The file's metadata without what describes the old tensors' names and bytes."""
-    stale = ("sshs_", FOLDED_KEY, PEFT_KEY, PARTS_KEY)
+    stale = (*STALE, FOLDED_KEY, PEFT_KEY, PARTS_KEY)
     return {key: value for key, value in lora.metadata.items() if not key.startswith(stale)}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvtrain.adapters.files import split_ending, write_tensors
+from hvtrain.adapters.files import STALE, check_output, check_sum, split_ending, write_tensors
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.weights import Weights, open_weights
 
@@ -29,9 +29,10 @@ class Averaged:
     weights: tuple[float, ...]
 
 
-def checkpoints(paths: Sequence[str]) -> list[Path]:
+def checkpoints(paths: Sequence[str], *, output: str | Path | None = None) -> list[Path]:
     """The files of a run, oldest first. One file stands for its siblings NAME-step00000010 ..., a directory for the LoRA
-    files in it and in its sub-folders (epoch_1/, epoch_2/, ...); several are taken as they are, in their order.
+    files in it and in its sub-folders (epoch_1/, epoch_2/, ...); several are taken as they are, in their order. The
+    `output` of an earlier average is not one of them.
 
     Raises ConfigError if there are fewer than two.
     """
@@ -48,6 +49,7 @@ def checkpoints(paths: Sequence[str]) -> list[Path]:
         stem = re.sub(r"[-_]?(step|epoch)?[-_]?\d+$", "", path.stem)
         sibling = re.compile(re.escape(stem) + r"([-_]?(step|epoch)?[-_]?\d+)?")
         found = [p for p in path.parent.glob("*.safetensors") if sibling.fullmatch(p.stem)]
+    found = [p for p in found if output is None or p.absolute() != Path(output).absolute()]
     if len(found) < 2:
         raise ConfigError(f"{path}: {len(found)} LoRA file(s) found, an average needs two or more; name them all")
     folders = len({p.parent for p in found}) > 1
@@ -100,13 +102,16 @@ def average(files: Sequence[Path], shares: Sequence[float], output: str | Path, 
 
     `democratic`: a layer that only some files hold is averaged over those; otherwise all files must hold the same.
     """
+    check_output(str(output), *files)
     opened = [open_weights(path) for path in files]
+    for w in opened:
+        check_sum(w)
     names = list(dict.fromkeys(name for w in opened for name in w))
     if not democratic:
         _same_layers(files, opened, names)
     _same_alphas(files, opened)
     tensors = {name: _mean(name, opened, shares) for name in names}
-    metadata = {k: v for k, v in opened[-1].metadata.items() if not k.startswith("sshs_")}
+    metadata = {k: v for k, v in opened[-1].metadata.items() if not k.startswith(STALE)}
     loraids = list(dict.fromkeys(i for w in opened for i in w.metadata.get("ss_loraid", "").split(",") if i))
     if loraids:
         metadata["ss_loraid"] = ",".join(loraids)

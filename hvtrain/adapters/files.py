@@ -8,22 +8,36 @@ them end in a name that a model's key maps know, so a reader only looks for the 
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from hvtrain.adapters.dialects import Shapes, gather, known_names
-from hvtrain.adapters.metadata import PeftAlpha, file_order, lora_metadata, model_hashes, other_architecture
+from hvtrain.adapters.metadata import (
+    SD_SUM_KEY,
+    SUM_KEY,
+    PeftAlpha,
+    file_order,
+    json_entry,
+    lora_metadata,
+    model_hashes,
+    other_architecture,
+)
 from hvtrain.adapters.pairs import LoraPair, unfold_alpha
-from hvtrain.errors import CheckpointError
+from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.base import ModelSpec
-from hvtrain.models.stream import open_writer
-from hvtrain.models.weights import open_weights
+from hvtrain.models.stream import data_sum, open_writer
+from hvtrain.models.weights import Weights, open_weights
+from hvtrain.outputs import check_place
 
 PARTS_KEY = "hvtrain.parts"  # metadata: ranks of the blocks that a joined pair was stacked from, by layer
 FOLDED_KEY = "hvtrain.folded_alpha"  # metadata: the alphas that were multiplied into `up`, by the file's layer names
+STALE = ("sshs_", SUM_KEY)  # beginnings of metadata keys that describe a file's bytes: never copied to another file
 _ENDINGS = {
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_A.default.weight": "down",
     ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora_B.default.weight": "up",
@@ -110,26 +124,74 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], *, meta
             writer.write(name, tensors[name])
 
 
-def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None) -> LoraFile:
+def check_output(output: str, *sources: str | Path) -> None:
+    """Before long work: refuse a name that is no file's, an input's, or in a place that cannot be written to."""
+    target = Path(output)
+    if target.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
+    if target.exists() and any(Path(source).exists() and target.samefile(source) for source in sources):
+        raise ConfigError(f"--output {output} is the input; choose another name")
+    if target.is_dir():
+        raise ConfigError(f"--output {output} is a directory; name a file in it")
+    check_place(target)
+
+
+def check_sum(weights: Weights) -> None:
+    """Raise CheckpointError if a file's bytes are not those that it was written with; see `edited` of `read_lora`.
+
+    Other programs' checksums only make a warning: many tools rewrite a file and keep its metadata.
+    """
+    said = frozenset(weights.metadata[key] for key in (SUM_KEY, SD_SUM_KEY) if weights.metadata.get(key))
+    if said and len(weights.files) == 1 and weights.files[0].suffix in (".safetensors", ".sft"):
+        _compare(weights.files[0], weights.files[0].stat().st_mtime_ns, said, SUM_KEY in weights.metadata)
+
+
+@lru_cache(maxsize=64)  # sizes of several models may be tried on a file
+def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> None:
+    if data_sum(path) in said:
+        return
+    if ours:
+        raise CheckpointError(
+            f"{path}: damaged: its tensors are not those that its checksum ({SUM_KEY}) was taken of; copy it again, or make it "
+            f"again from the run's checkpoint. If another program changed it and you trust that, `hvtrain lora convert {path} "
+            "--edited --to musubi --output NEW` gives it a new checksum"
+        )
+    print(f"warning: {path}: its tensors do not fit its {SD_SUM_KEY}: damaged, or rewritten by another program",
+          file=sys.stderr, flush=True)  # fmt: skip
+
+
+def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False) -> LoraFile:
     """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
 
     With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
+    `edited`: do not compare its checksum.
     """
     path = Path(path)
     weights = open_weights(path)
     stems = _group(path, {name: weights.get(name) for name in weights})
     found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
-    folded = json.loads(weights.metadata.get(FOLDED_KEY, "{}"))
-    peft = PeftAlpha.parse(weights.metadata)
+    if not edited:
+        check_sum(weights)
+    folded = _folded_alphas(path, weights.metadata)
+    peft = PeftAlpha.parse(path, weights.metadata)
     given = {name: _pair(path, stem, stems[stem], peft) for name, stem in found.items()}
     given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
     pairs = gather(path, given, spec, shapes)
-    parts = json.loads(weights.metadata.get(PARTS_KEY, "{}"))
+    parts = json_entry(path, weights.metadata, PARTS_KEY)
     for name, pair in pairs.items():
         pair.check_shape(path, name, shapes[name])
-        if name in parts:
-            pairs[name] = LoraPair(pair.down, pair.up, pair.alpha, tuple(parts[name]))
+        told = parts.get(name)
+        if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):  # the tensors decide
+            pairs[name] = replace(pair, parts=tuple(told))
     return LoraFile(path, pairs, dict(weights.metadata))
+
+
+def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    folded = json_entry(path, metadata, FOLDED_KEY)
+    for name, alpha in folded.items():
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
+            raise CheckpointError(f"{path}: damaged: its metadata '{FOLDED_KEY}' gives '{name}' the alpha {alpha!r}")
+    return folded
 
 
 def split_ending(key: str) -> tuple[str, str]:
@@ -204,12 +266,14 @@ def _pair(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: Peft
     if missing:
         raise CheckpointError(f"{path}: '{stem}' has no {missing[0]}-projection: the file is incomplete")
     down, up = tensors["down"], tensors["up"]
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or len(down) == 0:
         shapes = f"{list(up.shape)} and {list(down.shape)}"
         raise CheckpointError(f"{path}: '{stem}' has up and down of shapes {shapes}, not [out, rank] and [rank, in]")
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path}: '{stem}' holds values that are not finite: the training run diverged")
     if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
+            raise CheckpointError(f"{path}: '{stem}' has an alpha of shape {list(tensors['alpha'].shape)}, expected one number")
         alpha = float(tensors["alpha"])
     else:
         alpha = peft.of(stem, down.shape[0]) if peft else float(down.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from hvtrain.errors import ConfigError, suggest
 from hvtrain.models.base import ModelSpec
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.weights import Weights, fingerprint, open_weights
+from hvtrain.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
@@ -72,6 +74,8 @@ def _check(cfg: MergeConfig) -> None:
         raise ConfigError(f"on_overlap: no policy '{cfg.on_overlap}'; {suggest(cfg.on_overlap, POLICIES)}")
     if cfg.dtype is not None and cfg.dtype not in _DTYPES:
         raise ConfigError(f"dtype: no dtype '{cfg.dtype}'; {suggest(cfg.dtype, _DTYPES)}")
+    if cfg.target not in ("model", "lora"):
+        raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
     if cfg.target == "model" and not cfg.dit:
         raise ConfigError("dit: the model to merge into; or give target=lora for one LoRA of all")
     if cfg.target == "model" and cfg.rank is not None:
@@ -82,8 +86,11 @@ def _check(cfg: MergeConfig) -> None:
         raise ConfigError(f"rank is {cfg.rank}, expected 1 or more")
     if cfg.density is not None and not 0 < cfg.density <= 1:
         raise ConfigError(f"density is {cfg.density}, expected a share, more than 0 and at most 1")
-    if cfg.max_shard_gb is not None and cfg.max_shard_gb <= 0:
+    if cfg.max_shard_gb is not None and not 0 < cfg.max_shard_gb < math.inf:
         raise ConfigError(f"max_shard_gb is {cfg.max_shard_gb}, expected more than 0")
+    for number, entry in enumerate(cfg.lora):
+        if not math.isfinite(entry.multiplier):
+            raise ConfigError(f"lora[{number}].multiplier is {entry.multiplier}, expected a finite number")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: there is no CUDA device here; use cpu")
     if cfg.device not in ("cpu", "cuda"):
@@ -91,13 +98,17 @@ def _check(cfg: MergeConfig) -> None:
     if not cfg.output:
         raise ConfigError("output is required: the file to write")
     if not cfg.lora and cfg.plan is None:
-        raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan")
+        raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
+    for place in cfg.evaluate:
+        if not Path(place).is_dir():
+            raise ConfigError(f"evaluate: {place}: no such shard set")
     output = Path(cfg.output)
     for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
         if output.exists() and path.exists() and output.samefile(path):
             raise ConfigError(f"output: {output} is one of the inputs; choose another name")
     if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
         raise ConfigError(f"output: {output} must end in .safetensors (or name a directory, for a sharded model)")
+    check_place(output)
 
 
 def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:

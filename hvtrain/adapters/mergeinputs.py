@@ -69,7 +69,10 @@ def finished(folder: Path) -> Path | str:
     config = folder / CONFIG
     if not config.is_file():
         return f"{folder} holds no run"
-    name = (yaml.safe_load(config.read_text()) or {}).get("run", {}).get("name", "lora")
+    try:
+        name = (yaml.safe_load(config.read_text()) or {}).get("run", {}).get("name", "lora")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        return f"{config} is damaged: not the config of a run"
     path = folder / f"{name}.safetensors"
     return path if path.is_file() else f"{folder} is not finished (no {path.name} yet)"
 

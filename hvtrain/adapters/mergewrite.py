@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,9 @@ from hvtrain.adapters.pairs import LoraPair, add_pairs, cut_rows
 from hvtrain.adapters.policies import Dense, Result
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.load import Identified
-from hvtrain.models.stream import Slot, TensorWriter, open_resumable
+from hvtrain.models.stream import Slot, TensorWriter, lay_out, open_resumable, partial_of
 from hvtrain.models.weights import Entry, Weights
+from hvtrain.outputs import disk_bytes, free_bytes, size_text, writing
 from shards.atomic import write_text
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -107,22 +107,47 @@ def refuse_scaled(weights: Weights, parts: Mapping[str, Part]) -> None:
 def write_model(weights: Weights, parts: Mapping[str, Part], target: Target, *, metadata: Mapping[str, str]) -> list[Path]:
     """One file, or a directory of shards and their index. Returns the files."""
     slots = {name: Slot(name, _dtype(entry.dtype, target.dtype), entry.shape) for name, entry in weights.entries.items()}
-    total = sum(slot.n_bytes for slot in slots.values())
     home = _homes(weights, slots, target)
-    folder = target.output.parent if target.output.suffix == ".safetensors" else target.output
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.stat().st_size for path in dict.fromkeys(home.values()) if path.exists())
-    if (free := shutil.disk_usage(folder).free + there) < total:
-        raise ConfigError(f"output: {folder} has {free / 1e9:.1f} GB free, the merged model needs {total / 1e9:.1f} GB")
-    files = list(dict.fromkeys(home.values()))
-    for path in files:
-        own = [slot for name, slot in slots.items() if home[name] == path]
+    contents = {path: [slot for name, slot in slots.items() if home[name] == path] for path in dict.fromkeys(home.values())}
+    files = list(contents)
+    folder = files[0].parent
+    sizes = {path: len(lay_out(own, metadata)[0]) + sum(slot.n_bytes for slot in own) for path, own in contents.items()}
+    with writing(files[0]):
+        _check_room(folder, sizes)
+    for path, own in contents.items():
         _write_file(weights, parts, path, own, metadata, target)
     if len(files) > 1 or folder == target.output:
         table = {name: path.name for name, path in home.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": table}
-        write_text(target.output / _index_name(weights), json.dumps(index, indent=2))
+        index = {"metadata": {"total_size": sum(slot.n_bytes for slot in slots.values())}, "weight_map": table}
+        with writing(place := target.output / _index_name(weights)):
+            write_text(place, json.dumps(index, indent=2))
     return files
+
+
+_SPARE = 2**20  # bytes for the report, and for what a file system notes of its own
+
+
+def _check_room(folder: Path, sizes: Mapping[Path, int]) -> None:
+    """Refuse before the first byte if the files, written one after the other, will not fit. What an interrupted merge left
+    under a file's temporary name is used again; an existing output goes only when its successor is complete."""
+    free = free_bytes(folder) - _SPARE
+    for path, size in sizes.items():
+        free += disk_bytes(partial_of(path)) - size
+        if free < 0:
+            raise ConfigError(
+                f"output: {folder} has {size_text(free_bytes(folder))} free, {size_text(-free)} too little for the merged model "
+                f"of {size_text(sum(sizes.values()))}{_old_ones(folder, sizes)}"
+            )
+        free += disk_bytes(path)
+
+
+def _old_ones(folder: Path, sizes: Mapping[Path, int]) -> str:
+    """What lies there and could go."""
+    kept = [path for path in sizes if disk_bytes(path)]
+    hidden = [p for p in sorted(folder.glob(".*.partial")) if p not in {partial_of(path) for path in sizes}]
+    old = [f"{path} ({size_text(disk_bytes(path))})" for path in (*kept, *hidden)]
+    said = f"; in the way: {', '.join(old[:4])}" if old else ""
+    return said + (" (an existing output is kept until the new one is complete)" if kept else "")
 
 
 def _homes(weights: Weights, slots: Mapping[str, Slot], target: Target) -> dict[str, Path]:
@@ -201,7 +226,10 @@ def _read_into(scratch: Tensor, file: int, entry: Entry) -> Tensor:
     n = math.prod(entry.shape) * entry.dtype.itemsize
     view, done = memoryview(scratch.numpy())[:n], 0  # type: ignore[arg-type]
     while done < n:
-        done += os.preadv(file, [view[done:]], (entry.start or 0) + done)
+        read = os.preadv(file, [view[done:]], (entry.start or 0) + done)
+        if read == 0:
+            raise CheckpointError(f"{entry.file}: ends too early; it was changed while it was read")
+        done += read
     return scratch[:n].view(entry.dtype).view(entry.shape)
 
 

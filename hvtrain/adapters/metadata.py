@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import torch
 
+from hvtrain.errors import CheckpointError
 from hvtrain.models.stream import Slot, lay_out, tensor_bytes
 
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
+SUM_KEY = "hvtrain.sha256"  # of the tensors' bytes in a file that hvtrain wrote
+SD_SUM_KEY = "sshs_model_hash"  # the same by sd-scripts and musubi-tuner; other tools rewrite files and leave it as it was
 _SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec
 _LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UIs hashed
 
@@ -53,7 +57,7 @@ def _text(value: object) -> str:
 
 
 def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` as sd-scripts defines them.
+    """`sshs_model_hash` and `sshs_legacy_hash` as sd-scripts defines them, and the first as our readers' checksum.
 
     Both are taken from a file that holds these tensors and the `ss_*` entries only, so that later edits of the title
     do not change them. The first is the SHA-256 of all that follows the header, that is of the tensors' bytes in
@@ -68,7 +72,8 @@ def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         first, last = (max(0, edge - slot.start) for edge in (_LEGACY.start, _LEGACY.stop))
         window += data[first:last]
     return {
-        "sshs_model_hash": digest.hexdigest(),
+        SD_SUM_KEY: digest.hexdigest(),
+        SUM_KEY: digest.hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
     }
 
@@ -95,6 +100,17 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def json_entry(path: Path, metadata: Mapping[str, str], key: str) -> dict:
+    """A table that is kept as JSON in an entry; empty if there is none."""
+    try:
+        table = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        table = None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: damaged: its metadata '{key}' is no JSON table: {metadata[key][:60]!r}")
+    return table
+
+
 @dataclass(frozen=True)
 class PeftAlpha:
     """The alphas that a PEFT configuration gives to layers; such files have no alpha tensors."""
@@ -104,13 +120,21 @@ class PeftAlpha:
     rank_stable: bool = False  # rsLoRA: the scale is alpha / sqrt(rank)
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, str]) -> PeftAlpha | None:
+    def parse(cls, path: Path, metadata: Mapping[str, str]) -> PeftAlpha | None:
         """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer.")."""
         if PEFT_KEY not in metadata:
             return None
-        config = {key.rpartition(".")[2]: value for key, value in json.loads(metadata[PEFT_KEY]).items()}
-        patterns = config.get("alpha_pattern") or {}
-        return cls(config.get("lora_alpha"), patterns, bool(config.get("use_rslora")))
+        config = {key.rpartition(".")[2]: value for key, value in json_entry(path, metadata, PEFT_KEY).items()}
+        alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        numbers = [*([] if alpha is None else [alpha]), *(patterns.values() if isinstance(patterns, dict) else ["no table"])]
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise CheckpointError(f"{path}: its metadata '{PEFT_KEY}' holds alphas that are not numbers: {numbers[:3]}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(f"{path}: its metadata '{PEFT_KEY}' holds no pattern: '{pattern}' ({error})") from None
+        return cls(alpha, patterns, bool(config.get("use_rslora")))
 
     def of(self, layer: str, rank: int) -> float:
         """As PEFT matches: a pattern is a regular expression for the name or for its last parts."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def _take(up: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | None]:
     """One pair for each set of output rows; None for a part that had no adapter when the pair was joined."""
     ups = [_take(pair.up, index) for index in rows]
-    ranks = pair.parts or _stacked_ranks(pair, ups)
+    ranks = _stacked_ranks(pair, ups)
     if ranks is None:
         return [LoraPair(pair.down, up, pair.alpha) for up in ups]
     cut: list[LoraPair | None] = []
@@ -106,16 +107,21 @@ def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | No
 
 
 def _stacked_ranks(pair: LoraPair, ups: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
-    """Equal ranks, where `up` is block-diagonal without an empty block: a stack made by another tool."""
+    """The ranks of a block-diagonal `up`, one block for each set of rows: those of `parts`, else equal ones.
+
+    The tensors decide. A stack is also cut in other places than where it was joined (a model that fuses q, k and v takes
+    it whole), another tool may have resized it and kept its metadata, or made one without any. None: no such stack.
+    """
     n = len(ups)
-    if n == 1 or pair.rank % n:
+    ranks = pair.parts if pair.parts is not None else (pair.rank // n,) * n if n > 1 else ()
+    if len(ranks) != n or sum(ranks) != pair.rank:
         return None
-    rank = pair.rank // n
-    for i, up in enumerate(ups):
-        own = torch.count_nonzero(up[:, i * rank : (i + 1) * rank])
-        if own == 0 or own != torch.count_nonzero(up):
+    for i, (up, rank) in enumerate(zip(ups, ranks, strict=True)):
+        first = sum(ranks[:i])
+        own = torch.count_nonzero(up[:, first : first + rank])
+        if own != torch.count_nonzero(up) or (own == 0 and pair.parts is None):
             return None
-    return (rank,) * n
+    return ranks
 
 
 def join_rows(pairs: Sequence[LoraPair | None], rows: Sequence[torch.Tensor]) -> LoraPair:
@@ -123,19 +129,22 @@ def join_rows(pairs: Sequence[LoraPair | None], rows: Sequence[torch.Tensor]) ->
     present = [pair for pair in pairs if pair is not None]
     first = present[0]
     n_out = sum(len(index) for index in rows)
+    dtype = reduce(torch.promote_types, (pair.up.dtype for pair in present))
     if all(p is not None and p.alpha == first.alpha and torch.equal(p.down, first.down) for p in pairs):
-        up = first.up.new_empty(n_out, first.rank)
+        up = first.up.new_empty(n_out, first.rank, dtype=dtype)
         for index, pair in zip(rows, present, strict=True):
-            up[index] = pair.up
+            up[index] = pair.up.to(dtype)
         return LoraPair(first.down, up, first.alpha)
     ranks = tuple(0 if pair is None else pair.rank for pair in pairs)
-    up = first.up.new_zeros(n_out, sum(ranks))
+    # One alpha for all: differing scales move into `up`, which is float32 then, so that they round nothing away.
+    scale = next((part.scale for part in present if part.scale), 1.0)
+    equal = all(math.isclose(part.scale, scale, rel_tol=1e-12) for part in present)
+    up = first.up.new_zeros(n_out, sum(ranks), dtype=dtype if equal else torch.float32)
     for i, (index, part) in enumerate(zip(rows, pairs, strict=True)):
         if part is not None:
-            ratio = part.scale / first.scale  # one alpha for all: differing scales move into `up`
-            block = part.up if math.isclose(ratio, 1.0, rel_tol=1e-12) else part.up * ratio
-            up[index, sum(ranks[:i]) : sum(ranks[: i + 1])] = block
-    return LoraPair(torch.cat([p.down for p in present]), up, _single(first.scale * sum(ranks)), ranks)
+            block = part.up if equal else part.up.float() * (part.scale / scale)
+            up[index, sum(ranks[:i]) : sum(ranks[: i + 1])] = block.to(up.dtype)
+    return LoraPair(torch.cat([p.down for p in present]), up, _single(scale * sum(ranks)), ranks)
 
 
 def fold_alpha(pair: LoraPair) -> LoraPair:

@@ -16,6 +16,7 @@ from hvtrain.models import find
 from hvtrain.models.base import DiT, ModelSpec
 from hvtrain.models.load import identify, whole_model
 from hvtrain.models.weights import fingerprint
+from hvtrain.outputs import writing
 
 
 def target_shapes(model: DiT, spec: ModelSpec) -> dict[str, tuple[int, int]]:
@@ -43,10 +44,10 @@ def plan_for(cut: Cut, *, dit: str | None, model: str | None, flavor: str | None
 def run(cut: Cut, output: str, *, dit: str | None, model: str | None, flavor: str | None) -> Iterator[str]:
     plan = plan_for(cut, dit=dit, model=model, flavor=flavor)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / FILE).exists():
         raise ConfigError(f"{folder / FILE} exists; slices may already be trained by it: choose another directory")
-    save_plan(plan, folder / FILE)
-    planpicture.draw(plan, folder / "plan.png")
+    with writing(folder / FILE):
+        planpicture.draw(plan, folder / "plan.png")
+        save_plan(plan, folder / FILE)
     yield from planpicture.lines(plan)
     yield f"{folder / FILE} and plan.png, plan {plan.hash[:12]}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from hvtrain.rng import generator
 class Contribution:
     """What one LoRA does to one layer."""
 
-    lora: str  # name of the file
+    lora: str  # its label
     pair: LoraPair
     multiplier: float
 
@@ -97,8 +98,8 @@ def _error(found: Sequence[Contribution], module: str, options: Options) -> Resu
         if n:
             others = ", ".join(name for name in POLICIES if name != "error")
             raise CheckpointError(
-                f"{a.lora} and {b.lora} both change {n} rows of '{module}': merged, one would overwrite the other. Train them "
-                f"as slices of one plan, or say how to reconcile them: --on-overlap {others}"
+                f"{a.lora} and {b.lora} both change {n} rows of '{module}': added up, neither is what it was trained to be. "
+                f"Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}"
             )
     return list(found)
 
@@ -211,10 +212,23 @@ def _largest(delta: Tensor, density: float) -> Tensor:
 def by_layer(loras: Sequence[tuple[LoraFile, float]]) -> dict[str, list[Contribution]]:
     """Contributions to each layer. A multiplier of 0 switches a LoRA off completely."""
     layers: dict[str, list[Contribution]] = {}
-    for lora, multiplier in loras:
+    for name, (lora, multiplier) in zip(labels(loras), loras, strict=True):
         for module, pair in lora.pairs.items() if multiplier != 0.0 else ():
-            layers.setdefault(module, []).append(Contribution(lora.path.name, pair, multiplier))
+            layers.setdefault(module, []).append(Contribution(name, pair, multiplier))
     return layers
+
+
+def labels(loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
+    """A name for each that no other has: the file's, with as many of its folders as that takes. Runs often share theirs."""
+    parts = [lora.path.absolute().parts for lora, _ in loras]
+
+    def label(number: int, own: tuple[str, ...]) -> str:
+        for n in range(1, len(own) + 1):
+            if sum(other[-n:] == own[-n:] for other in parts) == 1:
+                return str(Path(*own[-n:]))
+        return f"{own[-1]} ({number})"  # a file given twice
+
+    return [label(number, own) for number, own in enumerate(parts, start=1)]
 
 
 def combine(layers: dict[str, list[Contribution]], policy: str, options: Options) -> dict[str, Result]:

@@ -14,7 +14,8 @@ import torch
 from hvtrain.adapters.loraid import block_of
 from hvtrain.adapters.lowrank import squared_norm
 from hvtrain.adapters.mergeinputs import Inputs
-from hvtrain.adapters.policies import Contribution, overlaps
+from hvtrain.adapters.policies import Contribution, labels, overlaps
+from hvtrain.outputs import writing
 from shards.atomic import write_text
 
 SHOWN = 200  # overlapping layers that the JSON lists
@@ -48,7 +49,7 @@ class Report:
 
     @classmethod
     def of(cls, inputs: Inputs, layers: Mapping[str, list[Contribution]], policy: str) -> Report:
-        names = {lora.path.name: number for number, (lora, _) in enumerate(inputs.loras)}
+        names = labels(inputs.loras)
         n_rows: Counter[str] = Counter()
         squares: dict[str, float] = defaultdict(float)
         occupancy: dict[str, list[list]] = {}
@@ -58,14 +59,14 @@ class Report:
                 n_rows[c.lora] += len(rows)
                 squares[c.lora] += squared_norm(c.pair) * c.multiplier**2
                 if len(rows):
-                    occupancy.setdefault(module, []).append([int(rows[0]), int(rows[-1]) + 1, names[c.lora]])
+                    occupancy.setdefault(module, []).append([int(rows[0]), int(rows[-1]) + 1, names.index(c.lora)])
         seen = list(overlaps(dict(layers)))
         entries = [
             Entry(
-                lora.path.name, lora.metadata.get("ss_loraid", ""), multiplier, len(lora.pairs), n_rows[lora.path.name],
-                sum(p.up.numel() + p.down.numel() for p in lora.pairs.values()), squares[lora.path.name] ** 0.5,
+                name, lora.metadata.get("ss_loraid", ""), multiplier, len(lora.pairs), n_rows[name],
+                sum(p.up.numel() + p.down.numel() for p in lora.pairs.values()), squares[name] ** 0.5,
             )
-            for lora, multiplier in inputs.loras
+            for name, (lora, multiplier) in zip(names, inputs.loras, strict=True)
         ]
         return cls(
             policy, entries, sum(o.n_rows for o in seen), len({o.module for o in seen}), [asdict(o) for o in seen[:SHOWN]],
@@ -85,8 +86,9 @@ def save_report(report: Report, output: Path) -> list[Path]:
     """NAME-merge.json and NAME-merge.html beside the output."""
     folder, stem = (output.parent, output.stem) if output.suffix else (output, output.name)
     paths = [folder / f"{stem}-merge.json", folder / f"{stem}-merge.html"]
-    write_text(paths[0], json.dumps(asdict(report), indent=1) + "\n")
-    write_text(paths[1], page(report, stem))
+    for path, text in zip(paths, (json.dumps(asdict(report), indent=1) + "\n", page(report, stem)), strict=True):
+        with writing(path):
+            write_text(path, text)
     return paths
 
 

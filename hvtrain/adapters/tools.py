@@ -11,9 +11,19 @@ from pathlib import Path
 import torch
 
 from hvtrain.adapters.convert import Converted, to_comfy, to_diffusers, to_diffusion_pipe, to_musubi
-from hvtrain.adapters.files import LoraFile, read_lora, split_ending, write_lora
+from hvtrain.adapters.files import (
+    FOLDED_KEY,
+    PARTS_KEY,
+    STALE,
+    LoraFile,
+    check_output,
+    read_lora,
+    split_ending,
+    write_lora,
+)
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.adapters.lowrank import factor, rank_for, shrink, singular_values
+from hvtrain.adapters.mergeinputs import CONFIG, lora_in
 from hvtrain.adapters.metadata import lora_metadata
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
@@ -41,15 +51,17 @@ class Known:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # [out, in] of its Linear layers
 
 
-def open_any(path: str | Path, *, dit: str | None = None) -> Known:
-    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file.
+def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False) -> Known:
+    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` as in `read_lora`.
+    The directory of a finished run stands for its result.
 
     Raises CheckpointError with the reason of the nearest architecture.
     """
+    path = lora_of(path)
     if dit is not None:
         found = identify(asset(dit))
         shapes = _shapes(found.spec, found.arch)
-        return Known(read_lora(path, shapes, spec=found.spec), found.spec, str(dit), shapes)
+        return Known(read_lora(path, shapes, spec=found.spec, edited=edited), found.spec, str(dit), shapes)
     refusal: CheckpointError | None = None
     for spec in all_specs():
         sizes: dict[str, Flavor] = {}
@@ -58,10 +70,15 @@ def open_any(path: str | Path, *, dit: str | None = None) -> Known:
         for flavor in sizes.values():
             shapes = _shapes(spec, flavor.arch)
             try:
-                return Known(read_lora(path, shapes, spec=spec), spec, flavor.name, shapes)
+                return Known(read_lora(path, shapes, spec=spec, edited=edited), spec, flavor.name, shapes)
             except CheckpointError as error:
                 refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
+
+
+def lora_of(path: str | Path) -> Path:
+    """The file itself, or the result of a finished run's directory."""
+    return lora_in(path) if Path(path, CONFIG).is_file() else Path(path)
 
 
 def _shapes(spec: ModelSpec, arch: object) -> dict[str, tuple[int, int]]:
@@ -90,6 +107,7 @@ def info(path: str | Path, *, dit: str | None = None) -> Iterator[str]:
     """What a file is: dialect, layers, rank, alpha, blocks, LORAID, norms."""
     known = open_any(path, dit=dit)
     lora, meta = known.lora, known.lora.metadata
+    path = lora.path
     yield f"{path}: LoRA for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
     ranks = Counter(pair.rank for pair in lora.pairs.values())
     alphas = Counter(round(pair.alpha, 6) for pair in lora.pairs.values())
@@ -142,11 +160,11 @@ def _counted(values: Counter) -> str:
 # --- convert, resize, extract ---------------------------------------------------------------------------------------
 
 
-def convert(path: str, output: str, *, target: str, fold: bool, dit: str | None = None) -> str:
+def convert(path: str, output: str, *, target: str, fold: bool, dit: str | None = None, edited: bool = False) -> str:
     if target not in DIALECTS:
         raise ConfigError(f"--to: no dialect '{target}'; {suggest(target, DIALECTS)}")
-    _new(path, output)
-    known = open_any(path, dit=dit)
+    check_output(output, lora_of(path))
+    known = open_any(path, dit=dit, edited=edited)
     DIALECTS[target](known.lora, known.spec, fold).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
@@ -159,7 +177,7 @@ def resize(path: str, output: str, *, rank: int | None, energy: float | None, di
         raise ConfigError(f"--rank {rank}: expected 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy}: expected a share, more than 0 and at most 1")
-    _new(path, output)
+    check_output(output, lora_of(path))
     known = open_any(path, dit=dit)
     pairs, lost, whole = {}, 0.0, 0.0
     for name, pair in known.lora.pairs.items():
@@ -168,7 +186,7 @@ def resize(path: str, output: str, *, rank: int | None, energy: float | None, di
         pairs[name], lost, whole = cut.pair, lost + (cut.error * cut.norm) ** 2, whole + cut.norm**2
     ranks = Counter(pair.rank for pair in pairs.values())
     largest = max(ranks)
-    stale = ("sshs_", "hvtrain.parts", "hvtrain.folded")
+    stale = (*STALE, PARTS_KEY, FOLDED_KEY)
     metadata = {k: v for k, v in known.lora.metadata.items() if not k.startswith(stale)}
     metadata |= {"ss_network_dim": str(largest), "ss_network_alpha": str(float(largest))}
     write_lora(output, pairs, metadata=metadata)
@@ -180,7 +198,7 @@ def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
     """The difference of two models as a LoRA, layer by layer."""
     if rank < 1:
         raise ConfigError(f"--rank {rank}: expected 1 or more")
-    _new(tuned, output)
+    check_output(output, tuned, base)
     new, old = identify(asset(tuned)), identify(asset(base))
     if new.spec.name != old.spec.name or new.arch != old.arch:
         raise CheckpointError(f"{tuned} is {new.spec.name} {new.arch}, {base} is {old.spec.name} {old.arch}: not one model")
@@ -209,11 +227,3 @@ def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
     yield f"lost: {100 * (lost / whole) ** 0.5:.3g} % of the norm of all differences"
     if other:
         yield f"{len(other)} changed tensors are not layers that a LoRA adapts and are left out, first '{other[0]}'"
-
-
-def _new(source: str, output: str) -> None:
-    target = Path(output)
-    if target.suffix != ".safetensors":
-        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
-    if target.exists() and Path(source).exists() and target.samefile(source):
-        raise ConfigError(f"--output {output} is the input; choose another name")

@@ -7,13 +7,15 @@ shapes, so the header goes out first.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hvtrain.errors import CheckpointError
+from hvtrain.outputs import writing
 from shards.atomic import atomic_path, sync, write_text
 
 _CODES = {
@@ -66,6 +69,8 @@ def read_header(path: str | Path) -> Header:
         except ValueError as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
     metadata = table.pop("__metadata__", {}) if isinstance(table, dict) else {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: damaged: its metadata are not a table of texts")
     slots = {}
     for name, entry in _entries(path, table):
         if entry["dtype"] not in _DTYPES:
@@ -77,6 +82,16 @@ def read_header(path: str | Path) -> Header:
                 f"{path}: cut short or damaged: '{name}' should end at byte {stop}, the file has {size}; copy it again"
             )
     return Header(slots, metadata)
+
+
+def data_sum(path: str | Path) -> str:
+    """SHA-256 of all that follows the header: of the tensors' bytes, whatever the metadata say."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _entries(path: str | Path, table: Any) -> list[tuple[str, dict]]:
@@ -166,7 +181,7 @@ def open_writer(
 ) -> Iterator[TensorWriter]:
     """A writer for these tensors; the file appears under its name only when all of them are in it."""
     head, placed = lay_out(slots, metadata)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(head)
         file.flush()
         writer = TensorWriter(file, placed)
@@ -218,39 +233,75 @@ def open_resumable(
     """
     path = Path(path)
     head, placed = lay_out(slots, metadata)
-    partial, journal = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.partial.json")
     own = hashlib.sha256(signature.encode() + head).hexdigest()
-    done = _written(partial, journal, own)
+    partial, journal = partial_of(path), path.with_name(f"{partial_of(path).name}.json")
 
     def note(names: list[str]) -> None:
         write_text(journal, json.dumps({"signature": own, "done": names}))
 
+    with writing(path):
+        try:
+            with _open_partial(partial) as file:
+                done = _written(journal, own) if os.fstat(file.fileno()).st_size else []
+                if not done:
+                    journal.unlink(missing_ok=True)  # first: it must never speak of another file's bytes
+                    file.truncate(0)
+                    file.write(head)
+                    file.flush()
+                writer = _ResumableWriter(file, placed, note, done)
+                yield writer
+                if writer.waiting:
+                    raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            sync(path.parent)
+        except _Busy:
+            raise
+        except Exception:  # a mistake, not a kill: nothing to go on with
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            if not partial.exists():
+                journal.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The name under which a resumable file grows."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class _Busy(CheckpointError):
+    """Somebody else's file: leave it alone."""
+
+
+def _open_partial(partial: Path) -> BinaryIO:
+    """A regular file of this name and no other, held by this process alone: it is never written through a link that was
+    laid there, and never while another merge writes it."""
+    with suppress(FileNotFoundError):
+        status = os.lstat(partial)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            partial.unlink()
+    file = open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b")  # noqa: SIM115
     try:
-        with open(partial, "r+b" if done else "wb") as file:
-            if not done:
-                file.write(head)
-                file.flush()
-            writer = _ResumableWriter(file, placed, note, done)
-            yield writer
-            if writer.waiting:
-                raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except Exception:  # a mistake, not a kill: nothing to go on with
-        partial.unlink(missing_ok=True)
-        raise
-    finally:
-        if not partial.exists():
-            journal.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = True
+    except OSError:  # a file system without locks
+        busy = False
+    else:  # who held it may just have finished: then it has its final name
+        busy = not partial.exists() or not os.path.samestat(os.lstat(partial), os.fstat(file.fileno()))
+    if busy:
+        file.close()
+        raise _Busy(f"{partial}: another process is writing it; wait for it, or choose another --output")
+    return file
 
 
-def _written(partial: Path, journal: Path, own: str) -> list[str]:
+def _written(journal: Path, own: str) -> list[str]:
     """Tensors that an earlier run of the same signature has written."""
     try:
         note = json.loads(journal.read_text())
-        return list(note["done"]) if note["signature"] == own and partial.is_file() else []
-    except (OSError, ValueError, KeyError):
+        return list(note["done"]) if note["signature"] == own else []
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 

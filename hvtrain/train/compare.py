@@ -1,21 +1,24 @@
-"""Held-out losses around a merge: of the base, of each LoRA alone, and of all together."""
+"""Held-out losses around a merge: of the base, of each LoRA alone, and of all together.
+
+On a GPU the model lies there once, in bfloat16, and computes under autocast as in training. No weight is copied aside: what a
+LoRA touches is read from the model's file again, changed in float32 and rounded once, as the merged file is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from hvtrain.adapters.lora import merge_all
 from hvtrain.adapters.mergeinputs import Inputs
 from hvtrain.adapters.pairs import add_pairs
-from hvtrain.adapters.policies import Dense, Result
+from hvtrain.adapters.policies import Dense, Result, by_layer, labels
 from hvtrain.config import EvalConfig, FlowConfig, MergeConfig, asset
 from hvtrain.flow.timesteps import quantile_function
-from hvtrain.models.load import LoadedDit, load_dit
+from hvtrain.models.load import Identified, LoadedDit, identify, load_dit, read_tensor
 from hvtrain.parallel.apply import parallelize
-from hvtrain.parallel.context import start
+from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.objective import Objective
 from hvtrain.train.setup import open_shards
@@ -28,39 +31,53 @@ def losses_of(cfg: MergeConfig) -> Callable[[Inputs, Mapping[str, Result]], dict
 
     def measure(inputs: Inputs, combined: Mapping[str, Result]) -> dict[str, float]:
         ctx = start(device=None if cfg.device == "cuda" else "cpu")
-        loaded = load_dit(asset(cfg.dit), model=cfg.model, dtype=torch.float32, device=ctx.device)
-        parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=torch.float32)
-        original = {n: p.detach().clone() for n, p in loaded.model.named_parameters() if n.endswith(".weight")}
+        dtype = compute_dtype(ctx.device)
+        found = identify(asset(cfg.dit), model=cfg.model)
+        loaded = load_dit(asset(cfg.dit), model=cfg.model, dtype=dtype, device=ctx.device)
+        parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
         result = {"base": _loss(cfg, loaded, ctx)}
-        for lora, multiplier in inputs.loras:
-            merge_all(loaded.model, [(lora, multiplier)])
-            result[lora.path.name] = _loss(cfg, loaded, ctx)
-            _restore(loaded.model, original, lora.pairs)
-        for module, found in combined.items():
-            _apply(loaded.model.get_submodule(module), found)
-        result["merged"] = _loss(cfg, loaded, ctx)
+        alone = {name: by_layer([one]) for name, one in zip(labels(inputs.loras), inputs.loras, strict=True)}
+        for name, changes in (*alone.items(), ("merged", combined)):
+            with changed(loaded, found, changes):
+                result[name] = _loss(cfg, loaded, ctx)
         return result
 
     return measure
 
 
-def _apply(layer: nn.Module, found: Result) -> None:
-    weight = layer.get_parameter("weight").data
-    if isinstance(found, Dense):
-        weight += found.delta().to(weight)
-    else:
-        add_pairs(weight, [(c.pair, c.multiplier) for c in found])
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """A 13B model in float32 leaves no room on a GPU of 80 GB."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _restore(model: nn.Module, original: Mapping[str, torch.Tensor], modules: Sequence[str] | Mapping[str, object]) -> None:
-    for module in modules:
-        model.get_parameter(f"{module}.weight").data.copy_(original[f"{module}.weight"])
+@contextmanager
+def changed(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) -> Iterator[None]:
+    """The model with these layers' changes, for a while. `found`: the file that its weights come from."""
+    _write(loaded, found, changes)
+    try:
+        yield
+    finally:
+        _write(loaded, found, {module: [] for module in changes})
 
 
-def _loss(cfg: MergeConfig, loaded: LoadedDit, ctx) -> float:
+@torch.no_grad()
+def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) -> None:
+    for module, change in changes.items():
+        name = f"{module}.weight"
+        there = loaded.model.get_parameter(name)
+        weight = read_tensor(found, name, dtype=torch.float32, device=there.device)
+        if isinstance(change, Dense):
+            weight += change.delta().to(weight)
+        else:
+            add_pairs(weight, [(c.pair, c.multiplier) for c in change])
+        there.copy_(weight)
+
+
+def _loss(cfg: MergeConfig, loaded: LoadedDit, ctx: ParallelContext) -> float:
     flow, flavor, fixed = FlowConfig(), loaded.flavor, EvalConfig()
     objective = Objective(
-        loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device, False
+        loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device,
+        compute_dtype(ctx.device) != torch.float32,
     )
     held = HeldOut(open_shards(cfg.evaluate, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES)
     return held_out_loss(loaded.model.eval(), objective, held, ctx=ctx)["eval/loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,6 +162,9 @@ class Session:
                 f"stopped on request; start again to continue from step {self.files.saved} of {self.steps}"
             )
             print(end, flush=True)
+            if finished and c.adapter.type != "none":
+                there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
+                print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
         return finished
 
     def _finish(self, found: Path) -> None:

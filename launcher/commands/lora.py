@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from hvtrain.errors import ConfigError
 from launcher.table import GROUPS, command
@@ -11,7 +12,7 @@ GROUPS["lora"] = "look at LoRA files, convert, cut, extract and average them"
 
 
 def _file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect")
+    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect, or the directory of a finished run")
     parser.add_argument("--dit", metavar="FILE", help="the model it belongs to (default: the known models' sizes are tried)")
 
 
@@ -36,6 +37,8 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     about = "multiply alpha / rank into the up-projection (default for diffusers; always so for diffusion-pipe)"
     how.add_argument("--fold-alpha", action="store_true", help=about)
     how.add_argument("--keep-alpha", action="store_true", help="leave alpha as it is (default for musubi and comfyui)")
+    parser.add_argument("--edited", action="store_true",
+        help="another program changed the file and left its checksum: do not compare it, write a new one")
 
 
 @command("lora convert", "between musubi / sd-scripts, ComfyUI, diffusers / PEFT and diffusion-pipe", options=_convert_options)
@@ -45,7 +48,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.to == "diffusion-pipe" and args.keep_alpha:
         raise ConfigError("--keep-alpha: diffusion-pipe has no alpha in its files; leave the option out")
     fold = args.fold_alpha or (args.to == "diffusers" and not args.keep_alpha)
-    print(tools.convert(args.file, args.output, target=args.to, fold=fold, dit=args.dit))
+    print(tools.convert(args.file, args.output, target=args.to, fold=fold, dit=args.dit, edited=args.edited))
 
 
 def _resize_options(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +102,7 @@ def _ema(args: argparse.Namespace) -> None:
     for name, value in (("--beta", beta), ("--beta2", args.beta2)):
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"{name} {value}: expected 0 or more and less than 1")
-    files = ema.checkpoints(args.paths)
+    files = ema.checkpoints(args.paths, output=args.output)
     if args.sigma_rel is not None:
         profile = ema.power(args.sigma_rel)
     else:
@@ -126,8 +129,8 @@ def _average(args: argparse.Namespace) -> None:
     weights = args.weight or [1.0] * len(args.files)
     if len(weights) != len(args.files):
         raise ConfigError(f"{len(args.files)} files but {len(weights)} --weight; give one for each, in order")
-    if sum(weights) <= 0 or min(weights) < 0:
-        raise ConfigError(f"--weight {weights}: expected 0 or more, and not all 0")
+    if not (0 < sum(weights) < math.inf and all(w >= 0 for w in weights)):
+        raise ConfigError(f"--weight {weights}: expected finite numbers, 0 or more, and not all 0")
     shares = [w / sum(weights) for w in weights]
     ema.average(ema.checkpoints(args.files), shares, args.output, democratic=args.democratic)
     print(f"{args.output}: average of {len(args.files)} files")

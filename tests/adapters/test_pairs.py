@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,8 +38,9 @@ def test_separate_pairs_are_joined_and_cut_exactly(missing):
     assert all(same(a, b) for a, b in zip(cut_rows(fused, ROWS), parts, strict=True))
 
 
-def test_differing_scales_keep_their_delta():
-    parts = [pair(2, 4, alpha=alpha, seed=int(alpha)) for alpha in (1.0, 3.0, 4.0)]
+@pytest.mark.parametrize("first", [0, 1])  # an alpha of 0 switches a layer off
+def test_differing_scales_keep_their_delta(first):
+    parts = [pair(2, 4, alpha=alpha, seed=int(alpha)) for alpha in (0.0, 1.0, 3.0, 4.0)][first:][:3]
     torch.testing.assert_close(join_rows(parts, ROWS).delta(), torch.cat([p.delta() for p in parts]))
 
 
@@ -48,6 +51,26 @@ def test_a_stack_from_another_tool_is_recognised():
     assert all(same(a, b) for a, b in zip(cut_rows(foreign, ROWS), parts, strict=True))
     foreign.up[0, 5] = 1e-3  # one value outside the blocks: not a stack
     assert cut_rows(foreign, ROWS)[0].rank == 6
+
+
+def test_a_stack_is_cut_where_it_was_not_joined():
+    """The sum of what it does stays, whatever its parts were: whole, in two, or with the ranks of an older file."""
+    parts = [pair(rank, 4, alpha=2.0, seed=rank) for rank in (1, 2, 3)]
+    fused = join_rows(parts, ROWS)
+    for rows in ([torch.arange(12)], [torch.arange(6), torch.arange(6, 12)], [torch.arange(12).flip(0)]):
+        cut = cut_rows(fused, rows)
+        assert torch.equal(torch.cat([p.delta() for p in cut]), fused.delta()[torch.cat(rows)])
+    for stale in ((2, 2, 2), (1, 2, 2), (3, 3, 0)):
+        cut = cut_rows(replace(fused, parts=stale), ROWS)
+        assert torch.equal(torch.cat([p.delta() for p in cut]), fused.delta())
+
+
+def test_joining_rounds_nothing_away():
+    """bfloat16 parts whose scales differ, and a float32 part beside a bfloat16 one."""
+    short = [LoraPair(p.down.bfloat16(), p.up.bfloat16(), a) for p, a in ((pair(2, 4), 2.0), (pair(2, 4, seed=1), 3.3))]
+    for parts in ([*short, None], [short[0], replace(pair(2, 4, seed=4), alpha=2.0), None]):
+        wanted = torch.cat([torch.zeros(4, 6) if p is None else p.delta() for p in parts])
+        torch.testing.assert_close(join_rows(parts, ROWS).delta(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_add_pairs_sums_in_float32_and_rounds_once():

@@ -250,7 +250,8 @@ def test_the_merged_model_is_cut_into_shards(tmp_path, shapes):
 
 
 def test_a_merge_that_was_killed_is_continued(tmp_path):
-    """The writer notes what is on the disk; the next run writes only the rest, and a different merge begins anew."""
+    """The writer notes what is on the disk; the next run writes only the rest (a different one begins anew:
+    tests/models/test_stream.py)."""
     script = """
 import sys, time, torch
 import hvtrain.models.stream as stream
@@ -278,7 +279,7 @@ with stream.open_resumable(sys.argv[1], slots, signature="s") as writer:
             writer.write(name, torch.full((1000,), float(name[1:])))
     assert all(t.eq(int(n[1:])).all() for n, t in load_file(path).items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors"]
-    with pytest.raises(ValueError, match="not written"), open_resumable(path, slots, signature="other") as writer:
+    with pytest.raises(ValueError, match="not written"), open_resumable(path, slots, signature="s") as writer:
         assert len(writer.waiting) == 8
     assert len(load_file(path)) == 8  # what was there stays
 

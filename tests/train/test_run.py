@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from hvtrain.models.load import load_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.objective import drop_captions
+from launcher import cli
 from tests.train.shardset import config, make_shards
 
 
@@ -34,7 +36,7 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
 
 
-def test_a_run_and_its_files(shards, tmp_path):
+def test_a_run_and_its_files(shards, tmp_path, capsys, monkeypatch):
     cfg = config(shards, tmp_path / "run", "run.name=mine", "run.save_every_steps=2", "run.keep_last=2",
                  f"eval.shards={shards}", "eval.every_steps=3", "eval.max_batches=2", "data.caption_dropout=0.5",
                  "adapter.dropout=0.1")
@@ -54,6 +56,13 @@ def test_a_run_and_its_files(shards, tmp_path):
     loaded = load_dit(asset("tiny:dit.safetensors"), dtype=torch.float32)
     shapes = {n: (m.out_features, m.in_features) for n, m in loaded.model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert len(read_lora(out / "mine.safetensors", shapes, spec=loaded.spec).pairs) == 2 * 8 + 4 * 2
+    # The command that it names makes the file that ComfyUI loads whole: dotted names, with dots in `img_mlp.fc1` too.
+    said = next(line for line in capsys.readouterr().out.splitlines() if "for ComfyUI" in line)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(said.partition(": hvtrain ")[2])) == 0
+    comfy = list(load_file(tmp_path / "comfyui.safetensors"))
+    assert len(comfy) == len(names) == 72 and all(name.startswith("diffusion_model.") for name in comfy)
+    assert "diffusion_model.double_blocks.0.img_mlp.fc1.lora_A.weight" in comfy
     # The same command again: nothing to do, nothing changed.
     before = (out / "mine.safetensors").stat().st_mtime_ns
     assert train.run(cfg) == 0 and (out / "mine.safetensors").stat().st_mtime_ns == before
