@@ -123,6 +123,10 @@ def test_slots_are_proved_from_the_tensors(plan):
         assert refusal(CheckpointError, check_slots, slice_file(own, loraid=said), plan) == (
             f"s.safetensors: does not say which slice it is (ss_loraid '{said}')"
         )
+    silent = LoraFile(Path("s.safetensors"), {own[0]: pair()}, {})
+    assert refusal(CheckpointError, check_slots, silent, plan) == (
+        "s.safetensors: does not say which slice it is (ss_loraid '')"
+    )
 
 
 def test_rows_of_a_slice(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hvtrain.adapters import mergewrite
 from hvtrain.adapters.files import save_lora
 from hvtrain.models.load import save_dit
-from hvtrain.outputs import check_place, size_text
+from hvtrain.outputs import check_place, disk_bytes, size_text
 from launcher import cli
 from tests.adapters.models import SPEC, adapted, build, lora_tensors
 
@@ -169,8 +169,10 @@ def test_room_is_counted_as_the_disk_will_see_it(files, tmp_path, monkeypatch, c
     assert call(files, "model", out) == 2
     err = capsys.readouterr().err
     needed = f"1 bytes too little for the merged model of {size_text(size)}"
-    assert f"{tmp_path} has {size_text(size + spare - 1)} free, {needed}" in err
-    assert f"in the way: {out} (" in err and "an existing output is kept until the new one is complete" in err
+    assert err == (
+        f"error: output: {tmp_path} has {size_text(size + spare - 1)} free, {needed}; in the way: {out} "
+        f"({size_text(disk_bytes(out))}) (an existing output is kept until the new one is complete)\n"
+    )
     assert out.read_bytes() == before
     out.unlink()
     # What an interrupted merge of this name left is used again; another's is named.
@@ -183,7 +185,15 @@ def test_room_is_counted_as_the_disk_will_see_it(files, tmp_path, monkeypatch, c
     out.unlink()
     free(size // 2)
     assert call(files, "model", out) == 2
-    assert f"in the way: {tmp_path / '.other.safetensors.partial'} (16.4 kB)" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"; in the way: {tmp_path / '.other.safetensors.partial'} (16.4 kB)\n")
+    for number in range(5):
+        (tmp_path / f".{number}.safetensors.partial").write_bytes(bytes(4096))
+    assert call(files, "model", out) == 2
+    assert capsys.readouterr().err.count(".safetensors.partial") == 4  # the first few
+    for path in tmp_path.glob(".*.partial"):
+        path.unlink()
+    assert call(files, "model", out) == 2
+    assert capsys.readouterr().err.endswith(f"too little for the merged model of {size_text(size)}\n")
 
 
 def test_room_for_shards_that_replace_shards(files, tmp_path, monkeypatch):
