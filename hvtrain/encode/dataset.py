@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hvtrain.configload import parse_yaml
 from hvtrain.encode.buckets import STEP, BucketRule
 from hvtrain.encode.frames import LEGAL, FrameRule
 from hvtrain.encode.places import brief, place, shown, sound
@@ -109,32 +108,17 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is not a file; give a dataset file (TOML or YAML)")
-        text = path.read_text(encoding="utf-8-sig")
-        raw = yaml.load(text, _UniqueKeys) if kind == "YAML" else tomllib.loads(text)
+        raw = parse_yaml(path.read_bytes()) if kind == "YAML" else tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise DataError(f"{path}: not {kind}: nested too deeply") from None
-    except _ODD as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # of TOML's odd dates and numbers, too
         raise DataError(f"{path}: not {kind}: {' '.join(str(error).split()) or type(error).__name__}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise DataError(f"{path}: expected 'general' and 'datasets', found {type(raw).__name__}")
     return raw
-
-
-# What the parsers raise: their own errors, and Python's for odd values (a date in month 13, a number of 5000 digits).
-_ODD = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, as TOML does."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and not k.tag.endswith(":merge")]
-        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
-            raise yaml.YAMLError(f"key '{twice[0]}' is given twice, line {node.start_mark.line + 1} and below; keep one")
-        return super().construct_mapping(node, deep)
 
 
 def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> None:
