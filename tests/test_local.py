@@ -29,7 +29,7 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         assert seconds == 0.05
-        self.now, self.sleeps = self.now + seconds, self.sleeps + 1
+        self.now, self.sleeps = round(self.now + seconds, 2), self.sleeps + 1
         assert self.sleeps < 1000, "waits for ever"
 
 
@@ -258,8 +258,7 @@ def test_peers_of_a_failure_get_their_time_and_are_killed_then(clock: Clock) -> 
     failed, hangs, late = Process(clock, 101, 1), Process(clock, 1e9), Process(clock, 103, 2)
     group = workers(hangs, late, failed)
     assert local._wait(group, local._Mail(group)) is group[2]
-    [(at, number)] = hangs.got
-    assert number == signal.SIGKILL and 106 < at < 106.2 and late.got == failed.got == []
+    assert hangs.got == [(106.05, signal.SIGKILL)] and late.got == failed.got == []  # 5 s after the failure was seen
 
 
 def test_one_that_saves_is_waited_for_as_long_as_it_takes(clock: Clock) -> None:
@@ -268,8 +267,7 @@ def test_one_that_saves_is_waited_for_as_long_as_it_takes(clock: Clock) -> None:
     mail = local._Mail(group)
     mail.take(signal.SIGTERM)
     assert local._wait(group, mail) is None and 120 <= clock.now < 120.2
-    [(at, number)] = saves.got
-    assert number == signal.SIGTERM and 101 < at < 101.2 and stopped.got == []
+    assert saves.got == [(101.05, signal.SIGTERM)] and stopped.got == []
 
 
 def test_a_failure_at_the_very_end_is_a_failure(clock: Clock) -> None:

@@ -101,13 +101,14 @@ def test_a_merge_alone_and_slices_alone(run, jobs):
 
 
 class Machine:
-    """Processes that end on a clock: `plan`: name -> (seconds that it takes, exit code), or (seconds, exit code when it is
-    asked to end). `signals`: time -> signals that this program gets then."""
+    """Processes that end on a clock. `takes`: name -> (seconds, exit code); `signals`: time -> the signal that this program
+    gets then."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.now = run, 0
         self.takes: dict[str, tuple[int, int]] = {}
         self.signals: dict[int, int] = {}
+        self.when_asked = (2, 75)  # seconds that it goes on, exit code
         self.log: list[tuple] = []
 
     def start(self, command: list[str], **options: Any) -> Any:
@@ -143,7 +144,8 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         self.machine.log.append((self.machine.now, "signal", self.of.name, number))
-        self.of.ends, self.of.code = self.machine.now + 2, 75
+        seconds, self.of.code = self.machine.when_asked
+        self.of.ends = self.machine.now + seconds
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def machine(run, monkeypatch):
     return made
 
 
-def test_slices_run_so_many_at_a_time_each_with_gpus_of_its_own(machine, run, capsys):
+def test_slices_run_so_many_at_a_time_each_with_gpus_of_its_own(machine, run, capsys, flushes):
     plan = a_run(run, n=4, backend="local", nproc=2, at_once=2, gpus=("0", "1", "2", "3"))
     machine.takes = {"01": (5, 0), "02": (1, 0), "03": (2, 0)}
     assert backends.run_here(run, plan, [1, 2, 3, 4]) == 0
@@ -175,6 +177,7 @@ def test_slices_run_so_many_at_a_time_each_with_gpus_of_its_own(machine, run, ca
         "slice 1: started on GPU 0,1", "slice 2: started on GPU 2,3", "slice 2: done", "slice 3: started on GPU 2,3",
         "slice 3: done", "slice 4: started on GPU 2,3", "slice 4: done", "slice 1: done",
     ]
+    assert len(flushes) == 8  # as it happens, also into a file
     assert slices.load_state(run, "01").jobs == ["1001:s1001"] and slices.load_state(run, "03").jobs == ["1003:s1003"]
 
 
@@ -189,13 +192,13 @@ def test_slices_without_gpus_see_what_this_program_sees(machine, run, capsys):
 
 
 @pytest.mark.parametrize(("code", "said", "end"), [(2, "failed (exit code 2)", 1), (75, "stopped, saved", 75)])
-def test_the_merge_waits_for_all_slices_to_be_done(machine, run, capsys, code, said, end):
+def test_the_merge_waits_for_all_slices_to_be_done(machine, run, capsys, flushes, code, said, end):
     plan = a_run(run, n=3, backend="local")
     machine.takes = {"02": (1, code)}
     assert backends.run_here(run, plan, [1, 2, 3]) == end
     assert [name for _, _, name, _ in machine.log] == ["01", "02", "03"]
     out = capsys.readouterr().out.splitlines()
-    assert out[3] == f"slice 2: {said}" and out[-1].startswith("2 of 3 slices are done; ")
+    assert len(out) == len(flushes) == 7 and out[3] == f"slice 2: {said}" and out[-1].startswith("2 of 3 slices are done; ")
     machine.takes = {}
     assert backends.run_here(run, plan, [2]) == 0 and machine.log[-1][2] == "merge"
 
@@ -212,6 +215,12 @@ def test_one_that_is_asked_to_end_lets_its_slices_save_and_starts_no_more(machin
         f"0 of 4 slices are done; `hvtrain slices status {run}` says more",
     ]
     assert [signal.getsignal(n) for n in local.FORWARDED] == before
+
+
+def test_slices_that_end_well_when_they_are_asked_to_end_are_done_and_not_merged(machine, run):
+    plan = a_run(run, n=1, backend="local")
+    machine.takes, machine.signals, machine.when_asked = {"01": (50, 0)}, {3: signal.SIGTERM}, (2, 0)
+    assert backends.run_here(run, plan, [1]) == 75 and words(run, plan) == ["done", "waiting"]
 
 
 def test_one_that_is_asked_to_end_as_the_last_slice_ends_does_not_merge(machine, run):

@@ -22,7 +22,7 @@ def message(of, error: type[Exception] = LaunchError) -> str:
     return str(caught.value)
 
 
-def test_a_run_as_it_was_asked_for(tmp_path):
+def test_a_run_as_it_was_asked_for(tmp_path, ascii_locale):
     """The file is read by later versions, and by jobs on other machines."""
     plan = slices.Slices(
         "/p.json", "é.yaml", ("a=1",), ("/1", "/2"), 2, 3, 4, "5:00", "/site", "slurm", 2, ("0", "1"), ("--output", "o"), 7
@@ -186,7 +186,7 @@ def test_a_process_is_known_by_its_start(monkeypatch, text, start):
         ("7", "not a slice plan ('int' object is not subscriptable)"),
     ],
 )
-def test_a_plan_is_one_or_it_is_an_error(tmp_path, text, says):
+def test_a_plan_is_one_or_it_is_an_error(tmp_path, ascii_locale, text, says):
     path = tmp_path / "é.json"
     if text is not None:
         path.write_text(text)
@@ -242,7 +242,7 @@ def test_what_is_wrong_with_a_result(tmp_path, body, says):
     assert slices.amiss(tmp_path).startswith(f"{tmp_path.name} is damaged ([Errno 21]")
 
 
-def test_where_a_result_is_and_that_a_damaged_one_makes_room(tmp_path, capsys):
+def test_where_a_result_is_and_that_a_damaged_one_makes_room(tmp_path, capsys, flushes):
     plan = a_run(tmp_path, n=100)
     path = tmp_path / "007/slice-007.safetensors"
     assert slices.result(tmp_path, plan, 7) == path
@@ -255,3 +255,4 @@ def test_where_a_result_is_and_that_a_damaged_one_makes_room(tmp_path, capsys):
     assert capsys.readouterr().out == (
         "slice-007.safetensors is damaged (Expecting value: line 1 column 1 (char 0)); it is now slice-007.safetensors.damaged\n"
     )
+    assert len(flushes) == 1  # before the training writes to the same log

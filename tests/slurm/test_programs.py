@@ -128,11 +128,16 @@ def test_jobs_are_cancelled_or_it_is_an_error(programs, answer, says):
     assert programs.asked == [("scancel 7_1 8", 20, None)]
 
 
-def test_a_program_gets_the_text_and_is_heard_byte_by_byte():
+def test_a_program_gets_the_text_and_is_heard_byte_by_byte(ascii_locale):
     done = slurm._ask(["sh", "-c", "cat; cat /proc/self/stat >&2; exit 3"], 20, "é\udcff\n")
     assert (done.returncode, done.stdout, done.args[0]) == (3, "é\udcff\n", "sh")
     group, session = map(int, done.stderr.rpartition(")")[2].split()[2:4])
     assert group == session != os.getsid(0)  # whoever ends the group ends what it started, and not us
+
+
+def test_a_program_that_takes_too_long_is_ended():
+    with pytest.raises(subprocess.TimeoutExpired):
+        slurm._ask(["sleep", "3"], 0.1)
 
 
 def test_a_program_that_is_not_here(monkeypatch, tmp_path):
@@ -162,12 +167,12 @@ PLACES = "name nodes log grace max_restarts folder options setup environment sru
 @pytest.fixture
 def template(monkeypatch, tmp_path):
     """Every value of a script, one a line or several."""
-    (tmp_path / "job.sbatch").write_text("".join(f"{place} = @{{{place}}}\n" for place in PLACES), encoding="utf-8")
+    (tmp_path / "job.sbatch").write_text("".join(f"{place} = @{{{place}}}\n" for place in PLACES) + "# é\n", encoding="utf-8")
     monkeypatch.setattr(slurm, "TEMPLATES", tmp_path)
     monkeypatch.setattr(slurm, "HVTRAIN", ("/a b/python", "main.py"))
 
 
-def test_what_fills_a_script(template):
+def test_what_fills_a_script(template, ascii_locale):
     everything = Site(
         partition="p", account="a", qos="q", constraint="c", time="5:00", gres="gpu:x:{n}:{n}", cpus_per_process=3, mem="9G",
         options=("--exclusive", "-H"), grace_s=7, modules=("m/1 n", "o"), setup=("source x", "ulimit -l 1"),
@@ -181,7 +186,7 @@ def test_what_fills_a_script(template):
         "#SBATCH --mem=9G\n#SBATCH --cpus-per-task=12\n#SBATCH --dependency=afterok:7:8_1\n#SBATCH --gres=gpu:x:4:4\n"
         "#SBATCH --exclusive\n#SBATCH -H\n"
         "setup = module load m/1 n\nmodule load o\nsource x\nulimit -l 1\nenvironment = export A='b c'\nexport D=e=f\n"
-        "srun = --cpus-per-task=12\ncommand = in x hv -q train 'a b'\narray = 1,2%1\n"
+        "srun = --cpus-per-task=12\ncommand = in x hv -q train 'a b'\narray = 1,2%1\n# é\n"
     )
 
 
@@ -189,7 +194,7 @@ def test_what_fills_a_script_where_nothing_was_said(template):
     job = slurm.Job("job", "n", Path("/w"), "l", ["train"], slurm.Resources())
     empty = (
         "name = n\nnodes = 1\nlog = l\ngrace = 120\nmax_restarts = 3\nfolder = /w\noptions = {}\nsetup = \nenvironment = \n"
-        "srun = {}\ncommand = '/a b/python' main.py train\narray = \n"
+        "srun = {}\ncommand = '/a b/python' main.py train\narray = \n# é\n"
     )
     assert slurm.render(job, Site(gpus=False, cpus_per_process=0)) == empty.format("", "")
     options = "#SBATCH --time=9\n#SBATCH --cpus-per-task=4\n#SBATCH --gpus-per-node=1"

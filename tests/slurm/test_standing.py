@@ -107,7 +107,7 @@ def line(step: int, loss: float, **more: float) -> str:
 def trained(run: Path, metrics: str, config: str = "run: {steps: 100}\n") -> None:
     (run / "01").mkdir(parents=True, exist_ok=True)
     (run / "01/metrics.jsonl").write_text(metrics)
-    (run / "01/config.yaml").write_text(config)
+    (run / "01/config.yaml").write_text(config, encoding="utf-8")
 
 
 PACE = {"speed/slowest_rank_s": 3.0}
@@ -122,13 +122,14 @@ PACE = {"speed/slowest_rank_s": 3.0}
         (line(4, 0.25), "run: {steps: 100}", 4, 100, 0.25, None),
         ("", "run: {steps: 100}", 0, 100, None, None),
         (line(4, 0.25, **PACE), "", 4, 0, 0.25, None),
+        (line(4, 0.25, **PACE), "run: {steps: 10, name: é}", 4, 10, 0.25, 18.0),
         (line(4, 0.25, **PACE), "run: {steps: null}", 4, 0, 0.25, None),
         (line(4, 0.25, **PACE), "other: 1", 4, 0, 0.25, None),
         (line(4, 0.25, **PACE), "run: {steps: soon}", 4, 0, 0.25, None),
         (line(4, 0.25, **PACE), "run: {steps", 4, 0, 0.25, None),
     ],
 )
-def test_how_far_a_slice_is(run, metrics, config, step, steps, loss, eta_s):
+def test_how_far_a_slice_is(run, ascii_locale, metrics, config, step, steps, loss, eta_s):
     plan = a_run(run, n=1)
     stands(run, "01", "7_1")
     trained(run, metrics, config)
