@@ -91,7 +91,7 @@ def _of_job(run: Path, name: str, state: State, queue: Queue, wrong: str) -> Sta
 
 def _said(queue: Queue, job: str, state: State) -> str:
     """Of tasks that were cancelled while pending, Slurm tells by the number of their array alone."""
-    root = job.partition("_")[0] if state.started is None else ""
+    root = job.partition("_")[0] if state.started is None else job
     return queue.states.get(job, queue.states.get(root, ""))
 
 

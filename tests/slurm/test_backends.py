@@ -28,6 +28,8 @@ def test_the_scheduler_is_asked_of_the_newest_attempts(run, monkeypatch):
     monkeypatch.setattr(slurm, "queue", lambda ids: asked.append(list(ids)) or slurm.Queue({"85": "RUNNING", "7_3": "RUNNING"}))
     stands(run, "01", "6_1", "7_1")
     stands(run, "03", "7_3")
+    for other in ("00", "04"):
+        stands(run, other, "9")
     stands(run, "merge", "8", "85")
     assert words(run, plan) == ["failed", "waiting", "running", "running"]
     assert asked == [["7_1", "7_3", "85"]]
@@ -36,7 +38,8 @@ def test_the_scheduler_is_asked_of_the_newest_attempts(run, monkeypatch):
 
 
 def test_nothing_is_done_while_jobs_are_unknown(tmp_path):
-    found = [standing.Standing("01", "done"), *(standing.Standing(n, "unknown", note="why") for n in ("02", "merge"))]
+    unknown = [standing.Standing(name, "unknown", note=note) for name, note in (("02", "why"), ("merge", "other"))]
+    found = [standing.Standing("01", "done"), *unknown]
     with pytest.raises(LaunchError) as caught:
         backends.refuse_unknown(tmp_path, found)
     assert str(caught.value) == (

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from launcher import backends, cli, slices, slurm, standing
+from launcher import backends, slices, slurm, standing
 from tests.slurm.fake import DOWN, a_run, finish, hvtrain, options, stands, words
 
 
@@ -188,16 +188,6 @@ def launched(monkeypatch):
     return calls
 
 
-def test_a_slice_here_restarts_its_own_processes(run, launched):
-    plan = a_run(run, n=2, backend="local", nproc=2, max_restarts=5)
-    assert backends.run_one(run, plan, 2) == 75
-    [((arguments, topology), more)] = launched
-    assert arguments == slices.train_arguments(run, plan, 2) and topology.nproc == 2 and more == {"max_restarts": 5}
-    state = slices.load_state(run, "02")
-    assert state.jobs == [f"{os.getpid()}:{slices.process_start(os.getpid())}"]
-    assert state.code == 75 and state.ended >= state.started
-
-
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_slice_in_a_job_is_noted_by_node_0(run, launched, monkeypatch, node):
     plan = a_run(run, n=2, nproc=2, nodes=2, max_restarts=5)
@@ -209,13 +199,3 @@ def test_a_slice_in_a_job_is_noted_by_node_0(run, launched, monkeypatch, node):
     assert topology.node_rank == node and more == {"max_restarts": 0}  # the script restarts all nodes together
     state = slices.load_state(run, "02")
     assert (state.jobs, state.code) == ((["84_2"], 75) if node == 0 else ([], None))
-
-
-def test_the_merge_is_noted(run, monkeypatch):
-    plan = a_run(run, n=1)
-    seen = []
-    monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 3)
-    monkeypatch.setenv("SLURM_JOB_ID", "85")
-    assert backends.run_merge(run, plan) == 3
-    assert seen == [["merge", *plan.merge]] and slices.load_state(run, "merge").code == 3
-    assert slices.load_state(run, "merge").jobs == ["85"]
