@@ -72,9 +72,9 @@ def launch(arguments: Sequence[str], topology: Topology, *, max_restarts: int = 
     """
     for restart in range(max_restarts + 1):
         code = _once(arguments, topology, restart)
-        if code in (0, USER_ERROR, REQUEUE, INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM) or restart == max_restarts:
+        if code in (0, USER_ERROR, REQUEUE, INTERRUPTED, 128 + signal.SIGTERM) or restart == max_restarts:
             break
-        print(f"starting again ({restart + 1} of {max_restarts})", file=sys.stderr, flush=True)
+        print(f"starting again ({restart + 1} of {max_restarts})", file=sys.stderr)
     return code
 
 

@@ -69,12 +69,12 @@ class State:
 def load_slices(run: str | Path) -> Slices:
     path = Path(run) / FILE
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text())
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         return Slices(**values)
     except OSError as error:
         raise LaunchError(f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise LaunchError(f"{path}: damaged ({error})") from None
 
 
@@ -101,7 +101,7 @@ def save_state(run: Path, name: str, state: State) -> None:
 
 def _write(path: Path, body: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w") as file:
         file.write(json.dumps(body, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -91,13 +91,13 @@ def _of_job(run: Path, name: str, state: State, queue: Queue, wrong: str) -> Sta
 
 def _said(queue: Queue, job: str, state: State) -> str:
     """Of tasks that were cancelled while pending, Slurm tells by the number of their array alone."""
-    root = job.partition("_")[0] if state.started is None else ""
+    root = job.partition("_")[0] if state.started is None else job
     return queue.states.get(job, queue.states.get(root, ""))
 
 
-def _progress(folder: Path) -> tuple[int, float | None, float]:
+def _progress(folder: Path) -> tuple[int, float | None, float | None]:
     """(last step, its loss, seconds per step) of a run."""
-    step, loss, pace = 0, None, 0.0
+    step, loss, pace = 0, None, None
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()[-50:]
     except OSError:
@@ -108,7 +108,7 @@ def _progress(folder: Path) -> tuple[int, float | None, float]:
         except ValueError:
             continue  # being written
         if "train/loss" in row:
-            step, loss, pace = row["step"], row["train/loss"], row.get("speed/slowest_rank_s", 0.0)
+            step, loss, pace = row["step"], row["train/loss"], row.get("speed/slowest_rank_s")
     return step, loss, pace
 
 
@@ -116,7 +116,7 @@ def _steps(folder: Path) -> int:
     import yaml
 
     try:
-        return int((yaml.safe_load((folder / "config.yaml").read_text()) or {}).get("run", {}).get("steps") or 0)
+        return int((yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}).get("run", {}).get("steps") or 0)
     except (OSError, ValueError, yaml.YAMLError):
         return 0
 

@@ -16,7 +16,7 @@ import pytest
 from hvtrain import config
 from hvtrain.errors import LaunchError
 from hvtrain.program import HVTRAIN
-from launcher import cli, local, table
+from launcher import cli, table
 from launcher.commands import info, run
 from launcher.report import REQUEUE, USER_ERROR
 
@@ -437,17 +437,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"nproc": 0}, "at least 1"),
-        ({"nproc": 1, "nnodes": 2}, "--master-addr"),
-        ({"nproc": 1, "master_port": 65536}, "--master-port 65536: expected 1 to 65535"),
-        ({"nproc": 1, "nnodes": 2, "node_rank": 2, "master_addr": "a", "master_port": 1}, "expected 0 to 1"),
-    ],
-)
-def test_a_topology_that_makes_no_sense(options: dict, words: str) -> None:
-    with pytest.raises(LaunchError, match=words):
-        local.Topology(**options)

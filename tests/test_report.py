@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import local
+from hvtrain.errors import ConfigError
+from launcher import local, output, report
 from launcher.report import Failure, first_cause
+from shards.errors import ShardError
 from tests.test_cli import end, job
 
 
@@ -139,3 +147,106 @@ def test_a_launched_command_is_that_of_a_table(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv("LOCAL_RANK", rank)
         assert cli.main() == 0 and started == expected, arguments
     assert os.environ["PYTHONSAFEPATH"] == "1"
+
+
+# --- how a command ends -----------------------------------------------------------------------------------------------
+
+
+class Stream(io.StringIO):
+    flushes = 0
+
+    def flush(self) -> None:
+        self.flushes += 1
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """What the command says when it ends, of a process that is no rank."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv(report.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(report, "sys", SimpleNamespace(stderr=(stream := Stream()), modules=sys.modules))
+    return stream
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def run(*_: object) -> None:
+        raise error
+
+    return run
+
+
+def refused(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "/out/x")
+
+
+ROOM = "/out/x: No space left on device; make room, then the same command again"
+OTHER = "choose a place that you may read and write, or ask for the permission"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (output.OutputLost(""), 0, None),
+        (output.OutputLost("closed"), 2, "error: standard output: closed; what was printed is not complete"),
+        (ConfigError("a\n\n   \n  b  \nc"), 2, "error: a; b; c"),
+        (ShardError("x.tar"), 2, "error: x.tar"),
+        (refused(errno.ENOSPC), 2, f"error: {ROOM}"),
+        (refused(errno.EDQUOT), 2,
+            "error: /out/x: Disk quota exceeded; your quota is used up: make room, then the same command again"),
+        (refused(errno.EROFS), 2, "error: /out/x: Read-only file system; choose a place that can be written"),
+        (refused(errno.EACCES), 2, f"error: /out/x: Permission denied; {OTHER}"),
+        (refused(errno.EPERM), 2, f"error: /out/x: Operation not permitted; {OTHER}"),
+        (refused(errno.EFBIG), 2, "error: /out/x: File too large; larger than files may be here (ulimit -f, or the file system)"),
+        (refused(errno.EMFILE), 2, "error: /out/x: Too many open files; too few open files are allowed: ulimit -n 4096"),
+        (OSError(errno.EROFS, "no"), 2, "error: [Errno 30] no; choose a place that can be written"),
+        (RuntimeError("io: bad\n (os error 30)"), 2, "error: io: bad; (os error 30); choose a place that can be written"),
+    ],
+)
+def test_what_a_command_says_when_it_ends(error: BaseException, code: int, said: str | None, stderr: Stream) -> None:
+    assert report.guarded(raises(error)) == code
+    assert stderr.getvalue() == (f"{said}\n" if said else "") and bool(stderr.flushes) == bool(said)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("a pipe"), BrokenPipeError(32, "y"), RuntimeError("(os error 32)")])
+def test_what_is_nobodys_mistake_is_a_bug(error: Exception, stderr: Stream) -> None:
+    assert report.guarded(raises(error)) == 1
+    assert re.match(r"Traceback \(most recent call last\):\n[\s\S]*Error: [^\n]+\n\Z", stderr.getvalue())
+
+
+def test_an_exit_code_is_passed_on(stderr: Stream) -> None:
+    assert [report.guarded(lambda code=code: code) for code in (None, 0, 1, 75)] == [0, 0, 1, 75]
+    assert stderr.getvalue() == ""
+
+
+def test_error_classes_that_nobody_loaded_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "shards.errors")
+    assert report.is_user_error(ConfigError("x")) and not report.is_user_error(ShardError("x"))
+
+
+def test_a_rank_without_a_launcher_says_which_it_is(monkeypatch: pytest.MonkeyPatch, stderr: Stream) -> None:
+    for rank in ("0", "12"):
+        monkeypatch.setenv("RANK", rank)
+        report.guarded(raises(KeyboardInterrupt()))
+    assert stderr.getvalue() == "interrupted\ninterrupted (rank 12)\n"
+    monkeypatch.setattr(stderr, "write", raises(OSError()))
+    assert report.guarded(raises(ConfigError("x"))) == 2  # nobody hears it; the exit code says it
+
+
+def test_a_launched_rank_leaves_a_record_and_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: Stream
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 12.5)
+    monkeypatch.setenv(report.FOLDER_VARIABLE, str(tmp_path))
+    replaced = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: replaced.append(self.suffix) or replace(self, to))
+    report.guarded(raises(ConfigError("of rank 0")))
+    monkeypatch.setenv("RANK", "3")
+    report.guarded(raises(KeyboardInterrupt()))
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert found == {
+        "0.json": {"rank": 0, "code": 2, "time_s": 12.5, "text": "error: of rank 0"},
+        "3.json": {"rank": 3, "code": 130, "time_s": 12.5, "text": "interrupted"},
+    }
+    assert stderr.getvalue() == "" and ".json" not in replaced and len(replaced) == 2  # the launcher reads none half-written

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import slices
+from launcher import cli, slices
 
 SBATCH = """#!/bin/sh
 n=$(cat "{0}/last"); n=$((n + 1)); echo $n > "{0}/last"
@@ -85,3 +85,19 @@ def stands(folder: Path, name: str, *jobs: str, code: int | None = None, started
 def finish(folder: Path, name: str, job: str) -> None:
     weights(folder / name / f"slice-{name}.safetensors")
     stands(folder, name, job, code=0)
+
+
+def damage(path: Path, kind: str) -> None:
+    sound = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": sound[:-1], "header": sound[:20], "longer": sound + b"x", "text": b"{" * 40}[kind])
+
+
+def hvtrain(capsys, *arguments) -> tuple[int, str]:
+    code = cli.main(["slices", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def words(capsys, run: Path) -> dict[str, list[str]]:
+    """Name -> word and note of `slices status`."""
+    return {line.split()[0]: line.split(None, 2)[1:] for line in hvtrain(capsys, "status", run)[1].splitlines()}

@@ -12,13 +12,7 @@ import pytest
 from hvtrain.errors import ConfigError, LaunchError
 from launcher import cli, local, slurm
 from launcher.site import Site, load_site
-from tests.slurm.fake import DOWN, Fake, options
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    return Fake(tmp_path, monkeypatch)
-
+from tests.slurm.fake import DOWN, options
 
 # --- how jobs stand ---------------------------------------------------------------------------------------------------
 
