@@ -199,7 +199,7 @@ def test_owners():
     def of(said):
         return (LoraFile(Path("x"), {}, {} if said is None else {"ss_loraid": said}), 1.0)
 
-    assert owners_note([of("3"), of(None), of("1,2"), of("3"), of("")]) == "3,1,2"
+    assert owners_note([of("3"), of(None), of("1,2"), of("2,3"), of("")]) == "3,1,2"
     assert owners_note([of(None)]) == ""
 
 
