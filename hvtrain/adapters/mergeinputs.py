@@ -82,7 +82,7 @@ def slices_of(plan: SlicePlan, folder: Path) -> tuple[dict[int, Path], dict[int,
     found: dict[int, Path] = {}
     gaps: dict[int, str] = {}
     for s in plan.slices:
-        names = [f"{s.loraid:0{width}d}" for width in range(1, 5)]
+        names = [f"{s.loraid:0{width}d}" for width in (1, 2, 3, 4)]
         places = [folder / part / name for part in ("", "slices") for name in names]
         place = next((p for p in places if p.is_dir()), None)
         result = finished(place) if place else f"no folder {folder / f'{s.loraid:02d}'}"

@@ -241,7 +241,7 @@ def _write_converted(
     tensor = given
     if part is not None:
         between = given.dtype if given.dtype == dtype else torch.float32
-        tensor = given.to(device, between, copy=True, memory_format=torch.contiguous_format)
+        tensor = given.to(device, between, copy=True)
         part.add_to(tensor)
     writer.write(name, tensor.to(dtype))
     weights.release(given)
@@ -263,5 +263,5 @@ def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 def _index_name(weights: Weights) -> str:
     if weights.path.name.endswith(".index.json"):
         return weights.path.name
-    found = sorted(weights.path.glob("*.index.json")) if weights.path.is_dir() else []
+    found = sorted(weights.path.glob("*.index.json"))  # none in a file
     return found[0].name if found else "diffusion_pytorch_model.safetensors.index.json"

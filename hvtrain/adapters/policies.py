@@ -143,12 +143,12 @@ def _orthogonal(found: Sequence[Contribution], module: str, options: Options) ->
             basis = torch.linalg.qr(torch.cat(seen).T).Q  # [in, r]
             down = down - (down @ basis) @ basis.T
         seen.append(c.pair.down.double())
-        kept.append(replace(c, pair=replace(c.pair, down=down.float(), parts=None)))
+        kept.append(replace(c, pair=replace(c.pair, down=down.float())))
     return kept
 
 
 def _with_up(c: Contribution, up: Tensor) -> Contribution:
-    return replace(c, pair=replace(c.pair, up=up, parts=None))
+    return replace(c, pair=replace(c.pair, up=up))
 
 
 # --- dense --------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,9 @@ def test_a_dense_change_is_computed_once_for_its_pieces():
     swapped = "final_layer.adaLN_modulation.1"
     parts = plan_parts(found("diffusers"), {swapped: Dense(delta(0))}, {swapped: (6, 1)})
     assert parts["norm_out.linear.weight"].dense().flatten().tolist() == [3, 4, 5, 0, 1, 2]
-    mergewrite._Last.kept = None
+    with pytest.raises(ZeroDivisionError):  # what was kept goes before the next is computed
+        mergewrite._Last(lambda: 1 / 0)()
+    assert mergewrite._Last.kept is None
 
 
 def test_scaled_eight_bit_weights_are_refused_by_name(tmp_path):
@@ -318,6 +320,17 @@ def test_a_pt_file_is_converted(tmp_path):
     got = load_file(path)
     assert got["w"].tolist() == [[2, 3]] and got["v"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert weights.get("w").tolist() == [[1, 2]]
+
+
+def test_a_tensor_is_summed_on_the_device_and_rows_that_none_changes_keep_their_values(tmp_path):
+    """2^-40 beside 1 needs float64, which no sum has."""
+    torch.save({"w": torch.full((2, 1), 1 + 2**-40, dtype=torch.float64)}, tmp_path / "m.pt")
+    weights, part, written = open_weights(tmp_path / "m.pt"), Part(((pair([0, 1], [1]), 1.0),)), []
+    writer = SimpleNamespace(write=lambda name, tensor: written.append((name, tensor)))
+    for device in ("cpu", "meta"):
+        mergewrite._write_converted(weights, part, "w", torch.float64, writer, device)
+    (name, tensor), (_, away) = written
+    assert name == "w" and tensor.tolist() == [[1 + 2**-40], [2.0]] and away.device.type == "meta"
 
 
 # --- continuing ---------------------------------------------------------------------------------------------------------

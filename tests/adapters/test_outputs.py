@@ -189,7 +189,8 @@ def test_room_is_counted_as_the_disk_will_see_it(files, tmp_path, monkeypatch, c
     for number in range(5):
         (tmp_path / f".{number}.safetensors.partial").write_bytes(bytes(4096))
     assert call(files, "model", out) == 2
-    assert capsys.readouterr().err.count(".safetensors.partial") == 4  # the first few
+    few = ", ".join(f"{tmp_path / f'.{number}.safetensors.partial'} (4.1 kB)" for number in range(4))
+    assert capsys.readouterr().err.endswith(f"; in the way: {few}\n")
     for path in tmp_path.glob(".*.partial"):
         path.unlink()
     assert call(files, "model", out) == 2

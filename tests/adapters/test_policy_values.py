@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvtrain.adapters import policies
 from hvtrain.adapters.files import LoraFile
 from hvtrain.adapters.pairs import LoraPair
 from hvtrain.adapters.policies import (
@@ -67,6 +68,11 @@ def test_error_refuses_in_full_words():
     assert apply("error", apart) == apart
 
 
+def test_a_policy_is_called_by_its_name(monkeypatch):
+    monkeypatch.setattr(policies, "POLICIES", {})
+    assert policies._policy("new")(combine) is combine and list(policies.POLICIES) == ["new"]
+
+
 def test_sum():
     exact(apply("sum", [rank_one([1, 2], [1, 1]), rank_one([0, 3], [2, 0], multiplier=-1)]), [[1, 1], [-4, 2]])
 
@@ -76,8 +82,8 @@ def test_average_counts_who_changes_a_row():
     wanted = torch.tensor([[(2 + 3) / 3, (4 + 3) / 3], [(2 + 3) / 2, 3 / 2], [0, 0]])
     torch.testing.assert_close(value(apply("average", [a, b, c])), wanted, rtol=1e-6, atol=0)
     made = apply("average", [a, b, c])
-    assert [(m.lora, m.multiplier, m.pair.parts) for m in made] == [("a", 1.0, None), ("a", 1.0, None), ("a", 0.5, None)]
-    half = Contribution("h", LoraPair(torch.ones(1, 2).half(), torch.full((2, 1), 3.0).half(), 1.0, (1, 0)), 1.0)
+    assert [(m.lora, m.multiplier) for m in made] == [("a", 1.0), ("a", 1.0), ("a", 0.5)]
+    half = Contribution("h", LoraPair(torch.ones(1, 2).half(), torch.full((2, 1), 3.0).half(), 1.0), 1.0)
     assert apply("average", [half, half, half])[0].pair.up.dtype == torch.float32
 
 
@@ -93,7 +99,7 @@ def test_orthogonal_takes_away_what_earlier_ones_read():
     wanted = [[[1, 0, 0], [0, 0, 0]], [[0, 3, 0], [0, 3, 0]], [[0, 0, 0], [0, 0, 11]]]
     for m, w in zip(made, wanted, strict=True):
         torch.testing.assert_close(m.delta(), torch.tensor(w, dtype=torch.float32), atol=1e-5, rtol=0)
-        assert m.pair.down.dtype == torch.float32 and m.pair.parts is None
+        assert m.pair.down.dtype == torch.float32
     # What a later one reads is what it was trained with, not what was left of it.
     d = rank_one([1, 0], [2, 3, 0])
     again = apply("orthogonal", [a, b, d])[2]
@@ -113,6 +119,7 @@ def test_ties_number_by_number():
     long = [rank_one([1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), rank_one([1], [20, 9, 8, 7, 6, 5, 4, 3, 2, 1])]
     exact(apply("ties", long), [[20, 9, 0, 0, 0, 0, 0, 0, 9, 10]])
     exact(apply("ties", long, density=0.001), [[20, 0, 0, 0, 0, 0, 0, 0, 0, 10]])  # never fewer than one
+    exact(apply("ties", [rank_one([1], [4, 3, 2, 1]), rank_one([1], [0, 0, 0, 0])], density=0.75), [[4, 3, 2, 0]])
     assert apply("ties", [a]) == [a]
 
 
