@@ -83,7 +83,8 @@ def sample_latents(
         raise ConfigError(f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without")
 
     def velocity_under(condition: Cond) -> Velocity:
-        here = {name: value.to(ctx.device) for name, value in condition.items()}
+        # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
+        here = {name: v if name.endswith("_len") else v.to(ctx.device) for name, v in condition.items()}
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return model(spec.make_input(x, sigma, here, task=flavor.tasks[0], guidance=request.guidance))

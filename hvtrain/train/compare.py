@@ -30,7 +30,7 @@ def losses_of(cfg: MergeConfig) -> Callable[[Inputs, Mapping[str, Result]], dict
     """For merge.run: name -> loss at fixed noise levels and seeds, all on the same samples."""
 
     def measure(inputs: Inputs, combined: Mapping[str, Result]) -> dict[str, float]:
-        ctx = start(device=None if cfg.device == "cuda" else "cpu")
+        ctx = start(device=cfg.device)
         dtype = compute_dtype(ctx.device)
         found = identify(asset(cfg.dit), model=cfg.model)
         loaded = load_dit(asset(cfg.dit), model=cfg.model, dtype=dtype, device=ctx.device)

@@ -80,8 +80,6 @@ def drop_captions(
 ) -> dict[str, Tensor]:
     """Give each sample, with its own probability, the empty prompt's embeddings instead of its caption's."""
     result = dict(batch)
-    if not any(share > 0 for share in shares):
-        return result
     dropped = torch.rand(len(batch["text_len"]), generator=draw) < torch.tensor(shares)
     if not dropped.any():
         return result

@@ -263,11 +263,10 @@ class Session:
 
     def _save(self, progress: Progress) -> None:
         """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host."""
-        self.watch.at(progress.step, "copying for a checkpoint")
-        params, optimizer = self.engine.export_params(), self.engine.export_optimizer()
+        params, optimizer = self._export(progress.step), self.engine.export_optimizer()
         if self.ctx.is_main:
             ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
-            self.watch.at(progress.step, "waiting for the files of the save before", writing=True)
+            self.watch.at(progress.step, "waiting for the disk", writing=True)
             self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
         self.ctx.barrier()
 
@@ -276,11 +275,19 @@ class Session:
         if not self.cfg.run.keep_best or not loss < self.best:
             return
         self.best = loss
-        params = self.engine.export_params()
+        params = self._export(progress.step)
         if self.ctx.is_main:
-            self.watch.at(progress.step, "waiting for the files of the save before", writing=True)
+            self.watch.at(progress.step, "waiting for the disk", writing=True)
             self.files.save_best(params, progress, loss)
         self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
+
+    def _export(self, step: int) -> dict[str, Tensor]:
+        """The engine's export_params, when the save before is written: of a 13B model a host has room for one copy."""
+        if self.ctx.is_main:
+            self.watch.at(step, "waiting for the files of the save before", writing=True)
+            self.files.background.wait()
+        self.watch.at(step, "copying for a checkpoint")
+        return self.engine.export_params()
 
 
 def _memory_gib(device: torch.device) -> float:

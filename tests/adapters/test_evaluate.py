@@ -10,6 +10,7 @@ from hvtrain.adapters import merge
 from hvtrain.adapters.files import write_lora
 from hvtrain.adapters.pairs import LoraPair
 from hvtrain.config import LoraFileConfig, MergeConfig
+from hvtrain.errors import LaunchError
 from hvtrain.models.load import save_dit
 from hvtrain.train import compare
 from tests.adapters.models import SPEC, build
@@ -101,6 +102,15 @@ def test_a_gpu_holds_the_model_once_in_bfloat16(files, monkeypatch):
     assert asked["dtype"] == torch.bfloat16
     assert all(arguments[-1] is True for arguments in objectives) and len(objectives) == 3
     assert not clones
+
+
+def test_the_cpu_never_stands_in_for_a_gpu(monkeypatch):
+    """--device cuda where the environment has the runs on the CPU: hours for what takes minutes."""
+    monkeypatch.setenv("HVTRAIN_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    cfg = MergeConfig(dit="gone.safetensors", output="x", evaluate=("set",), device="cuda")
+    with pytest.raises(LaunchError, match="has no GPU: PyTorch sees 0"):
+        compare.losses_of(cfg)(merge.Inputs([], None), {})
 
 
 def shapes_and_spec():

@@ -143,6 +143,23 @@ def torch_zeros(inp) -> torch.Tensor:
     return torch.zeros_like(inp.x)
 
 
+def test_text_lengths_stay_on_the_cpu() -> None:
+    """They are read as numbers in every forward, which would wait for all the GPU's work; of "meta" they cannot be read."""
+    spec, flavor = spec_and_flavor()
+    seen = []
+
+    def model(inp):
+        seen.append((inp.text_len, inp.text.device.type, inp.cond["pooled"].device.type))
+        return inp.x
+
+    request = Request.of(flavor, prompt="", steps=2, cfg_scale=2.0, **SIZE)
+    end = sample_latents(
+        model, spec, flavor, random_cond(3), request=request, ctx=ParallelContext(device=torch.device("meta")),
+        uncond=random_cond(2),
+    )
+    assert end.is_meta and seen == [((n,), "meta", "meta") for n in (2, 3, 2, 3)]
+
+
 def test_a_sampling_goes_on_from_any_step(alone: torch.Tensor) -> None:
     """Bit for bit, and `on_step` is told of every step with what it has made."""
     seen: list[tuple[int, torch.Tensor]] = []

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import time
+import weakref
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ from hvtrain.config import FlowConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.train import checkpoint, setup
 from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.engine import TorchEngine
+from hvtrain.train.files import RunFiles
 from hvtrain.train.rundir import cut_metrics
 from hvtrain.train.setup import identity
 from tests.train.shardset import config, make_shards
@@ -172,6 +176,41 @@ def test_a_run_asks_for_the_room_that_its_files_take(finished, shards, tmp_path,
     step = (finished / "lora-step00000003.safetensors").stat().st_size
     last = sum((finished / f"lora{end}.safetensors").stat().st_size for end in ("", "-ema"))
     assert step < asked[0] < step + (2 << 20) and last < asked[1] < last + (4 << 20)
+
+
+def test_the_host_holds_one_copy_of_the_run_at_a_time(shards, tmp_path, monkeypatch):
+    """Two of a 13B full fine-tune are more than a node has: before the weights are copied again, also for the best ones,
+    what was copied before is on the disk and let go."""
+    alive: list[weakref.ref] = []
+    at_export: list[int] = []
+    export, state, written = TorchEngine.export_params, TorchEngine.export_optimizer, RunFiles.export
+
+    def exported(engine):
+        until = time.monotonic() + 0.3  # the writing thread lets go a moment after it has said that it is done
+        while (n := sum(ref() is not None for ref in alive)) and time.monotonic() < until:
+            time.sleep(0.01)
+        at_export.append(n)
+        found = export(engine)
+        alive.extend(map(weakref.ref, found.values()))
+        return found
+
+    def optimizer(engine):
+        found = state(engine)
+        alive.extend(weakref.ref(t) for s in found.values() for t in s.values())
+        return found
+
+    def slow(*args):
+        time.sleep(0.8)
+        written(*args)
+
+    monkeypatch.setattr(TorchEngine, "export_params", exported)
+    monkeypatch.setattr(TorchEngine, "export_optimizer", optimizer)
+    monkeypatch.setattr(RunFiles, "export", slow)
+    train.run(config(
+        shards, tmp_path / "run", "run.save_every_steps=1", "run.steps=2", "run.keep_best=true", "eval.every_steps=1",
+        f"eval.shards={shards}", "eval.max_batches=1", "optim.lr=0.01",
+    ))
+    assert len(at_export) >= 3 and at_export == [0] * len(at_export)
 
 
 # --- a run goes on ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hvtrain.train.engine import (
     check_engine,
     clip_,
     filled_grads,
+    to_cpu,
 )
 
 PLAIN = EngineConfig(engine="torch", stage=0, max_grad_norm=0.0)
@@ -33,12 +36,14 @@ class Two(nn.Module):
         self.unused = nn.Parameter(torch.tensor([7.0]))
 
 
-def build(cfg: EngineConfig = PLAIN, *, optimizer=torch.optim.SGD, schedule=lambda n: 1.0, **options) -> TorchEngine:
+def build(
+    cfg: EngineConfig = PLAIN, *, optimizer=torch.optim.SGD, schedule=lambda n: 1.0, world: int = 1, **options
+) -> TorchEngine:
     model = Two()
     params = dict(model.named_parameters())
     groups = [{"params": [params["a"], params["unused"]], "lr": 0.5}, {"params": [params["b"]], "lr": 0.25}]
     engine = build_engine(
-        model, params, cfg, ParallelContext(), optimizer=optimizer(groups, **options), schedule=schedule
+        model, params, cfg, ParallelContext(world=world), optimizer=optimizer(groups, **options), schedule=schedule
     )
     assert isinstance(engine, TorchEngine) and engine.model is model
     return engine
@@ -91,6 +96,16 @@ def test_the_norm_is_over_all_gradients():
     assert [g.flatten().tolist() for g in grads] == [pytest.approx(x, rel=1e-5) for x in ([1.5, 0], [2.0], [6.0])]
 
 
+def test_gradients_of_nearly_nothing_keep_size_and_sign():
+    """However near to nothing: what keeps the division from 0 / 0 is added."""
+    grads = [torch.tensor([0.0, 5e-7])]
+    assert clip_(grads, 0.5).item() == pytest.approx(5e-7) and grads[0].tolist() == pytest.approx([0.0, 5e-7])
+    grads = [torch.zeros(2)]
+    assert clip_(grads, 0.5).item() == 0.0 and grads[0].tolist() == [0.0, 0.0]
+    grads = [torch.tensor([3.0, 4.0])]
+    assert clip_(grads, 0.5).item() == 5.0 and grads[0].tolist() == pytest.approx([0.3, 0.4])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_skips_the_step(bad):
     engine = build(replace(PLAIN, max_grad_norm=1.0), optimizer=torch.optim.AdamW)
@@ -112,6 +127,9 @@ def test_the_rate_is_each_group_s_own_times_the_schedule():
     assert rates == [(0.5 / n, 0.5 / n, 0.25 / n) for n in (1, 2, 3)]
     again = LearningRate(build().optimizer, lambda n: n / 10)
     assert again.set(4) == pytest.approx(0.2) and again.set(2) == pytest.approx(0.1)
+    again.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 3.0})
+    with pytest.raises(ValueError, match="shorter"):  # it would train at its own rate for ever
+        again.set(5)
 
 
 def test_what_has_no_gradient_gets_zeros_of_its_own_shape():
@@ -159,51 +177,111 @@ def test_state_of_another_order_of_groups_finds_its_parameters():
     assert list(engine.export_optimizer()) == ["b"]
 
 
-@pytest.mark.parametrize("bucket, calls", [(1 << 26, 2), (3, 3), (1, 4)])
-def test_gradients_are_averaged_over_the_ranks_in_buckets(bucket, calls, monkeypatch):
-    """A bucket ends when it is full and where the type changes: here with 2 and 2 elements in float32, 1 in float64, 1 in 32."""
-    sent: list[list[float]] = []
+def test_a_copy_of_what_is_exported_goes_to_the_cpu():
+    class Watched(torch.Tensor):
+        def to(self, *args, **options):  # type: ignore[override]
+            assert (args, options) == (("cpu", torch.float32), {"copy": True})
+            return super().to(*args, **options)
+
+    assert to_cpu(torch.ones(2, dtype=torch.bfloat16).as_subclass(Watched)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "bucket, sizes",
+    [(1 << 26, [4, 1, 5]), (5, [4, 1, 5]), (4, [4, 1, 4, 1]), (3, [4, 1, 4, 1]), (2, [2, 2, 1, 4, 1]), (1, [2, 2, 1, 1, 3, 1])],
+)
+def test_gradients_are_averaged_over_the_ranks_in_buckets(bucket, sizes, monkeypatch):
+    """A bucket ends when it is full and where the type changes: float32 has 2 and 2 elements, float64 1, float32 1, 3 and 1."""
+    sent: list[torch.Tensor] = []
 
     def all_reduce(flat: torch.Tensor) -> None:
-        sent.append(flat.tolist())
+        sent.append(flat.clone())
         flat.add_(2.0)  # the other ranks' sum
 
     monkeypatch.setattr(engines.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(engines, "BUCKET", bucket)
-    grads = [torch.tensor([[2.0], [6.0]]), torch.tensor([4.0, 10.0]), torch.tensor([8.0], dtype=torch.float64)]
+    double = torch.tensor([8.0], dtype=torch.float64)
+    later = [torch.tensor([0.0]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0])]
+    grads = [torch.tensor([[2.0], [6.0]]), torch.tensor([4.0, 10.0]), double, *later]
     engines._reduce(grads, ParallelContext(world=4))
-    assert [g.flatten().tolist() for g in grads] == [[1.0, 2.0], [1.5, 3.0], [2.5]] and grads[0].shape == (2, 1)
-    joined = [[2.0, 6.0, 4.0, 10.0], [8.0]] if bucket > 2 else [[2.0, 6.0], [4.0, 10.0], [8.0]]
-    assert sent == joined and len(sent) <= calls
+    means = [[1.0, 2.0], [1.5, 3.0], [2.5], [0.5], [0.75, 1.0, 1.25], [1.75]]
+    assert [g.flatten().tolist() for g in grads] == means and grads[0].shape == (2, 1)
+    assert torch.cat(sent).tolist() == [2, 6, 4, 10, 8, 0, 1, 2, 3, 5] and [len(flat) for flat in sent] == sizes
+    assert [flat.dtype for flat in sent if flat[0] == 8] == [torch.float64]
     sent.clear()
     engines._reduce(grads, ParallelContext())
     assert sent == []
 
 
-@pytest.mark.parametrize(
-    "cfg, message",
-    [
-        (EngineConfig(engine="deepsped"), "zero.engine: no engine 'deepsped'; did you mean 'deepspeed'"),
-        (EngineConfig(stage=4), "zero.stage: 4 is not a ZeRO stage"),
-        (EngineConfig(stage=-1), "zero.stage: -1 is not a ZeRO stage"),
-        (EngineConfig(offload_param="gpu"), "zero.offload_param: 'gpu' is not a place"),
-        (EngineConfig(bucket_mb=0.0), "zero.bucket_mb is 0.0, expected more than 0"),
-        (EngineConfig(engine="torch", bucket_mb=1.0), "are DeepSpeed's, zero.engine is torch"),
-        (EngineConfig(engine="torch", deepspeed="x.json"), "are DeepSpeed's, zero.engine is torch"),
-        (EngineConfig(stage=3, offload_param="nvme", nvme_path="x"), "set zero.offload_optimizer=nvme"),
-        (EngineConfig(stage=2, offload_param="cpu"), "zero.offload_param: ZeRO stage 2 keeps the whole weights"),
-        (EngineConfig(engine="torch", stage=3, offload_param="cpu"), "the torch engine keeps the whole weights"),
-        (EngineConfig(grad_accum=0), "run.grad_accum: 0 micro-steps"),
-    ],
+def test_a_step_goes_along_the_mean_over_the_ranks(monkeypatch):
+    monkeypatch.setattr(engines.dist, "all_reduce", lambda flat: flat.add_(4.0))  # the other rank: 4 everywhere
+    engine = build(world=2)
+    result = engine.accumulate(loss_of(engine, 2.0, 6.0), last=True)
+    assert result is not None and result.grad_norm == pytest.approx(math.sqrt(3**2 + 3**2 + 5**2 + 2**2))
+    assert values(engine) == [1 - 0.5 * 3, 2 - 0.5 * 3, 4 - 0.25 * 5, 7 - 0.5 * 2]
+
+
+def test_the_engine_is_the_one_that_was_asked_for(monkeypatch):
+    given = []
+    name = "hvtrain.train.zero"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(DeepSpeedEngine=lambda *a, **k: given.append((a, k)) or "it"))
+    model, optimizer, ctx, cfg = Two(), object(), ParallelContext(), EngineConfig()
+    params = dict(model.named_parameters())
+    assert build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=math.exp) == "it"
+    assert given == [((model, params, cfg, ctx), {"optimizer": optimizer, "schedule": math.exp})]
+    with pytest.raises(ConfigError, match="5 is not a ZeRO stage"):
+        build_engine(model, params, replace(cfg, stage=5), ctx, optimizer=optimizer, schedule=math.exp)
+
+
+OFFLOADED = "keeps the optimizer beside the parameters; use zero.engine=deepspeed with zero.stage 1, 2 or 3"
+WHOLE = "keeps the whole weights on each device; use zero.stage=3, or for a LoRA run.blocks_to_swap"
+DEEPSPEEDS = (
+    "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; use zero.engine=deepspeed"
 )
-def test_what_makes_no_sense_is_refused(cfg, message):
-    with pytest.raises(ConfigError, match=message):
-        check_engine(cfg)
 
 
-@pytest.mark.parametrize("home", [None, "no/such/folder"])
-def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, monkeypatch):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"engine": "deepsped"}, "zero.engine: no engine 'deepsped'; did you mean 'deepspeed'?"),
+        ({"engine": "xy"}, "zero.engine: no engine 'xy'; choose one of: deepspeed, torch"),
+        ({"stage": 4}, "zero.stage: 4 is not a ZeRO stage; choose 0, 1, 2 or 3"),
+        ({"stage": -1}, "zero.stage: -1 is not a ZeRO stage; choose 0, 1, 2 or 3"),
+        ({"offload_param": "gpu"}, "zero.offload_param: 'gpu' is not a place; did you mean 'cpu'?"),
+        ({"offload_optimizer": "xy"}, "zero.offload_optimizer: 'xy' is not a place; choose one of: cpu, none, nvme"),
+        ({"bucket_mb": 0.0}, "zero.bucket_mb is 0.0, expected more than 0"),
+        ({"bucket_mb": -2.0}, "zero.bucket_mb is -2.0, expected more than 0"),
+        ({"engine": "torch", "bucket_mb": 1.0}, DEEPSPEEDS),
+        ({"engine": "torch", "deepspeed": "x.json"}, DEEPSPEEDS),
+        ({"engine": "torch", "communication_dtype": "bf16"}, DEEPSPEEDS),
+        ({"engine": "torch", "offload_optimizer": "cpu"}, f"zero.offload_optimizer: the torch engine {OFFLOADED}"),
+        ({"stage": 0, "offload_optimizer": "cpu"}, f"zero.offload_optimizer: ZeRO stage 0 {OFFLOADED}"),
+        ({"stage": 2, "offload_param": "cpu"}, f"zero.offload_param: ZeRO stage 2 {WHOLE}"),
+        ({"engine": "torch", "stage": 3, "offload_param": "cpu"}, f"zero.offload_param: the torch engine {WHOLE}"),
+        ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"},
+         "zero.offload_optimizer: ZeRO stage 2 cannot put it on nvme; use zero.stage=3, or cpu"),
+        ({"stage": 3, "offload_param": "nvme", "nvme_path": "x"},
+         "zero.offload_param: nvme needs the optimizer there too; set zero.offload_optimizer=nvme"),
+        ({"stage": 3, "offload_optimizer": "nvme"},
+         "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme"),
+        ({"stage": 3, "offload_optimizer": "cpu", "nvme_path": "x"},
+         "zero.nvme_path is set but nothing is offloaded to nvme; set zero.offload_optimizer=nvme"),
+        ({"grad_accum": 0}, "run.grad_accum: 0 micro-steps make no step; use 1 or more"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(options, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        check_engine(EngineConfig(**options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("home", [None, "no/such/folder", "empty"])
+def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, tmp_path, monkeypatch):
     """DeepSpeed would die of it after the model is loaded, with a traceback that names no reason."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "whole/include").mkdir(parents=True)
     cfg = EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
     check_engine(cfg)  # no GPU
@@ -211,9 +289,12 @@ def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, monkeypatch):
     with pytest.raises(ConfigError, match=f"nvme needs a CUDA toolkit .* CUDA_HOME is {home}; install the toolkit .* or use cpu"):
         check_engine(cfg)
     check_engine(EngineConfig(stage=3, offload_optimizer="cpu"))
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "whole")
+    check_engine(cfg)
 
 
-def test_what_makes_sense_is_not():
+def test_what_makes_sense_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for cfg in (
         PLAIN, EngineConfig(), EngineConfig(stage=0, bucket_mb=0.1), EngineConfig(stage=1, offload_optimizer="cpu"),
         EngineConfig(stage=3, offload_param="cpu"), EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x"),

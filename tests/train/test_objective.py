@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -128,19 +129,40 @@ def test_autocast_is_round_the_model_alone():
         assert model.autocast == [wanted] and not torch.is_autocast_enabled("cpu")
 
 
-def test_text_lengths_never_leave_the_cpu():
-    """They are read as numbers in every forward: on a GPU that would wait for all its work."""
-    gone: list[str] = []
+def test_everything_goes_to_the_device_but_text_lengths(monkeypatch):
+    """They are read as numbers in every forward: on a GPU that would wait for all its work; of "meta" they cannot be read.
+    What is pinned is copied while the GPU computes."""
+    asked: dict[str, list] = {}
 
     class Watched(Tensor):
-        def to(self, *args, **kwargs):  # type: ignore[override]
-            gone.append("to")
-            return super().to(*args, **kwargs)
+        def to(self, *args, **options):  # type: ignore[override]
+            asked[self.key].append((args, options))
+            return self.as_subclass(Tensor).to(*args, **options)
 
-    lengths = torch.tensor([5, 3]).as_subclass(Watched)
-    model = Recorder()
-    BASE(model, {**batch(), "text_len": lengths}, HERE)
-    assert model.seen[0].text_len == (5, 3) and not gone
+    data = {**batch(), "extra": torch.arange(2)}
+    for name in data:
+        data[name] = data[name].as_subclass(Watched)
+        data[name].key, asked[name] = name, []
+    meta, seen = torch.device("meta"), []
+
+    def make_input(x, sigma, cond, *, task, guidance):
+        seen.extend([x, sigma, {n: v.as_subclass(Tensor) for n, v in cond.items()}])
+        return BASE.spec.make_input(x, sigma, cond, task=task, guidance=guidance)
+
+    monkeypatch.setattr("hvtrain.train.objective.autocast", lambda kind, *, enabled: nullcontext(seen.append((kind, enabled))))
+    objective = replace(BASE, device=meta, spec=replace(BASE.spec, make_input=make_input))
+    result = objective.compare(Recorder(torch.zeros(SHAPE, device=meta)), data, sigma=torch.ones(2), draw=generator(1))
+    assert asked.pop("text_len") == [] and set(asked) == {"latents", "text", "pooled", "extra"}
+    assert all(calls == [((meta,), {"non_blocking": True})] for calls in asked.values())
+    x, sigma, cond, cast = seen
+    assert cast == ("meta", False)
+    assert x.is_meta and sigma.is_meta and result.per_sample.is_meta
+    found = {n: (v.device.type, v.dtype, tuple(v.shape)) for n, v in cond.items()}
+    assert found == {
+        "text": ("meta", torch.float32, (2, 5, 7)), "pooled": ("meta", torch.float32, (2, 4)),
+        "text_len": ("cpu", torch.int64, (2,)), "extra": ("meta", torch.int64, (2,)),
+        "image_latents": ("meta", torch.float32, (2, 3, 1, 2, 2)),
+    }  # fmt: skip
 
 
 EMPTY = {"text": torch.full((7, 7), 9.0), "pooled": torch.full((4,), 8.0)}
@@ -157,7 +179,16 @@ def test_captions_are_dropped_by_each_sample_s_own_share():
     assert torch.equal(found["pooled"][0], data["pooled"][0]) and (found["pooled"][1] == 8).all()
     assert found["pooled"].dtype == torch.bfloat16 and data["text_len"].tolist() == [5, 3]
     short = drop_captions(data, {k: v[:2] if k == "text" else v for k, v in EMPTY.items()}, shares=[1.0, 0.0], draw=generator(1))
+    assert short["text"].shape == (2, 5, 7)
     assert short["text_len"].tolist() == [2, 3] and (short["text"][0, :2] == 9).all() and not short["text"][0, 2:].any()
+
+
+def test_a_share_of_zero_never_drops(monkeypatch):
+    """The draw is from [0, 1): it may be 0."""
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.tensor([0.0, 0.5]))
+    data = batch()
+    same = drop_captions(data, {}, shares=[0.0, 0.5], draw=generator(1))
+    assert all(same[k] is data[k] for k in data)
 
 
 def test_how_often_captions_are_dropped():
