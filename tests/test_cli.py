@@ -120,7 +120,7 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["generate", "prompt=a cat", "output=x.mp4", "frames=12"], "expected 4n + 1"),
         (["generate", "prompt=a cat", "output=x.mp4", "width=100"], "multiple of 16"),
         (["generate", "lora=a.sft", "configs/tiny/generate.yaml"],
-            "error: command line: lora[0] is 'a.sft', expected a section with keys of its own, as in {path: a.sft}"),
+            "error: command line: lora[0] is 'a.sft', expected a section with keys of its own, as in {path: 'a.sft'}"),
         (["train", "configs/tiny/lora.yaml", "optim.lrr=1"], "error: command line: unknown key 'optim.lrr'"),
         (["generate", "--lora", "a", "--lora", "b", "--lora_multiplier", "1", "2", "3"], "2 --lora but 3 --lora_multiplier"),
         (["generate", "--lora", "a", "lora=[]"], "give all of them in one way"),

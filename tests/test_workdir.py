@@ -73,5 +73,5 @@ def test_modules_started_by_name_leave_the_working_directory(tmp_path: Path) -> 
 def test_scripts_of_slurm_call_the_same_program(odd: Path) -> None:
     text = start(odd, *HVTRAIN, "launch", "--slurm", "--dry-run", "--nproc", "2", "train", f"{CONFIGS}/lora.yaml",
                  "data.shards=shards", "run.output_dir=a")
-    line = next(line for line in text.splitlines() if line.startswith("srun"))
+    line = next(line for line in text.splitlines() if line.strip().startswith("srun"))
     assert f"{shlex.join(HVTRAIN)} launch" in line and " -m " not in line

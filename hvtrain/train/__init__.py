@@ -27,8 +27,6 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
 
     own = ctx is None
     ctx = ctx or start(cfg.parallel.ulysses, cfg.parallel.ring)
-    if ctx.device.type == "cpu":
-        torch.set_flush_denormal(True)  # subnormal moments of a converged optimizer are slow on CPUs
     prepared = prepare(cfg, ctx)
     try:
         lock, found = take(cfg, ctx, prepared)
@@ -43,7 +41,13 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
         over = found is not None and on_all(ctx, lambda: ctx.is_main and is_finished(cfg, found, steps=prepared.steps))
         if over and found is not None and ctx.is_main:
             print(f"nothing to do: {cfg.run.output_dir} is at step {step_of(found)} of {prepared.steps}", flush=True)
-        finished = ctx.any(over) or _train(cfg, ctx, prepared, lock, found)
+        finished = ctx.any(over)
+        if not finished:
+            torch.set_flush_denormal(ctx.device.type == "cpu")  # subnormal moments of a converged optimizer are slow there
+            try:
+                finished = _train(cfg, ctx, prepared, lock, found)
+            finally:
+                torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
     if own:
         shutdown()
     return 0 if finished else REQUEUE

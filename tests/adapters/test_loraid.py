@@ -194,7 +194,7 @@ def test_a_trained_slice_is_an_ordinary_lora_that_stays_in_its_slots(shards, pla
 
 def test_slices_are_runs_of_their_own(shards, plan, tmp_path):
     train.run(config(shards, tmp_path / "run", *sliced(plan, 1), "run.steps=1"))
-    with pytest.raises(ConfigError, match="LORAID 2"):
+    with pytest.raises(ConfigError, match="adapter.loraid is 1 there, 2 here"):
         train.run(config(shards, tmp_path / "run", *sliced(plan, 2), "run.steps=1"))
     warm = [f"adapter.init_from={tmp_path / 'run/lora.safetensors'}", "run.steps=1"]
     train.run(config(shards, tmp_path / "more", *sliced(plan, 1), *warm))

@@ -116,7 +116,7 @@ def test_a_process_that_is_killed_starts_again_in_a_job_with_odd_names(cluster, 
     assert len(ours) >= 2  # the launcher and its worker, the newest
     subprocess.run(["kill", "-9", ours[-1]], check=True)
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
-    assert "exit code 137: starting again (1 of 3)" in log.read_text() and log.read_text().count("steps 0 to 60") == 1
+    assert "exit code 137: starting again (1 of 3)" in log.read_text() and log.read_text().count("steps 1 to 60") == 1
     assert "Restarts=0" in cluster.out("scontrol", "show", "job", job) and not list(cluster.root.glob("pwned*"))
 
 
@@ -243,5 +243,5 @@ def test_a_preempted_job_loses_nothing(cluster, shards, site, tmp_path):
     cluster.run("scontrol", "requeue", job)  # what preemption does, and what follows the failure of a node
     assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
     assert int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1]) == 1
-    assert log.read_text().count("steps 0 to 40") == 1  # it went on, it did not begin again
+    assert log.read_text().count("steps 1 to 40") == 1  # it went on, it did not begin again
     assert same(whole / "lora.safetensors", run / "lora.safetensors")

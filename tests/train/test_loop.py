@@ -61,7 +61,15 @@ def test_a_signal_from_before_the_loop_is_not_forgotten():
             signal.signal(number, handler)
 
 
-def test_ctrl_c_saves_and_stops_and_a_second_one_ends_at_once(capfd):
+@pytest.fixture
+def interruptible():
+    """As on a terminal: what is started in a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_stops_and_a_second_one_ends_at_once(capfd, interruptible):
     def once(step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
