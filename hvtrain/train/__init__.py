@@ -30,6 +30,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     if ctx.device.type == "cpu":
         torch.set_flush_denormal(True)  # subnormal moments of a converged optimizer are slow on CPUs
     prepared = prepare(cfg, ctx)
+    cfg = prepared.cfg
     try:
         lock, found = take(cfg, ctx, prepared)
     except Busy as error:
