@@ -1,5 +1,7 @@
 """Shards of another VAE or text encoder look like the model's own, and are refused all the same."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,9 +43,11 @@ def start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(setup, "load_dit", read)
 
+    runs = itertools.count()
+
     def tried(shards, *items):
         with pytest.raises(Read):
-            train.run(config(shards, tmp_path / "run", *items))
+            train.run(config(shards, tmp_path / f"run{next(runs)}", *items))
 
     return tried
 
