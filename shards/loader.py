@@ -45,7 +45,8 @@ class BatchLoader:
     """Endless. `workers` threads or processes read ahead (0: read when asked); the order does not depend on them.
 
     on_bad_sample: "stop" raises the ShardError that names file and key; "skip" puts the bucket's next sound sample in the
-    bad one's place and says so in Batch.bad. `pin`: batches in page-locked memory.
+    bad one's place and says so in Batch.bad. `pin`: batches in page-locked memory. `columns`: those of them that a set has are
+    read, and no others; None reads all.
     """
 
     def __init__(
@@ -61,11 +62,14 @@ class BatchLoader:
         worker_type: Literal["thread", "process"] = "thread",
         on_bad_sample: Literal["stop", "skip"] = "stop",
         pin: bool = False,
+        columns: Sequence[str] | None = None,
     ) -> None:
         self.sets = [sets] if isinstance(sets, ShardSet) else list(sets)
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self.seed, self.cursor, self.workers = seed, cursor, workers
         self.worker_type, self.skip, self.pin = worker_type, on_bad_sample == "skip", pin
+        self.columns = columns
+        self.read_of = [tuple(c for c in s.manifest.columns if columns is None or c in columns) for s in self.sets]
         self.begins = np.cumsum([0, *map(len, self.sets)])
         self.groups = joined(s.groups(int(b)) for s, b in zip(self.sets, self.begins))
         if not self.groups:
@@ -130,7 +134,7 @@ class BatchLoader:
 
     def _get(self, index: int, epoch: int) -> Sample:
         number = int(np.searchsorted(self.begins, index, side="right")) - 1
-        sample = self.sets[number].get(index - int(self.begins[number]))
+        sample = self.sets[number].get(index - int(self.begins[number]), self.read_of[number])
         return choose_caption(sample, seed=self.seed, epoch=epoch, index=index)
 
 

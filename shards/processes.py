@@ -36,7 +36,7 @@ class _Turns(IterableDataset):
 def read_ahead(loader: BatchLoader) -> Iterator[Batch]:
     options = {
         "batch_size": loader.batch_size, "dp_rank": loader.dp_rank, "dp_size": loader.dp_size, "seed": loader.seed,
-        "cursor": loader.cursor, "on_bad_sample": "skip" if loader.skip else "stop",
+        "cursor": loader.cursor, "on_bad_sample": "skip" if loader.skip else "stop", "columns": loader.columns,
     }
     # forkserver: a fork of a process that holds a GPU and communication threads would inherit their locks.
     source = DataLoader(

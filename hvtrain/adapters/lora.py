@@ -47,6 +47,7 @@ class LoraLinear(nn.Linear):
             self.register_buffer("scale_weight", base.scale_weight)
         else:
             self.weight, self.scale_weight = base.weight, None
+        self.matmul = getattr(base, "matmul", True)  # of a float8 weight
         self.bias = base.bias
         self.name, self.rank, self.alpha, self.dropout = name, rank, alpha, dropout
         # Only these output rows are adapted: the others have no parameters, so nothing can move them.
@@ -65,7 +66,7 @@ class LoraLinear(nn.Linear):
         self.lora_up = _linear(torch.zeros(self.rows[1] - self.rows[0], rank), device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B ... in] -> [B ... out]
-        base = linear(x, self.weight, self.bias, self.scale_weight)
+        base = linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
         if self.multiplier == 0.0:
             return base
         if not torch.is_autocast_enabled(x.device.type):

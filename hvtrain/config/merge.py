@@ -47,3 +47,5 @@ class MergeConfig:
     """Shard sets: report the held-out loss of the base, of each LoRA alone and of the merge"""
     model: str | None = None
     """Architecture; null reads it from the file"""
+    flavor: str | None = None
+    """Flavor of the architecture, for evaluate; null reads it from the file"""

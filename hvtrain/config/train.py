@@ -24,6 +24,9 @@ class DataConfig:
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    allow_foreign: bool = False
+    """Train on shards that, by their fingerprints, another VAE or text encoder made than model.vae, model.llm and model.clip, or
+    several did"""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class FlowConfig:
 
     timestep_sampling: str = "shift"
     """Distribution of sigma: shift, uniform, sigmoid or logit_normal"""
-    shift: float = 7.0
-    """Shift towards noise, for shift"""
+    shift: float | None = None
+    """Shift towards noise, for shift; null: the flavor's own"""
     sigmoid_scale: float = 1.0
     """Width, for shift, sigmoid and logit_normal"""
     logit_mean: float = 0.0
@@ -68,8 +71,8 @@ class FlowConfig:
     """Smallest sigma; the distribution is cut, not squeezed"""
     max_sigma: float = 1.0
     """Largest sigma"""
-    guidance: float = 6.0
-    """Embedded guidance that the model is told, as in generation"""
+    guidance: float | None = None
+    """Embedded guidance that the model is told, as in generation; null: the flavor's own"""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def make_plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     """Reads the LoRA files, the headers of all other parts, and what a run before has left. Collective."""
     found = identify(asset(str(cfg.model.dit)), model=cfg.model.name, flavor=cfg.model.flavor)
     spec, flavor = found.spec, found.flavor
-    if foreign := [field.name for field in flavor.cond if field.column != "text"]:
+    if foreign := flavor.beyond_text:
         raise ConfigError(
             f"model.flavor: '{flavor.name}' also needs {', '.join(foreign)}, and generate takes only a prompt: "
             "choose a text-to-video flavor (`hvtrain models`)"

@@ -45,7 +45,7 @@ class Request:
     steps: int
     seed: int
     shift: float
-    guidance: float  # embedded
+    guidance: float | None  # embedded; None: the flavor embeds none
     cfg_scale: float  # classifier-free; 1 is off
     negative_prompt: str
 
@@ -98,8 +98,10 @@ class Request:
             near = max(self.frames - 1, 0) // n * n + 1
             raise ConfigError(f"frames is {self.frames}, expected {n}n + 1, for example {near} or {near + n}")
         for name in ("shift", "guidance", "cfg_scale"):
-            if not math.isfinite(number := getattr(self, name)):
+            if (number := getattr(self, name)) is not None and not math.isfinite(number):
                 raise ConfigError(f"{name} is {number}, expected a finite number")
+        if self.guidance is not None and flavor.defaults.guidance is None:
+            raise ConfigError(f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance null")
         for name, number in (("steps", self.steps), ("fps", self.fps), ("shift", self.shift)):
             if number <= 0:
                 raise ConfigError(f"{name} is {number}, expected more than 0")

@@ -174,14 +174,13 @@ def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
         if not torch.isfinite(one).all():
             r = job.request
             raise DataError(
-                f"{job.output}: its latents are not finite after step {n} of {r.steps} (guidance {r.guidance:g}, cfg_scale "
+                f"{job.output}: its latents are not finite after step {n} of {r.steps} (guidance {r.guidance}, cfg_scale "
                 f"{r.cfg_scale:g}, shift {r.shift:g}): the weights, a LoRA or its multiplier, or model.dtype does it; try "
                 "without LoRAs, then precision=fp32 with model.dtype=float32"
             )
 
 
 def open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
-    use_matmul(cfg.model.fp8_matmul)
     loaded = load_dit(
         asset(str(cfg.model.dit)),
         model=cfg.model.name,
@@ -192,6 +191,7 @@ def open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
         edit=merging(plan.layers, plan.loras),
     )
     model = loaded.model.eval().requires_grad_(False)
+    use_matmul(model, cfg.model.fp8_matmul)
     swap = BlockSwap(model.blocks, cfg.blocks_to_swap, ctx.device) if cfg.blocks_to_swap else None
     model.to(ctx.device)
     compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32

@@ -166,17 +166,18 @@ class CondField:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model is meant to be sampled with."""
+    """What a model is meant to be sampled with, and trained with."""
 
     steps: int
     shift: float
-    guidance: float  # embedded in the model
+    guidance: float | None  # embedded in the model; None: it embeds none
     fps: int
     frames: int
     height: int
     width: int
     negative_prompt: str
     cfg_scale: float = 1.0  # true classifier-free guidance; 1 is off
+    training_shift: float | None = None  # where it is not the one of sampling
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,16 @@ class Flavor:
     tasks: tuple[str, ...]  # the first is what it is trained on
     defaults: Defaults
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of a shard set, those that training reads."""
+        return tuple(dict.fromkeys(("latents", *(field.column for field in self.cond))))
+
+    @property
+    def beyond_text(self) -> list[str]:
+        """Conditions that no prompt gives."""
+        return [field.name for field in self.cond if field.column != "text"]
+
 
 class FlavorOf(Protocol):
     """The flavor for an architecture: named by the user, hinted at by the file, or told by the sizes."""
@@ -200,7 +211,7 @@ class FlavorOf(Protocol):
 
 class MakeInput(Protocol):
     def __call__(
-        self, x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float
+        self, x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float | None
     ) -> ModelInput: ...
 
 
@@ -239,6 +250,8 @@ class ModelSpec:
     make_input: MakeInput
     open_vae: Callable[..., Any]
     open_text: Callable[..., Any]
+    # (llm, llm_tokenizer, clip, clip_tokenizer) -> what the fingerprints of open_text's encoders may be, from headers and samples
+    text_fingerprints: Callable[..., tuple[str, ...]]
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list

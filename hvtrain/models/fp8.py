@@ -53,43 +53,49 @@ class Fp8Linear(nn.Linear):
 
     weight: Tensor  # type: ignore[assignment]
     scale_weight: Tensor | None
+    matmul = True  # see use_matmul
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.scale_weight)
+        return linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """F.linear for a float8 or an ordinary weight."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, *, matmul: bool = True
+) -> Tensor:
+    """F.linear for a float8 or an ordinary weight. `matmul`: in float8 where the device can."""
     if weight.dtype != DTYPE:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype), scale)
+    return _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype), scale, matmul)
 
 
-_matmul = {"allowed": True}
-
-
-def use_matmul(allowed: bool) -> None:
-    """Whether float8 matmul may be used where the device has it; it also rounds activations and gradients."""
-    _matmul["allowed"] = allowed
+def use_matmul(model: nn.Module, allowed: bool) -> None:
+    """Whether float8 matmul may be used where the device has it; it also rounds activations and gradients. A LoRA that is put on
+    a layer later keeps the layer's way."""
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            module.matmul = allowed
 
 
 def has_matmul(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _multiplies(x: Tensor, scale: Tensor | None) -> bool:
+def _multiplies(x: Tensor, scale: Tensor | None, allowed: bool) -> bool:
     """Factors within a row cannot leave the sum; torch's kernel wants sizes in sixteens and bfloat16 out."""
-    fits = _matmul["allowed"] and has_matmul(x.device) and x.dtype == torch.bfloat16
+    fits = allowed and has_matmul(x.device) and x.dtype == torch.bfloat16
     return fits and (scale is None or scale.ndim < 3)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, matmul: bool
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        if _multiplies(x, scale) and not any(n % 16 for n in weight.shape):
+        ctx.matmul = matmul
+        if _multiplies(x, scale, matmul) and not any(n % 16 for n in weight.shape):
             out = multiply(x, weight, scale)
             return out if bias is None else out + bias
         return F.linear(x, dequantize(weight, scale, x.dtype), bias)
@@ -98,12 +104,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         weight, scale = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        if _multiplies(grad, scale) and not any(n % 16 for n in weight.shape):
+            return None, None, None, None, None
+        if _multiplies(grad, scale, ctx.matmul) and not any(n % 16 for n in weight.shape):
             if scale is not None and scale.numel() > 1:  # a factor a row is one a column of the transposed weight
                 grad, scale = grad * scale.view(-1).to(grad.dtype), None
-            return multiply(grad, weight.t().contiguous(), scale), None, None, None
-        return grad @ dequantize(weight, scale, grad.dtype), None, None, None
+            return multiply(grad, weight.t().contiguous(), scale), None, None, None, None
+        return grad @ dequantize(weight, scale, grad.dtype), None, None, None, None
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ def parallelize(
     model: DiT,
     ctx: ParallelContext,
     *,
-    kernel: str = "auto",
+    kernel: str | Kernel = "auto",
     recompute: str = "none",
     dtype: torch.dtype = torch.float32,
     training: bool = True,
@@ -35,12 +35,15 @@ def parallelize(
     other = kernel == xfuser_path.NAME
     if other:
         xfuser_path.refuse(ctx, training=training)
-    chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training)
+    if isinstance(kernel, Kernel):
+        chosen = kernel
+    else:
+        chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training)
     attend: Attend
     if other:
         from hvtrain.parallel.usp import ShardedSequence
 
-        model.sequence, attend, chosen = ShardedSequence(ctx), xfuser_path.xfuser_attend(ctx), replace(chosen, name=kernel)
+        model.sequence, attend, chosen = ShardedSequence(ctx), xfuser_path.xfuser_attend(ctx), replace(chosen, name=str(kernel))
     elif ctx.sp > 1:
         from hvtrain.parallel.usp import ShardedSequence, usp_attend
 

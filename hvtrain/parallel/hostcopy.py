@@ -6,6 +6,8 @@ starts the copies of those saved before it. On a CPU the same calls copy within 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,9 @@ class _Copy:
 class HostCopies:
     """The hooks for `torch.autograd.graph.saved_tensors_hooks`."""
 
-    def __init__(self, ahead: int = 2) -> None:
+    def __init__(self, ahead: int = 2, *, made: Callable[[Tensor], None] | None = None) -> None:
         self.ahead = ahead  # copies under way before they are asked for
+        self.made = made  # told of each tensor that lies in host memory
         self.out: list[_Copy] = []  # in the order of the forward
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -31,6 +34,8 @@ class HostCopies:
         if not x.is_floating_point() or x.numel() < 2:
             return x
         host = self.on_host(x)
+        if self.made is not None:
+            self.made(host)
         if x.device.type == "cuda":
             stream = self._stream(x.device)
             stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -59,7 +64,7 @@ class HostCopies:
         return back
 
     def on_host(self, x: Tensor) -> Tensor:
-        """Room for x. An attribute of its own, because a plan does not count it."""
+        """Room for x."""
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
 
     def _start(self, copy: _Copy) -> None:

@@ -40,8 +40,8 @@ def _selective(block: Block, tokens: Tokens) -> Tokens:
 class Offload:
     """As full, with each block's input in pinned host memory until the backward comes near it."""
 
-    def __init__(self) -> None:
-        self.copies = HostCopies()
+    def __init__(self, copies: HostCopies | None = None) -> None:
+        self.copies = copies or HostCopies()
 
     def __call__(self, block: Block, tokens: Tokens) -> Tokens:
         if not torch.is_grad_enabled():

@@ -73,18 +73,12 @@ class Meter(TorchDispatchMode):
                 self._follow(leaf)
         return out
 
-    def leave_out(self, copies: HostCopies) -> None:
+    def leave_out(self, host: Tensor) -> None:
         """What lies in host memory is not the device's."""
-        allocate = copies.on_host
-
-        def on_host(x: Tensor) -> Tensor:
-            host = allocate(x)
-            _, n = self.held[host.untyped_storage()._cdata]
-            self.live -= n
-            self.held[host.untyped_storage()._cdata] = (host.untyped_storage(), 0)
-            return host
-
-        copies.on_host = on_host  # type: ignore[method-assign]
+        storage = host.untyped_storage()
+        _, n = self.held[storage._cdata]
+        self.live -= n
+        self.held[storage._cdata] = (storage, 0)
 
     def _follow(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -150,14 +144,10 @@ def _run(
     for p in model.parameters():
         p.grad = None
     meter = Meter(model)
-    attention.KERNELS["plan"] = _kernel(meter)
-    try:
-        parallelize(model, replace(ctx, rank=1), kernel="plan", recompute=recompute, training=training)
-    finally:
-        del attention.KERNELS["plan"]
+    parallelize(model, replace(ctx, rank=1), kernel=_kernel(meter), recompute=recompute, training=training)
     run_block = model.run_block
     if isinstance(run_block, Offload):
-        meter.leave_out(run_block.copies)
+        run_block = Offload(HostCopies(made=meter.leave_out))
 
     def run_chosen(block: nn.Module, tokens: Tokens) -> Tokens:
         return run_block(block, tokens) if id(block) in chosen else tokens
@@ -194,7 +184,7 @@ def fake_input(spec: ModelSpec, flavor: Flavor, shape: Shape) -> ModelInput:
             dims = [shape.text_tokens if d is None else d for d in field.dims]
             cond[field.name] = torch.empty(shape.batch, *dims, dtype=torch.float32)
     cond["image_latents"] = torch.empty(shape.batch, size[0], 1, *size[2:])
-    return spec.make_input(x, torch.full((shape.batch,), 0.5), cond, task=flavor.tasks[0], guidance=6.0)
+    return spec.make_input(x, torch.full((shape.batch,), 0.5), cond, task=flavor.tasks[0], guidance=flavor.defaults.guidance)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     own = ctx is None
     ctx = ctx or start(cfg.parallel.ulysses, cfg.parallel.ring)
     prepared = prepare(cfg, ctx)
+    cfg = prepared.cfg
     try:
         lock, found = take(cfg, ctx, prepared)
     except Busy as error:

@@ -21,7 +21,7 @@ from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.objective import Objective
-from hvtrain.train.setup import open_shards
+from hvtrain.train.setup import flow_of, open_shards
 
 MAX_BATCHES = 32
 
@@ -32,8 +32,8 @@ def losses_of(cfg: MergeConfig) -> Callable[[Inputs, Mapping[str, Result]], dict
     def measure(inputs: Inputs, combined: Mapping[str, Result]) -> dict[str, float]:
         ctx = start(device=cfg.device)
         dtype = compute_dtype(ctx.device)
-        found = identify(asset(cfg.dit), model=cfg.model)
-        loaded = load_dit(asset(cfg.dit), model=cfg.model, dtype=dtype, device=ctx.device)
+        found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
+        loaded = load_dit(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor, dtype=dtype, device=ctx.device)
         parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
         result = {"base": _loss(cfg, loaded, ctx)}
         alone = {name: by_layer([one]) for name, one in zip(labels(inputs.loras), inputs.loras, strict=True)}
@@ -74,10 +74,11 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
 
 
 def _loss(cfg: MergeConfig, loaded: LoadedDit, ctx: ParallelContext) -> float:
-    flow, flavor, fixed = FlowConfig(), loaded.flavor, EvalConfig()
+    flavor, fixed = loaded.flavor, EvalConfig()
+    flow = flow_of(FlowConfig(), flavor)
     objective = Objective(
         loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device,
         compute_dtype(ctx.device) != torch.float32,
     )
-    held = HeldOut(open_shards(cfg.evaluate, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES)
+    held = HeldOut(open_shards(cfg.evaluate, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
     return held_out_loss(loaded.model.eval(), objective, held, ctx=ctx)["eval/loss"]

@@ -21,13 +21,15 @@ class HeldOut:
     batch_size: int
     quantiles: tuple[float, ...]
     max_batches: int
+    columns: tuple[str, ...] | None = None  # that the model reads; None: all
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, objective: Objective, held: HeldOut, *, ctx: ParallelContext) -> dict[str, float]:
     """{"eval/loss": mean, "eval/loss_q0.1": ...}; the same on all ranks. Collective."""
     loader = BatchLoader(
-        list(held.sets), batch_size=held.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=0, workers=0
+        list(held.sets), batch_size=held.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=0, workers=0,
+        columns=held.columns,
     )
     per_epoch = -(-sum(len(s) for s in held.sets) // (held.batch_size * ctx.dp))
     n_batches = max(1, min(held.max_batches, per_epoch))

@@ -40,7 +40,7 @@ class Objective:
 
     spec: ModelSpec
     task: str
-    guidance: float
+    guidance: float | None  # embedded; None: the model embeds none
     quantile: Quantile
     device: torch.device
     autocast: bool

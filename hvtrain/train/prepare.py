@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,9 +27,18 @@ from hvtrain.parallel.context import ParallelContext, check_heads
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.runlock import RunLock
 from hvtrain.train import checkpoint
+from hvtrain.train.encoders import check_encoders
 from hvtrain.train.engine import check_engine
 from hvtrain.train.rundir import claim
-from hvtrain.train.setup import check_lengths, engine_config, identity, open_plan, open_shards, total_steps
+from hvtrain.train.setup import (
+    check_lengths,
+    engine_config,
+    flow_of,
+    identity,
+    open_plan,
+    open_shards,
+    total_steps,
+)
 from shards import ShardError, ShardSet
 
 T = TypeVar("T")
@@ -37,6 +46,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prepared:
+    cfg: TrainConfig  # with the flavor's own values where the config leaves them to it
     spec: ModelSpec
     flavor: Flavor
     fingerprint: str  # of the weights that training starts from
@@ -94,7 +104,6 @@ def say(text: str) -> None:
 def _prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     check_engine(engine_config(cfg))
     check_optimizer(cfg.optim)
-    quantile_function(cfg.flow.timestep_sampling, cfg.flow)
     pick_policy(cfg.run.recompute)
     if cfg.parallel.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=True)
@@ -102,19 +111,28 @@ def _prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
         pick_kernel(cfg.parallel.kernel, device=ctx.device, dtype=dtype, training=True)
     model, spec, flavor, base = _outline(cfg)
+    cfg = replace(cfg, flow=flow_of(cfg.flow, flavor))
+    quantile_function(cfg.flow.timestep_sampling, cfg.flow)
     check_heads(flavor.arch.heads_num, ctx.ulysses)
     plan = None
     if cfg.adapter.type != "none":
         plan = open_plan(model, spec, flavor, cfg, base) if cfg.adapter.type == "loraid" else None
         _check_rank(model, spec, cfg.adapter, plan)
+    if cfg.preview.every_steps and flavor.beyond_text:
+        raise ConfigError(
+            f"preview.every_steps: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, and a preview has only a prompt; "
+            "set it to 0"
+        )
     for p in cfg.preview.prompts if cfg.preview.every_steps else ():
         Request.of(flavor, prompt=p.prompt, width=p.width, height=p.height, frames=p.frames, steps=p.steps)
     sets = open_shards(cfg.data.shards, flavor, key="data.shards")
     held_out = open_shards(cfg.eval.shards, flavor, key="eval.shards")
+    if not cfg.data.allow_foreign:
+        check_encoders({"data.shards": sets, "eval.shards": held_out}, flavor.columns, cfg.model, spec)
     steps = total_steps(cfg, sum(len(s) for s in sets), dp=ctx.dp)
     check_lengths(cfg, steps)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(spec, flavor, base, plan, sets, held_out, steps)
+    return Prepared(cfg, spec, flavor, base, plan, sets, held_out, steps)
 
 
 def _outline(cfg: TrainConfig) -> tuple[DiT, ModelSpec, Flavor, str]:

@@ -90,7 +90,7 @@ def _same_run(marker: Path, identity: Mapping[str, object], *, resume: bool) -> 
     differ = []
     for key, value in json.loads(json.dumps(identity)).items():
         there = before.get(key, defaults.get(key))
-        if there != value:
+        if there != value and value is not None:  # null: nothing uses it, whatever an older version kept
             differ.append(f"{key} is {_shown(there)} there, {_shown(value)} here")
     if differ:
         raise ConfigError(

@@ -48,7 +48,9 @@ class Session:
         self.subject = open_subject(cfg, ctx, prepared.plan)
         flavor = self.subject.flavor
         self.sets, self.steps = prepared.sets, prepared.steps
-        self.held = HeldOut(prepared.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches)
+        self.held = HeldOut(
+            prepared.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, flavor.columns
+        )
         autocast = cfg.run.precision == "bf16"
         self.kernel = parallelize(
             self.subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
@@ -110,7 +112,8 @@ class Session:
             f"{self.subject.spec.name} {self.subject.flavor.name}: training {what} ({n:,} parameters) on "
             f"{sum(len(s) for s in self.sets)} samples\n"
             f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring {ctx.ring}, "
-            f"{zero}{offload}, {self.kernel.name} attention, {c.run.precision}\n"
+            f"{zero}{offload}, {self.kernel.name} attention, {c.run.precision}; {c.flow.timestep_sampling} noise levels, "
+            f"shift {c.flow.shift:g}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
             f"steps {self.start.step + 1} to {self.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each "
             "(fewer where a bucket ends); "
             f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}",
@@ -128,7 +131,7 @@ class Session:
         loader = BatchLoader(
             self.sets, batch_size=c.data.batch_size, dp_rank=self.ctx.dp_rank, dp_size=self.ctx.dp, seed=c.run.seed,
             cursor=self.start.cursor, workers=c.data.workers, worker_type=c.data.worker_type,
-            on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda",
+            on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda", columns=self.subject.flavor.columns,
         )
         self.metrics.text("config", shown(dump(c)))
         hooks = Hooks(

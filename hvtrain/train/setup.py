@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from hvtrain.adapters.files import read_lora
 from hvtrain.adapters.lora import inject, linear_shapes, start_from
 from hvtrain.adapters.loraid import Cut, SlicePlan, check_fits, load_plan, make_plan
-from hvtrain.config import TrainConfig, asset
+from hvtrain.config import FlowConfig, TrainConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.models import find
 from hvtrain.models.base import DiT, Flavor, ModelSpec
@@ -56,17 +56,31 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext, plan: SlicePlan | None 
             dtype=torch.float32 if full else getattr(torch, cfg.model.dtype), device="cpu", quantize_to=cfg.model.quantize,
         )
         model, spec, flavor, fingerprint = loaded.model, loaded.spec, loaded.flavor, loaded.fingerprint
+    use_matmul(model, cfg.model.fp8_matmul)
     if full:
         model.requires_grad_(True)
     else:
         add_adapter(model, spec, cfg, plan)
-    use_matmul(cfg.model.fp8_matmul)
     swap = BlockSwap(model.blocks, cfg.run.blocks_to_swap, ctx.device) if cfg.run.blocks_to_swap else None
     if not (cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3):  # that moves and cuts it, parameter by parameter
         model.to(ctx.device)
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return Subject(model, spec, flavor, fingerprint, trainable, plan, swap, sum(p.numel() for p in trainable.values()))
+
+
+def flow_of(flow: FlowConfig, flavor: Flavor) -> FlowConfig:
+    """With the flavor's own values where the config has null. Raises ConfigError for one that the flavor does not use."""
+    own = flavor.defaults
+    if own.guidance is None and flow.guidance is not None:
+        raise ConfigError(
+            f"flow.guidance is {flow.guidance:g}, but this '{flavor.name}' embeds no guidance: leave flow.guidance null"
+        )
+    shift = own.shift if own.training_shift is None else own.training_shift
+    return replace(
+        flow, shift=shift if flow.shift is None else flow.shift,
+        guidance=own.guidance if flow.guidance is None else flow.guidance,
+    )
 
 
 def open_plan(model: DiT, spec: ModelSpec, flavor: Flavor, cfg: TrainConfig, fingerprint: str) -> SlicePlan:

@@ -28,7 +28,7 @@ from hvtrain.adapters.lora import inject
 from hvtrain.models import all_specs, find
 from hvtrain.models.attention import KERNELS, pick_kernel
 from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
-from hvtrain.models.fp8 import quantize, replace_linear, use_matmul
+from hvtrain.models.fp8 import quantize, replace_linear
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.plan.trace import Shape, fake_input, simulated, trace_step
@@ -184,7 +184,6 @@ def main() -> None:
     table = Table(title=f"{spec.name} {flavor.name} on {name}; bfloat16 matmul {top / 1e12:,.1f} TFLOP/s")
     for column in ("size", "step", "ms", "tokens/s", "TFLOP", "MFU", "peak GiB"):
         table.add_column(column, justify="left" if column in ("size", "step") else "right")
-    use_matmul(True)
     for size in args.sizes:
         width, height, frames = (int(n) for n in size.split("x"))
         shape = Shape(1, frames, height, width)

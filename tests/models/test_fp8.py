@@ -121,6 +121,27 @@ def test_products_and_gradients(scaled, matmul, monkeypatch):
     assert (x.grad.float() - grad.float() @ full).norm() <= close * (grad.float() @ full).norm()
 
 
+def test_how_a_model_multiplies_is_its_own(monkeypatch):
+    """Two models in one process, one of them told not to multiply in float8; a LoRA keeps its layer's way."""
+    monkeypatch.setattr(fp8, "has_matmul", lambda device: True)
+    seen = []
+    monkeypatch.setattr(fp8, "multiply", lambda x, weight, scale: seen.append(1) or x @ dequantize(weight, scale, x.dtype).T)
+    models = [load_dit(TINY, dtype=torch.bfloat16, quantize_to="fp8").model for _ in range(2)]
+    for model, allowed in zip(models, (True, False), strict=True):
+        fp8.use_matmul(model, allowed)
+    for lora in (False, True):
+        counts = []
+        for model in models:
+            if lora:
+                inject(model, [LAYER], rank=2, seed=3)
+            seen.clear()
+            x = torch.randn(3, model.get_submodule(LAYER).in_features).bfloat16().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                model.get_submodule(LAYER)(x).sum().backward()
+            counts.append(len(seen))
+        assert counts == [2, 0]  # forward and backward
+
+
 def test_a_lora_over_float8_trains_as_over_the_dequantised_model():
     """Same adapters, same loss and gradients as over a float32 model with the dequantised weights."""
     from dataclasses import replace

@@ -101,6 +101,19 @@ def test_processes_read_what_threads_read(tmp_path, dp):
     assert processes.state() == a.cursor
 
 
+@pytest.mark.parametrize("options", [{}, {"workers": 1}, {"workers": 1, "worker_type": "process"}])
+def test_only_the_columns_asked_for_are_read(tmp_path, options):
+    """Those that a set has: one that is optional may be in one set and not in another. The other's tar is not even opened."""
+    found = make_set(tmp_path)
+    for chunk in found.manifest.chunks:
+        text = tmp_path / chunk.tars["text"].path
+        text.write_bytes(bytes(text.stat().st_size))
+    loader = BatchLoader(found, batch_size=2, columns=("latents", "image"), **options)
+    assert set(next(iter(loader)).tensors) == {"latents"}
+    with pytest.raises(ShardError):
+        next(iter(BatchLoader(found, batch_size=2, **options)))
+
+
 def test_batches_are_the_samples(tmp_path):
     found = make_set(tmp_path)
     batch = next(iter(BatchLoader(found, batch_size=3, seed=1, workers=1)))

@@ -1,5 +1,6 @@
 """A small random shard set for the tiny flavor, and a config that trains on it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from shards.schema import EMPTY_TEXT, Chunk, Manifest, save_manifest
 from shards.writer import write_tar
 
 
-def make_shards(root: Path, *, n: int = 10, poison: str | None = None) -> Path:
-    """n samples; the one named `poison` has latents so large that no loss of them is finite."""
+def make_shards(
+    root: Path, *, n: int = 10, poison: str | None = None, more: Sequence[str] = (), encoders: Mapping[str, str] | None = None
+) -> Path:
+    """n samples; the one named `poison` has latents so large that no loss of them is finite. `more`: image, control."""
     g = torch.Generator().manual_seed(1)
     keys = tuple(f"clip{i}" for i in range(n))
     latents = {k: torch.randn(16, 2, 4, 4, generator=g).bfloat16() for k in keys}
@@ -22,7 +25,10 @@ def make_shards(root: Path, *, n: int = 10, poison: str | None = None) -> Path:
         "latents": write_tar(root, "latents/0.tar", [(k, {"latents": latents[k]}, {}) for k in keys]),
         "text": write_tar(root, "text/0.tar", [(k, {"text": text[k], "pooled": torch.ones(64)}, {}) for k in keys]),
     }
-    save_manifest(root, Manifest(("latents", "text"), (Chunk("5x32x32", keys, tars),)))
+    for column in more:
+        rows = [(k, {f"{column}_latents": latents[k][:, :1].clone()}, {}) for k in keys]
+        tars[column] = write_tar(root, f"{column}/0.tar", rows)
+    save_manifest(root, Manifest(tuple(tars), (Chunk("5x32x32", keys, tars),), encoders or {}))
     save_file({"text": torch.zeros(1, 64), "pooled": torch.zeros(64)}, str(root / EMPTY_TEXT))
     return root
 

@@ -27,6 +27,12 @@ def _open_text(*args: Any, **options: Any) -> Any:
     return open_text(*args, **options)
 
 
+def _text_fingerprints(*args: Any) -> tuple[str, ...]:
+    from hvtrain.models.hunyuan_video.text import text_fingerprints
+
+    return text_fingerprints(*args)
+
+
 def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: int) -> Any:
     """The official VAE's class and 4 x 8 x 8 compression at other widths."""
     from hvtrain.models.hunyuan_video.vae import build_vae
@@ -77,6 +83,7 @@ SPEC = ModelSpec(
     make_input=make_input,
     open_vae=_open_vae,
     open_text=_open_text,
+    text_fingerprints=_text_fingerprints,
     key_maps=KEY_MAPS,
     is_lora_target=_is_lora_target,
     # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.

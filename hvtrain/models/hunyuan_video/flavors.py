@@ -141,7 +141,8 @@ def flavor_of(arch: HunyuanVideoArch, name: str | None, *, hint: str | None = No
 
 def _resized(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
     latent = replace(flavor.latent, channels=arch.out_channels, patch=arch.patch)
-    return replace(flavor, arch=arch, latent=latent, cond=cond_fields(arch, flavor.tasks[0]))
+    defaults = flavor.defaults if arch.guidance_embed else replace(flavor.defaults, guidance=None)
+    return replace(flavor, arch=arch, latent=latent, cond=cond_fields(arch, flavor.tasks[0]), defaults=defaults)
 
 
 def _resembles(arch: HunyuanVideoArch) -> str:

@@ -24,17 +24,18 @@ def _task(name: str) -> Callable:
 
 
 def make_input(
-    x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float
+    x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float | None
 ) -> ModelInput:
-    """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale."""
+    """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale, if any."""
     if task not in TASKS:
         raise ConfigError(f"task '{task}' is not one of this model's; {suggest(task, TASKS)}")
+    told = {} if guidance is None else {"guidance": embedded_guidance(guidance, sigma)}
     plain = ModelInput(
         x=x_sigma,
         t=1000.0 * sigma.float(),
         text=cond["text"],
         text_len=tuple(cond["text_len"].tolist()),
-        cond={"pooled": cond["pooled"], "guidance": embedded_guidance(guidance, sigma)},
+        cond={"pooled": cond["pooled"], **told},
     )
     return TASKS[task](plain, cond)
 

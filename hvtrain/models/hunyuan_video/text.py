@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.hunyuan_video.text_weights import load_clip, load_llm
+from hvtrain.models.weights import fingerprint, open_weights
 
 TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\n"
@@ -115,11 +116,23 @@ def open_text(
     clip_part = load_clip(clip, dtype=dtype, device=device)
     _check_vocabulary(llm, llm_ids.tokenizer, llm_part.model.config.vocab_size)
     _check_vocabulary(clip, clip_ids, clip_part.model.config.vocab_size)
-    joined = "/".join([llm_part.fingerprint, clip_part.fingerprint, "fp8" if fp8 else "", str(llm_ids.crop)])
     return TextEncoders(
         llm_part.model, clip_part.model, llm_tokenizer=llm_ids, clip_tokenizer=clip_ids,
-        fingerprint=hashlib.sha256(joined.encode()).hexdigest(),
+        fingerprint=_joined(llm_part.fingerprint, clip_part.fingerprint, fp8, llm_ids.crop),
     )
+
+
+def text_fingerprints(
+    llm: str | Path, llm_tokenizer: str | Path | None, clip: str | Path, clip_tokenizer: str | Path | None
+) -> tuple[str, ...]:
+    """Those of the encoders that `open_text` would make of these files, plain and in float8. Reads headers and samples."""
+    crop = open_llm_tokenizer(_tokenizer_folder(llm, llm_tokenizer, option="llm_tokenizer")).crop
+    parts = fingerprint(open_weights(llm)), fingerprint(open_weights(clip))
+    return tuple(_joined(*parts, fp8, crop) for fp8 in (False, True))
+
+
+def _joined(llm: str, clip: str, fp8: bool, crop: int) -> str:
+    return hashlib.sha256("/".join([llm, clip, "fp8" if fp8 else "", str(crop)]).encode()).hexdigest()
 
 
 def open_llm_tokenizer(folder: str | Path) -> LlmTokenizer:

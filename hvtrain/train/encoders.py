@@ -1,0 +1,58 @@
+"""Shards of another VAE or text encoder have the right shapes and the wrong values: only the manifests' fingerprints tell.
+
+A fingerprint is of a file's headers and samples: the same weights in another layout or dtype are another file, which
+`data.allow_foreign` is for. Columns that another program encoded have none to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from hvtrain.config import ModelConfig, asset
+from hvtrain.errors import DataError
+from hvtrain.models.base import ModelSpec
+from hvtrain.models.weights import fingerprint, open_weights
+from shards import ShardSet
+from shards.schema import IMPORTED
+
+ANYWAY = "set data.allow_foreign=true if you know that they are the same weights"
+
+
+def check_encoders(
+    groups: Mapping[str, Sequence[ShardSet]], columns: Iterable[str], model: ModelConfig, spec: ModelSpec
+) -> None:
+    """Compare what made the columns of all sets (by the config's key that names them) with the config's own encoders, where it
+    has them, else with each other. Raises DataError."""
+    for column in columns:
+        made = [(key, s, name) for key, sets in groups.items() for s in sets if (name := _made_by(s, column))]
+        if not made:
+            continue
+        part, own = _own(column, model, spec)
+        for key, found, name in made:
+            if own and name not in own:
+                raise DataError(
+                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than {part} "
+                    f"({own[0][:12]}); encode it with these, or {ANYWAY}"
+                )
+            if not own and name != made[0][2]:
+                raise DataError(
+                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than that of "
+                    f"{made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or {ANYWAY}"
+                )
+
+
+def _made_by(found: ShardSet, column: str) -> str | None:
+    """The fingerprint of the encoder alone: dtype and seed, which follow it, may differ."""
+    name = found.manifest.encoders.get(column, "")
+    return None if name.startswith(IMPORTED) else name.split("/")[0] or None
+
+
+def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+    """The config's keys, and what the fingerprint may be; empty where they are not set."""
+    if column != "text":
+        return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()
+    if not (m.llm and m.clip):
+        return "model.llm and model.clip", ()
+    return "model.llm and model.clip", spec.text_fingerprints(
+        asset(m.llm), m.llm_tokenizer and asset(m.llm_tokenizer), asset(m.clip), m.clip_tokenizer and asset(m.clip_tokenizer)
+    )
