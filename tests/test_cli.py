@@ -309,6 +309,11 @@ def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> 
     assert done.returncode == USER_ERROR and done.stderr.startswith("error: caf\\udce9.toml")
 
 
+def test_a_model_without_the_word_keys_is_told_what_to_type(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["models", "hunyuan-video"]) == USER_ERROR
+    assert "`hvtrain models keys hunyuan-video`" in capsys.readouterr().err
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
