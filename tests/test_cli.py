@@ -162,9 +162,9 @@ def test_generate_takes_lora_files_as_merge_does() -> None:
         run._generate_items(parsed)  # the launcher looks at the same arguments before
         return table.load_config("generate", parsed)
 
-    files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü: [1].safetensors"
+    files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü😀: [1].safetensors"
     found = lora(*files, "--lora_multiplier", "0.8", "-0.5", "steps=3")
-    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü: [1].safetensors", -0.5)]
+    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü😀: [1].safetensors", -0.5)]
     assert (found.prompt, found.steps) == ("x", 3)
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora] == [0.5, 0.5]
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b").lora] == [1.0, 1.0]
