@@ -25,7 +25,7 @@ from hvtrain.errors import LaunchError
 from hvtrain.program import HVTRAIN
 from launcher.report import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
 YOUNG_S = 1.0  # a worker younger than this may not hear yet
@@ -153,6 +153,8 @@ class _Mail:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             number = signal.SIGKILL  # the second Ctrl-C means it
+        if number == signal.SIGHUP:
+            number = signal.SIGTERM  # the terminal is gone, an ssh connection say: what was done shall not be
         if number in (signal.SIGKILL, signal.SIGINT):
             self._send(number)
         else:
@@ -173,7 +175,8 @@ class _Mail:
 @contextmanager
 def _forward_signals(workers: list[Worker]) -> Iterator[_Mail]:
     mail = _Mail(workers)
-    before = {number: signal.signal(number, mail.take) for number in FORWARDED}
+    taken = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, mail.take) for number in taken}
     if signals.arrived():  # while this program was loading
         mail.take(signal.SIGUSR1)
     try:
