@@ -25,7 +25,6 @@ from hvtrain.errors import LaunchError
 from hvtrain.program import HVTRAIN
 from launcher.report import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
 YOUNG_S = 1.0  # a worker younger than this may not hear yet
@@ -88,6 +87,12 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
                 workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder, restart=restart))
             failed = _wait(workers, mail)
         return _explain(workers, failed, folder)
+
+
+def forwarded() -> list[int]:
+    """Signals that ask a job to end. A terminal that closes is one, unless nohup said that it is of no concern."""
+    unheard = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *([] if unheard else [signal.SIGHUP])]
 
 
 def cores() -> int:
@@ -175,8 +180,7 @@ class _Mail:
 @contextmanager
 def _forward_signals(workers: list[Worker]) -> Iterator[_Mail]:
     mail = _Mail(workers)
-    taken = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
-    before = {number: signal.signal(number, mail.take) for number in taken}
+    before = {number: signal.signal(number, mail.take) for number in forwarded()}
     if signals.arrived():  # while this program was loading
         mail.take(signal.SIGUSR1)
     try:
