@@ -26,6 +26,8 @@ from hvtrain.errors import ConfigError, suggest
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 COMMAND_LINE = "command line"
+_TEXT, _TEXTS = (str, str | None), tuple[str, ...]
+_NULL = ("null", "~")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,14 @@ class _Given:
     """A value of an override: a mistake in it is the command line's, not the file's."""
 
     value: Any
+    text: str
+
+    def meant(self, kind: Any) -> Any:
+        """The YAML in it, but where text is wanted what was typed: `a cat: #3`, 007 and 2024-01-01 are prompts and names."""
+        if kind not in _TEXT and (kind != _TEXTS or isinstance(self.value, list)):
+            return self.value
+        quoted = isinstance(self.value, str) and self.text[:1] == self.text[-1:] and self.text[:1] in ("'", '"')
+        return self.value if quoted or self.text in _NULL else self.text
 
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -42,7 +52,7 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
         key, sign, text = item.partition("=")
         if not sign:
             raise ConfigError(f"'{item}': an override is written key=value, as in optim.lr=1e-4")
-        _set(raw, key, _Given(_value(item, text)))
+        _set(raw, key, _Given(_value(item, text), text))
     where = str(path) if path is not None else COMMAND_LINE
     return build(cls, raw, where=where)
 
@@ -230,7 +240,7 @@ def _nearest(key: str, cls: type, prefix: str) -> str:
 
 def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if isinstance(value, _Given):
-        value, where = value.value, COMMAND_LINE
+        value, where = value.meant(kind), COMMAND_LINE
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _optional(value, kind, where=where, key=key)
@@ -238,7 +248,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
         if value not in get_args(kind):
             legal = [str(a) for a in get_args(kind)]
             near = suggest(value if isinstance(value, str) else "", legal)
-            raise ConfigError(f"{where}: {key} is {_shown(value)}; {near} ({' | '.join(legal)})")
+            listed = "" if near.startswith("choose") else f" ({' | '.join(legal)})"
+            raise ConfigError(f"{where}: {key} is {_shown(value)}; {near}{listed}")
         return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):

@@ -14,7 +14,7 @@ from pathlib import Path
 from hvtrain.errors import LaunchError
 from hvtrain.program import HVTRAIN
 from launcher import slurm
-from launcher.local import FORWARDED
+from launcher.local import forwarded
 from launcher.report import REQUEUE
 from launcher.site import load_site
 from launcher.slices import (
@@ -168,7 +168,7 @@ def _merge_here(run: Path, asked: list[int]) -> int:
 def _signals() -> Iterator[list[int]]:
     """Those that ask this program to end, as they come, instead of its end."""
     asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in FORWARDED}
+    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in forwarded()}
     try:
         yield asked
     finally:

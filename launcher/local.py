@@ -25,7 +25,6 @@ from hvtrain.errors import LaunchError
 from hvtrain.program import HVTRAIN
 from launcher.report import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
 YOUNG_S = 1.0  # a worker younger than this may not hear yet
@@ -88,6 +87,12 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
                 workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder, restart=restart))
             failed = _wait(workers, mail)
         return _explain(workers, failed, folder)
+
+
+def forwarded() -> list[int]:
+    """Signals that ask a job to end. A terminal that closes is one, unless nohup said that it is of no concern."""
+    unheard = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *([] if unheard else [signal.SIGHUP])]
 
 
 def cores() -> int:
@@ -153,6 +158,8 @@ class _Mail:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             number = signal.SIGKILL  # the second Ctrl-C means it
+        if number == signal.SIGHUP:
+            number = signal.SIGTERM  # the terminal is gone, an ssh connection say: what was done shall not be
         if number in (signal.SIGKILL, signal.SIGINT):
             self._send(number)
         else:
@@ -173,7 +180,7 @@ class _Mail:
 @contextmanager
 def _forward_signals(workers: list[Worker]) -> Iterator[_Mail]:
     mail = _Mail(workers)
-    before = {number: signal.signal(number, mail.take) for number in FORWARDED}
+    before = {number: signal.signal(number, mail.take) for number in forwarded()}
     if signals.arrived():  # while this program was loading
         mail.take(signal.SIGUSR1)
     try:

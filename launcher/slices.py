@@ -48,6 +48,7 @@ class Slices:
     gpus: tuple[str, ...] = ()  # local: handed out to slices
     merge: tuple[str, ...] = ()  # arguments of `hvtrain merge`; empty: no merge
     max_restarts: int = RESTARTS  # of a slice's processes, when one of them dies
+    cwd: str = ""  # where relative paths of the above count from; empty: not known (an older version's file)
 
     def width(self) -> int:
         return max(2, len(str(self.n)))

@@ -162,9 +162,9 @@ def test_generate_takes_lora_files_as_merge_does() -> None:
         run._generate_items(parsed)  # the launcher looks at the same arguments before
         return table.load_config("generate", parsed)
 
-    files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü: [1].safetensors"
+    files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü😀: [1].safetensors"
     found = lora(*files, "--lora_multiplier", "0.8", "-0.5", "steps=3")
-    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü: [1].safetensors", -0.5)]
+    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü😀: [1].safetensors", -0.5)]
     assert (found.prompt, found.steps) == ("x", 3)
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora] == [0.5, 0.5]
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b").lora] == [1.0, 1.0]
@@ -307,6 +307,11 @@ def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> 
     name = os.fsdecode(b"caf\xe9.toml")
     done = subprocess.run([*HVTRAIN, "data", "check", name], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == USER_ERROR and done.stderr.startswith("error: caf\\udce9.toml")
+
+
+def test_a_model_without_the_word_keys_is_told_what_to_type(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["models", "hunyuan-video"]) == USER_ERROR
+    assert "`hvtrain models keys hunyuan-video`" in capsys.readouterr().err
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import typing
 import pytest
 import yaml
 
-from hvtrain.config import ROOTS, TrainConfig, build, dump, load, reference, to_dict
+from hvtrain.config import ROOTS, GenerateConfig, TrainConfig, build, dump, load, reference, to_dict
 from hvtrain.configload import field_notes
 from hvtrain.errors import ConfigError
 
@@ -24,7 +24,7 @@ def test_yaml_overrides_and_base(tmp_path):
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
         ("rank=4", "did you mean 'adapter.rank'"),
         ("run.steps=many", "run.steps is 'many', expected a whole number"),
-        ("run.precision=fp8", "bf16 | fp32"),
+        ("run.precision=fp8", "choose one of: bf16, fp32"),
         ("optim=3", "expected a section"),
         ("optim.betas=[0.9]", "expected 2 values"),
         ("nothing", "written key=value"),
@@ -34,6 +34,33 @@ def test_mistakes_are_named(override, says):
     with pytest.raises(ConfigError) as caught:
         load(TrainConfig, None, [override])
     assert says in str(caught.value)
+
+
+def test_a_choice_is_listed_once():
+    with pytest.raises(ConfigError) as far:
+        load(TrainConfig, None, ["run.precision=int4"])
+    with pytest.raises(ConfigError) as near:
+        load(TrainConfig, None, ["run.precision=bf61"])
+    assert str(far.value) == "command line: run.precision is 'int4'; choose one of: bf16, fp32"
+    assert str(near.value) == "command line: run.precision is 'bf61'; did you mean 'bf16'? (bf16 | fp32)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a cat: a dog", "a cat # 3", "# cat", "&a cat", "[a, cat]", "{a}", "- a", "true", "on", "2024-01-01", "5:30", "007",
+        "1_000", "1.50", "0x10", "a\nb", "'quoted' cat", "100%", "",
+    ],
+)  # fmt: skip
+def test_text_on_the_command_line_is_what_was_typed(text):
+    cfg = load(GenerateConfig, None, [f"prompt={text}", f"output={text}", f"model.dit={text}"])
+    assert (cfg.prompt, cfg.output, cfg.model.dit) == (text, text, text)
+
+
+def test_lists_quotes_and_null_on_the_command_line_are_yaml():
+    cfg = load(TrainConfig, None, ["data.shards=[a, 'b: c']", "model.dit=null", "run.name='007'", "model.vae=~"])
+    assert (cfg.data.shards, cfg.model.dit, cfg.run.name, cfg.model.vae) == (("a", "b: c"), None, "007", None)
+    assert load(TrainConfig, None, ["data.shards=/my set #2"]).data.shards == ("/my set #2",)
 
 
 def test_bad_files(tmp_path):

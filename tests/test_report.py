@@ -118,6 +118,32 @@ time.sleep(600)
     assert code == 128 + signal.SIGKILL and "was ended by SIGKILL" in err
 
 
+def test_a_terminal_that_closes_asks_the_processes_to_save(tmp_path: Path) -> None:
+    """Unless nohup said that it is of no concern."""
+    body = """
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+(here / f'{rank}.ready').touch()
+time.sleep(600)
+"""
+    process = job(tmp_path, body)
+    wait(tmp_path, "*.ready")
+    process.send_signal(signal.SIGHUP)
+    assert end(process, timeout=60)[0] == 75
+
+    (tmp_path / "nohup").mkdir()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = job(tmp_path / "nohup", body)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait(tmp_path / "nohup", "*.ready")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process, timeout=60)[0] == 75
+
+
 def wait(folder: Path, pattern: str) -> None:
     deadline = time.monotonic() + 60
     while len(list(folder.glob(pattern))) < 2:

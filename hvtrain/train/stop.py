@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -40,7 +41,8 @@ class StopFlag:
         self.raised = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.show:  # not print: it may be what was interrupted
-            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
+            with suppress(OSError):  # the same Ctrl-C ended who was reading: `2>&1 | tee log`
+                os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
     def agreed(self, ctx: ParallelContext) -> bool:
         """Whether any rank was signalled, or the file `quit` is there; the same answer everywhere. Collective."""

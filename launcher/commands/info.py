@@ -10,13 +10,15 @@ from launcher.table import command
 
 
 def _models_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=["keys"], help="list a model's parameters and their shapes")
+    parser.add_argument("what", nargs="?", metavar="keys", help="list a model's parameters and their shapes")
     parser.add_argument("name", nargs="?", help="of which model")
     parser.add_argument("--flavor", help="of which of its flavors (default: the first)")
 
 
 @command("models", "list the architectures and their sizes", options=_models_options, prints=True)
 def _models(args: argparse.Namespace) -> None:
+    if args.what not in (None, "keys"):
+        raise ConfigError(f"models: unknown word '{args.what}'; `hvtrain models keys {args.what}` lists a model's parameters")
     from hvtrain.models import listing
 
     if args.what is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from hvtrain.errors import ConfigError, LaunchError
@@ -43,10 +45,12 @@ def _run(args: argparse.Namespace) -> int | None:
             raise LaunchError("--dry-run goes with --backend slurm")
         print("\n".join(scripts if wanted.merge else scripts[:1]))
         return None
-    if (run / slices.FILE).exists() and slices.load_slices(run) != wanted:
-        raise ConfigError(f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory")
-    if not (run / slices.FILE).exists():
-        slices.save_slices(run, wanted)
+    if (run / slices.FILE).exists():
+        begun = slices.load_slices(run)
+        if begun != replace(wanted, cwd=begun.cwd):
+            raise ConfigError(f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory")
+        return _go(run, begun)
+    slices.save_slices(run, wanted)
     return _go(run, wanted)
 
 
@@ -77,7 +81,7 @@ def _slices(args: argparse.Namespace):
         data=slices.data_of(args.data, n), n=n, nproc=args.nproc, nodes=args.nodes, time=args.time,
         site=str(Path(args.site).resolve()) if args.site else None,
         backend=args.backend, at_once=args.at_once, gpus=gpus, merge=_merge_arguments(args.merge_as, args, run, files),
-        max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
+        max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts, cwd=str(Path.cwd()),
     )
 
 
@@ -109,9 +113,15 @@ def _check_configs(run: Path, wanted) -> None:
 
 
 def _go(run: Path, wanted) -> int | None:
-    """Start what is neither done nor under way."""
+    """Start what is neither done nor under way, in the directory where the run was begun."""
     from launcher import backends, slices
 
+    if wanted.cwd and wanted.cwd != str(Path.cwd()):
+        print(f"relative paths count from {wanted.cwd}, where this run was begun")
+        try:
+            os.chdir(wanted.cwd)
+        except OSError as error:
+            raise LaunchError(f"{wanted.cwd}: this run was begun there, and cannot go on there ({error.strerror})") from None
     with slices.only_one(run):
         found = backends.standings(run, wanted)
         backends.refuse_unknown(run, found)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 
+from hvtrain.configload import override
 from hvtrain.errors import ConfigError
 from launcher.report import REQUEUE
 from launcher.table import command, config_options, load_config
@@ -85,8 +85,7 @@ def _lora_item(args: argparse.Namespace, factors: list[str], *, slices: bool) ->
         numbers = f"{len(args.lora)} --lora but {len(factors)} --lora_multiplier"
         raise ConfigError(f"{numbers}; give one for each, in order, or one for all")
     factors = factors * len(args.lora) if len(factors) == 1 else factors or ["1.0"] * len(args.lora)
-    files = (f"{{path: {json.dumps(p)}, multiplier: {x}}}" for p, x in zip(args.lora, factors, strict=True))
-    return f"lora=[{', '.join(files)}]"
+    return override("lora", [{"path": p, "multiplier": float(x)} for p, x in zip(args.lora, factors, strict=True)])
 
 
 def _is_number(text: str) -> bool:

@@ -57,6 +57,27 @@ def test_paths_reach_the_training_as_they_are(tmp_path, odd):
     assert (cfg.run.name, cfg.adapter.type, cfg.adapter.loraid) == ("slice-02", "loraid", 2)
 
 
+def test_relative_paths_count_from_where_the_run_was_begun(tmp_path, monkeypatch, capsys):
+    """`slices retry` from another directory: model.dit=dit.safetensors is still the same file."""
+    begun, run, went = tmp_path / "begun", tmp_path / "run", []
+    for folder in (begun, run, begun / "set"):
+        folder.mkdir()
+    (begun / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 1}))
+    (begun / "set" / "manifest.json").write_text("{}")
+    (begun / "dit.safetensors").touch()
+    asked = ["slices", "run", "model.dit=dit.safetensors", "run.steps=3", "--plan", str(begun / "plan.json"), "--data", "set",
+             "--output", str(run)]  # fmt: skip
+    monkeypatch.setattr(backends, "run_here", lambda *a: went.append(os.getcwd()) or 0)
+    monkeypatch.chdir(begun)
+    assert cli.main(asked) == 0 and went == [str(begun)]
+    os.chdir(tmp_path)
+    assert cli.main(["slices", "retry", str(run)]) == 0 and went == [str(begun)] * 2
+    assert f"relative paths count from {begun}" in capsys.readouterr().out
+    os.chdir(tmp_path)
+    begun.rename(tmp_path / "gone")
+    assert cli.main(["slices", "retry", str(run)]) == 2 and f"{begun}: this run was begun there" in capsys.readouterr().err
+
+
 def test_an_override_is_read_as_it_was_meant():
     for text in ("", "~", "a\nb", "1e-4", " x ", "x" * 300 + " y", "a=b", "yes"):
         assert config.load(Values, None, [override("text", text)]).text == text

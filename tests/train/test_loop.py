@@ -87,6 +87,24 @@ def test_ctrl_c_saves_and_stops_and_a_second_one_ends_at_once(capfd, interruptib
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_saves_although_it_also_ended_who_was_reading():
+    """`hvtrain train ... 2>&1 | tee log`: the terminal's Ctrl-C reaches tee as well, and standard error is a broken pipe."""
+
+    def once(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    terminal, (reader, writer) = os.dup(2), os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        assert run("++++", at=once) == (False, [1, 2], [2])
+    finally:
+        os.dup2(terminal, 2)
+        for number in (terminal, writer):
+            os.close(number)
+
+
 def test_a_stop_flag_gives_the_handlers_back():
     before = [signal.getsignal(n) for n in (*signals.SIGNALS, signal.SIGINT)]
     with StopFlag():
