@@ -25,7 +25,6 @@ class Cadence:
 
     steps: int
     grad_accum: int
-    log: int
     save: int
     save_samples: int  # of all ranks together
     evaluate: int

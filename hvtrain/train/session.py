@@ -138,7 +138,7 @@ class Session:
             self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at, self.watch.at
         )
         cadence = Cadence(
-            steps=self.steps, grad_accum=c.run.grad_accum, log=c.run.log_every, save=c.run.save_every_steps,
+            steps=self.steps, grad_accum=c.run.grad_accum, save=c.run.save_every_steps,
             save_samples=math.ceil(c.run.save_every_epochs * sum(len(s) for s in self.sets)),
             evaluate=c.eval.every_steps if self.held.sets else 0,
             preview=c.preview.every_steps, max_bad_steps=c.run.max_bad_steps,

@@ -1,7 +1,10 @@
 """The loop's own rules, without a model: bad steps, stopping, and what the line on the terminal says."""
 
+import math
 import os
 import signal
+from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +13,11 @@ import torch
 from hvtrain import signals
 from hvtrain.errors import HvtrainError
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.train import loop
 from hvtrain.train.checkpoint import Progress
 from hvtrain.train.engine import StepResult
-from hvtrain.train.loop import Cadence, Hooks, train
-from hvtrain.train.objective import MicroResult
+from hvtrain.train.loop import Cadence, Hooks, StepReport, train
+from hvtrain.train.objective import MicroResult, Where
 from hvtrain.train.progress import ProgressLine
 from hvtrain.train.stop import StopFlag
 
@@ -35,10 +39,131 @@ def run(good: str, *, max_bad_steps: int = 2, at=lambda step: None) -> tuple[boo
         lambda p: None, lambda step: None,
     )
     cadence = Cadence(
-        steps=len(good), grad_accum=1, log=1, save=0, save_samples=0, evaluate=0, preview=0, max_bad_steps=max_bad_steps
+        steps=len(good), grad_accum=1, save=0, save_samples=0, evaluate=0, preview=0, max_bad_steps=max_bad_steps
     )
     finished = train(engine, batches, hooks, cadence=cadence, start=Progress(), seed=0, ctx=ParallelContext())
     return finished, steps, saved
+
+
+def recorded(monkeypatch, cadence: Cadence, *, start: Progress, outcomes: str, ctx: ParallelContext, folder=None, log=None):
+    """Everything that the loop says and hands on, in order, on a clock that goes on by one whenever it is read."""
+    events: list[tuple] = []
+    monkeypatch.setattr(loop.time, "monotonic", count().__next__)
+    results = iter(outcomes)
+    values = count(1)
+
+    def accumulate(loss, last):
+        events.append(("backward", loss.item(), last))
+        return StepResult(1.0, 1e-3, next(results) == "-") if last else None
+
+    def batches():
+        for n in count(1):
+            yield SimpleNamespace(cursor=start.cursor + 2 * n, epoch=n // 4, keys=(f"a{n}", f"b{n}"))
+
+    def micro_step(batch, where):
+        events.append(("micro", batch.keys, where))
+        v = float(next(values))
+        return MicroResult(torch.tensor(v), torch.tensor([v, v + 0.5]), torch.tensor([v / 100, 0.5])), 10 * int(v)
+
+    def logged(report: StepReport):
+        events.append(("log", report))
+        if log is not None:
+            log(report)
+
+    hooks = Hooks(
+        micro_step, lambda: events.append(("updated",)), logged, lambda p: events.append(("save", p)),
+        lambda p: events.append(("evaluate", p)), lambda step: events.append(("preview", step)),
+        lambda step, phase: events.append(("at", step, phase)),
+    )
+    engine = SimpleNamespace(accumulate=accumulate)
+    finished = train(engine, batches(), hooks, cadence=cadence, start=start, seed=5, ctx=ctx, folder=folder)
+    return finished, events
+
+
+PLAIN = Cadence(steps=6, grad_accum=1, save=0, save_samples=0, evaluate=0, preview=0, max_bad_steps=0)
+
+
+def test_what_happens_in_a_step_and_what_is_said_of_it(monkeypatch):
+    cadence = replace(PLAIN, steps=8, grad_accum=2, save=4, evaluate=2, preview=4)
+    ctx = ParallelContext(dp=4, dp_rank=3)
+    begun = Progress(6, cursor=40, epoch=0, bad_steps=1)
+    finished, events = recorded(monkeypatch, cadence, start=begun, outcomes="-+", ctx=ctx)
+    reports = [e[1] for e in events if e[0] == "log"]
+    first, second = Progress(7, cursor=44, epoch=0, bad_steps=2), Progress(8, cursor=48, epoch=1, bad_steps=2)
+    assert finished and [r.progress for r in reports] == [first, second]
+    assert [e if e[0] != "log" else ("log",) for e in events] == [
+        ("at", 7, "reading data"), ("at", 7, "in the forward pass"), ("micro", ("a1", "b1"), Where(5, 6, 0, 2, 3, 4)),
+        ("at", 7, "in the backward pass"), ("backward", 1.0, False),
+        ("at", 7, "reading data"), ("at", 7, "in the forward pass"), ("micro", ("a2", "b2"), Where(5, 6, 1, 2, 3, 4)),
+        ("at", 7, "in the backward pass"), ("backward", 2.0, True),
+        ("at", 7, "averaging the loss"), ("updated",), ("log",),
+        ("at", 8, "reading data"), ("at", 8, "in the forward pass"), ("micro", ("a3", "b3"), Where(5, 7, 0, 2, 3, 4)),
+        ("at", 8, "in the backward pass"), ("backward", 3.0, False),
+        ("at", 8, "reading data"), ("at", 8, "in the forward pass"), ("micro", ("a4", "b4"), Where(5, 7, 1, 2, 3, 4)),
+        ("at", 8, "in the backward pass"), ("backward", 4.0, True),
+        ("at", 8, "averaging the loss"), ("updated",), ("log",), ("evaluate", second), ("preview", 8), ("save", second),
+    ]  # fmt: skip
+    r = reports[1]
+    assert (r.result, r.loss, r.n_tokens, r.keys) == (StepResult(1.0, 1e-3, False), 3.5, 70, ("a3", "b3", "a4", "b4"))
+    assert r.sample_loss.tolist() == [3.0, 3.5, 4.0, 4.5] and r.sigma.tolist() == pytest.approx([0.03, 0.5, 0.04, 0.5])
+    assert (r.seconds, r.waited) == (5, 2)  # of six looks at the clock
+
+
+@pytest.mark.parametrize(
+    "changes, saved",
+    [
+        ({}, [6]), ({"save": 1}, [1, 2, 3, 4, 5, 6]), ({"save": 4}, [4, 6]), ({"save": 3}, [3, 6]),
+        ({"save_samples": 1}, [1, 2, 3, 4, 5, 6]), ({"save_samples": 5}, [3, 5, 6]), ({"save_samples": 8}, [4, 6]),
+    ],
+)  # fmt: skip
+def test_when_it_is_saved(monkeypatch, changes, saved):
+    """Every so many steps, or when so many samples (two a step) have passed; and at the end, once."""
+    _, events = recorded(monkeypatch, replace(PLAIN, **changes), start=Progress(), outcomes="+" * 6, ctx=ParallelContext())
+    assert [e[1].step for e in events if e[0] == "save"] == saved
+    assert not [e for e in events if e[0] in ("evaluate", "preview")]
+
+
+def test_files_in_the_run_s_folder_save_and_stop(monkeypatch, tmp_path):
+    def touch(report):
+        name = {2: "save", 4: "quit"}.get(report.progress.step)
+        if name:
+            (tmp_path / name).touch()
+
+    finished, events = recorded(
+        monkeypatch, PLAIN, start=Progress(), outcomes="+" * 6, ctx=ParallelContext(), folder=tmp_path, log=touch
+    )
+    assert not finished and [e[1].step for e in events if e[0] == "save"] == [2, 4] and not list(tmp_path.iterdir())
+    (tmp_path / "save").touch()
+    (tmp_path / "quit").touch()
+    other = StopFlag(tmp_path, show=False)
+    assert not other._taken("quit", ParallelContext(rank=1)) and not other._taken("other", ParallelContext())
+    assert other.agreed(ParallelContext()) and not other.agreed(ParallelContext())
+    assert other.asked_to_save(ParallelContext()) and not other.asked_to_save(ParallelContext())
+
+
+def test_a_stop_in_the_last_step_is_the_end(monkeypatch, tmp_path):
+    def touch(report):
+        if report.progress.step == 6:
+            (tmp_path / "quit").touch()
+
+    finished, events = recorded(
+        monkeypatch, PLAIN, start=Progress(), outcomes="+" * 6, ctx=ParallelContext(), folder=tmp_path, log=touch
+    )
+    assert finished and [e[1].step for e in events if e[0] == "save"] == [6]
+
+
+def test_a_run_that_has_no_finite_gradients_names_the_samples(monkeypatch):
+    ctx = ParallelContext()
+    cadence = replace(PLAIN, max_bad_steps=3)
+    wanted = "step 4: 3 steps in a row had no finite gradient (samples of the last: {}); lower optim.lr, or check these samples; "
+    with pytest.raises(HvtrainError) as caught:
+        recorded(monkeypatch, cadence, start=Progress(), outcomes="+---++", ctx=ctx)
+    assert str(caught.value) == wanted.format("a4 loss 4, b4 loss 4.5") + "the newest checkpoint is from before"
+    # Of all ranks, and only the guilty ones where a loss says which.
+    monkeypatch.setattr(ParallelContext, "gather_objects", lambda self, mine: [mine, {"c": math.inf, "d": 0.25}, {"e": math.nan}])
+    with pytest.raises(HvtrainError) as caught:
+        recorded(monkeypatch, cadence, start=Progress(), outcomes="+---++", ctx=ctx)
+    assert str(caught.value).startswith(wanted.format("c loss inf, e loss nan"))
 
 
 def test_only_bad_steps_in_a_row_end_a_run():
