@@ -229,15 +229,27 @@ OTHER = "choose a place that you may read and write, or ask for the permission"
         (RuntimeError("io: bad\n (os error 30)"), 2, "error: io: bad; (os error 30); choose a place that can be written"),
     ],
 )
-def test_what_a_command_says_when_it_ends(error: BaseException, code: int, said: str | None, stderr: Stream) -> None:
+def test_what_a_command_says_when_it_ends(
+    error: BaseException, code: int, said: str | None, stderr: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert report.guarded(raises(error)) == code
     assert stderr.getvalue() == (f"{said}\n" if said else "") and bool(stderr.flushes) == bool(said)
+    monkeypatch.setenv(report.FOLDER_VARIABLE, str(tmp_path))
+    assert report.guarded(raises(error)) == code
+    found = first_cause(tmp_path)
+    assert (found and (found.code, found.text)) == ((code, said) if said else None)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("a pipe"), BrokenPipeError(32, "y"), RuntimeError("(os error 32)")])
-def test_what_is_nobodys_mistake_is_a_bug(error: Exception, stderr: Stream) -> None:
+def test_what_is_nobodys_mistake_is_a_bug(
+    error: Exception, stderr: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert report.guarded(raises(error)) == 1
     assert re.match(r"Traceback \(most recent call last\):\n[\s\S]*Error: [^\n]+\n\Z", stderr.getvalue())
+    monkeypatch.setenv(report.FOLDER_VARIABLE, str(tmp_path))
+    assert report.guarded(raises(error)) == 1
+    found = first_cause(tmp_path)
+    assert found and found.code == 1 and found.text.startswith("Traceback")
 
 
 def test_an_exit_code_is_passed_on(stderr: Stream) -> None:

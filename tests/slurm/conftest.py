@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import locale
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher import backends, slices
 from tests.slurm.fake import Fake
 
 
@@ -32,8 +33,14 @@ def ascii_locale() -> Iterator[None]:
 
 
 @pytest.fixture
-def flushes(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One for each time that standard output was flushed."""
-    times: list[int] = []
-    monkeypatch.setattr(sys.stdout, "flush", lambda: times.append(1))
-    return times
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Whether each printed line was flushed."""
+    found: list[Any] = []
+
+    def say(text: str, **how: Any) -> None:
+        found.append(how.get("flush"))
+        print(text, **how)
+
+    for module in (backends, slices):
+        monkeypatch.setattr(module, "print", say, raising=False)
+    return found
