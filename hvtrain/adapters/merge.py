@@ -40,7 +40,6 @@ class Base:
 
     found: Identified | None
     shapes: dict[str, tuple[int, int]]
-    name: str
     fingerprint: str | None
 
 
@@ -57,7 +56,7 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
     for line in report.lines():
         print(line)
     if cfg.target == "lora":
-        report.errors |= _write_lora(cfg, inputs, combined, spec.name)
+        report.errors = _write_lora(cfg, inputs, combined, spec.name)
     else:
         assert base.found is not None
         _write_model(cfg, base.found, inputs, combined, base.shapes)
@@ -117,11 +116,10 @@ def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
         if first is None:
             raise ConfigError("dit: the model that the plan's slices were trained on is needed to read them")
         known = open_any(first)
-        shapes = dict(known.shapes)
-        return Base(None, shapes, known.spec.name, None), known.spec
+        return Base(None, dict(known.shapes), None), known.spec
     found = identify(Path(asset(cfg.dit)), model=cfg.model)
     shapes = linear_shapes(whole_model(found))
-    return Base(found, shapes, found.spec.name, fingerprint(found.weights)), found.spec
+    return Base(found, shapes, fingerprint(found.weights)), found.spec
 
 
 # --- into the model -------------------------------------------------------------------------------------------------

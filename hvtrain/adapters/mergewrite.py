@@ -116,7 +116,7 @@ def write_model(weights: Weights, parts: Mapping[str, Part], target: Target, *, 
         _check_room(folder, sizes)
     for path, own in contents.items():
         _write_file(weights, parts, path, own, metadata, target)
-    if len(files) > 1 or folder == target.output:
+    if folder == target.output:
         table = {name: path.name for name, path in home.items()}
         index = {"metadata": {"total_size": sum(slot.n_bytes for slot in slots.values())}, "weight_map": table}
         with writing(place := target.output / _index_name(weights)):
@@ -130,12 +130,13 @@ _SPARE = 2**20  # bytes for the report, and for what a file system notes of its 
 def _check_room(folder: Path, sizes: Mapping[Path, int]) -> None:
     """Refuse before the first byte if the files, written one after the other, will not fit. What an interrupted merge left
     under a file's temporary name is used again; an existing output goes only when its successor is complete."""
-    free = free_bytes(folder) - _SPARE
+    room = free_bytes(folder)
+    free = room - _SPARE
     for path, size in sizes.items():
         free += disk_bytes(partial_of(path)) - size
         if free < 0:
             raise ConfigError(
-                f"output: {folder} has {size_text(free_bytes(folder))} free, {size_text(-free)} too little for the merged model "
+                f"output: {folder} has {size_text(room)} free, {size_text(-free)} too little for the merged model "
                 f"of {size_text(sum(sizes.values()))}{_old_ones(folder, sizes)}"
             )
         free += disk_bytes(path)

@@ -6,7 +6,7 @@ make dense matrices. A policy is one decorated function over the contributions t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -81,11 +81,10 @@ class Overlap:
     n_rows: int
 
 
-def overlaps(layers: dict[str, list[Contribution]]) -> Iterator[Overlap]:
+def overlaps(layers: Mapping[str, Sequence[Contribution]]) -> Iterator[Overlap]:
     for module, found in layers.items():
-        rows = [c.rows for c in found]
-        for (a, mine), (b, its) in combinations(zip(found, rows, strict=True), 2):
-            n = int((mine & its).sum())
+        for a, b in combinations(found, 2):
+            n = int((a.rows & b.rows).sum())
             if n:
                 yield Overlap(module, a.lora, b.lora, n)
 
@@ -93,14 +92,12 @@ def overlaps(layers: dict[str, list[Contribution]]) -> Iterator[Overlap]:
 @_policy("error")
 def _error(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """Refuse."""
-    for a, b in combinations(found, 2):
-        n = int((a.rows & b.rows).sum())
-        if n:
-            others = ", ".join(name for name in POLICIES if name != "error")
-            raise CheckpointError(
-                f"{a.lora} and {b.lora} both change {n} rows of '{module}': added up, neither is what it was trained to be. "
-                f"Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}"
-            )
+    for shared in overlaps({module: found}):
+        others = ", ".join(name for name in POLICIES if name != "error")
+        raise CheckpointError(
+            f"{shared.first} and {shared.second} both change {shared.n_rows} rows of '{module}': added up, neither is what it "
+            f"was trained to be. Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}"
+        )
     return list(found)
 
 
@@ -158,8 +155,6 @@ def _with_up(c: Contribution, up: Tensor) -> Contribution:
 def _ties(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """TIES (arXiv 2306.01708): keep each delta's largest elements, elect the sign with the greater sum, average those that
     agree with it. Density 0.2 unless given."""
-    if len(found) == 1:
-        return list(found)
     density = 0.2 if options.density is None else options.density
 
     def delta() -> Tensor:
@@ -182,8 +177,6 @@ def _ties(found: Sequence[Contribution], module: str, options: Options) -> Resul
 def _dare(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """DARE (arXiv 2311.03099): keep each element by chance, rescale what stays by one over that chance, add. Density 0.5
     unless given."""
-    if len(found) == 1:
-        return list(found)
     density = 0.5 if options.density is None else options.density
 
     def delta() -> Tensor:
@@ -237,6 +230,6 @@ def combine(layers: dict[str, list[Contribution]], policy: str, options: Options
         raise ConfigError(f"--density is for --on-overlap ties and dare, not for {policy}")
     combined: dict[str, Result] = {}
     for module, found in layers.items():
-        shared = len(found) > 1 and any(True for _ in overlaps({module: found}))
+        shared = any(True for _ in overlaps({module: found}))
         combined[module] = POLICIES[policy](found, module, options) if shared else list(found)
     return combined

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors import safe_open
 
 from hvtrain.adapters import merge
 from hvtrain.adapters.files import read_lora, write_lora
+from hvtrain.adapters.mergewrite import Target, signature
 from hvtrain.adapters.pairs import LoraPair
-from hvtrain.adapters.policies import Contribution
+from hvtrain.adapters.policies import POLICIES, Contribution, Options, by_layer
 from hvtrain.config import LoraFileConfig, MergeConfig, dump
 from hvtrain.errors import ConfigError
 from hvtrain.models.load import save_dit
@@ -61,6 +63,10 @@ def valid(**given):
         ({"output": ""}, "output is required: the file to write"),
         ({"lora": ()}, "lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)"),
         ({"output": "m.bin"}, "output: m.bin must end in .safetensors (or name a directory, for a sharded model)"),
+        (
+            {"output": ".", "target": "lora", "dit": ""},
+            "output: . must end in .safetensors (or name a directory, for a sharded model)",
+        ),
         ({"output": "m", "target": "lora"}, "output: m must end in .safetensors (or name a directory, for a sharded model)"),
     ],
 )
@@ -156,6 +162,33 @@ def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:4] == ["held-out loss 1.50000  base", "held-out loss 0.25000  merged"]
     assert json.loads((tmp_path / "two-merge.json").read_text())["losses"] == {"base": 1.5, "merged": 0.25}
+
+
+def test_what_the_writer_is_told(small, tmp_path, monkeypatch, capsys):
+    """Gigabytes are 10^9 bytes, and what is half-written counts only for the same command on the same files."""
+    told, files = [], [Path("a"), Path("b")]
+    monkeypatch.setattr(merge, "write_model", lambda weights, parts, target, metadata: told.append(target) or files)
+    dit, out = small / "dit.safetensors", tmp_path / "x"
+    cfg = MergeConfig(dit=str(dit), lora=entries(small, 2.0), output=str(out), max_shard_gb=5.0, dtype="float16")
+    merge.run(cfg)
+    same = signature([dit, small / "a.safetensors"], repr(cfg))
+    assert told == [Target(out, torch.float16, 5_000_000_000, "cpu", same)]
+    assert f"{out}: 1 of {len(build().state_dict())} tensors changed in 2 files" in capsys.readouterr().out
+    assert "'wan'" in refusal(ConfigError, merge.run, replace(cfg, model="wan"))
+
+
+def test_the_evaluation_sees_what_was_combined_by_seed_and_density(small, tmp_path):
+    seen = []
+    cfg = MergeConfig(
+        dit=str(small / "dit.safetensors"), lora=entries(small, 1.0, 1.0), output=str(tmp_path / "x.safetensors"),
+        on_overlap="dare", density=0.25, seed=5,
+    )
+    merge.run(cfg, evaluate=lambda inputs, combined: seen.append((inputs, combined)) or {})
+    ((inputs, combined),) = seen
+    assert [m for _, m in inputs.loras] == [1.0, 1.0]
+    ((layer, found),) = by_layer(inputs.loras).items()
+    assert list(combined) == [layer]
+    assert torch.equal(combined[layer].delta(), POLICIES["dare"](found, layer, Options(0.25, 5)).delta())
 
 
 def test_shards_are_counted_in_gigabytes(small, tmp_path, capsys):
