@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from hvtrain import config
 from hvtrain.configload import override
-from launcher import slices
+from launcher import backends, cli, slices
 from tests.slurm.fake import a_run, damage, finish, hvtrain, options
 
 
