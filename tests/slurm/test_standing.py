@@ -235,7 +235,7 @@ def test_what_status_prints():
         standing.Standing("01", "running", 12, 100, 0.123456, 119.6, "job 7_1", "7_1"),
         standing.Standing("02", "done", 7, 0, 1.0), standing.Standing("merge", "waiting"),
         standing.Standing("03", "failed", note="exit code 2"), standing.Standing("04", "queued", 0, 9),
-        *(standing.Standing("05", "running", eta_s=s) for s in (0.0, 119.4, 120.0, 7199.0, 7200.0, 9000.0)),
+        *(standing.Standing("05", "running", eta_s=s) for s in (0.0, 119.4, 120.0, 7199.0, 7200.0, 3.6e6)),
     ]
     assert standing.table(rows) == [
         "01    running    12/100        loss 0.1235  120 s left    job 7_1",
@@ -243,5 +243,5 @@ def test_what_status_prints():
         "merge waiting",
         "03    failed                                              exit code 2",
         "04    queued     0/9",
-        *(f"05    {'running':<38}{left} left" for left in ("0 s", "119 s", "2 min", "120 min", "2.0 h", "2.5 h")),
+        *(f"05    {'running':<38}{left} left" for left in ("0 s", "119 s", "2 min", "120 min", "2.0 h", "1000.0 h")),
     ]
