@@ -164,7 +164,7 @@ def test_a_slice_with_a_sound_result_is_done_unless_its_end_was_bad(run, code, c
     stands(run, "01", "7_1", code=code)
     trained(run, line(4, 0.25), config)
     got = standing.standing(run, plan, 1, slurm.Queue())
-    assert (got.word, got.step, got.steps, got.loss) == found and got.note == ("exit code 1" if code else "")
+    assert got == standing.Standing("01", *found, note="exit code 1" if code else "")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,8 @@ def test_a_merge_that_is_not_over_is_not_done_whatever_lies_there(run):
     weights(run / "merge/merged.safetensors")
     for code, word in ((None, "failed"), (1, "failed"), (0, "done")):
         stands(run, "merge", "8", code=code)
-        assert standing.merge_standing(run, plan, slurm.Queue()).word == word
+        found = standing.merge_standing(run, plan, slurm.Queue())
+        assert (found.name, found.word) == ("merge", word)
 
 
 def test_a_mark_of_an_attempt_that_was_cancelled(run):
