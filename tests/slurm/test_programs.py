@@ -176,7 +176,7 @@ def test_what_fills_a_script(template, ascii_locale):
     everything = Site(
         partition="p", account="a", qos="q", constraint="c", time="5:00", gres="gpu:x:{n}:{n}", cpus_per_process=3, mem="9G",
         options=("--exclusive", "-H"), grace_s=7, modules=("m/1 n", "o"), setup=("source x", "ulimit -l 1"),
-        environment=("A=b c", "D=e=f"), prefix="in x", command="hv -q",
+        environment=("A=b c", "D=e f=g"), prefix="in x", command="hv -q",
     )
     resources = slurm.Resources(2, 4, "6:00", True, 5)
     job = slurm.Job("job", "n m", Path("/w x"), "l%j", ["train", "a b"], resources, "1,2%1", ["7", "8_1"])
@@ -185,7 +185,7 @@ def test_what_fills_a_script(template, ascii_locale):
         "options = #SBATCH --partition=p\n#SBATCH --account=a\n#SBATCH --qos=q\n#SBATCH --constraint=c\n#SBATCH --time=6:00\n"
         "#SBATCH --mem=9G\n#SBATCH --cpus-per-task=12\n#SBATCH --dependency=afterok:7:8_1\n#SBATCH --gres=gpu:x:4:4\n"
         "#SBATCH --exclusive\n#SBATCH -H\n"
-        "setup = module load m/1 n\nmodule load o\nsource x\nulimit -l 1\nenvironment = export A='b c'\nexport D=e=f\n"
+        "setup = module load m/1 n\nmodule load o\nsource x\nulimit -l 1\nenvironment = export A='b c'\nexport D='e f=g'\n"
         "srun = --cpus-per-task=12\ncommand = in x hv -q train 'a b'\narray = 1,2%1\n# é\n"
     )
 
