@@ -41,12 +41,11 @@ class EpochOrder:
 
 
 def mix(values: np.ndarray, salt: int) -> np.ndarray:
-    """uint64 hashes of uint64 values: splitmix64's finaliser."""
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + np.uint64(salt) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """uint64 hashes [n] of uint64 values [n]: splitmix64's finaliser. Of different values different ones: no sort has ties."""
+    x = values.astype(np.uint64) + np.uint64(salt) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def salt(*parts: object) -> int:
@@ -65,12 +64,12 @@ def epoch_order(groups: Groups, *, batch_size: int, seed: int, epoch: int) -> Ep
     key = salt(seed, epoch, "samples")
     for bucket in sorted(groups):
         members = groups[bucket]
-        parts.append(members[np.argsort(mix(members, key), kind="stable")])
+        parts.append(members[np.argsort(mix(members, key))])
         begins = np.arange(0, len(members), batch_size)
         starts.append(at + begins)
         lengths.append(np.minimum(batch_size, len(members) - begins))
         at += len(members)
-    order = np.argsort(mix(np.arange(sum(map(len, starts))), salt(seed, epoch, "batches")), kind="stable")
+    order = np.argsort(mix(np.arange(sum(map(len, starts))), salt(seed, epoch, "batches")))
     return EpochOrder(np.concatenate(parts), np.concatenate(starts)[order], np.concatenate(lengths)[order])
 
 

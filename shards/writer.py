@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,7 +49,8 @@ class TarWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
+        with suppress(OSError):  # what it could not write goes away
+            self.file.close()
         self.temporary.unlink(missing_ok=True)
 
     def add(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -64,9 +66,9 @@ class TarWriter:
     def finish(self, name: str) -> TarFile:
         """Give it its name, relative to the set."""
         self._write(bytes(2 * _BLOCK + (-(self.at + 2 * _BLOCK)) % _RECORD))
-        self.file.close()
         path = self.root / name
         try:
+            self.file.close()  # where NFS says that a quota is used up
             sync(self.temporary)
             write_text(index_path(path), json.dumps({"members": self.members}))  # first: a tar that is there has its index
             os.replace(self.temporary, path)

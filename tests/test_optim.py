@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hvtrain import optim
 from hvtrain.config import OptimConfig
 from hvtrain.errors import ConfigError
 from hvtrain.optim import build_optimizer, build_schedule
@@ -74,6 +75,23 @@ def test_no_empty_group_and_no_unknown_name():
         build_schedule(OptimConfig(schedule="cosin"), total_steps=4)
 
 
+def test_an_optimizer_and_a_schedule_are_one_decorated_function_each(monkeypatch):
+    monkeypatch.setattr(optim, "OPTIMIZERS", {})
+    monkeypatch.setattr(optim, "SCHEDULES", {})
+
+    @optim._optimizer
+    def sgd(groups, cfg):
+        return torch.optim.SGD(groups, lr=cfg.lr)
+
+    @optim._schedule
+    def halved(x, floor):
+        return 0.5
+
+    cfg = OptimConfig("sgd", schedule="halved", warmup_steps=0)
+    assert type(build_optimizer(parameters(), cfg)) is torch.optim.SGD
+    assert build_schedule(cfg, total_steps=4)(2) == 0.5
+
+
 @pytest.mark.parametrize(
     "name, floor, factors",
     [
@@ -96,6 +114,8 @@ def test_the_warm_up_fits_into_the_run():
     assert build_schedule(OptimConfig(warmup_steps=4), total_steps=4)(4) == 1.0
     none = build_schedule(OptimConfig(schedule="linear", warmup_steps=0, min_lr_ratio=0.0), total_steps=2)
     assert [none(0), none(1), none(2)] == [1.0, 0.5, 0.0]
+    last = build_schedule(OptimConfig(schedule="linear", warmup_steps=3, min_lr_ratio=0.0), total_steps=4)
+    assert [last(3), last(4)] == [1.0, 0.0]
     for wrong in (-1, 5):
         with pytest.raises(ConfigError, match=f"optim.warmup_steps is {wrong}: expected 0 to the run's 4 steps"):
             build_schedule(OptimConfig(warmup_steps=wrong), total_steps=4)

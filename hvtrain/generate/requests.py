@@ -110,7 +110,7 @@ class Request:
                 raise ConfigError(f"{name} is {number}, expected at most {most}")
         for name in ("prompt", "negative_prompt"):
             try:
-                getattr(self, name).encode("utf-8")
+                getattr(self, name).encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(f"{name} holds what is no text ({error.reason} at letter {error.start})") from None
 
@@ -180,7 +180,7 @@ def _ending(request: Request) -> str:
 def read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, values) of each prompt; empty lines and those that begin with # are comments."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt_file: {path} cannot be read: {error}") from None
     found = [(f"{path}:{n}", line.strip()) for n, line in enumerate(lines, start=1)]

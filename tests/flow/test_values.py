@@ -10,6 +10,7 @@ import torch
 
 from hvtrain.config import FlowConfig
 from hvtrain.errors import ConfigError
+from hvtrain.flow import timesteps
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.schedule import sigmas
@@ -60,8 +61,8 @@ def test_a_cut_distribution_is_the_whole_one_between_its_ends(name, low, high):
 
 
 def test_the_whole_distribution_is_not_cut_and_an_empty_one_is_refused():
-    settings = FlowConfig("logit_normal", logit_mean=0.0, sigmoid_scale=0.1, min_sigma=0.0, max_sigma=1.0)
-    assert quantile_function("logit_normal", settings)(torch.tensor([0.5])).item() == 0.5
+    whole = torch.tensor([0.0, 1e-30, 0.5, 1.0], dtype=torch.float64)
+    assert torch.equal(quantile_function("uniform", FlowConfig("uniform", min_sigma=0.0, max_sigma=1.0))(whole), whole)
     narrow = FlowConfig("logit_normal", logit_mean=-9.0, sigmoid_scale=0.1, min_sigma=0.9, max_sigma=0.95)
     with pytest.raises(ConfigError, match=r"'logit_normal' has nothing between flow.min_sigma 0.9 and flow.max_sigma 0.95"):
         quantile_function("logit_normal", narrow)
@@ -70,6 +71,26 @@ def test_the_whole_distribution_is_not_cut_and_an_empty_one_is_refused():
             quantile_function("uniform", FlowConfig("uniform", min_sigma=low, max_sigma=high))
     with pytest.raises(ConfigError, match=r"flow.timestep_sampling: no distribution 'unifrom'; did you mean 'uniform'"):
         quantile_function("unifrom", FlowConfig())
+
+
+def test_a_distribution_is_one_decorated_function(monkeypatch):
+    """Also one that gives many u the same sigma: cut at that sigma, none of them is lost."""
+    monkeypatch.setattr(timesteps, "SAMPLERS", {})
+
+    @timesteps.sampler
+    def steep(u: torch.Tensor, *, logit_mean: float) -> torch.Tensor:
+        return u.clamp(logit_mean, 0.9)
+
+    u = torch.tensor([0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
+    found = quantile_function("steep", FlowConfig("steep", logit_mean=0.5, min_sigma=0.5, max_sigma=1.0))(u)
+    assert found.tolist() == pytest.approx([0.5, 0.5, 0.75, 0.9], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "logit_normal", "shift"])
+def test_no_sigma_lies_above_the_cut(name):
+    """By a rounding error either: at 1, a sigma above the largest would be another step of the model."""
+    ends = [quantile_function(name, FlowConfig(name, sigmoid_scale=1.5, min_sigma=0.01, max_sigma=n / 20)) for n in range(1, 21)]
+    assert all(f(torch.ones(1, dtype=torch.float64)).item() <= n / 20 for n, f in enumerate(ends, start=1))
 
 
 def test_strata_and_the_places_inside_them_are_drawn_anew_in_every_step_and_run():
@@ -104,6 +125,8 @@ def test_noise_target_and_masked_mean():
     mask = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]).view(2, 1, 3, 1, 1)
     assert squared_error(velocity, wanted, mask).tolist() == pytest.approx([(9 + 25) / 2, 4.0])
     assert squared_error(velocity, wanted, torch.zeros_like(mask)).tolist() == [0.0, 0.0]  # nothing to learn, not 0 / 0
+    one = squared_error(velocity[:, :1], wanted[:, :1], mask.double())  # one channel: the second sample has one element
+    assert one.tolist() == pytest.approx([(9 + 25) / 2, 4.0]) and one.dtype == torch.float32
 
 
 def test_the_error_is_taken_in_float32():
@@ -133,6 +156,6 @@ def test_euler_steps_along_the_velocity_at_each_sigma():
 
 
 def test_guidance_goes_through_the_conditional_velocity():
-    guided = classifier_free(lambda x, s: (x + s).bfloat16(), lambda x, s: 0 * x - 1, 3.0)
+    guided = classifier_free(lambda x, s: (x + s).bfloat16(), lambda x, s: -2 * x * s, 3.0)
     assert guided(torch.tensor([1.0]), torch.tensor([0.5])).tolist() == [-1 + 3 * (1.5 + 1)]
     assert guided(torch.tensor([1.0]), torch.tensor([0.5])).dtype == torch.float32

@@ -13,6 +13,7 @@ from hvtrain.config import GenerateConfig, LoraFileConfig
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate.requests import Job, Request, batches, plan_jobs, read_prompts
 from hvtrain.models import find
+from hvtrain.models.base import LatentGeometry
 
 FLAVOR = find("hunyuan-video").flavor("t2v")
 SKYREELS = find("hunyuan-video").flavor("skyreels-v1-t2v")
@@ -21,7 +22,7 @@ SKYREELS = find("hunyuan-video").flavor("skyreels-v1-t2v")
 def test_what_is_not_given_is_the_flavors_own() -> None:
     r = Request.of(FLAVOR, prompt="a cat", width=640, height=368)
     assert (r.width, r.height, r.frames, r.fps, r.steps, r.shift, r.guidance) == (640, 368, 129, 24, 50, 7.0, 6.0)
-    assert r.cfg_scale == 1.0
+    assert (r.cfg_scale, r.seed) == (1.0, 0)
     other = Request.of(SKYREELS, prompt="a cat")
     assert (other.guidance, other.cfg_scale, other.frames) == (1.0, 6.0, 97)
     assert "overexposed" in other.negative_prompt
@@ -57,6 +58,26 @@ def test_impossible_sizes(size: dict, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_the_smallest_that_is_possible() -> None:
+    r = Request.of(FLAVOR, prompt="", width=16, height=16, frames=1, steps=1, fps=1, shift=0.5, guidance=0.0)
+    assert (r.width, r.height, r.frames, r.steps, r.fps, r.shift, r.guidance) == (16, 16, 1, 1, 1, 0.5, 0.0)
+
+
+def test_each_side_has_its_own_unit() -> None:
+    """The VAE's stride times the patch of that side, whatever they are."""
+    flavor = replace(FLAVOR, latent=LatentGeometry(16, stride_t=1, stride_h=1, stride_w=4, patch=(1, 1, 3)))
+    r = Request.of(flavor, prompt="", width=12, height=1, frames=2)
+    assert (r.width, r.height, r.frames) == (12, 1, 2)
+    for size, words in (
+        ({"width": 16}, "width is 16, expected a multiple of 12, for example 12"),
+        ({"width": 0}, "width is 0, expected a multiple of 12, for example 12"),
+        ({"height": 0}, "height is 0, expected a multiple of 1, for example 1"),
+        ({"height": 1, "frames": 0}, "frames is 0, expected 1n + 1, for example 1 or 2"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"):
+            Request.of(flavor, prompt="", **{"width": 12, **size})
+
+
 def test_the_largest_that_is_possible() -> None:
     r = Request.of(FLAVOR, prompt="", width=160_000, height=16, frames=1, steps=10_000, fps=1000, guidance=-1.0)
     assert (r.width, r.height, r.frames, r.steps, r.fps, r.guidance) == (160_000, 16, 1, 10_000, 1000, -1.0)
@@ -71,6 +92,8 @@ def test_a_single_prompt(tmp_path: Path) -> None:
     cfg = GenerateConfig(prompt="a cat", output=str(tmp_path / "cat.mp4"), seed=5, steps=10)
     (job,) = plan_jobs(cfg, FLAVOR)
     assert job.output == tmp_path / "cat.mp4" and (job.request.seed, job.request.steps) == (5, 10)
+    (nothing,) = plan_jobs(GenerateConfig(prompt="", output="x.mp4"), FLAVOR)
+    assert nothing.request.prompt == ""
     with pytest.raises(ConfigError, match="ends with .mp4"):
         plan_jobs(GenerateConfig(prompt="a cat", output="folder"), FLAVOR)
     with pytest.raises(ConfigError, match="ends with .mp4"):
@@ -99,9 +122,12 @@ def test_a_file_in_a_directory_is_named_by_what_makes_it(tmp_path: Path) -> None
     lora = (LoraFileConfig("l.safetensors", 0.5),)
     names = [name(), name(seed=1), name(guidance=2.0), name(lora=lora), name(prompt="a cat walks slowly"), name(frames=1)]
     names.append(name(lora=(replace(lora[0], multiplier=0.6),)))
+    names += [name(slices="s"), name(slices="s", loraid=(1,)), name(slices="s", lora_multiplier=(0.5,))]
     assert len(set(names)) == len(names) and name() == names[0]
     assert re.fullmatch(r"a-cat-walks-slowly-[0-9a-f]{8}\.mp4", names[0]) and names[5].endswith(".png")
     assert name(output=str(tmp_path)) == names[0]  # it exists
+    (job,) = plan_jobs(GenerateConfig(prompt="a cat", output="not/there/"), FLAVOR)  # it will
+    assert job.output.parent == Path("not/there") and job.output.name.startswith("a-cat-")
     assert name(prompt="猫").startswith("video-") and len(name(prompt="word " * 99)) == len("word-" * 8) + len("12345678.mp4")
 
 
@@ -114,6 +140,17 @@ def test_a_prompt_file(tmp_path: Path) -> None:
     assert (cat.prompt, cat.seed, cat.width, cat.shift) == ("a cat", 7, 640, 7.0)
     assert (dog.prompt, dog.seed, dog.width, dog.height) == ("a dog -- running", 99, 320, 176)
     assert (dog.negative_prompt, dog.shift) == ("blurry, dark", 3.0)
+
+
+def test_a_prompt_file_is_utf_8_also_as_windows_writes_it(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff# a comment\r\n猫\r\n".encode())
+    assert list(read_prompts(file)) == [(f"{file}:2", {"prompt": "猫"})]
+    file.write_bytes("café".encode("latin-1"))
+    causes = {file: "'utf-8' codec can't decode byte 0xe9", tmp_path / "none.txt": "No such file", tmp_path: "directory"}
+    for path, why in causes.items():
+        with pytest.raises(DataError, match=f"^prompt_file: {path} cannot be read: .*{why}"):
+            list(read_prompts(path))
 
 
 @pytest.mark.parametrize(

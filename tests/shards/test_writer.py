@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 import xxhash
 
-from shards import ShardError
+from shards import ShardError, writer
 from shards.schema import TarFile
 from shards.tar import open_local
 from shards.writer import TarWriter, full, remove_tar, write_tar
@@ -54,6 +55,8 @@ def test_keys_of_any_legal_length_are_written_and_read_by_tar(tmp_path):
     assert open_local(tmp_path / "latents/a.tar", None).keys() == keys
     with tarfile.open(tmp_path / "latents/a.tar") as tar:
         assert tar.getnames() == [f"{key}.{kind}" for key in keys for kind in ("safetensors", "json")]
+        headers = [tar.fileobj.seek(member.offset) and tar.fileobj.read(512) for member in tar.getmembers()[2:4]]
+    assert headers[0][257:265] == b"ustar\x0000"  # the longest that the plain header holds: no extension of GNU's
 
 
 @pytest.mark.parametrize("bad", ["", "../a", "a/b", "a.b", "a" * 201, "é", "a\n"])
@@ -106,6 +109,48 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, call):
         with pytest.raises(ShardError, match=r"latents.*: the disk is full \(\d+ MiB left\).*run the same command again"):
             write_tar(tmp_path, "latents/a.tar", [("k", {"x": torch.ones(1)}, {})])
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_disk_that_fills_while_it_writes(tmp_path, monkeypatch):
+    """Said by the very write that found no room: nothing waits in a buffer for a later one."""
+    def nowhere(path):
+        path.touch()
+        return path, os.open("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr(writer, "create_temporary", nowhere)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=7 * 2**20 + 1))
+    with TarWriter(tmp_path, "latents") as out, pytest.raises(ShardError) as caught:
+        out.add("k", {"x": torch.ones(1)}, {})
+    assert str(caught.value) == (
+        f"{tmp_path}/latents: the disk is full (7 MiB left); nothing half-written was kept: make room and run "
+        "the same command again, it continues"
+    )
+    assert list((tmp_path / "latents").iterdir()) == []
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_a_disk_that_says_so_only_when_the_file_is_closed(tmp_path, finish):
+    """NFS does, of a quota."""
+    class Late:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data)
+
+        def close(self):
+            if not self.file.closed:
+                self.file.close()
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with pytest.raises(ShardError if finish else KeyboardInterrupt) as caught, TarWriter(tmp_path, "latents") as out:
+        out.file = Late(out.file)
+        out.add("k", {"x": torch.ones(1)}, {})
+        if not finish:
+            raise KeyboardInterrupt
+        out.finish("latents/a.tar")
+    assert not finish or "latents/a.tar: the disk is full" in str(caught.value)
+    assert list((tmp_path / "latents").iterdir()) == []
 
 
 def test_short_writes_are_gone_on_with(tmp_path):
