@@ -256,7 +256,7 @@ def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _package_missing(
-    package: str, name: str, *, since: tuple[int, int], until: tuple[int, int] = (99, 0)
+    package: str, name: str, *, since: tuple[int, int], until: tuple[int, int] | None = None
 ) -> Callable[[torch.device, torch.dtype], str | None]:
     """For a kernel that is made for GPUs of compute capability `since` up to, and without, `until`."""
 
@@ -264,8 +264,8 @@ def _package_missing(
         if device.type != "cuda":
             return f"it needs a CUDA device, this is {device.type}"
         here = torch.cuda.get_device_capability(device)
-        if not since <= here < until:
-            wanted = f"{since[0]}.{since[1]} or newer" if until[0] == 99 else f"{since[0]}.x"
+        if here < since or (until and here >= until):
+            wanted = f"{since[0]}.x" if until else f"{since[0]}.{since[1]} or newer"
             return f"it needs compute capability {wanted}, this is {here[0]}.{here[1]}"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"

@@ -139,10 +139,9 @@ class _Ring(torch.autograd.Function):
         queries = [join(Joint(q_img, q_txt), rows, n_img=n_q, n_txt=n) for rows, n in runs]
         d_outs = [join(Joint(d_img, d_txt), rows, n_img=n_q, n_txt=n) for rows, n in runs]
         d_q = [torch.zeros_like(q, dtype=torch.float32) for q in queries]
-        d_kv_txt = torch.zeros(2, *k_txt.shape, dtype=torch.float32, device=k_txt.device)
+        d_kv_txt = torch.zeros_like(k_txt), torch.zeros_like(v_txt)
         kv, comm, d_comm = torch.stack([k_img, v_img]), RingComm(spec.group), RingComm(spec.group)
-        arriving: Tensor  # dK/dV of the block at hand, from the ranks before this one
-        arriving = kv  # replaced in the first step
+        arriving = kv  # dK/dV of the block at hand, from the ranks before this one; replaced in the first step
         for step in range(spec.size):
             more = step + 1 < spec.size
             if more:
@@ -158,7 +157,7 @@ class _Ring(torch.autograd.Function):
                 d_q[i] += grads.q
                 for which, grad in enumerate((grads.k, grads.v)):
                     d_kv[which, rows, :n_k] = grad[:, :n_k]
-                    d_kv_txt[which, rows, : grad.shape[1] - n_k] += grad[:, n_k:]
+                    d_kv_txt[which][rows, : grad.shape[1] - n_k] = grad[:, n_k:]  # all of it in step 0
             if step:
                 d_comm.wait()
                 d_kv += arriving
@@ -169,7 +168,7 @@ class _Ring(torch.autograd.Function):
                 kv = coming
         d_comm.wait()
         dq = stack_rows([split(d, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for d in d_q])
-        grads = (dq.img, arriving[0], arriving[1], dq.txt, d_kv_txt[0], d_kv_txt[1])
+        grads = (dq.img, *arriving, dq.txt, *d_kv_txt)
         return *(g.to(q_img.dtype) for g in grads), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from hvtrain.models.attention import (
     stack_rows,
 )
 from hvtrain.models.base import Joint
+from hvtrain.rng import generator
 
 CPU = torch.device("cpu")
 SDPA = KERNELS["sdpa"]
@@ -192,33 +194,30 @@ def test_what_cuda_flash_takes(dtype, dim, capability, fits, monkeypatch):
     assert attention._flash_fits(torch.empty(1, 1, 1, dim, dtype=dtype)) is fits
 
 
-def test_the_memory_efficient_kernel_s_log_sum_exp_is_padded_for_its_backward(monkeypatch):
-    """To a multiple of 32, with infinity: exp(score - lse) is then zero there."""
-    seen = {}
+def test_near_is_within_a_tenth_of_the_largest():
+    want = torch.tensor([10.0, 0.0])
+    assert attention._near(torch.tensor([9.0, -1.0], dtype=torch.bfloat16), want)
+    assert attention._near(torch.tensor([11.0, 1.0]), want) and attention._near(torch.zeros(1), torch.zeros(1))
+    for off in ([11.25, 0.0], [8.75, 0.0], [10.0, -1.25], [10.0, float("nan")]):
+        assert not attention._near(torch.tensor(off), want)
+    assert not attention._near(torch.tensor([10.0]), torch.tensor([10.0, 10.0]))
 
-    def backward(dout, q, k, v, bias, out, lse, *rest):
-        seen.update(lse=lse, bias=bias, rest=rest)
-        return q, k, v, None
 
-    monkeypatch.setattr(attention, "_flash_fits", lambda q: False)
-    monkeypatch.setattr(
-        attention, "aten", type("Ops", (), {"_scaled_dot_product_efficient_attention_backward": staticmethod(backward)})
-    )
-    q, k = (torch.zeros(1, n, N, D, device="meta") for n in (33, 40))
-    real = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **kw: real(*a, **kw))
-    lse = draw(1, N, 33)
-    grads = attention._sdpa_backward(q, q, k, k, Partial(q, lse))
-    assert seen["lse"].shape == (1, N, 64) and torch.equal(seen["lse"][..., :33], lse)
-    assert (seen["lse"][..., 33:] == float("inf")).all() and seen["bias"] is None
-    assert seen["rest"][2:] == (0.0, [True, True, True, False], False)
-    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+def test_the_trial_s_attention_is_the_same_each_time():
+    drawn = attention._little_attention(CPU, torch.bfloat16)
+    draw = generator(0, stream="kernel-trial")
+    assert len(drawn) == 4 and all(x.dtype == torch.bfloat16 for x in drawn)
+    assert all(torch.equal(x, torch.randn(2, 64, 2, 128, generator=draw).bfloat16()) for x in drawn)
+    meta = attention._little_attention(torch.device("meta"), torch.float16)
+    assert {(x.device.type, x.dtype) for x in meta} == {("meta", torch.float16)}
 
 
 def test_who_is_chosen_and_who_is_refused():
     assert pick_kernel("auto", device=CPU).name == pick_kernel("sdpa", device=CPU).name == "sdpa"
-    with pytest.raises(ConfigError, match=r"^parallel.kernel: no attention kernel 'flash_2'; did you mean 'flash2'"):
-        pick_kernel("flash_2", device=CPU)
+    names = "auto, flash2, flash3, sage, sdpa, xfuser"
+    for name, hint in (("flash_2", "did you mean 'flash2'?"), ("?", f"choose one of: {names}")):
+        with pytest.raises(ConfigError, match="^" + re.escape(f"parallel.kernel: no attention kernel '{name}'; {hint}") + "$"):
+            pick_kernel(name, device=CPU)
     for name in ("flash2", "flash3", "sage"):
         with pytest.raises(ConfigError, match=f"^parallel.kernel: '{name}' cannot be used: it needs a CUDA device, this is cpu"):
             pick_kernel(name, device=CPU, training=False)

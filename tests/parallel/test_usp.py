@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.attention import KERNELS, Partial
+from hvtrain.models.attention import KERNELS, Grads, Partial
 from hvtrain.models.base import Grid, Joint, Rope, Tokens
+from hvtrain.parallel import usp
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.usp import RingSpec, ShardedSequence, _merge, _nothing, usp_attend
 from tests.parallel.test_attention import DIM, HEADS, SHAPES, TEXT, make, plain, with_grads
@@ -18,7 +20,21 @@ from tests.parallel.threads import run_threads
 SDPA = KERNELS["sdpa"]
 
 
-@pytest.mark.parametrize("n_img, txt_len", SHAPES)
+def asked(function):
+    """A kernel's function, of which nothing is asked without queries or without keys."""
+
+    def ask(*tensors):
+        assert all(t.shape[1] for t in tensors if isinstance(t, torch.Tensor))
+        return function(*tensors)
+
+    return ask
+
+
+CAREFUL = replace(SDPA, partial=asked(SDPA.partial), backward=asked(SDPA.backward))
+
+
+# And fewer image tokens than ranks in the ring: the last has none, and of the first sample no text either.
+@pytest.mark.parametrize("n_img, txt_len", [*SHAPES, (2, (0, 4))])
 @pytest.mark.parametrize("ulysses, ring", [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2)])
 def test_outputs_and_gradients_are_those_of_softmax(ulysses, ring, n_img, txt_len, monkeypatch):
     *qkv, d_out = make(n_img, len(txt_len))
@@ -34,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_softmax(ulysses, ring, n_img, txt_le
             return Joint(torch.cat([x.img, pad], 1)[:, here], x.txt)
 
         def attend(q: Joint, k: Joint, v: Joint) -> Joint:
-            return usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=ctx, kernel=SDPA)
+            return usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=ctx, kernel=CAREFUL)
 
         # Text is replicated: each rank hands in its share of its output's gradient.
         return with_grads(attend, [shard(x) for x in qkv], Joint(shard(d_out).img, d_out.txt / sp))
@@ -75,6 +91,26 @@ def test_a_ring_sends_each_block_on_until_all_have_seen_it(monkeypatch):
         assert [t.dtype for t in sent].count(torch.float32) == 3
     first = next(t for by, t in wires.sent if by == 0)
     torch.testing.assert_close(first[0], x.img[:, :4].bfloat16())
+
+
+def test_gradients_are_summed_in_float32(monkeypatch):
+    """In bfloat16, 256 + 1 is 256: every rank's own block gives its queries 256, and each of the others' one more."""
+
+    def backward(dout, q, k, v, merged):
+        one = 256.0 if k.shape[1] == 2 else 1.0  # with text: the own block
+        return Grads(*(torch.full_like(x, n * one) for n, x in zip((1, -1, 2), (q, k, v))))
+
+    def rank(ctx: ParallelContext) -> list[Joint]:
+        leaves = [Joint(*(torch.ones(1, n, HEADS, DIM).bfloat16().requires_grad_() for n in (1, 3))) for _ in range(3)]
+        kernel = replace(SDPA, backward=backward)
+        out = usp_attend(*leaves, txt_len=(1,), n_img=3, ctx=ctx, kernel=kernel)
+        (out.img.sum() + out.txt.sum()).backward()
+        return [Joint(x.img.grad, x.txt.grad) for x in leaves]
+
+    for grads in run_threads(monkeypatch, rank, ulysses=1, ring=3)[0]:
+        for n, txt, grad in zip((1, -1, 2), (258, 256, 256), grads):  # the text's keys: in the own block alone
+            assert grad.img.dtype == grad.txt.dtype == torch.bfloat16
+            assert (grad.img == n * 258).all() and (grad.txt[:, :1] == n * txt).all() and not grad.txt[:, 1:].any()
 
 
 def test_under_autocast_what_travels_is_half_as_wide(monkeypatch):
@@ -143,6 +179,12 @@ def tokens(n: int, *, first: bool) -> Tokens:
     rope = Rope(torch.arange(n * 2.0).view(n, 2), -torch.arange(n * 2.0).view(n, 2))
     return Tokens(img, torch.ones(2, 4, 3), (4, 2), torch.ones(2, 3), rope, n, Grid(1, 1, n),
                   first=torch.arange(n) < 2 if first else None)  # fmt: skip
+
+
+def test_tokens_that_need_no_padding_are_copied_once(monkeypatch):
+    monkeypatch.setattr(usp.F, "pad", None)  # padding by nothing copies the whole
+    parts, _ = run_threads(monkeypatch, lambda ctx: ShardedSequence(ctx).scatter(tokens(6, first=True)), ulysses=1, ring=3)
+    assert torch.equal(torch.cat([p.img for p in parts], 1), tokens(6, first=True).img)
 
 
 @pytest.mark.parametrize("first", [True, False])

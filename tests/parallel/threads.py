@@ -27,7 +27,7 @@ class Wires:
     """What connects the threads; everything sent round a ring is noted."""
 
     def __init__(self, world: int) -> None:
-        self.queues: dict[tuple[int, int], Queue[Tensor]] = {(a, b): Queue() for a in range(world) for b in range(world)}
+        self.queues: dict[tuple[int, int], Queue[Tensor | None]] = {(a, b): Queue() for a in range(world) for b in range(world)}
         self.slots: dict[Group, list[Any]] = {}
         self.barriers: dict[Group, threading.Barrier] = {}
         self.lock = threading.Lock()
@@ -44,6 +44,13 @@ class Wires:
         everyone = list(slots)
         barrier.wait(WAIT_S)
         return everyone
+
+    def cut(self) -> None:
+        """Let nobody wait for a rank that failed."""
+        for barrier in self.barriers.values():
+            barrier.abort()
+        for queue in self.queues.values():
+            queue.put(None)
 
 
 class Ring:
@@ -71,7 +78,10 @@ class Ring:
     def wait(self) -> None:
         assert self.committed, "waited before it was committed"
         for x in self.coming:
-            x.copy_(self.wires.queues[self.of, _me.rank].get(timeout=WAIT_S))
+            arrived = self.wires.queues[self.of, _me.rank].get(timeout=WAIT_S)
+            if arrived is None:
+                raise threading.BrokenBarrierError
+            x.copy_(arrived)
         self.coming, self.going, self.committed = [], [], False
 
 
@@ -128,8 +138,7 @@ def run_threads(
             results[rank] = function(ctx)
         except BaseException as error:
             errors.append(error)
-            for barrier in wires.barriers.values():
-                barrier.abort()
+            wires.cut()
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world)]
     for thread in threads:
