@@ -182,7 +182,7 @@ def test_sage_may_round_but_must_give_its_log_sum_exp(monkeypatch):
     module(monkeypatch, "sageattention", sageattn=rounded)
     assert pick_kernel("sage", device=GPU, dtype=BF16, training=False).name == "sage"
     assert auto() == "sdpa"  # never by itself
-    with pytest.raises(ConfigError, match="it has no backward; train with 'auto'"):
+    with pytest.raises(ConfigError, match="^parallel.kernel: 'sage' cannot be used: it has no backward; train with 'auto'$"):
         pick_kernel("sage", device=GPU, dtype=BF16)
     attention._trial.cache_clear()
     module(monkeypatch, "sageattention", sageattn=lambda q, k, v, tensor_layout, **_: SDPA.attend(q, k, v))  # 1.0
@@ -218,6 +218,17 @@ def test_which_gpus_a_package_is_for(gpu, capability, until, says):
     missing = attention._package_missing("none", "none", since=(8, 6), until=until)
     assert missing(GPU, torch.float32) == says.replace("computes in", "computes in bfloat16 or float16, not float32")
     assert missing(torch.device("cpu"), BF16) == "it needs a CUDA device, this is cpu"
+
+
+@pytest.mark.parametrize("found", [None, "a call of it fails"])
+def test_an_installed_package_is_tried_where_it_will_run(monkeypatch, found):
+    tried = []
+    module(monkeypatch, "some")
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_trial", lambda *asked: tried.append(asked) or found)
+        reason = attention._package_missing("some", "flash9", since=(8, 0))(GPU, BF16)
+    assert tried == [("flash9", GPU, BF16)]
+    assert reason == (found and "the Python package 'some' is installed, but a call of it fails")
 
 
 # --- what is passed to functions that need a card, value by value -------------------------------------------------

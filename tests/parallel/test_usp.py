@@ -25,6 +25,7 @@ def asked(function):
 
     def ask(*tensors):
         assert all(t.shape[1] for t in tensors if isinstance(t, torch.Tensor))
+        assert len(tensors) == 3 or tensors[0].shape == tensors[1].shape  # the output's gradient, and the queries
         return function(*tensors)
 
     return ask
@@ -91,6 +92,12 @@ def test_a_ring_sends_each_block_on_until_all_have_seen_it(monkeypatch):
         assert [t.dtype for t in sent].count(torch.float32) == 3
     first = next(t for by, t in wires.sent if by == 0)
     torch.testing.assert_close(first[0], x.img[:, :4].bfloat16())
+
+
+def test_without_a_ring_the_kernel_is_the_one_that_was_chosen(monkeypatch):
+    x, kernel = make(4, 4)[0], replace(SDPA, attend=lambda q, k, v: torch.full_like(q, 5.0))
+    for out in run_threads(monkeypatch, lambda ctx: attend_alike(ctx, x, 4, (7,) * 4, kernel), ulysses=2, ring=1)[0]:
+        assert (out.img == 5).all() and (out.txt == 5).all()
 
 
 def test_gradients_are_summed_in_float32(monkeypatch):
