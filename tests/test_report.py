@@ -22,7 +22,7 @@ from hvtrain.errors import ConfigError
 from launcher import local, output, report
 from launcher.report import Failure, first_cause
 from shards.errors import ShardError
-from tests.test_cli import end, job
+from tests.test_launch import end, job
 
 
 def recorded(folder: Path, *failures: Failure) -> Failure | None:
