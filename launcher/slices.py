@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvtrain.configload import override
+from hvtrain.configload import build, override
 from hvtrain.errors import ConfigError, LaunchError
 from launcher.slurm import RESTARTS
 
@@ -72,10 +72,11 @@ def load_slices(run: str | Path) -> Slices:
     try:
         raw = json.loads(path.read_text())
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        build(Slices, raw, where=FILE)  # the type of each value
         return Slices(**values)
     except OSError as error:
         raise LaunchError(f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, TypeError, AttributeError) as error:
         raise LaunchError(f"{path}: damaged ({error})") from None
 
 

@@ -18,7 +18,7 @@ from tests.fuzz.world import World, fuzz, world  # noqa: F401 (a fixture)
 LINES = (
     "data check @clips.toml@ --workers 1",
     "data check @jsonl.toml@ --model hunyuan-video --flavor tiny",
-    "data preview @clips.toml@ --output page --max 2 --workers 1",
+    "data preview @clips.toml@ --output page.html --max 2 --workers 1",
     "encode @encode.yaml@ batch_size=1 --strict",
     "train @train.yaml@ run.steps=1 optim.lr=1e-3",
     "train @train.yaml@ adapter.rank=2 parallel.ulysses=1 flow.shift=3",

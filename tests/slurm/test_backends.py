@@ -208,7 +208,7 @@ def test_the_merge_waits_for_all_slices_to_be_done(machine, run, capsys, flushes
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_one_that_is_asked_to_end_lets_its_slices_save_and_starts_no_more(machine, run, capsys, number):
-    before = [signal.getsignal(n) for n in local.FORWARDED]
+    before = [signal.getsignal(n) for n in local.forwarded()]
     plan = a_run(run, n=4, backend="local", at_once=2)
     machine.takes, machine.signals = {"01": (50, 0), "02": (60, 0)}, {3: number}
     assert backends.run_here(run, plan, [1, 2, 3, 4]) == 75
@@ -217,7 +217,7 @@ def test_one_that_is_asked_to_end_lets_its_slices_save_and_starts_no_more(machin
         "slice 1: stopped, saved", "slice 2: stopped, saved",
         f"0 of 4 slices are done; `hvtrain slices status {run}` says more",
     ]
-    assert [signal.getsignal(n) for n in local.FORWARDED] == before
+    assert [signal.getsignal(n) for n in local.forwarded()] == before
 
 
 def test_slices_that_end_well_when_they_are_asked_to_end_are_done_and_not_merged(machine, run):

@@ -31,7 +31,7 @@ def test_a_run_as_it_was_asked_for(tmp_path, ascii_locale):
     assert json.loads((tmp_path / "a/run/slices.json").read_text()) == {
         "plan": "/p.json", "config": "é.yaml", "overrides": ["a=1"], "data": ["/1", "/2"], "n": 2, "nproc": 3, "nodes": 4,
         "time": "5:00", "site": "/site", "backend": "slurm", "at_once": 2, "gpus": ["0", "1"], "merge": ["--output", "o"],
-        "max_restarts": 7,
+        "max_restarts": 7, "cwd": "",
     }
     assert slices.load_slices(tmp_path / "a/run") == slices.load_slices(str(tmp_path / "a/run")) == plan
     slices.save_slices(tmp_path / "a" / "run", plan)  # again: nothing to say
