@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -144,7 +145,9 @@ def run(arguments: list[str]) -> None:
         done = subprocess.run([*HVTRAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
         assert done.returncode == 0, f"hvtrain {shlex.join(arguments)}\n{done.stdout}"
     else:
+        here = Path.cwd()  # which a command of a sliced run leaves for where that run was begun
         assert cli.main(arguments) == 0, f"hvtrain {shlex.join(arguments)}"
+        os.chdir(here)
 
 
 def walk(page: Path) -> list[str]:
