@@ -1,4 +1,4 @@
-"""hvtrain, started by the path of this file (hvtrain.program) or by `python -m launcher`."""
+"""hvtrain, started by the path of this file (launcher.program) or by `python -m launcher`."""
 
 if __name__ == "__main__":
     import os

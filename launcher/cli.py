@@ -13,7 +13,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 
 from launcher import commands as commands  # fills the table
 from launcher import output
-from launcher.report import guarded
+from launcher.exits import guarded
 from launcher.table import COMMANDS, parse
 
 

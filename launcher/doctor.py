@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from launcher.local import cores
-from launcher.report import USER_ERROR
+from launcher.exits import USER_ERROR
+from launcher.processes import cores
 
 NEEDED = (
     "torch",

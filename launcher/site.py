@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvtrain.configload import load
+from hvtrain.config.load import load
 from hvtrain.errors import ConfigError
 
 VARIABLE = "HVTRAIN_SITE"

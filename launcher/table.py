@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hvtrain.errors import ConfigError, suggest
-from launcher.report import USER_ERROR
+from launcher.exits import USER_ERROR
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 

@@ -13,18 +13,18 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     # `-m` put the working directory first, where a user's data may be called `shards`: off, as in __main__.py.
     sys.path[:] = [*sys.path[1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
-from hvtrain import signals
+from hvtrain import stopping
 from launcher import cli
-from launcher.report import REQUEUE
+from launcher.exits import REQUEUE
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
     if arguments[:1] in (["train"], ["generate"]):
-        signals.remember()  # before the imports, which take seconds
+        stopping.remember()  # before the imports, which take seconds
     elif arguments[:1] == ["encode"]:
-        signals.leave(REQUEUE)
+        stopping.leave(REQUEUE)
     else:
-        signals.obey()  # the launcher starts its workers deaf
+        stopping.obey()  # the launcher starts its workers deaf
     _end_with_parent()
     code = cli.run(arguments)
     # At once: the ordinary exit may wait for a collective whose other ranks have failed too, and tearing libraries'

@@ -20,23 +20,22 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = [
     ("hvtrain.errors", 0),
     ("hvtrain.rng", 0),
-    ("hvtrain.precision", 0),
-    ("hvtrain.signals", 0),
-    ("hvtrain.configload", 1),
+    ("hvtrain.stopping", 0),
     ("hvtrain.config", 1),
     ("hvtrain.flow", 2),
-    ("hvtrain.optim", 2),
+    ("hvtrain.weights", 2),
     ("hvtrain.models", 2),
     ("hvtrain.parallel.context", 2),
     ("hvtrain.parallel.collectives", 2),
     ("hvtrain.parallel", 4),
     ("hvtrain.adapters", 4),
-    ("hvtrain.validate", 5),
-    ("hvtrain.metrics", 5),
+    ("hvtrain.slices", 4),
+    ("hvtrain.lorafiles", 4),
     ("hvtrain.generate", 5),
     ("hvtrain.encode", 5),
     ("hvtrain.train", 6),
-    ("hvtrain.plan", 6),
+    ("hvtrain.merge", 6),
+    ("hvtrain.fit", 6),
     ("hvtrain.tiny", 7),
     ("hvtrain", 0),
 ]
@@ -155,7 +154,7 @@ def test_a_library_is_imported_in_its_home_only(package: str, homes: list[str]) 
 
 
 def test_no_torch_in_the_launcher_and_config() -> None:
-    light = ("launcher", "hvtrain.config", "hvtrain.configload", "hvtrain.validate", "hvtrain.errors", "shards.order")
+    light = ("launcher", "hvtrain.config", "hvtrain.config.load", "hvtrain.config.rules", "hvtrain.errors", "shards.order")
     bad = [
         found
         for found in everything()

@@ -24,9 +24,9 @@ import pytest
 
 from hvtrain import config
 from hvtrain.encode.dataset import read_dataset_file
-from hvtrain.program import HVTRAIN
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from launcher import cli
+from launcher.program import HVTRAIN
 from launcher.site import load_site
 from launcher.table import COMMANDS, GROUPS
 from shards import open_set
@@ -34,7 +34,7 @@ from shards import open_set
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
-WITH_CONFIG = {"encode": "encode", "train": "train", "generate": "generate", "plan": "train", "slices run": "train"}
+WITH_CONFIG = {"encode": "encode", "train": "train", "generate": "generate", "fit": "train", "slices run": "train"}
 
 NOT_RUN = {
     r"make (demo|test|env)\b": "this very suite, and the demo's minutes",
@@ -257,7 +257,7 @@ def mistakes(words: list[str]) -> Iterator[str]:
         at = next((i for i, word in enumerate(rest) if word in COMMANDS), len(rest))
         rest, inner = rest[:at], rest[at:]
         yield from mistakes(["hvtrain", *inner]) if inner else ()
-    root = "generate" if command == "plan" and "--generate" in rest else WITH_CONFIG.get(command)
+    root = "generate" if command == "fit" and "--generate" in rest else WITH_CONFIG.get(command)
     for word in rest:
         key, sign, _ = word.partition("=")
         if word.startswith("--") and key not in options_of(command):

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from hvtrain.adapters.dialects import key_map, pieces
-from hvtrain.adapters.files import read_lora, save_lora
 from hvtrain.adapters.lora import adapted_layers, inject, linear_shapes, merge_into
+from hvtrain.lorafiles.dialects import key_map, pieces
+from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
 from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
 from hvtrain.models.load import identify, load_dit, save_dit

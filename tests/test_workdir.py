@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hvtrain.program import HVTRAIN
 from hvtrain.tiny.data import ClipsRecipe, write_clips
+from launcher.program import HVTRAIN
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "tiny"
 SCRIPTS = Path(sys.executable).parent

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvtrain.adapters.files import LoraFile
-from hvtrain.adapters.pairs import LoraPair, add_pairs
 from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.models.fp8 import Fp8Linear, linear
+from hvtrain.lorafiles.files import LoraFile
+from hvtrain.lorafiles.pairs import LoraPair, add_pairs
 from hvtrain.rng import generator
+from hvtrain.weights.float8 import Fp8Linear, linear
 
 
 @dataclass(frozen=True)

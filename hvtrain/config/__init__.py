@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hvtrain.config.encode import EncodeConfig
 from hvtrain.config.generate import GenerateConfig, LoraFileConfig
+from hvtrain.config.load import build, dump, load, reference, to_dict
 from hvtrain.config.merge import MergeConfig
 from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig
 from hvtrain.config.train import (
@@ -20,7 +21,6 @@ from hvtrain.config.train import (
     TrainConfig,
     ZeroConfig,
 )
-from hvtrain.configload import build, dump, load, reference, to_dict
 
 __all__ = [
     "ROOTS",

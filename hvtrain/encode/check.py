@@ -11,7 +11,7 @@ from hvtrain.encode.clips import Clip, Rejected, find_clips
 from hvtrain.encode.dataset import Dataset, read_dataset_file
 from hvtrain.encode.frames import normalised
 from hvtrain.encode.places import shown
-from hvtrain.encode.plan import PlannedSample, Probes, plan_clips, without_doubles
+from hvtrain.encode.samples import PlannedSample, Probes, plan_clips, without_doubles
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import all_specs, find
 from hvtrain.models.base import Flavor

@@ -11,7 +11,7 @@ from typing import Any
 
 from hvtrain.encode.clips import Rejected
 from hvtrain.encode.encoders import Outcome, rejected
-from hvtrain.encode.plan import PlannedChunk, PlannedSample
+from hvtrain.encode.samples import PlannedChunk, PlannedSample
 from hvtrain.errors import DataError
 from shards.errors import ShardError
 from shards.reader import open_set

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hvtrain.encode.media import read_frames
 from hvtrain.encode.places import shown
-from hvtrain.encode.plan import Picture, PlannedSample
+from hvtrain.encode.samples import Picture, PlannedSample
 from hvtrain.errors import DataError
 from shards.atomic import write_text
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvtrain.configload import parse_yaml
+from hvtrain.config.load import parse_yaml
 from hvtrain.encode.buckets import STEP, BucketRule
 from hvtrain.encode.frames import LEGAL, FrameRule
 from hvtrain.encode.places import brief, place, shown, sound

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvtrain.encode.clips import Rejected
 from hvtrain.encode.media import read_windows
-from hvtrain.encode.plan import Picture, PlannedSample
+from hvtrain.encode.samples import Picture, PlannedSample
 from hvtrain.errors import DataError
 from hvtrain.rng import generator
 

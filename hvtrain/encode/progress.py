@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from hvtrain.encode.places import shown
-from hvtrain.encode.plan import PlannedSample
+from hvtrain.encode.samples import PlannedSample
 from shards.atomic import write_text
 
 PROGRESS = ".progress"

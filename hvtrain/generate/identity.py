@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvtrain.adapters.files import LoraFile
 from hvtrain.config import GenerateConfig
 from hvtrain.generate.requests import Request
-from hvtrain.models.weights import fingerprint, open_weights
+from hvtrain.lorafiles.files import LoraFile
+from hvtrain.weights.containers import fingerprint, open_weights
 
 
 @dataclass(frozen=True)

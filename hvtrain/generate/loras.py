@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hvtrain.adapters.dialects import Shapes
-from hvtrain.adapters.files import LoraFile, read_lora
-from hvtrain.adapters.mergeinputs import finished
-from hvtrain.adapters.policies import by_layer, overlaps
-from hvtrain.adapters.tools import blocks
 from hvtrain.config import GenerateConfig, asset
 from hvtrain.errors import ConfigError
+from hvtrain.lorafiles.dialects import Shapes
+from hvtrain.lorafiles.files import LoraFile, read_lora
+from hvtrain.lorafiles.overlap import by_layer, overlaps
+from hvtrain.lorafiles.runs import finished
+from hvtrain.lorafiles.tools import blocks
 from hvtrain.models.base import ModelSpec
 
 

@@ -7,7 +7,6 @@ from itertools import groupby
 
 import torch
 
-from hvtrain.adapters.files import LoraFile
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.config import GenerateConfig, asset
 from hvtrain.errors import ConfigError, DataError
@@ -17,13 +16,14 @@ from hvtrain.generate.identity import Sources, sources_of
 from hvtrain.generate.loras import open_loras
 from hvtrain.generate.requests import Job, batches, plan_jobs
 from hvtrain.generate.video import read_metadata
+from hvtrain.lorafiles.files import LoraFile
 from hvtrain.models.attention import pick_kernel
 from hvtrain.models.base import DiT, Flavor, ModelSpec
 from hvtrain.models.load import Identified, check, identify
-from hvtrain.models.weights import fingerprint
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext, check_heads
 from hvtrain.parallel.swap import swap_savings
+from hvtrain.weights.containers import fingerprint
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from hvtrain.generate.spool import Kept, find, keep
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import free, parameters
 from hvtrain.models.base import DiT, Flavor, ModelSpec
-from hvtrain.models.fp8 import use_matmul
 from hvtrain.models.load import load_dit
+from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
-from hvtrain.precision import autocast
 from hvtrain.rng import generator
+from hvtrain.weights.float8 import use_matmul
 
 Cond = Mapping[str, Tensor]  # "text" [B L E], "text_len" [B], "pooled" [B P]
 

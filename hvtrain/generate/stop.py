@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.signals import arrived
+from hvtrain.stopping import arrived
 
 _POLL_S = 0.2
 
@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """SIGTERM or SIGUSR1, if `hvtrain.signals.remember` was called. Ranks that share a video decide together; the other
+    """SIGTERM or SIGUSR1, if `hvtrain.stopping.remember` was called. Ranks that share a video decide together; the other
     groups are told through the job's key-value store, because they are at other videos and steps."""
 
     def __init__(self, ctx: ParallelContext) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hvtrain.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
-    from hvtrain.models.keys import KeyMap
+    from hvtrain.weights.keymap import KeyMap
 
 
 class Joint(NamedTuple):

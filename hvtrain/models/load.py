@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from hvtrain.errors import CheckpointError
 from hvtrain.models import all_specs, find
 from hvtrain.models.base import DiT, Flavor, ModelSpec
-from hvtrain.models.fp8 import DTYPE as FLOAT8
-from hvtrain.models.fp8 import dequantize, quantize, replace_linear
-from hvtrain.models.keys import Fused
-from hvtrain.models.stream import Slot, open_writer
-from hvtrain.models.weights import Weights, fingerprint, open_weights
+from hvtrain.weights.containers import Weights, fingerprint, open_weights
+from hvtrain.weights.float8 import DTYPE as FLOAT8
+from hvtrain.weights.float8 import dequantize, quantize, replace_linear
+from hvtrain.weights.keymap import Fused
+from hvtrain.weights.stream import Slot, open_writer
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "module.", "model.")
 MODEL_KEY, ARCH_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.arch", "hvtrain.flavor"

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from hvtrain.config import GenerateConfig, load
 from hvtrain.tiny.clips import BACKGROUNDS, Clip, combinations
-from hvtrain.tiny.demo import CONFIGS, read_video
-from hvtrain.tiny.score import look
+from hvtrain.tiny.score import CONFIGS, look, read_video
 
 
 def evaluate(folder: Path, cfg: GenerateConfig) -> dict[str, float]:
     """{"color": share right, "motion": share right} over the held-out combinations; videos stay in `folder`."""
-    from hvtrain.generate.pipeline import run
+    from hvtrain.generate.run import run
 
     _, held = combinations()
     wanted = [Clip(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]

@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from hvtrain import encode, train
-from hvtrain.adapters import merge
-from hvtrain.adapters.loraid import Cut, SlicePlan, load_plan, save_plan
-from hvtrain.adapters.plancommand import plan_for
 from hvtrain.config import EncodeConfig, GenerateConfig, LoraFileConfig, MergeConfig, TrainConfig, asset, load
-from hvtrain.generate.pipeline import run as generate
+from hvtrain.encode import run as encode
+from hvtrain.generate import run as generate
 from hvtrain.generate.video import write_mp4
+from hvtrain.merge import run as merge
+from hvtrain.slices.plan import Cut, SlicePlan, load_plan, save_plan
+from hvtrain.slices.run import plan_for
 from hvtrain.tiny.clips import BACKGROUNDS, MOTIONS, Clip, combinations, render, training_clips
-from hvtrain.tiny.demo import CONFIGS, read_video
-from hvtrain.tiny.score import look
+from hvtrain.tiny.score import CONFIGS, look, read_video
+from hvtrain.train import run as train
 
 CONCEPTS = {"star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta", "oval": "cyan"}
 POLICIES = ("sum", "average", "ties", "dare")
@@ -102,8 +102,8 @@ def equal_rank(plan: SlicePlan, rank: int) -> int:
 
 
 def _layers() -> list[tuple[str, tuple[int, int]]]:
-    from hvtrain.adapters.plancommand import target_shapes
     from hvtrain.models.load import identify, whole_model
+    from hvtrain.slices.run import target_shapes
 
     found = identify(asset("tiny:dit.safetensors"))
     return list(target_shapes(whole_model(found), found.spec).items())
@@ -155,7 +155,7 @@ def _train(recipe: Recipe, folder: Path, plan: SlicePlan | None, loraid: int, sh
 
 def _parameters(path: Path) -> int:
     """What was trained: rows that a slice does not own are zeros in its file and count for nothing."""
-    from hvtrain.adapters.tools import open_any
+    from hvtrain.lorafiles.tools import open_any
 
     pairs = open_any(path).lora.pairs.values()
     return sum(p.down.numel() + int(p.up.ne(0).any(dim=1).sum()) * p.rank for p in pairs)
@@ -175,7 +175,7 @@ def _score(
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{clip.caption}\n" for clip in [*new, *old]))
     cfg = load(GenerateConfig, CONFIGS / "generate.yaml", [f"prompt_file={prompts}", f"output={folder}"])
-    files = generate(replace(cfg, model=replace(cfg.model, dit=dit), lora=loras))
+    files = generate.run(replace(cfg, model=replace(cfg.model, dit=dit), lora=loras))
     seen = [look(read_video(path)) for path in files]
     scores: dict[str, float] = {}
     for word in words:

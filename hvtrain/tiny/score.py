@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from hvtrain.tiny.clips import COLORS, CONCEPT_RGB, MOTIONS
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"  # of a checkout
 MIN_AREA = 0.01  # of the picture: less is no object
 MIN_TRAVEL = 0.06  # of the picture's side, over the clip: less is no motion
 
@@ -24,6 +26,14 @@ class Seen:
     @property
     def is_concept(self) -> bool:
         return self.color == "orange" and self.hollow
+
+
+def read_video(path: Path) -> np.ndarray:
+    """uint8 [F H W 3]"""
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def _hue(rgb: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hvtrain.config import ModelConfig, asset
 from hvtrain.errors import DataError
 from hvtrain.models.base import ModelSpec
-from hvtrain.models.weights import fingerprint, open_weights
+from hvtrain.weights.containers import fingerprint, open_weights
 from shards import ShardSet
 from shards.schema import IMPORTED
 

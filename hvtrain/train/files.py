@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hvtrain.adapters.files import save_lora
 from hvtrain.adapters.lora import whole_rows
 from hvtrain.config import TrainConfig
 from hvtrain.errors import CheckpointError
+from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.load import save_dit
-from hvtrain.models.weights import open_weights
-from hvtrain.runlock import RunLock
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Subject
+from hvtrain.weights.containers import open_weights
 from shards.remote import shown
 
 BEST_LOSS = "hvtrain.held_out_loss"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.timesteps import Quantile, stratified
 from hvtrain.models.base import ModelSpec
-from hvtrain.precision import autocast
+from hvtrain.models.precision import autocast
 from hvtrain.rng import generator
 
 

@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 
 from hvtrain.adapters.lora import linear_shapes
-from hvtrain.adapters.loraid import SlicePlan
 from hvtrain.config import AdapterConfig, TrainConfig, asset
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.flow.timesteps import quantile_function
@@ -20,16 +19,16 @@ from hvtrain.models import find
 from hvtrain.models.attention import pick_kernel
 from hvtrain.models.base import DiT, Flavor, ModelSpec
 from hvtrain.models.load import identify, whole_model
-from hvtrain.models.weights import fingerprint
-from hvtrain.optim import build_schedule, check_optimizer
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext, check_heads
 from hvtrain.parallel.recompute import pick_policy
-from hvtrain.runlock import RunLock
+from hvtrain.slices.plan import SlicePlan
 from hvtrain.train import checkpoint
 from hvtrain.train.encoders import check_encoders
 from hvtrain.train.engine import check_engine
+from hvtrain.train.optim import build_schedule, check_optimizer
 from hvtrain.train.rundir import claim
+from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import (
     check_lengths,
     engine_config,
@@ -39,6 +38,7 @@ from hvtrain.train.setup import (
     open_shards,
     total_steps,
 )
+from hvtrain.weights.containers import fingerprint
 from shards import ShardError, ShardSet
 
 T = TypeVar("T")

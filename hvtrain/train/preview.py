@@ -14,8 +14,8 @@ from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import encode_prompts, sample_latents
 from hvtrain.generate.video import write_mp4
 from hvtrain.generate.write import decode, open_decoder
+from hvtrain.models.precision import autocast
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.precision import autocast
 from hvtrain.train.setup import Subject
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from hvtrain import runlock
 from hvtrain.config import TrainConfig, dump, to_dict
-from hvtrain.configload import read_yaml
+from hvtrain.config.load import read_yaml
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.runlock import RunLock
+from hvtrain.train import runlock
+from hvtrain.train.runlock import RunLock
 from shards.atomic import write_text
 from shards.remote import shown
 

@@ -16,23 +16,23 @@ from torch import Tensor
 from hvtrain.adapters.lora import seed_dropout
 from hvtrain.config import TrainConfig, dump
 from hvtrain.flow.timesteps import quantile_function
-from hvtrain.metrics import Metrics, loss_by_sigma
-from hvtrain.optim import build_optimizer, build_schedule
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
-from hvtrain.runlock import RunLock
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.engine import build_engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import Cadence, Hooks, StepReport, train
+from hvtrain.train.metrics import Metrics, loss_by_sigma
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+from hvtrain.train.optim import build_optimizer, build_schedule
 from hvtrain.train.prepare import Prepared, on_all
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
 from hvtrain.train.rundir import cut_metrics
+from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import engine_config, open_subject
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader

@@ -11,19 +11,19 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from hvtrain.adapters.files import read_lora
 from hvtrain.adapters.lora import inject, linear_shapes, start_from
-from hvtrain.adapters.loraid import Cut, SlicePlan, check_fits, load_plan, make_plan
 from hvtrain.config import FlowConfig, TrainConfig, asset
 from hvtrain.errors import ConfigError, DataError
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.models import find
 from hvtrain.models.base import DiT, Flavor, ModelSpec
-from hvtrain.models.fp8 import use_matmul
 from hvtrain.models.load import load_dit
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
+from hvtrain.slices.plan import Cut, SlicePlan, check_fits, load_plan, make_plan
 from hvtrain.train.engine import EngineConfig
+from hvtrain.weights.float8 import use_matmul
 from shards import ShardSet, open_set
 
 

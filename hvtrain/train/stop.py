@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.signals import SIGNALS, arrived
+from hvtrain.stopping import SIGNALS, arrived
 
 REQUEUE = 75  # EX_TEMPFAIL: "start me again", for the scheduler
 

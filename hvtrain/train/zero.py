@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvtrain.errors import ConfigError
+from hvtrain.models.precision import autocast
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
-from hvtrain.precision import autocast
 from hvtrain.train.engine import (
     EngineConfig,
     LearningRate,

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
-from hvtrain.program import HVTRAIN
+from launcher.program import HVTRAIN
 from launcher.table import command
 
 
@@ -34,7 +34,7 @@ def _doctor(args: argparse.Namespace) -> int:
     inner = ["selftest", "--dir", str(Path(args.dir).resolve())]
     if not args.slurm:
         return code or subprocess.run([*HVTRAIN, "launch", "--nproc", str(nproc), *inner]).returncode
-    from launcher import slurm
+    from launcher.jobs import slurm
     from launcher.site import load_site
 
     log = Path("hvtrain-doctor.log").resolve()

@@ -58,7 +58,7 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
 
 @command("demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge", options=_demo_options)
 def _demo(args: argparse.Namespace) -> int | None:
-    from hvtrain.tiny import demo
+    from launcher import demo
 
     # Two processes show what several do; a machine with one GPU has none for the second.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

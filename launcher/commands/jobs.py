@@ -32,7 +32,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 @command("slices run", "train all slices of a plan as independent jobs, then merge them", options=_run_options)
 def _run(args: argparse.Namespace) -> int | None:
-    from launcher import backends, slices
+    from launcher.jobs import backends, slices
 
     wanted = _slices(args)
     run = Path(args.output).resolve()
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int | None:
 
 
 def _slices(args: argparse.Namespace):
-    from launcher import slices, slurm
+    from launcher.jobs import slices, slurm
 
     files = [item for item in args.items if not OVERRIDE.match(item)]
     if len(files) > 1:
@@ -103,18 +103,19 @@ def _merge_arguments(kind: str, args: argparse.Namespace, run: Path, files: list
 
 def _check_configs(run: Path, wanted) -> None:
     """Every slice's config, before anything is submitted."""
-    from hvtrain import config, validate
-    from launcher.slices import train_arguments
+    from hvtrain import config
+    from hvtrain.config import rules
+    from launcher.jobs.slices import train_arguments
 
     for loraid in range(1, wanted.n + 1):
         arguments = train_arguments(run, wanted, loraid)[1:]
         file = arguments.pop(0) if wanted.config else None
-        validate.check_train(config.load(config.TrainConfig, file, arguments))
+        rules.check_train(config.load(config.TrainConfig, file, arguments))
 
 
 def _go(run: Path, wanted) -> int | None:
     """Start what is neither done nor under way, in the directory where the run was begun."""
-    from launcher import backends, slices
+    from launcher.jobs import backends, slices
 
     if wanted.cwd and wanted.cwd != str(Path.cwd()):
         print(f"relative paths count from {wanted.cwd}, where this run was begun")
@@ -147,7 +148,7 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
 @command("slices status", "how each slice stands: step, loss, time left, or its last error line",
          options=_run_folder, prints=True)
 def _status(args: argparse.Namespace) -> int:
-    from launcher import backends, slices, standing
+    from launcher.jobs import backends, slices, standing
 
     run = Path(args.run).resolve()
     found = backends.standings(run, slices.load_slices(run))
@@ -159,7 +160,7 @@ def _status(args: argparse.Namespace) -> int:
 @command("slices retry", "start what is neither done nor under way: failed, cancelled, preempted; and the merge after it",
          options=_run_folder)
 def _retry(args: argparse.Namespace) -> int | None:
-    from launcher import slices
+    from launcher.jobs import slices
 
     run = Path(args.run).resolve()
     return _go(run, slices.load_slices(run))
@@ -167,7 +168,7 @@ def _retry(args: argparse.Namespace) -> int | None:
 
 @command("slices cancel", "stop what is queued or running", options=_run_folder)
 def _cancel(args: argparse.Namespace) -> None:
-    from launcher import backends, slices
+    from launcher.jobs import backends, slices
 
     run = Path(args.run).resolve()
     for line in backends.cancel(run, slices.load_slices(run)):
@@ -181,10 +182,10 @@ def _one_options(parser: argparse.ArgumentParser) -> None:
 
 @command("slices one", "train one slice here; what the jobs of `slices run` call", options=_one_options)
 def _one(args: argparse.Namespace) -> int:
-    from hvtrain import signals
-    from launcher import backends, slices
+    from hvtrain import stopping
+    from launcher.jobs import backends, slices
 
-    signals.remember()
+    stopping.remember()
     run = Path(args.run).resolve()
     wanted = slices.load_slices(run)
     if not 1 <= args.loraid <= wanted.n:
@@ -194,7 +195,7 @@ def _one(args: argparse.Namespace) -> int:
 
 @command("slices merge", "merge the finished slices here; what the merge job of `slices run` calls", options=_run_folder)
 def _merge(args: argparse.Namespace) -> int:
-    from launcher import backends, slices
+    from launcher.jobs import backends, slices
 
     run = Path(args.run).resolve()
     wanted = slices.load_slices(run)

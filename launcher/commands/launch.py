@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvtrain import signals
+from hvtrain import stopping
 from hvtrain.errors import LaunchError, suggest
 from launcher.table import COMMANDS, command, parse
 
@@ -34,7 +34,7 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
 @command("launch", "run a command as several processes, here or as a Slurm job", options=_launch_options)
 def _launch(args: argparse.Namespace) -> int | None:
     if args.in_job:
-        signals.remember()
+        stopping.remember()
     inner = [a for i, a in enumerate(args.arguments) if not (i == 0 and a == "--")]
     able = [c.name for c in COMMANDS.values() if c.check]
     if not inner or inner[0] not in able:
@@ -53,7 +53,8 @@ def _launch(args: argparse.Namespace) -> int | None:
     if args.slurm:
         _submit(args, inner)
         return None
-    from launcher import local, slurm
+    from launcher import processes
+    from launcher.jobs import slurm
 
     if args.max_restarts and args.nnodes > 1:
         raise LaunchError(
@@ -61,19 +62,19 @@ def _launch(args: argparse.Namespace) -> int | None:
             "that name with `--no-python hvtrain train ...`, or --slurm, whose jobs go on by themselves"
         )
     if args.in_job:
-        return local.launch(inner, slurm.topology(args.nproc))
-    topology = local.Topology(
+        return processes.launch(inner, slurm.topology(args.nproc))
+    topology = processes.Topology(
         nproc=args.nproc,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master_addr=args.master_addr,
         master_port=args.master_port,
     )
-    return local.launch(inner, topology, max_restarts=args.max_restarts or 0)
+    return processes.launch(inner, topology, max_restarts=args.max_restarts or 0)
 
 
 def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
-    from launcher import slurm
+    from launcher.jobs import slurm
     from launcher.site import load_site
 
     if args.node_rank or args.master_port or args.master_addr != "127.0.0.1":
@@ -95,7 +96,7 @@ def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
 
 def _log(pattern: str, name: str) -> str:
     """Where the job's output goes, as Slurm reads it: %j and its like are filled in, in what the user has given."""
-    from launcher import slurm
+    from launcher.jobs import slurm
 
     if not pattern and "/" in name:
         raise LaunchError(f"--name {name}: the log is named by it and cannot hold a '/'; give --log too")

@@ -22,7 +22,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
 
 @command("lora info", "dialect, layers, rank, alpha, blocks, LORAID, norms", options=_file, prints=True)
 def _info(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import tools
+    from hvtrain.lorafiles import tools
 
     for line in tools.info(args.file, dit=args.dit):
         print(line)
@@ -43,7 +43,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
 
 @command("lora convert", "between musubi / sd-scripts, ComfyUI, diffusers / PEFT and diffusion-pipe", options=_convert_options)
 def _convert(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import tools
+    from hvtrain.lorafiles import tools
 
     if args.to == "diffusion-pipe" and args.keep_alpha:
         raise ConfigError("--keep-alpha: diffusion-pipe has no alpha in its files; leave the option out")
@@ -61,7 +61,7 @@ def _resize_options(parser: argparse.ArgumentParser) -> None:
 
 @command("lora resize", "cut to a smaller rank by SVD; says what is lost", options=_resize_options)
 def _resize(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import tools
+    from hvtrain.lorafiles import tools
 
     for line in tools.resize(args.file, args.output, rank=args.rank, energy=args.energy, dit=args.dit):
         print(line)
@@ -76,7 +76,7 @@ def _extract_options(parser: argparse.ArgumentParser) -> None:
 
 @command("lora extract", "the difference of two models as a LoRA, by SVD; says what is lost", options=_extract_options)
 def _extract(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import tools
+    from hvtrain.lorafiles import tools
 
     for line in tools.extract(args.tuned, args.base, args.output, rank=args.rank):
         print(line)
@@ -94,7 +94,7 @@ def _ema_options(parser: argparse.ArgumentParser) -> None:
 
 @command("lora ema", "post-hoc moving average of a run's checkpoints", options=_ema_options)
 def _ema(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import ema
+    from hvtrain.lorafiles import average
 
     if args.sigma_rel is not None and args.beta2 is not None:
         raise ConfigError("--beta2 goes with --beta, not with --sigma-rel")
@@ -102,12 +102,12 @@ def _ema(args: argparse.Namespace) -> None:
     for name, value in (("--beta", beta), ("--beta2", args.beta2)):
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"{name} {value}: expected 0 or more and less than 1")
-    files = ema.checkpoints(args.paths, output=args.output)
+    files = average.checkpoints(args.paths, output=args.output)
     if args.sigma_rel is not None:
-        profile = ema.power(args.sigma_rel)
+        profile = average.power(args.sigma_rel)
     else:
-        profile = ema.constant(beta) if args.beta2 is None else ema.linear(beta, args.beta2)
-    made = ema.average(files, ema.weights_of(profile, len(files)), args.output)
+        profile = average.constant(beta) if args.beta2 is None else average.linear(beta, args.beta2)
+    made = average.average(files, average.weights_of(profile, len(files)), args.output)
     for path, share in zip(made.files, made.weights, strict=True):
         print(f"{share:8.4f}  {path}")
     print(f"{args.output}: average of {len(files)} files")
@@ -122,7 +122,7 @@ def _average_options(parser: argparse.ArgumentParser) -> None:
 
 @command("lora average", "blend LoRA files: up- and down-projections averaged one by one", options=_average_options)
 def _average(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import ema
+    from hvtrain.lorafiles import average
 
     if len(args.files) < 2:
         raise ConfigError("lora average: give two or more files")
@@ -132,5 +132,5 @@ def _average(args: argparse.Namespace) -> None:
     if not (0 < sum(weights) < math.inf and all(w >= 0 for w in weights)):
         raise ConfigError(f"--weight {weights}: expected finite numbers, 0 or more, and not all 0")
     shares = [w / sum(weights) for w in weights]
-    ema.average(ema.checkpoints(args.files), shares, args.output, democratic=args.democratic)
+    average.average(average.checkpoints(args.files), shares, args.output, democratic=args.democratic)
     print(f"{args.output}: average of {len(args.files)} files")

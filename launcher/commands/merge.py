@@ -40,11 +40,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
          options=_options)
 def _merge(args: argparse.Namespace) -> None:
     cfg = _config(args)
-    from hvtrain.adapters import merge
+    from hvtrain.merge import run as merge
 
     evaluate = None
     if cfg.evaluate:
-        from hvtrain.train.compare import losses_of
+        from hvtrain.merge.evaluate import losses_of
 
         evaluate = losses_of(cfg)
     merge.run(cfg, evaluate)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from hvtrain.configload import override
+from hvtrain.config.load import override
 from hvtrain.errors import ConfigError
-from launcher.report import REQUEUE
+from launcher.exits import REQUEUE
 from launcher.table import command, config_options, load_config
 
 
@@ -15,14 +15,9 @@ def _check(name: str) -> Callable[[argparse.Namespace], None]:
     """The rules of a config that need no model, applied before processes are started."""
 
     def check(args: argparse.Namespace) -> None:
-        from hvtrain import validate
+        from hvtrain.config import rules
 
-        rules: dict[str, Callable] = {
-            "encode": validate.check_encode,
-            "train": validate.check_train,
-            "generate": validate.check_generate,
-        }
-        rules[name](load_config(name, args))
+        getattr(rules, f"check_{name}")(load_config(name, args))
 
     return check
 
@@ -37,18 +32,18 @@ def _encode(args: argparse.Namespace) -> None:
     if args.strict:
         args.items.append("strict=true")
     cfg = load_config("encode", args)
-    from hvtrain import encode
+    from hvtrain.encode import run as encode
 
     encode.run(cfg)
 
 
 @command("train", "train a LoRA or the whole model on shards", options=config_options, check=_check("train"))
 def _train(args: argparse.Namespace) -> int | None:
-    from hvtrain import signals
+    from hvtrain import stopping
 
-    signals.remember()  # a job that is asked to stop while it loads must not die of it
+    stopping.remember()  # a job that is asked to stop while it loads must not die of it
     cfg = load_config("train", args)
-    from hvtrain import train
+    from hvtrain.train import run as train
 
     return train.run(cfg)
 
@@ -103,12 +98,12 @@ def _check_generate(args: argparse.Namespace) -> None:
 
 @command("generate", "make videos from prompts", options=_generate_options, check=_check_generate)
 def _generate(args: argparse.Namespace) -> int:
-    from hvtrain import signals
+    from hvtrain import stopping
 
-    signals.remember()  # as for train: obeyed at the end of a sampling step
+    stopping.remember()  # as for train: obeyed at the end of a sampling step
     _generate_items(args)
     cfg = load_config("generate", args)
-    from hvtrain import generate
+    from hvtrain.generate import run as generate
     from hvtrain.generate.stop import Stopped
 
     try:

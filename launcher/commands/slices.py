@@ -25,12 +25,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 @command("slices plan", "cut a model into disjoint slots: plan.json and a picture of who owns what", options=_plan_options)
 def _plan(args: argparse.Namespace) -> None:
-    from hvtrain.adapters import plancommand
-    from hvtrain.adapters.loraid import Cut
+    from hvtrain.slices import run
+    from hvtrain.slices.plan import Cut
 
     granularity = args.granularity or ("module" if args.blocks_per_loraid is None else "block")
     cut = Cut(
         args.n, args.blocks_per_loraid, granularity, args.order, tuple(args.include), tuple(args.exclude)
     )
-    for line in plancommand.run(cut, args.output, dit=args.dit, model=args.model, flavor=args.flavor):
+    for line in run.run(cut, args.output, dit=args.dit, model=args.model, flavor=args.flavor):
         print(line)

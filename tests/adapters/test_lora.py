@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hvtrain.adapters.files import LoraFile
 from hvtrain.adapters.lora import (
     adapter_off,
     inject,
@@ -15,8 +14,9 @@ from hvtrain.adapters.lora import (
     seed_dropout,
     start_from,
 )
-from hvtrain.adapters.pairs import LoraPair
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.files import LoraFile
+from hvtrain.lorafiles.pairs import LoraPair
 
 TARGETS = ["0", "2.fc"]
 

@@ -25,15 +25,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hvtrain.adapters.files import write_lora
-from hvtrain.adapters.loraid import FILE, Cut, load_plan
-from hvtrain.adapters.metadata import lora_metadata
-from hvtrain.adapters.pairs import LoraPair
-from hvtrain.adapters.plancommand import run as write_plan
+from hvtrain.lorafiles.files import write_lora
+from hvtrain.lorafiles.metadata import lora_metadata
+from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.models import all_specs
 from hvtrain.models.base import ModelSpec
 from hvtrain.models.load import ARCH_KEY, FLAVOR_KEY, MODEL_KEY
-from hvtrain.models.stream import Slot, open_writer
+from hvtrain.slices.plan import FILE, Cut, load_plan
+from hvtrain.slices.run import run as write_plan
+from hvtrain.weights.stream import Slot, open_writer
 
 
 def make_model(path: Path, spec: ModelSpec, gb: float) -> None:

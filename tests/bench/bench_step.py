@@ -25,14 +25,14 @@ from rich.table import Table
 from torch import nn
 
 from hvtrain.adapters.lora import inject
+from hvtrain.fit.trace import Shape, fake_input, simulated, trace_step
 from hvtrain.models import all_specs, find
 from hvtrain.models.attention import KERNELS, pick_kernel
 from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
-from hvtrain.models.fp8 import quantize, replace_linear
+from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.plan.trace import Shape, fake_input, simulated, trace_step
-from hvtrain.precision import autocast
+from hvtrain.weights.float8 import quantize, replace_linear
 
 RANK = 32
 

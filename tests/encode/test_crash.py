@@ -59,7 +59,7 @@ class Ranks:
         assert self.server.stdout.readline().strip() == "ready"
 
     def start(self):
-        from launcher.local import free_port
+        from launcher.processes import free_port
 
         self.server.stdin.write(f"{free_port()}\n")
         self.server.stdin.flush()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hvtrain.encode.clips import Rejected, find_clips
 from hvtrain.encode.dataset import KEYS, Dataset, read_dataset_file
 from hvtrain.encode.places import place, shown
-from hvtrain.encode.plan import Probes, plan_clips
+from hvtrain.encode.samples import Probes, plan_clips
 from hvtrain.errors import DataError
 
 

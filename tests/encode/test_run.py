@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hvtrain import encode
 from hvtrain.config import EncodeConfig, asset, load
+from hvtrain.encode import run as encode
 from hvtrain.errors import DataError
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from shards import open_set
@@ -165,7 +165,7 @@ def test_a_rerun_with_nothing_to_do_loads_no_model_and_says_so(dataset, tmp_path
 
 def test_progress_in_a_log_names_the_clip_and_leaves_out_what_was_there(tmp_path, capsys, monkeypatch):
     from hvtrain.encode import progress
-    from hvtrain.encode.plan import Picture, PlannedSample
+    from hvtrain.encode.samples import Picture, PlannedSample
 
     now = iter(range(0, 1000, 10))  # seconds: every look at the clock is 10 later
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
@@ -201,7 +201,7 @@ def test_pixels_go_to_the_vae_as_numbers_from_minus_one_to_one_and_to_its_device
     import types
 
     from hvtrain.encode.encoders import PixelEncoder
-    from hvtrain.encode.plan import Picture, PlannedSample
+    from hvtrain.encode.samples import Picture, PlannedSample
 
     Image.new("RGB", (64, 48), (0, 51, 255)).save(tmp_path / "a.png")
     seen = []

@@ -15,7 +15,7 @@ from hvtrain.encode.clips import Clip
 from hvtrain.encode.dataset import read_dataset_file
 from hvtrain.encode.frames import is_constant, shown_frames
 from hvtrain.encode.media import probe, read_frames
-from hvtrain.encode.plan import Probes, plan_clips
+from hvtrain.encode.samples import Probes, plan_clips
 from hvtrain.errors import DataError
 
 COLORS = {"r": (220, 30, 30), "g": (30, 190, 30), "b": (30, 30, 220), "w": (240, 240, 240)}

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, settings
 from safetensors import safe_open
 
 from hvtrain import models
-from hvtrain.adapters.files import save_lora
 from hvtrain.adapters.lora import inject
+from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.base import DiT
 from launcher import cli
 from tests.adapters.models import lora_tensors

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from hvtrain import config, generate, signals
+from hvtrain import config, stopping
 from hvtrain.config import GenerateConfig
 from hvtrain.errors import DataError
+from hvtrain.generate import run as generate
 from hvtrain.generate import sample, write
 from hvtrain.generate.spool import visible
 from hvtrain.generate.stop import Stopped
@@ -264,8 +265,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, wanted: int) -> None:
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    signals.remember()
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.remember()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -296,7 +297,7 @@ def test_a_signal_keeps_everything(
 
 def interrupted(dit: str, folder: str, who: int, ulysses: int, after: int) -> dict:
     """On each rank: a whole run; one in which rank `who` alone gets a signal after so many of its steps; the rest of it."""
-    signals.remember()
+    stopping.remember()
     ctx = start(ulysses, 1, device="cpu")
     root, seen = Path(folder), {}
     make(Path(dit), root / "whole", ctx)

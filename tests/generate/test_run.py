@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from hvtrain import config, generate
-from hvtrain.adapters.files import save_lora
+from hvtrain import config
 from hvtrain.adapters.lora import linear_shapes
-from hvtrain.adapters.merge import run as merge
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
+from hvtrain.generate import run as generate
 from hvtrain.generate import write
 from hvtrain.generate.video import read_metadata
+from hvtrain.lorafiles.files import save_lora
+from hvtrain.merge.run import run as merge
 from hvtrain.parallel.context import ParallelContext
-from launcher.local import free_port
+from launcher.processes import free_port
 from tests.generate.models import SIZE, random_dit, write_dit
 from tests.parallel.ranks import run_ranks
 

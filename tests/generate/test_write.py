@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hvtrain.adapters.files import LoraFile
 from hvtrain.config import GenerateConfig, ModelConfig, VaeTilingConfig
 from hvtrain.errors import ConfigError
 from hvtrain.generate.identity import Sources, sources_of
@@ -20,6 +19,7 @@ from hvtrain.generate.requests import Job, Request
 from hvtrain.generate.spool import Kept, hidden, keep, visible
 from hvtrain.generate.video import write_mp4, write_png
 from hvtrain.generate.write import decode, parameters, to_bytes
+from hvtrain.lorafiles.files import LoraFile
 from tests.generate.models import spec_and_flavor
 
 SPEC, FLAVOR = spec_and_flavor()

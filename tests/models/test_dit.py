@@ -11,7 +11,7 @@ import torch
 from hvtrain.models import find
 from hvtrain.models.listing import keys
 from tests.adapters.models import ARCH, SPEC, an_input, build
-from tests.adapters.test_diffusers import in_diffusers, velocity
+from tests.lorafiles.test_diffusers import in_diffusers, velocity
 from tests.oracles.check import LIMIT, errors, main
 
 DATA = Path(__file__).parents[1] / "data"

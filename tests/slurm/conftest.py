@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher import backends, slices
+from launcher.jobs import backends, slices
 from tests.slurm.fake import Fake
 
 

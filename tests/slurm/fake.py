@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, slices
+from launcher import cli
+from launcher.jobs import slices
 
 SBATCH = """#!/bin/sh
 n=$(cat "{0}/last"); n=$((n + 1)); echo $n > "{0}/last"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from hvtrain.errors import LaunchError
-from launcher import backends, cli, local, slices, slurm, standing
+from launcher import cli, processes
+from launcher.jobs import backends, slices, slurm, standing
 from tests.slurm.fake import a_run, finish, stands, weights
 
 
@@ -208,7 +209,7 @@ def test_the_merge_waits_for_all_slices_to_be_done(machine, run, capsys, flushes
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_one_that_is_asked_to_end_lets_its_slices_save_and_starts_no_more(machine, run, capsys, number):
-    before = [signal.getsignal(n) for n in local.forwarded()]
+    before = [signal.getsignal(n) for n in processes.forwarded()]
     plan = a_run(run, n=4, backend="local", at_once=2)
     machine.takes, machine.signals = {"01": (50, 0), "02": (60, 0)}, {3: number}
     assert backends.run_here(run, plan, [1, 2, 3, 4]) == 75
@@ -217,7 +218,7 @@ def test_one_that_is_asked_to_end_lets_its_slices_save_and_starts_no_more(machin
         "slice 1: stopped, saved", "slice 2: stopped, saved",
         f"0 of 4 slices are done; `hvtrain slices status {run}` says more",
     ]
-    assert [signal.getsignal(n) for n in local.forwarded()] == before
+    assert [signal.getsignal(n) for n in processes.forwarded()] == before
 
 
 def test_slices_that_end_well_when_they_are_asked_to_end_are_done_and_not_merged(machine, run):
@@ -253,9 +254,9 @@ def test_a_merge_is_asked_to_end_as_often_as_this_program_is(machine, run):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Arguments of local.launch, and the state of slice 2 meanwhile."""
+    """Arguments of processes.launch, and the state of slice 2 meanwhile."""
     calls: list[Any] = []
-    monkeypatch.setattr(local, "launch", lambda arguments, topology, **more: calls.append((arguments, topology, more)) or 9)
+    monkeypatch.setattr(processes, "launch", lambda arguments, topology, **more: calls.append((arguments, topology, more)) or 9)
     monkeypatch.setattr(backends, "process_start", lambda pid: {os.getpid(): "me"}[pid])
     for name in ("SLURM_NODEID", "SLURM_NNODES", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -267,7 +268,7 @@ def test_a_slice_on_this_machine(run, launched):
     (run / "02").mkdir()
     (run / "02/slice-02.safetensors").touch()  # damaged
     assert backends.run_one(run, plan, 2) == 9
-    assert launched == [(slices.train_arguments(run, plan, 2), local.Topology(3), {"max_restarts": 4})]
+    assert launched == [(slices.train_arguments(run, plan, 2), processes.Topology(3), {"max_restarts": 4})]
     state = slices.load_state(run, "02")
     assert (state.jobs, state.code) == ([f"{os.getpid()}:me"], 9) and state.ended >= state.started > 0
     assert [path.name for path in (run / "02").iterdir()] == ["slice-02.safetensors.damaged"]
@@ -281,7 +282,7 @@ def test_a_slice_in_a_job(run, launched, monkeypatch, node):
     if node:
         monkeypatch.setenv("SLURM_NODEID", node)
     assert backends.run_one(run, plan, 2) == 9
-    assert launched == [(slices.train_arguments(run, plan, 2), local.Topology(3), {"max_restarts": 0})]
+    assert launched == [(slices.train_arguments(run, plan, 2), processes.Topology(3), {"max_restarts": 0})]
     state = slices.load_state(run, "02")
     assert (state.jobs, state.code) == (([], None) if node == "1" else (["84_2"], 9))
 
@@ -291,7 +292,7 @@ def test_a_slice_and_a_merge_that_an_error_ends_have_failed(run, launched, monke
         raise KeyError("x")
 
     plan = a_run(run, n=2, backend="local")
-    monkeypatch.setattr(local, "launch", fails)
+    monkeypatch.setattr(processes, "launch", fails)
     monkeypatch.setattr(cli, "main", fails)
     for ends in (lambda: backends.run_one(run, plan, 1), lambda: backends.run_merge(run, plan)):
         with pytest.raises(KeyError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hvtrain.errors import ConfigError, LaunchError
-from launcher import slices
+from launcher.jobs import slices
 from tests.slurm.fake import a_run, weights
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from hvtrain.errors import LaunchError
-from launcher import backends, slices
+from launcher.jobs import backends, slices
 from tests.slurm.fake import a_run, hvtrain, stands, words
 
 SLICE = """
 import json, os, pathlib, signal, sys, time
 sys.path.insert(0, {root!r})
-from launcher import slices
+from launcher.jobs import slices
 from tests.slurm.fake import weights
 run, verb, name = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 wish = json.loads((run / "wish.json").read_text()).get(name, "done")
@@ -90,7 +90,7 @@ def in_another_process(run: Path, here_command) -> subprocess.Popen:
     """`slices retry` as a program of its own, with the pretending slices."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n"
-        "from launcher import backends, cli\n"
+        "from launcher import cli; from launcher.jobs import backends\n"
         f"backends.POLL_S = 0.02\nbackends.command = lambda folder, verb, *rest: [sys.executable, '-c', {here_command[2]!r}, "
         "str(folder), verb, f'{int(rest[1]):02d}' if verb == 'one' else 'merge']\n"
         "sys.exit(cli.main(['slices', 'retry', sys.argv[1]]))"

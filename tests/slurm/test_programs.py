@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hvtrain.errors import ConfigError, LaunchError
-from launcher import local, slurm
+from launcher import processes
+from launcher.jobs import slurm
 from launcher.site import Site
 
 PERHAPS = "the job may have been accepted all the same: look at `squeue --me` before you submit it again"
@@ -154,7 +155,7 @@ def test_a_program_that_is_not_here(monkeypatch, tmp_path):
 def test_what_a_job_must_have_set(monkeypatch, name, wrong):
     for variable, value in (("SLURM_NNODES", "2"), ("SLURM_NODEID", "1"), ("MASTER_ADDR", "n"), ("MASTER_PORT", "5")):
         monkeypatch.setenv(variable, value)
-    assert slurm.topology(3) == local.Topology(3, nnodes=2, node_rank=1, master_addr="n", master_port=5)
+    assert slurm.topology(3) == processes.Topology(3, nnodes=2, node_rank=1, master_addr="n", master_port=5)
     monkeypatch.delenv(name)
     assert message(lambda: slurm.topology(3)) == f"not inside a job that hvtrain submitted: {wrong} is not set"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hvtrain.errors import ConfigError, LaunchError
-from launcher import cli, slices, slurm, standing
+from launcher import cli
+from launcher.jobs import slices, slurm, standing
 from launcher.site import Site, load_site
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from hvtrain.errors import ConfigError, LaunchError
-from launcher import cli, local, slurm
+from launcher import cli, processes
+from launcher.jobs import slurm
 from launcher.site import Site, load_site
 from tests.slurm.fake import DOWN, options
 
@@ -245,9 +246,9 @@ def test_this_node_s_part_of_a_job(monkeypatch):
     variables = {"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_PROCID": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "20123"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert slurm.topology(8) == local.Topology(8, nnodes=4, node_rank=3, master_addr="n1", master_port=20123)
+    assert slurm.topology(8) == processes.Topology(8, nnodes=4, node_rank=3, master_addr="n1", master_port=20123)
     monkeypatch.delenv("SLURM_NODEID")
     with pytest.raises(LaunchError, match="'SLURM_NODEID' is not set"):
         slurm.topology(8)
     monkeypatch.setenv("SLURM_NNODES", "1")
-    assert slurm.topology(2) == local.Topology(2)
+    assert slurm.topology(2) == processes.Topology(2)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from hvtrain import config
-from hvtrain.configload import override
-from launcher import backends, cli, slices
+from hvtrain.config.load import override
+from launcher import cli
+from launcher.jobs import backends, slices
 from tests.slurm.fake import a_run, damage, finish, hvtrain, options
 
 

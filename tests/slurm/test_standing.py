@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import slices, slurm, standing
+from launcher.jobs import slices, slurm, standing
 from tests.slurm.fake import a_run, damage, finish, stands, weights
 
 AGAIN = "`hvtrain slices retry` makes it again"

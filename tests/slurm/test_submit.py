@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from launcher import backends, slices, slurm, standing
+from launcher.jobs import backends, slices, slurm, standing
 from tests.slurm.fake import DOWN, a_run, finish, hvtrain, options, stands, words
 
 
@@ -180,11 +180,11 @@ def test_a_run_is_started_by_one_at_a_time(fake, run, capsys):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What local.launch was called with; it ends with 75."""
-    from launcher import local
+    """What processes.launch was called with; it ends with 75."""
+    from launcher import processes
 
     calls = []
-    monkeypatch.setattr(local, "launch", lambda *given, **more: calls.append((given, more)) or 75)
+    monkeypatch.setattr(processes, "launch", lambda *given, **more: calls.append((given, more)) or 75)
     return calls
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain import train
 from hvtrain.config import FlowConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.train import checkpoint, setup
+from hvtrain.train import run as train
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.engine import TorchEngine
 from hvtrain.train.files import RunFiles

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hvtrain import train
 from hvtrain.errors import ConfigError
+from hvtrain.train import run as train
 from shards import ShardError, open_set
 from shards.schema import save_manifest
 from shards.writer import write_tar

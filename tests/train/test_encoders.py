@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from hvtrain import train
 from hvtrain.config import asset
 from hvtrain.errors import DataError
 from hvtrain.models import find
+from hvtrain.train import run as train
 from hvtrain.train import setup
 from tests.train.shardset import config, make_shards
 

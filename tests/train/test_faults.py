@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain import train
 from hvtrain.config import dump
 from hvtrain.errors import CheckpointError
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.program import HVTRAIN
+from hvtrain.train import run as train
 from hvtrain.train import watchdog
 from hvtrain.train.watchdog import Place, report
+from launcher.program import HVTRAIN
 from tests.train.shardset import config, make_shards
 
 ROOT = Path(__file__).parents[2]
@@ -336,7 +336,7 @@ def test_the_best_weights_are_kept(tmp_path):
     train.run(config(shards, run, "run.steps=10", *args))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
-    from hvtrain.models.weights import open_weights
+    from hvtrain.weights.containers import open_weights
 
     about = open_weights(run / "lora-best.safetensors").metadata
     assert len(losses) == 5

@@ -8,16 +8,16 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from hvtrain import train
-from hvtrain.adapters import merge
 from hvtrain.config import FlowConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import ConfigError
+from hvtrain.fit.trace import Shape, fake_input
+from hvtrain.merge import run as merge
+from hvtrain.merge.evaluate import losses_of
 from hvtrain.models import find
 from hvtrain.models.hunyuan_video import inputs
 from hvtrain.models.load import save_dit
-from hvtrain.plan.trace import Shape, fake_input
+from hvtrain.train import run as train
 from hvtrain.train import setup
-from hvtrain.train.compare import losses_of
 from hvtrain.train.setup import flow_of
 from shards.loader import BatchLoader
 from tests.train.shardset import config, make_shards

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from hvtrain import runlock, train
-from hvtrain.runlock import Busy, Holder, RunLock
+from hvtrain.train import run as train
+from hvtrain.train import runlock
+from hvtrain.train.runlock import Busy, Holder, RunLock
 from tests.train.shardset import config, make_shards
 
 HOLD = (
-    "import sys, time\nfrom hvtrain.runlock import RunLock\n"
+    "import sys, time\nfrom hvtrain.train.runlock import RunLock\n"
     "lock = RunLock(sys.argv[1]).acquire(0)\nprint('held', flush=True)\ntime.sleep(600)\n"
 )
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hvtrain import signals
+from hvtrain import stopping
 from hvtrain.errors import HvtrainError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train import loop
@@ -175,9 +175,9 @@ def test_only_bad_steps_in_a_row_end_a_run():
 
 def test_a_signal_from_before_the_loop_is_not_forgotten():
     """Slurm may ask for a stop while the model is still being read."""
-    before = {n: signal.getsignal(n) for n in signals.SIGNALS}
+    before = {n: signal.getsignal(n) for n in stopping.SIGNALS}
     try:
-        signals.remember()
+        stopping.remember()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert run("++++") == (False, [1], [1])
         assert run("++++") == (True, [1, 2, 3, 4], [4])  # asked once
@@ -231,10 +231,10 @@ def test_ctrl_c_saves_although_it_also_ended_who_was_reading():
 
 
 def test_a_stop_flag_gives_the_handlers_back():
-    before = [signal.getsignal(n) for n in (*signals.SIGNALS, signal.SIGINT)]
+    before = [signal.getsignal(n) for n in (*stopping.SIGNALS, signal.SIGINT)]
     with StopFlag():
-        assert all(signal.getsignal(n) != b for n, b in zip((*signals.SIGNALS, signal.SIGINT), before, strict=True))
-    assert [signal.getsignal(n) for n in (*signals.SIGNALS, signal.SIGINT)] == before
+        assert all(signal.getsignal(n) != b for n, b in zip((*stopping.SIGNALS, signal.SIGINT), before, strict=True))
+    assert [signal.getsignal(n) for n in (*stopping.SIGNALS, signal.SIGINT)] == before
 
 
 def test_the_line_shows_the_loss_of_the_step_and_an_average_without_a_bias(capsys):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain import train
 from hvtrain.config import TrainConfig, load
+from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.parallel.context import shutdown
+from hvtrain.train import run as train
 from hvtrain.train.engine import EngineConfig
 from hvtrain.train.zero import ds_config
-from hvtrain.validate import check_train
 from tests.train.shardset import config, make_shards
 
 

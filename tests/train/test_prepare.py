@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvtrain import train
 from hvtrain.errors import ConfigError, HvtrainError
+from hvtrain.train import run as train
 from hvtrain.train import setup
 from hvtrain.train.prepare import on_all
 from shards import ShardError

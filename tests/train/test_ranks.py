@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain import train
 from hvtrain.config import TrainConfig
 from hvtrain.errors import HvtrainError
 from hvtrain.parallel.context import start
+from hvtrain.train import run as train
 from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
 

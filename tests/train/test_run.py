@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hvtrain import train
-from hvtrain.adapters.files import read_lora
 from hvtrain.config import asset
 from hvtrain.errors import ConfigError, DataError, HvtrainError
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.models import find
 from hvtrain.models.load import load_dit
 from hvtrain.train import checkpoint
+from hvtrain.train import run as train
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.objective import drop_captions
 from launcher import cli

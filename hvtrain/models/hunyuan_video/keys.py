@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from hvtrain.models.keys import KeyMap, Rule
+from hvtrain.weights.keymap import KeyMap, Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.hunyuan_video.text_weights import load_clip, load_llm
-from hvtrain.models.weights import fingerprint, open_weights
+from hvtrain.weights.containers import fingerprint, open_weights
 
 TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\n"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models.hunyuan_video.vae_weights import parse_config
-from hvtrain.models.weights import fingerprint, open_weights
+from hvtrain.weights.containers import fingerprint, open_weights
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
 SKIPPED_LAYERS = 2  # the DiT reads the third hidden state from the end: two layers and the norm are dropped

@@ -25,7 +25,7 @@ from hvtrain.models.hunyuan_video.vae_weights import (
     linear_shape,
     official_names,
 )
-from hvtrain.models.weights import fingerprint, open_weights
+from hvtrain.weights.containers import fingerprint, open_weights
 from shards.atomic import atomic_path
 
 VaeTiling = VaeTilingConfig  # a direction of size 0 is never cut; the defaults are the official ones

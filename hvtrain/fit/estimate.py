@@ -1,0 +1,157 @@
+"""From a config to a budget: build the model without values, trace a step as one rank of the job, add what the engine keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from hvtrain.config import GenerateConfig, ModelConfig, ParallelConfig, TrainConfig, asset
+from hvtrain.errors import ConfigError
+from hvtrain.fit.memory import Budget, Layout, budget
+from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
+from hvtrain.models import find
+from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.load import identify
+from hvtrain.parallel.swap import swap_savings
+from hvtrain.slices.plan import SlicePlan, load_plan
+from hvtrain.train.setup import add_adapter
+from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is only talked about."""
+
+    spec: ModelSpec
+    flavor: Flavor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One rank of a job."""
+
+    budget: Budget
+    flops: int  # of one rank in one micro-step or sampling step
+    n_tokens: int  # image tokens of one sample
+
+
+def subject(model: ModelConfig) -> Subject:
+    """The flavor that a config means; of the weights only the header is read, if there are any."""
+    if model.dit is not None:
+        found = identify(asset(model.dit), model=model.name, flavor=model.flavor)
+        return Subject(found.spec, found.flavor)
+    spec = find(model.name)
+    return Subject(spec, spec.flavor(model.flavor) if model.flavor else next(iter(spec.flavors.values())))
+
+
+def degrees(heads: int, gpus: int) -> list[tuple[int, int]]:
+    """Every (Ulysses, ring) over all `gpus`: Ulysses must divide the heads, the ring takes any number."""
+    return [(u, gpus // u) for u in range(gpus, 0, -1) if gpus % u == 0 and heads % u == 0]
+
+
+def of_training(cfg: TrainConfig, about: Subject, shape: Shape, gpus: int) -> Estimate:
+    """One rank of `gpus`, on CUDA, where a full fine-tune's gradients are reduced while the backward goes on."""
+    with simulated(world=gpus, ulysses=cfg.parallel.ulysses, ring=cfg.parallel.ring) as ctx:
+        model = _build(cfg, about)
+        stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+        layout = Layout(
+            cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer != "none", cfg.zero.offload_param != "none", gpus,
+            cfg.zero.bucket_mb, overlap=cfg.adapter.type == "none",
+            freed_by_swap=0 if stage3 else _freed(model, cfg.run.blocks_to_swap),
+        )
+        trace = trace_step(
+            model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
+            autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients,
+        )
+        return Estimate(budget(byte_counts(model), trace, layout), trace.flops, _n_tokens(about, shape))
+
+
+def swap_for(cfg: TrainConfig, about: Subject, excess: int) -> int | None:
+    """The fewest blocks whose swap frees `excess` bytes more than the config's own does; None if none do."""
+    with simulated(world=1, ulysses=1, ring=1):
+        model = _build(cfg, about)
+        wanted = excess + _freed(model, cfg.run.blocks_to_swap)
+        for n in range(cfg.run.blocks_to_swap + 1, len(model.blocks) + 1):
+            try:
+                if swap_savings(model.blocks, n) >= wanted:
+                    return n
+            except ConfigError:
+                return None
+    return None
+
+
+def of_sampling(
+    model: ModelConfig, parallel: ParallelConfig, about: Subject, shape: Shape, gpus: int, *, blocks_to_swap: int = 0
+) -> Estimate:
+    """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
+    with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
+        dit = _empty(about, getattr(torch, model.dtype)).requires_grad_(False)
+        _quantize(dit, about.spec, model.quantize)
+        inp = fake_input(about.spec, about.flavor, shape)
+        trace = trace_step(dit.eval(), inp, ctx=ctx, training=False)
+        layout = Layout(world=gpus, freed_by_swap=_freed(dit, blocks_to_swap))
+        return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
+
+
+def shape_of(flavor: Flavor, *, width: int | None, height: int | None, frames: int | None, batch: int = 1) -> Shape:
+    d = flavor.defaults
+    return Shape(batch, frames or d.frames, height or d.height, width or d.width)
+
+
+def parallel_of(cfg: TrainConfig | GenerateConfig, gpus: int) -> tuple[int, int]:
+    p = cfg.parallel
+    if gpus % (p.ulysses * p.ring):
+        raise ConfigError(
+            f"parallel: ulysses {p.ulysses} x ring {p.ring} does not divide {gpus} GPU(s); "
+            f"give --gpus a multiple of {p.ulysses * p.ring}"
+        )
+    return p.ulysses, p.ring
+
+
+def _n_tokens(about: Subject, shape: Shape) -> int:
+    latent = about.flavor.latent
+    return latent.n_tokens(latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
+
+
+def _empty(about: Subject, dtype: torch.dtype) -> DiT:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return about.spec.build(about.flavor.arch)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build(cfg: TrainConfig, about: Subject) -> DiT:
+    if cfg.adapter.type == "none":
+        return _empty(about, torch.float32).train()
+    model = _empty(about, getattr(torch, cfg.model.dtype))
+    _quantize(model, about.spec, cfg.model.quantize)
+    add_adapter(model, about.spec, replace(cfg, adapter=replace(cfg.adapter, init_from=None)), _plan(cfg))
+    return model.train()
+
+
+def _plan(cfg: TrainConfig) -> SlicePlan | None:
+    if cfg.adapter.type != "loraid":
+        return None
+    if cfg.adapter.plan is None:
+        raise ConfigError("plan: a slice's size is in its plan; give adapter.plan (from `hvtrain slices plan`)")
+    return load_plan(cfg.adapter.plan)
+
+
+def _quantize(model: DiT, spec: ModelSpec, how: str) -> None:
+    if how == "none":
+        return
+    for name in spec.lora_targets(model):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        n_out, n_in = layer.weight.shape
+        scaled = how == "fp8_scaled" and n_in % BLOCK == 0
+        scale = torch.empty(n_out, n_in // BLOCK, 1, dtype=layer.weight.dtype) if scaled else None
+        replace_linear(model, name, torch.empty(n_out, n_in, dtype=DTYPE), scale)
+
+
+def _freed(model: DiT, blocks_to_swap: int) -> int:
+    return swap_savings(model.blocks, blocks_to_swap) if blocks_to_swap else 0

@@ -1,0 +1,65 @@
+"""A run that went out of memory says what would fit, instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from hvtrain.config import TrainConfig, dump, load
+from hvtrain.errors import HvtrainError
+from hvtrain.models.base import Flavor
+from hvtrain.parallel.context import ParallelContext, without_job
+
+_SECONDS = 300
+_PROGRAM = "import sys; from hvtrain.fit.oom import main; main(*sys.argv[1:])"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def explained(
+    error: BaseException, cfg: TrainConfig, ctx: ParallelContext, flavor: Flavor | None, latents: Sequence[int]
+) -> HvtrainError:
+    """The error to raise instead. `latents`: the shape [B C T H W] of the batch at hand, empty if there was none yet.
+
+    The plan is made by a process of its own: this one has no memory left, and its process groups are real.
+    """
+    memory = _total(ctx)
+    size = "0x0x0"
+    if flavor is not None and len(latents) == 5:
+        geometry = flavor.latent
+        frames = (latents[2] - 1) * geometry.stride_t + 1
+        size = f"{latents[4] * geometry.stride_w}x{latents[3] * geometry.stride_h}x{frames}"
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(dump(cfg))
+        command = [sys.executable, "-c", _PROGRAM, str(path), str(ctx.world), str(memory / 2**30), size]
+        try:
+            done = subprocess.run(command, env=without_job(), capture_output=True, text=True, timeout=_SECONDS, check=False)
+            advice = done.stdout.strip() or f"`hvtrain fit` could not tell what would fit: {done.stderr.strip()[-300:]}"
+        except (OSError, subprocess.TimeoutExpired):
+            advice = "see `hvtrain fit` for what would fit"
+    where = "this machine" if ctx.device.type == "cpu" else f"GPU {ctx.device.index} ({memory / 2**30:.0f} GiB)"
+    at = f" with clips of {size}" if size != "0x0x0" else " before the first step"
+    return HvtrainError(f"out of memory on {where}{at}; {advice}. What was asked for: {str(error).splitlines()[0][:200]}")
+
+
+def main(config: str, gpus: str, memory_gib: str, size: str) -> None:
+    """In the process that plans."""
+    from hvtrain.fit.run import Asked, advice
+
+    width, height, frames = (int(n) or None for n in size.split("x"))
+    print(advice(load(TrainConfig, config), Asked((int(gpus),), float(memory_gib), width, height, frames)))
+
+
+def _total(ctx: ParallelContext) -> int:
+    if ctx.device.type == "cuda":
+        return torch.cuda.get_device_properties(ctx.device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ctx.world

@@ -1,0 +1,166 @@
+"""What `hvtrain fit` prints."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hvtrain.config import GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
+from hvtrain.errors import ConfigError
+from hvtrain.fit.estimate import (
+    Estimate,
+    Subject,
+    degrees,
+    of_sampling,
+    of_training,
+    parallel_of,
+    shape_of,
+    subject,
+)
+from hvtrain.fit.search import USABLE, fits, nearest
+
+GIB = 2**30
+DEFAULT_MEMORY_GIB = 80.0
+GPUS = range(1, 9)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command."""
+
+    gpus: tuple[int, ...] = (1,)
+    memory_gib: float | None = None  # of one GPU; None: this machine's, else 80
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+
+
+def training(cfg: TrainConfig, asked: Asked) -> str:
+    about = subject(cfg.model)
+    shape = shape_of(about.flavor, width=asked.width, height=asked.height, frames=asked.frames, batch=cfg.data.batch_size)
+    memory = memory_bytes(asked)
+    lines: list[str] = []
+    for gpus in asked.gpus:
+        parallel_of(cfg, gpus)
+        given = of_training(cfg, about, shape, gpus)
+        if not lines:
+            lines += _head(about, shape.width, shape.height, shape.frames, given)
+        lines.append(f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB: {_legal(about, gpus)}")
+        lines.append(_budget_table({"as configured": given}))
+        per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
+        n_samples = gpus // _sp(cfg) * shape.batch * cfg.run.grad_accum
+        lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs")
+        if fits(given, memory):
+            lines.append(f"fits: {given.budget.total / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable")
+            continue
+        found = nearest(cfg, about, shape, gpus, memory)
+        if found is None:
+            lines.append("does not fit, and no setting makes it fit: use more or larger GPUs, fewer frames or a smaller picture")
+            continue
+        lines.append(f"does not fit. The nearest that does: {' '.join(found.changes)}")
+        lines.append(_budget_table({"nearest": found.estimate}))
+    return "\n".join(lines) + "\n"
+
+
+def sampling(cfg: GenerateConfig, asked: Asked) -> str:
+    about = subject(cfg.model)
+    shape = shape_of(
+        about.flavor, width=asked.width or cfg.width, height=asked.height or cfg.height, frames=asked.frames or cfg.frames,
+        batch=cfg.batch_size,
+    )
+    memory = memory_bytes(asked)
+    lines: list[str] = []
+    for gpus in asked.gpus:
+        found = {
+            f"U{u} x R{r}": of_sampling(
+                cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap
+            )
+            for u, r in degrees(about.flavor.arch.heads_num, gpus)
+        }
+        first = next(iter(found.values()))
+        if not lines:
+            lines += _head(about, shape.width, shape.height, shape.frames, first)
+        lines += [f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB", _budget_table(found)]
+        verdict = "fits" if fits(first, memory) else "does not fit: more GPUs, model.quantize=fp8_scaled or blocks_to_swap"
+        lines.append(f"{first.flops / 1e12:,.0f} TFLOP a GPU and sampling step; {verdict}")
+    return "\n".join(lines) + "\n"
+
+
+def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpus: Sequence[int] = GPUS) -> str:
+    """Every size that the model's authors list on every number of GPUs: what one GPU holds and computes for a sampling step."""
+    about = subject(model)
+    frames = about.flavor.defaults.frames
+    table = Table(title=f"{about.spec.name} {about.flavor.name}, {frames} frames, {model.dtype}: one sampling step")
+    for name in ("width x height", "tokens", "GPUs", "ulysses x ring", "GiB a GPU", "TFLOP a GPU"):
+        table.add_column(name, justify="left" if name == "width x height" else "right")
+    for width, height in sizes or about.spec.sizes:
+        shape = shape_of(about.flavor, width=width, height=height, frames=frames)
+        for n in gpus:
+            legal = degrees(about.flavor.arch.heads_num, n)
+            found = of_sampling(model, ParallelConfig(*legal[0]), about, shape, n)
+            row = (f"{width} x {height}", f"{found.n_tokens:,}", str(n), _pairs(legal), f"{found.budget.total / GIB:.1f}")
+            table.add_row(*row, f"{found.flops / 1e12:,.0f}")
+    return _rendered(table)
+
+
+def memory_bytes(asked: Asked) -> int:
+    if asked.memory_gib is not None:
+        if not 0 < asked.memory_gib < float("inf"):
+            raise ConfigError(f"--memory is {asked.memory_gib:g}, expected a GPU's memory in GiB")
+        return int(asked.memory_gib * GIB)
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return int(DEFAULT_MEMORY_GIB * GIB)
+
+
+def advice(cfg: TrainConfig, asked: Asked) -> str:
+    """One line for a run that went out of memory: the nearest config whose prediction fits."""
+    about = subject(cfg.model)
+    shape = shape_of(about.flavor, width=asked.width, height=asked.height, frames=asked.frames, batch=cfg.data.batch_size)
+    found = nearest(cfg, about, shape, asked.gpus[0], memory_bytes(asked))
+    if found is None:
+        return "no setting makes it fit: use more or larger GPUs, or smaller clips"
+    if not found.changes:
+        total = found.estimate.budget.total / GIB
+        return f"the plan says that {total:.1f} GiB would do, so something else uses this GPU, or try run.recompute=offload"
+    return f"what would fit: {' '.join(found.changes)} ({found.estimate.budget.total / GIB:.1f} GiB a GPU)"
+
+
+def _sp(cfg: TrainConfig) -> int:
+    return cfg.parallel.ulysses * cfg.parallel.ring
+
+
+def _head(about: Subject, width: int, height: int, frames: int, found: Estimate) -> list[str]:
+    what = f"{about.spec.name} {about.flavor.name}, {width} x {height} x {frames} frames"
+    return [f"{what}: {found.n_tokens:,} image tokens and 256 of text"]
+
+
+def _legal(about: Subject, gpus: int) -> str:
+    heads = about.flavor.arch.heads_num
+    found = [f"{size}: {_pairs(degrees(heads, size))}" for size in range(1, gpus + 1) if gpus % size == 0]
+    return f"legal ulysses x ring by GPUs a sample ({heads} heads): " + "; ".join(found)
+
+
+def _pairs(legal: Sequence[tuple[int, int]]) -> str:
+    return " ".join(f"{u}x{r}" for u, r in legal)
+
+
+def _budget_table(found: dict[str, Estimate]) -> str:
+    table = Table("GiB a GPU", *found)
+    for part in next(iter(found.values())).budget.parts():
+        table.add_row(part, *(f"{e.budget.parts()[part] / GIB:.2f}" for e in found.values()))
+    table.add_row("worst moment", *(f"{e.budget.total / GIB:.2f}" for e in found.values()), style="bold")
+    return _rendered(table)
+
+
+def _rendered(table: Table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(table)
+    return out.getvalue().rstrip("\n")
+
+

@@ -1,0 +1,229 @@
+"""One step of the real code on tensors without values: which bytes live when, and how many operations it takes.
+
+The model, its blocks, its recompute policy and its sequence-parallel attention are the ones that train; only the values
+are missing (torch's FakeTensorMode) and the other ranks (torch's fake process group). So nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from hvtrain.models import attention, precision
+from hvtrain.models.attention import Grads, Kernel, Partial
+from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec, Tokens
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext, shutdown, start_simulated
+from hvtrain.parallel.hostcopy import HostCopies
+from hvtrain.parallel.recompute import Offload
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-step of one rank, beyond the weights."""
+
+    peak_bytes: int  # live at the worst moment
+    gradient_bytes: int  # of these, gradients of trained weights
+    flops: int  # of one rank
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one rank's micro-batch looks like."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    text_tokens: int = 256
+
+
+class Meter(TorchDispatchMode):
+    """Follows every storage from the operation that makes it to its end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self.held: dict[int, tuple[Any, int]] = {}
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.grads_at_peak = 0
+        for weight in [*model.parameters(), *model.buffers()]:  # there before: their views are no memory
+            storage = weight.untyped_storage()
+            self.held[storage._cdata] = (storage, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        counter = flop_registry.get(func.overloadpacket)
+        if counter is not None:
+            self.flops += counter(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return out
+
+    def leave_out(self, host: Tensor) -> None:
+        """What lies in host memory is not the device's."""
+        storage = host.untyped_storage()
+        _, n = self.held[storage._cdata]
+        self.live -= n
+        self.held[storage._cdata] = (storage, 0)
+
+    def _follow(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self.held:
+            return
+        n = storage.nbytes()
+        self.held[key] = (weakref.ref(storage, partial(self._gone, key)), n)
+        self.live += n
+        if self.live > self.peak:
+            self.peak = self.live
+            self.grads_at_peak = sum(p.grad.untyped_storage().nbytes() for p in self.params if p.grad is not None)
+
+    def _gone(self, key: int, _: object) -> None:
+        entry = self.held.pop(key, None)
+        if entry is not None:
+            self.live -= entry[1]
+
+
+def trace_step(
+    model: DiT, inp: ModelInput, *, ctx: ParallelContext, recompute: str = "none", autocast: bool = True,
+    training: bool = True, keep_gradients: bool = True,
+) -> Trace:
+    """A micro-step of `model`, whose tensors are fake, as rank 0 of ctx. Call it inside the mode that made the model.
+
+    Of equal blocks only a few are run: what one more costs is known from the difference.
+    """
+    kinds = _kinds(model)
+    few = [min(len(blocks), FEW) for blocks in kinds]
+
+    def run(counts: list[int]) -> Trace:
+        chosen = {id(b) for blocks, n in zip(kinds, counts, strict=True) for b in blocks[:n]}
+        return _run(model, inp, chosen, ctx, recompute, autocast, training, keep_gradients)
+
+    base = run(few)
+    peak, grads, flops = base.peak_bytes, base.gradient_bytes, base.flops
+    for i, blocks in enumerate(kinds):
+        if len(blocks) > few[i]:
+            more = run([n + (i == j) for j, n in enumerate(few)])
+            times = len(blocks) - few[i]
+            peak += times * (more.peak_bytes - base.peak_bytes)
+            grads += times * (more.gradient_bytes - base.gradient_bytes)
+            flops += times * (more.flops - base.flops)
+    return Trace(peak, grads, flops)
+
+
+FEW = 2
+
+
+def _kinds(model: DiT) -> list[list[nn.Module]]:
+    """The blocks, those of one kind together."""
+    kinds: dict[object, list[nn.Module]] = {}
+    for block in model.blocks:
+        shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters())
+        kinds.setdefault((type(block), shapes), []).append(block)
+    return list(kinds.values())
+
+
+def _run(
+    model: DiT, inp: ModelInput, chosen: set[int], ctx: ParallelContext, recompute: str, autocast: bool, training: bool,
+    keep_gradients: bool,
+) -> Trace:
+    for p in model.parameters():
+        p.grad = None
+    meter = Meter(model)
+    parallelize(model, replace(ctx, rank=1), kernel=_kernel(meter), recompute=recompute, training=training)
+    run_block = model.run_block
+    if isinstance(run_block, Offload):
+        run_block = Offload(HostCopies(made=meter.leave_out))
+
+    def run_chosen(block: nn.Module, tokens: Tokens) -> Tokens:
+        return run_block(block, tokens) if id(block) in chosen else tokens
+
+    model.run_block = run_chosen
+    hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
+    with meter, torch.set_grad_enabled(training):
+        with precision.autocast("cpu", enabled=autocast):
+            velocity = model(inp)
+        if training:
+            velocity.float().square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    return Trace(meter.peak, meter.grads_at_peak, meter.flops)
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
+
+
+class _Lengths(list[int]):
+    """The one condition whose values matter: a tensor without values could not say them."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
+def fake_input(spec: ModelSpec, flavor: Flavor, shape: Shape) -> ModelInput:
+    size = flavor.latent.shape(frames=shape.frames, height=shape.height, width=shape.width)
+    x = torch.empty(shape.batch, *size)
+    cond: dict[str, Any] = {"text_len": _Lengths([shape.text_tokens] * shape.batch)}
+    for field in flavor.cond:
+        if field.name != "text_len" and not (field.optional and field.name == "image_latents"):
+            dims = [shape.text_tokens if d is None else d for d in field.dims]
+            cond[field.name] = torch.empty(shape.batch, *dims, dtype=torch.float32)
+    cond["image_latents"] = torch.empty(shape.batch, size[0], 1, *size[2:])
+    return spec.make_input(x, torch.full((shape.batch,), 0.5), cond, task=flavor.tasks[0], guidance=flavor.defaults.guidance)
+
+
+@contextmanager
+def simulated(*, world: int, ulysses: int, ring: int) -> Iterator[ParallelContext]:
+    """Rank 0 of a job whose other ranks do not exist, and a place for tensors without values."""
+    ctx = start_simulated(world, ulysses=ulysses, ring=ring)
+    try:
+        with FakeTensorMode():
+            yield ctx
+    finally:
+        shutdown()
+
+
+def _kernel(meter: Meter) -> Kernel:
+    """Attention as a flash kernel allocates it: output and log-sum-exp forward, the three gradients backward."""
+
+    def some(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        b, s, n, d = q.shape
+        meter.flops += 4 * b * n * s * k.shape[1] * d
+        return Partial(torch.empty_like(q), q.new_empty(b, n, s, dtype=torch.float32))
+
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+        b, s, n, d = q.shape
+        meter.flops += 10 * b * n * s * k.shape[1] * d  # five products: the scores again, dV, dP, dQ, dK
+        return Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+        return attention.Recalled.apply(q, k, v, kernel)
+
+    kernel = Kernel("plan", attend, some, backward, lambda device, dtype: None)
+    return kernel
+
+
+def byte_counts(model: nn.Module) -> Mapping[str, int]:
+    """Bytes of trained and of frozen weights (buffers among them), and the number of trained values."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return {
+        "trained": sum(p.nbytes for p in trained), "frozen": sum(p.nbytes for p in frozen),
+        "n_trained": sum(p.numel() for p in trained),
+    }

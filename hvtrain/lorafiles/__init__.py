@@ -1,0 +1,1 @@
+"""LoRA files: every dialect, and what is done to a file."""

@@ -1,0 +1,280 @@
+"""LoRA files: written under the sd-scripts / musubi-tuner names, read under anyone's.
+
+A file names each adapted Linear in one of many spellings: `lora_unet_` + the official name with underscores,
+`diffusion_model.` or `transformer.` + the official name, ComfyUI's or diffusers' own names for the same layer. All of
+them end in a name that a model's key maps know, so a reader only looks for the longest such ending.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.dialects import Shapes, gather, known_names
+from hvtrain.lorafiles.metadata import (
+    SD_SUM_KEY,
+    SUM_KEY,
+    PeftAlpha,
+    file_order,
+    json_entry,
+    lora_metadata,
+    model_hashes,
+    other_architecture,
+)
+from hvtrain.lorafiles.pairs import LoraPair, unfold_alpha
+from hvtrain.models.base import ModelSpec
+from hvtrain.weights.containers import Weights, open_weights
+from hvtrain.weights.outputs import check_place
+from hvtrain.weights.stream import data_sum, open_writer
+
+PARTS_KEY = "hvtrain.parts"  # metadata: ranks of the blocks that a joined pair was stacked from, by layer
+FOLDED_KEY = "hvtrain.folded_alpha"  # metadata: the alphas that were multiplied into `up`, by the file's layer names
+STALE = ("sshs_", SUM_KEY)  # beginnings of metadata keys that describe a file's bytes: never copied to another file
+_ENDINGS = {
+    ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_A.default.weight": "down",
+    ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora_B.default.weight": "up",
+    ".alpha": "alpha",
+}  # fmt: skip
+_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
+                "lora_mid": "convolution LoRA", "diff": "full-difference"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA in memory: one pair for each adapted layer, by the layer's official name."""
+
+    path: Path
+    pairs: dict[str, LoraPair]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        ranks = sorted({pair.rank for pair in self.pairs.values()})
+        scales = sorted({round(pair.scale, 6) for pair in self.pairs.values()})
+        return f"{self.path.name}: {len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}"
+
+
+def _span(values: list) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def save_lora(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    metadata: Mapping[str, object],
+    architecture: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write trained adapters: `tensors` under their parameter names (`X.lora_down.weight`, `X.lora_up.weight`)."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, kind = split_ending(name)
+        if kind not in ("down", "up"):
+            raise ValueError(f"'{name}' is not an adapter's parameter")
+        found.setdefault(module, {})[kind] = tensor
+    pairs = {module: LoraPair(two["down"], two["up"], alpha or rank) for module, two in found.items()}
+    path = Path(path)
+    full = lora_metadata(path, metadata, architecture=architecture, rank=rank, alpha=alpha or rank)
+    write_lora(path, pairs, metadata=full, dtype=dtype)
+
+
+def write_lora(
+    path: str | Path,
+    pairs: Mapping[str, LoraPair],
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A file in the sd-scripts dialect, its hashes included."""
+    write_tensors(path, sd_scripts_tensors(pairs, dtype), metadata={**metadata, **parts_entry(pairs)})
+
+
+def sd_scripts_tensors(pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The pairs under sd-scripts' names, in their own dtype or in another."""
+    tensors = {}
+    for module, pair in pairs.items():
+        stem = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{stem}.lora_down.weight"] = pair.down.to("cpu", dtype or pair.down.dtype)
+        tensors[f"{stem}.lora_up.weight"] = pair.up.to("cpu", dtype or pair.up.dtype)
+        tensors[f"{stem}.alpha"] = torch.tensor(float(pair.alpha))
+    return tensors
+
+
+def parts_entry(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
+    """The metadata that lets a joined pair be cut into the very pairs that it was made of."""
+    parts = {module: pair.parts for module, pair in pairs.items() if pair.parts}
+    return {PARTS_KEY: json.dumps(parts)} if parts else {}
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str]) -> None:
+    """A file of any dialect, its hashes included, appearing under its name only when complete."""
+    slots = file_order(tensors)
+    with open_writer(path, slots, metadata={**metadata, **model_hashes(tensors, metadata)}) as writer:
+        for name in writer.waiting:
+            writer.write(name, tensors[name])
+
+
+def check_output(output: str, *sources: str | Path) -> None:
+    """Before long work: refuse a name that is no file's, an input's, or in a place that cannot be written to."""
+    target = Path(output)
+    if target.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
+    if target.exists() and any(Path(source).exists() and target.samefile(source) for source in sources):
+        raise ConfigError(f"--output {output} is the input; choose another name")
+    if target.is_dir():
+        raise ConfigError(f"--output {output} is a directory; name a file in it")
+    check_place(target)
+
+
+def check_sum(weights: Weights) -> None:
+    """Raise CheckpointError if a file's bytes are not those that it was written with; see `edited` of `read_lora`.
+
+    Other programs' checksums only make a warning: many tools rewrite a file and keep its metadata.
+    """
+    said = frozenset(weights.metadata[key] for key in (SUM_KEY, SD_SUM_KEY) if weights.metadata.get(key))
+    if said and len(weights.files) == 1 and weights.files[0].suffix in (".safetensors", ".sft"):
+        _compare(weights.files[0], weights.files[0].stat().st_mtime_ns, said, SUM_KEY in weights.metadata)
+
+
+@lru_cache(maxsize=64)  # sizes of several models may be tried on a file
+def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> None:
+    if data_sum(path) in said:
+        return
+    if ours:
+        raise CheckpointError(
+            f"{path}: damaged: its tensors are not those that its checksum ({SUM_KEY}) was taken of; copy it again, or make it "
+            f"again from the run's checkpoint. If another program changed it and you trust that, `hvtrain lora convert {path} "
+            "--edited --to musubi --output NEW` gives it a new checksum"
+        )
+    print(f"warning: {path}: its tensors do not fit its {SD_SUM_KEY}: damaged, or rewritten by another program",
+          file=sys.stderr, flush=True)  # fmt: skip
+
+
+def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False) -> LoraFile:
+    """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
+
+    With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
+    `edited`: do not compare its checksum.
+    """
+    path = Path(path)
+    weights = open_weights(path)
+    stems = _group(path, {name: weights.get(name) for name in weights})
+    found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
+    if not edited:
+        check_sum(weights)
+    folded = _folded_alphas(path, weights.metadata)
+    peft = PeftAlpha.parse(path, weights.metadata)
+    given = {name: _pair(path, stem, stems[stem], peft) for name, stem in found.items()}
+    given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
+    pairs = gather(path, given, spec, shapes)
+    parts = json_entry(path, weights.metadata, PARTS_KEY)
+    for name, pair in pairs.items():
+        pair.check_shape(path, name, shapes[name])
+        told = parts.get(name)
+        if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):  # the tensors decide
+            pairs[name] = replace(pair, parts=tuple(told))
+    return LoraFile(path, pairs, dict(weights.metadata))
+
+
+def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    folded = json_entry(path, metadata, FOLDED_KEY)
+    for name, alpha in folded.items():
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
+            raise CheckpointError(f"{path}: damaged: its metadata '{FOLDED_KEY}' gives '{name}' the alpha {alpha!r}")
+    return folded
+
+
+def split_ending(key: str) -> tuple[str, str]:
+    """The layer's part of a tensor name, and whether the tensor is its "down", "up" or "alpha" ("" if neither)."""
+    for ending, kind in _ENDINGS.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending), kind
+    return key, ""
+
+
+def _group(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    stems: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        stem, kind = split_ending(key)
+        if not kind:
+            other = next((label for sign, label in _OTHER_KINDS.items() if f".{sign}" in key), None)
+            what = f"holds {other} weights, only LoRA is supported" if other else "is not a LoRA tensor"
+            raise CheckpointError(f"{path}: '{key}' {what}: give a LoRA file (lora_down/lora_up or lora_A/lora_B)")
+        stems.setdefault(stem, {})[kind] = tensor
+    if not stems:
+        raise CheckpointError(f"{path}: holds no LoRA tensors")
+    return stems
+
+
+def _resolve(
+    path: Path,
+    stems: Iterable[str],
+    names: Mapping[str, str],
+    metadata: Mapping[str, str],
+    spec: ModelSpec | None,
+) -> dict[str, str]:
+    """Layer name -> stem in the file. `names` maps every accepted spelling to the layer's name in its dialect."""
+    found, strange, prefixes = {}, [], set()
+    stems = list(stems)
+    for stem in stems:
+        starts = [0, *(i + 1 for i, letter in enumerate(stem) if letter in "._")]
+        start = next((i for i in starts if stem[i:] in names), None)
+        if start is None:
+            strange.append(stem)
+        else:
+            prefixes.add(stem[:start])
+            found[names[stem[start:]]] = stem
+    said = other_architecture(metadata, spec.name) if spec else None
+    if strange or said or len(prefixes) > 1:
+        raise CheckpointError(_refusal(path, stems, strange, said, prefixes, spec))
+    if len(found) < len(stems):
+        raise CheckpointError(f"{path}: names a layer twice in two spellings")
+    return found
+
+
+def _refusal(
+    path: Path,
+    stems: list[str],
+    strange: list[str],
+    said: str | None,
+    prefixes: set[str],
+    spec: ModelSpec | None,
+) -> str:
+    model = f"this {spec.name} model" if spec else "this model"
+    if not strange and not said:
+        return f"{path}: mixes the prefixes {', '.join(sorted(prefixes))}: not one LoRA of {model}"
+    text = f"{path}: a LoRA of another architecture"
+    if strange:
+        text += f": {len(strange)} of its {len(stems)} layers are not in {model}, first {', '.join(strange[:3])}"
+    looks = said or (spec.lora_looks_like(stems) if spec else None)
+    hint = "its metadata says" if said else "it looks like"
+    return f"{text}; {hint} {looks}; give a LoRA for {model}" if looks else text
+
+
+def _pair(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: PeftAlpha | None) -> LoraPair:
+    missing = [kind for kind in ("down", "up") if kind not in tensors]
+    if missing:
+        raise CheckpointError(f"{path}: '{stem}' has no {missing[0]}-projection: the file is incomplete")
+    down, up = tensors["down"], tensors["up"]
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or len(down) == 0:
+        shapes = f"{list(up.shape)} and {list(down.shape)}"
+        raise CheckpointError(f"{path}: '{stem}' has up and down of shapes {shapes}, not [out, rank] and [rank, in]")
+    if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
+        raise CheckpointError(f"{path}: '{stem}' holds values that are not finite: the training run diverged")
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
+            raise CheckpointError(f"{path}: '{stem}' has an alpha of shape {list(tensors['alpha'].shape)}, expected one number")
+        alpha = float(tensors["alpha"])
+    else:
+        alpha = peft.of(stem, down.shape[0]) if peft else float(down.shape[0])
+    return LoraPair(down, up, alpha)

@@ -1,0 +1,143 @@
+"""What a LoRA file says about itself: the `ss_*`, `modelspec.*` and `sshs_*` entries that other tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from hvtrain.errors import CheckpointError
+from hvtrain.weights.stream import Slot, lay_out, tensor_bytes
+
+PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
+SUM_KEY = "hvtrain.sha256"  # of the tensors' bytes in a file that hvtrain wrote
+SD_SUM_KEY = "sshs_model_hash"  # the same by sd-scripts and musubi-tuner; other tools rewrite files and leave it as it was
+_SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec
+_LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UIs hashed
+
+
+def lora_metadata(
+    path: Path,
+    given: Mapping[str, object],
+    *,
+    architecture: str,
+    rank: int,
+    alpha: float,
+) -> dict[str, str]:
+    """The caller's entries, completed by those that every LoRA file needs. Values are text; containers are JSON."""
+    made = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": {},
+        "ss_output_name": path.stem,
+        "modelspec.sai_model_spec": _SPEC,
+        "modelspec.implementation": "hvtrain",
+        "modelspec.title": path.stem,
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
+        "modelspec.resolution": "1280x720",
+    }
+    if architecture:
+        made["modelspec.architecture"] = f"{architecture}/lora"
+        made["ss_base_model_version"] = architecture.replace("-", "_")
+    return {key: _text(value) for key, value in {**made, **given}.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(value)
+    return value if isinstance(value, str) else str(value)
+
+
+def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` as sd-scripts defines them, and the first as our readers' checksum.
+
+    Both are taken from a file that holds these tensors and the `ss_*` entries only, so that later edits of the title
+    do not change them. The first is the SHA-256 of all that follows the header, that is of the tensors' bytes in
+    file order; the second is the first 8 digits of the SHA-256 of one 64 KiB window of the file.
+    """
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    head, placed = lay_out(file_order(tensors), kept)
+    digest, window = hashlib.sha256(), bytearray(head[_LEGACY])
+    for slot in placed:
+        data = tensor_bytes(tensors[slot.name])
+        digest.update(data)
+        first, last = (max(0, edge - slot.start) for edge in (_LEGACY.start, _LEGACY.stop))
+        window += data[first:last]
+    return {
+        SD_SUM_KEY: digest.hexdigest(),
+        SUM_KEY: digest.hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
+    }
+
+
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Slot]:
+    """The order of the safetensors library's own writer: wide dtypes first (`lay_out` sees to it), then by name."""
+    return [Slot(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+
+
+def other_architecture(metadata: Mapping[str, str], architecture: str) -> str | None:
+    """What the file says that it was trained for, where that is not the model's `architecture`.
+
+    Needed because names and shapes do not always tell: two published architectures share both for all their blocks.
+    """
+    own = _plain(architecture)
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        said = metadata.get(key, "").split("/")[0]
+        if said and own not in _plain(said) and _plain(said) not in own:
+            return said
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def json_entry(path: Path, metadata: Mapping[str, str], key: str) -> dict:
+    """A table that is kept as JSON in an entry; empty if there is none."""
+    try:
+        table = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        table = None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: damaged: its metadata '{key}' is no JSON table: {metadata[key][:60]!r}")
+    return table
+
+
+@dataclass(frozen=True)
+class PeftAlpha:
+    """The alphas that a PEFT configuration gives to layers; such files have no alpha tensors."""
+
+    default: float | None
+    patterns: Mapping[str, float]
+    rank_stable: bool = False  # rsLoRA: the scale is alpha / sqrt(rank)
+
+    @classmethod
+    def parse(cls, path: Path, metadata: Mapping[str, str]) -> PeftAlpha | None:
+        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer.")."""
+        if PEFT_KEY not in metadata:
+            return None
+        config = {key.rpartition(".")[2]: value for key, value in json_entry(path, metadata, PEFT_KEY).items()}
+        alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        numbers = [*([] if alpha is None else [alpha]), *(patterns.values() if isinstance(patterns, dict) else ["no table"])]
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise CheckpointError(f"{path}: its metadata '{PEFT_KEY}' holds alphas that are not numbers: {numbers[:3]}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(f"{path}: its metadata '{PEFT_KEY}' holds no pattern: '{pattern}' ({error})") from None
+        return cls(alpha, patterns, bool(config.get("use_rslora")))
+
+    def of(self, layer: str, rank: int) -> float:
+        """As PEFT matches: a pattern is a regular expression for the name or for its last parts."""
+        found = (alpha for key, alpha in self.patterns.items() if re.search(rf"(^|\.)({key.lstrip('^')})$", layer))
+        alpha = next(found, self.default if self.default is not None else float(rank))
+        return float(alpha * rank**0.5 if self.rank_stable else alpha)

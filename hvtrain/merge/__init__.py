@@ -1,0 +1,1 @@
+"""LoRAs and slices into one LoRA or one model."""

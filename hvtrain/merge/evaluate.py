@@ -1,0 +1,85 @@
+"""Held-out losses around a merge: of the base, of each LoRA alone, and of all together.
+
+On a GPU the model lies there once, in bfloat16, and computes under autocast as in training. No weight is copied aside: what a
+LoRA touches is read from the model's file again, changed in float32 and rounded once, as the merged file is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from hvtrain.config import EvalConfig, FlowConfig, MergeConfig, asset
+from hvtrain.flow.timesteps import quantile_function
+from hvtrain.lorafiles.overlap import by_layer, labels
+from hvtrain.lorafiles.pairs import add_pairs
+from hvtrain.merge.inputs import Inputs
+from hvtrain.merge.policies import Dense, Result
+from hvtrain.models.load import Identified, LoadedDit, identify, load_dit, read_tensor
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.train.evaluate import HeldOut, held_out_loss
+from hvtrain.train.objective import Objective
+from hvtrain.train.setup import flow_of, open_shards
+
+MAX_BATCHES = 32
+
+
+def losses_of(cfg: MergeConfig) -> Callable[[Inputs, Mapping[str, Result]], dict[str, float]]:
+    """For merge.run: name -> loss at fixed noise levels and seeds, all on the same samples."""
+
+    def measure(inputs: Inputs, combined: Mapping[str, Result]) -> dict[str, float]:
+        ctx = start(device=cfg.device)
+        dtype = compute_dtype(ctx.device)
+        found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
+        loaded = load_dit(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor, dtype=dtype, device=ctx.device)
+        parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
+        result = {"base": _loss(cfg, loaded, ctx)}
+        alone = {name: by_layer([one]) for name, one in zip(labels(inputs.loras), inputs.loras, strict=True)}
+        for name, changes in (*alone.items(), ("merged", combined)):
+            with changed(loaded, found, changes):
+                result[name] = _loss(cfg, loaded, ctx)
+        return result
+
+    return measure
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """A 13B model in float32 leaves no room on a GPU of 80 GB."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def changed(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) -> Iterator[None]:
+    """The model with these layers' changes, for a while. `found`: the file that its weights come from."""
+    _write(loaded, found, changes)
+    try:
+        yield
+    finally:
+        _write(loaded, found, {module: [] for module in changes})
+
+
+@torch.no_grad()
+def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) -> None:
+    for module, change in changes.items():
+        name = f"{module}.weight"
+        there = loaded.model.get_parameter(name)
+        weight = read_tensor(found, name, dtype=torch.float32, device=there.device)
+        if isinstance(change, Dense):
+            weight += change.delta().to(weight)
+        else:
+            add_pairs(weight, [(c.pair, c.multiplier) for c in change])
+        there.copy_(weight)
+
+
+def _loss(cfg: MergeConfig, loaded: LoadedDit, ctx: ParallelContext) -> float:
+    flavor, fixed = loaded.flavor, EvalConfig()
+    flow = flow_of(FlowConfig(), flavor)
+    objective = Objective(
+        loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device,
+        compute_dtype(ctx.device) != torch.float32,
+    )
+    held = HeldOut(open_shards(cfg.evaluate, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
+    return held_out_loss(loaded.model.eval(), objective, held, ctx=ctx)["eval/loss"]

@@ -1,0 +1,100 @@
+"""What goes into a merge: LoRA files, finished slice directories, or all slices of a plan; checked before anything is read
+twice or written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hvtrain.config import MergeConfig
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.dialects import Shapes
+from hvtrain.lorafiles.files import LoraFile, read_lora
+from hvtrain.lorafiles.runs import finished, lora_in
+from hvtrain.models.base import ModelSpec
+from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
+
+
+@dataclass(frozen=True)
+class Inputs:
+    loras: list[tuple[LoraFile, float]]
+    plan: SlicePlan | None
+    missing: tuple[int, ...] = ()  # LORAIDs of the plan that are left out, by the user's leave
+
+
+def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str | None) -> Inputs:
+    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint, if there is a model."""
+    plan = load_plan(cfg.plan) if cfg.plan is not None else None
+    missing: list[int] = []
+    paths: list[tuple[Path, float]] = [(lora_in(entry.path), entry.multiplier) for entry in cfg.lora]
+    if plan is not None:
+        check_fits(plan, model=spec.name, shapes=shapes, base=None if cfg.any_base else base, where=cfg.plan)
+        found, gaps = slices_of(plan, Path(cfg.slices or Path(str(cfg.plan)).parent))
+        missing = list(gaps)
+        if gaps and not cfg.allow_missing:
+            listed = "; ".join(f"LORAID {i}: {reason}" for i, reason in gaps.items())
+            raise CheckpointError(f"{len(gaps)} of {plan.n} slices are not there: {listed}. Finish them, or --allow-missing")
+        paths += [(path, 1.0) for path in found.values()]
+    if not paths:
+        raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
+    loras = [(read_lora(path, shapes, spec=spec), multiplier) for path, multiplier in paths]
+    for lora, _ in loras:
+        _check_base(lora, base, any_base=cfg.any_base)
+    if plan is not None:
+        for lora, _ in loras[len(cfg.lora) :]:
+            check_slots(lora, plan)
+    return Inputs(loras, plan, tuple(missing))
+
+
+def slices_of(plan: SlicePlan, folder: Path) -> tuple[dict[int, Path], dict[int, str]]:
+    """LORAID -> LoRA file, and LORAID -> why there is none. Slice 3 is in folder/3, folder/03 or folder/slices/03."""
+    found: dict[int, Path] = {}
+    gaps: dict[int, str] = {}
+    for s in plan.slices:
+        names = [f"{s.loraid:0{width}d}" for width in (1, 2, 3, 4)]
+        places = [folder / part / name for part in ("", "slices") for name in names]
+        place = next((p for p in places if p.is_dir()), None)
+        result = finished(place) if place else f"no folder {folder / f'{s.loraid:02d}'}"
+        if isinstance(result, str):
+            gaps[s.loraid] = result
+        else:
+            found[s.loraid] = result
+    return found, gaps
+
+
+def check_slots(lora: LoraFile, plan: SlicePlan) -> None:
+    """Prove from the tensors that a slice changes nothing outside its slots."""
+    said = lora.metadata.get("ss_loraid", "")
+    if lora.metadata.get("hvtrain.plan", plan.hash) != plan.hash:
+        other = lora.metadata["hvtrain.plan"][:12]
+        raise CheckpointError(f"{lora.path}: trained by another plan ({other}), this is {plan.hash[:12]}")
+    if not said.isdigit():
+        raise CheckpointError(f"{lora.path}: does not say which slice it is (ss_loraid '{said}')")
+    allowed = {slot.module: (slot.begin, slot.end) for slot in plan.slice(int(said)).slots}
+    for module, pair in lora.pairs.items():
+        rows = torch.nonzero(pair.up.ne(0).any(dim=1)).flatten()
+        begin, end = allowed.get(module, (0, 0))
+        if len(rows) and (rows[0] < begin or rows[-1] >= end):
+            raise CheckpointError(
+                f"{lora.path}: LORAID {said} changes rows {int(rows[0])} to {int(rows[-1])} of '{module}', it owns "
+                + (f"{begin} to {end - 1}" if end else "none of that layer")
+            )
+
+
+def _check_base(lora: LoraFile, base: str | None, *, any_base: bool) -> None:
+    own = lora.metadata.get("hvtrain.base")
+    if any_base or base is None or own in (None, "scratch", base):
+        return
+    raise CheckpointError(
+        f"{lora.path}: trained on other weights ({own[:16]}) than this model's ({base[:16]}); give the model it was trained "
+        "on, or --any-base if it is meant to go onto this one"
+    )
+
+
+def owners_note(loras: Sequence[tuple[LoraFile, float]]) -> str:
+    """The LORAIDs of all inputs, for metadata."""
+    ids = [i for lora, _ in loras for i in lora.metadata.get("ss_loraid", "").split(",") if i]
+    return ",".join(dict.fromkeys(ids))

@@ -1,0 +1,1 @@
+"""LORAID: who owns what of a model."""

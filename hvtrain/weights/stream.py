@@ -1,0 +1,311 @@
+"""Safetensors files written tensor by tensor, so that a 26 GB model passes through one tensor's worth of memory.
+
+The library's own writer wants every tensor at once. The format is simple enough to stream: 8 bytes of header length,
+a JSON header with every name, dtype, shape and byte range, then the bytes. All ranges follow from names, dtypes and
+shapes, so the header goes out first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from hvtrain.errors import CheckpointError
+from hvtrain.weights.outputs import writing
+from shards.atomic import atomic_path, sync, write_text
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_MAX_HEADER = 100 * 2**20  # the library refuses longer ones
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a file says about one tensor before its values: `start` and `stop` are byte offsets into the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    slots: dict[str, Slot]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """Names, dtypes, shapes, byte ranges and metadata of a safetensors file, in file order; its values stay on disk."""
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise CheckpointError(f"{path}: not a safetensors file (or cut short: {size} bytes)")
+        try:
+            table = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    metadata = table.pop("__metadata__", {}) if isinstance(table, dict) else {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: damaged: its metadata are not a table of texts")
+    slots = {}
+    for name, entry in _entries(path, table):
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor '{name}' has the dtype {entry['dtype']}, which is not supported")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        slots[name] = Slot(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+        if stop > size or stop - start != slots[name].n_bytes:
+            raise CheckpointError(
+                f"{path}: cut short or damaged: '{name}' should end at byte {stop}, the file has {size}; copy it again"
+            )
+    return Header(slots, metadata)
+
+
+def data_sum(path: str | Path) -> str:
+    """SHA-256 of all that follows the header: of the tensors' bytes, whatever the metadata say."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _entries(path: str | Path, table: Any) -> list[tuple[str, dict]]:
+    """The tensors of a header in file order, their fields of the right kinds."""
+    try:
+        for entry in table.values():
+            start, stop = entry["data_offsets"]
+            numbers = [start, stop, *entry["shape"]]
+            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+                raise TypeError(f"{entry}")
+        return sorted(table.items(), key=lambda item: item[1]["data_offsets"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: its header is not that of a safetensors file ({error})") from None
+
+
+def lay_out(slots: Iterable[Slot], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[Slot]]:
+    """The header's bytes and the slots with their places in the file.
+
+    Widest dtypes come first (given order among equals), which keeps every tensor aligned for memory mapping.
+    """
+    ordered = sorted(slots, key=lambda slot: -slot.dtype.itemsize)
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset, offsets = 0, []
+    for slot in ordered:
+        offsets.append(offset)
+        ends = [offset, offset + slot.n_bytes]
+        table[slot.name] = {"dtype": _CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": ends}
+        offset = ends[1]
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    placed = [
+        Slot(slot.name, slot.dtype, slot.shape, len(head) + at, len(head) + at + slot.n_bytes)
+        for slot, at in zip(ordered, offsets, strict=True)
+    ]
+    return head, placed
+
+
+class TensorWriter:
+    """Takes each declared tensor once, in any order, from any threads; see `open_writer`."""
+
+    def __init__(self, file: BinaryIO, slots: Iterable[Slot]) -> None:
+        self._file = file
+        self._waiting = {slot.name: slot for slot in slots}
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names not yet written, in file order: following it makes the writing sequential."""
+        return list(self._waiting)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        slot = self._waiting[name]
+        if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
+            raise ValueError(f"{name}: declared {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        self.write_bytes(name, tensor_bytes(tensor))
+
+    def write_bytes(self, name: str, data: memoryview) -> None:
+        """The same for bytes that are already in the file's form: a copy without a detour through tensors."""
+        slot = self._waiting.pop(name)
+        if data.nbytes != slot.n_bytes:
+            raise ValueError(f"{name}: declared {slot.n_bytes} bytes, got {data.nbytes}")
+        done = 0
+        while done < slot.n_bytes:
+            done += os.pwrite(self._file.fileno(), data[done:], slot.start + done)
+
+    def copy(self, name: str, source: int, start: int) -> None:
+        """The same from a place in another file (a descriptor), without a way through this process."""
+        slot = self._waiting.pop(name)
+        done = 0
+        while done < slot.n_bytes:
+            n = _copy_range(source, self._file.fileno(), slot.n_bytes - done, start + done, slot.start + done)
+            if n == 0:
+                raise CheckpointError(f"the file with '{name}' ends too early; it was changed while it was read")
+            done += n
+
+
+def _copy_range(source: int, target: int, n: int, start: int, to: int) -> int:
+    try:
+        return os.copy_file_range(source, target, n, start, to)
+    except (AttributeError, OSError):  # not Linux, or file systems that cannot
+        return os.pwrite(target, os.pread(source, min(n, 1 << 23), start), to)
+
+
+@contextmanager
+def open_writer(
+    path: str | Path, slots: Iterable[Slot], *, metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorWriter]:
+    """A writer for these tensors; the file appears under its name only when all of them are in it."""
+    head, placed = lay_out(slots, metadata)
+    with writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(head)
+        file.flush()
+        writer = TensorWriter(file, placed)
+        yield writer
+        if writer.waiting:
+            raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+
+
+_PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
+
+
+class _ResumableWriter(TensorWriter):
+    """Notes from time to time which tensors are safely on the disk."""
+
+    def __init__(self, file: BinaryIO, slots: Iterable[Slot], note: Callable[[list[str]], None], done: Iterable[str]) -> None:
+        super().__init__(file, slots)
+        self._note, self._done, self._since, self._lock = note, list(done), 0, threading.Lock()
+        for name in self._done:
+            del self._waiting[name]
+
+    def write_bytes(self, name: str, data: memoryview) -> None:
+        super().write_bytes(name, data)
+        self._written(name, data.nbytes)
+
+    def copy(self, name: str, source: int, start: int) -> None:
+        n = self._waiting[name].n_bytes
+        super().copy(name, source, start)
+        self._written(name, n)
+
+    def _written(self, name: str, n: int) -> None:
+        with self._lock:
+            self._done.append(name)
+            self._since += n
+            if self._since < _PROGRESS_BYTES:
+                return
+            self._since = 0
+            done = list(self._done)
+            os.fsync(self._file.fileno())
+            self._note(done)
+
+
+@contextmanager
+def open_resumable(
+    path: str | Path, slots: Iterable[Slot], *, metadata: Mapping[str, str] | None = None, signature: str
+) -> Iterator[TensorWriter]:
+    """As `open_writer`, but a run that was killed is continued: `waiting` is what is left to write.
+
+    `signature` stands for everything that the contents depend on; a half-written file of another one is begun anew.
+    """
+    path = Path(path)
+    head, placed = lay_out(slots, metadata)
+    own = hashlib.sha256(signature.encode() + head).hexdigest()
+    partial, journal = partial_of(path), path.with_name(f"{partial_of(path).name}.json")
+
+    def note(names: list[str]) -> None:
+        write_text(journal, json.dumps({"signature": own, "done": names}))
+
+    with writing(path):
+        try:
+            with _open_partial(partial) as file:
+                done = _written(journal, own) if os.fstat(file.fileno()).st_size else []
+                if not done:
+                    journal.unlink(missing_ok=True)  # first: it must never speak of another file's bytes
+                    file.truncate(0)
+                    file.write(head)
+                    file.flush()
+                writer = _ResumableWriter(file, placed, note, done)
+                yield writer
+                if writer.waiting:
+                    raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            sync(path.parent)
+        except _Busy:
+            raise
+        except Exception:  # a mistake, not a kill: nothing to go on with
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            if not partial.exists():
+                journal.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The name under which a resumable file grows."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class _Busy(CheckpointError):
+    """Somebody else's file: leave it alone."""
+
+
+def _open_partial(partial: Path) -> BinaryIO:
+    """A regular file of this name and no other, held by this process alone: it is never written through a link that was
+    laid there, and never while another merge writes it."""
+    with suppress(FileNotFoundError):
+        status = os.lstat(partial)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            partial.unlink()
+    file = open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = True
+    except OSError:  # a file system without locks
+        busy = False
+    else:  # who held it may just have finished: then it has its final name
+        busy = not partial.exists() or not os.path.samestat(os.lstat(partial), os.fstat(file.fileno()))
+    if busy:
+        file.close()
+        raise _Busy(f"{partial}: another process is writing it; wait for it, or choose another --output")
+    return file
+
+
+def _written(journal: Path, own: str) -> list[str]:
+    """Tensors that an earlier run of the same signature has written."""
+    try:
+        note = json.loads(journal.read_text())
+        return list(note["done"]) if note["signature"] == own else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as bytes, without a copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,58 @@
+"""fit: what a run will need, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from hvtrain.errors import ConfigError
+from launcher.table import command, config_options, load_config
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    add = parser.add_argument
+    add("--generate", action="store_true", help="the config is of `hvtrain generate` (default: of `hvtrain train`)")
+    add("--gpus", default="1", metavar="N,N", help="numbers of GPUs to try, as in 1,4,8 (default: 1)")
+    add("--memory", type=float, metavar="GIB", help="memory of one GPU (default: this machine's GPU, else 80)")
+    add("--size", metavar="WxHxF", help="width x height x frames of the clips, as in 960x544x33 (default: the flavor's own)")
+    add("--table", action="store_true", help="generation at all sizes that the model's authors list, on 1 to 8 GPUs")
+
+
+def _weights_or_none(model) -> None:
+    from hvtrain.config import asset
+
+    if model.dit is None or Path(asset(model.dit)).exists():
+        return
+    from hvtrain.models import find
+
+    flavor = model.flavor or next(iter(find(model.name).flavors))
+    raise ConfigError(f"model.dit: {model.dit} does not exist; without weights: add model.dit=null model.flavor={flavor}")
+
+
+@command("fit", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
+def _fit(args: argparse.Namespace) -> None:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.gpus):
+        raise ConfigError(f"--gpus '{args.gpus}': expected numbers, as in 8 or 1,4,8")
+    numbers = tuple(int(n) for n in args.gpus.split(","))
+    width = height = frames = None
+    if args.size is not None:
+        found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", args.size)
+        if found is None:
+            raise ConfigError(f"--size '{args.size}': expected width x height x frames, as in 960x544x33")
+        width, height, frames = (None if part is None else int(part) for part in found.groups())
+    from hvtrain.config import rules
+
+    rules.check_size("--size: ", width=width, height=height, frames=frames)
+    cfg = load_config("generate" if args.generate or args.table else "train", args)
+    _weights_or_none(cfg.model)
+    from hvtrain.fit import run as fit
+
+    asked = fit.Asked(numbers, args.memory, width, height, frames)
+    if args.table:
+        print(fit.size_table(cfg.model))
+    elif args.generate:
+        print(fit.sampling(cfg, asked), end="")
+    else:
+        print(fit.training(cfg, asked), end="")

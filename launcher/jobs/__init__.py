@@ -1,0 +1,1 @@
+"""Slices as jobs: their record, and the backends that run them."""

@@ -1,0 +1,260 @@
+"""Running the jobs of a slice plan: on this machine, N at a time, or as a Slurm array and a dependent merge job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvtrain.errors import LaunchError
+from launcher.exits import REQUEUE
+from launcher.jobs import slurm
+from launcher.jobs.slices import (
+    MERGE,
+    Slices,
+    alive,
+    load_state,
+    mark_cancelled,
+    note_end,
+    note_start,
+    process_start,
+    save_state,
+    set_damaged_aside,
+    starter,
+)
+from launcher.jobs.standing import Standing, merge_standing, standing
+from launcher.processes import forwarded
+from launcher.program import HVTRAIN
+from launcher.site import load_site
+
+GOOD = ("done",)
+POLL_S = 0.2
+
+
+def standings(run: Path, slices: Slices) -> list[Standing]:
+    """Of each slice, in order, and of the merge."""
+    queue = slurm.Queue()
+    if slices.backend == "slurm":
+        names = [*(slices.name(i) for i in range(1, slices.n + 1)), MERGE]
+        queue = slurm.queue([state.jobs[-1] for name in names if (state := load_state(run, name)).jobs])
+    return [*(standing(run, slices, i, queue) for i in range(1, slices.n + 1)), merge_standing(run, slices, queue)]
+
+
+def refuse_unknown(run: Path, found: Sequence[Standing]) -> None:
+    """Nothing is started twice, and nothing is called cancelled that runs on."""
+    if unknown := [s for s in found if s.word == "unknown"]:
+        names = ", ".join(s.name for s in unknown)
+        raise LaunchError(f"{run}: {names}: {unknown[0].note}, so they may be running; nothing was done: try again later")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is neither done nor under way."""
+
+    loraids: tuple[int, ...]
+    merge: bool
+    waiting_for: tuple[str, ...] = ()  # slices' jobs under way, which the merge needs
+    instead_of: tuple[str, ...] = ()  # a merge job in the queue that waits for other jobs
+
+
+def not_begun(found: Sequence[Standing]) -> Start:
+    """Of what `standings` has found."""
+    *parts, merge = found
+    loraids = tuple(i for i, s in enumerate(parts, start=1) if s.word not in GOOD and not s.job)
+    coming = merge.job and merge.word != "blocked"
+    needed = merge.word != "none" and bool(loraids or (merge.word not in GOOD and not coming))
+    old = (merge.job,) if needed and merge.job else ()
+    return Start(loraids, needed, tuple(s.job for s in parts if s.job), old)
+
+
+def command(run: Path, *arguments: object) -> list[str]:
+    return [*HVTRAIN, "slices", *map(str, arguments)]
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------------------
+
+
+def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
+    job = slurm.Job(
+        "array", f"{run.name}-slices", Path.cwd(), f"{slurm.literal(run / 'logs')}/%{slices.width()}a.log",
+        ["slices", "one", str(run)],
+        slurm.Resources(slices.nodes, slices.nproc, slices.time, max_restarts=slices.max_restarts),
+        array=",".join(map(str, loraids)) + f"%{slices.at_once}",
+    )
+    return slurm.render(job, load_site(slices.site))
+
+
+def merge_script(run: Path, slices: Slices, after: Sequence[str]) -> str:
+    job = slurm.Job(
+        "merge", f"{run.name}-merge", Path.cwd(), slurm.literal(run / "logs" / "merge.log"), ["slices", "merge", str(run)],
+        slurm.Resources(gpus=False), after=after,
+    )
+    return slurm.render(job, load_site(slices.site))
+
+
+def submit(run: Path, slices: Slices, start: Start) -> list[str]:
+    """Submit an array of these slices, and the merge after it and after what is under way. What to print."""
+    said, after = [], list(start.waiting_for)
+    slurm.cancel(start.instead_of)
+    if start.loraids:
+        array = slurm.submit(array_script(run, slices, start.loraids))
+        after.append(array)
+        for i in start.loraids:
+            _note_submitted(run, slices.name(i), f"{array}_{i}")
+        said.append(f"job {array}: slices {', '.join(map(str, start.loraids))}, {slices.at_once} at a time")
+    if start.merge:
+        merge = slurm.submit(merge_script(run, slices, after))
+        _note_submitted(run, MERGE, merge)
+        said.append(f"job {merge}: merge, {'when all have finished' if after else 'at once: all slices are done'}")
+    return said
+
+
+def _note_submitted(run: Path, name: str, job: str) -> None:
+    state = load_state(run, name)
+    state.jobs.append(job)
+    state.started = state.ended = state.code = None
+    save_state(run, name, state)
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
+    """Run slices, `at_once` of them at a time, then the merge. Ctrl-C and SIGTERM ask them to save. The exit code."""
+    waiting, stopped = list(loraids), False
+    running: dict[subprocess.Popen, tuple[int, str]] = {}
+    free = [",".join(slices.gpus[i * slices.nproc : (i + 1) * slices.nproc]) for i in range(slices.at_once)]
+    with _signals() as asked:
+        while waiting or running:
+            while waiting and free and not asked:
+                loraid, gpus = waiting.pop(0), free.pop(0)
+                running[_start(run, slices, loraid, gpus)] = (loraid, gpus)
+                print(f"slice {loraid}: started{f' on GPU {gpus}' if gpus else ''}", flush=True)
+            if asked:
+                asked.clear()
+                waiting.clear()
+                stopped = True
+                for process in running:
+                    process.send_signal(signal.SIGTERM)
+            time.sleep(POLL_S)
+            for process in [p for p in running if p.poll() is not None]:
+                loraid, gpus = running.pop(process)
+                free.append(gpus)
+                print(f"slice {loraid}: {_ending(process.returncode)}", flush=True)
+        words = [s.word for s in standings(run, slices)[:-1]]
+        if stopped or asked or any(word not in GOOD for word in words):
+            done = sum(word in GOOD for word in words)
+            print(f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True)
+            return 1 if "failed" in words else REQUEUE
+        return _merge_here(run, asked) if slices.merge else 0
+
+
+def _merge_here(run: Path, asked: list[int]) -> int:
+    process = subprocess.Popen(command(run, "merge", run), start_new_session=True)
+    while process.poll() is None:
+        if asked:
+            asked.clear()
+            process.send_signal(signal.SIGTERM)
+        time.sleep(POLL_S)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Those that ask this program to end, as they come, instead of its end."""
+    asked: list[int] = []
+    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in forwarded()}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(run: Path, slices: Slices, loraid: int, gpus: str) -> subprocess.Popen:
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})}
+    with (run / "logs" / f"{slices.name(loraid)}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command(run, "one", run, loraid), env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    note_start(run, slices.name(loraid), f"{process.pid}:{process_start(process.pid)}")
+    return process
+
+
+def _ending(code: int) -> str:
+    return {0: "done", REQUEUE: "stopped, saved"}.get(code, f"failed (exit code {code})")
+
+
+# --- inside a job -----------------------------------------------------------------------------------------------------
+
+
+def run_one(run: Path, slices: Slices, loraid: int) -> int:
+    """Train one slice in this job and note how it ended. On several nodes, node 0 notes."""
+    from launcher import processes
+    from launcher.jobs.slices import train_arguments
+
+    name, inside = slices.name(loraid), slices.backend == "slurm"
+    writes = not inside or os.environ.get("SLURM_NODEID", "0") == "0"
+    if writes:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else f"{os.getpid()}:{process_start(os.getpid())}"
+        note_start(run, name, job)
+        set_damaged_aside(run, slices, loraid)
+    code = 1
+    try:
+        topology = slurm.topology(slices.nproc) if inside else processes.Topology(nproc=slices.nproc)
+        # In a Slurm job all nodes start again together: its script sees to that.
+        code = processes.launch(train_arguments(run, slices, loraid), topology, max_restarts=0 if inside else slices.max_restarts)
+    finally:
+        if writes:
+            note_end(run, name, code)
+    return code
+
+
+def run_merge(run: Path, slices: Slices) -> int:
+    """In this very process, so that whoever ends it ends the merge."""
+    from launcher import cli
+
+    job = os.environ.get("SLURM_JOB_ID") if slices.backend == "slurm" else None
+    note_start(run, MERGE, job or f"{os.getpid()}:{process_start(os.getpid())}")
+    code = 1
+    try:
+        code = cli.main(["merge", *slices.merge])
+    finally:
+        note_end(run, MERGE, code)
+    return code
+
+
+def cancel(run: Path, slices: Slices) -> list[str]:
+    """Cancel what is queued or running, and nothing else; what was done."""
+    found = standings(run, slices)
+    refuse_unknown(run, found)
+    under_way = {s.name: s.job for s in found if s.job}
+    if slices.backend == "slurm":
+        slurm.cancel(list(under_way.values()))
+        mark_cancelled(run, under_way)
+    else:
+        by = starter(run)
+        if by:  # it passes the wish on, and starts no more
+            under_way |= {s.name: "" for s in found if s.word == "waiting"}
+        mark_cancelled(run, under_way)
+        for job in [by] if by else under_way.values():
+            _ask_to_end(job)
+    return [f"cancelled: {', '.join(under_way)}" if under_way else "nothing was queued or running"]
+
+
+def _ask_to_end(job: str) -> None:
+    """A process of ours, or nobody: not the one that has its number now."""
+    if not alive(job):
+        return
+    pid = int(job.partition(":")[0])
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        raise LaunchError(f"process {pid} belongs to another user; who started the slices must cancel them") from None

@@ -1,0 +1,257 @@
+"""The jobs of a slice plan, as files: what is to be run, what has been submitted, how it ended. Any login node can read them.
+
+    RUN/slices.json     the plan, the base config, data per slice, resources
+    RUN/01, RUN/02 ...  the slices' own training runs
+    RUN/state/01.json   its attempts: job or process, exit code, when
+    RUN/state/cancelled.json, RUN/state/lock
+    RUN/logs/01.log     its output
+    RUN/state/merge.json, RUN/logs/merge.log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvtrain.config.load import build, override
+from hvtrain.errors import ConfigError, LaunchError
+from launcher.jobs.slurm import RESTARTS
+
+FILE = "slices.json"
+PLAN_FORMAT = "hvtrain-slices/1"
+MERGE = "merge"
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One sliced training, as it was asked for."""
+
+    plan: str
+    config: str | None  # the base training config
+    overrides: tuple[str, ...]
+    data: tuple[str, ...]  # shard set of each slice, by LORAID
+    n: int
+    nproc: int = 1
+    nodes: int = 1
+    time: str = ""
+    site: str | None = None
+    backend: str = "local"
+    at_once: int = 1
+    gpus: tuple[str, ...] = ()  # local: handed out to slices
+    merge: tuple[str, ...] = ()  # arguments of `hvtrain merge`; empty: no merge
+    max_restarts: int = RESTARTS  # of a slice's processes, when one of them dies
+    cwd: str = ""  # where relative paths of the above count from; empty: not known (an older version's file)
+
+    def width(self) -> int:
+        return max(2, len(str(self.n)))
+
+    def name(self, loraid: int) -> str:
+        return f"{loraid:0{self.width()}d}"
+
+
+@dataclass
+class State:
+    """How one slice (or the merge) stands. Written by whoever submits it and by the job itself."""
+
+    jobs: list[str] = field(default_factory=list)  # Slurm ids 12_3, or pid:STARTTIME
+    started: float | None = None  # of the last attempt
+    ended: float | None = None
+    code: int | None = None  # exit code; 75: stopped in time, to go on
+
+
+def load_slices(run: str | Path) -> Slices:
+    path = Path(run) / FILE
+    try:
+        raw = json.loads(path.read_text())
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        build(Slices, raw, where=FILE)  # the type of each value
+        return Slices(**values)
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it") from None
+    except (ConfigError, ValueError, TypeError, AttributeError) as error:
+        raise LaunchError(f"{path}: damaged ({error})") from None
+
+
+def save_slices(run: Path, slices: Slices) -> None:
+    for folder in ("state", "logs"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+    _write(run / FILE, asdict(slices))
+
+
+def load_state(run: Path, name: str) -> State:
+    """Raises LaunchError for a file that cannot be read: what it would say is not "never started"."""
+    path = run / "state" / f"{name}.json"
+    try:
+        return State(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return State()
+    except (OSError, ValueError, TypeError) as error:
+        raise LaunchError(f"{path}: cannot be read ({error}); remove it once you know that {name} is not running") from None
+
+
+def save_state(run: Path, name: str, state: State) -> None:
+    _write(run / "state" / f"{name}.json", asdict(state))
+
+
+def _write(path: Path, body: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(body, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def cancelled(run: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((run / "state" / "cancelled.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def mark_cancelled(run: Path, jobs: Mapping[str, str]) -> None:
+    """Remember the wish: name -> the attempt that it ended, "" if there had been none. In a file of its own, since the jobs
+    write their states meanwhile; a later attempt is another job, which no mark touches."""
+    if jobs:
+        _write(run / "state" / "cancelled.json", {**cancelled(run), **jobs})
+
+
+@contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Nobody else starts jobs of this run meanwhile. The kernel takes the lock back when its holder ends, in whatever way."""
+    path = run / "state" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"{run}: its slices are being started already, by process {starter(run).partition(':')[0] or 'unknown'}; "
+                f"`hvtrain slices status {run}` shows them, `hvtrain slices cancel {run}` stops them"
+            ) from None
+        except OSError as error:
+            print(f"warning: {path}: this file system has no locks ({error.strerror}): start {run} once only", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{os.getpid()}:{process_start(os.getpid())}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def starter(run: Path) -> str:
+    """The process that holds the lock, as pid:STARTTIME, or nothing."""
+    try:
+        job = (run / "state" / "lock").read_text()
+    except OSError:
+        return ""
+    return job if alive(job) else ""
+
+
+def plan_size(path: str) -> int:
+    """How many slices a plan has. Reads no more of it: the training checks it whole."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if raw["format"] != PLAN_FORMAT:
+            raise ConfigError(f"--plan {path}: format {raw['format']!r}, expected {PLAN_FORMAT!r}")
+        return int(raw["n"])
+    except OSError as error:
+        raise ConfigError(f"--plan {path}: cannot be read ({error.strerror}); `hvtrain slices plan` writes one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--plan {path}: not a slice plan ({error})") from None
+
+
+def data_of(path: str, n: int) -> tuple[str, ...]:
+    """Each slice's shard set: the parts of `hvtrain shards split`, or one set for all."""
+    folder = Path(path)
+    if (folder / "manifest.json").is_file() or "://" in path:
+        return (path,) * n
+    if not folder.is_dir():
+        raise ConfigError(f"--data {path}: no such directory")
+    parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+    if [int(p.name) for p in parts] != list(range(1, n + 1)):
+        found = ", ".join(p.name for p in parts) or "none"
+        raise ConfigError(
+            f"--data {path}: {n} slices need the parts 01 to {n:02d} (`hvtrain shards split --n {n}`) or one shard set; "
+            f"found {found}"
+        )
+    return tuple(str(p.resolve()) for p in parts)
+
+
+def train_arguments(run: Path, slices: Slices, loraid: int) -> list[str]:
+    """Of `hvtrain train` for one slice. The slice's own keys come last, so they win."""
+    name = slices.name(loraid)
+    own = {
+        "adapter.type": "loraid", "adapter.plan": slices.plan, "adapter.loraid": loraid, "adapter.blocks_per_loraid": None,
+        "data.shards": [slices.data[loraid - 1]], "run.output_dir": str(run / name), "run.name": f"slice-{name}",
+    }
+    return [
+        "train", *([slices.config] if slices.config else []), *slices.overrides,
+        *(override(key, value) for key, value in own.items()),
+    ]
+
+
+def result(run: Path, slices: Slices, loraid: int) -> Path:
+    name = slices.name(loraid)
+    return run / name / f"slice-{name}.safetensors"
+
+
+def amiss(path: Path) -> str:
+    """What is wrong with a safetensors file, by its header and its size; its values are not read. "": nothing."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
+        return "" if ends and 8 + length + max(ends) == size else f"{path.name} is damaged ({size} bytes)"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        return f"{path.name} is damaged ({error})"
+
+
+def set_damaged_aside(run: Path, slices: Slices, loraid: int) -> None:
+    """A result that is damaged makes room for the one that this attempt writes."""
+    path = result(run, slices, loraid)
+    if path.exists() and (wrong := amiss(path)):
+        print(f"{wrong}; it is now {path.name}.damaged", flush=True)
+        path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def note_start(run: Path, name: str, job: str) -> None:
+    state = load_state(run, name)
+    if not state.jobs or state.jobs[-1] != job:
+        state.jobs.append(job)
+    state.started, state.ended, state.code = time.time(), None, None
+    save_state(run, name, state)
+
+
+def note_end(run: Path, name: str, code: int) -> None:
+    state = load_state(run, name)
+    state.ended, state.code = time.time(), code
+    save_state(run, name, state)
+
+
+def alive(job: str) -> bool:
+    """Whether a local process pid:STARTTIME still runs."""
+    pid, _, begun = job.partition(":")
+    return begun != "" and process_start(int(pid)) == begun
+
+
+def process_start(pid: int) -> str:
+    """Distinguishes a process from a later one with its number. "": it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (OSError, IndexError):
+        return ""

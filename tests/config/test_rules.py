@@ -1,0 +1,23 @@
+"""Rules of configs that need no model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hvtrain.config import TrainConfig, load
+from hvtrain.config.rules import check_train
+from hvtrain.errors import ConfigError
+
+
+def test_sets_to_evaluate_on_may_lie_under_addresses(tmp_path) -> None:
+    """As those to train on: their files are opened later."""
+    for key in ("data.shards", "eval.shards"):
+        given = {"data.shards": [str(tmp_path)], "eval.shards": [str(tmp_path)]} | {key: ["s3://bucket/set"]}
+        cfg = load(TrainConfig, None, [f"{k}={v}" for k, v in given.items()] + [
+            "model.dit=tiny:dit.safetensors", f"run.output_dir={tmp_path / 'run'}", "eval.every_steps=1", "run.steps=1",
+        ])
+        check_train(cfg)
+        with pytest.raises(ConfigError, match=f"{key}.*missing"):
+            check_train(replace(cfg, **{key.split(".")[0]: replace(getattr(cfg, key.split(".")[0]), shards=("missing",))}))

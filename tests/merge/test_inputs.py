@@ -1,0 +1,207 @@
+"""What goes into a merge: LoRA files, runs and the slices of a plan, and what of them is refused, word for word."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvtrain.config import LoraFileConfig, MergeConfig
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.files import LoraFile, write_lora
+from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.merge import inputs
+from hvtrain.merge.inputs import (
+    Inputs,
+    check_slots,
+    finished,
+    lora_in,
+    open_inputs,
+    owners_note,
+    slices_of,
+)
+from hvtrain.slices.plan import Cut, make_plan, save_plan
+from tests.adapters.models import SPEC
+
+SHAPES = {f"double_blocks.{i}.img_attn_proj": (8, 4) for i in range(4)}
+FIRST = "double_blocks.0.img_attn_proj"
+
+
+def pair(rows=range(8), *, rank=1, alpha=1.0, value=1.0):
+    up = torch.zeros(8, rank)
+    up[list(rows)] = value
+    return LoraPair(torch.ones(rank, 4), up, alpha)
+
+
+def lora(path, layers=(FIRST,), rows=range(8), **metadata):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lora(path, {name: pair(rows) for name in layers}, metadata=metadata)
+    return path
+
+
+def run_of(folder, name="lora", **given):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"run: {{name: {name}}}\n")
+    return lora(folder / f"{name}.safetensors", **given)
+
+
+def config(*paths, **given):
+    return MergeConfig(lora=tuple(LoraFileConfig(str(p)) for p in paths), output="m.safetensors", **given)
+
+
+def refusal(error, function, *arguments, **given):
+    with pytest.raises(error) as refused:
+        function(*arguments, **given)
+    return str(refused.value)
+
+
+# --- runs and slices ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_it_lacks(tmp_path):
+    path = run_of(tmp_path / "a", "cat")
+    assert finished(tmp_path / "a") == path == lora_in(tmp_path / "a") == lora_in(path) == lora_in(str(path))
+    path.unlink()
+    assert finished(tmp_path / "a") == f"{tmp_path / 'a'} is not finished (no cat.safetensors yet)"
+    assert refusal(CheckpointError, lora_in, tmp_path / "a") == f"{tmp_path / 'a'}: {finished(tmp_path / 'a')}"
+    (tmp_path / "b").mkdir()
+    assert finished(tmp_path / "b") == f"{tmp_path / 'b'} holds no run"
+    for text in ("", "other: 1", "run: {}"):  # a run without a name is `lora`
+        (tmp_path / "b" / "config.yaml").write_text(text)
+        assert finished(tmp_path / "b") == f"{tmp_path / 'b'} is not finished (no lora.safetensors yet)"
+    for text in ("- a\n: {", "[1]", "run: text"):
+        (tmp_path / "b" / "config.yaml").write_text(text)
+        assert finished(tmp_path / "b") == f"{tmp_path / 'b' / 'config.yaml'} is damaged: not the config of a run"
+    there = tmp_path / "none"
+    assert refusal(ConfigError, lora_in, there) == f"{there} does not exist; give a LoRA file or a run's directory"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    found = make_plan(SHAPES, Cut(n=2, granularity="module", order="contiguous"), model=SPEC.name, flavor="tiny")
+    save_plan(found, tmp_path / "plan.json")
+    return found
+
+
+def layers_of(plan, loraid):
+    return [slot.module for slot in plan.slice(loraid).slots]
+
+
+def test_where_slices_are_looked_for(plan, tmp_path):
+    for number, place in enumerate(("1", "01", "001", "0001", "slices/1", "slices/01", "slices/0001")):
+        path = run_of(tmp_path / str(number) / "runs" / place)
+        there, gaps = slices_of(plan, tmp_path / str(number) / "runs")
+        assert there == {1: path}
+        assert gaps == {2: f"no folder {tmp_path / str(number) / 'runs' / '02'}"}
+    (tmp_path / "6" / "runs" / "02").mkdir()
+    there, gaps = slices_of(plan, tmp_path / "6" / "runs")
+    assert gaps == {2: f"{tmp_path / '6' / 'runs' / '02'} holds no run"}
+
+
+def test_slots_are_proved_from_the_tensors(plan):
+    def slice_file(layers, rows=range(8), loraid="1", **metadata):
+        return LoraFile(Path("s.safetensors"), {n: pair(rows) for n in layers}, {"ss_loraid": loraid, **metadata})
+
+    own, other = layers_of(plan, 1), layers_of(plan, 2)
+    check_slots(slice_file(own), plan)
+    check_slots(slice_file(own, **{"hvtrain.plan": plan.hash}), plan)
+    check_slots(slice_file(other, rows=[]), plan)  # nothing in it
+    assert refusal(CheckpointError, check_slots, slice_file(other[:1], rows=[2, 5]), plan) == (
+        f"s.safetensors: LORAID 1 changes rows 2 to 5 of '{other[0]}', it owns none of that layer"
+    )
+    assert refusal(CheckpointError, check_slots, slice_file(own, **{"hvtrain.plan": "f" * 64}), plan) == (
+        f"s.safetensors: trained by another plan ({'f' * 12}), this is {plan.hash[:12]}"
+    )
+    for said in ("", "1,2", "x"):
+        assert refusal(CheckpointError, check_slots, slice_file(own, loraid=said), plan) == (
+            f"s.safetensors: does not say which slice it is (ss_loraid '{said}')"
+        )
+    silent = LoraFile(Path("s.safetensors"), {own[0]: pair()}, {})
+    assert refusal(CheckpointError, check_slots, silent, plan) == (
+        "s.safetensors: does not say which slice it is (ss_loraid '')"
+    )
+
+
+def test_rows_of_a_slice(tmp_path):
+    plan = make_plan(SHAPES, Cut(n=3, granularity="rows", order="contiguous"), model=SPEC.name, flavor="tiny")
+    for s in plan.slices:
+        for slot in s.slots:
+            def check(rows, slot=slot, s=s):
+                check_slots(LoraFile(Path("s"), {slot.module: pair(rows)}, {"ss_loraid": str(s.loraid)}), plan)
+
+            check(range(slot.begin, slot.end))
+            for outside in ({*range(8)} - {*range(slot.begin, slot.end)}):
+                message = refusal(CheckpointError, check, [outside])
+                said = f"s: LORAID {s.loraid} changes rows {outside} to {outside} of '{slot.module}', it owns "
+                assert message == said + f"{slot.begin} to {slot.end - 1}"
+
+
+def test_inputs_of_a_plan(plan, tmp_path):
+    paths = [run_of(tmp_path / f"0{i}", layers=layers_of(plan, i), ss_loraid=str(i)) for i in (1, 2)]
+    cfg = config(plan=str(tmp_path / "plan.json"))
+    found = open_inputs(cfg, SHAPES, SPEC, base=None)
+    assert [(x.path, m) for x, m in found.loras] == [(p, 1.0) for p in paths]
+    assert found.plan == plan and found.missing == ()
+    extra = lora(tmp_path / "extra.safetensors")  # an ordinary LoRA beside them is no slice
+    both = replace(cfg, lora=(LoraFileConfig(str(extra), 0.5),))
+    assert [(x.path, m) for x, m in open_inputs(both, SHAPES, SPEC, base=None).loras] == [
+        (extra, 0.5), (paths[0], 1.0), (paths[1], 1.0),
+    ]  # fmt: skip
+    paths[1].unlink()
+    why = f"{tmp_path / '02'} is not finished (no lora.safetensors yet)"
+    assert refusal(CheckpointError, open_inputs, cfg, SHAPES, SPEC, base=None) == (
+        f"1 of 2 slices are not there: LORAID 2: {why}. Finish them, or --allow-missing"
+    )
+    assert open_inputs(replace(cfg, allow_missing=True), SHAPES, SPEC, base=None).missing == (2,)
+    moved = tmp_path / "elsewhere"
+    run_of(moved / "01", layers=layers_of(plan, 2), ss_loraid="1")  # trespasses
+    run_of(moved / "02", layers=layers_of(plan, 2), ss_loraid="2")
+    there = replace(cfg, slices=str(moved))
+    assert "it owns none of that layer" in refusal(CheckpointError, open_inputs, there, SHAPES, SPEC, base=None)
+    for name in ("01", "02"):
+        (moved / name / "lora.safetensors").unlink()
+    both_gone = refusal(CheckpointError, open_inputs, there, SHAPES, SPEC, base=None)
+    assert both_gone.startswith("2 of 2 slices are not there: LORAID 1: ") and "; LORAID 2: " in both_gone
+    nothing = replace(there, allow_missing=True)
+    assert refusal(ConfigError, open_inputs, nothing, SHAPES, SPEC, base=None) == (
+        "lora: nothing to merge; give at least one LoRA file, or a plan with finished slices"
+    )
+
+
+def test_base_weights_are_compared(tmp_path):
+    path = lora(tmp_path / "a.safetensors", **{"hvtrain.base": "a" * 64})
+    wrong = refusal(CheckpointError, open_inputs, config(path), SHAPES, SPEC, base="b" * 64)
+    assert wrong == (
+        f"{path}: trained on other weights ({'a' * 16}) than this model's ({'b' * 16}); give the model it was trained on, or "
+        "--any-base if it is meant to go onto this one"
+    )
+    for base in ("a" * 64, None):
+        open_inputs(config(path), SHAPES, SPEC, base=base)
+    open_inputs(config(path, any_base=True), SHAPES, SPEC, base="b" * 64)
+    for said in ({}, {"hvtrain.base": "scratch"}):
+        open_inputs(config(lora(tmp_path / "b.safetensors", **said)), SHAPES, SPEC, base="b" * 64)
+
+
+def test_a_plan_must_fit_the_base_too(tmp_path):
+    plan = make_plan(SHAPES, Cut(n=2), model=SPEC.name, flavor="tiny", base="a" * 64)
+    save_plan(plan, tmp_path / "plan.json")
+    for i in (1, 2):
+        run_of(tmp_path / f"0{i}", layers=layers_of(plan, i), ss_loraid=str(i))
+    cfg = config(plan=str(tmp_path / "plan.json"))
+    open_inputs(cfg, SHAPES, SPEC, base="a" * 64)
+    assert str(tmp_path / "plan.json") in refusal(CheckpointError, open_inputs, cfg, SHAPES, SPEC, base="b" * 64)
+    open_inputs(replace(cfg, any_base=True), SHAPES, SPEC, base="b" * 64)
+    other = dict.fromkeys(SHAPES, (16, 4))
+    refusal(CheckpointError, open_inputs, cfg, other, SPEC, base=None)
+
+
+def test_owners():
+    def of(said):
+        return (LoraFile(Path("x"), {}, {} if said is None else {"ss_loraid": said}), 1.0)
+
+    assert owners_note([of("3"), of(None), of("1,2"), of("2,3"), of("")]) == "3,1,2"
+    assert owners_note([of(None)]) == ""
+
+
+def test_inputs_are_a_record():
+    assert Inputs([], None).missing == () and inputs.CONFIG == "config.yaml"
