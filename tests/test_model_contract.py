@@ -12,8 +12,9 @@ from hvtrain.adapters.lora import adapted_layers, inject, linear_shapes, merge_i
 from hvtrain.lorafiles.dialects import key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
-from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.load import identify, load_dit, save_dit
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
 

@@ -8,7 +8,7 @@ import torch
 
 from hvtrain.adapters.lora import adapted_layers, inject
 from hvtrain.models import find
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT, ModelInput
 
 SPEC = find("hunyuan-video")
 TINY = SPEC.flavors["tiny"].arch

@@ -27,9 +27,10 @@ from torch import nn
 from hvtrain.adapters.lora import inject
 from hvtrain.fit.trace import Shape, fake_input, simulated, trace_step
 from hvtrain.models import all_specs, find
-from hvtrain.models.attention import KERNELS, pick_kernel
-from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
+from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.models.kernels import KERNELS, pick_kernel
 from hvtrain.models.precision import autocast
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.weights.float8 import quantize, replace_linear

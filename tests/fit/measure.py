@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from hvtrain.adapters.lora import inject
 from hvtrain.fit.memory import Budget, Layout, budget
 from hvtrain.fit.trace import Meter, byte_counts, simulated, trace_step
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import start

@@ -12,21 +12,17 @@ import torch
 from hvtrain.errors import ConfigError
 from hvtrain.models import attention
 from hvtrain.models.attention import (
-    KERNELS,
-    Grads,
-    Kernel,
-    Partial,
     Recalled,
     join,
     keeping,
     local_attend,
-    pick_kernel,
     recall,
     rows_of_equal_length,
     split,
     stack_rows,
 )
-from hvtrain.models.base import Joint
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS, Grads, Kernel, Partial, pick_kernel
 from hvtrain.rng import generator
 
 CPU = torch.device("cpu")

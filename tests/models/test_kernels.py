@@ -14,7 +14,7 @@ import torch
 
 from hvtrain.errors import ConfigError
 from hvtrain.models import attention
-from hvtrain.models.attention import KERNELS, pick_kernel
+from hvtrain.models.kernels import KERNELS, pick_kernel
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 

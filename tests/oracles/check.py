@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hvtrain.errors import CheckpointError, HvtrainError
 from hvtrain.models import find
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 
 LIMIT = 1e-5

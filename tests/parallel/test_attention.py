@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hvtrain.errors import ConfigError
 from hvtrain.models import attention
-from hvtrain.models.attention import KERNELS, local_attend, pick_kernel
-from hvtrain.models.base import Joint
+from hvtrain.models.attention import local_attend
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS, pick_kernel
 from hvtrain.parallel.context import ParallelContext, check_heads, start
 from hvtrain.parallel.usp import usp_attend
 from hvtrain.rng import generator

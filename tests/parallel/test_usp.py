@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.attention import KERNELS, Grads, Partial
-from hvtrain.models.base import Grid, Joint, Rope, Tokens
+from hvtrain.models.dit import Grid, Joint, Rope, Tokens
+from hvtrain.models.kernels import KERNELS, Grads, Partial
 from hvtrain.parallel import usp
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.usp import RingSpec, ShardedSequence, _merge, _nothing, usp_attend

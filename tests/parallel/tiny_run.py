@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.adapters.lora import inject, seed_dropout
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hvtrain.config import FlowConfig
 from hvtrain.flow.timesteps import quantile_function, stratified
 from hvtrain.models import find
-from hvtrain.models.base import ModelInput
+from hvtrain.models.dit import ModelInput
 from hvtrain.rng import generator
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
 

@@ -146,7 +146,7 @@ def test_a_lora_over_float8_trains_as_over_the_dequantised_model():
     """Same adapters, same loss and gradients as over a float32 model with the dequantised weights."""
     from dataclasses import replace
 
-    from hvtrain.models.base import ModelInput
+    from hvtrain.models.dit import ModelInput
 
     a = load_dit(TINY, dtype=torch.float32, quantize_to="fp8_scaled").model
     b = load_dit(TINY, dtype=torch.float32).model
