@@ -158,12 +158,12 @@ def diffusers_step(flavor: Flavor, inp: ModelInput, device: torch.device) -> Cal
             num_refiner_layers=a.refiner_depth, text_embed_dim=a.text_dim, pooled_projection_dim=a.pooled_dim,
             rope_axes_dim=a.rope_dims, rope_theta=a.rope_theta, guidance_embeds=a.guidance_embed,
         ).eval()
-    mask = torch.ones(inp.text.shape[:2], device=device, dtype=torch.bfloat16)
+    mask = torch.ones(inp.cond["text"].shape[:2], device=device, dtype=torch.bfloat16)
 
     def step() -> None:
         with torch.no_grad():
             model(
-                hidden_states=inp.x.bfloat16(), timestep=inp.t, encoder_hidden_states=inp.text.bfloat16(),
+                hidden_states=inp.x.bfloat16(), timestep=inp.t, encoder_hidden_states=inp.cond["text"].bfloat16(),
                 encoder_attention_mask=mask, pooled_projections=inp.cond["pooled"].bfloat16(), guidance=inp.cond["guidance"],
             )
 
