@@ -19,6 +19,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # that matches a module decides its layer.
 LAYERS = [
     ("hvtrain.errors", 0),
+    ("hvtrain.registry", 0),
     ("hvtrain.rng", 0),
     ("hvtrain.stopping", 0),
     ("hvtrain.config", 1),

@@ -16,7 +16,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from hvtrain.config import EncodeConfig, GenerateConfig, LoraFileConfig, MergeConfig, TrainConfig, asset, load
+from hvtrain.config import (
+    EncodeConfig,
+    GenerateConfig,
+    LoraFileConfig,
+    MergeConfig,
+    SampledLora,
+    TrainConfig,
+    asset,
+    load,
+)
 from hvtrain.encode import run as encode
 from hvtrain.generate import run as generate
 from hvtrain.generate.video import write_mp4
@@ -77,7 +86,7 @@ def run(recipe: Recipe) -> None:
         files = [_train(recipe, folder, plan, i, shards[word], rank) for i, word in enumerate(CONCEPTS, start=1)]
         n = sum(_parameters(path) for path in files)
         alone = [
-            _score(folder / f"alone-{word}", base, (LoraFileConfig(str(path)),), words=(word,))
+            _score(folder / f"alone-{word}", base, (SampledLora(str(path)),), words=(word,))
             for path, word in zip(files, CONCEPTS, strict=True)
         ]
         shares = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
@@ -162,7 +171,7 @@ def _parameters(path: Path) -> int:
 
 
 def _score(
-    folder: Path, dit: str, loras: tuple[LoraFileConfig, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
+    folder: Path, dit: str, loras: tuple[SampledLora, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
 ) -> dict[str, float]:
     """Share of videos that show the concept of each word; and of old prompts whose colour and motion are right."""
     note = folder / "score.json"

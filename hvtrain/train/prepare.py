@@ -14,7 +14,6 @@ from hvtrain.adapters.lora import linear_shapes
 from hvtrain.config import AdapterConfig, TrainConfig, asset
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.flow.timesteps import quantile_function
-from hvtrain.generate.requests import Request
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
@@ -28,6 +27,7 @@ from hvtrain.train import checkpoint
 from hvtrain.train.encoders import check_encoders
 from hvtrain.train.engine import check_engine
 from hvtrain.train.optim import build_schedule, check_optimizer
+from hvtrain.train.preview import Preview, plan_previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import (
@@ -55,6 +55,7 @@ class Prepared:
     sets: list[ShardSet]
     held_out: list[ShardSet]
     steps: int  # of the whole run
+    previews: list[Preview]
 
 
 def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
@@ -119,21 +120,15 @@ def _prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     if cfg.adapter.type != "none":
         plan = open_plan(model, spec, flavor, cfg, base) if cfg.adapter.type == "loraid" else None
         _check_rank(model, spec, cfg.adapter, plan)
-    if cfg.preview.every_steps and flavor.beyond_text:
-        raise ConfigError(
-            f"preview.every_steps: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, and a preview has only a prompt; "
-            "set it to 0"
-        )
-    for p in cfg.preview.prompts if cfg.preview.every_steps else ():
-        Request.of(flavor, prompt=p.prompt, width=p.width, height=p.height, frames=p.frames, steps=p.steps)
     sets = open_shards(cfg.data.shards, flavor, key="data.shards")
     held_out = open_shards(cfg.eval.shards, flavor, key="eval.shards")
+    previews = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets])
     if not cfg.data.allow_foreign:
         check_encoders({"data.shards": sets, "eval.shards": held_out}, flavor.columns, cfg.model, spec)
     steps = total_steps(cfg, sum(len(s) for s in sets), dp=ctx.dp)
     check_lengths(cfg, steps)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(cfg, spec, flavor, base, plan, sets, held_out, steps)
+    return Prepared(cfg, spec, flavor, base, plan, sets, held_out, steps, previews)
 
 
 def _outline(cfg: TrainConfig) -> tuple[DiT, ModelSpec, Flavor, str]:

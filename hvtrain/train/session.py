@@ -60,7 +60,10 @@ class Session:
             self.subject.spec, flavor.tasks[0], cfg.flow.guidance,
             quantile_function(cfg.flow.timestep_sampling, cfg.flow), ctx.device, autocast,
         )
-        self.previews = Previews(cfg, self.subject, ctx)  # encodes its prompts before the engine takes memory
+        self.previews = Previews(  # encodes its prompts before the engine takes memory
+            prepared.previews, cfg.model, self.subject.spec, flavor, ctx, folder=self.output / "previews",
+            precision=cfg.run.precision,
+        )
         self.engine = build_engine(
             self.subject.model, self.subject.trainable,
             engine_config(cfg),
