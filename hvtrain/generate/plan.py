@@ -115,7 +115,7 @@ def open_headers(model: ModelConfig) -> Dits:
         if path is None:
             about = found.spec.parts[expert.part].about
             raise ConfigError(f"model.{expert.part} is not set; '{flavor.name}' samples with it too ({about})")
-        other = files[expert.part] = identify(asset(path), model=found.spec.name, flavor=flavor.name)
+        other = files[expert.part] = identify(asset(path), model=found.spec.name, flavor=model.flavor)
         if other.arch != found.arch:
             raise CheckpointError(f"model.{expert.part}: {path} has other sizes than model.dit, {model.dit}: not of one model")
     empty, *_ = [whole_model(one).requires_grad_(False) for one in files.values()]  # all: their tensors are compared in it

@@ -21,7 +21,6 @@ from hvtrain.generate.conditions import Conditions, encode_requests
 from hvtrain.generate.loras import of_slices, open_loras
 from hvtrain.generate.plan import (
     Compute,
-    Dits,
     Plan,
     check_placing,
     find_sources,
@@ -32,6 +31,7 @@ from hvtrain.generate.requests import Job, batches, prompt_jobs, single_job
 from hvtrain.generate.sample import sample_lots
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import Writer
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 
 
@@ -74,7 +74,7 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     dits = open_headers(model)
     flavor = dits.flavor
     check_heads(flavor.n_heads, ctx.ulysses)
-    jobs = _jobs(cfg, dits)
+    jobs = jobs_of(cfg, flavor)
     if len(jobs) < ctx.dp:
         raise ConfigError(
             f"parallel: {len(jobs)} video(s) for {ctx.dp} data-parallel groups of processes; let the processes share "
@@ -96,11 +96,12 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     return Plan(model, dits, compute, loras, sources, jobs, lots)
 
 
-def _jobs(cfg: GenerateConfig, dits: Dits) -> list[Job]:
+def jobs_of(cfg: GenerateConfig, flavor: Flavor) -> list[Job]:
+    """The videos that a config asks for, in order."""
     if cfg.prompt_file is not None:
-        return prompt_jobs(dits.flavor, given(cfg), prompt_file=cfg.prompt_file, output=cfg.output)
+        return prompt_jobs(flavor, given(cfg), prompt_file=cfg.prompt_file, output=cfg.output)
     also = (asdict(cfg.model), cfg.precision, [asdict(lora) for lora in cfg.lora], cfg.slices, cfg.loraid, cfg.lora_multiplier)
-    return [single_job(dits.flavor, given(cfg), prompt=cfg.prompt or "", output=cfg.output, also=also)]
+    return [single_job(flavor, given(cfg), prompt=cfg.prompt or "", output=cfg.output, also=also)]
 
 
 def _make(

@@ -220,7 +220,7 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     loaded = load_dit(
         plan.dits.files[DIT if expert is None else expert.part].path,
         model=plan.spec.name,
-        flavor=plan.flavor.name,
+        flavor=m.flavor,
         dtype=getattr(torch, m.dtype),
         device="cpu" if n_swapped else ctx.device,  # what is to be swapped must not fill the device first
         quantize_to=m.quantize,

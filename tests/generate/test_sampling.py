@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -10,35 +9,14 @@ import torch
 
 from hvtrain.errors import ConfigError
 from hvtrain.flow.guidance import classifier_free
-from hvtrain.flow.schedule import sigmas
-from hvtrain.flow.solvers import euler
+from hvtrain.flow.solvers import State
 from hvtrain.generate.requests import Request
-from hvtrain.generate.sample import sample_latents, stack
-from hvtrain.generate.spool import Kept
+from hvtrain.generate.sample import sample_latents
+from hvtrain.models.conditions import stack
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from tests.generate.models import SIZE, random_cond, random_dit, spec_and_flavor
 from tests.parallel.ranks import run_ranks
-
-
-def test_euler_is_exact_where_the_velocity_is_constant_along_the_path() -> None:
-    """With one data point x0 the velocity is (x - x0) / sigma, and every number of steps ends in x0."""
-    x0, noise = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 2.0]])
-    for n in (1, 7):
-        end = euler(lambda x, sigma: (x - x0) / sigma[:, None], noise, sigmas(n, shift=7.0))
-        torch.testing.assert_close(end, x0)
-
-
-def test_euler_converges_to_the_integral() -> None:
-    """dx / dsigma = x from 1 to 0 takes x to x / e; the error of n steps falls as 1 / n."""
-    start_x = torch.ones(1, 1)
-    errors = [abs(euler(lambda x, _: x, start_x, sigmas(n)).item() - math.exp(-1)) for n in (50, 100)]
-    assert errors[0] < 0.01 and 1.8 < errors[0] / errors[1] < 2.2
-
-
-def test_euler_keeps_float32_under_a_half_precision_velocity() -> None:
-    end = euler(lambda x, _: x.bfloat16(), torch.ones(1, 4), sigmas(4))
-    assert end.dtype == torch.float32
 
 
 def test_classifier_free_guidance() -> None:
@@ -56,7 +34,7 @@ def sample(ulysses: int = 1, ring: int = 1, **changes) -> torch.Tensor:
     request = Request.of(flavor, prompt="", steps=4, cfg_scale=2.0, **SIZE)
     options = {"seeds": [3, 4], "uncond": random_cond(2, 2, seed=6), **changes}
     cond = options.pop("cond", random_cond(7, 4))
-    return sample_latents(model, spec, flavor, cond, request=request, ctx=ctx, **options)
+    return sample_latents(lambda sigma: model, spec, flavor, cond, request=request, ctx=ctx, **options)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +68,7 @@ def test_a_video_does_not_depend_on_its_batch(alone: torch.Tensor) -> None:
 
 def test_stack_pads_with_zeros() -> None:
     a, b = random_cond(3), random_cond(5, seed=1)
-    both = stack([a, b])
+    both = stack([a, b], spec_and_flavor()[1].cond)
     assert both["text"].shape[:2] == (2, 5) and both["text_len"].tolist() == [3, 5]
     assert torch.equal(both["text"][0, :3], a["text"][0]) and not both["text"][0, 3:].any()
 
@@ -113,7 +91,7 @@ def test_noise_is_a_function_of_the_seed_alone() -> None:
     def still(inp) -> torch.Tensor:
         return torch.zeros_like(inp.x)
 
-    a = sample_latents(still, spec, flavor, random_cond(3), request=request, ctx=ctx)
+    a = sample_latents(lambda sigma: still, spec, flavor, random_cond(3), request=request, ctx=ctx)
     assert a.shape == (1, 16, 3, 6, 10) and a.dtype == torch.float32
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.05
     assert a.flatten()[0].item() == pytest.approx(FIRST_NOISE_OF_SEED_11, abs=1e-6)
@@ -130,11 +108,11 @@ def test_the_sigmas_are_those_of_the_request() -> None:
     for shift in (1.0, 5.0):
         request = Request.of(flavor, prompt="", steps=4, shift=shift, cfg_scale=1.0, **SIZE)
         options = {"request": request, "ctx": ParallelContext(), "seeds": [11]}
-        end = sample_latents(drift, spec, flavor, random_cond(3), **options)
+        end = sample_latents(lambda sigma: drift, spec, flavor, random_cond(3), **options)
         even = [1, 0.75, 0.5, 0.25, 0]
         levels = [shift * e / (1 + (shift - 1) * e) for e in even]
         added = sum((there - here) * here for here, there in pairwise(levels))
-        noise = sample_latents(torch_zeros, spec, flavor, random_cond(3), **options)
+        noise = sample_latents(lambda sigma: torch_zeros, spec, flavor, random_cond(3), **options)
         assert (end - noise).mean().item() == pytest.approx(added, abs=1e-4)
         assert (end - noise).std().item() < 1e-5
 
@@ -154,7 +132,7 @@ def test_text_lengths_stay_on_the_cpu() -> None:
 
     request = Request.of(flavor, prompt="", steps=2, cfg_scale=2.0, **SIZE)
     end = sample_latents(
-        model, spec, flavor, random_cond(3), request=request, ctx=ParallelContext(device=torch.device("meta")),
+        lambda sigma: model, spec, flavor, random_cond(3), request=request, ctx=ParallelContext(device=torch.device("meta")),
         uncond=random_cond(2),
     )
     assert end.is_meta and seen == [((n,), "meta", "meta") for n in (2, 3, 2, 3)]
@@ -162,13 +140,13 @@ def test_text_lengths_stay_on_the_cpu() -> None:
 
 def test_a_sampling_goes_on_from_any_step(alone: torch.Tensor) -> None:
     """Bit for bit, and `on_step` is told of every step with what it has made."""
-    seen: list[tuple[int, torch.Tensor]] = []
-    whole = sample(on_step=lambda n, x: seen.append((n, x.clone())))
-    assert torch.equal(whole, alone) and [n for n, _ in seen] == [1, 2, 3, 4]
-    assert torch.equal(seen[-1][1], whole) and not torch.equal(seen[1][1], seen[2][1])
-    later: list[int] = []
-    rest = sample(begin=Kept(seen[1][1], 2), on_step=lambda n, x: later.append(n))
-    assert torch.equal(rest, whole) and later == [3, 4]
+    seen: list[State] = []
+    whole = sample(on_step=seen.append)
+    assert torch.equal(whole, alone) and [s.step for s in seen] == [1, 2, 3, 4]
+    assert torch.equal(seen[-1].x, whole) and not torch.equal(seen[1].x, seen[2].x)
+    later: list[State] = []
+    rest = sample(begin=seen[1], on_step=later.append)
+    assert torch.equal(rest, whole) and [s.step for s in later] == [3, 4]
 
 
 FIRST_NOISE_OF_SEED_11 = -0.7473927736282349  # a change of this number changes the video of every seed
