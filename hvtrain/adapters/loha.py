@@ -45,8 +45,8 @@ class LohaLinear(AdaptedLinear):
     def pair(parts: Parts, alpha: float) -> LoraPair:
         """Of rank²: each product of two rank-1 terms is a rank-1 term. (a1 b1) ∘ (a2 b2) = (a1 ∘ a2)(b1 ∘ b2)."""
         a1, b1, a2, b2 = (parts[part].float() for part in _STARTS)
-        shapes = {(len(a), *b.shape) for a, b in ((a1, b1), (a2, b2)) if a.ndim == b.ndim == 2 and a.shape[1] == len(b) > 0}
-        if len(shapes) != 1 or a1.ndim + a2.ndim + b1.ndim + b2.ndim != 8:
+        fits = [a.ndim == b.ndim == 2 and a.shape[1] == len(b) > 0 for a, b in ((a1, b1), (a2, b2))]
+        if not all(fits) or (a1.shape, b1.shape) != (a2.shape, b2.shape):
             found = ", ".join(str(list(parts[part].shape)) for part in _STARTS)
             raise ValueError(f"has w1_a, w1_b, w2_a and w2_b of shapes {found}, not twice [out, rank] and [rank, in]")
         rank = len(b1)

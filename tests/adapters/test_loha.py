@@ -75,7 +75,7 @@ def test_from_a_trained_model_to_a_file_to_a_merged_one(tmp_path):
     assert held[f"{stem}.hada_w1_a"].shape == (144, 3) and held[f"{stem}.hada_w1_b"].shape == (3, 48)
     file = read_lora(tmp_path / "a.safetensors", shapes, spec=SPEC)
     assert (file.metadata["ss_network_module"], file.metadata["ss_network_args"]) == ("lycoris.kohya", '{"algo": "loha"}')
-    assert file.summary().startswith("a.safetensors: LoHa, 12 layers, rank 3, alpha/rank 0.5")
+    assert file.summary().startswith("a.safetensors: LoHa, 20 layers, rank 3, alpha/rank 0.5")
     merged = build()
     merge_into(merged, file)
     with torch.no_grad():
@@ -144,6 +144,6 @@ def test_a_run_trains_saves_and_resumes_one(tmp_path):
     assert max(t.abs().max() for n, t in a.items() if n.endswith("hada_w2_a")) > 1e-4
     with pytest.raises(ConfigError, match="adapter.dropout is 0.1, but a LoHa has no dropout"):
         train.run(config(shards, tmp_path / "c", *options, "adapter.dropout=0.1"))
-    with pytest.raises(ConfigError, match="adapter.type: no adapter 'lohra'; did you mean 'loha'"):
-        train.run(config(shards, tmp_path / "c", "adapter.type=lohra"))
+    with pytest.raises(ConfigError, match="adapter.type: no adapter 'lohaa'; did you mean 'loha'"):
+        train.run(config(shards, tmp_path / "c", "adapter.type=lohaa"))
     assert set(ADAPTERS) == {"lora", "loha"}
