@@ -224,7 +224,7 @@ class HunyuanVideo(DiT):
         self.final_layer = FinalLayer(arch)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[nn.Module]:  # type: ignore[override]  # two lists by their official names
         return [*self.double_blocks, *self.single_blocks]
 
     def embed(self, inp: HunyuanInput) -> Tokens:
