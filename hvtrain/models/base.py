@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.registry import Registry
 
 if TYPE_CHECKING:
     from hvtrain.weights.keymap import KeyMap
@@ -259,9 +259,7 @@ class ModelSpec:
     musubi: MusubiCache | None = None
 
     def flavor(self, name: str) -> Flavor:
-        if name not in self.flavors:
-            raise ConfigError(f"{self.name} has no flavor '{name}'; {suggest(name, self.flavors)}")
-        return self.flavors[name]
+        return Registry("flavor", self.flavors).find(name, key=f"model.flavor of {self.name}")
 
     def lora_targets(
         self, model: DiT, include: Sequence[str] = (), exclude: Sequence[str] = ()

@@ -16,6 +16,7 @@ from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import euler
 from hvtrain.flow.timesteps import quantile_function, stratified
+from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
 U = (0.02, 0.3, 0.5, 0.9)
@@ -75,9 +76,9 @@ def test_the_whole_distribution_is_not_cut_and_an_empty_one_is_refused():
 
 def test_a_distribution_is_one_decorated_function(monkeypatch):
     """Also one that gives many u the same sigma: cut at that sigma, none of them is lost."""
-    monkeypatch.setattr(timesteps, "SAMPLERS", {})
+    monkeypatch.setattr(timesteps, "SAMPLERS", Registry("distribution"))
 
-    @timesteps.sampler
+    @timesteps.SAMPLERS.add("steep")
     def steep(u: torch.Tensor, *, logit_mean: float) -> torch.Tensor:
         return u.clamp(logit_mean, 0.9)
 

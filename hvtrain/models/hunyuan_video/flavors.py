@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError
 from hvtrain.models.base import CondField, Defaults, Flavor, LatentGeometry
 from hvtrain.models.hunyuan_video.arch import (
     METADATA_KEY,
@@ -17,6 +17,7 @@ from hvtrain.models.hunyuan_video.arch import (
     infer_arch,
     same_weights,
 )
+from hvtrain.registry import Registry
 
 NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -116,9 +117,7 @@ def flavor_of(arch: HunyuanVideoArch, name: str | None, *, hint: str | None = No
     equal shapes apart: with neither, 16 channels are taken as text to video.
     """
     if name is not None:
-        if name not in FLAVORS:
-            raise ConfigError(f"model.flavor: no flavor '{name}'; {suggest(name, FLAVORS)}")
-        flavor = FLAVORS[name]
+        flavor = Registry("flavor", FLAVORS).find(name, key="model.flavor")
         if different := same_weights(flavor.arch, arch):
             field, (wanted, found) = next(iter(different.items()))
             raise CheckpointError(

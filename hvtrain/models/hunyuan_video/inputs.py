@@ -9,26 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvtrain.errors import ConfigError, DataError, suggest
+from hvtrain.errors import DataError
 from hvtrain.models.base import ModelInput
+from hvtrain.registry import Registry
 
-TASKS: dict[str, Callable[[ModelInput, Mapping[str, Tensor]], ModelInput]] = {}
-
-
-def _task(name: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        TASKS[name] = function
-        return function
-
-    return register
+TASKS: Registry[Callable[[ModelInput, Mapping[str, Tensor]], ModelInput]] = Registry("task")
 
 
 def make_input(
     x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float | None
 ) -> ModelInput:
     """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale, if any."""
-    if task not in TASKS:
-        raise ConfigError(f"task '{task}' is not one of this model's; {suggest(task, TASKS)}")
+    add_condition = TASKS.find(task, key="task")
     told = {} if guidance is None else {"guidance": embedded_guidance(guidance, sigma)}
     plain = ModelInput(
         x=x_sigma,
@@ -37,7 +29,7 @@ def make_input(
         text_len=tuple(cond["text_len"].tolist()),
         cond={"pooled": cond["pooled"], **told},
     )
-    return TASKS[task](plain, cond)
+    return add_condition(plain, cond)
 
 
 def embedded_guidance(scale: float, sigma: Tensor) -> Tensor:
@@ -46,12 +38,12 @@ def embedded_guidance(scale: float, sigma: Tensor) -> Tensor:
     return value.float()
 
 
-@_task("t2v")
+@TASKS.add("t2v")
 def _text_to_video(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
     return inp
 
 
-@_task("i2v")
+@TASKS.add("i2v")
 def _token_replace(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
     """Latent frame 0 is the given image, clean at every step; the loss leaves it out."""
     image = _image_latents(cond, inp.x)
@@ -61,7 +53,7 @@ def _token_replace(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
     return replace(inp, x=x, loss_mask=mask, token_replace=True)
 
 
-@_task("i2v-concat")
+@TASKS.add("i2v-concat")
 def _channel_concat(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
     """The image's latents in frame 0 of as many extra channels, zeros in the other frames, no mask channel."""
     image = F.pad(_image_latents(cond, inp.x), (0, 0, 0, 0, 0, inp.x.shape[2] - 1))
