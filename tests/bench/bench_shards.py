@@ -94,11 +94,12 @@ def cat(root: Path, n: int) -> Callable[[], int]:
 
 
 def ours(root: Path, n: int, *, anew: bool = False, **options) -> Callable[[], int]:
-    kept = open_set(root)
+    """As in training: the set stays open, the loader goes on, its workers live."""
+    kept = None if anew else iter(BatchLoader(open_set(root), batch_size=BATCH, **options))
 
     def run() -> int:
         seen = 0
-        for batch in BatchLoader(open_set(root) if anew else kept, batch_size=BATCH, **options):
+        for batch in kept or BatchLoader(open_set(root), batch_size=BATCH, **options):
             seen += len(batch.keys)
             if seen >= n:
                 return seen
