@@ -11,6 +11,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from shards.buffers import empty
 from shards.errors import ShardError
 from shards.schema import MANIFEST, Manifest, TarFile, parse_manifest
 from shards.tar import Tar, as_tensor, parse_index
@@ -71,8 +72,9 @@ class Remote:
     def streamed(self, entry: TarFile) -> Iterator[Tar]:
         """As `tar`, but what is asked for in the order in which it lies comes out of one request for all of it."""
         tar, at = self.tar(entry), 0
-        # fsspec's files of HTTP are byte ranges, too, unless their blocks have no size.
-        options = {"block_size": 0} if "http" in str(self.files.protocol) else {}
+        # fsspec's files of HTTP are byte ranges, too, unless their blocks have no size; it asks for the file's unless told.
+        http = {"block_size": 0, "size": entry.n_bytes, "read_bufsize": _BUFFER}
+        options = http if "http" in str(self.files.protocol) else {}
         try:
             source = self.files.open(f"{self.base}/{entry.path}{self.query}", "rb", **options)
         except Exception as error:
@@ -82,15 +84,15 @@ class Remote:
             nonlocal at
             if offset < at:  # another program's order
                 return self.read(entry.path, offset, offset + size)
+            n, skipped, at = offset - at + size, offset - at, offset + size
+            data = empty((-(-n // _BUFFER) * _BUFFER,), torch.uint8)[:n]
             try:
-                data = bytearray(offset - at + size)
-                n = file.readinto(data)
+                n_read = file.readinto(data.numpy())  # type: ignore[arg-type]
             except Exception as error:
                 raise self._failed(entry.path, error) from None
-            if n != len(data):
-                raise self._cut_off(entry.path, n, len(data))
-            skipped, at = offset - at, offset + size
-            return as_tensor(data)[skipped:]
+            if n_read != n:
+                raise self._cut_off(entry.path, n_read, n)
+            return data[skipped:]
 
         with BufferedReader(source, _BUFFER) as file:
             tar.fetch = fetch

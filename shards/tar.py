@@ -148,7 +148,7 @@ def open_local(path: Path, entry: TarFile | None) -> Tar:
     return Tar(where, members, lambda offset, size: data[offset : offset + size])
 
 
-def as_tensor(content: mmap.mmap | bytes | bytearray) -> Tensor:
+def as_tensor(content: mmap.mmap | bytes) -> Tensor:
     """uint8 [n], not a copy. What nobody may write to is what we want; the views are documented as such."""
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     return torch.frombuffer(content, dtype=torch.uint8)
