@@ -23,8 +23,8 @@ from hvtrain.merge.inputs import Inputs, lora_in, open_inputs, owners_note
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
-from hvtrain.models.base import ModelSpec
 from hvtrain.models.load import Identified, identify, whole_model
+from hvtrain.models.spec import ModelSpec
 from hvtrain.registry import Registry
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.outputs import check_place

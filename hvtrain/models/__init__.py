@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 from hvtrain.registry import Registry
 
 

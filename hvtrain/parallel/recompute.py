@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from hvtrain.models.attention import Partial, keeping
-from hvtrain.models.base import Tokens, run_plain
+from hvtrain.models.attention import keeping
+from hvtrain.models.dit import Tokens, run_plain
+from hvtrain.models.kernels import Partial
 from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.registry import Registry
 
