@@ -8,18 +8,17 @@ from typing import TypeAlias
 
 import torch
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.pairs import LoraPair, cut_rows, join_rows
 from hvtrain.models.spec import ModelSpec
+from hvtrain.registry import Registry
 from hvtrain.weights.keymap import KeyMap, Rule
 
 Shapes: TypeAlias = Mapping[str, tuple[int, int]]  # official layer name -> [out, in]
 
 
 def key_map(spec: ModelSpec, dialect: str) -> KeyMap:
-    if dialect not in spec.key_maps:
-        raise ConfigError(f"{spec.name} has no dialect '{dialect}'; {suggest(dialect, spec.key_maps)}")
-    return spec.key_maps[dialect]
+    return Registry("dialect", spec.key_maps).find(dialect, key=spec.name)
 
 
 def pieces(key: KeyMap, module: str, n_out: int) -> dict[str, torch.Tensor]:

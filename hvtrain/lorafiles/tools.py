@@ -12,7 +12,7 @@ import torch
 
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.config import asset
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.convert import Converted, to_comfy, to_diffusers, to_diffusion_pipe, to_musubi
 from hvtrain.lorafiles.files import (
     FOLDED_KEY,
@@ -31,14 +31,15 @@ from hvtrain.models import all_specs
 from hvtrain.models.load import identify, read_tensor, whole_model
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.models.targets import lora_targets
+from hvtrain.registry import Registry
 from hvtrain.weights.containers import open_weights
 
-DIALECTS: dict[str, Callable[[LoraFile, ModelSpec, bool], Converted]] = {
+DIALECTS: Registry[Callable[[LoraFile, ModelSpec, bool], Converted]] = Registry("dialect", {
     "musubi": lambda lora, spec, fold: to_musubi(lora, fold=fold),
     "comfyui": lambda lora, spec, fold: to_comfy(lora, fold=fold),
     "diffusers": lambda lora, spec, fold: to_diffusers(lora, spec, fold=fold),
     "diffusion-pipe": lambda lora, spec, fold: to_diffusion_pipe(lora),
-}
+})
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,10 @@ def _counted(values: Counter) -> str:
 
 
 def convert(path: str, output: str, *, target: str, fold: bool, dit: str | None = None, edited: bool = False) -> str:
-    if target not in DIALECTS:
-        raise ConfigError(f"--to: no dialect '{target}'; {suggest(target, DIALECTS)}")
+    write_as = DIALECTS.find(target, key="--to")
     check_output(output, lora_of(path))
     known = open_any(path, dit=dit, edited=edited)
-    DIALECTS[target](known.lora, known.spec, fold).save(output)
+    write_as(known.lora, known.spec, fold).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 

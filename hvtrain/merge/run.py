@@ -12,7 +12,7 @@ import torch
 
 from hvtrain.adapters.lora import linear_shapes
 from hvtrain.config import MergeConfig, asset
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink
 from hvtrain.lorafiles.metadata import lora_metadata
@@ -25,12 +25,13 @@ from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import ModelSpec
+from hvtrain.registry import Registry
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = Registry("dtype", {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")})
 
 Evaluate = Callable[[Inputs, Mapping[str, Result]], dict[str, float]]
 
@@ -70,10 +71,9 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
 
 
 def _check(cfg: MergeConfig) -> None:
-    if cfg.on_overlap not in POLICIES:
-        raise ConfigError(f"on_overlap: no policy '{cfg.on_overlap}'; {suggest(cfg.on_overlap, POLICIES)}")
-    if cfg.dtype is not None and cfg.dtype not in _DTYPES:
-        raise ConfigError(f"dtype: no dtype '{cfg.dtype}'; {suggest(cfg.dtype, _DTYPES)}")
+    POLICIES.find(cfg.on_overlap, key="on_overlap")
+    if cfg.dtype is not None:
+        _DTYPES.find(cfg.dtype, key="dtype")
     if cfg.target not in ("model", "lora"):
         raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
     if cfg.target == "model" and not cfg.dit:

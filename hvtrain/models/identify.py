@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError
 from hvtrain.models.spec import Flavor, ModelSpec, Shapes
 
 ARCH_KEY = "hvtrain.arch"  # of a file's metadata: JSON of the architecture's sizes
@@ -47,9 +47,7 @@ def flavor_of(spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None 
     """
     flavors = spec.flavors
     if name is not None:
-        if name not in flavors:
-            raise ConfigError(f"model.flavor: no flavor '{name}'; {suggest(name, flavors)}")
-        flavor = flavors[name]
+        flavor = spec.flavor(name)
         if different := differences(spec, flavor.arch, arch):
             field, (wanted, found) = next(iter(different.items()))
             raise CheckpointError(

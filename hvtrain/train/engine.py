@@ -19,13 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.registry import Registry
 
 Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
 OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
 
-PLACES = ("none", "cpu", "nvme")
+ENGINES = Registry("engine", dict.fromkeys(("deepspeed", "torch")))
+PLACES = Registry("place", dict.fromkeys(("none", "cpu", "nvme")))
 BUCKET = 1 << 26  # elements per all-reduce: 256 MiB in fp32
 
 
@@ -91,11 +93,9 @@ def build_engine(
 
 def check_engine(cfg: EngineConfig) -> None:
     """Refuse what makes no sense, naming what to use instead."""
-    if cfg.engine not in ("deepspeed", "torch"):
-        raise ConfigError(f"zero.engine: no engine '{cfg.engine}'; {suggest(cfg.engine, ['deepspeed', 'torch'])}")
-    for key, place in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_param)):
-        if place not in PLACES:
-            raise ConfigError(f"zero.{key}: '{place}' is not a place; {suggest(place, PLACES)}")
+    ENGINES.find(cfg.engine, key="zero.engine")
+    PLACES.find(cfg.offload_optimizer, key="zero.offload_optimizer")
+    PLACES.find(cfg.offload_param, key="zero.offload_param")
     if cfg.stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero.stage: {cfg.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
     _check_places(cfg)

@@ -162,7 +162,7 @@ def test_deepspeed_state_continues_in_plain_torch() -> None:
         (EngineConfig(stage=3, nvme_path="/tmp"), "nothing is offloaded to nvme"),
         (EngineConfig(stage=3, offload_param="nvme", nvme_path="/tmp"), "set zero.offload_optimizer=nvme"),
         (EngineConfig(engine="torch", communication_dtype="bf16"), "use zero.engine=deepspeed"),
-        (EngineConfig(offload_optimizer="gpu"), "'gpu' is not a place"),
+        (EngineConfig(offload_optimizer="gpu"), "no place 'gpu'"),
         (EngineConfig(grad_accum=0), "use 1 or more"),
     ],
 )
