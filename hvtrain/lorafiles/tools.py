@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.convert import Converted, to_comfy, to_diffusers, to_diffusion_pipe, to_musubi

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import MergeConfig, asset
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile, write_lora

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from hvtrain.adapters.lora import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_into
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.convert import to_comfy, to_diffusers
 from hvtrain.lorafiles.files import LoraFile, read_lora, save_lora, write_lora
