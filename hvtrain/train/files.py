@@ -17,6 +17,7 @@ from hvtrain.adapters.lora import whole_rows
 from hvtrain.config import TrainConfig
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.files import save_lora
+from hvtrain.lorafiles.metadata import of_flavor
 from hvtrain.models.load import save_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
@@ -185,6 +186,6 @@ class RunFiles:
             "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(c.model.dit or "scratch").name,
             "ss_training_started_at": self.started, "ss_training_finished_at": time.time(),
             "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
-            "hvtrain.base": self.subject.fingerprint,
+            "hvtrain.base": self.subject.fingerprint, **of_flavor(self.subject.flavor),
             "modelspec.date": datetime.fromtimestamp(time.time()).isoformat(timespec="seconds"),
         }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hvtrain.config import TrainConfig
+from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.parallel.context import ParallelContext, shutdown, start
 from hvtrain.train.runlock import Busy, RunLock
@@ -66,4 +66,4 @@ def _train(cfg: TrainConfig, ctx: ParallelContext, prepared: Prepared, lock: Run
         if not is_out_of_memory(error):
             raise
         latents = session.latents if session else ()
-        raise explained(error, cfg, ctx, prepared.flavor if session else None, latents) from None
+        raise explained(error, dump(cfg), ctx, prepared.flavor if session else None, latents) from None
