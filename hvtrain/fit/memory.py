@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hvtrain.config import ZeroConfig
 from hvtrain.fit.trace import Trace
@@ -19,7 +19,7 @@ _TORCH_BUCKET = 1 << 26
 class Layout:
     """What decides memory, besides the step itself."""
 
-    zero: ZeroConfig = ZeroConfig()
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     world: int = 1
     overlap: bool = True  # DeepSpeed on CUDA reduces a full fine-tune's gradients in the backward, from two buckets
     freed_by_swap: int = 0
