@@ -172,7 +172,8 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    given: dict[str, object] = {key: first[key] for key in ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name") if key in first}
+    said = ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name", "modelspec.resolution")
+    given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)

@@ -13,6 +13,7 @@ from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError
 from hvtrain.flow.timesteps import quantile_function
+from hvtrain.lorafiles.metadata import of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.slices.plan import SlicePlan
@@ -131,7 +132,7 @@ def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | N
         if not is_out_of_memory(error):
             raise
         latents = session.latents if session else ()
-        raise explained(error, ready.cfg, ctx, ready.base.flavor if session else None, latents) from None
+        raise explained(error, dump(ready.cfg), ctx, ready.base.flavor if session else None, latents) from None
 
 
 def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> Session:
@@ -224,5 +225,5 @@ def _metadata(ready: Prepared, subject: Subject) -> dict[str, object]:
         "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
-        "hvtrain.base": subject.base.fingerprint, "hvtrain.expert": base.expert and base.expert.name,
+        **of_flavor(base.flavor), "hvtrain.base": subject.base.fingerprint, "hvtrain.expert": base.expert and base.expert.name,
     }
