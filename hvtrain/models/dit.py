@@ -112,7 +112,7 @@ class DiT(nn.Module):
         tokens = self.sequence.scatter(self.embed(inp))
         for block in self.blocks:
             tokens = self.run_block(block, tokens)
-        patches = self.sequence.gather(self.head(tokens), tokens.n_img)
+        patches = self.sequence.gather(self.to_patches(tokens), tokens.n_img)
         return self.unpatchify(patches, tokens.grid)
 
     @property
@@ -124,7 +124,7 @@ class DiT(nn.Module):
         """The model's own ModelInput."""
         raise NotImplementedError
 
-    def head(self, tokens: Tokens) -> Tensor:
+    def to_patches(self, tokens: Tokens) -> Tensor:
         """[B S c]: the values of each token's patch."""
         raise NotImplementedError
 
