@@ -7,7 +7,7 @@ from pathlib import Path
 from hvtrain.config.encode import EncodeConfig
 from hvtrain.config.generate import GenerateConfig, LoraFileConfig
 from hvtrain.config.load import build, dump, load, reference, to_dict
-from hvtrain.config.merge import MergeConfig
+from hvtrain.config.merge import MergeConfig, ReconcileConfig
 from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig
 from hvtrain.config.train import (
     AdapterConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PreviewConfig",
+    "ReconcileConfig",
     "RunSettings",
     "SamplePrompt",
     "TrainConfig",

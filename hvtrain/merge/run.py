@@ -50,12 +50,17 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
     base, spec = _open_base(cfg)
     inputs = open_inputs(cfg, base.shapes, spec, base=base.fingerprint)
     layers = by_layer(inputs.loras)
-    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed))
+    how = cfg.reconcile.how
+    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
     for lora, multiplier in inputs.loras:
         print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
-    report = Report.of(inputs, layers, cfg.on_overlap)
+    report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
     for line in report.lines():
         print(line)
+    if how != "none":
+        from hvtrain.merge.reconcile import reconcile
+
+        combined = reconcile(cfg, inputs, report)
     if cfg.target == "lora":
         report.errors = _write_lora(cfg, inputs, combined, spec.name)
     else:
