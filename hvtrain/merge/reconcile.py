@@ -22,11 +22,13 @@ from hvtrain.merge.states import Clips, Task, batches, fidelity, measure, spread
 from hvtrain.merge.stream import Streamed
 from hvtrain.models.load import Identified, identify
 from hvtrain.parallel.context import start
+from hvtrain.train.calibration import CALIBRATION
 from hvtrain.train.setup import open_shards
+from shards.edit import pick
 
 KEEP = "keep"
 SUM = "sum"
-CALIBRATION = "calibration"
+LEFT = 64  # samples that a merge leaves of each set
 
 
 def sources(cfg: ReconcileConfig, inputs: Inputs) -> list[tuple[str, int, list[str]]]:
@@ -57,6 +59,22 @@ def left_beside(path: Path) -> Path:
     """What training or merging left for a merge: NAME-calibration/ or calibration/ beside the LoRA."""
     own = path.with_name(f"{path.stem}-{CALIBRATION}")
     return own if own.is_dir() else path.with_name(CALIBRATION)
+
+
+def kept_sets(cfg: ReconcileConfig, inputs: Inputs) -> list[str]:
+    """What the base knows: as given, else as earlier merges among the LoRAs left it."""
+    left = [left_beside(lora.path) / KEEP for lora, _ in inputs.loras] if not cfg.keep and not cfg.samples else []
+    return [*cfg.keep, *(str(place) for place in left if (place / "manifest.json").is_file())]
+
+
+def leave_calibration(cfg: ReconcileConfig, inputs: Inputs, output: Path) -> Path:
+    """NAME-calibration/ beside a merged LoRA: with it and this file, LoRAs can be added to the merge later."""
+    root = output.with_name(f"{output.stem}-{CALIBRATION}")
+    for number, (name, _, sets) in enumerate(sources(cfg, inputs), start=1):
+        pick(sets, root / f"{number:02d}-{Path(name).stem}", LEFT)
+    if keep := kept_sets(cfg, inputs):
+        pick(keep, root / KEEP, LEFT * len(inputs.loras) // 2)
+    return root
 
 
 def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> dict[str, Result]:
@@ -103,8 +121,8 @@ def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) 
     for name, number, sets in sources(c, inputs):
         states, held = clips.states_of(open_shards(sets, found.flavor, key="--samples"), name)
         tasks.append(Task(name, number, 1.0, states, held))
-    if c.keep:
-        kept = open_shards(c.keep, found.flavor, key="--keep")
+    if keep := kept_sets(c, inputs):
+        kept = open_shards(keep, found.flavor, key="--keep")
         states, held = clips.states_of(kept, KEEP, n=clips.n * len(tasks) // 4)
         tasks.append(Task(KEEP, None, c.keep_weight * len(tasks), states, held))
     return tasks

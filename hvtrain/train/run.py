@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     """Train; the exit code is 0 when finished and 75 when a signal asked to stop early (start again to continue)."""
     check_train(cfg)
+    from hvtrain.train.calibration import leave_calibration
     from hvtrain.train.checkpoint import step_of
     from hvtrain.train.files import is_finished
     from hvtrain.train.prepare import on_all, prepare, take
@@ -49,6 +50,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
                 finished = _train(cfg, ctx, prepared, lock, found)
             finally:
                 torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
+        if finished and ctx.is_main and cfg.adapter.type != "none":
+            leave_calibration(Path(cfg.run.output_dir), prepared.sets, cfg.data.calibration)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
