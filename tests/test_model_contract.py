@@ -12,8 +12,11 @@ from hvtrain.adapters.lora import adapted_layers, inject, linear_shapes, merge_i
 from hvtrain.lorafiles.dialects import key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
-from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
+from hvtrain.models.conditions import example
+from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.models.identify import arch_of, flavor_of
 from hvtrain.models.load import identify, load_dit, save_dit
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
 
@@ -47,19 +50,12 @@ def random_model(spec: ModelSpec) -> DiT:
 
 def batch(flavor: Flavor, device: str = "cpu") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Latents and the conditions that the flavor declares: two samples, ragged where a length is open."""
-    c, t, h, w = flavor.latent.shape(frames=2 * flavor.latent.stride_t + 1, height=64, width=96)
+    latent = flavor.latent
+    shape = latent.shape(frames=2 * latent.stride_t + 1, height=2 * latent.unit[0], width=3 * latent.unit[1])
     draw = generator(1)
-    cond = {}
-    for field in flavor.cond:
-        if field.dims and field.dims[0] is None:
-            cond[field.name] = torch.randn(2, 5, *field.dims[1:], generator=draw)
-            cond[f"{field.name}_len"] = torch.tensor([5, 3])
-        else:
-            dims = [n or m for n, m in zip(field.dims, (c, 1, h, w), strict=False)]
-            cond[field.name] = torch.randn(2, *dims, generator=draw)
-    x = torch.randn(2, c, t, h, w, generator=draw)
-    lengths = {k: v for k, v in cond.items() if k.endswith("_len")}
-    return x.to(device), {k: v.to(device) for k, v in cond.items()} | lengths
+    cond = example(flavor, (2, *shape), lengths=(5, 3), optional=True, draw=draw)
+    x = torch.randn(2, *shape, generator=draw)
+    return x.to(device), {k: v if k.endswith("_len") else v.to(device) for k, v in cond.items()}
 
 
 def an_input(spec: ModelSpec, flavor: Flavor, device: str = "cpu") -> ModelInput:
@@ -95,12 +91,12 @@ def test_the_loss_mask_leaves_out_what_is_given_and_nothing_else(spec, flavor):
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
 def test_a_file_tells_its_flavor(spec, flavor):
     shapes = shapes_of(meta(spec, flavor))
-    assert spec.owns(shapes) and spec.looks_like(shapes) is None
-    stated = spec.arch_from_weights(shapes, {"hvtrain.arch": json.dumps(asdict(flavor.arch))})
-    assert spec.flavor_of(stated, None, hint=flavor.name) == flavor
-    assert spec.flavor_of(spec.arch_from_weights(shapes, {}), flavor.name) == flavor  # sizes from shapes alone
+    assert spec.signature(shapes)
+    stated = arch_of(spec, shapes, {"hvtrain.arch": json.dumps(asdict(flavor.arch))})
+    assert flavor_of(spec, stated, None, hint=flavor.name) == flavor
+    assert flavor_of(spec, arch_of(spec, shapes, {}), flavor.name) == flavor  # sizes from shapes alone
     others = [other for other in all_specs() if other is not spec]
-    assert not any(other.owns(shapes) for other in others)
+    assert not any(other.signature(shapes) for other in others)
 
 
 @pytest.mark.parametrize("spec", SPECS)

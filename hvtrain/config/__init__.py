@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hvtrain.config.encode import EncodeConfig
 from hvtrain.config.generate import GenerateConfig, LoraFileConfig
 from hvtrain.config.load import build, dump, load, reference, to_dict
 from hvtrain.config.merge import MergeConfig, ReconcileConfig
-from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig
+from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig, asset
 from hvtrain.config.train import (
     AdapterConfig,
     DataConfig,
@@ -50,16 +48,6 @@ __all__ = [
     "reference",
     "to_dict",
 ]
-
-TINY = "tiny:"
-
-
-def asset(path: str) -> str:
-    """`tiny:NAME` is a file of the models that ship with the package; anything else stays as it is."""
-    if not path.startswith(TINY):
-        return path
-    return str(Path(__file__).parents[1] / "tiny" / "assets" / path[len(TINY):])
-
 
 ROOTS: dict[str, type] = {
     "train": TrainConfig, "encode": EncodeConfig, "generate": GenerateConfig, "merge": MergeConfig,

@@ -67,6 +67,7 @@ def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "")
     """An instance of the dataclass `cls` from plain values; `prefix` is the section's dotted name."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
+    raw = _with_rest(cls, raw, fields)
     for key in raw:
         if key not in fields:
             origin = COMMAND_LINE if isinstance(raw[key], _Given) else where
@@ -77,7 +78,23 @@ def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "")
             values[name] = _convert(raw[name], hints[name], where=where, key=prefix + name)
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{where}: key '{prefix}{name}' is required; give it there or as {prefix}{name}=...")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:  # of a record that looks at its own values
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _with_rest(cls: type, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where a dataclass has a field for the keys that it does not name (REST), they go there: text, or null for none."""
+    rest = getattr(cls, "REST", None)
+    renamed: Mapping[str, str] = getattr(cls, "renamed", lambda raw: {})(raw)
+    raw = {renamed.get(key, key): value for key, value in raw.items()}
+    others = {key: value for key, value in raw.items() if key not in fields}
+    if rest is None or not others:
+        return raw
+    raw = {key: value for key, value in raw.items() if key in fields}
+    raw[rest] = {**(raw.get(rest) or {}), **others}
+    return raw
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -256,6 +273,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
             first = dataclasses.fields(kind)[0].name
             raise _wrong(value, f"a section with keys of its own, as in {{{first}: {_shown(value)}}}", where=where, key=key)
         return build(kind, value, where=where, prefix=key + ".")  # type: ignore[arg-type]
+    if origin is Mapping:
+        return _mapping(value, get_args(kind)[1], where=where, key=key)
     if origin is tuple:
         return _sequence(value, get_args(kind), where=where, key=key)
     return _scalar(value, kind, where=where, key=key)
@@ -276,6 +295,14 @@ def _sequence(value: Any, kinds: tuple, *, where: str, key: str) -> tuple:
         raise _wrong(value, f"{len(kinds)} values", where=where, key=key)
     inner = [kinds[0]] * len(value) if endless else list(kinds)
     return tuple(_convert(v, k, where=where, key=f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, inner)))
+
+
+def _mapping(value: Any, kind: Any, *, where: str, key: str) -> dict[str, Any]:
+    """Names to values; null takes a name out, as a `base:` file may have put it in."""
+    if not isinstance(value, Mapping):
+        raise _wrong(value, "names with values", where=where, key=key)
+    plain = {name: v.value if isinstance(v, _Given) and v.text in _NULL else v for name, v in value.items()}
+    return {str(n): _convert(v, kind, where=where, key=f"{key}.{n}") for n, v in plain.items() if v is not None}
 
 
 def _scalar(value: Any, kind: Any, *, where: str, key: str) -> Any:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, Literal
 
+from hvtrain.config.parts import list_of
+from hvtrain.errors import ConfigError, suggest
+
+TINY = "tiny:"
 DType = Literal["bfloat16", "float16", "float32"]
+
+
+def asset(path: str) -> str:
+    """`tiny:NAME` is a file of the models that ship with the package; anything else stays as it is."""
+    if not path.startswith(TINY):
+        return path
+    return str(Path(__file__).parents[1] / "tiny" / "assets" / path[len(TINY):])
 
 
 @dataclass(frozen=True)
@@ -34,14 +47,9 @@ class ModelConfig:
     """DiT weights: .safetensors, .pt, a sharded index or a directory; null in training starts from scratch"""
     vae: str | None = None
     """VAE weights: file or diffusers directory"""
-    llm: str | None = None
-    """LLM text encoder: HF directory or single file"""
-    llm_tokenizer: str | None = None
-    """Tokenizer directory of the LLM; null takes the encoder's own directory"""
-    clip: str | None = None
-    """CLIP text encoder: HF directory or single file"""
-    clip_tokenizer: str | None = None
-    """Tokenizer directory of CLIP; null takes the encoder's own directory"""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The model's other files by name, text encoders first of all; `hvtrain models` lists each model's. model.NAME is short for
+    model.parts.NAME"""
     dtype: DType = "bfloat16"
     """Dtype of the frozen DiT weights and of the text encoders"""
     quantize: Literal["none", "fp8", "fp8_scaled"] = "none"
@@ -51,10 +59,34 @@ class ModelConfig:
     """With quantize, multiply in float8 where the GPU can (not for fp8_scaled's factors); false dequantises everywhere"""
     vae_dtype: DType = "float16"
     """Dtype of the VAE"""
-    fp8_llm: bool = False
-    """Hold the LLM's linear weights in float8"""
+    fp8_text: bool = False
+    """Hold the linear weights of a large text encoder in float8"""
     vae_tiling: VaeTilingConfig = field(default_factory=VaeTilingConfig)
     """Tiling of the VAE"""
+
+    REST: ClassVar[str] = "parts"  # takes the keys that are none of these; see load.build
+
+    def __post_init__(self) -> None:
+        known = list_of(self.name).parts
+        for name in self.parts:
+            if name not in known or name in ("dit", "vae"):
+                keys = [*(f.name for f in fields(self)), *known]
+                raise ConfigError(f"unknown key 'model.{name}'; {suggest(name, keys)}")
+
+    @staticmethod
+    def renamed(raw: Mapping) -> Mapping[str, str]:
+        """What keys of older configs are called now."""
+        name = raw.get("name", ModelConfig.name)
+        return list_of(getattr(name, "value", name)).renamed
+
+    def file(self, name: str) -> str | None:
+        """A part's path as it is in the config; None: not given."""
+        return {"dit": self.dit, "vae": self.vae, **self.parts}.get(name)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Where the parts besides `dit` and `vae` are, `tiny:` names resolved."""
+        return {name: asset(path) for name, path in self.parts.items()}
 
 
 @dataclass(frozen=True)

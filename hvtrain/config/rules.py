@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hvtrain.config import AdapterConfig, EncodeConfig, GenerateConfig, ModelConfig, TrainConfig, asset
+from hvtrain.config.parts import parts_of
 from hvtrain.errors import ConfigError
+
+SAMPLED = ("latents", "text")  # columns whose encoders make a video of a prompt
 
 
 def check_train(cfg: TrainConfig) -> None:
@@ -66,7 +69,7 @@ def _check_ranges(cfg: TrainConfig) -> None:
 def _check_subject(cfg: TrainConfig) -> None:
     """What is trained, and in which precision."""
     model, adapter = cfg.model, cfg.adapter
-    _files(model, ("dit",))
+    _files(model)
     if adapter.type != "none" and model.dit is None:
         raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
     if adapter.type == "none" and model.dit is None and model.flavor is None:
@@ -140,24 +143,20 @@ def _check_eval(cfg: TrainConfig) -> None:
 def _check_preview(cfg: TrainConfig) -> None:
     if not cfg.preview.prompts:
         raise ConfigError("preview.prompts is empty but preview.every_steps is set; give a prompt")
-    _files(cfg.model, ("vae", "llm", "clip"), needed_for="preview videos")
-    for i, p in enumerate(cfg.preview.prompts):
-        check_size(f"preview.prompts[{i}].", width=p.width, height=p.height, frames=p.frames)
+    _files(cfg.model, columns=SAMPLED, needed_for="preview videos")
 
 
 def check_encode(cfg: EncodeConfig) -> None:
     _required(cfg.dataset, "dataset", "a dataset file (TOML or YAML)")
     _exists(cfg.dataset, "dataset")
     _required(cfg.output, "output", "a directory for the shard set")
-    legal = ("latents", "image", "control", "text")
+    legal = list(dict.fromkeys(c for part in parts_of(cfg.model.name).values() for c in part.makes))
     if not cfg.columns or len(set(cfg.columns)) < len(cfg.columns):
         raise ConfigError(f"columns is {list(cfg.columns)}, expected some of {', '.join(legal)}, each once")
     for column in cfg.columns:
         if column not in legal:
             raise ConfigError(f"columns: no column '{column}'; choose from {', '.join(legal)}")
-    pixels = set(cfg.columns) - {"text"}
-    needed = (("vae",) if pixels else ()) + (("llm", "clip") if "text" in cfg.columns else ())
-    _files(cfg.model, needed, needed_for="encoding")
+    _files(cfg.model, columns=cfg.columns, needed_for="encoding")
     for key, value in {"batch_size": cfg.batch_size, "samples_per_tar": cfg.samples_per_tar}.items():
         if value < 1:
             raise ConfigError(f"{key} is {value}, expected 1 or more")
@@ -177,8 +176,7 @@ def check_generate(cfg: GenerateConfig) -> None:
     if cfg.prompt_file is not None:
         _exists(cfg.prompt_file, "prompt_file")
     _required(cfg.output, "output", "the .mp4 file to write (a directory with prompt_file)")
-    check_size("", width=cfg.width, height=cfg.height, frames=cfg.frames)
-    _files(cfg.model, ("dit", "vae", "llm", "clip"), needed_for="generation")
+    _files(cfg.model, columns=SAMPLED, dit=True, needed_for="generation")
     for lora in cfg.lora:
         _exists(lora.path, "lora.path")
     if cfg.blocks_to_swap < 0:
@@ -188,24 +186,14 @@ def check_generate(cfg: GenerateConfig) -> None:
             raise ConfigError(f"{key} is {value}, expected more than 0")
 
 
-def check_size(prefix: str, *, width: int | None, height: int | None, frames: int | None) -> None:
-    """What the VAE's 4 x 8 x 8 cells and the DiT's 2 x 2 patches can hold."""
-    for name, value in (("width", width), ("height", height)):
-        if value is not None and (value <= 0 or value % 16):
-            near = max(16, (value + 8) // 16 * 16)
-            raise ConfigError(f"{prefix}{name} is {value}, expected a multiple of 16, for example {near}")
-    if frames is not None and (frames < 1 or frames % 4 != 1):
-        near = max(1, (frames - 1) // 4 * 4 + 1)
-        raise ConfigError(f"{prefix}frames is {frames}, expected 4n + 1, for example {near} or {near + 4}")
-
-
-def _files(model: ModelConfig, needed: Iterable[str], *, needed_for: str = "") -> None:
-    for name in ("dit", "vae", "llm", "llm_tokenizer", "clip", "clip_tokenizer"):
-        value = getattr(model, name)
+def _files(model: ModelConfig, *, columns: Iterable[str] = (), dit: bool = False, needed_for: str = "") -> None:
+    """What is given exists, and what makes these columns is given."""
+    for name, part in parts_of(model.name).items():
+        value = model.file(name)
         if value is not None:
             _exists(value, f"model.{name}")
-        elif name in needed and needed_for:
-            raise ConfigError(f"model.{name} is not set; {needed_for} needs it")
+        elif (name == "dit" and dit) or (set(part.makes) & set(columns) and not part.optional):
+            raise ConfigError(f"model.{name} is not set; {needed_for} needs it ({part.about})")
 
 
 def _required(value: str, key: str, what: str) -> None:

@@ -14,7 +14,7 @@ from hvtrain.encode.places import shown
 from hvtrain.encode.samples import PlannedSample, Probes, plan_clips, without_doubles
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import all_specs, find
-from hvtrain.models.base import Flavor
+from hvtrain.models.spec import Flavor
 from shards.info import size
 
 SHOWN = 20  # unusable clips that are listed

@@ -16,7 +16,7 @@ from hvtrain.encode.clips import Rejected
 from hvtrain.encode.columns import REJECTED
 from hvtrain.errors import DataError
 from hvtrain.models import all_specs, find
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 from shards.atomic import write_text
 from shards.schema import IMPORTED, Chunk, Manifest, save_manifest
 from shards.writer import TarWriter

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvtrain.config import EncodeConfig, asset
+from hvtrain.config import EncodeConfig
 from hvtrain.config.rules import check_encode
 from hvtrain.errors import DataError
 from hvtrain.parallel.context import ParallelContext, shutdown, start
@@ -178,13 +178,15 @@ def _open(job: _Job, column: str, known: Any) -> tuple[Callable, str]:
     """The column's encoder and its fingerprint. It is not loaded if no rank would use it."""
     from hvtrain.encode.columns import copier
     from hvtrain.encode.identity import remember, remembered, signature
+    from hvtrain.models.parts import files_of
     from shards.schema import EMPTY_TEXT
 
     cfg, m = job.cfg, job.cfg.model
+    files = files_of(job.spec, m, column)
     if column == "text":
-        signed = signature(map(_file, (m.llm, m.llm_tokenizer, m.clip, m.clip_tokenizer)), (m.fp8_llm, m.dtype, cfg.dtype))
+        signed = signature(files, (m.fp8_text, m.dtype, cfg.dtype))
     else:
-        signed = signature([_file(m.vae)], (m.vae_dtype, m.vae_tiling, cfg.dtype, cfg.seed))
+        signed = signature(files, (m.vae_dtype, m.vae_tiling, cfg.dtype, cfg.seed))
     name = remembered(job.root, column, signed)
     chunks = [job.chunks[n] for n in job.mine if job.chunks[n].samples]
     missing = name is None or any(known.entry(c.tar_name(column, name)) is None for c in chunks)
@@ -197,19 +199,15 @@ def _open(job: _Job, column: str, known: Any) -> tuple[Callable, str]:
     return encode, name
 
 
-def _file(path: str | None) -> str | None:
-    return path and asset(path)
-
-
 def _open_pixels(column: str) -> Callable[[_Job], tuple[Callable, str]]:
     def open_column(job: _Job) -> tuple[Callable, str]:
         import torch
 
         from hvtrain.encode.encoders import PixelEncoder
-        from hvtrain.generate.write import open_decoder
+        from hvtrain.models.parts import open_vae
 
         cfg = job.cfg
-        vae = open_decoder(cfg.model, job.spec, job.ctx)
+        vae = open_vae(job.spec, cfg.model, job.ctx.device)
         encoder = PixelEncoder(column, vae, getattr(torch, cfg.dtype), cfg.batch_size, cfg.workers, cfg.seed)
         return encoder, f"{vae.fingerprint}/{cfg.dtype}/{cfg.seed}"
 
@@ -221,14 +219,12 @@ def _open_text(job: _Job) -> tuple[Callable, str]:
     from safetensors.torch import save_file
 
     from hvtrain.encode.encoders import TextEncoder
+    from hvtrain.models.parts import open_text
     from shards.atomic import atomic_path
     from shards.schema import EMPTY_TEXT
 
-    cfg, m = job.cfg, job.cfg.model
-    text = job.spec.open_text(
-        asset(m.llm or ""), m.llm_tokenizer and asset(m.llm_tokenizer), asset(m.clip or ""),
-        m.clip_tokenizer and asset(m.clip_tokenizer), dtype=getattr(torch, m.dtype), device=job.ctx.device, fp8=m.fp8_llm,
-    )
+    cfg = job.cfg
+    text = open_text(job.spec, cfg.model, job.ctx.device)
     encoder = TextEncoder(text, getattr(torch, cfg.dtype))
     if job.ctx.is_main:
         empty = encoder.stored(text.encode([""])[0], "")

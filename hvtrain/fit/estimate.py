@@ -12,8 +12,9 @@ from hvtrain.errors import ConfigError
 from hvtrain.fit.memory import Budget, Layout, budget
 from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
 from hvtrain.models import find
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import SlicePlan, load_plan
 from hvtrain.train.setup import add_adapter

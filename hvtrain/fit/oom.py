@@ -13,7 +13,7 @@ import torch
 
 from hvtrain.config import TrainConfig, dump, load
 from hvtrain.errors import HvtrainError
-from hvtrain.models.base import Flavor
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext, without_job
 
 _SECONDS = 300

@@ -80,7 +80,7 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
             f"U{u} x R{r}": of_sampling(
                 cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap
             )
-            for u, r in degrees(about.flavor.arch.heads_num, gpus)
+            for u, r in degrees(about.flavor.n_heads, gpus)
         }
         first = next(iter(found.values()))
         if not lines:
@@ -101,7 +101,7 @@ def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpu
     for width, height in sizes or about.spec.sizes:
         shape = shape_of(about.flavor, width=width, height=height, frames=frames)
         for n in gpus:
-            legal = degrees(about.flavor.arch.heads_num, n)
+            legal = degrees(about.flavor.n_heads, n)
             found = of_sampling(model, ParallelConfig(*legal[0]), about, shape, n)
             row = (f"{width} x {height}", f"{found.n_tokens:,}", str(n), _pairs(legal), f"{found.budget.total / GIB:.1f}")
             table.add_row(*row, f"{found.flops / 1e12:,.0f}")
@@ -141,7 +141,7 @@ def _head(about: Subject, width: int, height: int, frames: int, found: Estimate)
 
 
 def _legal(about: Subject, gpus: int) -> str:
-    heads = about.flavor.arch.heads_num
+    heads = about.flavor.n_heads
     found = [f"{size}: {_pairs(degrees(heads, size))}" for size in range(1, gpus + 1) if gpus % size == 0]
     return f"legal ulysses x ring by GPUs a sample ({heads} heads): " + "; ".join(found)
 

@@ -58,7 +58,7 @@ def _ladder(cfg: TrainConfig, about: Subject, gpus: int) -> Iterator[tuple[tuple
         yield ("zero.stage=3",), cfg
     own = cfg.parallel.ulysses * cfg.parallel.ring
     for size in [n for n in range(own + 1, gpus + 1) if gpus % n == 0]:
-        ulysses, ring = degrees(about.flavor.arch.heads_num, size)[0]
+        ulysses, ring = degrees(about.flavor.n_heads, size)[0]
         cfg = replace(cfg, parallel=replace(cfg.parallel, ulysses=ulysses, ring=ring))
         yield (f"parallel.ulysses={ulysses}", f"parallel.ring={ring}"), cfg
     if whole and cfg.zero.engine == "deepspeed" and cfg.zero.stage > 0 and cfg.zero.offload_optimizer == "none":

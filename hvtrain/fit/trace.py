@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hvtrain.models import attention, precision
-from hvtrain.models.attention import Grads, Kernel, Partial
-from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec, Tokens
+from hvtrain.models.conditions import example
+from hvtrain.models.dit import DiT, ModelInput, Tokens
+from hvtrain.models.kernels import Grads, Kernel, Partial
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown, start_simulated
 from hvtrain.parallel.hostcopy import HostCopies
@@ -46,7 +48,6 @@ class Shape:
     frames: int
     height: int
     width: int
-    text_tokens: int = 256
 
 
 class Meter(TorchDispatchMode):
@@ -167,23 +168,12 @@ def _drop(p: Tensor) -> None:
     p.grad = None
 
 
-class _Lengths(list[int]):
-    """The one condition whose values matter: a tensor without values could not say them."""
-
-    def tolist(self) -> list[int]:
-        return list(self)
-
-
 def fake_input(spec: ModelSpec, flavor: Flavor, shape: Shape) -> ModelInput:
     size = flavor.latent.shape(frames=shape.frames, height=shape.height, width=shape.width)
     x = torch.empty(shape.batch, *size)
-    cond: dict[str, Any] = {"text_len": _Lengths([shape.text_tokens] * shape.batch)}
-    for field in flavor.cond:
-        if field.name != "text_len" and not (field.optional and field.name == "image_latents"):
-            dims = [shape.text_tokens if d is None else d for d in field.dims]
-            cond[field.name] = torch.empty(shape.batch, *dims, dtype=torch.float32)
-    cond["image_latents"] = torch.empty(shape.batch, size[0], 1, *size[2:])
-    return spec.make_input(x, torch.full((shape.batch,), 0.5), cond, task=flavor.tasks[0], guidance=flavor.defaults.guidance)
+    cond = example(flavor, x.shape)
+    sigma = torch.full((shape.batch,), 0.5)
+    return spec.make_input(x, sigma, cond, task=flavor.tasks[0], guidance=flavor.defaults.guidance, x0=x)
 
 
 @contextmanager

@@ -7,15 +7,16 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hvtrain.config import GenerateConfig, ModelConfig, asset
+from hvtrain.config import GenerateConfig
 from hvtrain.errors import CheckpointError, ConfigError, DataError, HvtrainError
 from hvtrain.generate.requests import Job
-from hvtrain.models.base import Flavor, ModelSpec
+from hvtrain.models.parts import keys_of, open_text, open_vae
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
 
 T = TypeVar("T")
@@ -44,34 +45,27 @@ def check_parts(cfg: GenerateConfig, spec: ModelSpec, flavor: Flavor) -> dict[st
     Raises CheckpointError for a damaged file, one of something else, or one of another model's latents.
     """
     m, nowhere = cfg.model, torch.device("meta")
-    vae = spec.open_vae(asset(str(m.vae)), dtype=getattr(torch, m.vae_dtype), device=nowhere, tiling=m.vae_tiling)
+    vae = open_vae(spec, m, nowhere)
     own = (flavor.latent.stride_t, flavor.latent.stride_h, flavor.latent.stride_w)
     if (vae.channels, vae.stride) != (flavor.latent.channels, own):
         raise CheckpointError(
             f"model.vae: {m.vae} has latents of {vae.channels} channels, {' x '.join(map(str, vae.stride))} smaller than the "
             f"video; those of {flavor.name} have {flavor.latent.channels}, {' x '.join(map(str, own))} smaller"
         )
-    return {"vae": vae.fingerprint, "text": open_text(m, spec, nowhere).fingerprint}
+    return {"vae": vae.fingerprint, "text": open_text(spec, m, nowhere).fingerprint}
 
 
-def open_text(m: ModelConfig, spec: ModelSpec, device: torch.device) -> Any:
-    """The text encoders; on the meta device without values."""
-    return spec.open_text(
-        asset(str(m.llm)), m.llm_tokenizer and asset(m.llm_tokenizer), asset(str(m.clip)),
-        m.clip_tokenizer and asset(m.clip_tokenizer), dtype=getattr(torch, m.dtype), device=device, fp8=m.fp8_llm,
-    )
-
-
-def check_conds(conds: Iterable[Mapping[str, Tensor]], flavor: Flavor) -> None:
+def check_conds(conds: Iterable[Mapping[str, Tensor]], spec: ModelSpec, flavor: Flavor) -> None:
     """Text encoders of another model make conditions of other widths."""
     for cond in conds:
         for field in flavor.cond:
-            found = tuple(cond[field.name].shape[1:])
-            if len(found) != len(field.dims) or any(n not in (None, m) for n, m in zip(field.dims, found)):
-                wanted = [n or "any" for n in field.dims]
+            if field.name not in cond:
+                continue
+            found = list(cond[field.name].shape[1:])
+            if not field.fits(found):
                 raise CheckpointError(
-                    f"model.llm, model.clip: the text encoders make '{field.name}' of shape {list(found)}, {flavor.name} "
-                    f"expects {wanted}: they belong to another model"
+                    f"{keys_of(spec, 'text')}: the text encoders make '{field.name}' of shape {found}, {flavor.name} expects "
+                    f"{field}: they belong to another model"
                 )
 
 

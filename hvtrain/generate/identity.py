@@ -35,7 +35,7 @@ class Sources:
 def sources_of(cfg: GenerateConfig, loras: list[tuple[LoraFile, float]], prints: Mapping[str, str]) -> Sources:
     """`prints`: the flavor's name, and fingerprints of the parts "dit", "text" and "vae"."""
     m = cfg.model
-    how = [cfg.precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_llm]
+    how = [cfg.precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
     changed = [(fingerprint(open_weights(lora.path)), factor) for lora, factor in loras if factor]
     return Sources(
         sampling=_digest([prints["flavor"], prints["dit"], prints["text"], how, changed]),

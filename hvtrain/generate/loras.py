@@ -12,7 +12,7 @@ from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.lorafiles.overlap import by_layer, overlaps
 from hvtrain.lorafiles.runs import finished
 from hvtrain.lorafiles.tools import blocks
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 
 
 def open_loras(cfg: GenerateConfig, shapes: Shapes, spec: ModelSpec, *, quiet: bool = False) -> list[tuple[LoraFile, float]]:

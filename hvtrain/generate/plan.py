@@ -17,9 +17,10 @@ from hvtrain.generate.loras import open_loras
 from hvtrain.generate.requests import Job, batches, plan_jobs
 from hvtrain.generate.video import read_metadata
 from hvtrain.lorafiles.files import LoraFile
-from hvtrain.models.attention import pick_kernel
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.dit import DiT
+from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import Identified, check, identify
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext, check_heads
 from hvtrain.parallel.swap import swap_savings
@@ -60,7 +61,7 @@ def make_plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
             f"model.flavor: '{flavor.name}' also needs {', '.join(foreign)}, and generate takes only a prompt: "
             "choose a text-to-video flavor (`hvtrain models`)"
         )
-    check_heads(flavor.arch.heads_num, ctx.ulysses)
+    check_heads(flavor.n_heads, ctx.ulysses)
     jobs = plan_jobs(cfg, flavor)
     if len(jobs) < ctx.dp:
         raise ConfigError(

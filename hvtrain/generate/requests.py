@@ -13,7 +13,7 @@ from typing import Any
 
 from hvtrain.config import GenerateConfig
 from hvtrain.errors import ConfigError, DataError, suggest
-from hvtrain.models.base import Flavor
+from hvtrain.models.spec import Flavor
 
 # Options inside a line of a prompt file, as the sd-scripts family writes them: "a cat --w 640 --h 368 --d 7".
 LINE_OPTIONS: dict[str, tuple[str, type]] = {
@@ -85,18 +85,7 @@ class Request:
         return request
 
     def check(self, flavor: Flavor) -> None:
-        latent = flavor.latent
-        for name, value, unit in (
-            ("width", self.width, latent.stride_w * latent.patch[2]),
-            ("height", self.height, latent.stride_h * latent.patch[1]),
-        ):
-            if value <= 0 or value % unit:
-                near = max(unit, (value + unit // 2) // unit * unit)
-                raise ConfigError(f"{name} is {value}, expected a multiple of {unit}, for example {near}")
-        n = latent.stride_t
-        if self.frames < 1 or (self.frames - 1) % n:
-            near = max(self.frames - 1, 0) // n * n + 1
-            raise ConfigError(f"frames is {self.frames}, expected {n}n + 1, for example {near} or {near + n}")
+        flavor.latent.check_size(width=self.width, height=self.height, frames=self.frames)
         for name in ("shift", "guidance", "cfg_scale"):
             if (number := getattr(self, name)) is not None and not math.isfinite(number):
                 raise ConfigError(f"{name} is {number}, expected a finite number")

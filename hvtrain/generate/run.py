@@ -78,8 +78,8 @@ def _encode(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> dict[str, 
     unique = list(dict.fromkeys(texts))
     if not unique:
         return {}
-    conds = encode_prompts(cfg.model, plan.spec, unique, ctx)
-    check_conds(conds, plan.flavor)
+    conds = encode_prompts(cfg.model, plan.spec, plan.flavor, unique, ctx)
+    check_conds(conds, plan.spec, plan.flavor)
     return dict(zip(unique, conds, strict=True))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvtrain.adapters.lora import merging
@@ -14,46 +13,38 @@ from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import Velocity, euler
-from hvtrain.generate.check import open_text
 from hvtrain.generate.plan import Lot, Plan
 from hvtrain.generate.progress import Sampling
 from hvtrain.generate.requests import Request
 from hvtrain.generate.spool import Kept, find, keep
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import free, parameters
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.conditions import batch_of_one, stack
+from hvtrain.models.dit import DiT
 from hvtrain.models.load import load_dit
+from hvtrain.models.parts import open_text
 from hvtrain.models.precision import autocast
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from hvtrain.weights.float8 import use_matmul
 
-Cond = Mapping[str, Tensor]  # "text" [B L E], "text_len" [B], "pooled" [B P]
+Cond = Mapping[str, Tensor]  # a flavor's condition fields, batched
 
 
 def encode_prompts(
-    model: ModelConfig, spec: ModelSpec, prompts: Sequence[str], ctx: ParallelContext
+    model: ModelConfig, spec: ModelSpec, flavor: Flavor, prompts: Sequence[str], ctx: ParallelContext
 ) -> list[dict[str, Tensor]]:
     """Each prompt's conditions as a batch of one, on the CPU. The encoders live on rank 0 only, and not for long."""
     found: list[dict[str, Tensor]] = []
     if ctx.is_main:
-        encoders = open_text(model, spec, ctx.device)
+        encoders = open_text(spec, model, ctx.device)
         found = encoders.encode(list(prompts))
         del encoders
         free(ctx)
-    return [
-        {name: value[None] for name, value in sample.items()} | {"text_len": torch.tensor([len(sample["text"])])}
-        for sample in ctx.gather_objects(found)[0]
-    ]
-
-
-def stack(conds: Sequence[Cond]) -> dict[str, Tensor]:
-    """Several conditions as one batch; text is padded with zeros to the longest."""
-    longest = max(cond["text"].shape[1] for cond in conds)
-    padded = [{**cond, "text": F.pad(cond["text"], (0, 0, 0, longest - cond["text"].shape[1]))} for cond in conds]
-    return {name: torch.cat([cond[name] for cond in padded]) for name in padded[0]}
+    return [batch_of_one(sample, flavor.cond) for sample in ctx.gather_objects(found)[0]]
 
 
 @torch.no_grad()
@@ -77,8 +68,9 @@ def sample_latents(
     rank when n steps are done; `begin` goes on from such a place, with x [B C T H W], and ends with the same latents.
     """
     seeds = seeds or [request.seed]
-    if len(seeds) != len(cond["text_len"]):
-        raise ValueError(f"{len(seeds)} seeds for {len(cond['text_len'])} prompts")
+    n = len(next(iter(cond.values())))
+    if len(seeds) != n:
+        raise ValueError(f"{len(seeds)} seeds for {n} prompts")
     if uncond is None and request.cfg_scale != 1:
         raise ConfigError(f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without")
 
@@ -130,14 +122,15 @@ def sample_lots(
                     raise Stopped
 
             with autocast(ctx.device.type, enabled=cfg.precision == "bf16"):
+                texts = [job.request.negative_prompt for job in lot.jobs] if first.cfg_scale != 1 else []
                 latents = sample_latents(
                     model,
                     plan.spec,
                     plan.flavor,
-                    stack([conds[job.request.prompt] for job in lot.jobs]),
+                    stack([conds[job.request.prompt] for job in lot.jobs], plan.flavor.cond),
                     request=first,
                     ctx=ctx,
-                    uncond=stack([conds[job.request.negative_prompt] for job in lot.jobs]) if first.cfg_scale != 1 else None,
+                    uncond=stack([conds[text] for text in texts], plan.flavor.cond) if texts else None,
                     seeds=[job.request.seed for job in lot.jobs],
                     begin=_begin(plan, lot),
                     on_step=on_step,

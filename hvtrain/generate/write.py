@@ -12,21 +12,15 @@ import torch
 from torch import Tensor
 
 from hvtrain import __version__
-from hvtrain.config import GenerateConfig, ModelConfig, asset
+from hvtrain.config import GenerateConfig
 from hvtrain.errors import DataError, HvtrainError
 from hvtrain.generate.plan import Lot, Plan
 from hvtrain.generate.requests import PICTURE, Job, Request
 from hvtrain.generate.spool import find, forget
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.video import write_mp4, write_png
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.parts import open_vae
 from hvtrain.parallel.context import ParallelContext
-
-
-def open_decoder(model: ModelConfig, spec: ModelSpec, ctx: ParallelContext) -> Any:
-    return spec.open_vae(
-        asset(str(model.vae)), dtype=getattr(torch, model.vae_dtype), device=ctx.device, tiling=model.vae_tiling
-    )
 
 
 def decode(vae: Any, latents: Tensor) -> list[np.ndarray]:
@@ -68,7 +62,7 @@ class Writer:
 
     def _write(self, lot: Lot) -> None:
         if self.vae is None:
-            self.vae = open_decoder(self.cfg.model, self.plan.spec, self.ctx)
+            self.vae = open_vae(self.plan.spec, self.cfg.model, self.ctx.device)
             for module in self.vae.model.modules():
                 module.register_forward_pre_hook(self._leave_in_time)
         self.vae.to(self.ctx.device)

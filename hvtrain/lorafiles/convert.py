@@ -22,7 +22,7 @@ from hvtrain.lorafiles.files import (
 )
 from hvtrain.lorafiles.metadata import PEFT_KEY
 from hvtrain.lorafiles.pairs import LoraPair, fold_alpha
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.lorafiles.pairs import LoraPair, cut_rows, join_rows
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 from hvtrain.weights.keymap import KeyMap, Rule
 
 Shapes: TypeAlias = Mapping[str, tuple[int, int]]  # official layer name -> [out, in]

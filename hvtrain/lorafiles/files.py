@@ -30,7 +30,8 @@ from hvtrain.lorafiles.metadata import (
     other_architecture,
 )
 from hvtrain.lorafiles.pairs import LoraPair, unfold_alpha
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.foreign import lora_looks_like
+from hvtrain.models.spec import ModelSpec
 from hvtrain.weights.containers import Weights, open_weights
 from hvtrain.weights.outputs import check_place
 from hvtrain.weights.stream import data_sum, open_writer
@@ -256,7 +257,7 @@ def _refusal(
     text = f"{path}: a LoRA of another architecture"
     if strange:
         text += f": {len(strange)} of its {len(stems)} layers are not in {model}, first {', '.join(strange[:3])}"
-    looks = said or (spec.lora_looks_like(stems) if spec else None)
+    looks = said or lora_looks_like(stems)
     hint = "its metadata says" if said else "it looks like"
     return f"{text}; {hint} {looks}; give a LoRA for {model}" if looks else text
 

@@ -28,8 +28,8 @@ from hvtrain.lorafiles.lowrank import factor, rank_for, shrink, singular_values
 from hvtrain.lorafiles.metadata import lora_metadata
 from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.models import all_specs
-from hvtrain.models.base import Flavor, ModelSpec
 from hvtrain.models.load import identify, read_tensor, whole_model
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.models.targets import lora_targets
 from hvtrain.weights.containers import open_weights
 

@@ -3,7 +3,7 @@ the merge will be."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ class LowRank:
     down: Tensor
     up: Tensor
     begin: int = 0
+    owner: str = ""  # the LoRA that it belongs to, if it is one's alone
 
     def of(self, x: Tensor) -> Tensor:  # [... in] -> [... rows]
         return F.linear(F.linear(x, self.down.to(x.device)), self.up.to(x.device))
@@ -29,13 +30,13 @@ class LowRank:
 
 @dataclass
 class Full:
-    """The same as a whole matrix [rows, in]."""
+    """The same as a whole matrix [rows, in], which may lie on the disk."""
 
-    matrix: Tensor
+    matrix: Callable[[], Tensor]
     begin: int = 0
 
     def of(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix.to(x.device))
+        return F.linear(x, self.matrix().to(x.device))
 
 
 Change = LowRank | Full
@@ -81,7 +82,7 @@ class Changes:
         return add
 
 
-def low_rank(c: Contribution, rows: tuple[int, int] | None = None) -> LowRank:
-    """A LoRA's change of one layer. `rows`: those that it owns; without, those that it changes."""
-    begin, end = rows or changed_rows(c.pair.up)
-    return LowRank(c.pair.down.float(), c.pair.up[begin:end].float() * (c.multiplier * c.pair.scale), begin)
+def low_rank(c: Contribution) -> LowRank:
+    """A LoRA's change of one layer, in the rows that it changes."""
+    begin, end = changed_rows(c.pair.up)
+    return LowRank(c.pair.down.float(), c.pair.up[begin:end].float() * (c.multiplier * c.pair.scale), begin, c.lora)

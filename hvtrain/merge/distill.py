@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from hvtrain.config import ReconcileConfig
+from hvtrain.flow.loss import squared_error
 from hvtrain.merge.changes import Changes, LowRank
 from hvtrain.merge.states import Clips, State, Task, batches, told_shares
 from hvtrain.merge.stream import placed
@@ -69,7 +70,7 @@ def distill(
     parallelize(model, ctx, kernel="auto", recompute=recompute, dtype=dtype)
     changes = Changes(model)
     student = {
-        name: [LowRank(_parameter(p.down, ctx), _parameter(p.up, ctx), p.begin) for p in own] for name, own in pairs.items()
+        name: [replace(p, down=_parameter(p.down, ctx), up=_parameter(p.up, ctx)) for p in own] for name, own in pairs.items()
     }
     changes.put(STUDENT, student)
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
@@ -81,10 +82,11 @@ def distill(
         for job in batches([(None, s) for s, _ in states], cfg.batch_size):
             batch = [s for _, s in job]
             wanted = torch.stack([s.taught for s in batch]).to(ctx.device)
+            inp = placed(clips.input(batch), ctx.device)
             with autocast(ctx.device.type, enabled=dtype != torch.float32), changes.using(STUDENT):
-                velocity = model(placed(clips.input(batch), ctx.device))
+                velocity = model(inp)
             counts = torch.tensor([scales[id(s)] for s in batch], device=ctx.device)
-            error = ((velocity.float() - wanted).square().flatten(1).mean(1) * counts).sum() / len(states)
+            error = (squared_error(velocity, wanted, inp.loss_mask) * counts).sum() / len(states)
             error.backward()
             loss += error.item()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -96,7 +98,7 @@ def distill(
             left = (time.monotonic() - began) / (step + 1) * (cfg.steps - step - 1)
             print(f"distill: step {step + 1}/{cfg.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
     return {
-        name: [LowRank(p.down.detach().cpu(), p.up.detach().cpu(), p.begin) for p in own] for name, own in student.items()
+        name: [replace(p, down=p.down.detach().cpu(), up=p.up.detach().cpu()) for p in own] for name, own in student.items()
     }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from hvtrain.lorafiles.lowrank import factor, shrink
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.merge.changes import Change, Full, LowRank
 from hvtrain.merge.stream import Streamed, placed
-from hvtrain.models.base import ModelInput, Tokens
+from hvtrain.models.dit import ModelInput, Tokens
 
 STUDENT = "student"
 
@@ -42,17 +43,32 @@ class Stream:
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to solve: which rows, and the prior P of them [rows, in]."""
+    """Rows of a layer to solve, the LoRAs that change all of them, and the rank that is kept (None: the whole matrix)."""
 
     begin: int
     end: int
-    prior: Callable[[], Tensor]
+    parts: tuple[LowRank, ...]
+    rank: int | None
+
+    def prior(self) -> Tensor:
+        """P [rows, in]."""
+        own = [p.up[self.begin - p.begin : self.end - p.begin] @ p.down for p in self.parts]
+        return torch.stack(own).sum(0)
+
+    @property
+    def owner(self) -> str:
+        return self.parts[0].owner if len(self.parts) == 1 else ""
 
 
-@dataclass(frozen=True)
-class Solving:
-    ridge: float
-    rank: Callable[[str], int | None]  # of a layer; None: the whole matrix
+def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> list[Target]:
+    """The rows that LoRAs change, cut where one begins or ends: what a slice owns stays its own. `rank`: from ranks' sum."""
+    edges = sorted({edge for p in parts for edge in (p.begin, p.begin + len(p.up))})
+    found = []
+    for begin, end in pairwise(edges):
+        own = tuple(p for p in parts if p.begin <= begin and end <= p.begin + len(p.up))
+        if own:
+            found.append(Target(begin, end, own, rank(sum(len(p.down) for p in own))))
+    return found
 
 
 def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]]) -> list[Stream]:
@@ -61,10 +77,10 @@ def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor
 
 
 def fit_block(
-    model: Streamed, block: nn.Module, targets: Mapping[str, Target], found: Sequence[Stream], solving: Solving
-) -> dict[str, Change]:
+    model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Target]], found: Sequence[Stream], ridge: float
+) -> dict[str, list[Change]]:
     """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards."""
-    solved: dict[str, Change] = {}
+    solved: dict[str, list[Change]] = {}
     for stage in stages(model, block, list(targets), found[0].merged):
         layers = {name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage}
         for stream in found:
@@ -73,8 +89,8 @@ def fit_block(
             for name, sums in layers.items():
                 sums.add(seen[name], wanted[name], stream.weights.to(model.ctx.device))
         for name in stage:
-            solved[name] = layers.pop(name).solve(targets[name], solving.ridge, solving.rank(name))
-            model.changes.put(STUDENT, {name: [solved[name]]})
+            solved[name] = layers.pop(name).solve(targets[name], ridge)
+            model.changes.put(STUDENT, {name: solved[name]})
     return solved
 
 
@@ -88,10 +104,11 @@ def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
 class _Sums:
     """G and C of one layer, float32, on the device."""
 
-    def __init__(self, layer: nn.Linear, target: Target, device: torch.device) -> None:
-        self.rows = slice(target.begin, target.end)
-        self.g = torch.zeros(layer.in_features, layer.in_features, device=device)
-        self.c = torch.zeros(target.end - target.begin, layer.in_features, device=device)
+    def __init__(self, layer: nn.Module, targets: Sequence[Target], device: torch.device) -> None:
+        width = targets[0].parts[0].down.shape[1]
+        self.rows = slice(targets[0].begin, targets[-1].end)
+        self.g = torch.zeros(width, width, device=device)
+        self.c = torch.zeros(self.rows.stop - self.rows.start, width, device=device)
 
     def add(self, seen: list[_Call], wanted: list[_Call], weights: Tensor) -> None:
         """`seen`: in the merged model, where this layer has no change yet, so its output is X_S W'."""
@@ -103,25 +120,26 @@ class _Sums:
             self.g.addmm_(x.T, x)
             self.c.addmm_(error.T, x)
 
-    def solve(self, target: Target, ridge: float, rank: int | None) -> Change:
+    def solve(self, targets: Sequence[Target], ridge: float) -> list[Change]:
         g = self.g.double()
         del self.g
         shift = ridge * g.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         g.diagonal().add_(shift)
-        right = self.c.double() + shift * target.prior().to(self.c.device, torch.float64)
         root = torch.linalg.cholesky(g)
-        matrix = torch.cholesky_solve(right.T, root).T.float()
-        if rank is None or rank >= min(matrix.shape):
-            return Full(matrix.cpu(), target.begin) if rank is None else _cut(matrix, None, min(matrix.shape), target.begin)
-        return _cut(matrix, root.float(), rank, target.begin)
+        solved: list[Change] = []
+        for target in targets:
+            c = self.c[target.begin - self.rows.start : target.end - self.rows.start].double()
+            matrix = torch.cholesky_solve((c + shift * target.prior().to(c)).T, root).T.float()
+            solved.append(Full(matrix.cpu, target.begin) if target.rank is None else _cut(matrix, root.float(), target))
+        return solved
 
 
-def _cut(matrix: Tensor, root: Tensor | None, rank: int, begin: int) -> LowRank:
+def _cut(matrix: Tensor, root: Tensor, target: Target) -> LowRank:
     """The best of this rank for the outputs: what G's inputs (root root' = G) make of it, not the matrix itself, is kept."""
-    seen = matrix if root is None else matrix @ root
-    basis = torch.linalg.qr(factor(seen, rank=rank).pair.up).Q  # [rows, rank]
+    rank = min(target.rank or 0, *matrix.shape)
+    basis = torch.linalg.qr(factor(matrix @ root, rank=rank).pair.up).Q  # [rows, rank]
     pair = shrink([(LoraPair(basis.T @ matrix, basis, float(rank)), 1.0)], rank=rank).pair
-    return LowRank(pair.down.cpu(), pair.up.cpu(), begin)
+    return LowRank(pair.down.cpu(), pair.up.cpu(), target.begin, target.owner)
 
 
 # --- looking into a block -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.lorafiles.runs import finished, lora_in
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
 
 

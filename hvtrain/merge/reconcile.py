@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from hvtrain.config import MergeConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.files import STALE, write_lora
 from hvtrain.lorafiles.overlap import Contribution, by_layer, labels
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.runs import CONFIG
 from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
 from hvtrain.merge.distill import Draw, distill
 from hvtrain.merge.evaluate import compute_dtype
-from hvtrain.merge.fit import STUDENT, Solving, Target, fit_block, push, streams
+from hvtrain.merge.fit import STUDENT, fit_block, push, streams, targets_of
 from hvtrain.merge.inputs import Inputs
+from hvtrain.merge.journal import Journal
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.merge.report import Report
-from hvtrain.merge.states import Clips, Task, batches, fidelity, measure, spread
-from hvtrain.merge.stream import Streamed
+from hvtrain.merge.states import Clips, Task, batches, fidelity, leak, measure, spread
+from hvtrain.merge.stream import Streamed, n_bytes
+from hvtrain.merge.write import signature
 from hvtrain.models.load import Identified, identify
 from hvtrain.parallel.context import start
+from hvtrain.slices.plan import FILE, save_plan
 from hvtrain.train.calibration import CALIBRATION
 from hvtrain.train.setup import open_shards
+from shards.atomic import write_text
 from shards.edit import pick
 
 KEEP = "keep"
@@ -77,8 +87,16 @@ def leave_calibration(cfg: ReconcileConfig, inputs: Inputs, output: Path) -> Pat
     return root
 
 
-def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> dict[str, Result]:
-    """The changes by layer; `report` gets the distances. Raises CheckpointError if a LoRA is lost."""
+@dataclass(frozen=True)
+class Reconciled:
+    """The changes by layer, and what is on the disk of them until the output is written."""
+
+    changes: dict[str, Result]
+    journal: Journal
+
+
+def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
+    """The merge's changes; `report` gets the distances. Raises CheckpointError if a LoRA is lost."""
     c = cfg.reconcile
     ctx = start(device=cfg.device)
     dtype = compute_dtype(ctx.device)
@@ -95,25 +113,32 @@ def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> dict[str, Res
         clips.own_states(model.velocities, tasks, c.batch_size)
     measure(clips, model.velocities, tasks, c.batch_size)
     report.summed = fidelity(clips, model.velocities, tasks, SUM, c.batch_size)
+    report.leak = leak(clips, model.velocities, tasks)
+    journal = Journal(Path(cfg.output), _signature(cfg, found, inputs))
     if c.how in ("fit", "fit+distill"):
         whole = c.how == "fit" and cfg.target == "model"
-        ranks = {name: cfg.rank or sum(p.pair.rank for p in own) for name, own in layers.items()}
-        solved = {**solved, **_fit(c, model, layers, tasks, clips, {} if whole else ranks)}
+        rank = (lambda n: None) if whole else (lambda n: min(n, cfg.rank or n))
+        solved = {**solved, **_fit(c, model, solved, tasks, clips, rank, journal)}
     if c.how in ("distill", "fit+distill"):
         lr = c.lr or min(_rate_of(lora.metadata) for lora, _ in inputs.loras)
-        solved = distill(found, ctx, dtype, _pairs(solved), Draw(tasks, cfg.seed), clips, c, lr=lr)
+        pairs = {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
+        solved = distill(found, ctx, dtype, pairs, Draw(tasks, cfg.seed), clips, c, lr=lr)
     model.changes.sets[STUDENT] = {}
     model.changes.put(STUDENT, solved)
     report.fidelity = fidelity(clips, model.velocities, tasks, STUDENT, c.batch_size)
     for line in report.kept():
         print(line, flush=True)
+    _refuse_lost(c, report)
+    return Reconciled({name: _result(own, len(layers[name][0].pair.up)) for name, own in solved.items()}, journal)
+
+
+def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
     lost = [name for name, away in report.fidelity.items() if name != KEEP and not away <= c.lost]
     if lost and not c.allow_lost:
         raise CheckpointError(
             f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): {', '.join(lost)}; give more "
             "reconcile.states or reconcile.steps, another --reconcile, or reconcile.allow_lost=true; nothing was written"
         )
-    return _results(solved, layers)
 
 
 def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) -> list[Task]:
@@ -123,54 +148,51 @@ def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) 
         tasks.append(Task(name, number, 1.0, states, held))
     if keep := kept_sets(c, inputs):
         kept = open_shards(keep, found.flavor, key="--keep")
-        states, held = clips.states_of(kept, KEEP, n=clips.n * len(tasks) // 4)
+        states, held = clips.states_of(kept, KEEP, n=max(1, clips.n * len(tasks) // 4))
         tasks.append(Task(KEEP, None, c.keep_weight * len(tasks), states, held))
     return tasks
 
 
-def _changes(layers: Mapping[str, Sequence[Contribution]]) -> dict[str, list[Change]]:
-    return {module: [low_rank(c) for c in own] for module, own in layers.items()}
+def _signature(cfg: MergeConfig, found: Identified, inputs: Inputs) -> str:
+    sets = [place for _, _, own in sources(cfg.reconcile, inputs) for place in own] + kept_sets(cfg.reconcile, inputs)
+    files = [*found.weights.files, *(lora.path for lora, _ in inputs.loras), *(Path(s) / "manifest.json" for s in sets)]
+    return signature(files, repr(cfg))
+
+
+def _changes(layers: Mapping[str, Sequence[Contribution]]) -> dict[str, list[LowRank]]:
+    """Without those that change no row."""
+    found = {module: [p for p in map(low_rank, own) if len(p.up)] for module, own in layers.items()}
+    return {module: own for module, own in found.items() if own}
 
 
 def _fit(
-    c: ReconcileConfig, model: Streamed, layers: Mapping[str, Sequence[Contribution]], tasks: Sequence[Task], clips: Clips,
-    ranks: Mapping[str, int],
+    c: ReconcileConfig, model: Streamed, layers: ByLayer, tasks: Sequence[Task], clips: Clips,
+    rank: Callable[[int], int | None], journal: Journal,
 ) -> dict[str, list[Change]]:
-    jobs = []
-    every = list(spread(tasks))
-    counts = {id(s): w for _, s, w in every}
-    for job in batches([(t.teacher, s) for t, s, _ in every], c.batch_size):
-        weights = torch.tensor([counts[id(s)] for _, s in job])
-        jobs.append((clips.input([s for _, s in job]), job[0][0], weights))
+    counts = {id(s): (t.teacher, s, w) for t, s, w in spread(tasks)}
+    jobs = [
+        (clips.input([s for _, s in job]), job[0][0], torch.tensor([counts[id(s)][2] for _, s in job]))
+        for job in batches([(teacher, s) for teacher, s, _ in counts.values()], c.batch_size)
+    ]
     running = streams(model, jobs)
+    said = f"{sum(map(n_bytes, running)) / 1e9:.2g} GB of states on the host, one block of the model on {model.ctx.device.type}"
+    print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}", flush=True)
     solved: dict[str, list[Change]] = {}
-    solving = Solving(c.ridge, lambda name: ranks.get(name))
+    began = time.monotonic()
     for number, names in enumerate(model.layers):
-        targets = {name: _target(layers[name]) for name in names if name in layers}
+        parts = {name: [p for p in layers[name] if isinstance(p, LowRank)] for name in names if name in layers}
+        targets = {name: targets_of(own, rank) for name, own in parts.items()}
+        known = journal.load(number)
         with model.block(number) as block:
-            if targets:
-                found = fit_block(model, block, targets, running, solving)
-                solved |= {name: [change] for name, change in found.items()}
+            if known is None and targets:
+                journal.save(number, fit_block(model, block, targets, running, c.ridge))
+            solved |= (own := journal.load(number) or {})
+            model.changes.put(STUDENT, own)
             push(model, block, running)
-        print(f"fit: block {number + 1} of {len(model.layers)}, {len(targets)} layers", flush=True)
+        left = (time.monotonic() - began) / (number + 1) * (len(model.layers) - number - 1)
+        done = "done before" if known else f"{len(targets)} layers"
+        print(f"fit: block {number + 1} of {len(model.layers)}, {done}, {left:.0f} s left", flush=True)
     return solved
-
-
-def _target(own: Sequence[Contribution]) -> Target:
-    parts = [low_rank(c) for c in own]
-    begin, end = min(p.begin for p in parts), max(p.begin + len(p.up) for p in parts)
-
-    def prior() -> torch.Tensor:
-        total = torch.zeros(end - begin, parts[0].down.shape[1])
-        for p in parts:
-            total[p.begin - begin : p.begin - begin + len(p.up)] += p.up @ p.down
-        return total
-
-    return Target(begin, end, prior)
-
-
-def _pairs(solved: ByLayer) -> dict[str, list[LowRank]]:
-    return {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
 
 
 def _rate_of(metadata: Mapping[str, str]) -> float:
@@ -180,28 +202,37 @@ def _rate_of(metadata: Mapping[str, str]) -> float:
         return 1e-3
 
 
-def _results(solved: ByLayer, layers: Mapping[str, Sequence[Contribution]]) -> dict[str, Result]:
-    results: dict[str, Result] = {}
-    for name, own in solved.items():
-        out = len(layers[name][0].pair.up)
-        if any(isinstance(p, Full) for p in own):
-            results[name] = Dense(lambda own=own, out=out: _whole(own, out))
-            continue
-        pairs = [p for p in own if isinstance(p, LowRank)]
-        lora = [c.lora for c in layers[name]] if len(pairs) == len(layers[name]) else ["merged"] * len(pairs)
-        results[name] = [
-            Contribution(label, LoraPair(p.down, torch.nn.functional.pad(p.up, (0, 0, p.begin, out - p.begin - len(p.up))),
-                                         float(len(p.down))), 1.0)
-            for label, p in zip(lora, pairs, strict=True)
-        ]
-    return results
+def _result(own: Sequence[Change], out: int) -> Result:
+    """`out`: rows of the layer."""
+    pairs = [p for p in own if isinstance(p, LowRank)]
+    if len(pairs) < len(own):
+        return Dense(lambda: _whole(own, out))
+    ups = [F.pad(p.up, (0, 0, p.begin, out - p.begin - len(p.up))) for p in pairs]
+    return [
+        Contribution(p.owner or "merged", LoraPair(p.down, up, float(len(p.down))), 1.0) for p, up in zip(pairs, ups, strict=True)
+    ]
 
 
-def _whole(own: Sequence[Change], out: int) -> torch.Tensor:
-    total = torch.zeros(0)
-    for p in own:
-        matrix = p.matrix if isinstance(p, Full) else p.up @ p.down
-        if not len(total):
-            total = torch.zeros(out, matrix.shape[1])
-        total[p.begin : p.begin + len(matrix)] += matrix
+def _whole(own: Sequence[Change], out: int) -> Tensor:
+    parts = [(p.begin, p.matrix() if isinstance(p, Full) else p.up @ p.down) for p in own]
+    total = torch.zeros(out, parts[0][1].shape[1])
+    for begin, matrix in parts:
+        total[begin : begin + len(matrix)] += matrix
     return total
+
+
+def write_slices(output: Path, inputs: Inputs, changes: Mapping[str, Result]) -> Path | None:
+    """Each slice of a plan as the merge has changed it, in NAME-slices/01, 02, ...: `--loraid` takes them as it takes the slices
+    themselves. None where there is no plan, or matrices that are nobody's."""
+    if inputs.plan is None or any(isinstance(result, Dense) for result in changes.values()):
+        return None
+    root = output.with_name(f"{output.stem}-slices")
+    for name, (lora, _) in zip(labels(inputs.loras), inputs.loras, strict=True):
+        pairs = {m: c.pair for m, result in changes.items() if isinstance(result, list) for c in result if c.lora == name}
+        number = f"{int(lora.metadata['ss_loraid']):02d}"
+        kept = {key: value for key, value in lora.metadata.items() if not key.startswith(STALE)}
+        (root / number).mkdir(parents=True, exist_ok=True)
+        write_lora(root / number / f"slice-{number}.safetensors", pairs, metadata=kept)
+        write_text(root / number / CONFIG, f"# made by `hvtrain merge --reconcile`\nrun: {{name: slice-{number}}}\n")
+    save_plan(inputs.plan, root / FILE)
+    return root

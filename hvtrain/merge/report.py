@@ -50,6 +50,8 @@ class Report:
     # How far the merge is from what each LoRA does alone, on clips held out: 0 as it alone, 1 as the base. Summed up, and now
     summed: dict[str, float] = field(default_factory=dict)
     fidelity: dict[str, float] = field(default_factory=dict)
+    # On each one's clips, how strongly every other fires, as a share of what its own does
+    leak: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: Inputs, layers: Mapping[str, list[Contribution]], policy: str) -> Report:

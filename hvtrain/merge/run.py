@@ -23,8 +23,8 @@ from hvtrain.merge.inputs import Inputs, lora_in, open_inputs, owners_note
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
-from hvtrain.models.base import ModelSpec
 from hvtrain.models.load import Identified, identify, whole_model
+from hvtrain.models.spec import ModelSpec
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.outputs import check_place
 
@@ -59,18 +59,21 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
     for line in report.lines():
         print(line)
     if how != "none":
-        from hvtrain.merge.reconcile import reconcile
+        from hvtrain.merge.reconcile import leave_calibration, reconcile, write_slices
 
-        combined = reconcile(cfg, inputs, report)
+        reconciled = reconcile(cfg, inputs, report)
+        combined = reconciled.changes
     if cfg.target == "lora":
         report.errors = _write_lora(cfg, inputs, combined, spec.name)
         if how != "none":
-            from hvtrain.merge.reconcile import leave_calibration
-
             print(f"{leave_calibration(cfg.reconcile, inputs, Path(cfg.output))}: to add LoRAs to this merge later")
     else:
         assert base.found is not None
         _write_model(cfg, base.found, inputs, combined, base.shapes)
+    if how != "none":
+        if folder := write_slices(Path(cfg.output), inputs, combined):
+            print(f"{folder}: the slices as they are in this merge (generate slices={folder} --loraid ...)")
+        reconciled.journal.remove()
     if evaluate is not None:
         report.losses = evaluate(inputs, combined)
         for name, loss in report.losses.items():

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvtrain.flow.loss import add_noise
+from hvtrain.flow.loss import add_noise, squared_error
 from hvtrain.flow.schedule import sigmas
-from hvtrain.models.base import Flavor, ModelInput, ModelSpec
+from hvtrain.models.dit import ModelInput
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.rng import generator
 from shards import ShardSet
 from shards.collate import choose_caption, collate
@@ -26,18 +27,15 @@ from shards.reader import Sample
 
 @dataclass
 class State:
-    """One noisy clip. `taught` and `plain` are filled in: its velocity by the teacher and by the base."""
+    """One noisy clip; what the teacher says of it is filled in by `measure`."""
 
     x: Tensor  # [C T H W] float32
+    clean: Tensor  # the same without noise
     sigma: float
     cond: Mapping[str, Tensor]  # a batch of one
-    taught: Tensor = field(default_factory=lambda: torch.empty(0))
-    plain: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def told(self) -> float:
-        """How much the teacher changes here: squared distance from the base."""
-        return (self.taught - self.plain).square().mean().item()
+    taught: Tensor = field(default_factory=lambda: torch.empty(0))  # velocity by the teacher
+    told: float = 0.0  # mean square of what the teacher changes
+    size: float = 0.0  # of the base's velocity itself
 
     @property
     def form(self) -> tuple:
@@ -75,8 +73,9 @@ class Clips:
         """States of one form as a batch."""
         cond = {name: torch.cat([s.cond[name] for s in states]) for name in states[0].cond}
         sigma = torch.tensor([s.sigma for s in states], dtype=torch.float32)
-        x = torch.stack([s.x for s in states])
-        return self.spec.make_input(x, sigma, cond, task=self.flavor.tasks[0], guidance=self.flavor.defaults.guidance)
+        x, x0 = torch.stack([s.x for s in states]), torch.stack([s.clean for s in states])
+        task, guidance = self.flavor.tasks[0], self.flavor.defaults.guidance
+        return self.spec.make_input(x, sigma, cond, task=task, guidance=guidance, x0=x0)
 
     def states_of(self, sets: Sequence[ShardSet], name: str, n: int | None = None) -> tuple[list[State], list[State]]:
         """(to merge by, held out): clips spread over the sets, noised at levels spread over the sampling schedule. A clip is
@@ -105,7 +104,7 @@ class Clips:
             x0 = cond.pop("latents")
             sigma = shift * u / (1 + (shift - 1) * u)
             noise = torch.randn(x0.shape, generator=generator(self.seed, step=number, stream=f"noise/{stream}"))
-            found.append(State(add_noise(x0, noise, torch.tensor([sigma]))[0], sigma, cond))
+            found.append(State(add_noise(x0, noise, torch.tensor([sigma]))[0], x0[0], sigma, cond))
         return found
 
     def own_states(self, forward: Forward, tasks: Sequence[Task], batch_size: int, *, steps: int = 10) -> None:
@@ -132,9 +131,7 @@ class Clips:
 def _conditions(sample: Sample) -> dict[str, Tensor]:
     """A batch of one as training makes it: "latents" [1 C T H W] and conditions, floats in float32."""
     one = collate([choose_caption(sample, seed=0, epoch=0, index=0)])
-    batch = {n: v if n.endswith("_len") or not v.is_floating_point() else v.float() for n, v in one.items()}
-    batch.setdefault("image_latents", batch["latents"][:, :, :1])  # image to video: the clip's own first latent frame
-    return batch
+    return {name: v.float() if v.is_floating_point() else v for name, v in one.items()}
 
 
 def batches(entries: Sequence[tuple[Any, State]], size: int) -> list[list[tuple[Any, State]]]:
@@ -150,10 +147,14 @@ def measure(clips: Clips, forward: Forward, tasks: Sequence[Task], batch_size: i
     every = [(task.teacher, s) for task in tasks for s in (*task.states, *task.held)]
     jobs = batches(every, batch_size)
     keys = [(None,) if job[0][0] is None else (None, job[0][0]) for job in jobs]
-    results = forward([(clips.input([s for _, s in job]), own) for job, own in zip(jobs, keys, strict=True)])
-    for job, found in zip(jobs, results, strict=True):
-        for (_, state), plain, taught in zip(job, found[0], found[-1], strict=True):
-            state.plain, state.taught = plain, taught
+    inputs = [clips.input([s for _, s in job]) for job in jobs]
+    results = forward(list(zip(inputs, keys, strict=True)))
+    for job, inp, (plain, *others) in zip(jobs, inputs, results, strict=True):
+        taught = others[0] if others else plain
+        told = squared_error(taught, plain, inp.loss_mask).tolist()
+        sizes = squared_error(plain, torch.zeros_like(plain), inp.loss_mask).tolist()
+        for (_, state), velocity, change, size in zip(job, taught, told, sizes, strict=True):
+            state.taught, state.told, state.size = velocity, change, size
     for task in tasks:
         most = max(s.told for s in task.states)
         task.states = [s for s in task.states if task.teacher is None or s.told >= SILENT * most]
@@ -163,15 +164,33 @@ def fidelity(clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashabl
     """Of each task, on its held-out states: squared distance of the velocity from the teacher's over the base's, so 0 is as
     the LoRA alone and 1 as if it were not there. Of the base's own words: over the base's velocity, so 0 is unchanged."""
     jobs = batches([(task.name, s) for task in tasks for s in task.held], batch_size)
-    results = forward([(clips.input([s for _, s in job]), (key,)) for job in jobs])
+    inputs = [clips.input([s for _, s in job]) for job in jobs]
     away: dict[Hashable, float] = defaultdict(float)
-    for job, (found,) in zip(jobs, results, strict=True):
-        for (name, state), velocity in zip(job, found, strict=True):
-            away[name] += (velocity - state.taught).square().mean().item()
-    scale = {
-        task.name: sum(s.plain.square().mean().item() if task.teacher is None else s.told for s in task.held) for task in tasks
-    }
+    for job, inp, (velocity,) in zip(jobs, inputs, forward([(inp, (key,)) for inp in inputs]), strict=True):
+        errors = squared_error(velocity, torch.stack([s.taught for _, s in job]), inp.loss_mask)
+        for (name, _), error in zip(job, errors.tolist(), strict=True):
+            away[name] += error
+    scale = {task.name: sum(s.size if task.teacher is None else s.told for s in task.held) for task in tasks}
     return {task.name: away[task.name] / max(scale[task.name], 1e-12) for task in tasks}
+
+
+def leak(clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = 2) -> dict[str, dict[str, float]]:
+    """Of each task, how strongly every other LoRA changes its clips, as a share of what its own does: 0 is silence. The reason
+    why LoRAs do not add up."""
+    own = [task for task in tasks if task.teacher is not None]
+    teachers = list(dict.fromkeys(task.teacher for task in own))
+    jobs = batches([(task.name, s) for task in own for s in task.held[:n]], 1)
+    inputs = [clips.input([s for _, s in job]) for job in jobs]
+    found: dict[str, dict[str, float]] = {task.name: dict.fromkeys((t.name for t in own), 0.0) for task in own}
+    told: dict[str, float] = defaultdict(float)
+    results = forward([(inp, (None, *teachers)) for inp in inputs])
+    for job, inp, (plain, *others) in zip(jobs, inputs, results, strict=True):
+        name, state = job[0]
+        told[name] += state.told
+        for teacher, velocity in zip(teachers, others, strict=True):
+            for task in (t for t in own if t.teacher == teacher):
+                found[name][task.name] += squared_error(velocity, plain, inp.loss_mask).item()
+    return {name: {other: v / max(told[name], 1e-12) for other, v in row.items()} for name, row in found.items()}
 
 
 def spread(tasks: Sequence[Task]) -> Iterator[tuple[Task, State, float]]:

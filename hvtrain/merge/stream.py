@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.merge.changes import Changes
-from hvtrain.models.base import ModelInput, Tokens
+from hvtrain.models.dit import ModelInput, Tokens
 from hvtrain.models.load import Identified, read_tensor, whole_model
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
@@ -89,6 +89,24 @@ class Streamed:
             with self.block(number) as block:
                 states = [[(key, self.step(block, tokens, key)) for key, tokens in own] for own in states]
         return [[self.leave(tokens) for _, tokens in own] for own in states]
+
+
+def n_bytes(value: object) -> int:
+    """Of all tensors in a record, each once."""
+    found: dict[int, int] = {}
+
+    def walk(part: object) -> None:
+        if isinstance(part, Tensor):
+            found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        elif is_dataclass(part) and not isinstance(part, type):
+            for f in fields(part):
+                walk(getattr(part, f.name))
+        elif isinstance(part, Mapping | tuple):
+            for inner in part.values() if isinstance(part, Mapping) else part:
+                walk(inner)
+
+    walk(value)
+    return sum(found.values())
 
 
 def placed(value: T, device: torch.device | str) -> T:

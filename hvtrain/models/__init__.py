@@ -7,7 +7,7 @@ import pkgutil
 from functools import cache
 
 from hvtrain.errors import ConfigError, suggest
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.spec import ModelSpec
 
 
 @cache

@@ -1,91 +1,38 @@
-"""Exact joint attention over the valid tokens, and the kernels that compute it.
+"""Exact attention over the valid tokens, joint or across.
 
 No mask is ever built: padding is cut off before the kernel and put back as zeros, so cost and memory are those of the
-valid tokens. A `Kernel` also yields the log-sum-exp and a backward that takes it, which is what a ring needs to merge
-partial results (parallel/usp.py).
+valid tokens.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvtrain.errors import ConfigError, suggest
-from hvtrain.models.base import Joint
-from hvtrain.rng import generator
-
-aten = torch.ops.aten
-log = logging.getLogger(__name__)
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS, Kernel, Partial
 
 
-class Partial(NamedTuple):
-    """Attention over some of the keys: the output normalised over them, and the log of its denominator."""
+@dataclass
+class Attention:
+    """models.dit.Attend on one device."""
 
-    out: Tensor  # [B S N D]
-    lse: Tensor  # [B N S] fp32
+    kernel: Kernel = KERNELS["sdpa"]
 
+    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
+        return local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=self.kernel)
 
-class Grads(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One implementation of softmax(q k' / sqrt(D)) v; every tensor is [B S N D]."""
-
-    name: str
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # differentiable if `trains`
-    partial: Callable[[Tensor, Tensor, Tensor], Partial]  # not differentiable
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Partial], Grads] | None  # (dout, q, k, v, merged result)
-    missing: Callable[[torch.device, torch.dtype], str | None]  # why it cannot run there, or None
-
-    @property
-    def trains(self) -> bool:
-        return self.backward is not None
-
-
-KERNELS: dict[str, Kernel] = {}
-_CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and PyTorch passes it by
-
-
-def pick_kernel(
-    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True
-) -> Kernel:
-    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype.
-
-    SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
-    """
-    if name == "auto":
-        return next(KERNELS[n] for n in _fastest(device) if KERNELS[n].missing(device, dtype) is None)
-    if name not in KERNELS:
-        raise ConfigError(f"parallel.kernel: no attention kernel '{name}'; {suggest(name, ['auto', 'xfuser', *KERNELS])}")
-    kernel = KERNELS[name]
-    reason = kernel.missing(device, dtype)
-    if reason is None and training and not kernel.trains:
-        reason = "it has no backward; train with 'auto'"
-    if reason:
-        raise ConfigError(f"parallel.kernel: '{name}' cannot be used: {reason}")
-    return kernel
-
-
-def _fastest(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return ("sdpa",)
-    # From Hopper on, PyTorch's own attention is cuDNN's where that is new enough: half again as fast as FlashAttention 2.
-    cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and (torch.backends.cudnn.version() or 0) >= _CUDNN
-    return ("flash3", "sdpa") if cudnn else ("flash3", "flash2", "sdpa")
+    def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
+        outs = []
+        for rows, n in rows_of_equal_length(lengths):
+            outs.append(_attend(self.kernel, q[rows], k[rows, :n], v[rows, :n]) if n else torch.zeros_like(q[rows]))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def local_attend(
@@ -194,201 +141,3 @@ class Recalled(torch.autograd.Function):
         return *ctx.kernel.backward(dout, q, k, v, Partial(out, lse)), None
 
 
-# --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient -------------------------------------------
-
-_ALIGN_LSE = 32  # the CUDA memory-efficient kernel pads its log-sum-exp to a multiple of this
-
-
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [t.transpose(1, 2) for t in tensors]  # [B S N D] -> [B N S D], the layout of torch's kernels
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = _heads_first(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def _flash_fits(q: Tensor) -> bool:
-    """Whether CUDA flash takes this tensor; else the memory-efficient kernel, which also does float32."""
-    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def _sdpa_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    q, k, v = _heads_first(q, k, v)
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif _flash_fits(q):
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    else:
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-        lse = lse[..., : q.shape[2]]
-    return Partial(out.transpose(1, 2), lse.float())
-
-
-def _sdpa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
-    dout, q, k, v, out = _heads_first(dout, q, k, v, merged.out)
-    lse = merged.lse.contiguous()
-    if q.device.type == "cpu":
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
-    elif _flash_fits(q):
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state
-        lengths = (None, None, q.shape[2], k.shape[2])
-        grads = aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, *lengths, 0.0, False, unused, unused
-        )
-    else:
-        # +inf on the padding makes exp(score - lse) zero there, as the kernel's own forward leaves it.
-        lse = F.pad(lse, (0, -lse.shape[-1] % _ALIGN_LSE), value=float("inf"))
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
-        wanted = [True, True, True, False]
-        grads = aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, lse, unused, unused, 0.0, wanted, False
-        )[:3]
-    return Grads(*_heads_first(*grads))
-
-
-def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
-
-
-# --- optional packages, imported when used ------------------------------------------------------------------------
-
-
-def _package_missing(
-    package: str, name: str, *, since: tuple[int, int], until: tuple[int, int] | None = None
-) -> Callable[[torch.device, torch.dtype], str | None]:
-    """For a kernel that is made for GPUs of compute capability `since` up to, and without, `until`."""
-
-    def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda":
-            return f"it needs a CUDA device, this is {device.type}"
-        here = torch.cuda.get_device_capability(device)
-        if here < since or (until and here >= until):
-            wanted = f"{since[0]}.x" if until else f"{since[0]}.{since[1]} or newer"
-            return f"it needs compute capability {wanted}, this is {here[0]}.{here[1]}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package '{package}' is not installed"
-        reason = _trial(name, device, dtype)
-        return reason and f"the Python package '{package}' is installed, but {reason}"
-
-    return missing
-
-
-@cache
-def _trial(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Call all of a kernel on a little attention and compare: what is wrong, or None.
-
-    A package of that name may be another one (flash-attn-4 brings a `flash_attn` without FlashAttention 2), built for another
-    PyTorch, or have changed its private functions; else that shows in the first step, after minutes of loading.
-    """
-    kernel = KERNELS[name]
-    q, k, v, d_out = _little_attention(device, dtype)
-    with torch.enable_grad():
-        wide = [x.float().requires_grad_() for x in (q, k, v)]
-        scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / q.shape[-1] ** 0.5
-        out = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
-        wanted = [out, out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.float())]
-    try:
-        with torch.no_grad():
-            result = kernel.partial(q, k, v)
-            grads = kernel.backward(d_out, q, k, v, result) if kernel.backward else ()
-            found = [kernel.attend(q, k, v), *result, *grads]
-        right = all(_near(have, want.detach()) for have, want in zip(found, wanted))
-        reason = None if right else "it computes something else: it may be built for another PyTorch"
-    except Exception as error:  # of any kind: it is not our code
-        reason = f"a call of it fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if reason:
-        log.warning("attention kernel %s is installed, but %s", name, reason)
-    return reason
-
-
-def _little_attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the output's gradient, [2 64 2 128]: the head dim of the real models."""
-    draw = generator(0, stream="kernel-trial")
-    return [torch.randn(2, 64, 2, 128, generator=draw).to(device, dtype) for _ in range(4)]
-
-
-def _near(have: Tensor, want: Tensor) -> bool:
-    """Within what the coarsest kernel rounds (int8); false for NaN."""
-    return have.shape == want.shape and bool((have.float() - want).abs().max() <= 0.1 * want.abs().max())
-
-
-def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v)
-
-
-def _flash2_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    from flash_attn.flash_attn_interface import _flash_attn_forward
-
-    out, lse, *_ = _flash_attn_forward(
-        q, k, v, 0.0, q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1,
-        softcap=0.0, alibi_slopes=None, return_softmax=False,
-    )  # fmt: skip
-    return Partial(out, lse)
-
-
-def _flash2_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
-    from flash_attn.flash_attn_interface import _flash_attn_backward
-
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _flash_attn_backward(
-        dout.contiguous(), q, k, v, merged.out.to(q.dtype), merged.lse.contiguous(), dq, dk, dv, 0.0,
-        q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
-        alibi_slopes=None, deterministic=False,
-    )  # fmt: skip
-    return Grads(dq, dk, dv)
-
-
-def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v)
-    return out[0] if isinstance(out, tuple) else out  # early releases return (out, lse)
-
-
-def _flash3_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    from flash_attn_interface import _flash_attn_forward
-
-    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
-    return Partial(out, lse)
-
-
-def _flash3_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
-    from flash_attn_interface import _flash_attn_backward
-
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    out, lse = merged.out.to(q.dtype), merged.lse.contiguous()
-    _flash_attn_backward(
-        dout.contiguous(), q, k, v, out, lse, dq=dq, dk=dk, dv=dv, softmax_scale=q.shape[-1] ** -0.5
-    )
-    return Grads(dq, dk, dv)
-
-
-def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from sageattention import sageattn
-
-    return sageattn(q, k, v, tensor_layout="NHD")
-
-
-def _sage_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    from sageattention import sageattn
-
-    return Partial(*sageattn(q, k, v, tensor_layout="NHD", return_lse=True))
-
-
-KERNELS |= {
-    "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
-    "flash2": Kernel(
-        "flash2", _flash2, _flash2_partial, _flash2_backward, _package_missing("flash_attn", "flash2", since=(8, 0))
-    ),
-    "flash3": Kernel(  # for Hopper alone
-        "flash3", _flash3, _flash3_partial, _flash3_backward,
-        _package_missing("flash_attn_interface", "flash3", since=(9, 0), until=(10, 0)),
-    ),
-    "sage": Kernel("sage", _sage, _sage_partial, None, _package_missing("sageattention", "sage", since=(8, 0))),
-}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from hvtrain.models import all_specs, find
-from hvtrain.models.base import DiT, ModelSpec
+from hvtrain.models.dit import DiT
+from hvtrain.models.spec import ModelSpec
 
 
 def table() -> str:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models import all_specs, find
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.dit import DiT
+from hvtrain.models.foreign import looks_like
+from hvtrain.models.identify import ARCH_KEY, arch_of, flavor_of
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.float8 import DTYPE as FLOAT8
 from hvtrain.weights.float8 import dequantize, quantize, replace_linear
@@ -24,7 +27,7 @@ from hvtrain.weights.keymap import Fused
 from hvtrain.weights.stream import Slot, open_writer
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "module.", "model.")
-MODEL_KEY, ARCH_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.arch", "hvtrain.flavor"
+MODEL_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.flavor"
 SHOWN = 3  # differences named in an error
 _SCALE = ".scale_weight"
 _MARKERS = ("scaled_fp8",)
@@ -67,13 +70,13 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
     for spec in specs:
         dialect, sources = _dialect_of(spec, weights)
         shapes = _shapes(sources, weights)
-        if not spec.owns(shapes):
+        if not spec.signature(shapes):
             continue
         if (stated := weights.metadata.get(MODEL_KEY, spec.name)) != spec.name:
             raise CheckpointError(f"{path}: its metadata says that it is '{stated}', its tensors are {spec.name}'s")
         try:
-            arch = spec.arch_from_weights(shapes, weights.metadata)
-            chosen = spec.flavor_of(arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
+            arch = arch_of(spec, shapes, weights.metadata)
+            chosen = flavor_of(spec, arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _refuse_integers(weights, sources)
@@ -236,9 +239,8 @@ def _shapes(sources: Mapping[str, Fused], weights: Weights) -> dict[str, tuple[i
 
 def _resembles(*candidates: Mapping[str, tuple[int, ...]]) -> str:
     for shapes in candidates:
-        for spec in all_specs():
-            if label := spec.looks_like(shapes):
-                return f"it looks like {label}"
+        if label := looks_like(shapes):
+            return f"it looks like {label}"
     first = next(iter(candidates[0]), "nothing")
     return f"its {len(candidates[0])} tensors, first '{first}', are none that hvtrain knows"
 

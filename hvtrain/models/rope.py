@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvtrain.models.base import Grid, Rope
+from hvtrain.models.dit import Grid, Rope
 
 
 def grid_rope(grid: Grid, dims: tuple[int, int, int], *, theta: float, device: torch.device) -> Rope:

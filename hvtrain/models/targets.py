@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.base import DiT, ModelSpec
+from hvtrain.models.dit import DiT
+from hvtrain.models.spec import ModelSpec
 
 
 def lora_targets(

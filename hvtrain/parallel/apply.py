@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
-from functools import partial
 
 import torch
 
-from hvtrain.models.attention import Kernel, local_attend, pick_kernel
-from hvtrain.models.base import LOCAL, Attend, DiT
+from hvtrain.models.attention import Attention
+from hvtrain.models.dit import LOCAL, Attend, DiT
+from hvtrain.models.kernels import Kernel, pick_kernel
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
@@ -43,24 +44,33 @@ def parallelize(
     if other:
         from hvtrain.parallel.usp import ShardedSequence
 
-        model.sequence, attend, chosen = ShardedSequence(ctx), xfuser_path.xfuser_attend(ctx), replace(chosen, name=str(kernel))
+        chosen = replace(chosen, name=str(kernel))
+        model.sequence, attend = ShardedSequence(ctx), xfuser_path.XfuserAttention(ctx, chosen)
     elif ctx.sp > 1:
-        from hvtrain.parallel.usp import ShardedSequence, usp_attend
+        from hvtrain.parallel.usp import ShardedSequence, UspAttention
 
         model.sequence = ShardedSequence(ctx)
-        attend = partial(usp_attend, ctx=ctx, kernel=chosen)
+        attend = UspAttention(chosen, ctx=ctx)
     else:
         model.sequence = LOCAL
-        attend = partial(local_attend, kernel=chosen)
+        attend = Attention(chosen)
     if compiler and (recompute == "selective" or ctx.ring > 1 or other):
         # What is kept between a block's two runs, and messages from rank to rank, cannot be traced: compiled around.
-        attend = torch.compiler.disable(attend)
-    for block in model.blocks:
-        setattr(block, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
-        if compiler:
-            block.compile(backend=compiler)
+        attend = _uncompiled(attend)
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            setattr(module, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
+    for block in model.blocks if compiler else ():
+        block.compile(backend=compiler)
     run_block = pick_policy(recompute)
     model.run_block = run_block if swap is None else swap.wrap(model.blocks, run_block)
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)
     return chosen
+
+
+def _uncompiled(attend: Attend) -> Attend:
+    """The same, that torch.compile does not look into."""
+    apart = copy(attend)
+    apart.joint, apart.cross = torch.compiler.disable(attend.joint), torch.compiler.disable(attend.cross)  # type: ignore[method-assign]
+    return apart

@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from hvtrain.errors import ConfigError, suggest
-from hvtrain.models.attention import Partial, keeping
-from hvtrain.models.base import Tokens, run_plain
+from hvtrain.models.attention import keeping
+from hvtrain.models.dit import Tokens, run_plain
+from hvtrain.models.kernels import Partial
 from hvtrain.parallel.hostcopy import HostCopies
 
 Block = Callable[[Tokens], Tokens]

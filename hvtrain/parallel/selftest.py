@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hvtrain.models.attention import local_attend, pick_kernel
-from hvtrain.models.base import Joint
+from hvtrain.models.attention import local_attend
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import pick_kernel
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.usp import usp_attend
 from hvtrain.rng import generator

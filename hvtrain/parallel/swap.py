@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.base import Tokens
+from hvtrain.models.dit import Tokens
 
 SLOTS = 2
 _ALIGN = 256

@@ -8,7 +8,7 @@ ring rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 from yunchang.ring.utils import RingComm
 
 from hvtrain.models.attention import (
-    Kernel,
-    Partial,
+    Attention,
     join,
     local_attend,
     recall,
@@ -27,7 +26,8 @@ from hvtrain.models.attention import (
     split,
     stack_rows,
 )
-from hvtrain.models.base import Joint, Rope, Tokens
+from hvtrain.models.dit import Joint, Rope, Tokens
+from hvtrain.models.kernels import Kernel, Partial
 from hvtrain.parallel.collectives import gather, heads_to_ranks, tokens_to_ranks
 from hvtrain.parallel.context import ParallelContext, check_heads
 
@@ -43,7 +43,7 @@ class ShardedSequence:
             tokens,
             img=self._shard(tokens.img, 1),
             rope=Rope(*(self._shard(table, 0) for table in tokens.rope)),
-            first=None if tokens.first is None else self._shard(tokens.first, 0),
+            per_token={name: self._shard(x, 1) for name, x in tokens.per_token.items()},
         )
 
     def gather(self, img: Tensor, n_img: int) -> Tensor:
@@ -57,6 +57,16 @@ class ShardedSequence:
             x = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, chunk * size - n])
         # A copy: a view would keep the whole sequence in memory on every rank.
         return x.narrow(dim, self.ctx.sp_rank * chunk, chunk).clone()
+
+
+@dataclass
+class UspAttention(Attention):
+    """models.dit.Attend over the ranks of ctx. Across, every rank attends with its own part of the queries."""
+
+    ctx: ParallelContext = field(kw_only=True)
+
+    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
+        return usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=self.ctx, kernel=self.kernel)
 
 
 def usp_attend(

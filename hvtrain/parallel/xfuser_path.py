@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.attention import KERNELS, rows_of_equal_length, split, stack_rows
-from hvtrain.models.base import Attend, Joint
+from hvtrain.models.attention import Attention, rows_of_equal_length, split, stack_rows
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS, Kernel
 from hvtrain.parallel.context import ParallelContext, at_shutdown
 
 NAME = "xfuser"
@@ -61,11 +62,15 @@ def _kernel_of(device: torch.device) -> Any:
     return AttnType.TORCH_FLASH
 
 
-def xfuser_attend(ctx: ParallelContext) -> Attend:
-    """`usp_attend` by xfuser: image tokens sharded, text joint at the rear."""
-    layer = _layer(ctx)
+class XfuserAttention(Attention):
+    """Joint attention by xfuser: image tokens sharded, text joint at the rear."""
 
-    def attend(q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
+    def __init__(self, ctx: ParallelContext, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self.ctx, self.layer = ctx, _layer(ctx)
+
+    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
+        ctx, layer = self.ctx, self.layer
         n_local = q.img.shape[1]
         if n_local * ctx.sp != n_img:
             raise ConfigError(
@@ -82,8 +87,6 @@ def xfuser_attend(ctx: ParallelContext) -> Attend:
             )
             parts.append(split(out, n_img=n_local, pad_img=n_local, pad_txt=q.txt.shape[1]))
         return stack_rows(parts)
-
-    return attend
 
 
 def _layer(ctx: ParallelContext) -> Any:

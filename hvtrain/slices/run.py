@@ -11,8 +11,9 @@ from hvtrain.adapters.lora import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import ConfigError
 from hvtrain.models import find
-from hvtrain.models.base import DiT, ModelSpec
+from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify, whole_model
+from hvtrain.models.spec import ModelSpec
 from hvtrain.slices import picture
 from hvtrain.slices.plan import FILE, Cut, SlicePlan, make_plan, save_plan
 from hvtrain.weights.containers import fingerprint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvtrain.config import ModelConfig
 from hvtrain.models import find
-from hvtrain.models.base import TinyParts
+from hvtrain.models.spec import TinyParts
 
 
 def embedded_parts() -> TinyParts:

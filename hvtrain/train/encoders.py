@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hvtrain.config import ModelConfig, asset
 from hvtrain.errors import DataError
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.parts import keys_of, text_fingerprints
+from hvtrain.models.spec import ModelSpec
 from hvtrain.weights.containers import fingerprint, open_weights
 from shards import ShardSet
 from shards.schema import IMPORTED
@@ -49,10 +50,8 @@ def _made_by(found: ShardSet, column: str) -> str | None:
 
 def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
     """The config's keys, and what the fingerprint may be; empty where they are not set."""
-    if column != "text":
-        return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()
-    if not (m.llm and m.clip):
-        return "model.llm and model.clip", ()
-    return "model.llm and model.clip", spec.text_fingerprints(
-        asset(m.llm), m.llm_tokenizer and asset(m.llm_tokenizer), asset(m.clip), m.clip_tokenizer and asset(m.clip_tokenizer)
-    )
+    if column == "text":
+        return keys_of(spec, column), text_fingerprints(spec, m)
+    if spec.column(column) is not None:
+        return keys_of(spec, column), ()
+    return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.timesteps import Quantile, stratified
-from hvtrain.models.base import ModelSpec
+from hvtrain.models.conditions import drop
 from hvtrain.models.precision import autocast
+from hvtrain.models.spec import Field, ModelSpec
 from hvtrain.rng import generator
 
 
@@ -62,8 +63,8 @@ class Objective:
         sigma = sigma.to(self.device, torch.float32)
         # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
         cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n != "latents"}
-        cond.setdefault("image_latents", x0[:, :, :1])  # image to video: the clip's own first latent frame
-        inp = self.spec.make_input(add_noise(x0, noise, sigma), sigma, cond, task=self.task, guidance=self.guidance)
+        noised = add_noise(x0, noise, sigma)
+        inp = self.spec.make_input(noised, sigma, cond, task=self.task, guidance=self.guidance, x0=x0)
         with autocast(self.device.type, enabled=self.autocast):
             velocity = model(inp)
         errors = squared_error(velocity, target(x0, noise), inp.loss_mask)
@@ -76,18 +77,9 @@ class Objective:
 
 
 def drop_captions(
-    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, shares: Sequence[float], draw: torch.Generator
+    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, shares: Sequence[float], draw: torch.Generator,
+    fields: Sequence[Field],
 ) -> dict[str, Tensor]:
     """Give each sample, with its own probability, the empty prompt's embeddings instead of its caption's."""
-    result = dict(batch)
-    dropped = torch.rand(len(batch["text_len"]), generator=draw) < torch.tensor(shares)
-    if not dropped.any():
-        return result
-    n_empty = len(empty["text"])
-    length = max(batch["text"].shape[1], n_empty)
-    text = torch.nn.functional.pad(batch["text"], (0, 0, 0, length - batch["text"].shape[1]))
-    blank = torch.nn.functional.pad(empty["text"], (0, 0, 0, length - n_empty)).to(text.dtype)
-    result["text"] = torch.where(dropped[:, None, None], blank, text)
-    result["text_len"] = torch.where(dropped, torch.tensor(n_empty), batch["text_len"])
-    result["pooled"] = torch.where(dropped[:, None], empty["pooled"].to(batch["pooled"].dtype), batch["pooled"])
-    return result
+    dropped = torch.rand(len(batch["latents"]), generator=draw) < torch.tensor(shares)
+    return drop(batch, empty, dropped, fields) if dropped.any() else dict(batch)

@@ -16,9 +16,10 @@ from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.flow.timesteps import quantile_function
 from hvtrain.generate.requests import Request
 from hvtrain.models import find
-from hvtrain.models.attention import pick_kernel
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.dit import DiT
+from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import identify, whole_model
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext, check_heads
 from hvtrain.parallel.recompute import pick_policy
@@ -113,7 +114,7 @@ def _prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     model, spec, flavor, base = _outline(cfg)
     cfg = replace(cfg, flow=flow_of(cfg.flow, flavor))
     quantile_function(cfg.flow.timestep_sampling, cfg.flow)
-    check_heads(flavor.arch.heads_num, ctx.ulysses)
+    check_heads(flavor.n_heads, ctx.ulysses)
     plan = None
     if cfg.adapter.type != "none":
         plan = open_plan(model, spec, flavor, cfg, base) if cfg.adapter.type == "loraid" else None
@@ -139,7 +140,7 @@ def _outline(cfg: TrainConfig) -> tuple[DiT, ModelSpec, Flavor, str]:
     """The model on the meta device, and the fingerprint of its weights. Of a file only the header and samples are read."""
     if cfg.model.dit is None:
         spec = find(cfg.model.name)
-        flavor = spec.flavor(str(cfg.model.flavor))
+        flavor = spec.flavor(cfg.model.flavor)
         with torch.device("meta"):
             return spec.build(flavor.arch), spec, flavor, "scratch"
     found = identify(asset(cfg.model.dit), model=cfg.model.name, flavor=cfg.model.flavor)

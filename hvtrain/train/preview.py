@@ -13,8 +13,10 @@ from hvtrain.config import TrainConfig
 from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import encode_prompts, sample_latents
 from hvtrain.generate.video import write_mp4
-from hvtrain.generate.write import decode, open_decoder
+from hvtrain.generate.write import decode
+from hvtrain.models.parts import open_vae
 from hvtrain.models.precision import autocast
+from hvtrain.models.spec import Vae
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train.setup import Subject
 
@@ -35,9 +37,9 @@ class Previews:
         ]
         # A negative prompt for each, used by models that are sampled with true guidance.
         texts = [r.prompt for r in self.requests] + [r.negative_prompt for r in self.requests]
-        encoded = encode_prompts(cfg.model, subject.spec, texts, ctx) if prompts else []
+        encoded = encode_prompts(cfg.model, subject.spec, subject.flavor, texts, ctx) if prompts else []
         self.conds, self.unconds = encoded[: len(prompts)], encoded[len(prompts) :]
-        self.vae = None
+        self.vae: Vae | None = None
 
     @torch.no_grad()
     def make(self, model: nn.Module, step: int) -> Iterator[tuple[str, np.ndarray, int]]:
@@ -50,7 +52,7 @@ class Previews:
                     model, self.subject.spec, self.subject.flavor, cond, request=request, ctx=self.ctx, uncond=uncond
                 )
             if self.ctx.is_main:
-                self.vae = self.vae or open_decoder(self.model_cfg, self.subject.spec, self.ctx)
+                self.vae = self.vae or open_vae(self.subject.spec, self.model_cfg, self.ctx.device)
                 frames = decode(self.vae, latents)[0]
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_mp4(

@@ -190,7 +190,7 @@ class Session:
         shares = [m.get("caption_dropout", share) for m in batch.meta]
         tensors = drop_captions(
             batch.tensors, self.sets[0].empty_text if any(shares) else {}, shares=shares,
-            draw=generator(where.seed, stream="caption-dropout", **place),
+            draw=generator(where.seed, stream="caption-dropout", **place), fields=self.subject.flavor.cond,
         )
         if self.cfg.adapter.type != "none" and self.cfg.adapter.dropout:
             seed_dropout(self.subject.model, where.seed, **place)

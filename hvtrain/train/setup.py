@@ -16,8 +16,9 @@ from hvtrain.config import FlowConfig, TrainConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.lorafiles.files import read_lora
 from hvtrain.models import find
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.dit import DiT
 from hvtrain.models.load import load_dit
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
@@ -46,7 +47,7 @@ def open_subject(cfg: TrainConfig, ctx: ParallelContext, plan: SlicePlan | None 
     full = cfg.adapter.type == "none"
     if cfg.model.dit is None:
         spec = find(cfg.model.name)
-        flavor = spec.flavor(str(cfg.model.flavor))
+        flavor = spec.flavor(cfg.model.flavor)
         model = spec.build(flavor.arch)
         spec.init_weights(model, generator(cfg.run.seed, stream="init"))
         fingerprint = "scratch"
@@ -130,10 +131,9 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
                     continue
                 raise DataError(f"{key}: {found.name} lacks the field '{field.name}'; encode column '{field.column}'")
             shape = tensors[field.name].shape
-            if len(shape) != len(field.dims) or any(w not in (None, n) for w, n in zip(field.dims, shape)):
-                wanted = " x ".join("any" if d is None else str(d) for d in field.dims)
+            if not field.fits(shape):
                 raise DataError(
-                    f"{key}: {found.name} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {wanted}; "
+                    f"{key}: {found.name} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {field}; "
                     "encode the captions with this model's text encoders"
                 )
     return sets

@@ -42,9 +42,6 @@ def _fit(args: argparse.Namespace) -> None:
         if found is None:
             raise ConfigError(f"--size '{args.size}': expected width x height x frames, as in 960x544x33")
         width, height, frames = (None if part is None else int(part) for part in found.groups())
-    from hvtrain.config import rules
-
-    rules.check_size("--size: ", width=width, height=height, frames=frames)
     cfg = load_config("generate" if args.generate or args.table else "train", args)
     _weights_or_none(cfg.model)
     from hvtrain.fit import run as fit

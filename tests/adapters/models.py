@@ -8,7 +8,8 @@ import torch
 
 from hvtrain.adapters.lora import adapted_layers, inject
 from hvtrain.models import find
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT
+from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 
 SPEC = find("hunyuan-video")
 TINY = SPEC.flavors["tiny"].arch
@@ -42,13 +43,15 @@ def lora_tensors(model: DiT) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def an_input() -> ModelInput:
+def an_input() -> HunyuanInput:
     """Two samples with ragged text."""
     draw = torch.Generator().manual_seed(3)
-    return ModelInput(
+    return HunyuanInput(
         x=torch.randn(2, ARCH.in_channels, 3, 4, 6, generator=draw),
         t=torch.tensor([900.0, 300.0]),
-        text=torch.randn(2, 5, ARCH.text_dim, generator=draw),
-        text_len=(5, 3),
-        cond={"pooled": torch.randn(2, ARCH.pooled_dim, generator=draw), "guidance": torch.tensor([6000.0, 1000.0])},
+        cond={
+            "text": torch.randn(2, 5, ARCH.text_dim, generator=draw),
+            "pooled": torch.randn(2, ARCH.pooled_dim, generator=draw), "guidance": torch.tensor([6000.0, 1000.0]),
+        },
+        lengths={"text": (5, 3)},
     )

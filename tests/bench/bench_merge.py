@@ -29,8 +29,8 @@ from hvtrain.lorafiles.files import write_lora
 from hvtrain.lorafiles.metadata import lora_metadata
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.models import all_specs
-from hvtrain.models.base import ModelSpec
 from hvtrain.models.load import ARCH_KEY, FLAVOR_KEY, MODEL_KEY
+from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import FILE, Cut, load_plan
 from hvtrain.slices.run import run as write_plan
 from hvtrain.weights.stream import Slot, open_writer

@@ -27,9 +27,10 @@ from torch import nn
 from hvtrain.adapters.lora import inject
 from hvtrain.fit.trace import Shape, fake_input, simulated, trace_step
 from hvtrain.models import all_specs, find
-from hvtrain.models.attention import KERNELS, pick_kernel
-from hvtrain.models.base import DiT, Flavor, ModelInput, ModelSpec
+from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.models.kernels import KERNELS, pick_kernel
 from hvtrain.models.precision import autocast
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.weights.float8 import quantize, replace_linear
@@ -157,12 +158,12 @@ def diffusers_step(flavor: Flavor, inp: ModelInput, device: torch.device) -> Cal
             num_refiner_layers=a.refiner_depth, text_embed_dim=a.text_dim, pooled_projection_dim=a.pooled_dim,
             rope_axes_dim=a.rope_dims, rope_theta=a.rope_theta, guidance_embeds=a.guidance_embed,
         ).eval()
-    mask = torch.ones(inp.text.shape[:2], device=device, dtype=torch.bfloat16)
+    mask = torch.ones(inp.cond["text"].shape[:2], device=device, dtype=torch.bfloat16)
 
     def step() -> None:
         with torch.no_grad():
             model(
-                hidden_states=inp.x.bfloat16(), timestep=inp.t, encoder_hidden_states=inp.text.bfloat16(),
+                hidden_states=inp.x.bfloat16(), timestep=inp.t, encoder_hidden_states=inp.cond["text"].bfloat16(),
                 encoder_attention_mask=mask, pooled_projections=inp.cond["pooled"].bfloat16(), guidance=inp.cond["guidance"],
             )
 

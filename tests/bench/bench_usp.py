@@ -20,8 +20,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from hvtrain.models.attention import local_attend, pick_kernel
-from hvtrain.models.base import Joint
+from hvtrain.models.attention import local_attend
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import pick_kernel
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.usp import usp_attend
 from tests.parallel.ranks import run_ranks

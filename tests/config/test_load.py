@@ -142,8 +142,8 @@ def test_a_few_lines_that_stand_for_gigabytes_are_shown_short(tmp_path):
 
 def test_an_override_changes_one_place_of_an_alias(tmp_path):
     text = "preview: {prompts: [&p {prompt: a}, *p]}\nmodel: &m {}\n"
-    cfg = load(TrainConfig, write(tmp_path, text), ["model.name=b"])
-    assert cfg.model.name == "b" and [p.prompt for p in cfg.preview.prompts] == ["a", "a"]
+    cfg = load(TrainConfig, write(tmp_path, text), ["model.flavor=b"])
+    assert cfg.model.flavor == "b" and [p.prompt for p in cfg.preview.prompts] == ["a", "a"]
     with pytest.raises(ConfigError, match="unknown key 'optim.name2'"):
         load(TrainConfig, write(tmp_path, "optim: &x {}\ndata: *x\n"), ["optim.name2=b"])
     assert load(TrainConfig, write(tmp_path, "optim: &x {}\ndata: *x\n"), ["data.workers=3"]).data.workers == 3

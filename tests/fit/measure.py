@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from hvtrain.adapters.lora import inject
 from hvtrain.fit.memory import Budget, Layout, budget
 from hvtrain.fit.trace import Meter, byte_counts, simulated, trace_step
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import start
@@ -44,10 +45,9 @@ def make(setting: Setting) -> tuple[DiT, dict[str, nn.Parameter], ModelInput]:
         names = [n for n, m in model.named_modules() if type(m) is nn.Linear and "_blocks." in n and "mod" not in n]
         inject(model, names, rank=8)
     a = setting.arch
-    inp = ModelInput(
-        x=torch.zeros(1, a.in_channels, *setting.tokens), t=torch.zeros(1), text=torch.zeros(1, 33, a.text_dim), text_len=(33,),
-        cond={"pooled": torch.zeros(1, a.pooled_dim), "guidance": torch.zeros(1)},
-    )
+    text = {"text": torch.zeros(1, 33, a.text_dim), "pooled": torch.zeros(1, a.pooled_dim), "guidance": torch.zeros(1)}
+    x = torch.zeros(1, a.in_channels, *setting.tokens)
+    inp = HunyuanInput(x=x, t=torch.zeros(1), cond=text, lengths={"text": (33,)})
     return model.train(), {n: p for n, p in model.named_parameters() if p.requires_grad}, inp
 
 

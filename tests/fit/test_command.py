@@ -13,7 +13,7 @@ from hvtrain.fit import trace
 from hvtrain.fit.estimate import degrees, of_sampling, of_training, shape_of, subject
 from hvtrain.fit.run import Asked
 from hvtrain.fit.search import USABLE, nearest
-from hvtrain.models.base import run_plain
+from hvtrain.models.dit import run_plain
 from hvtrain.train import run as train
 from launcher import cli
 from tests.fit.measure import Setting, make

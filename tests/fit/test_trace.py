@@ -5,7 +5,7 @@ from types import MappingProxyType
 from hvtrain.config import TrainConfig, load
 from hvtrain.fit.estimate import of_training, subject
 from hvtrain.fit.trace import Shape
-from hvtrain.models import attention
+from hvtrain.models import kernels
 from hvtrain.parallel.hostcopy import HostCopies
 
 
@@ -16,7 +16,7 @@ def total(recompute: str) -> int:
 
 def test_no_table_and_no_method_is_changed_meanwhile(monkeypatch):
     """What offload keeps in host memory is still left out of the device's."""
-    monkeypatch.setattr(attention, "KERNELS", MappingProxyType(dict(attention.KERNELS)))
+    monkeypatch.setattr(kernels, "KERNELS", MappingProxyType(dict(kernels.KERNELS)))
     monkeypatch.setattr(HostCopies, "__setattr__", refuse_methods)
     assert total("offload") < total("full") < total("none")
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from hvtrain import models
 from hvtrain.adapters.lora import inject
 from hvtrain.lorafiles.files import save_lora
-from hvtrain.models.base import DiT
+from hvtrain.models.dit import DiT
 from launcher import cli
 from tests.adapters.models import lora_tensors
 from tests.generate.models import random_dit

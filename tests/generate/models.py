@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from hvtrain.models import find
-from hvtrain.models.base import DiT, Flavor, ModelSpec
+from hvtrain.models.dit import DiT
 from hvtrain.models.load import save_dit
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.rng import generator
 
 # 3 x 3 x 5 = 45 image tokens: two ranks cannot share them equally.

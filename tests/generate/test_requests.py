@@ -13,7 +13,7 @@ from hvtrain.config import GenerateConfig, LoraFileConfig
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate.requests import Job, Request, batches, plan_jobs, read_prompts
 from hvtrain.models import find
-from hvtrain.models.base import LatentGeometry
+from hvtrain.models.spec import LatentGeometry
 
 FLAVOR = find("hunyuan-video").flavor("t2v")
 SKYREELS = find("hunyuan-video").flavor("skyreels-v1-t2v")

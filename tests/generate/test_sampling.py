@@ -149,7 +149,7 @@ def test_text_lengths_stay_on_the_cpu() -> None:
     seen = []
 
     def model(inp):
-        seen.append((inp.text_len, inp.text.device.type, inp.cond["pooled"].device.type))
+        seen.append((inp.lengths["text"], inp.cond["text"].device.type, inp.cond["pooled"].device.type))
         return inp.x
 
     request = Request.of(flavor, prompt="", steps=2, cfg_scale=2.0, **SIZE)

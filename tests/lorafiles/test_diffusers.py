@@ -37,8 +37,8 @@ def velocity(model: HunyuanVideoTransformer3DModel) -> torch.Tensor:
     return model(
         hidden_states=inp.x,
         timestep=inp.t,
-        encoder_hidden_states=inp.text,
-        encoder_attention_mask=torch.arange(inp.text.shape[1])[None] < torch.tensor(inp.text_len)[:, None],
+        encoder_hidden_states=inp.cond["text"],
+        encoder_attention_mask=torch.arange(inp.cond["text"].shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None],
         pooled_projections=inp.cond["pooled"],
         guidance=inp.cond["guidance"],
         return_dict=False,

@@ -99,23 +99,24 @@ def test_the_solution_is_the_least_squares_one():
     """Against the normal equations in double precision, with rows left out, clips of different weight, and the prior."""
     g = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(5, 6, bias=True)
-    target = fitting.Target(1, 4, lambda: torch.full((3, 5), 0.3))
-    sums = fitting._Sums(layer, target, torch.device("cpu"))
+    prior = LowRank(torch.randn(2, 5, generator=g), torch.randn(3, 2, generator=g), 1)
+    targets = fitting.targets_of([prior], lambda n: None)
+    sums = fitting._Sums(layer, targets, torch.device("cpu"))
     taught, seen = torch.randn(2, 7, 5, generator=g), torch.randn(2, 7, 5, generator=g)
     delta = torch.randn(6, 5, generator=g)
     with torch.no_grad():
         wanted, own = layer(taught) + taught @ delta.T, layer(seen)
     sums.add([fitting._Call(seen, own)], [fitting._Call(taught, wanted)], torch.tensor([0.25, 2.0]))
-    change = sums.solve(target, 0.1, None)
+    (change,) = sums.solve(targets, 0.1)
     w = torch.tensor([0.25, 2.0]).double().div(7).sqrt()[:, None, None]
     x = (seen.double() * w).reshape(14, 5)
     y = ((wanted - own).double()[..., 1:4] * w).reshape(14, 3)
     e = 0.1 * (x.T @ x).diagonal().mean()
     rows = torch.cat([x, e.sqrt() * torch.eye(5).double()])
-    values = torch.cat([y, e.sqrt() * torch.full((5, 3), 0.3).double()])
+    values = torch.cat([y, e.sqrt() * (prior.up @ prior.down).T.double()])
     best = torch.linalg.lstsq(rows, values).solution.T
     assert isinstance(change, Full) and change.begin == 1
-    torch.testing.assert_close(change.matrix.double(), best, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(change.matrix().double(), best, rtol=1e-5, atol=1e-6)
 
 
 def test_two_that_read_different_inputs_come_back_both():
@@ -123,15 +124,15 @@ def test_two_that_read_different_inputs_come_back_both():
     layer = torch.nn.Linear(6, 4, bias=False)
     deltas = [torch.zeros(4, 6), torch.zeros(4, 6)]
     deltas[0][:, :3], deltas[1][:, 3:] = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g)
-    target = fitting.Target(0, 4, lambda: deltas[0] + deltas[1])
-    sums = fitting._Sums(layer, target, torch.device("cpu"))
+    targets = fitting.targets_of([LowRank(delta, torch.eye(4)) for delta in deltas], lambda n: None)
+    sums = fitting._Sums(layer, targets, torch.device("cpu"))
     for delta, columns in zip(deltas, (slice(0, 3), slice(3, 6)), strict=True):
         x = torch.zeros(1, 9, 6)
         x[..., columns] = torch.randn(1, 9, 3, generator=g)
         with torch.no_grad():
             call = [fitting._Call(x, layer(x))]
             sums.add(call, [fitting._Call(x, layer(x) + x @ delta.T)], torch.ones(1))
-    torch.testing.assert_close(sums.solve(target, 1e-3, None).matrix, deltas[0] + deltas[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums.solve(targets, 1e-3)[0].matrix(), deltas[0] + deltas[1], rtol=1e-5, atol=1e-6)
 
 
 def test_fit_of_one_lora_is_that_lora(place, tmp_path):

@@ -10,23 +10,19 @@ import pytest
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models import attention
+from hvtrain.models import attention, kernels
 from hvtrain.models.attention import (
-    KERNELS,
-    Grads,
-    Kernel,
-    Partial,
     Recalled,
     join,
     keeping,
     local_attend,
-    pick_kernel,
     recall,
     rows_of_equal_length,
     split,
     stack_rows,
 )
-from hvtrain.models.base import Joint
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS, Grads, Kernel, Partial, pick_kernel
 from hvtrain.rng import generator
 
 CPU = torch.device("cpu")
@@ -191,24 +187,24 @@ def test_the_backward_gets_the_merged_result():
 )  # fmt: skip
 def test_what_cuda_flash_takes(dtype, dim, capability, fits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device == CPU else None)
-    assert attention._flash_fits(torch.empty(1, 1, 1, dim, dtype=dtype)) is fits
+    assert kernels._flash_fits(torch.empty(1, 1, 1, dim, dtype=dtype)) is fits
 
 
 def test_near_is_within_a_tenth_of_the_largest():
     want = torch.tensor([10.0, 0.0])
-    assert attention._near(torch.tensor([9.0, -1.0], dtype=torch.bfloat16), want)
-    assert attention._near(torch.tensor([11.0, 1.0]), want) and attention._near(torch.zeros(1), torch.zeros(1))
+    assert kernels._near(torch.tensor([9.0, -1.0], dtype=torch.bfloat16), want)
+    assert kernels._near(torch.tensor([11.0, 1.0]), want) and kernels._near(torch.zeros(1), torch.zeros(1))
     for off in ([11.25, 0.0], [8.75, 0.0], [10.0, -1.25], [10.0, float("nan")]):
-        assert not attention._near(torch.tensor(off), want)
-    assert not attention._near(torch.tensor([10.0]), torch.tensor([10.0, 10.0]))
+        assert not kernels._near(torch.tensor(off), want)
+    assert not kernels._near(torch.tensor([10.0]), torch.tensor([10.0, 10.0]))
 
 
 def test_the_trial_s_attention_is_the_same_each_time():
-    drawn = attention._little_attention(CPU, torch.bfloat16)
+    drawn = kernels._little_attention(CPU, torch.bfloat16)
     draw = generator(0, stream="kernel-trial")
     assert len(drawn) == 4 and all(x.dtype == torch.bfloat16 for x in drawn)
     assert all(torch.equal(x, torch.randn(2, 64, 2, 128, generator=draw).bfloat16()) for x in drawn)
-    meta = attention._little_attention(torch.device("meta"), torch.float16)
+    meta = kernels._little_attention(torch.device("meta"), torch.float16)
     assert {(x.device.type, x.dtype) for x in meta} == {("meta", torch.float16)}
 
 

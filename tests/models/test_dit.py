@@ -1,14 +1,16 @@
 """The transformer against the official implementation, diffusers and the full-size key lists."""
 
+import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hvtrain.models import find
+from hvtrain.models.identify import arch_of
 from hvtrain.models.listing import keys
 from tests.adapters.models import ARCH, SPEC, an_input, build
 from tests.lorafiles.test_diffusers import in_diffusers, velocity
@@ -46,19 +48,19 @@ def test_equal_to_diffusers_with_converted_weights():
 def test_a_mixed_batch_equals_its_samples_alone():
     model, both = build(), an_input()
     whole = model(both)
-    for i, n in enumerate(both.text_len):
+    for i, n in enumerate(both.lengths["text"]):
         one = replace(
-            both, x=both.x[i : i + 1], t=both.t[i : i + 1], text=both.text[i : i + 1, :n], text_len=(n,),
-            cond={k: v[i : i + 1] for k, v in both.cond.items()},
+            both, x=both.x[i : i + 1], t=both.t[i : i + 1], lengths={"text": (n,)},
+            cond={k: v[i : i + 1, :n] if k == "text" else v[i : i + 1] for k, v in both.cond.items()},
         )
         assert torch.allclose(model(one)[0], whole[i], atol=1e-5)
 
 
 def test_text_beyond_its_length_has_no_influence():
     model, inp = build(), an_input()
-    text = inp.text.clone()
-    text[1, inp.text_len[1] :] = 1e3
-    assert torch.equal(model(replace(inp, text=text)), model(inp))
+    text = inp.cond["text"].clone()
+    text[1, inp.lengths["text"][1] :] = 1e3
+    assert torch.equal(model(replace(inp, cond={**inp.cond, "text": text})), model(inp))
 
 
 def test_no_square_mask_is_built():
@@ -90,9 +92,7 @@ def test_guidance_is_optional():
     arch = replace(ARCH, guidance_embed=False)
     shapes = {n: tuple(p.shape) for n, p in SPEC.build(arch).state_dict().items()}
     assert not any(n.startswith("guidance_in") for n in shapes)
-    assert SPEC.arch_from_weights(
-        {**shapes}, {"hvtrain.arch": __import__("json").dumps(__import__("dataclasses").asdict(arch))}
-    ).guidance_embed is False
+    assert arch_of(SPEC, shapes, {"hvtrain.arch": json.dumps(asdict(arch))}).guidance_embed is False
 
 
 def test_240_lora_targets_at_full_size():

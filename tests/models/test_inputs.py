@@ -24,7 +24,7 @@ def make(task: str, guidance: float = 6.0, **cond: torch.Tensor):
 def test_text_to_video_passes_the_noised_latents_on():
     inp = make("t2v")
     assert torch.equal(inp.x, X) and inp.t.tolist() == [250.0, 1000.0] and inp.t.dtype == torch.float32
-    assert inp.text_len == (5, 3) and torch.equal(inp.text, torch.ones(2, 5, 7))
+    assert inp.lengths["text"] == (5, 3) and torch.equal(inp.cond["text"], torch.ones(2, 5, 7))
     assert torch.equal(inp.cond["pooled"], torch.full((2, 4), 2.0))
     assert inp.loss_mask is None and inp.token_replace is False
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models import attention
-from hvtrain.models.attention import KERNELS, pick_kernel
+from hvtrain.models import kernels
+from hvtrain.models.kernels import KERNELS, pick_kernel
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 
@@ -25,21 +25,21 @@ SDPA = KERNELS["sdpa"]
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], int], None]:
     """No packages, and a GPU of a capability with a cuDNN; what a trial computes is computed on the CPU."""
-    little = attention._little_attention
-    monkeypatch.setattr(attention, "_little_attention", lambda device, dtype: little(torch.device("cpu"), dtype))
+    little = kernels._little_attention
+    monkeypatch.setattr(kernels, "_little_attention", lambda device, dtype: little(torch.device("cpu"), dtype))
     for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface", "sageattention", "xfuser"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    find = attention.importlib.util.find_spec
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda n: find(n) if n in sys.modules else None)
+    find = kernels.importlib.util.find_spec
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda n: find(n) if n in sys.modules else None)
 
     def make(capability: tuple[int, int], cudnn: int = 91501) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
 
     make((9, 0))
-    attention._trial.cache_clear()
+    kernels._trial.cache_clear()
     yield make
-    attention._trial.cache_clear()
+    kernels._trial.cache_clear()
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> types.ModuleType:
@@ -63,7 +63,7 @@ def flash2_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, 
 
 def flash2_backward(dout, q, k, v, out, lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
                     window_size_right, softcap, alibi_slopes, deterministic):  # fmt: skip
-    for into, grad in zip((dq, dk, dv), SDPA.backward(dout, q, k, v, attention.Partial(out, lse))):
+    for into, grad in zip((dq, dk, dv), SDPA.backward(dout, q, k, v, kernels.Partial(out, lse))):
         into.copy_(grad)
 
 
@@ -164,11 +164,11 @@ def test_a_package_that_does_not_work_is_named_and_passed_by(gpu, monkeypatch, c
 def test_an_early_flash3_with_other_signatures_is_passed_by(monkeypatch):
     install_flash3(monkeypatch, _flash_attn_forward=lambda q, k, v, k_new, v_new, qv, softmax_scale: None)
     assert auto() == "sdpa"
-    attention._trial.cache_clear()
+    kernels._trial.cache_clear()
     install_flash3(monkeypatch, _flash_attn_backward=lambda dout, q, k, v, out, lse, cu_seqlens_q, **_: None)
     with pytest.raises(ConfigError, match="'flash3' cannot be used: .* a call of it fails: TypeError"):
         pick_kernel("flash3", device=GPU, dtype=BF16)
-    attention._trial.cache_clear()
+    kernels._trial.cache_clear()
     install_flash3(monkeypatch, flash_attn_func=lambda q, k, v: (SDPA.attend(q, k, v), None))  # out and log-sum-exp
     assert auto() == "flash3"
 
@@ -184,7 +184,7 @@ def test_sage_may_round_but_must_give_its_log_sum_exp(monkeypatch):
     assert auto() == "sdpa"  # never by itself
     with pytest.raises(ConfigError, match="^parallel.kernel: 'sage' cannot be used: it has no backward; train with 'auto'$"):
         pick_kernel("sage", device=GPU, dtype=BF16)
-    attention._trial.cache_clear()
+    kernels._trial.cache_clear()
     module(monkeypatch, "sageattention", sageattn=lambda q, k, v, tensor_layout, **_: SDPA.attend(q, k, v))  # 1.0
     with pytest.raises(ConfigError, match="'sage' cannot be used: .*'sageattention' is installed, but"):
         pick_kernel("sage", device=GPU, dtype=BF16, training=False)
@@ -201,7 +201,7 @@ def test_who_is_asked_about_which_device(gpu, monkeypatch):
     assert pick_kernel("auto", device=second, dtype=BF16).name == "flash3"
     assert pick_kernel("flash3", device=second, dtype=torch.float16).name == "flash3"
     assert asked == [second, (second, BF16), (second, torch.float16)]
-    assert attention._package_missing("none", "none", since=(8, 0))(second, BF16) == "the Python package 'none' is not installed"
+    assert kernels._package_missing("none", "none", since=(8, 0))(second, BF16) == "the Python package 'none' is not installed"
     assert asked[3:] == [second]
 
 
@@ -215,7 +215,7 @@ def test_who_is_asked_about_which_device(gpu, monkeypatch):
 )  # fmt: skip
 def test_which_gpus_a_package_is_for(gpu, capability, until, says):
     gpu(capability)
-    missing = attention._package_missing("none", "none", since=(8, 6), until=until)
+    missing = kernels._package_missing("none", "none", since=(8, 6), until=until)
     assert missing(GPU, torch.float32) == says.replace("computes in", "computes in bfloat16 or float16, not float32")
     assert missing(torch.device("cpu"), BF16) == "it needs a CUDA device, this is cpu"
 
@@ -225,8 +225,8 @@ def test_an_installed_package_is_tried_where_it_will_run(monkeypatch, found):
     tried = []
     module(monkeypatch, "some")
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_trial", lambda *asked: tried.append(asked) or found)
-        reason = attention._package_missing("some", "flash9", since=(8, 0))(GPU, BF16)
+        patch.setattr(kernels, "_trial", lambda *asked: tried.append(asked) or found)
+        reason = kernels._package_missing("some", "flash9", since=(8, 0))(GPU, BF16)
     assert tried == [("flash9", GPU, BF16)]
     assert reason == (found and "the Python package 'some' is installed, but a call of it fails")
 
@@ -317,7 +317,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
     base = "_scaled_dot_product_"
     kinds = ("flash_attention", "efficient_attention", "flash_attention_for_cpu")
     made = {name: Noted() for kind in kinds for name in (base + kind, base + kind + "_backward")}
-    monkeypatch.setattr(attention, "aten", types.SimpleNamespace(**made))
+    monkeypatch.setattr(kernels, "aten", types.SimpleNamespace(**made))
     zeros = torch.zeros
 
     def on_card(*shape, device, dtype):
@@ -344,7 +344,7 @@ def test_what_torch_s_operators_are_called_with(where, ops, gpu, monkeypatch):
     assert same(forward.args, (*shown, None, True) if where == "efficient_attention" else shown) and not forward.options
     assert torch.equal(found.out, out) and torch.equal(found.lse, lse)
     back.gives = heads_first(q * 2, k * 3, v * 4) + (None,) * (where == "efficient_attention")
-    grads = SDPA.backward(d_out, q, k, v, attention.Partial(out, lse))
+    grads = SDPA.backward(d_out, q, k, v, kernels.Partial(out, lse))
     assert all(torch.equal(g, x * n) for n, g, x in zip((2, 3, 4), grads, (q, k, v), strict=True)) and not back.options
     bias = (None,) * (where == "efficient_attention")
     shown = *heads_first(d_out, q, k, v), *bias, *heads_first(out)

@@ -78,7 +78,7 @@ def write_directory(folder: Path, state: dict, config: dict) -> Path:
 @torch.no_grad()
 def test_equals_the_official_procedure(full_llm, full_clip):
     """The whole models, padded on the right to the full length with a mask, states and mask cropped."""
-    encoders = open_text(LLM, None, CLIP, None, dtype=torch.float32)
+    encoders = open_text({"llm": LLM, "clip": CLIP}, dtype=torch.float32)
     llm_tokenizer = Tokenizer.from_file(f"{LLM}/tokenizer.json")
     clip_tokenizer = Tokenizer.from_file(f"{CLIP}/tokenizer.json")
     crop = len(llm_tokenizer.encode(TEMPLATE.split("{}")[0]).ids)
@@ -180,8 +180,8 @@ def test_fp8_option(wanted):
     assert model.embed_tokens.weight.dtype == model.layers[0].input_layernorm.weight.dtype == torch.float32
     error = relative(run(model), wanted)
     assert 1e-4 < error < 0.05
-    encoders = open_text(LLM, None, CLIP, None, dtype=torch.bfloat16, fp8=True)
-    plain = open_text(LLM, None, CLIP, None, dtype=torch.bfloat16)
+    encoders = open_text({"llm": LLM, "clip": CLIP}, dtype=torch.bfloat16, fp8=True)
+    plain = open_text({"llm": LLM, "clip": CLIP}, dtype=torch.bfloat16)
     assert encoders.fingerprint != plain.fingerprint
     assert relative(encoders.encode(PROMPTS[:1])[0]["text"], plain.encode(PROMPTS[:1])[0]["text"]) < 0.06
 
@@ -353,22 +353,22 @@ def test_wrong_llm_files(what, message, tmp_path):
 def test_wrong_options(tmp_path):
     file = comfy_file(tmp_path / "llm.safetensors")
     with pytest.raises(ConfigError, match="llm.safetensors.*llm_tokenizer"):
-        open_text(file, None, CLIP, None)
+        open_text({"llm": file, "clip": CLIP})
     with pytest.raises(CheckpointError, match="no such tokenizer directory"):
-        open_text(file, tmp_path / "nowhere", CLIP, None)
+        open_text({"llm": file, "llm_tokenizer": tmp_path / "nowhere", "clip": CLIP})
     with pytest.raises(CheckpointError, match="no tokenizer: expected tokenizer.json"):
-        open_text(file, tmp_path, CLIP, None)
+        open_text({"llm": file, "llm_tokenizer": tmp_path, "clip": CLIP})
     with pytest.raises(CheckpointError, match="not a Llama 3 tokenizer"):
-        open_text(file, CLIP, CLIP, None)
+        open_text({"llm": file, "llm_tokenizer": CLIP, "clip": CLIP})
     with pytest.raises(CheckpointError, match="not a CLIP tokenizer"):
-        open_text(file, LLM, CLIP, LLM)
+        open_text({"llm": file, "llm_tokenizer": LLM, "clip": CLIP, "clip_tokenizer": LLM})
     with pytest.raises(CheckpointError, match="not a CLIP text encoder"):
-        open_text(LLM, None, LLM, CLIP)
+        open_text({"llm": LLM, "clip": LLM, "clip_tokenizer": CLIP})
     with pytest.raises(CheckpointError, match="not a Llama text encoder"):
-        open_text(CLIP, LLM, CLIP, None)
+        open_text({"llm": CLIP, "llm_tokenizer": LLM, "clip": CLIP})
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a tokenizer file"):
-        open_text(file, tmp_path, CLIP, None)
+        open_text({"llm": file, "llm_tokenizer": tmp_path, "clip": CLIP})
 
 
 def test_tokenizer_of_another_model(tmp_path):
@@ -376,4 +376,4 @@ def test_tokenizer_of_another_model(tmp_path):
     state["embed_tokens.weight"] = state["embed_tokens.weight"][:700].clone()
     folder = write_directory(tmp_path, state, config)
     with pytest.raises(CheckpointError, match="700 rows.*tokens: the tokenizer belongs to another model"):
-        open_text(folder, LLM, CLIP, None)
+        open_text({"llm": folder, "llm_tokenizer": LLM, "clip": CLIP})

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hvtrain.errors import CheckpointError, HvtrainError
 from hvtrain.models import find
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
+from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 
 LIMIT = 1e-5
 
@@ -69,7 +70,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _is_dit(reference: Reference) -> bool:
-    return find("hunyuan-video").owns({n: tuple(t.shape) for n, t in reference.part("weights.").items()})
+    return find("hunyuan-video").signature({n: tuple(t.shape) for n, t in reference.part("weights.").items()})
 
 
 def dit_of(reference: Reference) -> DiT:
@@ -104,13 +105,12 @@ def dit_of(reference: Reference) -> DiT:
     return model
 
 
-def model_input(reference: Reference, x: Tensor) -> ModelInput:
+def model_input(reference: Reference, x: Tensor) -> HunyuanInput:
     i = reference.part("input.")
     cond = {"pooled": i["pooled"], **({"guidance": i["guidance"]} if "guidance" in i else {})}
     token_replace = reference.config.get("i2v_condition_type") == "token_replace"
-    return ModelInput(
-        x=x, t=i["t"], text=i["text"], text_len=tuple(i["mask"].sum(1).tolist()), cond=cond, token_replace=token_replace
-    )
+    lengths = {"text": tuple(i["mask"].sum(1).tolist())}
+    return HunyuanInput(x=x, t=i["t"], cond={"text": i["text"], **cond}, lengths=lengths, token_replace=token_replace)
 
 
 def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:

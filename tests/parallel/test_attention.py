@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import ConfigError
-from hvtrain.models import attention
-from hvtrain.models.attention import KERNELS, local_attend, pick_kernel
-from hvtrain.models.base import Joint
+from hvtrain.models import kernels
+from hvtrain.models.attention import local_attend
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS, pick_kernel
 from hvtrain.parallel.context import ParallelContext, check_heads, start
 from hvtrain.parallel.usp import usp_attend
 from hvtrain.rng import generator
@@ -90,7 +91,7 @@ def test_a_kernel_s_partial_results_and_gradients(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "efficient"])
 def test_torch_s_cuda_kernels_take_what_we_pass(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device: these operators are private to torch, and a changed signature shows here without a GPU."""
-    monkeypatch.setattr(attention, "_flash_fits", lambda q: flash)
+    monkeypatch.setattr(kernels, "_flash_fits", lambda q: flash)
     dtype = torch.bfloat16 if flash else torch.float32
     q, k, v, d_out = (torch.empty(2, s, HEADS, 64, device="meta", dtype=dtype) for s in (33, 45, 45, 33))
     partial = KERNELS["sdpa"].partial(q, k, v)

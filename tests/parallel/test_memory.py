@@ -112,7 +112,7 @@ def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         seed_dropout(model, 7)
         host.clear()  # addresses are used again
         inp = make_batch(2, 0)[0]  # 77 image tokens
-        given = {x.untyped_storage().data_ptr() for x in (*model.parameters(), inp.x, inp.text, inp.t, *inp.cond.values())}
+        given = {x.untyped_storage().data_ptr() for x in (*model.parameters(), inp.x, inp.t, *inp.cond.values())}
         with Living() as living:
             out = model(inp).sum()
             before = living.n_bytes(host | given)
@@ -122,9 +122,9 @@ def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         return before, living.n_bytes(host | given | grads)
 
     inp = make_batch(2, 0)[0]
-    tokens = 2 * (77 + max(inp.text_len)) * 4  # of both samples, in bytes
+    tokens = 2 * (77 + max(inp.lengths["text"])) * 4  # of both samples, in bytes
     inputs = len(DEEP_BLOCKS) * tokens * DEEP.hidden_size
-    attention = len(DEEP_BLOCKS) * sum(77 + n for n in inp.text_len) * 4 * (DEEP.hidden_size + DEEP.heads_num)
+    attention = len(DEEP_BLOCKS) * sum(77 + n for n in inp.lengths["text"]) * 4 * (DEEP.hidden_size + DEEP.heads_num)
     before, after = zip(*(kept(p) for p in ("none", "full", "selective", "offload")))
     none, full, selective, offload = before
     assert none > 10 * full
@@ -134,24 +134,24 @@ def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_selective_computes_attention_once() -> None:
-    from hvtrain.models import attention
+    from hvtrain.models import kernels
 
     calls = {"n": 0}
-    kernel = attention.KERNELS["sdpa"]
+    kernel = kernels.KERNELS["sdpa"]
 
     def counted(q, k, v):
         calls["n"] += 1
         return kernel.partial(q, k, v)
 
     model, _ = build_model(Case())
-    attention.KERNELS["counted"] = replace(kernel, name="counted", partial=counted)
+    kernels.KERNELS["counted"] = replace(kernel, name="counted", partial=counted)
     try:
         parallelize(model, ALONE, kernel="counted", recompute="selective")
         inp, _ = make_batch(0, 0)
         model(inp).sum().backward()
     finally:
-        del attention.KERNELS["counted"]
-    assert calls["n"] == len(model.blocks) * len(set(inp.text_len))
+        del kernels.KERNELS["counted"]
+    assert calls["n"] == len(model.blocks) * len(set(inp.lengths["text"]))
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
@@ -212,7 +212,7 @@ def test_block_swap_and_policies_on_a_gpu(policy: str) -> None:
         parallelize(model, ctx, recompute=recompute, swap=swap)
         inp, target = make_batch(2, 0)
         inp = replace(
-            inp, x=inp.x.to(device), t=inp.t.to(device), text=inp.text.to(device),
+            inp, x=inp.x.to(device), t=inp.t.to(device),
             cond={k: v.to(device) for k, v in inp.cond.items()},
         )
         weights = torch.cuda.memory_allocated(device) - before

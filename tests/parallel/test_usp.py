@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.attention import KERNELS, Grads, Partial
-from hvtrain.models.base import Grid, Joint, Rope, Tokens
+from hvtrain.models.dit import Grid, Joint, Rope, Tokens
+from hvtrain.models.kernels import KERNELS, Grads, Partial
 from hvtrain.parallel import usp
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.usp import RingSpec, ShardedSequence, _merge, _nothing, usp_attend
@@ -184,8 +184,9 @@ def test_results_over_two_key_sets_merge_by_their_weights():
 def tokens(n: int, *, first: bool) -> Tokens:
     img = torch.arange(2.0 * n * 3).view(2, n, 3)
     rope = Rope(torch.arange(n * 2.0).view(n, 2), -torch.arange(n * 2.0).view(n, 2))
-    return Tokens(img, torch.ones(2, 4, 3), (4, 2), torch.ones(2, 3), rope, n, Grid(1, 1, n),
-                  first=torch.arange(n) < 2 if first else None)  # fmt: skip
+    clean = {"clean": torch.arange(n)[None] < 2} if first else {}
+    shared = {"vec": torch.ones(2, 3)}
+    return Tokens(img, rope, n, Grid(1, 1, n), txt=torch.ones(2, 4, 3), txt_len=(4, 2), shared=shared, per_token=clean)
 
 
 def test_tokens_that_need_no_padding_are_copied_once(monkeypatch):
@@ -214,6 +215,6 @@ def test_image_tokens_are_dealt_out_in_order_and_padded_at_the_end(first, monkey
         assert part.img.untyped_storage().nbytes() == part.img.nbytes  # a copy, which keeps no whole alive
         assert torch.equal(back, whole.img)
         if first:
-            assert part.first.tolist() == [3 * r + i < 2 for i in range(3)]
+            assert part.per_token["clean"].tolist() == [[3 * r + i < 2 for i in range(3)]]
         else:
-            assert part.first is None
+            assert not part.per_token

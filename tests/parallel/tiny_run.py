@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.adapters.lora import inject, seed_dropout
-from hvtrain.models.base import DiT, ModelInput
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
+from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
@@ -82,13 +83,11 @@ def make_batch(step: int, micro: int) -> tuple[ModelInput, Tensor]:
     g = generator(1, step=step, micro=micro, stream="batch")
     x, target = (torch.randn(BATCH, ARCH.in_channels, *SIZES[step % len(SIZES)], generator=g) for _ in range(2))
     lengths = tuple((torch.randperm(TEXT, generator=g)[:BATCH] + 1).tolist())
-    inp = ModelInput(
-        x=x,
-        t=torch.rand(BATCH, generator=g) * 1000,
-        text=torch.randn(BATCH, TEXT, ARCH.text_dim, generator=g),
-        text_len=lengths,
-        cond={"pooled": torch.randn(BATCH, ARCH.pooled_dim, generator=g), "guidance": torch.full((BATCH,), 6000.0)},
-    )
+    t = torch.rand(BATCH, generator=g) * 1000
+    text = torch.randn(BATCH, TEXT, ARCH.text_dim, generator=g)
+    pooled = torch.randn(BATCH, ARCH.pooled_dim, generator=g)
+    cond = {"text": text, "pooled": pooled, "guidance": torch.full((BATCH,), 6000.0)}
+    inp = HunyuanInput(x=x, t=t, cond=cond, lengths={"text": lengths})
     return inp, target
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hvtrain.config import FlowConfig
 from hvtrain.flow.timesteps import quantile_function, stratified
 from hvtrain.models import find
-from hvtrain.models.base import ModelInput
+from hvtrain.models.dit import ModelInput
 from hvtrain.rng import generator
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
 
@@ -99,8 +99,8 @@ def test_the_model_sees_noised_latents_and_the_loss_compares_velocities():
     (inp,) = model.seen
     s = sigma.float().view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(inp.x, (1 - s) * x0 + s * noise)
-    assert inp.x.dtype == torch.float32 and inp.t.tolist() == [250.0, 1000.0] and inp.text_len == (5, 3)
-    assert inp.text.dtype == torch.float32 and torch.equal(inp.text, data["text"].float())
+    assert inp.x.dtype == torch.float32 and inp.t.tolist() == [250.0, 1000.0] and inp.lengths["text"] == (5, 3)
+    assert inp.cond["text"].dtype == torch.float32 and torch.equal(inp.cond["text"], data["text"].float())
     assert torch.equal(inp.cond["pooled"], data["pooled"].float()) and inp.cond["guidance"].tolist() == [6016.0] * 2
     want = (answer - (noise - x0)).pow(2).flatten(1).mean(1)
     torch.testing.assert_close(result.per_sample, want)

@@ -146,7 +146,7 @@ def test_a_lora_over_float8_trains_as_over_the_dequantised_model():
     """Same adapters, same loss and gradients as over a float32 model with the dequantised weights."""
     from dataclasses import replace
 
-    from hvtrain.models.base import ModelInput
+    from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 
     a = load_dit(TINY, dtype=torch.float32, quantize_to="fp8_scaled").model
     b = load_dit(TINY, dtype=torch.float32).model
@@ -155,10 +155,12 @@ def test_a_lora_over_float8_trains_as_over_the_dequantised_model():
             b.get_submodule(name).weight.data = dequantize(module.weight, module.scale_weight, torch.float32)
     torch.manual_seed(0)
     arch = a.arch
-    inp = ModelInput(
-        x=torch.randn(1, arch.in_channels, 2, 4, 4), t=torch.tensor([300.0]),
-        text=torch.randn(1, 3, arch.text_dim), text_len=(3,),
-        cond={"pooled": torch.randn(1, arch.pooled_dim), "guidance": torch.tensor([6000.0])},
+    inp = HunyuanInput(
+        x=torch.randn(1, arch.in_channels, 2, 4, 4), t=torch.tensor([300.0]), lengths={"text": (3,)},
+        cond={
+            "text": torch.randn(1, 3, arch.text_dim), "pooled": torch.randn(1, arch.pooled_dim),
+            "guidance": torch.tensor([6000.0]),
+        },
     )
     grads = []
     for model in (a, b):

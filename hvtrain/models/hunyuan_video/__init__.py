@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hvtrain.models.base import ModelSpec, TinyParts
-from hvtrain.models.hunyuan_video.flavors import FLAVORS, arch_of, flavor_of
+from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
+from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from
 from hvtrain.models.hunyuan_video.inputs import make_input
-from hvtrain.models.hunyuan_video.keys import KEY_MAPS, looks_like, owns
-from hvtrain.models.hunyuan_video.lora_names import lora_looks_like
+from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
+from hvtrain.models.spec import ModelSpec, TinyParts
 
 
 def _open_vae(*args: Any, **options: Any) -> Any:
@@ -73,19 +73,21 @@ def _is_lora_target(name: str) -> bool:
 SPEC = ModelSpec(
     name="hunyuan-video",
     flavors=FLAVORS,
+    arch=HunyuanVideoArch,
+    kind=("in_channels",),
+    signature=owns,
+    sizes_from=sizes_from,
+    fitted=fitted,
     build=HunyuanVideo,
     init_weights=init_weights,
-    arch_from_weights=arch_of,
-    flavor_of=flavor_of,
-    owns=owns,
-    looks_like=looks_like,
-    lora_looks_like=lora_looks_like,
     make_input=make_input,
     open_vae=_open_vae,
     open_text=_open_text,
     text_fingerprints=_text_fingerprints,
     key_maps=KEY_MAPS,
     is_lora_target=_is_lora_target,
+    unseen=("token_replace",),
+    may_differ=("guidance_embed", "rope_theta", "rope_dims"),
     # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.
     sizes=((1280, 720), (960, 544), (1104, 832), (960, 960), (832, 624), (720, 720)),
     tiny=TinyParts(_small_vae, _save_vae, _prompt_template),

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.models.base import CondField, Defaults, Flavor, LatentGeometry
-from hvtrain.models.hunyuan_video.arch import (
-    METADATA_KEY,
-    HunyuanVideoArch,
-    Shapes,
-    has_guidance,
-    infer_arch,
-    same_weights,
-)
+from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch, has_guidance, infer_arch
+from hvtrain.models.spec import Defaults, Field, Flavor, LatentGeometry, Shapes
 
+MAX_TOKENS = 256  # of a prompt
 NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -61,17 +53,17 @@ _SKYREELS = replace(_OFFICIAL, steps=30, guidance=1.0, frames=97, height=544, wi
 _SMALL = replace(_OFFICIAL, steps=20, shift=3.0, fps=8, frames=9, height=64, width=64, negative_prompt="")
 
 
-def cond_fields(arch: HunyuanVideoArch, task: str) -> tuple[CondField, ...]:
-    text = CondField("text", (None, arch.text_dim), torch.bfloat16, "text")
-    pooled = CondField("pooled", (arch.pooled_dim,), torch.bfloat16, "text")
+def cond_fields(arch: HunyuanVideoArch, task: str) -> tuple[Field, ...]:
+    text = Field("text", (None, arch.text_dim), torch.bfloat16, "text", longest=MAX_TOKENS)
+    pooled = Field("pooled", (arch.pooled_dim,), torch.bfloat16, "text")
     # Optional in shards: without the column, the image is the clip's own first latent frame.
-    image = CondField("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)
+    image = Field("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)
     return (text, pooled) if task == "t2v" else (text, pooled, image)
 
 
 def _flavor(name: str, about: str, arch: HunyuanVideoArch, *, task: str, defaults: Defaults) -> Flavor:
     latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=8, stride_w=8, patch=arch.patch)
-    return Flavor(name, about, arch, latent, cond_fields(arch, task), (task,), defaults)
+    return Flavor(name, about, arch, arch.heads_num, latent, cond_fields(arch, task), (task,), defaults)
 
 
 FLAVORS = {
@@ -98,57 +90,20 @@ FLAVORS = {
 }
 
 
-def arch_of(shapes: Shapes, metadata: Mapping[str, str]) -> HunyuanVideoArch:
-    """The architecture of a file under official names: what its metadata says, else the released one with the same
-    patch embedding, so that the strict check can name what such a file lacks; else what the shapes say."""
+def sizes_from(shapes: Shapes) -> HunyuanVideoArch:
+    """The architecture of a file under official names: the released one with the same patch embedding, so that the strict
+    check can name what such a file lacks; else what the shapes say."""
     proj = shapes.get("img_in.proj.weight", ())
-    if METADATA_KEY not in metadata:
-        for arch in (flavor.arch for flavor in FLAVORS.values() if not flavor.arch.token_replace):
-            if proj == (arch.hidden_size, arch.in_channels, *arch.patch):
-                return replace(arch, guidance_embed=has_guidance(shapes))
-    return infer_arch(shapes, metadata)
+    for arch in (flavor.arch for flavor in FLAVORS.values() if not flavor.arch.token_replace):
+        if proj == (arch.hidden_size, arch.in_channels, *arch.patch):
+            return replace(arch, guidance_embed=has_guidance(shapes))
+    return infer_arch(shapes)
 
 
-def flavor_of(arch: HunyuanVideoArch, name: str | None, *, hint: str | None = None) -> Flavor:
-    """The flavor of a file's architecture, with exactly this architecture's sizes.
-
-    `name` is what the user says and must fit; `hint` is what the file says of itself. Weights do not tell flavors of
-    equal shapes apart: with neither, 16 channels are taken as text to video.
-    """
-    if name is not None:
-        if name not in FLAVORS:
-            raise ConfigError(f"model.flavor: no flavor '{name}'; {suggest(name, FLAVORS)}")
-        flavor = FLAVORS[name]
-        if different := same_weights(flavor.arch, arch):
-            field, (wanted, found) = next(iter(different.items()))
-            raise CheckpointError(
-                f"flavor '{name}' has {field} {wanted}, the file has {found}: it looks like {_resembles(arch)}"
-            )
-        arch = replace(arch, token_replace=flavor.arch.token_replace)
-        return _resized(flavor, arch)
-    if hint in FLAVORS:
-        return _resized(FLAVORS[hint], arch)
-    same = [f for f in FLAVORS.values() if not same_weights(f.arch, arch)]
-    same = same or [f for f in FLAVORS.values() if f.arch.in_channels == arch.in_channels]
-    if not same:
-        raise CheckpointError(
-            f"no flavor takes {arch.in_channels} input channels; those here: "
-            + ", ".join(f"{f.name} ({f.arch.in_channels})" for f in FLAVORS.values())
-        )
-    task = [f for f in same if f.arch.token_replace == arch.token_replace]
-    return _resized((task or same)[0], arch)
-
-
-def _resized(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
+def fitted(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
+    """The flavor with exactly these sizes."""
     latent = replace(flavor.latent, channels=arch.out_channels, patch=arch.patch)
     defaults = flavor.defaults if arch.guidance_embed else replace(flavor.defaults, guidance=None)
-    return replace(flavor, arch=arch, latent=latent, cond=cond_fields(arch, flavor.tasks[0]), defaults=defaults)
-
-
-def _resembles(arch: HunyuanVideoArch) -> str:
-    names = [f"'{f.name}'" for f in FLAVORS.values() if not same_weights(f.arch, arch)]
-    if names:
-        return " or ".join(names)
-    related = [f"'{f.name}'" for f in FLAVORS.values() if f.arch.in_channels == arch.in_channels]
-    like = f", taking {arch.in_channels} channels as {' and '.join(related)}" if related else ""
-    return f"a model of other sizes{like} (leave model.flavor empty to use the file's own)"
+    return replace(
+        flavor, arch=arch, n_heads=arch.heads_num, latent=latent, cond=cond_fields(arch, flavor.tasks[0]), defaults=defaults
+    )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hvtrain.errors import ConfigError, DataError, suggest
-from hvtrain.models.base import ModelInput
+from hvtrain.models.dit import ModelInput
 
-TASKS: dict[str, Callable[[ModelInput, Mapping[str, Tensor]], ModelInput]] = {}
+
+@dataclass(frozen=True)
+class HunyuanInput(ModelInput):
+    """cond: "text" [B L E], "pooled" [B P], and "guidance" [B] (times 1000) where it is embedded; t: 0..1000."""
+
+    token_replace: bool = False  # the first latent frame is clean: its tokens take the modulation of t = 0
+
+
+TASKS: dict[str, Callable[[HunyuanInput, Tensor | None], HunyuanInput]] = {}
 
 
 def _task(name: str) -> Callable:
@@ -24,20 +32,22 @@ def _task(name: str) -> Callable:
 
 
 def make_input(
-    x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float | None
-) -> ModelInput:
-    """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale, if any."""
+    x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float | None,
+    x0: Tensor | None = None,
+) -> HunyuanInput:
+    """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale, if any.
+    x0: the clean latents, whose first frame is the image where the conditions hold none."""
     if task not in TASKS:
         raise ConfigError(f"task '{task}' is not one of this model's; {suggest(task, TASKS)}")
     told = {} if guidance is None else {"guidance": embedded_guidance(guidance, sigma)}
-    plain = ModelInput(
+    plain = HunyuanInput(
         x=x_sigma,
         t=1000.0 * sigma.float(),
-        text=cond["text"],
-        text_len=tuple(cond["text_len"].tolist()),
-        cond={"pooled": cond["pooled"], **told},
+        cond={"text": cond["text"], "pooled": cond["pooled"], **told},
+        lengths={"text": tuple(cond["text_len"].tolist())},
     )
-    return TASKS[task](plain, cond)
+    image = cond.get("image_latents", x0)
+    return TASKS[task](plain, image)
 
 
 def embedded_guidance(scale: float, sigma: Tensor) -> Tensor:
@@ -47,32 +57,32 @@ def embedded_guidance(scale: float, sigma: Tensor) -> Tensor:
 
 
 @_task("t2v")
-def _text_to_video(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
+def _text_to_video(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     return inp
 
 
 @_task("i2v")
-def _token_replace(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
+def _token_replace(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     """Latent frame 0 is the given image, clean at every step; the loss leaves it out."""
-    image = _image_latents(cond, inp.x)
+    first = _image_latents(image, inp.x)
     mask = torch.ones(inp.x.shape[0], 1, inp.x.shape[2], 1, 1, device=inp.x.device)
     mask[:, :, 0] = 0.0
-    x = torch.cat([image, inp.x[:, :, 1:]], dim=2)
+    x = torch.cat([first, inp.x[:, :, 1:]], dim=2)
     return replace(inp, x=x, loss_mask=mask, token_replace=True)
 
 
 @_task("i2v-concat")
-def _channel_concat(inp: ModelInput, cond: Mapping[str, Tensor]) -> ModelInput:
+def _channel_concat(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     """The image's latents in frame 0 of as many extra channels, zeros in the other frames, no mask channel."""
-    image = F.pad(_image_latents(cond, inp.x), (0, 0, 0, 0, 0, inp.x.shape[2] - 1))
-    return replace(inp, x=torch.cat([inp.x, image], dim=1))
+    first = F.pad(_image_latents(image, inp.x), (0, 0, 0, 0, 0, inp.x.shape[2] - 1))
+    return replace(inp, x=torch.cat([inp.x, first], dim=1))
 
 
-def _image_latents(cond: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """[B C 1 H W]: the first frame of the condition, which may have more."""
-    if "image_latents" not in cond:
+def _image_latents(image: Tensor | None, x: Tensor) -> Tensor:
+    """[B C 1 H W]: the first frame of the image's latents, or of the clip's own."""
+    if image is None:
         raise DataError("image to video needs the condition 'image_latents', which these samples lack; encode them anew")
-    image = cond["image_latents"][:, :, :1].to(x)
-    if image.shape[1] != x.shape[1] or image.shape[3:] != x.shape[3:]:
+    first = image[:, :, :1].to(x)
+    if first.shape[1] != x.shape[1] or first.shape[3:] != x.shape[3:]:
         raise DataError(f"image_latents of shape {tuple(image.shape)} do not fit latents of shape {tuple(x.shape)}")
-    return image
+    return first

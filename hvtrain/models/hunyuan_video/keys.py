@@ -6,7 +6,6 @@ HunyuanVideoTransformer3DModel (also the published SkyReels V1).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from hvtrain.weights.keymap import KeyMap, Rule
@@ -115,45 +114,7 @@ _SIGNATURE = (
     "single_blocks.0.linear1.weight",
 )
 
-# What a file is, by names that must all occur in it; the first that fits. Names are without a container's prefix.
-LOOKS_LIKE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a LoRA (give it as a LoRA, not as the model)", (r"lora_(down|up|A|B)(\.|$)",)),
-    ("a LoHa or LoKr adapter (give it as an adapter, not as the model)", (r"(hada|lokr)_w",)),
-    ("optimizer states", (r"exp_avg",)),
-    ("HunyuanVideo 1.5", (r"^byt5_in\.",)),
-    ("HunyuanVideo 1.5", (r"^cond_type_embedding\.",)),
-    ("HunyuanVideo 1.5 (diffusers)", (r"^context_embedder_2\.",)),
-    ("FramePack", (r"^clean_x_embedder\.",)),
-    ("HunyuanVideo-Avatar or HunyuanCustom", (r"^(audio_proj|motion_pose|before_proj|face_proj)",)),
-    ("Wan image to video", (r"^blocks\.\d+\.(self_attn\.q|cross_attn\.k_img)\.", r"^img_emb\.")),
-    ("Wan", (r"^blocks\.\d+\.self_attn\.q\.", r"^patch_embedding\.")),
-    ("Wan (diffusers)", (r"^condition_embedder\.time_embedder\.", r"^blocks\.\d+\.attn1\.")),
-    ("Flux", (r"^double_blocks\.\d+\.img_attn\.qkv\.", r"^img_in\.weight$")),
-    ("Flux (diffusers)", (r"^single_transformer_blocks\.\d+\.", r"^x_embedder\.weight$")),
-    ("Qwen-Image", (r"^transformer_blocks\.\d+\.img_mod\.1\.",)),
-    ("Stable Diffusion 3", (r"^joint_blocks\.\d+\.x_block\.",)),
-    ("LTX-Video", (r"^transformer_blocks\.\d+\.scale_shift_table$",)),
-    ("CogVideoX", (r"^transformer_blocks\.\d+\.norm1\.linear\.", r"^patch_embed\.proj\.")),
-    ("a Stable Diffusion UNet", (r"^input_blocks\.0\.0\.",)),
-    ("a diffusers UNet", (r"^down_blocks\.0\.resnets\.0\.", r"^mid_block\.", r"^conv_in\.")),
-    ("the Wan VAE (model.vae takes a VAE)", (r"(^|\.)encoder\.downsamples\.0\.",)),
-    ("a VAE (give it as model.vae)", (r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")),
-    ("a CLIP text encoder (give it as model.clip)", (r"(^|\.)text_model\.encoder\.layers\.0\.",)),
-    ("a CLIP text encoder (give it as model.clip)", (r"^embeddings\.token_embedding\.", r"^encoder\.layers\.0\.")),
-    ("a vision encoder", (r"(^|\.)vision_model\.encoder\.layers\.0\.",)),
-    ("a Llama-like language model (give it as model.llm)", (r"(^|\.)layers\.0\.self_attn\.q_proj\.",)),
-    ("a T5 text encoder", (r"block\.0\.layer\.0\.SelfAttention\.",)),
-)
-
-
 def owns(shapes: Shapes) -> bool:
     """Most of the signature is enough, so that a file with keys missing is still recognised and reported."""
     hits = sum(name in shapes for name in _SIGNATURE)
     return hits >= 4 and not any(name.startswith(("byt5_in.", "cond_type_embedding.")) for name in shapes)
-
-
-def looks_like(shapes: Shapes) -> str | None:
-    for label, patterns in LOOKS_LIKE:
-        if all(any(re.search(pattern, name) for name in shapes) for pattern in patterns):
-            return label
-    return None

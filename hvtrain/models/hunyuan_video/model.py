@@ -16,9 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hvtrain.errors import DataError
-from hvtrain.models.attention import local_attend
-from hvtrain.models.base import Attend, DiT, Grid, Joint, ModelInput, Tokens
+from hvtrain.models.attention import Attention
+from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
+from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.layers import Mlp, Modulation, RMSNorm, TimeEmbedder, modulate, plain_norm
 from hvtrain.models.rope import grid_rope, rotate
 
@@ -67,6 +68,7 @@ class RefinerBlock(nn.Module):
     def __init__(self, width: int, n_heads: int, mlp_dim: int) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.attend: Attend = Attention()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.self_attn_qkv = nn.Linear(width, 3 * width)
         self.self_attn_proj = nn.Linear(width, width)
@@ -76,10 +78,9 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, txt_len: tuple[int, ...]) -> Tensor:
         gate_attn, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        qkv = rearrange(self.self_attn_qkv(self.norm1(x)), "b l (k n d) -> k b l n d", k=3, n=self.n_heads)
+        q, k, v = rearrange(self.self_attn_qkv(self.norm1(x)), "b l (k n d) -> k b l n d", k=3, n=self.n_heads)
         # The official mask lets padding attend to token 0, which no valid token ever sees: dropping it is equal.
-        q, k, v = (Joint(part[:, :0], part) for part in qkv)
-        attended = local_attend(q, k, v, txt_len=txt_len, n_img=0).txt.flatten(2)
+        attended = self.attend.cross(q, k, v, lengths=txt_len).flatten(2)
         x = x + self.self_attn_proj(attended) * gate_attn
         return x + self.mlp(self.norm2(x)) * gate_mlp
 
@@ -120,7 +121,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         width = arch.hidden_size
         self.n_heads = arch.heads_num
-        self.attend: Attend = local_attend
+        self.attend: Attend = Attention()
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", Modulation(width, 6))
             self.add_module(f"{stream}_attn_qkv", nn.Linear(width, 3 * width))
@@ -131,12 +132,12 @@ class DoubleBlock(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         img_mod = per_token(self.get_submodule("img_mod"), tokens, 6)
-        txt_mod = self.get_submodule("txt_mod")(tokens.vec)[:, None].chunk(6, dim=-1)
+        txt_mod = self.get_submodule("txt_mod")(tokens.shared["vec"])[:, None].chunk(6, dim=-1)
         q, k, v = self.qkv("img", tokens.img, img_mod)
         q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
         txt_q, txt_k, txt_v = self.qkv("txt", tokens.txt, txt_mod)
         joint = (Joint(q, txt_q), Joint(k, txt_k), Joint(v, txt_v))
-        out = self.attend(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
         img = self.finish("img", tokens.img, out.img, img_mod)
         txt = self.finish("txt", tokens.txt, out.txt, txt_mod)
         return replace(tokens, img=img, txt=txt)
@@ -161,7 +162,7 @@ class SingleBlock(nn.Module):
         width = arch.hidden_size
         self.n_heads = arch.heads_num
         self.sizes = (3 * width, arch.mlp_dim)
-        self.attend: Attend = local_attend
+        self.attend: Attend = Attention()
         self.linear1 = nn.Linear(width, sum(self.sizes))
         self.linear2 = nn.Linear(width + arch.mlp_dim, width)
         self.q_norm = RMSNorm(arch.head_dim)
@@ -170,7 +171,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         shift, scale, gate = per_token(self.modulation, tokens, 3)
-        txt_shift, txt_scale, txt_gate = self.modulation(tokens.vec)[:, None].chunk(3, dim=-1)
+        txt_shift, txt_scale, txt_gate = self.modulation(tokens.shared["vec"])[:, None].chunk(3, dim=-1)
         img = modulate(plain_norm(tokens.img), shift=shift, scale=scale)
         txt = modulate(plain_norm(tokens.txt), shift=txt_shift, scale=txt_scale)
         fused, inside = self.linear1(torch.cat([img, txt], dim=1)).split(self.sizes, dim=-1)
@@ -178,7 +179,7 @@ class SingleBlock(nn.Module):
         sizes = [img.shape[1], txt.shape[1]]
         q, k, v = (Joint(*x.split(sizes, dim=1)) for x in (self.q_norm(q).to(v), self.k_norm(k).to(v), v))
         q, k = (Joint(rotate(x.img, tokens.rope), x.txt) for x in (q, k))
-        out = self.attend(q, k, v, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        out = self.attend.joint(q, k, v, txt_len=tokens.txt_len, n_img=tokens.n_img)
         attended = torch.cat([out.img, out.txt], dim=1).flatten(2)
         out = self.linear2(torch.cat([attended, F.gelu(inside, approximate="tanh")], dim=-1))
         out_img, out_txt = out.split(sizes, dim=1)
@@ -187,11 +188,11 @@ class SingleBlock(nn.Module):
 
 def per_token(mod: nn.Module, tokens: Tokens, n: int) -> Sequence[Tensor]:
     """The image stream's n modulation vectors [B 1 E]; with a clean first frame [B S E], its tokens taking vec0's."""
-    main = mod(tokens.vec)[:, None].chunk(n, dim=-1)
-    if tokens.first is None:
+    main = mod(tokens.shared["vec"])[:, None].chunk(n, dim=-1)
+    if "clean" not in tokens.per_token:
         return main
-    clean = mod(tokens.vec0)[:, None].chunk(n, dim=-1)
-    chosen = tokens.first[None, :, None]
+    clean = mod(tokens.shared["vec0"])[:, None].chunk(n, dim=-1)
+    chosen = tokens.per_token["clean"][..., None]
     return [torch.where(chosen, a, b) for a, b in zip(clean, main, strict=True)]
 
 
@@ -226,18 +227,18 @@ class HunyuanVideo(DiT):
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
 
-    def embed(self, inp: ModelInput) -> Tokens:
+    def embed(self, inp: HunyuanInput) -> Tokens:
         grid = self.grid(inp.x)
-        n_img, n_txt = grid.t * grid.h * grid.w, max(inp.text_len)
+        n_img, n_txt = grid.t * grid.h * grid.w, max(inp.lengths["text"])
         pooled = self.vector_in(inp.cond["pooled"])
         vec = self.time_in(inp.t) + pooled
         if self.arch.guidance_embed:
             vec = vec + self.guidance_in(inp.cond["guidance"])
         tokens = Tokens(
             img=self.img_in(inp.x),
-            txt=self.txt_in(inp.text[:, :n_txt], inp.t, inp.text_len),
-            txt_len=inp.text_len,
-            vec=vec,
+            txt=self.txt_in(inp.cond["text"][:, :n_txt], inp.t, inp.lengths["text"]),
+            txt_len=inp.lengths["text"],
+            shared={"vec": vec},
             rope=grid_rope(grid, self.arch.rope_dims, theta=self.arch.rope_theta, device=inp.x.device),
             n_img=n_img,
             grid=grid,
@@ -245,8 +246,9 @@ class HunyuanVideo(DiT):
         if not inp.token_replace:
             return tokens
         # The clean frame is modulated as at t = 0, and officially without the guidance term.
-        first = torch.arange(n_img, device=inp.x.device) < grid.h * grid.w
-        return replace(tokens, first=first, vec0=self.time_in(torch.zeros_like(inp.t)) + pooled)
+        clean = torch.arange(n_img, device=inp.x.device)[None] < grid.h * grid.w
+        vec0 = self.time_in(torch.zeros_like(inp.t)) + pooled
+        return replace(tokens, per_token={"clean": clean}, shared={"vec": vec, "vec0": vec0})
 
     def grid(self, x: Tensor) -> Grid:
         patch = self.arch.patch
@@ -258,7 +260,7 @@ class HunyuanVideo(DiT):
         return Grid(*(n // p for n, p in zip(x.shape[2:], patch, strict=True)))
 
     def head(self, tokens: Tokens) -> Tensor:
-        return self.final_layer(tokens.img, tokens.vec)
+        return self.final_layer(tokens.img, tokens.shared["vec"])
 
     def unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
         pt, ph, pw = self.arch.patch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import DataError
-from hvtrain.models.base import MusubiCache
+from hvtrain.models.spec import MusubiCache
 
 SCALING = 0.476986  # of the official VAE's config; musubi-tuner applies it while training
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.models.hunyuan_video.flavors import MAX_TOKENS
 from hvtrain.models.hunyuan_video.text_weights import load_clip, load_llm
+from hvtrain.models.spec import Parts
 from hvtrain.weights.containers import fingerprint, open_weights
 
 TEMPLATE = (
@@ -33,7 +35,6 @@ TEMPLATE = (
 BEGIN = "<|begin_of_text|>"
 OFFICIAL_BEGIN_ID = 128000  # marks the Llama 3 vocabulary, whose crop is a constant of the trained model
 OFFICIAL_CROP = 95
-MAX_TOKENS = 256  # of a prompt, after the template's head
 CLIP_TOKENS = 77
 
 
@@ -96,22 +97,16 @@ class TextEncoders:
 
 
 def open_text(
-    llm: str | Path,
-    llm_tokenizer: str | Path | None,
-    clip: str | Path,
-    clip_tokenizer: str | Path | None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    device: torch.device | str = "cpu",
-    fp8: bool = False,
+    parts: Parts, *, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu", fp8: bool = False
 ) -> TextEncoders:
     """Read both encoders, each from a Hugging Face directory or a single file.
 
-    A tokenizer of None is looked for in the directory of its model. `fp8` stores the LLM's linear layers as
+    A tokenizer that is not given is looked for in the directory of its model. `fp8` stores the LLM's linear layers as
     float8 (half the memory; states differ by a few percent) and multiplies in `dtype`.
     """
-    llm_ids = open_llm_tokenizer(_tokenizer_folder(llm, llm_tokenizer, option="llm_tokenizer"))
-    clip_ids = open_clip_tokenizer(_tokenizer_folder(clip, clip_tokenizer, option="clip_tokenizer"))
+    llm, clip = parts["llm"], parts["clip"]
+    llm_ids = open_llm_tokenizer(_tokenizer_folder(parts, "llm"))
+    clip_ids = open_clip_tokenizer(_tokenizer_folder(parts, "clip"))
     llm_part = load_llm(llm, dtype=dtype, device=device, fp8=fp8)
     clip_part = load_clip(clip, dtype=dtype, device=device)
     _check_vocabulary(llm, llm_ids.tokenizer, llm_part.model.config.vocab_size)
@@ -122,13 +117,11 @@ def open_text(
     )
 
 
-def text_fingerprints(
-    llm: str | Path, llm_tokenizer: str | Path | None, clip: str | Path, clip_tokenizer: str | Path | None
-) -> tuple[str, ...]:
+def text_fingerprints(parts: Parts) -> tuple[str, ...]:
     """Those of the encoders that `open_text` would make of these files, plain and in float8. Reads headers and samples."""
-    crop = open_llm_tokenizer(_tokenizer_folder(llm, llm_tokenizer, option="llm_tokenizer")).crop
-    parts = fingerprint(open_weights(llm)), fingerprint(open_weights(clip))
-    return tuple(_joined(*parts, fp8, crop) for fp8 in (False, True))
+    crop = open_llm_tokenizer(_tokenizer_folder(parts, "llm")).crop
+    prints = fingerprint(open_weights(parts["llm"])), fingerprint(open_weights(parts["clip"]))
+    return tuple(_joined(*prints, fp8, crop) for fp8 in (False, True))
 
 
 def _joined(llm: str, clip: str, fp8: bool, crop: int) -> str:
@@ -175,16 +168,17 @@ def _open_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _tokenizer_folder(model: str | Path, tokenizer: str | Path | None, *, option: str) -> Path:
-    if tokenizer is not None:
-        folder = Path(tokenizer)
+def _tokenizer_folder(parts: Parts, model: str) -> Path:
+    option, path = f"{model}_tokenizer", parts[model]
+    if option in parts:
+        folder = Path(parts[option])
         folder = folder.parent if folder.is_file() else folder
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such tokenizer directory (option {option})")
         return folder
-    if not Path(model).is_dir():
-        raise ConfigError(f"{model} is a file without a tokenizer: set {option} to a tokenizer's directory")
-    return Path(model)
+    if not Path(path).is_dir():
+        raise ConfigError(f"{path} is a file without a tokenizer: set {option} to a tokenizer's directory")
+    return Path(path)
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, n_embeddings: int) -> None:
