@@ -62,7 +62,8 @@ def flavor_of(
     if not same:
         kinds = "; ".join(f"{f.name} ({_kind(spec, f.arch)})" for f in flavors.values())
         raise CheckpointError(f"no flavor has {_kind(spec, arch)}; those here: {kinds}")
-    told = [f for f in same if f.name == likely] or [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
+    told = [f for f in same if f.name == likely]
+    told = told or [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
     return spec.fitted((told or same)[0], arch)
 
 

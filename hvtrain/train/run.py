@@ -19,6 +19,7 @@ from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, sta
 from hvtrain.slices.plan import SlicePlan
 from hvtrain.stopping import REQUEUE
 from hvtrain.train import data, setup
+from hvtrain.train.calibration import leave_calibration
 from hvtrain.train.checkpoint import step_of
 from hvtrain.train.engine import Step, build_engine
 from hvtrain.train.evaluate import HeldOut
@@ -88,6 +89,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
                 finished = _train(ready, ctx, lock, found)
             finally:
                 torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
+        if finished and ctx.is_main and cfg.adapter.type != "none":
+            leave_calibration(Path(cfg.run.output_dir), ready.sets, cfg.data.calibration)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
