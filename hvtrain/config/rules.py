@@ -54,7 +54,7 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "optim.max_grad_norm": optim.max_grad_norm, "run.save_every_steps": run.save_every_steps or 0,
         "run.save_every_epochs": run.save_every_epochs, "run.keep_last": run.keep_last,
         "run.blocks_to_swap": run.blocks_to_swap, "run.hang_timeout_s": run.hang_timeout_s,
-        "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers,
+        "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
     }.items():
         if not value >= 0:

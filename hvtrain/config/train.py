@@ -24,6 +24,8 @@ class DataConfig:
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    calibration: int = 64
+    """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
     """Train on shards that, by their fingerprints, another VAE or text encoder made than model.vae, model.llm and model.clip, or
     several did"""

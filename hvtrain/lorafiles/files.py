@@ -21,7 +21,7 @@ from hvtrain.adapters.layer import Delta
 from hvtrain.adapters.lora import LoraLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.dialects import Shapes, gather, known_names, same_layer
+from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Shapes, gather, known_names, same_layer
 from hvtrain.lorafiles.metadata import (
     SD_SUM_KEY,
     SUM_KEY,
@@ -118,18 +118,12 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """A file in the sd-scripts dialect, its hashes included."""
-    write_tensors(path, sd_scripts_tensors(pairs, dtype), metadata={**metadata, **parts_entry(pairs)})
+    write_tensors(path, MUSUBI.tensors(pairs, dtype=dtype), metadata={**metadata, **parts_entry(pairs)})
 
 
-def sd_scripts_tensors(pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The pairs under sd-scripts' names, in their own dtype or in another."""
-    tensors = {}
-    for module, pair in pairs.items():
-        stem = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{stem}.lora_down.weight"] = pair.down.to("cpu", dtype or pair.down.dtype)
-        tensors[f"{stem}.lora_up.weight"] = pair.up.to("cpu", dtype or pair.up.dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(float(pair.alpha))
-    return tensors
+def kept(metadata: Mapping[str, str], *also: str) -> dict[str, str]:
+    """A file's metadata for another file: without what describes its bytes, and without `also`."""
+    return {key: value for key, value in metadata.items() if not key.startswith((*STALE, *also))}
 
 
 def parts_entry(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
@@ -182,15 +176,17 @@ def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> N
           file=sys.stderr, flush=True)  # fmt: skip
 
 
-def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False) -> LoraFile:
+def read_lora(
+    path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False, expert: int | None = None
+) -> LoraFile:
     """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
 
     With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
-    `edited`: do not compare its checksum.
+    `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one for each expert.
     """
     path = Path(path)
     weights = open_weights(path)
-    stems = _group(path, {name: weights.get(name) for name in weights})
+    stems = _of_expert(path, _group(path, {name: weights.get(name) for name in weights}), expert)
     found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
     if not edited:
         check_sum(weights)
@@ -241,6 +237,18 @@ def _group(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[st
         stems.setdefault(stem, {})[kind] = tensor
     if not stems:
         raise CheckpointError(f"{path}: holds no LoRA tensors")
+    return stems
+
+
+def _of_expert(path: Path, stems: dict[str, dict[str, torch.Tensor]], expert: int | None) -> dict[str, dict[str, torch.Tensor]]:
+    """Those of one expert, where the file holds the LoRAs of several."""
+    for dialect in DIALECTS.values():
+        held = [prefix for prefix in dialect.prefixes if any(stem.startswith(prefix) for stem in stems)]
+        if len(held) < 2:
+            continue
+        if expert is None or dialect.prefixes[expert : expert + 1] not in [(prefix,) for prefix in held]:
+            raise CheckpointError(f"{path}: holds LoRAs of {len(held)} experts ({', '.join(held)}); say which one is meant")
+        return {stem: tensors for stem, tensors in stems.items() if stem.startswith(dialect.prefixes[expert])}
     return stems
 
 

@@ -13,11 +13,13 @@ from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError
 from hvtrain.flow.timesteps import quantile_function
+from hvtrain.lorafiles.metadata import of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.slices.plan import SlicePlan
 from hvtrain.stopping import REQUEUE
 from hvtrain.train import data, setup
+from hvtrain.train.calibration import leave_calibration
 from hvtrain.train.checkpoint import step_of
 from hvtrain.train.engine import Step, build_engine
 from hvtrain.train.evaluate import HeldOut
@@ -95,6 +97,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
                 finished = _train(ready, ctx, lock, found)
             finally:
                 torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
+        if finished and ctx.is_main and cfg.adapter.type != "none":
+            leave_calibration(Path(cfg.run.output_dir), ready.sets, cfg.data.calibration)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
@@ -142,7 +146,7 @@ def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | N
         if not is_out_of_memory(error):
             raise
         latents = session.latents if session else ()
-        raise explained(error, ready.cfg, ctx, ready.base.flavor if session else None, latents) from None
+        raise explained(error, dump(ready.cfg), ctx, ready.base.flavor if session else None, latents) from None
 
 
 def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> Session:
@@ -235,5 +239,5 @@ def _metadata(ready: Prepared, subject: Subject) -> dict[str, object]:
         "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
-        "hvtrain.base": subject.base.fingerprint, "hvtrain.expert": base.expert and base.expert.name,
+        **of_flavor(base.flavor), "hvtrain.base": subject.base.fingerprint, "hvtrain.expert": base.expert and base.expert.name,
     }

@@ -92,7 +92,7 @@ def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
 def merge_script(run: Path, slices: Slices, after: Sequence[str]) -> str:
     job = slurm.Job(
         "merge", f"{run.name}-merge", Path.cwd(), slurm.literal(run / "logs" / "merge.log"), ["slices", "merge", str(run)],
-        slurm.Resources(gpus=False), after=after,
+        slurm.Resources(gpus="--reconcile" in slices.merge), after=after,
     )
     return slurm.render(job, load_site(slices.site))
 

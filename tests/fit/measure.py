@@ -93,7 +93,7 @@ def each(measure: Callable[[Setting], int], settings: list[Setting]) -> list[int
 
 
 def predicted(setting: Setting) -> Budget:
-    layout = Layout(setting.engine, setting.stage, world=setting.world, overlap=False)
+    layout = Layout(ZeroConfig(setting.engine, setting.stage), setting.world, overlap=False)
     with simulated(world=setting.world, ulysses=setting.ulysses, ring=setting.ring) as ctx:
         model, _, inp = make(setting)
         trace = trace_step(
