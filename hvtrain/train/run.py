@@ -108,13 +108,13 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before any weights are read: from headers, names and manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
-    base = setup.find_base(cfg.model)
+    whole = cfg.adapter.type == "none"
+    base = setup.find_base(cfg.model, scratch=whole and cfg.model.dit is None)
     flavor, name = base.flavor, setup.named_after(cfg.run.name, base.expert)
     cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor, base.expert), run=replace(cfg.run, name=name))
     quantile_function(cfg.flow.timestep_sampling, cfg.flow)
     check_heads(flavor.n_heads, ctx.ulysses)
     plan = setup.open_plan(base, cfg.adapter) if cfg.adapter.type == "loraid" else None
-    whole = cfg.adapter.type == "none"
     n_bytes = 4 if whole else 1 if cfg.model.quantize != "none" else getattr(torch, cfg.model.dtype).itemsize
     check_weights(base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap)
     if not whole:

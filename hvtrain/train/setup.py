@@ -59,11 +59,11 @@ class Subject:
         return self.base.flavor
 
 
-def find_base(model: ModelConfig) -> Base:
-    """Raises ConfigError and CheckpointError. Without a file (from scratch) it is the flavor that the config names."""
+def find_base(model: ModelConfig, *, scratch: bool = False) -> Base:
+    """Raises ConfigError and CheckpointError. `scratch`: without a file it is the flavor that the config names."""
     part = _part(model)
     path = model.file(part)
-    if path is None and model.dit is not None:
+    if path is None and not scratch:
         raise ConfigError(f"model.{part} is not set; the expert '{model.expert}' is in that file")
     if path is None:
         spec = find(model.name)

@@ -60,6 +60,7 @@ def no_weights(monkeypatch):
         ((), r"model.expert: 'tiny' is made of several DiTs, .*: high \(sigma 0.875 to 1\), low \(sigma 0 to 0.875\)"),
         (("model.expert=lwo",), "model.expert: hunyuan-video has no expert 'lwo'; did you mean 'low'"),
         (("model.expert=low",), "model.dit_low is not set; the expert 'low' is in that file"),
+        (("model.expert=low", "model.dit=null"), "model.dit_low is not set; the expert 'low' is in that file"),
         (("model.expert=high", "flow.max_sigma=0.5"), "flow.min_sigma 0 to flow.max_sigma 0.5 are not .* 'high', 0.875 to 1"),
         (("model.expert=low", "model.flavor=t2v"), "flavor 't2v' has no expert 'low'; it has no experts"),
     ],

@@ -111,9 +111,9 @@ def test_weights_that_fit_nowhere(shards, tmp_path, monkeypatch, items, takes):
 def test_what_spares_memory_is_counted(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(ParallelContext, "memory_bytes", 1 << 20)
     stage3 = ("zero.engine=deepspeed", "zero.stage=3", "zero.offload_param=cpu")
-    for items in (stage3, (*stage3, "adapter.type=none", "zero.offload_optimizer=cpu")):
+    for i, items in enumerate((stage3, (*stage3, "adapter.type=none", "zero.offload_optimizer=cpu"))):
         with pytest.raises(AssertionError, match="the model was read"):
-            train.run(config(shards, tmp_path / "run", *items))
+            train.run(config(shards, tmp_path / f"run{i}", *items))
     n = sum(p.numel() for p in setup.find_base(config(shards, tmp_path).model).outline.parameters())
     monkeypatch.setattr(ParallelContext, "memory_bytes", int(4 * n * 0.9))
     with pytest.raises(AssertionError, match="the model was read"):
