@@ -7,7 +7,7 @@ program encoded have none to compare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -37,13 +37,16 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
                 f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor '{flavor.name}' takes "
                 f"{flavor.latent.channels}; encode the clips with this model's VAE"
             )
-        _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns)
+        optional = {field.name for field in flavor.cond if field.optional}
+        _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)
     return sets
 
 
 def check_empty_text(sets: Sequence[ShardSet], flavor: Flavor) -> None:
     """Of the set whose empty caption stands in for dropped ones."""
-    _check_fields(sets[0].empty_text, flavor, f"{sets[0].name}: its empty caption", columns=("text",))
+    where, held = f"{sets[0].name}: its empty caption", sets[0].some().tensors
+    optional = {field.name for field in flavor.cond if field.optional and field.name not in held}
+    _check_fields(sets[0].empty_text, flavor, where, columns=("text",), may_lack=optional)
 
 
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
@@ -51,9 +54,11 @@ def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
     return any(bool(share if c.caption_dropout is None else c.caption_dropout) for s in sets for c in s.manifest.chunks)
 
 
-def _check_fields(tensors: Mapping[str, Tensor], flavor: Flavor, where: str, *, columns: Iterable[str]) -> None:
+def _check_fields(
+    tensors: Mapping[str, Tensor], flavor: Flavor, where: str, *, columns: Iterable[str], may_lack: Container[str]
+) -> None:
     for field in flavor.cond:
-        if field.column not in columns or (field.optional and field.name not in tensors):
+        if field.column not in columns or (field.name not in tensors and field.name in may_lack):
             continue
         again = f"encode column '{field.column}' with this model's encoders"
         if field.name not in tensors:
