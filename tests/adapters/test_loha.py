@@ -63,7 +63,8 @@ def test_the_pair_of_a_file_is_exact():
     pair = LohaLinear.pair(parts, 1.5)
     assert pair.rank == 9
     torch.testing.assert_close(pair.delta().double(), delta(model[0]), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"of shapes \[8, 3\], \[3, 5\], \[8, 3\], \[2, 5\], not twice"):
+    says = r"has w1_a, w1_b, w2_a, w2_b of shapes \[8, 3\], \[3, 5\], \[8, 3\], \[2, 5\], not twice"
+    with pytest.raises(ValueError, match=says):
         LohaLinear.pair({**parts, "w2_b": parts["w2_b"][:2]}, 1.5)
 
 
