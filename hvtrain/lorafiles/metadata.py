@@ -15,7 +15,8 @@ import torch
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models.spec import Flavor
-from hvtrain.weights.stream import Slot, lay_out, tensor_bytes
+from hvtrain.weights.stream import lay_out, tensor_bytes
+from shards.tensors import Extent
 
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
 SUM_KEY = "hvtrain.sha256"  # of the tensors' bytes in a file that hvtrain wrote
@@ -25,12 +26,7 @@ _LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UI
 
 
 def lora_metadata(
-    path: Path,
-    given: Mapping[str, object],
-    *,
-    architecture: str,
-    rank: int,
-    alpha: float,
+    path: Path, given: Mapping[str, object], *, architecture: str, rank: int, alpha: float,
 ) -> dict[str, str]:
     """The caller's entries, completed by those that every LoRA file needs. Values are text; containers are JSON."""
     made = {
@@ -83,9 +79,9 @@ def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     }
 
 
-def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Slot]:
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Extent]:
     """The order of the safetensors library's own writer: wide dtypes first (`lay_out` sees to it), then by name."""
-    return [Slot(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+    return [Extent(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
 
 
 def other_architecture(metadata: Mapping[str, str], architecture: str) -> str | None:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError
+from hvtrain.weights.stream import read_header
+from shards.tensors import Extent
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("module", "ema", "state_dict", "model")  # keys under which training programs keep the weights
@@ -176,23 +178,21 @@ def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    from hvtrain.weights.stream import Slot, read_header
-
     header = read_header(path)
     with open(path, "rb") as file:
         # Copy on write: torch wants a writable buffer, the file is never changed. Tensors keep the mapping alive.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
-    def entry(slot: Slot) -> Entry:
+    def entry(extent: Extent) -> Entry:
         def view() -> Tensor:
-            if slot.n_bytes == 0:
-                return torch.empty(slot.shape, dtype=slot.dtype)
-            n = slot.n_bytes // slot.dtype.itemsize
-            return torch.frombuffer(mapped, dtype=slot.dtype, count=n, offset=slot.start).reshape(slot.shape)
+            if extent.n_bytes == 0:
+                return torch.empty(extent.shape, dtype=extent.dtype)
+            n = extent.n_bytes // extent.dtype.itemsize
+            return torch.frombuffer(mapped, dtype=extent.dtype, count=n, offset=extent.start).reshape(extent.shape)
 
-        return Entry(slot.dtype, slot.shape, view, path, slot.start)
+        return Entry(extent.dtype, extent.shape, view, path, extent.start)
 
-    return {name: entry(slot) for name, slot in header.slots.items()}, dict(header.metadata)
+    return {name: entry(extent) for name, extent in header.extents.items()}, dict(header.metadata)
 
 
 def _open_pickle(path: Path) -> dict[str, Entry]:

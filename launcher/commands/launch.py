@@ -64,10 +64,7 @@ def _launch(args: argparse.Namespace) -> int | None:
     if args.in_job:
         return processes.launch(inner, slurm.topology(args.nproc))
     topology = processes.Topology(
-        nproc=args.nproc,
-        nnodes=args.nnodes,
-        node_rank=args.node_rank,
-        master_addr=args.master_addr,
+        nproc=args.nproc, nnodes=args.nnodes, node_rank=args.node_rank, master_addr=args.master_addr,
         master_port=args.master_port,
     )
     return processes.launch(inner, topology, max_restarts=args.max_restarts or 0)

@@ -12,23 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
+from launcher import processes
 from launcher.exits import REQUEUE
 from launcher.jobs import slurm
 from launcher.jobs.slices import (
     MERGE,
     Slices,
     alive,
+    job_of,
     load_state,
     mark_cancelled,
     note_end,
     note_start,
-    process_start,
-    save_state,
+    note_submitted,
     set_damaged_aside,
     starter,
+    train_arguments,
 )
 from launcher.jobs.standing import Standing, merge_standing, standing
-from launcher.processes import forwarded
 from launcher.program import HVTRAIN
 from launcher.site import load_site
 
@@ -105,20 +106,13 @@ def submit(run: Path, slices: Slices, start: Start) -> list[str]:
         array = slurm.submit(array_script(run, slices, start.loraids))
         after.append(array)
         for i in start.loraids:
-            _note_submitted(run, slices.name(i), f"{array}_{i}")
+            note_submitted(run, slices.name(i), f"{array}_{i}")
         said.append(f"job {array}: slices {', '.join(map(str, start.loraids))}, {slices.at_once} at a time")
     if start.merge:
         merge = slurm.submit(merge_script(run, slices, after))
-        _note_submitted(run, MERGE, merge)
+        note_submitted(run, MERGE, merge)
         said.append(f"job {merge}: merge, {'when all have finished' if after else 'at once: all slices are done'}")
     return said
-
-
-def _note_submitted(run: Path, name: str, job: str) -> None:
-    state = load_state(run, name)
-    state.jobs.append(job)
-    state.started = state.ended = state.code = None
-    save_state(run, name, state)
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -168,7 +162,7 @@ def _merge_here(run: Path, asked: list[int]) -> int:
 def _signals() -> Iterator[list[int]]:
     """Those that ask this program to end, as they come, instead of its end."""
     asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in forwarded()}
+    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in processes.forwarded()}
     try:
         yield asked
     finally:
@@ -182,7 +176,7 @@ def _start(run: Path, slices: Slices, loraid: int, gpus: str) -> subprocess.Pope
         process = subprocess.Popen(
             command(run, "one", run, loraid), env=env, stdout=log, stderr=log, start_new_session=True
         )
-    note_start(run, slices.name(loraid), f"{process.pid}:{process_start(process.pid)}")
+    note_start(run, slices.name(loraid), job_of(process.pid))
     return process
 
 
@@ -195,14 +189,10 @@ def _ending(code: int) -> str:
 
 def run_one(run: Path, slices: Slices, loraid: int) -> int:
     """Train one slice in this job and note how it ended. On several nodes, node 0 notes."""
-    from launcher import processes
-    from launcher.jobs.slices import train_arguments
-
     name, inside = slices.name(loraid), slices.backend == "slurm"
     writes = not inside or os.environ.get("SLURM_NODEID", "0") == "0"
     if writes:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else f"{os.getpid()}:{process_start(os.getpid())}"
-        note_start(run, name, job)
+        note_start(run, name, f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else job_of(os.getpid()))
         set_damaged_aside(run, slices, loraid)
     code = 1
     try:
@@ -220,7 +210,7 @@ def run_merge(run: Path, slices: Slices) -> int:
     from launcher import cli
 
     job = os.environ.get("SLURM_JOB_ID") if slices.backend == "slurm" else None
-    note_start(run, MERGE, job or f"{os.getpid()}:{process_start(os.getpid())}")
+    note_start(run, MERGE, job or job_of(os.getpid()))
     code = 1
     try:
         code = cli.main(["merge", *slices.merge])

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def only_one(run: Path) -> Iterator[None]:
         except OSError as error:
             print(f"warning: {path}: this file system has no locks ({error.strerror}): start {run} once only", file=sys.stderr)
         file.truncate(0)
-        file.write(f"{os.getpid()}:{process_start(os.getpid())}")
+        file.write(job_of(os.getpid()))
         file.flush()
         try:
             yield
@@ -228,18 +228,22 @@ def set_damaged_aside(run: Path, slices: Slices, loraid: int) -> None:
         path.replace(path.with_name(f"{path.name}.damaged"))
 
 
+def note_submitted(run: Path, name: str, job: str) -> None:
+    save_state(run, name, State([*load_state(run, name).jobs, job]))
+
+
 def note_start(run: Path, name: str, job: str) -> None:
-    state = load_state(run, name)
-    if not state.jobs or state.jobs[-1] != job:
-        state.jobs.append(job)
-    state.started, state.ended, state.code = time.time(), None, None
-    save_state(run, name, state)
+    jobs = load_state(run, name).jobs
+    save_state(run, name, State(jobs if jobs[-1:] == [job] else [*jobs, job], started=time.time()))
 
 
 def note_end(run: Path, name: str, code: int) -> None:
-    state = load_state(run, name)
-    state.ended, state.code = time.time(), code
-    save_state(run, name, state)
+    save_state(run, name, replace(load_state(run, name), ended=time.time(), code=code))
+
+
+def job_of(pid: int) -> str:
+    """A local process as an attempt."""
+    return f"{pid}:{process_start(pid)}"
 
 
 def alive(job: str) -> bool:

@@ -190,7 +190,7 @@ def test_two_experts_in_one_file(tmp_path, saved):
     first, second = (converted(o, SPEC, DIALECTS["diffusers"], expert=n) for n, o in enumerate((lora, other)))
     assert all(name.startswith("transformer_2.") for name in second.tensors)
     path = tmp_path / "both.safetensors"
-    safetensors.torch.save_file({**first.tensors, **second.tensors}, path)
+    safetensors.torch.save_file({name: t.clone() for name, t in (first.tensors | second.tensors).items()}, path)
     with pytest.raises(CheckpointError, match=r"LoRAs of 2 experts \(transformer\., transformer_2\.\); say which"):
         read_lora(path, SHAPES, spec=SPEC)
     with pytest.raises(CheckpointError, match="say which"):

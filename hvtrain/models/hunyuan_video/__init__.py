@@ -54,9 +54,10 @@ def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: in
 
 
 def _save_vae(model: Any, path: str) -> None:
-    from hvtrain.models.hunyuan_video.vae import save_vae
+    from hvtrain.models.hunyuan_video.vae_weights import METADATA_KEY
+    from hvtrain.models.video_vae import save_vae
 
-    save_vae(model, path)
+    save_vae(model, path, key=METADATA_KEY)
 
 
 def _prompt_template() -> str:
