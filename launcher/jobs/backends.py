@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +122,8 @@ def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
     waiting, stopped = list(loraids), False
     running: dict[subprocess.Popen, tuple[int, str]] = {}
     free = [",".join(slices.gpus[i * slices.nproc : (i + 1) * slices.nproc]) for i in range(slices.at_once)]
-    with _signals() as asked:
+    asked: list[int] = []
+    with processes.handling(lambda number, frame: asked.append(number)):
         while waiting or running:
             while waiting and free and not asked:
                 loraid, gpus = waiting.pop(0), free.pop(0)
@@ -156,18 +156,6 @@ def _merge_here(run: Path, asked: list[int]) -> int:
             process.send_signal(signal.SIGTERM)
         time.sleep(POLL_S)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Those that ask this program to end, as they come, instead of its end."""
-    asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in processes.forwarded()}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _start(run: Path, slices: Slices, loraid: int, gpus: str) -> subprocess.Popen:
