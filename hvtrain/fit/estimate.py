@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from hvtrain.adapters.attach import add_adapter
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
 from hvtrain.errors import ConfigError
 from hvtrain.fit.memory import Budget, Layout, budget
@@ -18,7 +19,6 @@ from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import SlicePlan, load_plan
-from hvtrain.train.setup import add_adapter
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
 
 
@@ -137,7 +137,7 @@ def _build(cfg: Training, about: Candidate) -> DiT:
         return _empty(about, torch.float32).train()
     model = _empty(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
-    add_adapter(model, about.spec, replace(cfg, adapter=replace(cfg.adapter, init_from=None)), _plan(cfg))  # type: ignore[arg-type]
+    add_adapter(model, about.spec, replace(cfg.adapter, init_from=None), _plan(cfg), seed=cfg.run.seed)
     return model.train()
 
 

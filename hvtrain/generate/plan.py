@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import GenerateConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate import spool

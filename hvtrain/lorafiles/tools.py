@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.lorafiles.convert import converted

@@ -20,9 +20,10 @@ from hvtrain.merge.policies import Dense, Result
 from hvtrain.models.load import Identified, LoadedDit, identify, load_dit
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.train.data import open_shards
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.objective import Objective
-from hvtrain.train.setup import flow_of, open_shards
+from hvtrain.train.setup import flow_of
 
 MAX_BATCHES = 32
 

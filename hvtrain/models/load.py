@@ -68,7 +68,8 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
             raise CheckpointError(f"{path}: its metadata says that it is '{stated}', its tensors are {spec.name}'s")
         try:
             arch = arch_of(spec, shapes, weights.metadata)
-            chosen = flavor_of(spec, arch, flavor, hint=weights.metadata.get(FLAVOR_KEY))
+            likely = spec.told_by(path) if spec.told_by else None
+            chosen = flavor_of(spec, arch, flavor, hint=weights.metadata.get(FLAVOR_KEY), likely=likely)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _refuse_integers(weights, sources)

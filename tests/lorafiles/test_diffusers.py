@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import read_lora, save_lora

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from hvtrain.adapters.lora import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_into
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hvtrain.adapters.lora import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_into
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles import average, tools

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hvtrain.adapters.lora import inject, linear_shapes, merge_all, merging
+from hvtrain.adapters.attach import inject, linear_shapes, merge_all, merging
 from hvtrain.config import asset
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.pairs import LoraPair
