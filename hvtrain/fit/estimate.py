@@ -59,7 +59,7 @@ def candidate(model: ModelConfig) -> Candidate:
     found = [identify(asset(model.dit), model=model.name, flavor=model.flavor)]
     for expert in found[0].flavor.experts:
         if expert.part != "dit" and (path := model.file(expert.part)):
-            found.append(identify(asset(path), model=model.name, flavor=found[0].flavor.name))
+            found.append(identify(asset(path), model=model.name, flavor=model.flavor))
     largest = max(found, key=lambda one: sum(map(math.prod, one.shapes.values())))
     return Candidate(largest.spec, largest.flavor)
 

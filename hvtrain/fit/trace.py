@@ -51,7 +51,8 @@ class Shape:
 
 
 class Meter(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end."""
+    """Follows every storage from the operation that makes it to its end. (torch's MemTracker refuses a model with frozen weights,
+    in 2.13 at least, and cannot leave out what lies in host memory.)"""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

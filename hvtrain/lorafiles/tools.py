@@ -56,6 +56,11 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, 
     if dit is not None:
         found = identify(asset(dit))
         candidates = [(found.spec, found.arch, str(dit))]
+    if expert is not None:
+        known = {name for spec, _, _ in candidates for name in _experts(spec)}
+        candidates = [c for c in candidates if expert in _experts(c[0])]
+        if not candidates:
+            raise ConfigError(f"--expert {expert}: no model has such an expert; {suggest(expert, known)}")
     tried: list[tuple[str, Mapping]] = []
     refusal: CheckpointError | None = None
     for spec, arch, sizes in candidates:
@@ -65,20 +70,16 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, 
             continue
         tried.append((spec.name, shapes))
         try:
-            lora = read_lora(path, shapes, spec=spec, edited=edited, expert=_number(spec, expert))
-            return Recognised(lora, spec, sizes, shapes)
+            number = None if expert is None else _experts(spec).index(expert)
+            return Recognised(read_lora(path, shapes, spec=spec, edited=edited, expert=number), spec, sizes, shapes)
         except CheckpointError as error:
             refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
 
 
-def _number(spec: ModelSpec, expert: str | None) -> int | None:
-    """Which of a model's experts this is, from 0."""
-    names = list(dict.fromkeys(e.name for flavor in spec.flavors.values() for e in flavor.experts))
-    if expert is not None and expert not in names:
-        near = f"no such expert; {suggest(expert, names)}" if names else "one DiT for all noise levels"
-        raise CheckpointError(f"--expert {expert}: {spec.name} has {near}")
-    return None if expert is None else names.index(expert)
+def _experts(spec: ModelSpec) -> list[str]:
+    """In the order of the prefixes that they have in files."""
+    return list(dict.fromkeys(expert.name for flavor in spec.flavors.values() for expert in flavor.experts))
 
 
 def lora_of(path: str | Path) -> Path:
@@ -162,7 +163,8 @@ def convert(
         raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
     check_output(output, lora_of(path))
     known = open_any(path, dit=dit, edited=edited, expert=expert)
-    converted(known.lora, known.spec, dialect, fold=fold, expert=_number(known.spec, expert) or 0).save(output)
+    number = 0 if expert is None else _experts(known.spec).index(expert)
+    converted(known.lora, known.spec, dialect, fold=fold, expert=number).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 

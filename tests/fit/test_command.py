@@ -9,14 +9,14 @@ import torch
 from hvtrain.config import GenerateConfig, ModelConfig, TrainConfig, load
 from hvtrain.config.model import ParallelConfig
 from hvtrain.errors import HvtrainError
-from hvtrain.fit import estimate, trace
 from hvtrain.fit import run as fit
+from hvtrain.fit import trace
 from hvtrain.fit.estimate import Training, candidate, degrees, of_sampling, of_training, shape_of
 from hvtrain.fit.run import Asked
 from hvtrain.fit.search import USABLE, nearest
-from hvtrain.models import all_specs
+from hvtrain.models import all_specs, find
 from hvtrain.models.dit import run_plain
-from hvtrain.models.spec import Expert
+from hvtrain.models.load import save_dit
 from hvtrain.train import run as train
 from launcher import cli
 from tests.fit.measure import Setting, make
@@ -86,7 +86,7 @@ def test_the_nearest_fits():
 @pytest.mark.parametrize("spec", all_specs(), ids=lambda spec: spec.name)
 def test_every_flavor_is_predicted(spec):
     """Trained and sampled at a small size: a flavor is what it declares, whatever that is."""
-    for flavor in spec.flavors.values():
+    for flavor in {repr((f.arch, f.cond)): f for f in spec.flavors.values()}.values():
         model = ModelConfig(spec.name, flavor.name)
         about, (width, height) = candidate(model), (8 * unit for unit in reversed(flavor.latent.unit))
         shape = shape_of(about.flavor, width=width, height=height, frames=2 * flavor.latent.stride_t + 1)
@@ -99,27 +99,15 @@ def test_every_flavor_is_predicted(spec):
         assert 0 < sampled.budget.total < trained.budget.total
 
 
-def test_of_several_experts_the_largest_counts(tmp_path, monkeypatch):
-    from hvtrain.models import find
-    from hvtrain.models.hunyuan_video.model import HunyuanVideo
-    from hvtrain.models.load import identify, save_dit
-
-    spec = find("hunyuan-video")
-    flavor = spec.flavors["tiny"]
-    paths = {}
-    for part, depth in (("dit", 1), ("low_dit", 3)):
-        model = HunyuanVideo(replace(flavor.arch, single=depth))
-        save_dit(model, path := tmp_path / f"{part}.safetensors", spec=spec, flavor=flavor)
-        paths[part] = str(path)
-
-    def two(path, **said):
-        found = identify(path, **said)
-        experts = (Expert("high", "dit", (0.9, 1.0)), Expert("low", "low_dit", (0.0, 0.9)))
-        return replace(found, flavor=replace(found.flavor, experts=experts))
-
-    monkeypatch.setattr(estimate, "identify", two)
-    monkeypatch.setattr(ModelConfig, "file", lambda self, name: paths[name])
-    assert candidate(ModelConfig(dit=paths["dit"])).flavor.arch.single == 3
+def test_of_several_experts_the_largest_counts(tmp_path):
+    spec = find("wan")
+    flavor, paths = spec.flavors["tiny-a14b"], {}
+    for part, depth in (("dit", 1), ("dit_low", 3)):
+        paths[part] = str(tmp_path / f"{part}.safetensors")
+        save_dit(spec.build(replace(flavor.arch, n_layers=depth)), paths[part], spec=spec, flavor=flavor)
+    dit, low = paths["dit"], {"dit_low": paths["dit_low"]}
+    assert candidate(ModelConfig("wan", dit=dit)).flavor.arch.n_layers == 1
+    assert candidate(ModelConfig("wan", dit=dit, parts=low)).flavor.arch.n_layers == 3
 
 
 def test_the_command(tmp_path, capsys):
