@@ -26,7 +26,7 @@ from hvtrain.lorafiles.files import (
     write_lora,
 )
 from hvtrain.lorafiles.lowrank import LowRank, factor, rank_for, shrink, singular_values
-from hvtrain.lorafiles.metadata import lora_metadata, of_flavor
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata, of_flavor
 from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.models import all_specs
 from hvtrain.models.load import identify, whole_model
@@ -109,6 +109,8 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
     yield f"blocks: {blocks(lora.pairs)}"
     if meta.get("ss_loraid"):
         yield f"LORAID {meta['ss_loraid']}" + (f", plan {meta['hvtrain.plan'][:12]}" if "hvtrain.plan" in meta else "")
+    if EXPERT_KEY in meta:
+        yield f"of the expert {meta[EXPERT_KEY]}"
     if "hvtrain.base" in meta:
         yield f"trained from {meta['hvtrain.base']}"
     norms = {name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()}
@@ -163,7 +165,8 @@ def convert(
         raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
     check_output(output, lora_of(path))
     known = open_any(path, dit=dit, edited=edited, expert=expert)
-    number = 0 if expert is None else _experts(known.spec).index(expert)
+    expert, experts = expert or known.lora.metadata.get(EXPERT_KEY), _experts(known.spec)
+    number = experts.index(expert) if expert in experts else 0
     converted(known.lora, known.spec, dialect, fold=fold, expert=number).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 

@@ -8,7 +8,7 @@ import torch
 
 from hvtrain.config import GenerateConfig, ModelConfig, TrainConfig, load
 from hvtrain.config.model import ParallelConfig
-from hvtrain.errors import HvtrainError
+from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.fit import run as fit
 from hvtrain.fit import trace
 from hvtrain.fit.estimate import Training, candidate, degrees, of_sampling, of_training, shape_of
@@ -108,6 +108,9 @@ def test_of_several_experts_the_largest_counts(tmp_path):
     dit, low = paths["dit"], {"dit_low": paths["dit_low"]}
     assert candidate(ModelConfig("wan", dit=dit)).flavor.arch.n_layers == 1
     assert candidate(ModelConfig("wan", dit=dit, parts=low)).flavor.arch.n_layers == 3
+    assert candidate(ModelConfig("wan", dit=dit, parts=low, expert="high")).flavor.arch.n_layers == 1  # it is trained
+    with pytest.raises(ConfigError, match="did you mean 'high'"):
+        candidate(ModelConfig("wan", dit=dit, expert="hihg"))
 
 
 def test_the_command(tmp_path, capsys):

@@ -16,7 +16,7 @@ from hvtrain.lorafiles import average, tools
 from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import read_lora, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink, singular_values
-from hvtrain.lorafiles.metadata import lora_metadata
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.models import find
 from hvtrain.models.load import load_dit, save_dit
@@ -87,6 +87,10 @@ def test_each_expert_s_lora_goes_under_its_own_prefix(tmp_path, capsys):
     high, low = load_file(paths["high"]), load_file(paths["low"])
     assert {name.partition(".")[0] for name in high} == {"transformer"}
     assert {name.partition(".")[0] for name in low} == {"transformer_2"}
+    write_lora(paths["own"], pairs, metadata=lora_metadata(tmp_path, {EXPERT_KEY: "low"}, architecture="wan", rank=2, alpha=2.0))
+    assert cli.main(["lora", "convert", paths["own"], "--to", "diffusers", "--output", paths["back"]]) == 0
+    assert load_file(paths["back"]).keys() == low.keys()  # the file itself says whose it is
+    assert cli.main(["lora", "info", paths["own"]]) == 0 and "of the expert low" in capsys.readouterr().out
     save_file(high | {name: 3 * tensor for name, tensor in low.items()}, paths["both"])
     assert cli.main(["lora", "info", paths["both"]]) == 2
     assert "holds LoRAs of 2 experts (transformer., transformer_2.); say which one is meant" in capsys.readouterr().err
