@@ -25,7 +25,7 @@ from hvtrain.lorafiles.files import (
     split_ending,
     write_lora,
 )
-from hvtrain.lorafiles.lowrank import LowRank, factor, rank_for, shrink, singular_values
+from hvtrain.lorafiles.lowrank import Approximation, factor, rank_for, shrink, singular_values
 from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata, of_flavor
 from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.models import all_specs
@@ -196,7 +196,7 @@ def resize(
     yield f"lost: {_lost(cuts):.3g} % of the norm of all deltas"
 
 
-def _lost(cuts: Mapping[str, LowRank]) -> float:
+def _lost(cuts: Mapping[str, Approximation]) -> float:
     """Per cent of the norm of all of them together."""
     whole = sum(cut.norm**2 for cut in cuts.values())
     return 100 * (sum((cut.error * cut.norm) ** 2 for cut in cuts.values()) / whole if whole else 0.0) ** 0.5

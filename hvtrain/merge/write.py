@@ -21,7 +21,7 @@ from hvtrain.lorafiles.dialects import Shapes, key_map, pieces
 from hvtrain.lorafiles.pairs import LoraPair, add_pairs, cut_rows
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.models.load import Identified
-from hvtrain.weights.containers import Entry, Weights
+from hvtrain.weights.containers import Mapped, Weights
 from hvtrain.weights.outputs import disk_bytes, free_bytes, size_text, writing
 from hvtrain.weights.stream import TensorWriter, lay_out, open_resumable, partial_of
 from shards.atomic import write_text
@@ -223,7 +223,7 @@ def _in_threads(work: Callable[[str], None], names: Sequence[str]) -> None:
         torch.set_num_threads(cores)
 
 
-def _read_into(scratch: Tensor, file: int, entry: Entry) -> Tensor:
+def _read_into(scratch: Tensor, file: int, entry: Mapped) -> Tensor:
     """The tensor's values in memory that is used again: fresh pages cost more than the copy."""
     n = math.prod(entry.shape) * entry.dtype.itemsize
     view, done = memoryview(scratch.numpy())[:n], 0  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
         raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: both must be at least 1")
     name = args.name or f"hvtrain-{inner[0]}"
     restarts = slurm.RESTARTS if args.max_restarts is None else args.max_restarts
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "job", name, Path.cwd(), _log(args.log, name), ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
         slurm.Resources(args.nnodes, args.nproc, args.time, max_restarts=restarts),
     )

@@ -80,7 +80,7 @@ def command(run: Path, *arguments: object) -> list[str]:
 
 
 def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "array", f"{run.name}-slices", Path.cwd(), f"{slurm.literal(run / 'logs')}/%{slices.width()}a.log",
         ["slices", "one", str(run)],
         slurm.Resources(slices.nodes, slices.nproc, slices.time, max_restarts=slices.max_restarts),
@@ -90,7 +90,7 @@ def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
 
 
 def merge_script(run: Path, slices: Slices, after: Sequence[str]) -> str:
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "merge", f"{run.name}-merge", Path.cwd(), slurm.literal(run / "logs" / "merge.log"), ["slices", "merge", str(run)],
         slurm.Resources(gpus="--reconcile" in slices.merge), after=after,
     )

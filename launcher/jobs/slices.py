@@ -58,7 +58,7 @@ class Slices:
 
 
 @dataclass
-class State:
+class JobState:
     """How one slice (or the merge) stands. Written by whoever submits it and by the job itself."""
 
     jobs: list[str] = field(default_factory=list)  # Slurm ids 12_3, or pid:STARTTIME
@@ -86,18 +86,18 @@ def save_slices(run: Path, slices: Slices) -> None:
     _write(run / FILE, asdict(slices))
 
 
-def load_state(run: Path, name: str) -> State:
+def load_state(run: Path, name: str) -> JobState:
     """Raises LaunchError for a file that cannot be read: what it would say is not "never started"."""
     path = run / "state" / f"{name}.json"
     try:
-        return State(**json.loads(path.read_text()))
+        return JobState(**json.loads(path.read_text()))
     except FileNotFoundError:
-        return State()
+        return JobState()
     except (OSError, ValueError, TypeError) as error:
         raise LaunchError(f"{path}: cannot be read ({error}); remove it once you know that {name} is not running") from None
 
 
-def save_state(run: Path, name: str, state: State) -> None:
+def save_state(run: Path, name: str, state: JobState) -> None:
     _write(run / "state" / f"{name}.json", asdict(state))
 
 
@@ -229,12 +229,12 @@ def set_damaged_aside(run: Path, slices: Slices, loraid: int) -> None:
 
 
 def note_submitted(run: Path, name: str, job: str) -> None:
-    save_state(run, name, State([*load_state(run, name).jobs, job]))
+    save_state(run, name, JobState([*load_state(run, name).jobs, job]))
 
 
 def note_start(run: Path, name: str, job: str) -> None:
     jobs = load_state(run, name).jobs
-    save_state(run, name, State(jobs if jobs[-1:] == [job] else [*jobs, job], started=time.time()))
+    save_state(run, name, JobState(jobs if jobs[-1:] == [job] else [*jobs, job], started=time.time()))
 
 
 def note_end(run: Path, name: str, code: int) -> None:

@@ -77,18 +77,18 @@ def test_jobs_of_an_array_and_of_its_merge(tmp_path, jobs):
     stands(run, "merge", "9", code=1)
     said = backends.submit(run, plan, backends.Start((1, 7), True, ("8_2",), ("9",)))
     assert said == ["job 11: slices 1, 7, 4 at a time", "job 12: merge, when all have finished"]
-    array = slurm.Job(
+    array = slurm.BatchJob(
         "array", "5%-slices", Path.cwd(), f"{logs}/%3a.log", ["slices", "one", str(run)],
         slurm.Resources(3, 2, "5:00", True, 6), "1,7%4",
     )
-    merge = slurm.Job(
+    merge = slurm.BatchJob(
         "merge", "5%-merge", Path.cwd(), f"{logs}/merge.log", ["slices", "merge", str(run)], slurm.Resources(gpus=False),
         after=["8_2", "11"],
     )
     assert jobs == [["9"], (array, "site s"), "script array", (merge, "site s"), "script merge"]
-    assert slices.load_state(run, "007") == slices.State(["6_7", "11_7"])
-    assert slices.load_state(run, "001") == slices.State(["11_1"]) and slices.load_state(run, "002") == slices.State()
-    assert slices.load_state(run, "merge") == slices.State(["9", "12"])
+    assert slices.load_state(run, "007") == slices.JobState(["6_7", "11_7"])
+    assert slices.load_state(run, "001") == slices.JobState(["11_1"]) and slices.load_state(run, "002") == slices.JobState()
+    assert slices.load_state(run, "merge") == slices.JobState(["9", "12"])
 
 
 def test_a_merge_alone_and_slices_alone(run, jobs):
