@@ -122,11 +122,13 @@ class PeftAlpha:
     rank_stable: bool = False  # rsLoRA: the scale is alpha / sqrt(rank)
 
     @classmethod
-    def parse(cls, path: Path, metadata: Mapping[str, str]) -> PeftAlpha | None:
-        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer.")."""
+    def parse(cls, path: Path, metadata: Mapping[str, str], prefix: str = "") -> PeftAlpha | None:
+        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer."); of several, this."""
         if PEFT_KEY not in metadata:
             return None
-        config = {key.rpartition(".")[2]: value for key, value in json_entry(path, metadata, PEFT_KEY).items()}
+        table = json_entry(path, metadata, PEFT_KEY)
+        own = {key: value for key, value in table.items() if key.startswith(prefix)} or table
+        config = {key.rpartition(".")[2]: value for key, value in own.items()}
         alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
         numbers = [*([] if alpha is None else [alpha]), *(patterns.values() if isinstance(patterns, dict) else ["no table"])]
         if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
