@@ -61,7 +61,9 @@ def test_a_state_is_kept_and_never_half_written(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
     slices.save_state(tmp_path, "01", slices.JobState(["7_1", "8_1"], 1.0, 2.0, 75))
-    assert synced == [str(tmp_path / f"state/.01.json.{os.getpid()}.tmp")]  # another name, and on the disk before it is the file
+    temporary, folder = synced
+    assert Path(temporary).parent == Path(folder) == tmp_path / "state"
+    assert re.fullmatch(rf"\.01\.json\.\w+-{os.getpid()}-\w+\.tmp", Path(temporary).name)  # and on the disk before
     file = tmp_path / "state/01.json"
     assert file.read_text() == (
         '{\n "jobs": [\n  "7_1",\n  "8_1"\n ],\n "started": 1.0,\n "ended": 2.0,\n "code": 75\n}\n'
