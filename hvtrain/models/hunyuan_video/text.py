@@ -55,7 +55,7 @@ class LlmTokenizer:
         return ids[: self.crop + MAX_TOKENS]
 
 
-class TextEncoders:
+class LlamaAndClip:
     """Prompts to what the DiT reads. `.llm` and `.clip` are the library's models; gradients never flow."""
 
     def __init__(
@@ -70,7 +70,7 @@ class TextEncoders:
     def device(self) -> torch.device:
         return next(self.clip.parameters()).device
 
-    def to(self, device: torch.device | str) -> TextEncoders:
+    def to(self, device: torch.device | str) -> LlamaAndClip:
         self.llm.to(device)
         self.clip.to(device)
         return self
@@ -94,7 +94,7 @@ class TextEncoders:
 
 def open_text(
     parts: Parts, *, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu", fp8: bool = False
-) -> TextEncoders:
+) -> LlamaAndClip:
     """Read both encoders, each from a Hugging Face directory or a single file.
 
     A tokenizer that is not given is looked for in the directory of its model. `fp8` stores the LLM's linear layers as
@@ -107,7 +107,7 @@ def open_text(
     clip_part = load_clip(clip, dtype=dtype, device=device)
     check_vocabulary(llm, llm_ids.tokenizer, llm_part.model.config.vocab_size)
     check_vocabulary(clip, clip_ids, clip_part.model.config.vocab_size)
-    return TextEncoders(
+    return LlamaAndClip(
         llm_part.model, clip_part.model, llm_tokenizer=llm_ids, clip_tokenizer=clip_ids,
         fingerprint=_joined(llm_part.fingerprint, clip_part.fingerprint, fp8, llm_ids.crop),
     )
