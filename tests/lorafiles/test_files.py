@@ -265,7 +265,7 @@ def _edit(tensors, how):
         ("nan", "not finite"),
         ("size", "'single_blocks.0.linear2' adapts a layer of shape 50x240, this model's is 48x240"),
         ("rank", r"shapes \[48, 5\] and \[4, 240\]"),
-        ("loha", "holds LoHa weights"),
+        ("loha", "'lora_unet_single_blocks_0_linear2' is a LoHa and a LoRA at once"),
         ("weights", "'img_in.proj.bias' is not a LoRA tensor"),
     ],
 )

@@ -164,7 +164,7 @@ def machine(run, monkeypatch):
     monkeypatch.setattr(backends, "command", command)
     monkeypatch.setattr(subprocess, "Popen", made.start)
     monkeypatch.setattr(backends, "time", made)
-    monkeypatch.setattr(slices, "process_start", lambda pid: f"s{pid}")
+    monkeypatch.setattr(backends, "job_of", lambda pid: f"{pid}:s{pid}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
     return made
 
@@ -257,7 +257,7 @@ def launched(monkeypatch):
     """Arguments of processes.launch, and the state of slice 2 meanwhile."""
     calls: list[Any] = []
     monkeypatch.setattr(processes, "launch", lambda arguments, topology, **more: calls.append((arguments, topology, more)) or 9)
-    monkeypatch.setattr(slices, "process_start", lambda pid: {os.getpid(): "me"}[pid])
+    monkeypatch.setattr(backends, "job_of", lambda pid: {os.getpid(): f"{pid}:me"}[pid])
     for name in ("SLURM_NODEID", "SLURM_NNODES", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     return calls
