@@ -21,8 +21,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hvtrain import config
+from hvtrain.config import parts
 from hvtrain.encode.dataset import read_dataset_file
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from launcher import cli
@@ -236,6 +238,9 @@ def keys_of(root: type, prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
             yield from keys_of(hints[field.name], f"{prefix}{field.name}.")
+    if hasattr(root, "REST"):
+        yield from (prefix + part for folder in parts.folders() for path in folder.glob(f"*/{parts.FILE}")
+                    for part in parts.parts_of(yaml.safe_load(path.read_text())["name"]))  # fmt: skip
 
 
 KEYS = {name: frozenset(keys_of(root)) for name, root in config.ROOTS.items()}

@@ -13,7 +13,7 @@ from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError
 from hvtrain.flow.timesteps import quantile_function
-from hvtrain.lorafiles.metadata import of_flavor
+from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.slices.plan import SlicePlan
@@ -239,5 +239,5 @@ def _metadata(ready: Prepared, subject: Subject) -> dict[str, object]:
         "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
-        **of_flavor(base.flavor), "hvtrain.base": subject.base.fingerprint, "hvtrain.expert": base.expert and base.expert.name,
+        **of_flavor(base.flavor), "hvtrain.base": subject.base.fingerprint, EXPERT_KEY: base.expert and base.expert.name,
     }

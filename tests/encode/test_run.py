@@ -281,7 +281,7 @@ def test_a_clip_that_ends_early_is_rejected_while_encoding_and_not_tried_again(d
 
 
 def test_a_nan_latent_is_rejected_also_from_the_text_column(dataset, tmp_path, monkeypatch):
-    from hvtrain.models.hunyuan_video.vae import VideoVae
+    from hvtrain.models.video_vae import VideoVae
 
     real, calls = VideoVae.encode, itertools.count()
 
