@@ -93,6 +93,7 @@ def _merge_arguments(kind: str, args: argparse.Namespace, run: Path, files: list
 
     if kind not in ("lora", "model", "none"):
         raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
+    reconciling = _reconciling(args)
     if kind == "none":
         return ()
     overrides = [item for item in args.items if OVERRIDE.match(item)]
@@ -101,7 +102,7 @@ def _merge_arguments(kind: str, args: argparse.Namespace, run: Path, files: list
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
     output = str(run / "merge" / f"merged-{kind}.safetensors")
     plan = str(Path(args.plan).resolve())
-    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *_reconciling(args))
+    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *reconciling)
 
 
 def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
