@@ -32,7 +32,7 @@ from hvtrain.models.load import Identified, identify
 from hvtrain.parallel.context import start
 from hvtrain.slices.plan import FILE, save_plan
 from hvtrain.train.calibration import CALIBRATION
-from hvtrain.train.setup import open_shards
+from hvtrain.train.data import open_shards
 from shards.atomic import write_text
 from shards.edit import pick
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import MergeConfig, asset
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink
 from hvtrain.lorafiles.metadata import lora_metadata
@@ -25,13 +25,14 @@ from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import ModelSpec
+from hvtrain.registry import Registry
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
-RECONCILERS = ("none", "fit", "distill", "fit+distill")
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+RECONCILERS: Registry[None] = Registry("way", dict.fromkeys(("none", "fit", "distill", "fit+distill")))
+_DTYPES = Registry("dtype", {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")})
 
 Evaluate = Callable[[Inputs, Mapping[str, Result]], dict[str, float]]
 
@@ -83,10 +84,9 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
 
 
 def _check(cfg: MergeConfig) -> None:
-    if cfg.on_overlap not in POLICIES:
-        raise ConfigError(f"on_overlap: no policy '{cfg.on_overlap}'; {suggest(cfg.on_overlap, POLICIES)}")
-    if cfg.dtype is not None and cfg.dtype not in _DTYPES:
-        raise ConfigError(f"dtype: no dtype '{cfg.dtype}'; {suggest(cfg.dtype, _DTYPES)}")
+    POLICIES.find(cfg.on_overlap, key="on_overlap")
+    if cfg.dtype is not None:
+        _DTYPES.find(cfg.dtype, key="dtype")
     if cfg.target not in ("model", "lora"):
         raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
     if cfg.target == "model" and not cfg.dit:
@@ -128,8 +128,7 @@ def _check(cfg: MergeConfig) -> None:
 
 def _check_reconcile(cfg: MergeConfig) -> None:
     c = cfg.reconcile
-    if c.how not in RECONCILERS:
-        raise ConfigError(f"reconcile: no way '{c.how}'; {suggest(c.how, RECONCILERS)}")
+    RECONCILERS.find(c.how, key="reconcile")
     if c.how == "none":
         if c.samples or c.keep:
             raise ConfigError(f"{'samples' if c.samples else 'keep'} is for --reconcile fit, distill or fit+distill")
@@ -210,7 +209,8 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    given: dict[str, object] = {key: first[key] for key in ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name") if key in first}
+    said = ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name", "modelspec.resolution")
+    given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)

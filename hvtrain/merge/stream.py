@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hvtrain.merge.changes import Changes
 from hvtrain.models.dit import ModelInput, Tokens
-from hvtrain.models.load import Identified, read_tensor, whole_model
+from hvtrain.models.load import Identified, whole_model
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
@@ -44,7 +44,7 @@ class Streamed:
         ]
 
     def _read(self, name: str) -> Tensor:
-        return read_tensor(self.found, name, dtype=self.dtype, device=self.ctx.device)
+        return self.found.read(name, dtype=self.dtype, device=self.ctx.device)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -76,7 +76,7 @@ class Streamed:
         """Velocity [B C T H W], float32, on the host."""
         with self.computing():
             tokens = placed(tokens, self.ctx.device)
-            patches = self.model.sequence.gather(self.model.head(tokens), tokens.n_img)
+            patches = self.model.sequence.gather(self.model.head(tokens), tokens.n_img)  # type: ignore[operator]
             return self.model.unpatchify(patches, tokens.grid).float().cpu()
 
     def velocities(self, inputs: Sequence[tuple[ModelInput, Sequence[Hashable]]]) -> list[list[Tensor]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
-from launcher.exits import REQUEUE
+from hvtrain.stopping import REQUEUE
 from launcher.jobs import slurm
 from launcher.jobs.slices import (
     MERGE,
