@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import LoraFileConfig, MergeConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora, write_lora
