@@ -52,6 +52,30 @@ def test_split_by_caption_and_rest(tmp_path):
         edit.split(str(tmp_path / "whole"), tmp_path / "nine", edit.by_number(9))
 
 
+def test_some_of_the_rest_are_kept_aside(tmp_path):
+    """For `merge --reconcile`: of what no pattern matches, spread over it, and in no other part."""
+    make_set(tmp_path / "whole", sizes=((3, 5), (6, 4)))
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_caption(["clip0"]), keep=2)
+    assert [(p.name, p.samples) for p in parts] == [("01", 3), ("rest", 4), ("keep", 2)]
+    assert open_set(tmp_path / "parts/keep").keys == ["clip1_1", "clip1_4"]
+    assert open_set(tmp_path / "parts/rest").keys == ["clip1_0", "clip1_2", "clip1_3", "clip1_5"]
+    with pytest.raises(ShardError, match=r"--keep 6: takes samples that no --caption pattern matches, .* there are 6"):
+        edit.split(str(tmp_path / "whole"), tmp_path / "six", edit.by_caption(["clip0"]), keep=6)
+    with pytest.raises(ShardError, match="there are 0"):
+        edit.split(str(tmp_path / "whole"), tmp_path / "none", edit.by_number(2), keep=1)
+
+
+def test_a_few_are_picked_from_several_sets(tmp_path):
+    make_set(tmp_path / "a", sizes=((7, 5), (4, 4)))
+    assert edit.pick([str(tmp_path / "a")], tmp_path / "few", 3) == 3
+    few, whole = open_set(tmp_path / "few"), open_set(tmp_path / "a")
+    assert few.keys == ["clip0_1", "clip0_5", "clip1_2"]
+    got, had = few.get(2), whole.get(whole.keys.index("clip1_2"))
+    assert all(torch.equal(got.tensors[n], t) for n, t in had.tensors.items()) and got.meta == had.meta
+    assert edit.pick([str(tmp_path / "a")], tmp_path / "few", 3) == 3  # there already
+    assert edit.pick([str(tmp_path / "a")], tmp_path / "all", 99) == 11
+
+
 def test_a_folder_is_one_part_by_whatever_name(tmp_path):
     names = [
         "/data/ds/jl/a.mp4", "ds/jl/b.mp4", "./ds/jl/c.mp4", "/data/ds/../ds/jl/d.mp4", "jl/e.mp4", "/data/other/f.mp4", "g.mp4",
