@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -39,6 +41,14 @@ def test_a_pass_holds_every_sample_once_in_batches_of_one_bucket(tmp_path):
         assert [row["caption"] for row in batch["json"]] == batch["__key__"]
     assert keys(shards.pipeline(tmp_path, batch_size=2, seed=1)) == keys(first)
     assert keys(shards.pipeline(tmp_path, batch_size=2, seed=2)) != keys(first)
+
+
+def test_the_lines_of_the_documentation_run(tmp_path, capsys):
+    make_set(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "shards.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    exec(lines.replace('"SET"', repr(str(tmp_path))))
+    assert len(lines.splitlines()) == 3 and len(capsys.readouterr().out.splitlines()) == 3  # batches of 2, 1 and 2 samples
 
 
 def test_samples_columns_and_repeats(tmp_path):
