@@ -74,6 +74,11 @@ def test_nodes_and_workers_share_the_tars(tmp_path, monkeypatch):
                 monkeypatch.setenv(name, str(value))
             seen.append(keys(pipe))
     assert sorted(key for part in seen for key in part) == sorted(found.keys) and [len(s) for s in seen] == [4, 4, 4, 2]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("NUM_WORKERS", "1")
+    pipe = shards.pipeline(tmp_path, batch_size=2, buffer=0)
+    first, second = keys(pipe), keys(pipe)
+    assert first != second and sorted(first) == sorted(second) != first  # each pass has its own order of tars
 
 
 def test_a_url_is_one_request_a_tar(tmp_path, monkeypatch):
