@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from hvtrain.adapters.lora import adapted_layers, inject, linear_shapes, merge_into
+from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into
 from hvtrain.lorafiles.dialects import key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
@@ -19,11 +19,18 @@ from hvtrain.models.load import identify, load_dit, save_dit
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
+from tests.strange import discovered
 
-SPECS = [pytest.param(spec, id=spec.name) for spec in all_specs()]
-FLAVORS = [
-    pytest.param(spec, flavor, id=f"{spec.name}-{name}") for spec in all_specs() for name, flavor in spec.flavors.items()
-]
+with discovered():
+    ALL = all_specs()
+SPECS = [pytest.param(spec, id=spec.name) for spec in ALL]
+FLAVORS = [pytest.param(spec, flavor, id=f"{spec.name}-{name}") for spec in ALL for name, flavor in spec.flavors.items()]
+
+
+@pytest.fixture(autouse=True)
+def found():
+    with discovered():
+        yield
 
 
 def meta(spec: ModelSpec, flavor: Flavor) -> DiT:

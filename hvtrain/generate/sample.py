@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvtrain.adapters.lora import merging
+from hvtrain.adapters.attach import merging
 from hvtrain.config import GenerateConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.guidance import classifier_free

@@ -1,4 +1,4 @@
-"""The architectures. A model is a sub-folder that defines SPEC: it is found, never listed."""
+"""The architectures. A model is a sub-folder that defines SPEC: it is found, never listed, here or elsewhere on Python's path."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cache
 
 from hvtrain.models.spec import ModelSpec
 from hvtrain.registry import Registry
+
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 
 @cache

@@ -39,11 +39,13 @@ def parse_arch(kind: type, values: Any) -> Any:
         raise CheckpointError(f"metadata '{ARCH_KEY}': {error}") from None
 
 
-def flavor_of(spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None = None) -> Flavor:
+def flavor_of(
+    spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None = None, likely: str | None = None
+) -> Flavor:
     """The flavor of a file's architecture, with exactly this architecture's sizes.
 
-    `name` is what the user says and must fit; `hint` is what the file says of itself. Weights do not tell flavors of
-    equal shapes apart: with neither, the first that fits is taken.
+    `name` is what the user says and must fit; `hint` is what the file says of itself; `likely` is what its path speaks of,
+    believed where it fits. Weights do not tell flavors of equal shapes apart: with none, the first that fits is taken.
     """
     flavors = spec.flavors
     if name is not None:
@@ -60,7 +62,8 @@ def flavor_of(spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None 
     if not same:
         kinds = "; ".join(f"{f.name} ({_kind(spec, f.arch)})" for f in flavors.values())
         raise CheckpointError(f"no flavor has {_kind(spec, arch)}; those here: {kinds}")
-    told = [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
+    told = [f for f in same if f.name == likely]
+    told = told or [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
     return spec.fitted((told or same)[0], arch)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -254,6 +255,7 @@ class ModelSpec:
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
     unseen: tuple[str, ...] = ()  # fields of `arch` that no weight shows: the flavor tells them
+    told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ
     columns: tuple[Column, ...] = ()  # its own, besides the common ones
     # (vae, encoders of its own columns by name, image [3 H W] in [-1, 1], latents' [C T H W]) -> condition fields without
