@@ -176,9 +176,9 @@ def test_progress_in_a_log_names_the_clip_and_leaves_out_what_was_there(tmp_path
     meter.advance(sample, True)
     meter.advance(sample, True)
     assert capsys.readouterr().out.splitlines() == [
-        # one of three in 20 s: two more in 40 s
-        r"2 of 4 (samples x columns) done, at latents, a clip\n.mp4, about 40 s left",
-        r"3 of 4 (samples x columns) done, at latents, a clip\n.mp4, about 15 s left",
+        # one of three in 40 s: two more in 80 s
+        r"2 of 4 (samples x columns) done, at latents, a clip\n.mp4, about 80 s left",
+        r"3 of 4 (samples x columns) done, at latents, a clip\n.mp4, about 30 s left",
     ]
 
 
