@@ -20,7 +20,7 @@ from tests.train.shardset import make_shards
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is here"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.xdist_group("slurm"),
 ]
 
@@ -88,7 +88,7 @@ def test_a_job_with_a_time_limit_goes_on_until_it_is_done(cluster, shards, site,
         f"run.output_dir={run}",
     )
     job = re.search(r"job (\d+)", done.stdout)[1]
-    assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=400) == "COMPLETED", log.read_text()[-3000:]
+    assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=800) == "COMPLETED", log.read_text()[-3000:]
     assert "stopped on request; start again to continue" in log.read_text()
     restarts = int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1])
     assert restarts >= 1
