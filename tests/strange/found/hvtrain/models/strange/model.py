@@ -116,7 +116,7 @@ class Strange(DiT):
             lengths={name: lengths[name] for name in self.contexts},
         )
 
-    def head(self, tokens: Tokens) -> Tensor:
+    def to_patches(self, tokens: Tokens) -> Tensor:
         shift, scale = self.head_mod(F.silu(tokens.per_token["time"])).chunk(2, dim=-1)
         return self.head_out(modulate(plain_norm(tokens.img), shift=shift, scale=scale))
 
