@@ -21,7 +21,6 @@ from pathlib import Path
 from launcher import output
 
 USER_ERROR = 2
-REQUEUE = 75  # the run was asked to stop, has saved, and continues when it is started again
 INTERRUPTED = 130
 FOLDER_VARIABLE = "HVTRAIN_REPORT_DIR"
 # A disk's or a user's limits, met anywhere: no bug of ours, and nothing that a traceback would help to mend.

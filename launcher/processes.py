@@ -22,7 +22,8 @@ from tempfile import TemporaryDirectory
 
 from hvtrain import stopping
 from hvtrain.errors import LaunchError
-from launcher.exits import FOLDER_VARIABLE, INTERRUPTED, REQUEUE, USER_ERROR, first_cause
+from hvtrain.stopping import REQUEUE
+from launcher.exits import FOLDER_VARIABLE, INTERRUPTED, USER_ERROR, first_cause
 from launcher.program import HVTRAIN
 
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
@@ -90,9 +91,8 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
 
 
 def forwarded() -> list[int]:
-    """Signals that ask a job to end. A terminal that closes is one, unless nohup said that it is of no concern."""
-    unheard = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *([] if unheard else [signal.SIGHUP])]
+    """Signals that ask a job to end."""
+    return [*stopping.signals(), signal.SIGINT]
 
 
 def cores() -> int:

@@ -34,8 +34,11 @@ def choose_caption(sample: Sample, *, seed: int, epoch: int, index: int) -> Samp
     return Sample(sample.key, tensors, meta)
 
 
-def collate(samples: Sequence[Sample], *, pin: bool = False) -> dict[str, Tensor]:
-    """Stack equal shapes; fields in RAGGED are padded with zeros and get a NAME_len. `pin`: into page-locked memory."""
+New = Callable[[tuple[int, ...], torch.dtype], Tensor]  # memory for one field of a batch, uninitialised
+
+
+def collate(samples: Sequence[Sample], *, new: New = empty) -> dict[str, Tensor]:
+    """Stack equal shapes, in memory from `new`; fields in RAGGED are padded with zeros and get a NAME_len."""
     names = list(samples[0].tensors)
     batch: dict[str, Tensor] = {}
     for name in names:
@@ -43,10 +46,10 @@ def collate(samples: Sequence[Sample], *, pin: bool = False) -> dict[str, Tensor
         _alike(name, samples, [str(v.dtype).removeprefix("torch.") for v in values], "dtypes")
         if name in RAGGED:
             _alike(name, samples, ["x".join(["any", *map(str, v.shape[1:])]) if v.ndim else "none" for v in values], "shapes")
-            batch |= RAGGED[name](name, values, pin)
+            batch |= RAGGED[name](name, values, new)
             continue
         _alike(name, samples, [tuple(v.shape) for v in values], "shapes")
-        out = empty((len(values), *values[0].shape), values[0].dtype, pin=pin)
+        out = new((len(values), *values[0].shape), values[0].dtype)
         for row, value in zip(out, values, strict=True):
             row.copy_(value)
         batch[name] = out
@@ -65,13 +68,14 @@ def _field(sample: Sample, name: str) -> Tensor:
     return sample.tensors[name]
 
 
-def _padded(name: str, values: Sequence[Tensor], pin: bool) -> dict[str, Tensor]:
+def _padded(name: str, values: Sequence[Tensor], new: New) -> dict[str, Tensor]:
     longest = max(len(v) for v in values)
-    out = empty((len(values), longest, *values[0].shape[1:]), values[0].dtype, pin=pin)
+    out = new((len(values), longest, *values[0].shape[1:]), values[0].dtype)
     for row, value in zip(out, values, strict=True):
         row[: len(value)].copy_(value)
         row[len(value) :] = 0
-    return {name: out, f"{name}_len": torch.tensor([len(v) for v in values])}
+    lengths = new((len(values),), torch.int64).copy_(torch.tensor([len(v) for v in values]))
+    return {name: out, f"{name}_len": lengths}
 
 
-RAGGED: dict[str, Callable[[str, Sequence[Tensor], bool], dict[str, Tensor]]] = {"text": _padded}
+RAGGED: dict[str, Callable[[str, Sequence[Tensor], New], dict[str, Tensor]]] = {"text": _padded}

@@ -91,6 +91,26 @@ def _held(key: str, found: ShardSet, chunk: Chunk, seen: Mapping[str, tuple[Shar
     return True
 
 
+def pick(sources: Sequence[str], output: str | Path, n: int) -> int:
+    """At most n samples of several sets, evenly spread over them, as one set; how many. What is there already stays."""
+    if (Path(output) / MANIFEST).exists():
+        return open_set(output).manifest.n_keys
+    sets = [open_set(s) for s in sources]
+    rows = _each_once(sets)
+    whole = sum(len(keys) for _, _, keys in rows)
+    wanted = {(2 * i + 1) * whole // (2 * min(n, whole)) for i in range(min(n, whole))}
+    with making(output, f"shards pick {n} of {' '.join(s.name for s in sets)}", sets) as root:
+        chunks, at = [], 0
+        for found, chunk, keys in rows:
+            chosen = [key for i, key in enumerate(keys, start=at) if i in wanted]
+            at += len(keys)
+            if chosen:
+                chunks.append(replace(_take(found, chunk, chosen, root), repeats=1))
+        _copy_empty_text(sets[0], root)
+        save_manifest(root, replace(sets[0].manifest, chunks=tuple(chunks)))
+    return len(wanted)
+
+
 # --- split ------------------------------------------------------------------------------------------------------------
 
 
@@ -110,10 +130,15 @@ class Rule:
     assign: Assign
 
 
-def split(source: str, output: str | Path, rule: Rule) -> list[Part]:
-    """One set per part under output/NAME, and split.json that says which is which. Killed, it is continued."""
+def split(source: str, output: str | Path, rule: Rule, *, keep: int = 0) -> list[Part]:
+    """One set per part under output/NAME, and split.json that says which is which. Killed, it is continued.
+
+    `keep`: so many samples of the part `rest` go to one of their own, spread over it: of what the base knows, for merging.
+    """
     found = open_set(source)
     parts, where = rule.assign(found)
+    if keep:
+        parts, rule = _keep_aside(parts, where, keep), replace(rule, text=f"{rule.text} --keep {keep}")
     rows: list[list[tuple[Chunk, list[str]]]] = [[] for _ in parts]
     for chunk in found.manifest.chunks:
         dealt = defaultdict(list)
@@ -131,6 +156,15 @@ def split(source: str, output: str | Path, rule: Rule) -> list[Part]:
         body = {"source": found.name, "parts": [vars(part) for part in parts]}
         write_text(root / SPLIT, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
     return parts
+
+
+def _keep_aside(parts: list[Part], where: dict[str, int], n: int) -> list[Part]:
+    rest = next((i for i, part in enumerate(parts) if part.name == "rest"), None)
+    keys = [key for key, number in where.items() if number == rest]
+    if not 0 < n < len(keys):
+        raise ShardError(f"--keep {n}: takes samples that no --caption pattern matches, and leaves some; there are {len(keys)}")
+    where |= dict.fromkeys((keys[(2 * i + 1) * len(keys) // (2 * n)] for i in range(n)), len(parts))
+    return [*parts, Part("keep", "kept aside of rest, for --reconcile")]
 
 
 def _write_part(found: ShardSet, rows: Sequence[tuple[Chunk, Sequence[str]]], folder: Path) -> None:

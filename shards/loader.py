@@ -6,13 +6,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from shards.collate import choose_caption, collate
+from shards.buffers import empty
+from shards.collate import New, choose_caption, collate
 from shards.errors import ShardError
 from shards.order import MicroBatch, count, stream
 from shards.reader import Sample, ShardSet
@@ -103,12 +105,13 @@ class BatchLoader:
             after = around[-1].begin + len(around[-1].samples)
             yield Turn(around[self.dp_rank], after, after // n)
 
-    def read(self, turn: Turn) -> Batch:
-        """Both kinds of workers end here."""
+    def read(self, turn: Turn, place: Callable[[Sequence[Sample]], New] | None = None) -> Batch:
+        """Both kinds of workers end here. `place`: where the memory for a batch of these samples comes from."""
         bad: list[str] = []
         samples = [self._sample(index, turn.micro.epoch, bad) for index in turn.micro.samples]
+        new = place(samples) if place else partial(empty, pin=self.pin)
         return Batch(
-            keys=tuple(s.key for s in samples), tensors=collate(samples, pin=self.pin),
+            keys=tuple(s.key for s in samples), tensors=collate(samples, new=new),
             meta=tuple(s.meta for s in samples), epoch=turn.epoch, cursor=turn.cursor, bad=tuple(bad),
         )
 

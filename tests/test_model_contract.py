@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from hvtrain.adapters.lora import adapted_layers, inject, linear_shapes, merge_into
+from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into
 from hvtrain.lorafiles.dialects import key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find

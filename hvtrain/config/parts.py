@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 import hvtrain
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.registry import Registry
 
 FILE = "parts.yaml"
 
@@ -54,10 +54,7 @@ def _part(about: str, makes: Sequence[str] = (), optional: bool = False, flavors
 
 def list_of(model: str) -> PartsList:
     """Raises ConfigError for a model that is not there."""
-    lists = _lists(tuple(folders()))
-    if model not in lists:
-        raise ConfigError(f"model.name: no model '{model}'; {suggest(model, lists)}")
-    return lists[model]
+    return Registry("model", _lists(tuple(folders()))).find(model, key="model.name")
 
 
 def parts_of(model: str) -> Mapping[str, Part]:

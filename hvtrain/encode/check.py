@@ -12,7 +12,6 @@ from hvtrain.encode.dataset import Dataset, read_dataset_file
 from hvtrain.encode.frames import normalised
 from hvtrain.encode.places import shown
 from hvtrain.encode.samples import PlannedSample, Probes, plan_clips, without_doubles
-from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import all_specs, find
 from hvtrain.models.spec import Flavor
 from shards.info import size
@@ -58,10 +57,7 @@ class Enlarged:
 
 def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> Report:
     """Open every file of the dataset; of each only the first frame is decoded."""
-    names = [s.name for s in all_specs()]
-    if model is not None and model not in names:
-        raise ConfigError(f"--model: no model '{model}'; {suggest(model, names)}")
-    spec = find(model or names[0])
+    spec = find(model, key="--model") if model is not None else all_specs()[0]
     chosen = spec.flavor(flavor) if flavor else next(iter(spec.flavors.values()))
     probes = Probes(None)
     entries, samples, refused, enlarged = [], [], [], []

@@ -9,8 +9,9 @@ from fractions import Fraction
 import numpy as np
 
 from hvtrain.errors import DataError
+from hvtrain.registry import Registry
 
-EXTRACTIONS: dict[str, Callable[[int, int, FrameRule], list[int]]] = {}
+EXTRACTIONS: Registry[Callable[[int, int, FrameRule], list[int]]] = Registry("extraction")
 
 
 @dataclass(frozen=True)
@@ -82,32 +83,24 @@ def _whole(frames: int) -> int:
     return (frames - 1) // 4 * 4 + 1
 
 
-def _extraction(name: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        EXTRACTIONS[name] = function
-        return function
-
-    return register
-
-
-@_extraction("head")
+@EXTRACTIONS.add("head")
 def _head(n: int, t: int, rule: FrameRule) -> list[int]:
     return [0]
 
 
-@_extraction("chunk")
+@EXTRACTIONS.add("chunk")
 def _chunk(n: int, t: int, rule: FrameRule) -> list[int]:
     """Side by side."""
     return list(range(0, n - t + 1, t))
 
 
-@_extraction("slide")
+@EXTRACTIONS.add("slide")
 def _slide(n: int, t: int, rule: FrameRule) -> list[int]:
     """Every `frame_stride` frames."""
     return list(range(0, n - t + 1, rule.stride))
 
 
-@_extraction("uniform")
+@EXTRACTIONS.add("uniform")
 def _uniform(n: int, t: int, rule: FrameRule) -> list[int]:
     """`frame_sample` of them, evenly spread; one is the head."""
     if rule.sample == 1:

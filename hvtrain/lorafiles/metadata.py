@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hvtrain.errors import CheckpointError
+from hvtrain.models.spec import Flavor
 from hvtrain.weights.stream import Slot, lay_out, tensor_bytes
 
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
@@ -42,12 +43,16 @@ def lora_metadata(
         "modelspec.implementation": "hvtrain",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
-        "modelspec.resolution": "1280x720",
     }
     if architecture:
         made["modelspec.architecture"] = f"{architecture}/lora"
         made["ss_base_model_version"] = architecture.replace("-", "_")
     return {key: _text(value) for key, value in {**made, **given}.items() if value is not None}
+
+
+def of_flavor(flavor: Flavor) -> dict[str, str]:
+    """What a LoRA's metadata say of the model that it is for."""
+    return {"modelspec.resolution": f"{flavor.defaults.width}x{flavor.defaults.height}"}
 
 
 def _text(value: object) -> str:

@@ -104,7 +104,7 @@ class DiT(nn.Module):
     """A diffusion transformer: embed -> blocks -> patches, with the token split around the blocks."""
 
     arch: Any
-    blocks: Sequence[nn.Module] | nn.ModuleList  # in the order of execution; each takes and returns Tokens
+    blocks: Sequence[nn.Module]  # in the order of execution; each takes and returns Tokens
     sequence: TokenSplit = LOCAL
     run_block: Callable[[nn.Module, Tokens], Tokens] = staticmethod(run_plain)
 

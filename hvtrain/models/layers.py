@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -21,6 +22,15 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight
+
+
+class PatchConv(nn.Conv3d):
+    """A Conv3d whose kernel is its stride, computed as the linear map that it is (bf16 Conv3d is slow on GPUs)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pt, ph, pw = self.kernel_size
+        patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class Mlp(nn.Module):

@@ -38,14 +38,15 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
 from hvtrain.train.engine import (
-    EngineConfig,
     LearningRate,
     OptimizerState,
     Schedule,
+    Step,
     StepResult,
     clip_,
     export_plain_state,
@@ -57,7 +58,7 @@ from hvtrain.train.engine import (
 PREFETCH = 1 << 28  # elements of weights that ZeRO-3 gathers ahead: most of a large block
 
 
-def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, Any]:
+def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> dict[str, Any]:
     """DeepSpeed's JSON. Bucket sizes follow the model: the default would reserve 2 GB for a LoRA of 20 MB."""
     largest = 1 << 28 if cfg.bucket_mb is None else int(cfg.bucket_mb * 2**18)
     bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), largest))
@@ -88,9 +89,9 @@ def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, A
         zero["memory_efficient_linear"] = False
     made = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters read it
-        "gradient_accumulation_steps": cfg.grad_accum,
+        "gradient_accumulation_steps": step.grad_accum,
         # Stage 0 has no clipping of its own that knows our groups, nor a check for NaN: `accumulate` does both.
-        "gradient_clipping": cfg.max_grad_norm if cfg.stage else 0.0,
+        "gradient_clipping": step.max_grad_norm if cfg.stage else 0.0,
         "communication_data_type": cfg.communication_dtype,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
@@ -178,7 +179,8 @@ class DeepSpeedEngine:
         self,
         model: nn.Module,
         params: Mapping[str, nn.Parameter],
-        cfg: EngineConfig,
+        cfg: ZeroConfig,
+        step: Step,
         ctx: ParallelContext,
         *,
         optimizer: Optimizer,
@@ -189,7 +191,7 @@ class DeepSpeedEngine:
             _check_nvme(str(cfg.nvme_path))
         with _quiet():
             _forgo_compiled_ops(ctx)
-            config = ds_config(cfg, model, cuda=ctx.device.type == "cuda")
+            config = ds_config(cfg, model, cuda=ctx.device.type == "cuda", step=step)
             if cfg.stage == 3:
                 # Parameter by parameter: the whole model never lies on a device. `initialize` would move it there first.
                 deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
@@ -202,7 +204,7 @@ class DeepSpeedEngine:
                 _look_into_tokens(model)
         at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)
-        self.params, self.cfg, self.ctx = dict(params), cfg, ctx
+        self.params, self.cfg, self.how, self.ctx = dict(params), cfg, step, ctx
         self.rate, self.n_steps = LearningRate(self.basic, schedule), 0
 
     @property
@@ -223,7 +225,7 @@ class DeepSpeedEngine:
             norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         else:
             grads = filled_grads(self.params.values())
-            norm = clip_(grads, self.cfg.max_grad_norm).item()
+            norm = clip_(grads, self.how.max_grad_norm).item()
             skipped = not torch.isfinite(torch.tensor(norm)).item()
             if skipped:
                 self.engine.zero_grad()

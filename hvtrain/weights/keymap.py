@@ -107,7 +107,7 @@ class KeyMap:
                 found[name] = Fused((name,))
                 continue
             rule = hit[0]
-            parts = tuple(f"{part}.{leaf}" for part in rule.dialect)
+            parts = tuple(_joined(part, leaf) for part in rule.dialect)
             if present.issuperset(parts):
                 found[f"{rule.official}.{rule.leaf_of_official(leaf)}"] = Fused(parts, rule.swap)
             else:
@@ -126,8 +126,12 @@ class KeyMap:
                 found[name] = Cut(name)
                 continue
             for part, other in enumerate(rule.dialect):
-                found[f"{other}.{rule.leaf_of_dialect(leaf)}"] = Cut(name, rule, part)
+                found[_joined(other, rule.leaf_of_dialect(leaf))] = Cut(name, rule, part)
         return found
+
+
+def _joined(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if module else leaf  # a parameter of the whole model has no module
 
 
 def swap_halves(x: Tensor) -> Tensor:

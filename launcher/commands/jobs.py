@@ -27,6 +27,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--max-restarts", type=int, metavar="N",
         help="start a slice's processes again when one of them dies, up to N times in a job (default: 3)")
     add("--merge-as", default="lora", metavar="KIND", help="what the slices become: lora (default), model or none")
+    add("--reconcile", metavar="HOW", help="merge by what each slice does to samples of its data: fit, distill or fit+distill")
+    add("--keep", action="append", metavar="SET",
+        help="for --reconcile: what the base knows and the merge must not change (default: keep/ of --data, if it is there)")
     add("--dry-run", action="store_true", help="slurm: print the scripts")
 
 
@@ -98,7 +101,21 @@ def _merge_arguments(kind: str, args: argparse.Namespace, run: Path, files: list
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
     output = str(run / "merge" / f"merged-{kind}.safetensors")
     plan = str(Path(args.plan).resolve())
-    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output)
+    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *_reconciling(args))
+
+
+def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.reconcile is None:
+        if args.keep:
+            raise ConfigError("--keep goes with --reconcile")
+        return ()
+    ways = ("fit", "distill", "fit+distill")
+    if args.reconcile not in ways or args.merge_as == "none":
+        raise ConfigError(f"--reconcile {args.reconcile}: expected {', '.join(ways)}, with a merge")
+    left = Path(args.data) / "keep"
+    keep = args.keep or ([str(left.resolve())] if (left / "manifest.json").is_file() else [])
+    device = "cuda" if args.backend == "slurm" or args.gpus else "cpu"
+    return ("--reconcile", args.reconcile, *(item for place in keep for item in ("--keep", place)), "--device", device)
 
 
 def _check_configs(run: Path, wanted) -> None:

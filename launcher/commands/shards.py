@@ -80,6 +80,8 @@ def _split_options(parser: argparse.ArgumentParser) -> None:
     about = "a set per pattern (regular expression, case ignored), the first that matches; the others go to rest/"
     how.add_argument("--caption", action="append", metavar="PATTERN", help=about)
     how.add_argument("--folder", action="store_true", help="a set per folder that the clips came from")
+    parser.add_argument("--keep", type=int, default=0, metavar="N",
+        help="with --caption: N samples of rest go to keep/, for `hvtrain merge --reconcile` (what the base knows already)")
     parser.add_argument("--output", required=True, metavar="DIR", help="gets 01/, 02/, ... and split.json")
 
 
@@ -91,7 +93,7 @@ def _split(args: argparse.Namespace) -> None:
         rule = edit.by_number(args.n)
     else:
         rule = edit.by_folder() if args.folder else edit.by_caption(args.caption)
-    for part in edit.split(args.set, args.output, rule):
+    for part in edit.split(args.set, args.output, rule, keep=args.keep):
         print(f"{args.output}/{part.name}: {part.samples} samples, {part.rule}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
-from launcher.exits import REQUEUE
+from hvtrain.stopping import REQUEUE
 from launcher.jobs import slurm
 from launcher.jobs.slices import (
     MERGE,
@@ -92,7 +92,7 @@ def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
 def merge_script(run: Path, slices: Slices, after: Sequence[str]) -> str:
     job = slurm.Job(
         "merge", f"{run.name}-merge", Path.cwd(), slurm.literal(run / "logs" / "merge.log"), ["slices", "merge", str(run)],
-        slurm.Resources(gpus=False), after=after,
+        slurm.Resources(gpus="--reconcile" in slices.merge), after=after,
     )
     return slurm.render(job, load_site(slices.site))
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.exits import REQUEUE, USER_ERROR
+from hvtrain.stopping import REQUEUE
+from launcher.exits import USER_ERROR
 from launcher.jobs.slices import MERGE, Slices, State, alive, amiss, cancelled, load_state, result
 from launcher.jobs.slurm import Queue
 

@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hvtrain.adapters.lora import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_into
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles import average, tools
+from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import read_lora, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink, singular_values
 from hvtrain.lorafiles.metadata import lora_metadata
@@ -56,14 +57,13 @@ def test_info_says_what_a_file_is(tmp_path, shapes, capsys):
     assert cli.main(["lora", "info", str(tmp_path / "b.safetensors")]) == 2
 
 
-@pytest.mark.parametrize(("a", "b"), list(itertools.permutations(tools.DIALECTS, 2)))
+@pytest.mark.parametrize(("a", "b"), list(itertools.permutations(DIALECTS, 2)))
 def test_there_and_back_is_identical_for_every_pair_of_dialects(tmp_path, shapes, a, b):
     make(tmp_path / "0.safetensors", shapes, ss_loraid="2")
     here, there, again = (str(tmp_path / f"{n}.safetensors") for n in ("a", "b", "a2"))
-    fold = {"diffusers": True, "diffusion-pipe": True}
-    tools.convert(str(tmp_path / "0.safetensors"), here, target=a, fold=fold.get(a, False))
-    tools.convert(here, there, target=b, fold=fold.get(b, False))
-    tools.convert(there, again, target=a, fold=fold.get(a, False))
+    tools.convert(str(tmp_path / "0.safetensors"), here, target=a)
+    tools.convert(here, there, target=b)
+    tools.convert(there, again, target=a)
     assert same(here, again)
     with safe_open(there, "pt") as file:
         assert file.metadata()["ss_loraid"] == "2"
@@ -77,6 +77,9 @@ def test_mistakes_of_convert(tmp_path, shapes, capsys):
     assert "did you mean 'comfyui'" in capsys.readouterr().err
     assert cli.main(["lora", "convert", str(path), "--to", "comfyui", "--output", str(path)]) == 2
     assert "is the input" in capsys.readouterr().err
+    out = str(tmp_path / "b.safetensors")
+    assert cli.main(["lora", "convert", str(path), "--to", "comfyui", "--expert", "low", "--output", out]) == 2
+    assert "--expert low: hunyuan-video has one DiT" in capsys.readouterr().err
     assert cli.main(["lora", "convert", str(path), "--to", "diffusion-pipe", "--keep-alpha", "--output", "x.safetensors"]) == 2
     assert "has no alpha" in capsys.readouterr().err
 
@@ -127,6 +130,8 @@ def test_extract_finds_the_lora_that_was_merged(tmp_path, shapes, capsys):
     assert cli.main(["lora", "extract", *arguments, "--rank", "3", "--output", str(out)]) == 0
     found = read_lora(out, shapes).pairs
     assert set(found) == set(LAYERS)
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "64x64"  # what the tiny flavor is sampled at
     for name in LAYERS:
         assert torch.allclose(found[name].delta(), 0.1 * lora.pairs[name].delta(), atol=1e-4)
     assert "1 changed tensors are not layers that a LoRA adapts" in capsys.readouterr().out

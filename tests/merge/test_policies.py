@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import LoraFileConfig, MergeConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora, write_lora

@@ -20,17 +20,8 @@ from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
-from hvtrain.models.layers import Mlp, Modulation, RMSNorm, TimeEmbedder, modulate, plain_norm
+from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, TimeEmbedder, modulate, plain_norm
 from hvtrain.models.rope import grid_rope, rotate
-
-
-class PatchConv(nn.Conv3d):
-    """A Conv3d whose kernel is its stride, computed as the linear map that it is (bf16 Conv3d is slow on GPUs)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pt, ph, pw = self.kernel_size
-        patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):

@@ -19,13 +19,15 @@ from hvtrain.config import VaeTilingConfig
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.models.hunyuan_video.vae_weights import (
     METADATA_KEY,
-    check,
     constructor_arguments,
     find_config,
     linear_shape,
     official_names,
+    resemblance,
 )
 from hvtrain.weights.containers import fingerprint, open_weights
+from hvtrain.weights.keymap import Fused
+from hvtrain.weights.source import Source, check, shapes_of
 from shards.atomic import atomic_path
 
 VaeTiling = VaeTilingConfig  # a direction of size 0 is never cut; the defaults are the official ones
@@ -144,19 +146,17 @@ def open_vae(
 ) -> VideoVae:
     """Read a VAE: our or an official file (safetensors, .pt), a library directory, or one with LDM names."""
     weights = open_weights(path)
-    sources = official_names(weights.keys())
-    shapes = {k: tuple(weights.shape(s)) for k, s in sources.items()}
-    config = find_config(Path(path), weights.metadata, shapes)
+    source = Source(weights, {name: Fused((there,)) for name, there in official_names(weights).items()})
+    shapes = source.shapes
     with torch.device("meta"):
-        model = build_vae(config)
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    check(path, wanted, {k: linear_shape(s, wanted.get(k)) for k, s in shapes.items()})
-    state = {}
-    for name, shape in wanted.items():  # one at a time out of the memory map: the peak is one converted copy
-        mapped = weights.get(sources[name])
-        state[name] = mapped.reshape(shape).to(device=device, dtype=dtype, copy=True)
-        weights.release(mapped)
-    model.load_state_dict(state, assign=True)
+        model = build_vae(find_config(Path(path), weights.metadata, shapes))
+    wanted = shapes_of(model)
+    foreign = sum(name not in shapes for name in wanted) >= len(wanted) // 2
+    check(
+        path, wanted, {name: linear_shape(shape, wanted.get(name)) for name, shape in shapes.items()},
+        what="not a VAE of this architecture", hint=f"; {resemblance(shapes)}" if foreign else "",
+    )
+    source.fill(model, dtype=dtype, device=device)
     return VideoVae(model, fingerprint=fingerprint(weights), tiling=tiling)
 
 
