@@ -29,7 +29,9 @@ from shards.schema import (
     IMPORTED,
     MANIFEST,
     Chunk,
+    Made,
     Manifest,
+    Stored,
     TarFile,
     index_path,
     save_manifest,
@@ -52,19 +54,16 @@ def merge(sources: Sequence[str], output: str | Path) -> ShardSet:
     with making(output, f"shards merge {' '.join(s.name for s in sets)}", sets) as root:
         rows = tuple(_take(found, chunk, keys, root) for found, chunk, keys in _each_once(sets))
         _copy_empty_text(sets[0], root)
-        first = sets[0].manifest
         dataset = hashlib.sha256("".join(s.manifest.dataset for s in sets).encode()).hexdigest()
-        save_manifest(root, Manifest(first.columns, rows, first.encoders, dataset))
+        save_manifest(root, Manifest(sets[0].manifest.columns, rows, _known(sets), dataset))
     return open_set(root)
 
 
 def _each_once(sets: Sequence[ShardSet]) -> list[tuple[ShardSet, Chunk, list[str]]]:
     """What to take of which set."""
-    first = sets[0].manifest
     for found in sets[1:]:
-        for what in ("columns", "encoders"):
-            here, there = getattr(first, what), getattr(found.manifest, what)
-            if (sorted(here) if what == "columns" else here) != (sorted(there) if what == "columns" else there):
+        for what, here, there in zip(("columns", "encoders"), _alike(sets[0]), _alike(found)):
+            if here != there:
                 raise ShardError(
                     f"{found.name} has {what} {_shown(there)}, {sets[0].name} has {_shown(here)}: encode both the same way"
                 )
@@ -77,6 +76,29 @@ def _each_once(sets: Sequence[ShardSet]) -> list[tuple[ShardSet, Chunk, list[str
             if keys:
                 taken.append((found, chunk, keys))
     return taken
+
+
+def _alike(found: ShardSet) -> tuple[list[str], dict[str, str]]:
+    """What sets have in common that can be one."""
+    return sorted(found.manifest.columns), {c: made.fingerprint for c, made in found.manifest.made.items()}
+
+
+def _known(sets: Sequence[ShardSet]) -> dict[str, Made]:
+    """Of each column what the first set knows that knows most: older sets say nothing of fields."""
+    every = [found.manifest.made for found in sets]
+    for column in every[0]:
+        told = [(s, made[column].fields) for s, made in zip(sets, every) if made[column].fields]
+        for other, fields in told[1:]:
+            if fields != told[0][1]:
+                raise ShardError(
+                    f"column '{column}' of {other.name} holds {_fields(fields)}, that of {told[0][0].name} "
+                    f"{_fields(told[0][1])}: encode both the same way"
+                )
+    return {column: max((made[column] for made in every), key=lambda m: bool(m.fields)) for column in every[0]}
+
+
+def _fields(fields: Mapping[str, Stored]) -> str:
+    return ", ".join(f"{name} {stored}" for name, stored in fields.items())
 
 
 def _held(key: str, found: ShardSet, chunk: Chunk, seen: Mapping[str, tuple[ShardSet, Chunk]]) -> bool:
@@ -268,7 +290,7 @@ def index(root: str | Path) -> ShardSet:
         raise ShardError(f"{folder}: the columns have different numbers of tars ({counts})")
     try:
         rows = [_indexed(folder, dict(zip(columns, names))) for names in zip(*tars.values())]
-        save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, f"{IMPORTED}unknown")))
+        save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, Made(f"{IMPORTED}unknown"))))
     except OSError as error:
         raise full(error, folder) from None
     return open_set(folder)
@@ -378,7 +400,7 @@ def _link(found: ShardSet, chunk: Chunk, root: Path, column: str) -> TarFile:
 
 
 def _copy_empty_text(found: ShardSet, root: Path) -> None:
-    if "text" not in found.manifest.columns or found.manifest.encoders.get("text", "").startswith(IMPORTED):
+    if "text" not in found.manifest.columns or found.manifest.made_by("text").imported:
         return
     with atomic_path(root / EMPTY_TEXT) as temporary:
         temporary.write_bytes(save({n: t.clone() for n, t in found.empty_text.items()}))

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from shards import ShardError, edit, info, open_set
-from shards.schema import Chunk, Manifest, save_manifest
+from shards.schema import Chunk, Made, Manifest, save_manifest
 from shards.verify import verify
 from shards.writer import write_tar
 from tests.shards.sets import make_set
@@ -101,7 +101,7 @@ def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ShardError, match="sample clip0_0 differs in 'latents'"):
         edit.merge([str(tmp_path / "a"), str(tmp_path / "c")], tmp_path / "ac")
     found = open_set(tmp_path / "a")
-    save_manifest(tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": "other"}))
+    save_manifest(tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": Made("other")}))
     with pytest.raises(ShardError, match="encoders"):
         edit.merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "x")
     with pytest.raises(ShardError, match="holds something already"):
