@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvtrain.config.encode import EncodeConfig
 from hvtrain.config.generate import GenerateConfig, LoraFileConfig, SampledLora
 from hvtrain.config.load import build, dump, load, reference, to_dict
-from hvtrain.config.merge import MergeConfig
+from hvtrain.config.merge import MergeConfig, ReconcileConfig
 from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig, asset
 from hvtrain.config.sampling import Sampling
 from hvtrain.config.train import (
@@ -36,6 +36,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PreviewConfig",
+    "ReconcileConfig",
     "RunSettings",
     "SamplePrompt",
     "SampledLora",

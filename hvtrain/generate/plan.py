@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import ModelConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.flow.solvers import SOLVERS

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvtrain.adapters.lora import merging
+from hvtrain.adapters.attach import merging
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.solvers import SOLVERS, State, Velocity

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError
 from hvtrain.models.spec import Flavor, ModelSpec, Shapes
 
 ARCH_KEY = "hvtrain.arch"  # of a file's metadata: JSON of the architecture's sizes
@@ -39,17 +39,17 @@ def parse_arch(kind: type, values: Any) -> Any:
         raise CheckpointError(f"metadata '{ARCH_KEY}': {error}") from None
 
 
-def flavor_of(spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None = None) -> Flavor:
+def flavor_of(
+    spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None = None, likely: str | None = None
+) -> Flavor:
     """The flavor of a file's architecture, with exactly this architecture's sizes.
 
-    `name` is what the user says and must fit; `hint` is what the file says of itself. Weights do not tell flavors of
-    equal shapes apart: with neither, the first that fits is taken.
+    `name` is what the user says and must fit; `hint` is what the file says of itself; `likely` is what its path speaks of,
+    believed where it fits. Weights do not tell flavors of equal shapes apart: with none, the first that fits is taken.
     """
     flavors = spec.flavors
     if name is not None:
-        if name not in flavors:
-            raise ConfigError(f"model.flavor: no flavor '{name}'; {suggest(name, flavors)}")
-        flavor = flavors[name]
+        flavor = spec.flavor(name)
         if different := differences(spec, flavor.arch, arch):
             field, (wanted, found) = next(iter(different.items()))
             raise CheckpointError(
@@ -62,7 +62,8 @@ def flavor_of(spec: ModelSpec, arch: Any, name: str | None, *, hint: str | None 
     if not same:
         kinds = "; ".join(f"{f.name} ({_kind(spec, f.arch)})" for f in flavors.values())
         raise CheckpointError(f"no flavor has {_kind(spec, arch)}; those here: {kinds}")
-    told = [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
+    told = [f for f in same if f.name == likely]
+    told = told or [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
     return spec.fitted((told or same)[0], arch)
 
 

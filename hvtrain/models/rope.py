@@ -8,13 +8,15 @@ from torch import Tensor
 from hvtrain.models.dit import Grid, Rope
 
 
-def grid_rope(grid: Grid, dims: tuple[int, int, int], *, theta: float, device: torch.device) -> Rope:
-    """Tables for the tokens of a grid in t, h, w order. Integer positions from 0; always fp32: bf16 cannot tell
+def grid_rope(
+    grid: Grid, dims: tuple[int, int, int], *, theta: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Rope:
+    """Tables for the tokens of a grid in t, h, w order. Integer positions from 0; fp32 at least: bf16 cannot tell
     neighbouring positions apart from 256 on."""
     angles = []
     for axis, (n, dim) in enumerate(zip(grid, dims, strict=True)):
-        frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-        along = torch.outer(torch.arange(n, dtype=torch.float32, device=device), frequencies)  # [n dim/2]
+        frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+        along = torch.outer(torch.arange(n, dtype=dtype, device=device), frequencies)  # [n dim/2]
         shape = [1, 1, 1, dim // 2]
         shape[axis] = n
         angles.append(along.view(shape).expand(*grid, dim // 2))
@@ -23,7 +25,7 @@ def grid_rope(grid: Grid, dims: tuple[int, int, int], *, theta: float, device: t
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs (x0, x1), (x2, x3), ... of x [B S N D] by each token's angles, in fp32."""
+    """Turn the pairs (x0, x1), (x2, x3), ... of x [B S N D] by each token's angles, in the dtype of the tables."""
     wide = x.float()
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from hvtrain.config.parts import Part, parts_of
 from hvtrain.config.sampling import Sampling
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
 from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.registry import Registry
 from hvtrain.weights.keymap import KeyMap
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -182,6 +184,7 @@ class Flavor:
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
     image_optional: bool = False  # of one that takes an image: it also makes videos without
+    given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -249,6 +252,7 @@ class ModelSpec:
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
     unseen: tuple[str, ...] = ()  # fields of `arch` that no weight shows: the flavor tells them
+    told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ
     columns: tuple[Column, ...] = ()  # its own, besides the common ones
     # (vae, encoders of its own columns by name, image [3 H W] in [-1, 1], latents' [C T H W]) -> condition fields without
@@ -269,9 +273,7 @@ class ModelSpec:
         """By name; None is the first. Raises ConfigError."""
         if name is None:
             return next(iter(self.flavors.values()))
-        if name not in self.flavors:
-            raise ConfigError(f"{self.name} has no flavor '{name}'; {suggest(name, self.flavors)}")
-        return self.flavors[name]
+        return Registry("flavor", self.flavors).find(name, key=f"model.flavor of {self.name}")
 
     def column(self, name: str) -> Column | None:
         """Of its own."""
