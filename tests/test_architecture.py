@@ -262,7 +262,8 @@ def test_a_whole_config_stays_with_its_command() -> None:
 
 # Names that two records still share.
 HOMES_LEFT: set[str] = {
-    "Part", "Report", "Clip", "Meter", "State", "Job", "LowRank", "Target", "Entry", "Base", "TextEncoders", "Slot", "Cut", "Rule",
+    "Part", "Report", "Clip", "Meter", "State", "Job", "LowRank", "Target", "Entry", "Base", "TextEncoders", "Slot", "Cut",
+    "Rule",
 }  # fmt: skip
 
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into
-from hvtrain.lorafiles.dialects import key_map, pieces
+from hvtrain.config import ModelConfig
+from hvtrain.fit.run import size_table
+from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.dialects import DIALECTS, key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
 from hvtrain.models.dit import DiT
@@ -19,6 +22,8 @@ from hvtrain.models.spec import ModelSpec
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
+from hvtrain.slices.plan import Cut, make_plan
+from hvtrain.slices.run import target_shapes
 from tests.models.any_model import an_input, batch, meta, random_model, smallest
 from tests.parallel.any_model import gradients, of_layouts
 from tests.parallel.ranks import run_ranks
@@ -182,6 +187,61 @@ def test_lora_injected_or_merged_is_the_same(spec, tmp_path):
     merge_into(merged, read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec))
     change = (adapted - before).norm()
     assert change > 0.1 * before.norm() and (merged(inp) - adapted).norm() < 1e-4 * change
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_adapter_in_every_dialect_is_the_same(spec, tmp_path):
+    """Of every program whose layers the model has a key map for."""
+    model = random_model(spec)
+    inject(model, spec.lora_targets(model), rank=2, alpha=1.0, seed=0)
+    for layer in adapted_layers(model):
+        layer.lora_up.weight.data.normal_(generator=generator(2))
+    tensors = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+    save_lora(tmp_path / "own.safetensors", tensors, rank=2, alpha=1.0, metadata={}, architecture=spec.name)
+    shapes = linear_shapes(random_model(spec))
+    own = read_lora(tmp_path / "own.safetensors", shapes, spec=spec)
+    assert own.pairs.keys() == set(spec.lora_targets(random_model(spec)))
+    known = [dialect for dialect in DIALECTS.values() if dialect.keys in spec.key_maps]
+    assert len(known) > 1
+    for dialect in known:
+        converted(own, spec, dialect).save(tmp_path / "other.safetensors")
+        other = read_lora(tmp_path / "other.safetensors", shapes, spec=spec)
+        assert other.pairs.keys() == own.pairs.keys(), dialect.name
+        for name, pair in own.pairs.items():
+            theirs = other.pairs[name]
+            assert torch.equal(pair.up @ pair.down * pair.scale, theirs.up @ theirs.down * theirs.scale), (dialect.name, name)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Cut(n=3, granularity="module"), Cut(n=3, granularity="module", order="interleaved"), Cut(n=5, granularity="rows"),
+        Cut(blocks_per_loraid=1, granularity="block"),
+    ],
+    ids=["modules", "interleaved", "rows", "blocks"],
+)  # fmt: skip
+def test_slices_are_disjoint_and_complete(spec, cut):
+    flavor = smallest(spec)
+    shapes = target_shapes(meta(spec, flavor), spec)
+    plan = make_plan(shapes, cut, model=spec.name, flavor=flavor.name)
+    owners = {name: torch.zeros(n_out, dtype=torch.int) for name, (n_out, _) in shapes.items()}
+    for one in plan.slices:
+        assert one.slots
+        for slot in one.slots:
+            owners[slot.module][slot.begin : slot.end] += 1
+    assert all((rows == 1).all() for rows in owners.values())
+    assert sum(one.parameters for one in plan.slices) == sum(a * b for a, b in shapes.values())
+    if cut.blocks_per_loraid:
+        assert len(plan.slices) == len(meta(spec, flavor).blocks)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_it_needs_is_known_without_its_data(spec):
+    flavor = smallest(spec)
+    table = size_table(ModelConfig(name=spec.name, flavor=flavor.name), gpus=(1,))
+    listed = [(w, h) for w, h in spec.sizes if w % flavor.latent.unit[1] == h % flavor.latent.unit[0] == 0]
+    assert listed and all(f"{w}x{h}" in table.replace(" ", "") for w, h in listed), table
 
 
 @pytest.mark.parametrize("spec", SPECS)
