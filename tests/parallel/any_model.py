@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hvtrain.config import ZeroConfig
 from hvtrain.models import find
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
-from hvtrain.train.engine import EngineConfig, build_engine
+from hvtrain.train.engine import Step, build_engine
 from tests.models.any_model import an_input, batch, random_model
 from tests.parallel.tiny_run import Case
 
@@ -23,9 +24,9 @@ def gradients(spec: ModelSpec, flavor: Flavor, case: Case, ctx: ParallelContext)
     params = dict(model.named_parameters())
     parallelize(model, ctx, recompute=case.recompute)
     mine = range(ctx.dp_rank, case.micro, ctx.dp)
-    cfg = EngineConfig(case.engine, case.stage, case.offload, len(mine), 0.0)
+    zero, step = ZeroConfig(case.engine, case.stage, case.offload), Step(len(mine), 0.0)
     sgd = torch.optim.SGD(list(params.values()), lr=RATE)
-    engine = build_engine(model, params, cfg, ctx, optimizer=sgd, schedule=lambda n: 1.0)
+    engine = build_engine(model, params, zero, ctx, optimizer=sgd, schedule=lambda n: 1.0, step=step)
     for micro in mine:
         inp, target = an_input(spec, flavor, seed=micro), batch(flavor, seed=10 + micro)[0]
         engine.accumulate((engine.model(inp) - target).square().mean(), last=micro == mine[-1])
