@@ -45,7 +45,7 @@ class VideoVae:
 
     @torch.no_grad()
     def encode(self, video: Tensor, *, generator: Generators | None = None) -> Tensor:
-        """[B 3 F H W] in [-1, 1] -> scaled latents [B C T h w], float32; with a stride of 4, F = 4n+1 gives T = n+1.
+        """[B 3 F H W] in [-1, 1] -> scaled latents [B C T h w], float32; F = n * stride + 1 gives T = n + 1.
 
         Without a generator the posterior's mode, else a sample drawn with that CPU generator, or with one
         generator per clip (then a clip's latents do not depend on the batch it was in).
