@@ -41,7 +41,7 @@ def no_weights(monkeypatch):
     [
         (("optim.name=adamww",), "optim.name: no optimizer 'adamww'; did you mean 'adamw'"),
         (("optim.schedule=cosin",), "optim.schedule: no schedule 'cosin'; did you mean 'cosine'"),
-        (("optim.warmup_steps=7",), "optim.warmup_steps is 7, more than the run's 6 steps"),
+        (("optim.warmup_steps=7",), "optim.warmup_steps is 7: expected 0 to the run's 6 steps"),
         (("flow.timestep_sampling=shfit",), "flow.timestep_sampling: no distribution 'shfit'; did you mean 'shift'"),
         (("flow.min_sigma=0.9", "flow.max_sigma=0.1"), "expected 0 <= min < max <= 1"),
         (("run.recompute=ful",), "run.recompute is 'ful'; did you mean 'full'"),
