@@ -191,7 +191,7 @@ def read_lora(
     if not edited:
         check_sum(weights)
     folded = _folded_alphas(path, weights.metadata)
-    peft = PeftAlpha.parse(path, weights.metadata)
+    peft = PeftAlpha.parse(path, weights.metadata, DIALECTS["diffusers"].prefix(expert or 0))
     deltas = {name: _delta(path, stem, stems[stem], peft) for name, stem in found.items()}
     given = {name: _pair(path, found[name], delta) for name, delta in deltas.items()}
     given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}

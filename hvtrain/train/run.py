@@ -13,7 +13,7 @@ from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.flow.timesteps import quantile_function
-from hvtrain.lorafiles.metadata import of_flavor
+from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.slices.plan import SlicePlan
@@ -249,5 +249,5 @@ def _metadata(ready: Prepared) -> dict[str, object]:
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
         **of_flavor(base.flavor), "hvtrain.base": base.fingerprint,
-        "hvtrain.expert": base.expert and base.expert.name,
+        EXPERT_KEY: base.expert and base.expert.name,
     }

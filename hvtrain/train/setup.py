@@ -61,7 +61,7 @@ class Subject:
 
 def find_base(model: ModelConfig, *, scratch: bool = False) -> Base:
     """Raises ConfigError and CheckpointError. `scratch`: without a file, the flavor that the config names."""
-    part = _part(model)
+    part = part_of(model)
     path = model.file(part)
     if path is None and not scratch:
         raise ConfigError(f"model.{part} is not set; the expert '{model.expert}' is in that file")
@@ -75,7 +75,7 @@ def find_base(model: ModelConfig, *, scratch: bool = False) -> Base:
     return Base(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
 
 
-def _part(model: ModelConfig) -> str:
+def part_of(model: ModelConfig) -> str:
     """Which file of the model is trained."""
     if model.expert is None:
         return "dit"

@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,22 @@ class _Outside(nn.Module):
         return self.engine(inp, on, torch.get_autocast_dtype(self.device_type))
 
 
+def _look_into_tokens(model: nn.Module) -> None:
+    """DeepSpeed gathers a module's weights for its backward when a gradient reaches its outputs, which it finds in tuples and
+    dicts, but not in Tokens: what a block holds itself, as a table of modulations, would be gone by then."""
+
+    def enter(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return replace(args[0], img=block.post_bwd_fn.apply(args[0].img)), *args[1:]
+
+    def leave(block: Any, args: tuple[Any, ...], tokens: Any) -> Any:
+        return replace(tokens, img=block.pre_bwd_fn.apply(tokens.img))
+
+    for block in getattr(model, "blocks", ()):
+        if any(True for _ in block.parameters(recurse=False)):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
+
+
 class DeepSpeedEngine:
     def __init__(
         self,
@@ -156,6 +173,8 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(
                 model=_Inside(model, ctx.device.type), optimizer=optimizer, dist_init_required=False, config=config
             )
+            if cfg.stage == 3:
+                _look_into_tokens(model)
         at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)
         self.params, self.cfg, self.how, self.ctx = dict(params), cfg, step, ctx

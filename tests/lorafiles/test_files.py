@@ -183,15 +183,19 @@ def test_the_last_layers_halves_are_swapped(tmp_path):
     assert torch.equal(read_lora(tmp_path / "x.safetensors", SHAPES, spec=SPEC).pairs[name].up, pair.up)
 
 
-def test_two_experts_in_one_file(tmp_path, saved):
-    """As diffusers' pipelines of two transformers save them; each is read, and written, under a prefix of its own."""
+@pytest.mark.parametrize("fold", [True, False])
+def test_two_experts_in_one_file(tmp_path, saved, fold):
+    """As diffusers' pipelines of two transformers save them, alphas in the metadata or folded; each is read, and written, under a
+    prefix of its own."""
     lora = read_lora(saved, SHAPES, spec=SPEC)
-    other = replace(lora, pairs={name: replace(pair, up=pair.up + 1.0) for name, pair in lora.pairs.items()})
-    first, second = (converted(o, SPEC, DIALECTS["diffusers"], expert=n) for n, o in enumerate((lora, other)))
+    other = replace(lora, pairs={name: replace(pair, up=pair.up + 1.0, alpha=8.0) for name, pair in lora.pairs.items()})
+    first, second = (converted(o, SPEC, DIALECTS["diffusers"], fold=fold, expert=n) for n, o in enumerate((lora, other)))
     assert all(name.startswith("transformer_2.") for name in second.tensors)
-    path = tmp_path / "both.safetensors"
-    both = {name: tensor.clone() for name, tensor in {**first.tensors, **second.tensors}.items()}
-    safetensors.torch.save_file(both, path)
+    path, metadata = tmp_path / "both.safetensors", {}
+    if not fold:
+        tables = [json.loads(made.metadata["lora_adapter_metadata"]) for made in (first, second)]
+        metadata = {"lora_adapter_metadata": json.dumps(tables[0] | tables[1])}
+    safetensors.torch.save_file({name: t.clone() for name, t in (first.tensors | second.tensors).items()}, path, metadata)
     with pytest.raises(CheckpointError, match=r"LoRAs of 2 experts \(transformer\., transformer_2\.\); say which"):
         read_lora(path, SHAPES, spec=SPEC)
     with pytest.raises(CheckpointError, match="say which"):
