@@ -105,7 +105,7 @@ def test_of_another_model(own, shards, start, tmp_path):
         manifest = load_manifest(one)
         other = replace(manifest.made_by(column), model="wan")
         save_manifest(one, replace(manifest, made={**manifest.made, column: other}))
-        says = rf"data.shards: column '{column}' of \S+{column} was made for wan, this run trains hunyuan-video; .* its {part}, or"
+        says = rf"column '{column}' of \S+{column} was made for wan, this run trains hunyuan-video; .* its {part}, or"
         with pytest.raises(DataError, match=says):
             train.run(config(one, tmp_path / "run"))
         start(one, *VAE, *TEXT)  # by the very same weights
