@@ -16,7 +16,6 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.hunyuan_video.vae_weights import (
     constructor_arguments,
     find_config,
-    linear_shape,
     official_names,
     resemblance,
 )
@@ -85,9 +84,9 @@ def open_vae(
         model = build_vae(find_config(Path(path), weights.metadata, shapes))
     wanted = shapes_of(model)
     foreign = sum(name not in shapes for name in wanted) >= len(wanted) // 2
-    check(
-        path, wanted, {name: linear_shape(shape, wanted.get(name)) for name, shape in shapes.items()},
-        what="not a VAE of this architecture", hint=f"; {resemblance(shapes)}" if foreign else "",
+    check(  # `ones`: LDM files keep the attention's linear layers as 1x1(x1) convolutions
+        path, wanted, shapes, what="not a VAE of this architecture", hint=f"; {resemblance(shapes)}" if foreign else "",
+        ones=True,
     )
     source.fill(model, dtype=dtype, device=device)
     return vae_of(model, fingerprint=fingerprint(weights), tiling=tiling)
