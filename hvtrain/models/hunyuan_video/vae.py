@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvtrain.config import VaeTilingConfig
 from hvtrain.errors import CheckpointError, ConfigError
@@ -66,9 +67,14 @@ def vae_of(model: Any, *, fingerprint: str = "", tiling: VaeTiling | None = None
     """The library's model as the program uses it."""
     apply_tiling(model, tiling or VaeTiling())
     config, spatial = model.config, model.config.spatial_compression_ratio
+
+    def encode(video: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = model.encode(video.to(model.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
     return VideoVae(
-        model, channels=config.latent_channels, stride=(config.temporal_compression_ratio, spatial, spatial),
-        scale=config.scaling_factor, fingerprint=fingerprint,
+        model, encode, lambda z: model.decode(z.to(model.dtype)).sample.float(), channels=config.latent_channels,
+        stride=(config.temporal_compression_ratio, spatial, spatial), scale=config.scaling_factor, fingerprint=fingerprint,
     )
 
 
