@@ -26,6 +26,7 @@ import yaml
 from hvtrain import config
 from hvtrain.config import parts
 from hvtrain.encode.dataset import read_dataset_file
+from hvtrain.models import find
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from launcher import cli
 from launcher.program import HVTRAIN
@@ -214,7 +215,7 @@ def test_the_example_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (_, text), = (block for block in split_page(ROOT / "docs/encode.md")[0] if block[0] == "toml")
     file = tmp_path / "dataset.toml"
     file.write_text(text)
-    (entry,) = read_dataset_file(file)
+    (entry,) = read_dataset_file(file, find("hunyuan-video").flavor("t2v"))
     assert (entry.source, entry.source_fps, entry.caption_dropout) == ("video_directory", 30, 0.1)
     (_, text), = (block for block in split_page(ROOT / "docs/slurm.md")[0] if block[0] == "yaml")
     site = tmp_path / "site.yaml"

@@ -76,7 +76,7 @@ class Streamed:
         """Velocity [B C T H W], float32, on the host."""
         with self.computing():
             tokens = placed(tokens, self.ctx.device)
-            patches = self.model.sequence.gather(self.model.head(tokens), tokens.n_img)  # type: ignore[operator]
+            patches = self.model.sequence.gather(self.model.to_patches(tokens), tokens.n_img)  # type: ignore[operator]
             return self.model.unpatchify(patches, tokens.grid).float().cpu()
 
     def velocities(self, inputs: Sequence[tuple[ModelInput, Sequence[Hashable]]]) -> list[list[Tensor]]:

@@ -86,6 +86,7 @@ def _slices(args: argparse.Namespace):
 def _merge_arguments(kind: str, args: argparse.Namespace, run: Path) -> tuple[str, ...]:
     if kind not in ("lora", "model", "none"):
         raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
+    reconciling = _reconciling(args)
     if kind == "none":
         return ()
     dit = load_config("train", args).model.dit
@@ -93,7 +94,7 @@ def _merge_arguments(kind: str, args: argparse.Namespace, run: Path) -> tuple[st
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
     output = str(run / "merge" / f"merged-{kind}.safetensors")
     plan = str(Path(args.plan).resolve())
-    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *_reconciling(args))
+    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *reconciling)
 
 
 def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:

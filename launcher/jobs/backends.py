@@ -145,11 +145,12 @@ def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
             done = sum(word in GOOD for word in words)
             print(f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True)
             return 1 if "failed" in words else REQUEUE
-        return _merge_here(run, asked) if slices.merge else 0
+        return _merge_here(run, slices.gpus, asked) if slices.merge else 0
 
 
-def _merge_here(run: Path, asked: list[int]) -> int:
-    process = subprocess.Popen(command(run, "merge", run), start_new_session=True)
+def _merge_here(run: Path, gpus: Sequence[str], asked: list[int]) -> int:
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
+    process = subprocess.Popen(command(run, "merge", run), env=env, start_new_session=True)
     while process.poll() is None:
         if asked:
             asked.clear()

@@ -254,6 +254,8 @@ def _edit(tensors, how):
         tensors[f"{key}.lora_up.weight"] = torch.randn(48, 5)
     elif how == "loha":
         tensors[f"{key}.hada_w1_a"] = torch.randn(48, 5)
+    elif how == "lokr":
+        tensors[f"{key}.lokr_w1"] = torch.randn(4, 5)
     elif how == "weights":
         tensors["img_in.proj.bias"] = torch.randn(5)
 
@@ -265,7 +267,8 @@ def _edit(tensors, how):
         ("nan", "not finite"),
         ("size", "'single_blocks.0.linear2' adapts a layer of shape 50x240, this model's is 48x240"),
         ("rank", r"shapes \[48, 5\] and \[4, 240\]"),
-        ("loha", "'lora_unet_single_blocks_0_linear2' is a LoHa and a LoRA at once"),
+        ("loha", "is a LoHa and a LoRA at once"),
+        ("lokr", "holds LoKr weights, which are not supported: give a LoRA file .* or one of a LoHa"),
         ("weights", "'img_in.proj.bias' is not a LoRA tensor"),
     ],
 )

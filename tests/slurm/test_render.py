@@ -161,7 +161,7 @@ def test_data_of_slices(tmp_path):
 
 def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
     """No Slurm: two at a time, one with damaged data."""
-    from shards import edit
+    from shards import edit, ways
     from tests.slurm.test_real_slurm import TRAIN
     from tests.train.shardset import make_shards
 
@@ -170,7 +170,7 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
         command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env)
 
-    edit.split(str(make_shards(tmp_path / "set", n=8)), tmp_path / "parts", edit.by_number(2))
+    edit.split(str(make_shards(tmp_path / "set", n=8)), tmp_path / "parts", ways.by_number(2))
     plan, run = tmp_path / "plan", tmp_path / "run"
     done = hvtrain("slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 2, "--granularity", "module", "--output", plan)
     assert done.returncode == 0, done.stderr

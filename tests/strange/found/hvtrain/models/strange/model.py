@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from hvtrain.models.strange.arch import CHANNELS, PATCH, SIGHT_TOKENS, StrangeArch
 from torch import Tensor, nn
 
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, ModelInput, Tokens
 from hvtrain.models.layers import Mlp, RMSNorm, TimeEmbedder, modulate, plain_norm
 from hvtrain.models.rope import grid_rope, rotate
+from hvtrain.models.strange.arch import CHANNELS, PATCH, SIGHT_TOKENS, StrangeArch
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Strange(DiT):
             lengths={name: lengths[name] for name in self.contexts},
         )
 
-    def head(self, tokens: Tokens) -> Tensor:
+    def to_patches(self, tokens: Tokens) -> Tensor:
         shift, scale = self.head_mod(F.silu(tokens.per_token["time"])).chunk(2, dim=-1)
         return self.head_out(modulate(plain_norm(tokens.img), shift=shift, scale=scale))
 
