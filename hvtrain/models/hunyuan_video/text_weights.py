@@ -19,6 +19,7 @@ from hvtrain.errors import CheckpointError
 from hvtrain.models.identify import count
 from hvtrain.weights.containers import fingerprint
 from hvtrain.weights.float8 import use_matmul
+from hvtrain.weights.keymap import OWN_NAMES
 from hvtrain.weights.source import Source, anchored, check, config_of, shapes_of
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
@@ -45,7 +46,7 @@ def load_llm(
     from transformers import LlamaModel
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    source = anchored(path, "embed_tokens.weight", what="a Llama text encoder")
+    source = anchored(path, {"embed_tokens.weight": OWN_NAMES}, what="a Llama text encoder")
     config = _llama_config(source)
     with torch.device("meta"):
         model = LlamaModel(config)
@@ -62,7 +63,7 @@ def load_llm(
 def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoadedEncoder:
     from transformers import CLIPTextModel
 
-    source = anchored(path, "embeddings.token_embedding.weight", what="a CLIP text encoder")
+    source = anchored(path, {"embeddings.token_embedding.weight": OWN_NAMES}, what="a CLIP text encoder")
     config = _clip_config(source)
     with torch.device("meta"):
         model = CLIPTextModel(config)
