@@ -187,6 +187,7 @@ class Flavor:
     tasks: tuple[str, ...]  # the first is what it is trained on
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
+    given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -257,8 +258,8 @@ class ModelSpec:
     told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ
     columns: tuple[Column, ...] = ()  # its own, besides the common ones
-    # (vae, encoders of its own columns by name, image [3 H W] in [-1, 1], latents' [C T H W]) -> condition fields without
-    # the batch: what a flavor needs beyond a prompt
+    # (vae, encoders of its own columns by name, the given frames [n 3 H W] in [-1, 1] or the only one [3 H W], latents'
+    # [C T H W]) -> condition fields without the batch: what a flavor needs beyond a prompt
     image_conditions: Callable[..., dict[str, Tensor]] | None = None
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list
     tiny: TinyParts | None = None
