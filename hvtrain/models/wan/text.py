@@ -34,9 +34,11 @@ TOKENIZERS = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")  # where it l
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 _QUOTES = {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
-_WIDE = [chr(n) for n in (0x3000, *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB07), 0x132, 0x133)]
-_SAME = str.maketrans(_QUOTES | {c: unicodedata.normalize("NFKC", c) for c in _WIDE})
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]|\x1b\[[\d;]*m")
+_FULL_WIDTH = range(0xFF01, 0xFFF0)
+_LIGATURES = (*range(0xFB00, 0xFB07), 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
+_PLAIN = {chr(n): unicodedata.normalize("NFKC", chr(n)) for n in (0x3000, *_FULL_WIDTH, *_LIGATURES)}
+_SAME = str.maketrans(_QUOTES | _PLAIN | {"\ufb05": "\u017ft", "\u0149": "'n"})
+_CONTROL = re.compile(r"\x1b\[[\d;]*m|[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 
 
 def cleaned(prompt: str) -> str:
