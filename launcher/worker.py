@@ -14,8 +14,8 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     sys.path[:] = [*sys.path[1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from hvtrain import stopping
+from hvtrain.stopping import REQUEUE
 from launcher import cli
-from launcher.exits import REQUEUE
 
 
 def main(arguments: Sequence[str]) -> NoReturn:

@@ -6,7 +6,8 @@ import os
 import stat
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -78,15 +79,18 @@ class ShardSet:
 
     def get(self, index: int, columns: tuple[str, ...] | None = None) -> Sample:
         chunk, key = self.place(index)
-        tensors: dict[str, Tensor] = {}
-        meta: dict[str, Any] = {}
-        for column in columns or self.manifest.columns:
-            values, row = self.tar(chunk, column).sample(key)
-            tensors |= values
-            meta |= row
-        if chunk.caption_dropout is not None:
-            meta["caption_dropout"] = chunk.caption_dropout
-        return Sample(key, tensors, meta)
+        return _joined(chunk, key, [self.tar(chunk, column) for column in columns or self.manifest.columns])
+
+    def walk(self, chunk: Chunk, columns: tuple[str, ...] | None = None) -> Iterator[Sample]:
+        """A chunk's samples as they lie. Of a URL each tar is one request, not one for each sample."""
+        columns = columns or self.manifest.columns
+        with ExitStack() as files:
+            if self.remote:
+                tars = [files.enter_context(self.remote.streamed(self._entry(chunk, column))) for column in columns]
+            else:
+                tars = [self.tar(chunk, column) for column in columns]
+            for key in chunk.keys:
+                yield _joined(chunk, key, tars)
 
     def some(self) -> Sample:
         """A sound sample of the first: one that is damaged is for `data.on_bad_sample` to judge."""
@@ -115,9 +119,7 @@ class ShardSet:
 
     def tar(self, chunk: Chunk, column: str) -> Tar:
         """The tar of a chunk's column; the last ones used stay open."""
-        entry = chunk.tars.get(column)
-        if entry is None:
-            raise self._lacks(chunk, column)
+        entry = self._entry(chunk, column)
         with self._lock:
             if entry.path in self._tars:
                 self._tars.move_to_end(entry.path)
@@ -129,8 +131,10 @@ class ShardSet:
                 self._tars.popitem(last=False)
         return opened
 
-    def _lacks(self, chunk: Chunk, column: str) -> ShardError:
-        return ShardError(f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
+    def _entry(self, chunk: Chunk, column: str) -> TarFile:
+        if column not in chunk.tars:
+            raise ShardError(f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
+        return chunk.tars[column]
 
     def _open(self, entry: TarFile) -> Tar:
         return self.remote.tar(entry) if self.remote else open_local(self.path(entry), entry)
@@ -146,11 +150,10 @@ class ShardSet:
         folders: dict[str, Path] = {}
         for chunk in self.manifest.chunks:
             for column in self.manifest.columns:
-                if column not in chunk.tars:
-                    raise self._lacks(chunk, column)
+                entry = self._entry(chunk, column)
                 try:
                     if not self.remote:
-                        self._check_tar(chunk.tars[column], folders)
+                        self._check_tar(entry, folders)
                 except ShardError as error:
                     faults.append(str(error))
         if faults:
@@ -172,6 +175,19 @@ class ShardSet:
         except OSError as error:
             raise ShardError(f"{path}: cannot be looked at ({error.strerror})") from None
         check_size(path, found.st_size, tar)
+
+
+def _joined(chunk: Chunk, key: str, tars: Sequence[Tar]) -> Sample:
+    """A sample out of its columns' tars."""
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {}
+    for tar in tars:
+        values, row = tar.sample(key)
+        tensors |= values
+        meta |= row
+    if chunk.caption_dropout is not None:
+        meta["caption_dropout"] = chunk.caption_dropout
+    return Sample(key, tensors, meta)
 
 
 def read_bytes(path: Path) -> Tensor:

@@ -23,6 +23,7 @@ from shards.tensors import not_finite, parse
 from shards.writer import CHECKSUM
 
 _MAX_JSON = 1 << 20
+_NEAR = 1 << 16  # bytes between two members that are cheaper to fetch than to ask for twice
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class Tar:
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a sample, after its checksum was compared."""
-        return parse(self._checked(key, None), f"{self.where}: {key}.safetensors")
+        return parse(self._checked(key), f"{self.where}: {key}.safetensors")
 
     def sample(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and meta, for training: NaN and infinity are a ShardError. The JSON is read once."""
-        row = self._row(key)
-        tensors = parse(self._checked(key, row), f"{self.where}: {key}.safetensors")
+        data, text = self._both(key)
+        row = self._row(key, text)
+        tensors = parse(self._checked(key, data, row), f"{self.where}: {key}.safetensors")
         if key not in self._finite:
             for name in not_finite(tensors):
                 raise ShardError(
@@ -64,11 +66,12 @@ class Tar:
 
     def checked(self, key: str) -> memoryview:
         """The bytes of KEY.safetensors; a ShardError if they are not what was written."""
-        return memoryview(self._checked(key, None).numpy())  # type: ignore[arg-type]
+        return memoryview(self._checked(key).numpy())  # type: ignore[arg-type]
 
-    def _checked(self, key: str, row: dict[str, Any] | None) -> Tensor:
+    def _checked(self, key: str, data: Tensor | None = None, row: dict[str, Any] | None = None) -> Tensor:
         name = f"{key}.safetensors"
-        data, member = self._fetch(name), self.members[name]
+        data = self._fetch(name) if data is None else data
+        member = self.members[name]
         if key in self._sound:
             return data
         wanted = member.checksum
@@ -95,14 +98,26 @@ class Tar:
         return memoryview(self._fetch(name).numpy())  # type: ignore[arg-type]
 
     def _fetch(self, name: str) -> Tensor:
-        if name not in self.members:
-            raise ShardError(f"{self.where}: no member {name}; the tar does not fit the manifest, encode it again")
-        member = self.members[name]
+        member = self._member(name)
         return self.fetch(member.offset, member.size)
 
-    def _row(self, key: str) -> dict[str, Any]:
+    def _member(self, name: str) -> Member:
+        if name not in self.members:
+            raise ShardError(f"{self.where}: no member {name}; the tar does not fit the manifest, encode it again")
+        return self.members[name]
+
+    def _both(self, key: str) -> list[Tensor]:
+        """KEY.safetensors and KEY.json: neighbours, so one request of a URL brings both."""
+        pair = [self._member(f"{key}.{kind}") for kind in ("safetensors", "json")]
+        begin, end = min(m.offset for m in pair), max(m.offset + m.size for m in pair)
+        if end - begin > sum(m.size for m in pair) + _NEAR:  # another program wrote them, with others in between
+            return [self.fetch(m.offset, m.size) for m in pair]
+        data = self.fetch(begin, end - begin)
+        return [data[m.offset - begin : m.offset - begin + m.size] for m in pair]
+
+    def _row(self, key: str, text: Tensor | None = None) -> dict[str, Any]:
         try:
-            data = self.bytes(f"{key}.json")
+            data = self.bytes(f"{key}.json") if text is None else memoryview(text.numpy())  # type: ignore[arg-type]
             if len(data) > _MAX_JSON:
                 raise ValueError(f"{len(data)} bytes")
             return parse_row(bytes(data))
@@ -119,7 +134,7 @@ def open_local(path: Path, entry: TarFile | None) -> Tar:
             if entry is not None:
                 check_size(path, size, entry)
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        data = _tensor(content)
+        data = as_tensor(content)
         members = _indexed(path, size, data, entry) or scan(path, size)
     except FileNotFoundError:
         raise missing(path) from None
@@ -133,8 +148,8 @@ def open_local(path: Path, entry: TarFile | None) -> Tar:
     return Tar(where, members, lambda offset, size: data[offset : offset + size])
 
 
-def _tensor(content: mmap.mmap) -> Tensor:
-    # A map that nobody may write to is what we want; the views are documented as such.
+def as_tensor(content: mmap.mmap | bytes) -> Tensor:
+    """uint8 [n], not a copy. What nobody may write to is what we want; the views are documented as such."""
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     return torch.frombuffer(content, dtype=torch.uint8)
 

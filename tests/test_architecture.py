@@ -20,6 +20,8 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = [
     ("hvtrain.errors", 0),
     ("hvtrain.rng", 0),
+    ("hvtrain.registry", 0),
+    ("hvtrain.progress", 0),
     ("hvtrain.stopping", 0),
     ("hvtrain.config", 1),
     ("hvtrain.flow", 2),

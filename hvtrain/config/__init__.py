@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvtrain.config.encode import EncodeConfig
 from hvtrain.config.generate import GenerateConfig, LoraFileConfig
 from hvtrain.config.load import build, dump, load, reference, to_dict
-from hvtrain.config.merge import MergeConfig
+from hvtrain.config.merge import MergeConfig, ReconcileConfig
 from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig, asset
 from hvtrain.config.train import (
     AdapterConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PreviewConfig",
+    "ReconcileConfig",
     "RunSettings",
     "SamplePrompt",
     "TrainConfig",

@@ -92,9 +92,12 @@ def _with_rest(cls: type, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> 
     others = {key: value for key, value in raw.items() if key not in fields}
     if rest is None or not others:
         return raw
-    raw = {key: value for key, value in raw.items() if key in fields}
-    raw[rest] = {**(raw.get(rest) or {}), **others}
-    return raw
+    own = {key: value for key, value in raw.items() if key in fields}
+    given = own.get(rest) or {}
+    given = given.value or {} if isinstance(given, _Given) else given
+    if isinstance(given, Mapping):  # else its own refusal follows
+        own[rest] = {**given, **others}
+    return own
 
 
 def to_dict(config: Any) -> dict[str, Any]:

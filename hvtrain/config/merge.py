@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hvtrain.config.generate import LoraFileConfig
 from hvtrain.config.model import DType
+
+
+@dataclass(frozen=True)
+class ReconcileConfig:
+    """A merger that looks at what each LoRA does to samples of its own data, instead of adding weights up."""
+
+    how: Literal["none", "fit", "distill", "fit+distill"] = "none"
+    """fit: least squares, layer by layer; distill: the LoRAs are trained further, in their own rows, towards what each does
+    alone; fit+distill: one after the other"""
+    samples: tuple[str, ...] = ()
+    """A shard set for each LoRA, in order; none: what its training left beside it (calibration/)"""
+    keep: tuple[str, ...] = ()
+    """Shard sets of what the base knows and the merge must not change ("old words")"""
+    keep_weight: float = 0.5
+    """How much keep counts, against all LoRAs together"""
+    states: int = 48
+    """Noisy clips of each set that the merge is made from, at most: those are left out where its LoRA changes nothing"""
+    held_out: int = 12
+    """Noisy clips of each set that only measure it"""
+    own_states: bool = False
+    """Use the sets' captions only: clips and noise come from what each LoRA itself samples"""
+    ridge: float = 1e-3
+    """For fit: pull towards the plain sum, as a share of the inputs' mean square"""
+    steps: int = 100
+    """For distill: optimizer steps"""
+    lr: float | None = None
+    """For distill: learning rate; null: that of the LoRAs' own training"""
+    batch_size: int = 1
+    """Noisy clips of equal shape that are computed together"""
+    lost: float = 0.5
+    """A LoRA is lost where the merge is so far from it, as a share of the base's distance (0: as it alone; 1: as the base)"""
+    allow_lost: bool = False
+    """Write the merge though a LoRA is lost in it"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +66,8 @@ class MergeConfig:
     """For target lora: cut every layer to this rank; null: ranks add up"""
     on_overlap: str = "error"
     """Where LoRAs change the same rows: error, sum, average, ties, dare, orthogonal or priority (the first given wins)"""
+    reconcile: ReconcileConfig = field(default_factory=ReconcileConfig)
+    """By what each LoRA does to samples of its own data, instead of on_overlap; needs the model, and computes"""
     density: float | None = None
     """For ties and dare: the share of elements that is kept; null: 0.2 and 0.5"""
     seed: int = 0

@@ -45,6 +45,9 @@ class ModelConfig:
     """Flavor of the architecture; null reads it from the DiT file"""
     dit: str | None = None
     """DiT weights: .safetensors, .pt, a sharded index or a directory; null in training starts from scratch"""
+    expert: str | None = None
+    """In training, of a flavor that is made of several DiTs: which one is trained, on its own noise levels; its file is the part
+    that `hvtrain models` names"""
     vae: str | None = None
     """VAE weights: file or diffusers directory"""
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -77,7 +80,8 @@ class ModelConfig:
     def renamed(raw: Mapping) -> Mapping[str, str]:
         """What keys of older configs are called now."""
         name = raw.get("name", ModelConfig.name)
-        return list_of(getattr(name, "value", name)).renamed
+        name = getattr(name, "value", name)
+        return list_of(name).renamed if isinstance(name, str) else {}  # another kind of value is refused soon
 
     def file(self, name: str) -> str | None:
         """A part's path as it is in the config; None: not given."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from hvtrain.errors import ConfigError, suggest
+import hvtrain
+from hvtrain.registry import Registry
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 FILE = "parts.yaml"
 
 
@@ -34,14 +34,14 @@ class PartsList:
 
 
 def folders() -> list[Path]:
-    """Where parts.yaml files are looked for; tests add theirs."""
-    return [MODELS]
+    """Where architectures lie: in this package, and where Python's path has more of it."""
+    return [Path(folder) / "models" for folder in hvtrain.__path__]
 
 
 @cache
 def _lists(where: tuple[Path, ...]) -> dict[str, PartsList]:
     found = {}
-    for path in sorted(path for folder in where for path in folder.glob(f"*/{FILE}")):
+    for path in (path for folder in reversed(where) for path in sorted(folder.glob(f"*/{FILE}"))):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         parts = {name: _part(**part) for name, part in raw["parts"].items()}
         found[raw["name"]] = PartsList(parts, raw.get("renamed", {}))
@@ -54,10 +54,7 @@ def _part(about: str, makes: Sequence[str] = (), optional: bool = False, flavors
 
 def list_of(model: str) -> PartsList:
     """Raises ConfigError for a model that is not there."""
-    lists = _lists(tuple(folders()))
-    if model not in lists:
-        raise ConfigError(f"model.name: no model '{model}'; {suggest(model, lists)}")
-    return lists[model]
+    return Registry("model", _lists(tuple(folders()))).find(model, key="model.name")
 
 
 def parts_of(model: str) -> Mapping[str, Part]:

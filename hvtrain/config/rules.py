@@ -51,10 +51,10 @@ def _check_ranges(cfg: TrainConfig) -> None:
             raise ConfigError(f"{key} is {value}, expected more than 0")
     for key, value in {
         "optim.lr": optim.lr, "optim.eps": optim.eps, "optim.weight_decay": optim.weight_decay,
-        "optim.max_grad_norm": optim.max_grad_norm, "run.save_every_steps": run.save_every_steps,
+        "optim.max_grad_norm": optim.max_grad_norm, "run.save_every_steps": run.save_every_steps or 0,
         "run.save_every_epochs": run.save_every_epochs, "run.keep_last": run.keep_last,
         "run.blocks_to_swap": run.blocks_to_swap, "run.hang_timeout_s": run.hang_timeout_s,
-        "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers,
+        "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
     }.items():
         if not value >= 0:
@@ -70,7 +70,7 @@ def _check_subject(cfg: TrainConfig) -> None:
     """What is trained, and in which precision."""
     model, adapter = cfg.model, cfg.adapter
     _files(model)
-    if adapter.type != "none" and model.dit is None:
+    if adapter.type != "none" and model.dit is None and model.expert is None:
         raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
     if adapter.type == "none" and model.dit is None and model.flavor is None:
         raise ConfigError("model.flavor: training from scratch (model.dit: null) needs the flavor to build")

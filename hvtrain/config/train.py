@@ -19,11 +19,13 @@ class DataConfig:
     workers: int = 1
     """Threads or processes that read ahead; 0 reads when asked"""
     worker_type: Literal["thread", "process"] = "thread"
-    """process: for URLs whose client holds Python's lock; local tars are as fast with threads"""
+    """process: for URLs whose client holds Python's lock; local tars are faster with threads"""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    calibration: int = 64
+    """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
     """Train on shards that, by their fingerprints, another VAE or text encoder made than model.vae, model.llm and model.clip, or
     several did"""
@@ -33,8 +35,9 @@ class DataConfig:
 class AdapterConfig:
     """What is trained."""
 
-    type: Literal["lora", "loraid", "none"] = "lora"
-    """lora; loraid: a LoRA that owns one slice of a plan; none: every weight of the DiT (full fine-tune)"""
+    type: str = "lora"
+    """lora; loha: the product of two low-rank matrices, element by element; loraid: a LoRA that owns one slice of a plan; none:
+    every weight of the DiT (full fine-tune)"""
     rank: int = 32
     """Rank of each pair"""
     alpha: float = 32.0
@@ -146,8 +149,9 @@ class RunSettings:
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
     ema_decay: float = 0.0
     """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
-    save_every_steps: int = 0
-    """Checkpoint every so many steps; the last step is always saved"""
+    save_every_steps: int | None = None
+    """Checkpoint every so many steps; the last step is always saved. null: 250 for an adapter without save_every_epochs, else 0;
+    0: none before the last, unless asked for"""
     save_every_epochs: float = 0.0
     """Checkpoint every so many epochs"""
     keep_last: int = 2

@@ -9,32 +9,37 @@ from fractions import Fraction
 import numpy as np
 
 from hvtrain.errors import DataError
+from hvtrain.registry import Registry
 
-EXTRACTIONS: dict[str, Callable[[int, int, FrameRule], list[int]]] = {}
+EXTRACTIONS: Registry[Callable[[int, int, FrameRule], list[int]]] = Registry("extraction")
 
 
 @dataclass(frozen=True)
 class FrameRule:
     """A video dataset's frame settings."""
 
+    per_latent: int  # frames of each latent frame but the first, which spans one
     target_frames: tuple[int, ...] = (1,)
     extraction: str = "head"
     stride: int = 1
     sample: int = 1
-    max_frames: int = 129
+    max_frames: int = 1
+
+    @property
+    def targets(self) -> list[int]:
+        """Sorted, without repetitions, each cut to whole latent frames."""
+        return sorted({self._whole(t) for t in self.target_frames})
 
     def windows(self, n: int) -> list[tuple[int, int]]:
         """(start, length) of each sample of a clip of n frames."""
         if self.extraction == "full":
-            length = _whole(min(n, self.max_frames))
+            length = self._whole(min(n, self.max_frames))
             return [(0, length)] if length >= 1 else []
         starts = EXTRACTIONS[self.extraction]
-        return [(start, t) for t in normalised(self.target_frames) if n >= t for start in starts(n, t, self)]
+        return [(start, t) for t in self.targets if n >= t for start in starts(n, t, self)]
 
-
-def normalised(targets: tuple[int, ...]) -> list[int]:
-    """Sorted, without repetitions, each cut to 4n + 1."""
-    return sorted({_whole(t) for t in targets})
+    def _whole(self, frames: int) -> int:
+        return (frames - 1) // self.per_latent * self.per_latent + 1
 
 
 def kept_frames(n: int, *, source_fps: float | None, target_fps: float) -> list[int]:
@@ -78,36 +83,24 @@ def shown_frames(times: Sequence[float], *, source_fps: float | None, target_fps
     return [int(i) for i in begun - 1]
 
 
-def _whole(frames: int) -> int:
-    return (frames - 1) // 4 * 4 + 1
-
-
-def _extraction(name: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        EXTRACTIONS[name] = function
-        return function
-
-    return register
-
-
-@_extraction("head")
+@EXTRACTIONS.add("head")
 def _head(n: int, t: int, rule: FrameRule) -> list[int]:
     return [0]
 
 
-@_extraction("chunk")
+@EXTRACTIONS.add("chunk")
 def _chunk(n: int, t: int, rule: FrameRule) -> list[int]:
     """Side by side."""
     return list(range(0, n - t + 1, t))
 
 
-@_extraction("slide")
+@EXTRACTIONS.add("slide")
 def _slide(n: int, t: int, rule: FrameRule) -> list[int]:
     """Every `frame_stride` frames."""
     return list(range(0, n - t + 1, rule.stride))
 
 
-@_extraction("uniform")
+@EXTRACTIONS.add("uniform")
 def _uniform(n: int, t: int, rule: FrameRule) -> list[int]:
     """`frame_sample` of them, evenly spread; one is the head."""
     if rule.sample == 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from hvtrain.config import GenerateConfig, ModelConfig, ParallelConfig, TrainConfig, asset
+from hvtrain.adapters.attach import add_adapter
+from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
 from hvtrain.errors import ConfigError
 from hvtrain.fit.memory import Budget, Layout, budget
 from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
@@ -17,16 +19,27 @@ from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import SlicePlan, load_plan
-from hvtrain.train.setup import add_adapter
+from hvtrain.train.setup import part_of
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """A model that is only talked about."""
 
     spec: ModelSpec
     flavor: Flavor
+
+
+@dataclass(frozen=True)
+class Training:
+    """The sections of a training config that decide memory."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    parallel: ParallelConfig
+    zero: ZeroConfig
+    run: RunSettings
 
 
 @dataclass(frozen=True)
@@ -38,13 +51,17 @@ class Estimate:
     n_tokens: int  # image tokens of one sample
 
 
-def subject(model: ModelConfig) -> Subject:
-    """The flavor that a config means; of the weights only the header is read, if there are any."""
-    if model.dit is not None:
-        found = identify(asset(model.dit), model=model.name, flavor=model.flavor)
-        return Subject(found.spec, found.flavor)
+def candidate(model: ModelConfig) -> Candidate:
+    """The flavor that a config means; of the weights only the headers are read, if there are any. Of several experts the one
+    that is named, which is trained, else the largest: one is resident at a time."""
     spec = find(model.name)
-    return Subject(spec, spec.flavor(model.flavor) if model.flavor else next(iter(spec.flavors.values())))
+    parts = {part_of(model)} if model.expert else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
+    paths = [path for part in sorted(parts) if (path := model.file(part))]
+    if not paths:
+        return Candidate(spec, spec.flavor(model.flavor))
+    found = [identify(asset(path), model=model.name, flavor=model.flavor) for path in paths]
+    largest = max(found, key=lambda one: sum(map(math.prod, one.shapes.values())))
+    return Candidate(largest.spec, largest.flavor)
 
 
 def degrees(heads: int, gpus: int) -> list[tuple[int, int]]:
@@ -52,16 +69,12 @@ def degrees(heads: int, gpus: int) -> list[tuple[int, int]]:
     return [(u, gpus // u) for u in range(gpus, 0, -1) if gpus % u == 0 and heads % u == 0]
 
 
-def of_training(cfg: TrainConfig, about: Subject, shape: Shape, gpus: int) -> Estimate:
+def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Estimate:
     """One rank of `gpus`, on CUDA, where a full fine-tune's gradients are reduced while the backward goes on."""
     with simulated(world=gpus, ulysses=cfg.parallel.ulysses, ring=cfg.parallel.ring) as ctx:
         model = _build(cfg, about)
-        stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
-        layout = Layout(
-            cfg.zero.engine, cfg.zero.stage, cfg.zero.offload_optimizer != "none", cfg.zero.offload_param != "none", gpus,
-            cfg.zero.bucket_mb, overlap=cfg.adapter.type == "none",
-            freed_by_swap=0 if stage3 else _freed(model, cfg.run.blocks_to_swap),
-        )
+        freed = 0 if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3 else _freed(model, cfg.run.blocks_to_swap)
+        layout = Layout(cfg.zero, gpus, overlap=cfg.adapter.type == "none", freed_by_swap=freed)
         trace = trace_step(
             model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
             autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients,
@@ -69,7 +82,7 @@ def of_training(cfg: TrainConfig, about: Subject, shape: Shape, gpus: int) -> Es
         return Estimate(budget(byte_counts(model), trace, layout), trace.flops, _n_tokens(about, shape))
 
 
-def swap_for(cfg: TrainConfig, about: Subject, excess: int) -> int | None:
+def swap_for(cfg: Training, about: Candidate, excess: int) -> int | None:
     """The fewest blocks whose swap frees `excess` bytes more than the config's own does; None if none do."""
     with simulated(world=1, ulysses=1, ring=1):
         model = _build(cfg, about)
@@ -84,7 +97,7 @@ def swap_for(cfg: TrainConfig, about: Subject, excess: int) -> int | None:
 
 
 def of_sampling(
-    model: ModelConfig, parallel: ParallelConfig, about: Subject, shape: Shape, gpus: int, *, blocks_to_swap: int = 0
+    model: ModelConfig, parallel: ParallelConfig, about: Candidate, shape: Shape, gpus: int, *, blocks_to_swap: int = 0
 ) -> Estimate:
     """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
@@ -96,27 +109,21 @@ def of_sampling(
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
 
 
-def shape_of(flavor: Flavor, *, width: int | None, height: int | None, frames: int | None, batch: int = 1) -> Shape:
+def shape_of(
+    flavor: Flavor, *, width: int | None = None, height: int | None = None, frames: int | None = None, batch: int = 1
+) -> Shape:
+    """Of the flavor's own size where none is given. Raises ConfigError for one that its latents cannot hold."""
+    flavor.latent.check_size(width=width, height=height, frames=frames)
     d = flavor.defaults
     return Shape(batch, frames or d.frames, height or d.height, width or d.width)
 
 
-def parallel_of(cfg: TrainConfig | GenerateConfig, gpus: int) -> tuple[int, int]:
-    p = cfg.parallel
-    if gpus % (p.ulysses * p.ring):
-        raise ConfigError(
-            f"parallel: ulysses {p.ulysses} x ring {p.ring} does not divide {gpus} GPU(s); "
-            f"give --gpus a multiple of {p.ulysses * p.ring}"
-        )
-    return p.ulysses, p.ring
-
-
-def _n_tokens(about: Subject, shape: Shape) -> int:
+def _n_tokens(about: Candidate, shape: Shape) -> int:
     latent = about.flavor.latent
     return latent.n_tokens(latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
 
 
-def _empty(about: Subject, dtype: torch.dtype) -> DiT:
+def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -125,16 +132,16 @@ def _empty(about: Subject, dtype: torch.dtype) -> DiT:
         torch.set_default_dtype(before)
 
 
-def _build(cfg: TrainConfig, about: Subject) -> DiT:
+def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
         return _empty(about, torch.float32).train()
     model = _empty(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
-    add_adapter(model, about.spec, replace(cfg, adapter=replace(cfg.adapter, init_from=None)), _plan(cfg))
+    add_adapter(model, about.spec, replace(cfg.adapter, init_from=None), _plan(cfg), seed=cfg.run.seed)
     return model.train()
 
 
-def _plan(cfg: TrainConfig) -> SlicePlan | None:
+def _plan(cfg: Training) -> SlicePlan | None:
     if cfg.adapter.type != "loraid":
         return None
     if cfg.adapter.plan is None:

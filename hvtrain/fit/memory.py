@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from hvtrain.config import ZeroConfig
 from hvtrain.fit.trace import Trace
 
 STATE_BYTES = 8  # Adam's two moments in fp32, per trained value
@@ -16,21 +17,17 @@ _TORCH_BUCKET = 1 << 26
 
 @dataclass(frozen=True)
 class Layout:
-    """What of a config decides memory, besides the step itself."""
+    """What decides memory, besides the step itself."""
 
-    engine: str = "deepspeed"
-    stage: int = 2
-    offload_optimizer: bool = False
-    offload_param: bool = False
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     world: int = 1
-    bucket_mb: float | None = None
     overlap: bool = True  # DeepSpeed on CUDA reduces a full fine-tune's gradients in the backward, from two buckets
     freed_by_swap: int = 0
 
     @property
     def keeps_gradients(self) -> bool:
         """Whether all gradients stay until the step; ZeRO 2 and 3 reduce and drop them as they come."""
-        return self.engine == "torch" or self.stage < 2
+        return self.zero.engine == "torch" or self.zero.stage < 2
 
 
 @dataclass(frozen=True)
@@ -55,29 +52,27 @@ def budget(counts: Mapping[str, int], trace: Trace, layout: Layout) -> Budget:
     if n == 0:
         return Budget(frozen, 0, 0, trace.peak_bytes, 0, frozen + trace.peak_bytes)
     activations = trace.peak_bytes - trace.gradient_bytes
-    if layout.engine == "torch" or layout.stage == 0:
+    if layout.zero.engine == "torch" or layout.zero.stage == 0:
         weights, gradients, optimizer = frozen + trained, 4 * n, STATE_BYTES * n
-        reduced = 4 * min(n, _TORCH_BUCKET if layout.engine == "torch" else n) if layout.world > 1 else 0
-        buffers = reduced
-        peak = max(trace.peak_bytes, gradients + reduced)
+        buffers = 4 * min(n, _TORCH_BUCKET if layout.zero.engine == "torch" else n) if layout.world > 1 else 0
+        peak = max(trace.peak_bytes, gradients + buffers)
         return Budget(weights, gradients, optimizer, activations, buffers, weights + optimizer + peak)
     return _sharded(n, trained, frozen, activations, trace, layout)
 
 
 def _sharded(n: int, trained: int, frozen: int, activations: int, trace: Trace, layout: Layout) -> Budget:
     """ZeRO 1 to 3: an fp32 copy and the moments of this rank's part, and what is in flight."""
-    part = -(-n // layout.world)
-    largest = _BUCKET if layout.bucket_mb is None else int(layout.bucket_mb * 2**18)
-    bucket = 4 * min(n, largest)
-    optimizer = 0 if layout.offload_optimizer else (4 + STATE_BYTES) * part
-    gradients = 4 * n if layout.keeps_gradients else (0 if layout.offload_optimizer else 4 * part)
+    zero, part = layout.zero, -(-n // layout.world)
+    bucket = 4 * min(n, _BUCKET if zero.bucket_mb is None else int(zero.bucket_mb * 2**18))
+    own = 0 if zero.offload_optimizer != "none" else 4 * part  # this rank's gradients, flat
+    optimizer = 0 if zero.offload_optimizer != "none" else (4 + STATE_BYTES) * part
+    gradients = 4 * n if layout.keeps_gradients else own
     buffers = bucket * (2 if layout.overlap else 1)
     weights = frozen + trained
-    if layout.stage == 3:
-        whole = weights
-        size = max(1, whole // max(1, n)) if not frozen else 2
-        held = 0 if layout.offload_param else -(-whole // layout.world)
-        weights = held + min(whole, (_LIVE + _PREFETCH) * size)
-    in_step = gradients + (0 if layout.offload_optimizer else 4 * part)  # this rank's gradients once more, flat
+    if zero.stage == 3:
+        size = max(1, weights // max(1, n)) if not frozen else 2
+        held = 0 if zero.offload_param != "none" else -(-weights // layout.world)
+        weights = held + min(weights, (_LIVE + _PREFETCH) * size)
+    in_step = gradients + own  # once more
     in_backward = trace.peak_bytes + buffers + (0 if layout.keeps_gradients else gradients)
     return Budget(weights, gradients, optimizer, activations, buffers, weights + optimizer + max(in_step, in_backward))

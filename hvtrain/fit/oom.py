@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from hvtrain.config import TrainConfig, dump, load
+from hvtrain.config import TrainConfig, load
 from hvtrain.errors import HvtrainError
 from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext, without_job
@@ -25,11 +25,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explained(
-    error: BaseException, cfg: TrainConfig, ctx: ParallelContext, flavor: Flavor | None, latents: Sequence[int]
+    error: BaseException, config: str, ctx: ParallelContext, flavor: Flavor | None, latents: Sequence[int]
 ) -> HvtrainError:
-    """The error to raise instead. `latents`: the shape [B C T H W] of the batch at hand, empty if there was none yet.
+    """The error to raise instead. `config`: the training's, as YAML; `latents`: the shape [B C T H W] of the batch at hand, empty
+    if there was none yet.
 
-    The plan is made by a process of its own: this one has no memory left, and its process groups are real.
+    The search is made by a process of its own: this one has no memory left, and its process groups are real.
     """
     memory = _total(ctx)
     size = "0x0x0"
@@ -39,7 +40,7 @@ def explained(
         size = f"{latents[4] * geometry.stride_w}x{latents[3] * geometry.stride_h}x{frames}"
     with TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
-        path.write_text(dump(cfg))
+        path.write_text(config)
         command = [sys.executable, "-c", _PROGRAM, str(path), str(ctx.world), str(memory / 2**30), size]
         try:
             done = subprocess.run(command, env=without_job(), capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -52,7 +53,7 @@ def explained(
 
 
 def main(config: str, gpus: str, memory_gib: str, size: str) -> None:
-    """In the process that plans."""
+    """In the process that searches."""
     from hvtrain.fit.run import Asked, advice
 
     width, height, frames = (int(n) or None for n in size.split("x"))

@@ -13,16 +13,17 @@ from rich.table import Table
 from hvtrain.config import GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvtrain.errors import ConfigError
 from hvtrain.fit.estimate import (
+    Candidate,
     Estimate,
-    Subject,
+    Training,
+    candidate,
     degrees,
     of_sampling,
     of_training,
-    parallel_of,
     shape_of,
-    subject,
 )
 from hvtrain.fit.search import USABLE, fits, nearest
+from hvtrain.fit.trace import Shape
 
 GIB = 2**30
 DEFAULT_MEMORY_GIB = 80.0
@@ -41,24 +42,27 @@ class Asked:
 
 
 def training(cfg: TrainConfig, asked: Asked) -> str:
-    about = subject(cfg.model)
-    shape = shape_of(about.flavor, width=asked.width, height=asked.height, frames=asked.frames, batch=cfg.data.batch_size)
-    memory = memory_bytes(asked)
+    about, sections = candidate(cfg.model), _sections(cfg)
+    shape = _shape(about, asked, batch=cfg.data.batch_size)
+    memory, own = memory_bytes(asked), cfg.parallel.ulysses * cfg.parallel.ring
     lines: list[str] = []
     for gpus in asked.gpus:
-        parallel_of(cfg, gpus)
-        given = of_training(cfg, about, shape, gpus)
-        if not lines:
-            lines += _head(about, shape.width, shape.height, shape.frames, given)
+        if gpus % own:
+            raise ConfigError(
+                f"parallel: ulysses {cfg.parallel.ulysses} x ring {cfg.parallel.ring} does not divide {gpus} GPU(s); "
+                f"give --gpus a multiple of {own}"
+            )
+        given = of_training(sections, about, shape, gpus)
+        lines += [] if lines else [_head(about, shape, given)]
         lines.append(f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB: {_legal(about, gpus)}")
         lines.append(_budget_table({"as configured": given}))
         per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
-        n_samples = gpus // _sp(cfg) * shape.batch * cfg.run.grad_accum
+        n_samples = gpus // own * shape.batch * cfg.run.grad_accum
         lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs")
         if fits(given, memory):
             lines.append(f"fits: {given.budget.total / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable")
             continue
-        found = nearest(cfg, about, shape, gpus, memory)
+        found = nearest(sections, about, shape, gpus, memory)
         if found is None:
             lines.append("does not fit, and no setting makes it fit: use more or larger GPUs, fewer frames or a smaller picture")
             continue
@@ -68,11 +72,8 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
 
 
 def sampling(cfg: GenerateConfig, asked: Asked) -> str:
-    about = subject(cfg.model)
-    shape = shape_of(
-        about.flavor, width=asked.width or cfg.width, height=asked.height or cfg.height, frames=asked.frames or cfg.frames,
-        batch=cfg.batch_size,
-    )
+    about = candidate(cfg.model)
+    shape = _shape(about, asked, width=cfg.width, height=cfg.height, frames=cfg.frames, batch=cfg.batch_size)
     memory = memory_bytes(asked)
     lines: list[str] = []
     for gpus in asked.gpus:
@@ -83,8 +84,7 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
             for u, r in degrees(about.flavor.n_heads, gpus)
         }
         first = next(iter(found.values()))
-        if not lines:
-            lines += _head(about, shape.width, shape.height, shape.frames, first)
+        lines += [] if lines else [_head(about, shape, first)]
         lines += [f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB", _budget_table(found)]
         verdict = "fits" if fits(first, memory) else "does not fit: more GPUs, model.quantize=fp8_scaled or blocks_to_swap"
         lines.append(f"{first.flops / 1e12:,.0f} TFLOP a GPU and sampling step; {verdict}")
@@ -92,13 +92,15 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
 
 
 def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpus: Sequence[int] = GPUS) -> str:
-    """Every size that the model's authors list on every number of GPUs: what one GPU holds and computes for a sampling step."""
-    about = subject(model)
+    """Every size that the model's authors list and the flavor's latents can hold, on every number of GPUs: what one GPU holds and
+    computes for a sampling step."""
+    about = candidate(model)
+    tall, wide = about.flavor.latent.unit
     frames = about.flavor.defaults.frames
     table = Table(title=f"{about.spec.name} {about.flavor.name}, {frames} frames, {model.dtype}: one sampling step")
     for name in ("width x height", "tokens", "GPUs", "ulysses x ring", "GiB a GPU", "TFLOP a GPU"):
         table.add_column(name, justify="left" if name == "width x height" else "right")
-    for width, height in sizes or about.spec.sizes:
+    for width, height in [(w, h) for w, h in sizes or about.spec.sizes if w % wide == h % tall == 0]:
         shape = shape_of(about.flavor, width=width, height=height, frames=frames)
         for n in gpus:
             legal = degrees(about.flavor.n_heads, n)
@@ -120,27 +122,38 @@ def memory_bytes(asked: Asked) -> int:
 
 def advice(cfg: TrainConfig, asked: Asked) -> str:
     """One line for a run that went out of memory: the nearest config whose prediction fits."""
-    about = subject(cfg.model)
-    shape = shape_of(about.flavor, width=asked.width, height=asked.height, frames=asked.frames, batch=cfg.data.batch_size)
-    found = nearest(cfg, about, shape, asked.gpus[0], memory_bytes(asked))
+    about = candidate(cfg.model)
+    shape = _shape(about, asked, batch=cfg.data.batch_size)
+    found = nearest(_sections(cfg), about, shape, asked.gpus[0], memory_bytes(asked))
     if found is None:
         return "no setting makes it fit: use more or larger GPUs, or smaller clips"
     if not found.changes:
         total = found.estimate.budget.total / GIB
-        return f"the plan says that {total:.1f} GiB would do, so something else uses this GPU, or try run.recompute=offload"
+        return f"`hvtrain fit` says that {total:.1f} GiB would do, so something else uses this GPU, or try run.recompute=offload"
     return f"what would fit: {' '.join(found.changes)} ({found.estimate.budget.total / GIB:.1f} GiB a GPU)"
 
 
-def _sp(cfg: TrainConfig) -> int:
-    return cfg.parallel.ulysses * cfg.parallel.ring
+def _sections(cfg: TrainConfig) -> Training:
+    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run)
 
 
-def _head(about: Subject, width: int, height: int, frames: int, found: Estimate) -> list[str]:
-    what = f"{about.spec.name} {about.flavor.name}, {width} x {height} x {frames} frames"
-    return [f"{what}: {found.n_tokens:,} image tokens and 256 of text"]
+def _shape(about: Candidate, asked: Asked, *, batch: int, **own: int | None) -> Shape:
+    """`own`: of the config, where --size does not say."""
+    try:
+        shape_of(about.flavor, width=asked.width, height=asked.height, frames=asked.frames)
+    except ConfigError as error:
+        raise ConfigError(f"--size: {error}") from None
+    size = {name: getattr(asked, name) or own.get(name) for name in ("width", "height", "frames")}
+    return shape_of(about.flavor, batch=batch, **size)
 
 
-def _legal(about: Subject, gpus: int) -> str:
+def _head(about: Candidate, shape: Shape, found: Estimate) -> str:
+    text = " + ".join(str(field.longest) for field in about.flavor.cond if field.ragged and field.longest)
+    what = f"{about.spec.name} {about.flavor.name}, {shape.width} x {shape.height} x {shape.frames} frames"
+    return f"{what}: {found.n_tokens:,} image tokens" + (f" and {text} of text" if text else "")
+
+
+def _legal(about: Candidate, gpus: int) -> str:
     heads = about.flavor.n_heads
     found = [f"{size}: {_pairs(degrees(heads, size))}" for size in range(1, gpus + 1) if gpus % size == 0]
     return f"legal ulysses x ring by GPUs a sample ({heads} heads): " + "; ".join(found)

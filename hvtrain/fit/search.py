@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
-from hvtrain.config import TrainConfig
-from hvtrain.fit.estimate import Estimate, Subject, degrees, of_training, swap_for
+from hvtrain.fit.estimate import Candidate, Estimate, Training, degrees, of_training, swap_for
 from hvtrain.fit.trace import Shape
 
 USABLE = 0.94  # of a GPU's memory; the rest is the CUDA context, the allocator's gaps and the kernels' own
@@ -21,7 +20,7 @@ class Fit:
     estimate: Estimate
 
 
-def nearest(cfg: TrainConfig, about: Subject, shape: Shape, gpus: int, memory: int) -> Fit | None:
+def nearest(cfg: Training, about: Candidate, shape: Shape, gpus: int, memory: int) -> Fit | None:
     """The first that fits into `memory` bytes a GPU, the given config itself included; None if nothing does."""
     changes: tuple[str, ...] = ()
     estimate = of_training(cfg, about, shape, gpus)
@@ -37,39 +36,44 @@ def nearest(cfg: TrainConfig, about: Subject, shape: Shape, gpus: int, memory: i
     blocks = swap_for(cfg, about, estimate.budget.total - int(USABLE * memory))
     if blocks is None:
         return None
-    cfg = replace(cfg, run=replace(cfg.run, blocks_to_swap=blocks))
-    return Fit((*changes, f"run.blocks_to_swap={blocks}"), of_training(cfg, about, shape, gpus))
+    change, cfg = _change(cfg, "run", blocks_to_swap=blocks)
+    return Fit((*changes, *change), of_training(cfg, about, shape, gpus))
 
 
 def fits(estimate: Estimate, memory: int) -> bool:
     return estimate.budget.total <= USABLE * memory
 
 
-def _ladder(cfg: TrainConfig, about: Subject, gpus: int) -> Iterator[tuple[tuple[str, ...], TrainConfig]]:
+def _change(cfg: Training, section: str, **values: Any) -> tuple[tuple[str, ...], Training]:
+    """As overrides, and made."""
+    changed = replace(getattr(cfg, section), **values)
+    return tuple(f"{section}.{key}={value}" for key, value in values.items()), replace(cfg, **{section: changed})
+
+
+def _ladder(cfg: Training, about: Candidate, gpus: int) -> Iterator[tuple[tuple[str, ...], Training]]:
     """Each step keeps those before it."""
-    policies: list[Literal["none", "selective", "full"]] = ["none", "selective", "full"]
+
+    def step(section: str, **values: Any) -> tuple[tuple[str, ...], Training]:
+        nonlocal cfg
+        change, cfg = _change(cfg, section, **values)
+        return change, cfg
+
+    policies = ["none", "selective", "full"]
     if cfg.run.recompute in policies:
         for policy in policies[policies.index(cfg.run.recompute) + 1 :]:
-            cfg = replace(cfg, run=replace(cfg.run, recompute=policy))
-            yield (f"run.recompute={policy}",), cfg
-    whole = cfg.adapter.type == "none"
-    if whole and gpus > 1 and cfg.zero.engine == "deepspeed" and cfg.zero.stage < 3:
-        cfg = replace(cfg, zero=replace(cfg.zero, stage=3))
-        yield ("zero.stage=3",), cfg
+            yield step("run", recompute=policy)
+    whole, sharded = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed"
+    if whole and gpus > 1 and sharded and cfg.zero.stage < 3:
+        yield step("zero", stage=3)
     own = cfg.parallel.ulysses * cfg.parallel.ring
     for size in [n for n in range(own + 1, gpus + 1) if gpus % n == 0]:
         ulysses, ring = degrees(about.flavor.n_heads, size)[0]
-        cfg = replace(cfg, parallel=replace(cfg.parallel, ulysses=ulysses, ring=ring))
-        yield (f"parallel.ulysses={ulysses}", f"parallel.ring={ring}"), cfg
-    if whole and cfg.zero.engine == "deepspeed" and cfg.zero.stage > 0 and cfg.zero.offload_optimizer == "none":
-        cfg = replace(cfg, zero=replace(cfg.zero, offload_optimizer="cpu"))
-        yield ("zero.offload_optimizer=cpu",), cfg
+        yield step("parallel", ulysses=ulysses, ring=ring)
+    if whole and sharded and cfg.zero.stage > 0 and cfg.zero.offload_optimizer == "none":
+        yield step("zero", offload_optimizer="cpu")
     if cfg.run.recompute != "offload":
-        cfg = replace(cfg, run=replace(cfg.run, recompute="offload"))
-        yield ("run.recompute=offload",), cfg
+        yield step("run", recompute="offload")
     if whole and cfg.zero.stage == 3 and cfg.zero.offload_param == "none":
-        cfg = replace(cfg, zero=replace(cfg.zero, offload_param="cpu"))
-        yield ("zero.offload_param=cpu",), cfg
+        yield step("zero", offload_param="cpu")
     if not whole and cfg.model.quantize == "none" and cfg.zero.stage < 3:
-        cfg = replace(cfg, model=replace(cfg.model, quantize="fp8_scaled"))
-        yield ("model.quantize=fp8_scaled",), cfg
+        yield step("model", quantize="fp8_scaled")

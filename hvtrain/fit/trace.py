@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 from hvtrain.models import attention, precision
 from hvtrain.models.conditions import example
-from hvtrain.models.dit import DiT, ModelInput, Tokens
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.kernels import Grads, Kernel, Partial
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown, start_simulated
 from hvtrain.parallel.hostcopy import HostCopies
-from hvtrain.parallel.recompute import Offload
+from hvtrain.parallel.recompute import Offload, RunBlock
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Shape:
     width: int
 
 
-class Meter(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end."""
+class Ledger(TorchDispatchMode):
+    """Follows every storage from the operation that makes it to its end. (torch's MemTracker refuses a model with frozen weights,
+    in 2.13 at least, and cannot leave out what lies in host memory.)"""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,6 +99,9 @@ class Meter(TorchDispatchMode):
             self.live -= entry[1]
 
 
+FEW = 2
+
+
 def trace_step(
     model: DiT, inp: ModelInput, *, ctx: ParallelContext, recompute: str = "none", autocast: bool = True,
     training: bool = True, keep_gradients: bool = True,
@@ -106,26 +110,31 @@ def trace_step(
 
     Of equal blocks only a few are run: what one more costs is known from the difference.
     """
-    kinds = _kinds(model)
-    few = [min(len(blocks), FEW) for blocks in kinds]
 
     def run(counts: list[int]) -> Trace:
         chosen = {id(b) for blocks, n in zip(kinds, counts, strict=True) for b in blocks[:n]}
-        return _run(model, inp, chosen, ctx, recompute, autocast, training, keep_gradients)
+        model.zero_grad()
+        meter = Ledger(model)
+        parallelize(model, replace(ctx, rank=1), kernel=_kernel(meter), recompute=recompute, training=training)
+        model.run_block = _only(chosen, Offload(HostCopies(made=meter.leave_out)) if recompute == "offload" else model.run_block)
+        hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
+        with meter, torch.set_grad_enabled(training):
+            with precision.autocast("cpu", enabled=autocast):
+                velocity = model(inp)
+            if training:
+                velocity.float().square().mean().backward()
+        for hook in hooks:
+            hook.remove()
+        return Trace(meter.peak, meter.grads_at_peak, meter.flops)
 
-    base = run(few)
-    peak, grads, flops = base.peak_bytes, base.gradient_bytes, base.flops
+    kinds = _kinds(model)
+    few = [min(len(blocks), FEW) for blocks in kinds]
+    base = total = run(few)
     for i, blocks in enumerate(kinds):
-        if len(blocks) > few[i]:
+        if times := len(blocks) - few[i]:
             more = run([n + (i == j) for j, n in enumerate(few)])
-            times = len(blocks) - few[i]
-            peak += times * (more.peak_bytes - base.peak_bytes)
-            grads += times * (more.gradient_bytes - base.gradient_bytes)
-            flops += times * (more.flops - base.flops)
-    return Trace(peak, grads, flops)
-
-
-FEW = 2
+            total = Trace(*(t + times * (m - b) for t, m, b in zip(astuple(total), astuple(more), astuple(base), strict=True)))
+    return total
 
 
 def _kinds(model: DiT) -> list[list[nn.Module]]:
@@ -137,31 +146,8 @@ def _kinds(model: DiT) -> list[list[nn.Module]]:
     return list(kinds.values())
 
 
-def _run(
-    model: DiT, inp: ModelInput, chosen: set[int], ctx: ParallelContext, recompute: str, autocast: bool, training: bool,
-    keep_gradients: bool,
-) -> Trace:
-    for p in model.parameters():
-        p.grad = None
-    meter = Meter(model)
-    parallelize(model, replace(ctx, rank=1), kernel=_kernel(meter), recompute=recompute, training=training)
-    run_block = model.run_block
-    if isinstance(run_block, Offload):
-        run_block = Offload(HostCopies(made=meter.leave_out))
-
-    def run_chosen(block: nn.Module, tokens: Tokens) -> Tokens:
-        return run_block(block, tokens) if id(block) in chosen else tokens
-
-    model.run_block = run_chosen
-    hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
-    with meter, torch.set_grad_enabled(training):
-        with precision.autocast("cpu", enabled=autocast):
-            velocity = model(inp)
-        if training:
-            velocity.float().square().mean().backward()
-    for hook in hooks:
-        hook.remove()
-    return Trace(meter.peak, meter.grads_at_peak, meter.flops)
+def _only(chosen: set[int], run_block: RunBlock) -> RunBlock:
+    return lambda block, tokens: run_block(block, tokens) if id(block) in chosen else tokens
 
 
 def _drop(p: Tensor) -> None:
@@ -187,7 +173,7 @@ def simulated(*, world: int, ulysses: int, ring: int) -> Iterator[ParallelContex
         shutdown()
 
 
-def _kernel(meter: Meter) -> Kernel:
+def _kernel(meter: Ledger) -> Kernel:
     """Attention as a flash kernel allocates it: output and log-sum-exp forward, the three gradients backward."""
 
     def some(q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -205,7 +191,7 @@ def _kernel(meter: Meter) -> Kernel:
             q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         return attention.Recalled.apply(q, k, v, kernel)
 
-    kernel = Kernel("plan", attend, some, backward, lambda device, dtype: None)
+    kernel = Kernel("traced", attend, some, backward, lambda device, dtype: None)
     return kernel
 
 

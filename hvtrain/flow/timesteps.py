@@ -14,36 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
+from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
 Quantile = Callable[[Tensor], Tensor]
-SAMPLERS: dict[str, Callable[..., Tensor]] = {}
+SAMPLERS: Registry[Callable[..., Tensor]] = Registry("distribution")
 _EDGE = 1e-7  # the normal quantile is infinite at 0 and 1
 
 
-def sampler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    SAMPLERS[function.__name__] = function
-    return function
-
-
-@sampler
+@SAMPLERS.add("uniform")
 def uniform(u: Tensor) -> Tensor:
     return u
 
 
-@sampler
+@SAMPLERS.add("sigmoid")
 def sigmoid(u: Tensor, *, sigmoid_scale: float) -> Tensor:
     """Sigmoid of a normal of this width."""
     return torch.sigmoid(sigmoid_scale * _normal(u))
 
 
-@sampler
+@SAMPLERS.add("logit_normal")
 def logit_normal(u: Tensor, *, logit_mean: float, sigmoid_scale: float) -> Tensor:
     return torch.sigmoid(logit_mean + sigmoid_scale * _normal(u))
 
 
-@sampler
+@SAMPLERS.add("shift")
 def shift(u: Tensor, *, shift: float, sigmoid_scale: float) -> Tensor:
     """Sigmoid of a normal, moved towards noise as the sampling schedule is: s t / (1 + (s - 1) t)."""
     t = torch.sigmoid(sigmoid_scale * _normal(u))
@@ -56,9 +52,7 @@ def _normal(u: Tensor) -> Tensor:
 
 def quantile_function(name: str, settings: Any) -> Quantile:
     """The sampler `name` with its parameters from `settings` (a FlowConfig), cut to [min_sigma, max_sigma]."""
-    if name not in SAMPLERS:
-        raise ConfigError(f"flow.timestep_sampling: no distribution '{name}'; {suggest(name, SAMPLERS)}")
-    function = SAMPLERS[name]
+    function = SAMPLERS.find(name, key="flow.timestep_sampling")
     keys = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     parameters = {key: getattr(settings, key) for key in keys}
     low, high = settings.min_sigma, settings.max_sigma

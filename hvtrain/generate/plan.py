@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import GenerateConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate import spool
@@ -19,7 +19,7 @@ from hvtrain.generate.video import read_metadata
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
-from hvtrain.models.load import Identified, check, identify
+from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext, check_heads
@@ -116,11 +116,7 @@ def _is_there(job: Job, sources: Sources) -> bool:
 
 def _check_dit(found: Identified) -> DiT:
     """The model without values, if the file's tensors fit it."""
-    with torch.device("meta"):
-        model = found.spec.build(found.arch)
-    held = {name: source.shape(found.weights.shapes) for name, source in found.sources.items()}
-    check(found.path, {name: tuple(t.shape) for name, t in model.state_dict().items()}, held)
-    return model.requires_grad_(False)
+    return whole_model(found).requires_grad_(False)
 
 
 def _check_placing(cfg: GenerateConfig, model: DiT, ctx: ParallelContext) -> None:

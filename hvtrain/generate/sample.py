@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvtrain.adapters.lora import merging
+from hvtrain.adapters.attach import merging
 from hvtrain.config import GenerateConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.guidance import classifier_free
-from hvtrain.flow.schedule import sigmas
-from hvtrain.flow.solvers import Velocity, euler
+from hvtrain.flow.solvers import SOLVERS, State, Velocity
 from hvtrain.generate.plan import Lot, Plan
 from hvtrain.generate.progress import Sampling
 from hvtrain.generate.requests import Request
-from hvtrain.generate.spool import Kept, find, keep
+from hvtrain.generate.spool import find, keep
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import free, parameters
 from hvtrain.models.conditions import batch_of_one, stack
@@ -58,14 +57,14 @@ def sample_latents(
     ctx: ParallelContext,
     uncond: Cond | None = None,
     seeds: Sequence[int] = (),
-    begin: Kept | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    begin: State | None = None,
+    on_step: Callable[[State], None] | None = None,
 ) -> Tensor:
     """Scaled latents [B C T H W], float32, the same on every sequence-parallel rank. Collective among them.
 
     One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
-    each. `uncond` holds the negative prompts, as many. The caller chooses autocast. `on_step(n, x)` is called on every
-    rank when n steps are done; `begin` goes on from such a place, with x [B C T H W], and ends with the same latents.
+    each. `uncond` holds the negative prompts, as many. The caller chooses autocast. `on_step` is called on every rank
+    after each step; `begin` goes on from such a state, x [B C T H W], and ends with the same latents.
     """
     seeds = seeds or [request.seed]
     n = len(next(iter(cond.values())))
@@ -90,13 +89,15 @@ def sample_latents(
         shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
         # On the CPU whatever the device, and per video: neither the machine nor the batch changes a seed's video.
         noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds])
-        begin = Kept(noise, 0)
-    x, schedule = begin.x.to(ctx.device), sigmas(request.steps, shift=request.shift)
-    for n in range(begin.step, request.steps):
-        x = euler(velocity, x, schedule[n : n + 2])
+        begin = State(noise)
+    state = State(begin.x.to(ctx.device), begin.step, tuple(h.to(ctx.device) for h in begin.history))
+    solver = SOLVERS["euler"]
+    schedule = solver.schedule(request.steps, shift=request.shift)
+    while state.step < request.steps:
+        state = solver.step(velocity, state, schedule)
         if on_step is not None:
-            on_step(n + 1, x)
-    return x
+            on_step(state)
+    return state.x
 
 
 def sample_lots(
@@ -114,11 +115,11 @@ def sample_lots(
         for lot in lots:
             first = lot.jobs[0].request
 
-            def on_step(n: int, x: Tensor, lot: Lot = lot) -> None:
+            def on_step(state: State, lot: Lot = lot) -> None:
                 progress.step()
-                _refuse_broken(lot, n, x)
-                if n < lot.jobs[0].request.steps and stop.agreed():
-                    keep_lot(cfg, plan, lot, n, x, ctx=ctx)
+                _refuse_broken(lot, state.step, state.x)
+                if state.step < lot.jobs[0].request.steps and stop.agreed():
+                    keep_lot(cfg, plan, lot, state, ctx=ctx)
                     raise Stopped
 
             with autocast(ctx.device.type, enabled=cfg.precision == "bf16"):
@@ -135,30 +136,32 @@ def sample_lots(
                     begin=_begin(plan, lot),
                     on_step=on_step,
                 )
-            keep_lot(cfg, plan, lot, first.steps, latents, ctx=ctx)
+            keep_lot(cfg, plan, lot, State(latents, first.steps), ctx=ctx)
             del latents
             yield lot
     del model
     free(ctx)
 
 
-def keep_lot(cfg: GenerateConfig, plan: Plan, lot: Lot, step: int, x: Tensor, *, ctx: ParallelContext) -> None:
+def keep_lot(cfg: GenerateConfig, plan: Plan, lot: Lot, state: State, *, ctx: ParallelContext) -> None:
     """A lot's latents to the disk, each video's in a file of its own: by the first of the ranks that share it."""
     if ctx.sp_rank == 0:
-        for job, one in zip(lot.jobs, x.cpu(), strict=True):
+        for job, x, *history in zip(lot.jobs, state.x.cpu(), *(h.cpu() for h in state.history), strict=True):
             identity = plan.sources.latents(job.request)
-            keep(job.output, Kept(one, step), identity=identity, parameters=parameters(cfg, plan, job.request))
+            one = State(x, state.step, tuple(history))
+            keep(job.output, one, identity=identity, parameters=parameters(cfg, plan, job.request))
 
 
-def _begin(plan: Plan, lot: Lot) -> Kept | None:
+def _begin(plan: Plan, lot: Lot) -> State | None:
     """Where a run before was stopped."""
     if not lot.step:
         return None
     found = [find(job.output, plan.sources.latents(job.request)) for job in lot.jobs]
-    x = [kept.x for kept in found if kept is not None and kept.step == lot.step]
-    if len(x) < len(lot.jobs):
+    sound = [kept for kept in found if kept is not None and kept.step == lot.step]
+    if len(sound) < len(lot.jobs):
         raise DataError(f"{lot.jobs[0].output.parent}: the latents that process 0 found there are not seen by every process")
-    return Kept(torch.stack(x), lot.step)
+    history = zip(*(kept.history for kept in sound), strict=True)
+    return State(torch.stack([kept.x for kept in sound]), lot.step, tuple(map(torch.stack, history)))
 
 
 def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:

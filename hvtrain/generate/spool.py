@@ -1,33 +1,25 @@
 """Latents on the disk between sampling and decoding: what a run that is killed need not sample again.
 
-A hidden safetensors file beside the video: x after `step` of the request's steps, and whose latents they are.
+A hidden safetensors file beside the video: the solver's state of one video (x [C T H W] float32) after `step` of the
+request's steps, and whose latents they are.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from hvtrain.errors import DataError
+from hvtrain.flow.solvers import State
 from shards.atomic import atomic_path
 
 _KEY = "hvtrain.latents"  # of the file's metadata
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Latents of one video."""
-
-    x: Tensor  # [C T H W] float32
-    step: int  # so many steps are done
 
 
 def hidden(output: Path) -> Path:
@@ -40,25 +32,27 @@ def visible(output: Path) -> Path:
     return output.with_name(f"{output.stem}.latents.safetensors")
 
 
-def keep(output: Path, kept: Kept, *, identity: str, parameters: Mapping[str, Any]) -> None:
+def keep(output: Path, kept: State, *, identity: str, parameters: Mapping[str, Any]) -> None:
     """Raises DataError where the disk takes no more."""
     path = hidden(output)
     note = {"identity": identity, "step": kept.step, "parameters": dict(parameters)}
+    tensors = {"latents": kept.x, **{f"history.{i}": h for i, h in enumerate(kept.history)}}
     try:
         with atomic_path(path) as temporary:
-            save_file({"latents": kept.x.contiguous()}, str(temporary), metadata={_KEY: json.dumps(note)})
+            save_file({n: t.contiguous() for n, t in tensors.items()}, str(temporary), metadata={_KEY: json.dumps(note)})
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: the latents cannot be written ({error}); make room and start again") from None
 
 
-def find(output: Path, identity: str) -> Kept | None:
+def find(output: Path, identity: str) -> State | None:
     """A video's latents, whole or on their way. A file that is damaged, or of other parameters, counts as none."""
     for path in (hidden(output), visible(output)):
         try:
             with safe_open(str(path), framework="pt") as file:
                 note = json.loads((file.metadata() or {}).get(_KEY, "{}"))
                 if note.get("identity") == identity:
-                    return Kept(file.get_tensor("latents"), int(note["step"]))
+                    history = tuple(file.get_tensor(f"history.{i}") for i in range(len(file.keys()) - 1))
+                    return State(file.get_tensor("latents"), int(note["step"]), history)
         except (OSError, SafetensorError, ValueError, KeyError):
             continue
     return None

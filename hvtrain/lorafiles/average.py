@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.files import STALE, check_output, check_sum, split_ending, write_tensors
+from hvtrain.lorafiles.files import check_output, check_sum, kept, split_ending, write_tensors
 from hvtrain.weights.containers import Weights, open_weights
 
 _NUMBERED = re.compile(r"(?:.*\D)?(\d+)(?:-ema)?")  # the number at the end of a name
@@ -111,7 +111,7 @@ def average(files: Sequence[Path], shares: Sequence[float], output: str | Path, 
         _same_layers(files, opened, names)
     _same_alphas(files, opened)
     tensors = {name: _mean(name, opened, shares) for name in names}
-    metadata = {k: v for k, v in opened[-1].metadata.items() if not k.startswith(STALE)}
+    metadata = kept(opened[-1].metadata)
     loraids = list(dict.fromkeys(i for w in opened for i in w.metadata.get("ss_loraid", "").split(",") if i))
     if loraids:
         metadata["ss_loraid"] = ",".join(loraids)

@@ -1,25 +1,74 @@
-"""LoRA pairs between the official layers and those of other programs, by the model's key maps."""
+"""How programs name a LoRA's tensors, and its pairs between the official layers and theirs, by the model's key maps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.pairs import LoraPair, cut_rows, join_rows
 from hvtrain.models.spec import ModelSpec
+from hvtrain.registry import Registry
 from hvtrain.weights.keymap import KeyMap, Rule
 
 Shapes: TypeAlias = Mapping[str, tuple[int, int]]  # official layer name -> [out, in]
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """What a program expects of a LoRA file."""
+
+    name: str
+    about: str
+    prefixes: tuple[str, ...]  # before a layer's name; several: one for each of a model's experts, in their order
+    keys: str = "official"  # the model's key map that names the layers
+    flat: bool = False  # with underscores instead of dots
+    down: str = "lora_A"
+    up: str = "lora_B"
+    alpha: Literal["tensor", "metadata", "rank"] = "tensor"  # where it is; "rank": nowhere, it is taken to be the rank
+    folds: bool = False  # alpha / rank is multiplied into `up` unless asked otherwise
+
+    def prefix(self, expert: int = 0) -> str:
+        return self.prefixes[min(expert, len(self.prefixes) - 1)]
+
+    def tensors(
+        self, pairs: Mapping[str, LoraPair], *, expert: int = 0, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Pairs of its own layers under its names, in their own dtype or in another."""
+        out = {}
+        for name, pair in pairs.items():
+            stem = self.prefix(expert) + (name.replace(".", "_") if self.flat else name)
+            out[f"{stem}.{self.down}.weight"] = pair.down.to("cpu", dtype or pair.down.dtype)
+            out[f"{stem}.{self.up}.weight"] = pair.up.to("cpu", dtype or pair.up.dtype)
+            if self.alpha == "tensor":
+                out[f"{stem}.alpha"] = torch.tensor(float(pair.alpha))
+        return out
+
+
+MUSUBI = Dialect("musubi", "musubi (sd-scripts)", ("lora_unet_",), flat=True, down="lora_down", up="lora_up")
+DIALECTS: Registry[Dialect] = Registry("dialect", ((d.name, d) for d in (
+    MUSUBI,
+    Dialect("comfyui", "comfyui", ("diffusion_model.",)),
+    # Every version of diffusers loads a folded alpha rightly; those since 0.34 read it from the metadata too.
+    Dialect("diffusers", "diffusers", ("transformer.", "transformer_2."), keys="diffusers", alpha="metadata", folds=True),
+    Dialect("diffusion-pipe", "diffusion-pipe", ("diffusion_model.",), alpha="rank", folds=True),
+)))  # fmt: skip
+
+
+def spelling(stems: Iterable[str], *, alphas: bool) -> str:
+    """Whose names these are; `alphas`: whether the file has alpha tensors."""
+    first = next(iter(stems), "")
+    found = [d for d in DIALECTS.values() if first.startswith(d.prefixes)]
+    names = [d.about for d in found if d.alpha == "tensor" or not alphas] or [d.about for d in found]
+    return " or ".join(names) or ("PEFT" if first.startswith("base_model.model.") else "official names")
+
+
 def key_map(spec: ModelSpec, dialect: str) -> KeyMap:
-    if dialect not in spec.key_maps:
-        raise ConfigError(f"{spec.name} has no dialect '{dialect}'; {suggest(dialect, spec.key_maps)}")
-    return spec.key_maps[dialect]
+    return Registry("dialect", spec.key_maps).find(dialect, key=spec.name)
 
 
 def pieces(key: KeyMap, module: str, n_out: int) -> dict[str, torch.Tensor]:
@@ -41,6 +90,8 @@ def _rows(rule: Rule, n_out: int) -> list[torch.Tensor]:
 
 def spread(pairs: Mapping[str, LoraPair], key: KeyMap) -> dict[str, LoraPair]:
     """Official layers' pairs as pairs of the dialect's layers. Undone exactly by `gather`."""
+    if not key.rules:
+        return dict(pairs)
     out = {}
     for module, pair in pairs.items():
         places = pieces(key, module, pair.up.shape[0])
@@ -72,6 +123,18 @@ def gather(
     if left:
         raise CheckpointError(f"{path}: adapts '{next(iter(left))}' twice, under names of two dialects")
     return out
+
+
+def same_layer(module: str, n_out: int, held: Container[str], spec: ModelSpec | None) -> str | None:
+    """The one among the names that a file holds that is this official layer, row by row; None where it is cut or swapped."""
+    if module in held:
+        return module
+    for key in spec.key_maps.values() if spec else ():
+        places = pieces(key, module, n_out) if key.rule_of_official(module) else {}
+        for name, rows in places.items():
+            if name in held and torch.equal(rows, torch.arange(n_out)):
+                return name
+    return None
 
 
 def known_names(spec: ModelSpec | None, modules: Iterable[str]) -> dict[str, str]:

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import torch
 
+from hvtrain.adapters.layer import Delta
+from hvtrain.adapters.lora import LoraLinear
+from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.dialects import Shapes, gather, known_names
+from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Shapes, gather, known_names, same_layer
 from hvtrain.lorafiles.metadata import (
     SD_SUM_KEY,
     SUM_KEY,
@@ -39,27 +42,37 @@ from hvtrain.weights.stream import data_sum, open_writer
 PARTS_KEY = "hvtrain.parts"  # metadata: ranks of the blocks that a joined pair was stacked from, by layer
 FOLDED_KEY = "hvtrain.folded_alpha"  # metadata: the alphas that were multiplied into `up`, by the file's layer names
 STALE = ("sshs_", SUM_KEY)  # beginnings of metadata keys that describe a file's bytes: never copied to another file
-_ENDINGS = {
-    ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_A.default.weight": "down",
-    ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora_B.default.weight": "up",
-    ".alpha": "alpha",
-}  # fmt: skip
-_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
+_ENDINGS = {".alpha": "alpha"} | {
+    ending: part
+    for kind in ADAPTERS.values()
+    for ending, part in ({f".{name}": part for part, name in kind.PARTS.items()} | dict(kind.ENDINGS)).items()
+}
+_KIND_OF = {part: kind for kind in ADAPTERS.values() for part in kind.PARTS}
+_OTHER_KINDS = {"hada_t": "convolution LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
                 "lora_mid": "convolution LoRA", "diff": "full-difference"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in memory: one pair for each adapted layer, by the layer's official name."""
+    """A LoRA in memory: one pair for each adapted layer, by the layer's official name. Another kind of adapter is an exact pair
+    too; what the file itself holds of such a layer is in `others`."""
 
     path: Path
     pairs: dict[str, LoraPair]
     metadata: dict[str, str] = field(default_factory=dict)
+    others: Mapping[str, Delta] = field(default_factory=dict)
+
+    def delta(self, name: str) -> Delta:
+        """A layer's adapter as the file holds it."""
+        pair = self.pairs[name]
+        return self.others.get(name) or Delta(LoraLinear, {"down": pair.down, "up": pair.up}, pair.alpha)
 
     def summary(self) -> str:
-        ranks = sorted({pair.rank for pair in self.pairs.values()})
-        scales = sorted({round(pair.scale, 6) for pair in self.pairs.values()})
-        return f"{self.path.name}: {len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}"
+        deltas = [self.delta(name) for name in self.pairs]
+        ranks = sorted({delta.rank for delta in deltas})
+        scales = sorted({round(delta.alpha / delta.rank, 6) for delta in deltas})
+        kinds = "".join(f"{label}, " for label in sorted({delta.kind.LABEL for delta in self.others.values()}))
+        return f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}"
 
 
 def _span(values: list) -> str:
@@ -76,17 +89,25 @@ def save_lora(
     architecture: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write trained adapters: `tensors` under their parameter names (`X.lora_down.weight`, `X.lora_up.weight`)."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    """Write trained adapters of one kind: `tensors` under their parameter names (`X.lora_down.weight`, `X.hada_w1_a`)."""
+    found: dict[str, torch.Tensor] = {}
+    kinds = set()
     for name, tensor in tensors.items():
-        module, kind = split_ending(name)
-        if kind not in ("down", "up"):
+        module, part = split_ending(name)
+        if part not in _KIND_OF:
             raise ValueError(f"'{name}' is not an adapter's parameter")
-        found.setdefault(module, {})[kind] = tensor
-    pairs = {module: LoraPair(two["down"], two["up"], alpha or rank) for module, two in found.items()}
+        stem = f"lora_unet_{module.replace('.', '_')}"
+        kinds.add(_KIND_OF[part])
+        found[f"{stem}.{_KIND_OF[part].PARTS[part]}"] = tensor.to("cpu", dtype)
+        found[f"{stem}.alpha"] = torch.tensor(float(alpha or rank))
+    (kind,) = kinds
     path = Path(path)
-    full = lora_metadata(path, metadata, architecture=architecture, rank=rank, alpha=alpha or rank)
-    write_lora(path, pairs, metadata=full, dtype=dtype)
+    arguments: dict[str, object] = {}
+    for about in (kind.METADATA, metadata):
+        arguments |= about.get("ss_network_args", {})  # type: ignore[call-overload]
+    about = {**kind.METADATA, **metadata, "ss_network_args": arguments}
+    full = lora_metadata(path, about, architecture=architecture, rank=rank, alpha=alpha or rank)
+    write_tensors(path, found, metadata=full)
 
 
 def write_lora(
@@ -97,18 +118,12 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """A file in the sd-scripts dialect, its hashes included."""
-    write_tensors(path, sd_scripts_tensors(pairs, dtype), metadata={**metadata, **parts_entry(pairs)})
+    write_tensors(path, MUSUBI.tensors(pairs, dtype=dtype), metadata={**metadata, **parts_entry(pairs)})
 
 
-def sd_scripts_tensors(pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The pairs under sd-scripts' names, in their own dtype or in another."""
-    tensors = {}
-    for module, pair in pairs.items():
-        stem = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{stem}.lora_down.weight"] = pair.down.to("cpu", dtype or pair.down.dtype)
-        tensors[f"{stem}.lora_up.weight"] = pair.up.to("cpu", dtype or pair.up.dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(float(pair.alpha))
-    return tensors
+def kept(metadata: Mapping[str, str], *also: str) -> dict[str, str]:
+    """A file's metadata for another file: without what describes its bytes, and without `also`."""
+    return {key: value for key, value in metadata.items() if not key.startswith((*STALE, *also))}
 
 
 def parts_entry(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
@@ -161,21 +176,24 @@ def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> N
           file=sys.stderr, flush=True)  # fmt: skip
 
 
-def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False) -> LoraFile:
+def read_lora(
+    path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False, expert: int | None = None
+) -> LoraFile:
     """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
 
     With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
-    `edited`: do not compare its checksum.
+    `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one for each expert.
     """
     path = Path(path)
     weights = open_weights(path)
-    stems = _group(path, {name: weights.get(name) for name in weights})
+    stems = _of_expert(path, _group(path, {name: weights.get(name) for name in weights}), expert)
     found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
     if not edited:
         check_sum(weights)
     folded = _folded_alphas(path, weights.metadata)
-    peft = PeftAlpha.parse(path, weights.metadata)
-    given = {name: _pair(path, stem, stems[stem], peft) for name, stem in found.items()}
+    peft = PeftAlpha.parse(path, weights.metadata, DIALECTS["diffusers"].prefix(expert or 0))
+    deltas = {name: _delta(path, stem, stems[stem], peft) for name, stem in found.items()}
+    given = {name: _pair(path, found[name], delta) for name, delta in deltas.items()}
     given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
     pairs = gather(path, given, spec, shapes)
     parts = json_entry(path, weights.metadata, PARTS_KEY)
@@ -184,7 +202,9 @@ def read_lora(path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None
         told = parts.get(name)
         if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):  # the tensors decide
             pairs[name] = replace(pair, parts=tuple(told))
-    return LoraFile(path, pairs, dict(weights.metadata))
+    held = {name: same_layer(name, shapes[name][0], deltas, spec) for name in pairs}
+    others = {name: deltas[own] for name, own in held.items() if own and deltas[own].kind is not LoraLinear}
+    return LoraFile(path, pairs, dict(weights.metadata), others)
 
 
 def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
@@ -196,7 +216,7 @@ def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
 
 
 def split_ending(key: str) -> tuple[str, str]:
-    """The layer's part of a tensor name, and whether the tensor is its "down", "up" or "alpha" ("" if neither)."""
+    """The layer's part of a tensor name, and which part of its adapter the tensor is: "down", "up", "alpha", ... ("" if none)."""
     for ending, kind in _ENDINGS.items():
         if key.endswith(ending):
             return key.removesuffix(ending), kind
@@ -209,11 +229,26 @@ def _group(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[st
         stem, kind = split_ending(key)
         if not kind:
             other = next((label for sign, label in _OTHER_KINDS.items() if f".{sign}" in key), None)
-            what = f"holds {other} weights, only LoRA is supported" if other else "is not a LoRA tensor"
-            raise CheckpointError(f"{path}: '{key}' {what}: give a LoRA file (lora_down/lora_up or lora_A/lora_B)")
+            what = f"holds {other} weights, which are not supported" if other else "is not a LoRA tensor"
+            raise CheckpointError(
+                f"{path}: '{key}' {what}: give a LoRA file (lora_down/lora_up or lora_A/lora_B), or one of a "
+                f"{' or '.join(kind.LABEL for kind in ADAPTERS.values() if kind is not LoraLinear)}"
+            )
         stems.setdefault(stem, {})[kind] = tensor
     if not stems:
         raise CheckpointError(f"{path}: holds no LoRA tensors")
+    return stems
+
+
+def _of_expert(path: Path, stems: dict[str, dict[str, torch.Tensor]], expert: int | None) -> dict[str, dict[str, torch.Tensor]]:
+    """Those of one expert, where the file holds the LoRAs of several."""
+    for dialect in DIALECTS.values():
+        held = [prefix for prefix in dialect.prefixes if any(stem.startswith(prefix) for stem in stems)]
+        if len(held) < 2:
+            continue
+        if expert is None or dialect.prefixes[expert : expert + 1] not in [(prefix,) for prefix in held]:
+            raise CheckpointError(f"{path}: holds LoRAs of {len(held)} experts ({', '.join(held)}); say which one is meant")
+        return {stem: tensors for stem, tensors in stems.items() if stem.startswith(dialect.prefixes[expert])}
     return stems
 
 
@@ -262,20 +297,29 @@ def _refusal(
     return f"{text}; {hint} {looks}; give a LoRA for {model}" if looks else text
 
 
-def _pair(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: PeftAlpha | None) -> LoraPair:
-    missing = [kind for kind in ("down", "up") if kind not in tensors]
+def _delta(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: PeftAlpha | None) -> Delta:
+    kinds = {_KIND_OF[part] for part in tensors if part != "alpha"} or {LoraLinear}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path}: '{stem}' is a {' and a '.join(sorted(kind.LABEL for kind in kinds))} at once")
+    (kind,) = kinds
+    missing = [part for part in kind.PARTS if part not in tensors]
     if missing:
         raise CheckpointError(f"{path}: '{stem}' has no {missing[0]}-projection: the file is incomplete")
-    down, up = tensors["down"], tensors["up"]
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or len(down) == 0:
-        shapes = f"{list(up.shape)} and {list(down.shape)}"
-        raise CheckpointError(f"{path}: '{stem}' has up and down of shapes {shapes}, not [out, rank] and [rank, in]")
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path}: '{stem}' holds values that are not finite: the training run diverged")
+    parts = {part: tensors[part] for part in kind.PARTS}
+    delta = Delta(kind, parts, 0.0)
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
             raise CheckpointError(f"{path}: '{stem}' has an alpha of shape {list(tensors['alpha'].shape)}, expected one number")
         alpha = float(tensors["alpha"])
     else:
-        alpha = peft.of(stem, down.shape[0]) if peft else float(down.shape[0])
-    return LoraPair(down, up, alpha)
+        alpha = peft.of(stem, delta.rank) if peft else float(delta.rank)
+    return replace(delta, alpha=alpha)
+
+
+def _pair(path: Path, stem: str, delta: Delta) -> LoraPair:
+    try:
+        return delta.pair()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: '{stem}' {error}") from None

@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.lorafiles.convert import Converted, to_comfy, to_diffusers, to_diffusion_pipe, to_musubi
+from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.dialects import DIALECTS, spelling
 from hvtrain.lorafiles.files import (
     FOLDED_KEY,
     PARTS_KEY,
-    STALE,
     LoraFile,
     check_output,
+    kept,
     read_lora,
     split_ending,
     write_lora,
 )
-from hvtrain.lorafiles.lowrank import factor, rank_for, shrink, singular_values
-from hvtrain.lorafiles.metadata import lora_metadata
+from hvtrain.lorafiles.lowrank import Approximation, factor, rank_for, shrink, singular_values
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata, of_flavor
 from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.models import all_specs
-from hvtrain.models.load import identify, read_tensor, whole_model
-from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.models.load import identify, whole_model
+from hvtrain.models.spec import ModelSpec
 from hvtrain.models.targets import lora_targets
 from hvtrain.weights.containers import open_weights
 
-DIALECTS: dict[str, Callable[[LoraFile, ModelSpec, bool], Converted]] = {
-    "musubi": lambda lora, spec, fold: to_musubi(lora, fold=fold),
-    "comfyui": lambda lora, spec, fold: to_comfy(lora, fold=fold),
-    "diffusers": lambda lora, spec, fold: to_diffusers(lora, spec, fold=fold),
-    "diffusion-pipe": lambda lora, spec, fold: to_diffusion_pipe(lora),
-}
-
 
 @dataclass(frozen=True)
-class Known:
+class Recognised:
     """A LoRA file and the architecture whose layers it adapts."""
 
     lora: LoraFile
@@ -51,29 +45,41 @@ class Known:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # [out, in] of its Linear layers
 
 
-def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False) -> Known:
+def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None) -> Recognised:
     """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` as in `read_lora`.
-    The directory of a finished run stands for its result.
+    The directory of a finished run stands for its result; `expert` names whose LoRA is meant in a file of several.
 
     Raises CheckpointError with the reason of the nearest architecture.
     """
     path = lora_of(path)
+    candidates = [(spec, f.arch, f.name) for spec in all_specs() for f in spec.flavors.values()]
     if dit is not None:
         found = identify(asset(dit))
-        shapes = _shapes(found.spec, found.arch)
-        return Known(read_lora(path, shapes, spec=found.spec, edited=edited), found.spec, str(dit), shapes)
+        candidates = [(found.spec, found.arch, str(dit))]
+    if expert is not None:
+        known = {name for spec, _, _ in candidates for name in _experts(spec)}
+        candidates = [c for c in candidates if expert in _experts(c[0])]
+        if not candidates:
+            raise ConfigError(f"--expert {expert}: no model has such an expert; {suggest(expert, known)}")
+    tried: list[tuple[str, Mapping]] = []
     refusal: CheckpointError | None = None
-    for spec in all_specs():
-        sizes: dict[str, Flavor] = {}
-        for flavor in spec.flavors.values():  # several flavors have the same layers
-            sizes.setdefault(repr(_shapes(spec, flavor.arch)), flavor)
-        for flavor in sizes.values():
-            shapes = _shapes(spec, flavor.arch)
-            try:
-                return Known(read_lora(path, shapes, spec=spec, edited=edited), spec, flavor.name, shapes)
-            except CheckpointError as error:
-                refusal = refusal or error
+    for spec, arch, sizes in candidates:
+        with torch.device("meta"):
+            shapes = linear_shapes(spec.build(arch))
+        if (spec.name, shapes) in tried:  # several flavors have the same layers
+            continue
+        tried.append((spec.name, shapes))
+        try:
+            number = None if expert is None else _experts(spec).index(expert)
+            return Recognised(read_lora(path, shapes, spec=spec, edited=edited, expert=number), spec, sizes, shapes)
+        except CheckpointError as error:
+            refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
+
+
+def _experts(spec: ModelSpec) -> list[str]:
+    """In the order of the prefixes that they have in files."""
+    return list(dict.fromkeys(expert.name for flavor in spec.flavors.values() for expert in flavor.experts))
 
 
 def lora_of(path: str | Path) -> Path:
@@ -81,31 +87,18 @@ def lora_of(path: str | Path) -> Path:
     return lora_in(path) if Path(path, CONFIG).is_file() else Path(path)
 
 
-def _shapes(spec: ModelSpec, arch: object) -> dict[str, tuple[int, int]]:
-    with torch.device("meta"):
-        return linear_shapes(spec.build(arch))
-
-
 # --- info -----------------------------------------------------------------------------------------------------------
 
 
 def dialect_of(path: str | Path) -> str:
     """Whose spelling the file uses."""
-    stems = [split_ending(name)[0] for name in open_weights(path)]
-    first = stems[0] if stems else ""
-    if first.startswith("lora_unet_"):
-        return "musubi (sd-scripts)"
-    if first.startswith("diffusion_model."):
-        alphas = any(split_ending(name)[1] == "alpha" for name in open_weights(path))
-        return "comfyui" if alphas else "diffusion-pipe or comfyui"
-    if first.startswith("base_model.model."):
-        return "PEFT"
-    return "diffusers" if first.startswith("transformer.") else "official names"
+    stems = dict(split_ending(name) for name in open_weights(path))
+    return spelling(stems, alphas=any(split_ending(name)[1] == "alpha" for name in open_weights(path)))
 
 
-def info(path: str | Path, *, dit: str | None = None) -> Iterator[str]:
+def info(path: str | Path, *, dit: str | None = None, expert: str | None = None) -> Iterator[str]:
     """What a file is: dialect, layers, rank, alpha, blocks, LORAID, norms."""
-    known = open_any(path, dit=dit)
+    known = open_any(path, dit=dit, expert=expert)
     lora, meta = known.lora, known.lora.metadata
     path = lora.path
     yield f"{path}: LoRA for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
@@ -116,6 +109,8 @@ def info(path: str | Path, *, dit: str | None = None) -> Iterator[str]:
     yield f"blocks: {blocks(lora.pairs)}"
     if meta.get("ss_loraid"):
         yield f"LORAID {meta['ss_loraid']}" + (f", plan {meta['hvtrain.plan'][:12]}" if "hvtrain.plan" in meta else "")
+    if EXPERT_KEY in meta:
+        yield f"of the expert {meta[EXPERT_KEY]}"
     if "hvtrain.base" in meta:
         yield f"trained from {meta['hvtrain.base']}"
     norms = {name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()}
@@ -160,16 +155,25 @@ def _counted(values: Counter) -> str:
 # --- convert, resize, extract ---------------------------------------------------------------------------------------
 
 
-def convert(path: str, output: str, *, target: str, fold: bool, dit: str | None = None, edited: bool = False) -> str:
-    if target not in DIALECTS:
-        raise ConfigError(f"--to: no dialect '{target}'; {suggest(target, DIALECTS)}")
+def convert(
+    path: str, output: str, *, target: str, fold: bool | None = None, dit: str | None = None, edited: bool = False,
+    expert: str | None = None,
+) -> str:
+    """To another dialect; `fold` None: as that likes it."""
+    dialect = DIALECTS.find(target, key="--to")
+    if dialect.alpha == "rank" and fold is False:
+        raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
     check_output(output, lora_of(path))
-    known = open_any(path, dit=dit, edited=edited)
-    DIALECTS[target](known.lora, known.spec, fold).save(output)
+    known = open_any(path, dit=dit, edited=edited, expert=expert)
+    expert, experts = expert or known.lora.metadata.get(EXPERT_KEY), _experts(known.spec)
+    number = experts.index(expert) if expert in experts else 0
+    converted(known.lora, known.spec, dialect, fold=fold, expert=number).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 
-def resize(path: str, output: str, *, rank: int | None, energy: float | None, dit: str | None = None) -> Iterator[str]:
+def resize(
+    path: str, output: str, *, rank: int | None, energy: float | None, dit: str | None = None, expert: str | None = None
+) -> Iterator[str]:
     """Cut to a rank, or to the smallest rank per layer that keeps a share of the squared norm."""
     if (rank is None) == (energy is None):
         raise ConfigError("give either --rank or --energy")
@@ -178,20 +182,24 @@ def resize(path: str, output: str, *, rank: int | None, energy: float | None, di
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy}: expected a share, more than 0 and at most 1")
     check_output(output, lora_of(path))
-    known = open_any(path, dit=dit)
-    pairs, lost, whole = {}, 0.0, 0.0
-    for name, pair in known.lora.pairs.items():
-        wanted = rank if rank is not None else rank_for(singular_values(pair), float(energy or 1.0))
-        cut = shrink([(pair, 1.0)], rank=wanted)
-        pairs[name], lost, whole = cut.pair, lost + (cut.error * cut.norm) ** 2, whole + cut.norm**2
-    ranks = Counter(pair.rank for pair in pairs.values())
+    lora = open_any(path, dit=dit, expert=expert).lora
+    cuts = {
+        name: shrink([(pair, 1.0)], rank=rank if rank is not None else rank_for(singular_values(pair), energy or 1.0))
+        for name, pair in lora.pairs.items()
+    }
+    ranks = Counter(cut.pair.rank for cut in cuts.values())
     largest = max(ranks)
-    stale = (*STALE, PARTS_KEY, FOLDED_KEY)
-    metadata = {k: v for k, v in known.lora.metadata.items() if not k.startswith(stale)}
+    metadata = kept(lora.metadata, PARTS_KEY, FOLDED_KEY)
     metadata |= {"ss_network_dim": str(largest), "ss_network_alpha": str(float(largest))}
-    write_lora(output, pairs, metadata=metadata)
+    write_lora(output, {name: cut.pair for name, cut in cuts.items()}, metadata=metadata)
     yield f"{output}: rank {_counted(ranks)}, alpha = rank"
-    yield f"lost: {100 * (lost / whole if whole else 0.0) ** 0.5:.3g} % of the norm of all deltas"
+    yield f"lost: {_lost(cuts):.3g} % of the norm of all deltas"
+
+
+def _lost(cuts: Mapping[str, Approximation]) -> float:
+    """Per cent of the norm of all of them together."""
+    whole = sum(cut.norm**2 for cut in cuts.values())
+    return 100 * (sum((cut.error * cut.norm) ** 2 for cut in cuts.values()) / whole if whole else 0.0) ** 0.5
 
 
 def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
@@ -205,25 +213,22 @@ def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
     model = whole_model(new)
     whole_model(old)
     targets = set(lora_targets(new.spec, model, include=[".*"]))
-    pairs, lost, whole, other = {}, 0.0, 0.0, []
+    cuts, other = {}, []
     for name in model.state_dict():
-        delta = read_tensor(new, name, dtype=torch.float32) - read_tensor(old, name, dtype=torch.float32)
+        delta = new.read(name, dtype=torch.float32) - old.read(name, dtype=torch.float32)
         module = name.removesuffix(".weight")
         if not delta.any():
             continue
         if module not in targets or not name.endswith(".weight"):
             other.append(name)
             continue
-        cut = factor(delta, rank=rank)
-        pairs[module], lost, whole = cut.pair, lost + (cut.error * cut.norm) ** 2, whole + cut.norm**2
-    if not pairs:
+        cuts[module] = factor(delta, rank=rank)
+    if not cuts:
         raise CheckpointError(f"{tuned} and {base} have equal weights in all layers that a LoRA can adapt")
-    full = lora_metadata(
-        Path(output), {"ss_training_comment": f"extracted: {Path(tuned).name} - {Path(base).name}"},
-        architecture=new.spec.name, rank=rank, alpha=rank,
-    )
-    write_lora(output, pairs, metadata=full)
-    yield f"{output}: {len(pairs)} layers, rank {rank}"
-    yield f"lost: {100 * (lost / whole) ** 0.5:.3g} % of the norm of all differences"
+    about = of_flavor(new.flavor) | {"ss_training_comment": f"extracted: {Path(tuned).name} - {Path(base).name}"}
+    full = lora_metadata(Path(output), about, architecture=new.spec.name, rank=rank, alpha=rank)
+    write_lora(output, {name: cut.pair for name, cut in cuts.items()}, metadata=full)
+    yield f"{output}: {len(cuts)} layers, rank {rank}"
+    yield f"lost: {_lost(cuts):.3g} % of the norm of all differences"
     if other:
         yield f"{len(other)} changed tensors are not layers that a LoRA adapts and are left out, first '{other[0]}'"

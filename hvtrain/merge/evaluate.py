@@ -17,12 +17,13 @@ from hvtrain.lorafiles.overlap import by_layer, labels
 from hvtrain.lorafiles.pairs import add_pairs
 from hvtrain.merge.inputs import Inputs
 from hvtrain.merge.policies import Dense, Result
-from hvtrain.models.load import Identified, LoadedDit, identify, load_dit, read_tensor
+from hvtrain.models.load import Identified, LoadedDit, identify, load_dit
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.train.data import open_shards
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.objective import Objective
-from hvtrain.train.setup import flow_of, open_shards
+from hvtrain.train.setup import flow_of
 
 MAX_BATCHES = 32
 
@@ -66,7 +67,7 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
     for module, change in changes.items():
         name = f"{module}.weight"
         there = loaded.model.get_parameter(name)
-        weight = read_tensor(found, name, dtype=torch.float32, device=there.device)
+        weight = found.read(name, dtype=torch.float32, device=there.device)
         if isinstance(change, Dense):
             weight += change.delta().to(weight)
         else:

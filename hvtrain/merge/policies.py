@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.overlap import Contribution, overlaps
+from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
 
@@ -36,18 +37,10 @@ class Options:
 
 
 Policy = Callable[[Sequence[Contribution], str, Options], Result]
-POLICIES: dict[str, Policy] = {}
+POLICIES: Registry[Policy] = Registry("policy")
 
 
-def _policy(name: str) -> Callable[[Policy], Policy]:
-    def register(function: Policy) -> Policy:
-        POLICIES[name] = function
-        return function
-
-    return register
-
-
-@_policy("error")
+@POLICIES.add("error")
 def _error(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """Refuse."""
     for shared in overlaps({module: found}):
@@ -62,20 +55,20 @@ def _error(found: Sequence[Contribution], module: str, options: Options) -> Resu
 # --- low-rank -----------------------------------------------------------------------------------------------------------
 
 
-@_policy("sum")
+@POLICIES.add("sum")
 def _sum(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """All of each: overlapping changes add up, and may become too strong."""
     return list(found)
 
 
-@_policy("average")
+@POLICIES.add("average")
 def _average(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """A row counts for each LoRA by one over the number of those that change it."""
     n = torch.stack([c.rows for c in found]).sum(dim=0).clamp_min(1)
     return [_with_up(c, c.pair.up.float() / n[:, None]) for c in found]
 
 
-@_policy("priority")
+@POLICIES.add("priority")
 def _priority(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """The LoRA that is given first keeps its rows; later ones have only the rows that are left."""
     taken = torch.zeros(len(found[0].pair.up), dtype=torch.bool)
@@ -86,7 +79,7 @@ def _priority(found: Sequence[Contribution], module: str, options: Options) -> R
     return kept
 
 
-@_policy("orthogonal")
+@POLICIES.add("orthogonal")
 def _orthogonal(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """A later LoRA no longer answers to input directions that an earlier one reads: its down-projection is projected onto
     what theirs leave (Gram-Schmidt over the row spaces; cf. O-LoRA, arXiv 2310.14152)."""
@@ -109,7 +102,7 @@ def _with_up(c: Contribution, up: Tensor) -> Contribution:
 # --- dense --------------------------------------------------------------------------------------------------------------
 
 
-@_policy("ties")
+@POLICIES.add("ties")
 def _ties(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """TIES (arXiv 2306.01708): keep each delta's largest elements, elect the sign with the greater sum, average those that
     agree with it. Density 0.2 unless given."""
@@ -131,7 +124,7 @@ def _ties(found: Sequence[Contribution], module: str, options: Options) -> Resul
     return Dense(delta)
 
 
-@_policy("dare")
+@POLICIES.add("dare")
 def _dare(found: Sequence[Contribution], module: str, options: Options) -> Result:
     """DARE (arXiv 2311.03099): keep each element by chance, rescale what stays by one over that chance, add. Density 0.5
     unless given."""

@@ -18,6 +18,7 @@ from hvtrain.slices.plan import block_of
 from hvtrain.weights.outputs import writing
 from shards.atomic import write_text
 
+FIDELITY = "Distance from what each does alone (0 as it alone, 1 as the base; keep: 0 as the base)"
 SHOWN = 200  # overlapping layers that the JSON lists
 
 
@@ -46,6 +47,11 @@ class Report:
     occupancy: dict[str, list[list]]  # layer -> [first row, last row + 1, number of the LoRA]
     errors: dict[str, float] = field(default_factory=dict)  # layer -> what cutting the rank lost
     losses: dict[str, float] = field(default_factory=dict)
+    # How far the merge is from what each LoRA does alone, on clips held out: 0 as it alone, 1 as the base. Summed up, and now
+    summed: dict[str, float] = field(default_factory=dict)
+    fidelity: dict[str, float] = field(default_factory=dict)
+    # On each one's clips, how strongly every other fires, as a share of what its own does
+    leak: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: Inputs, layers: Mapping[str, list[Contribution]], policy: str) -> Report:
@@ -81,6 +87,10 @@ class Report:
         if self.missing:
             yield f"left out: LORAID {', '.join(map(str, self.missing))}"
 
+    def kept(self) -> Iterator[str]:
+        for name, away in self.fidelity.items():
+            yield f"distance {self.summed[name]:.3f} summed -> {away:.3f}  {name}"
+
 
 def save_report(report: Report, output: Path) -> list[Path]:
     """NAME-merge.json and NAME-merge.html beside the output."""
@@ -108,10 +118,14 @@ def page(report: Report, title: str) -> str:
     head = "<tr><th>LoRA</th><th>LORAID</th><th>times</th><th>layers</th><th>rows</th><th>parameters</th><th>norm</th></tr>"
     losses = "".join(f"<tr><td>{html.escape(n)}</td><td>{v:.5f}</td></tr>" for n, v in report.losses.items())
     losses = f"<h2>Held-out loss</h2><table>{losses}</table>" if losses else ""
+    kept = "".join(
+        f"<tr><td>{html.escape(n)}</td><td>{report.summed[n]:.3f}</td><td>{v:.3f}</td></tr>" for n, v in report.fidelity.items()
+    )
+    kept = f"<h2>{FIDELITY}</h2><table><tr><th></th><th>summed</th><th>merged</th></tr>{kept}</table>" if kept else ""
     facts = "".join(f"<p>{html.escape(line)}</p>" for line in report.lines())
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1>{facts}<table>{head}{rows}</table>{losses}<h2>Who changes what</h2>{_map(report)}\n"
+        f"<h1>{html.escape(title)}</h1>{facts}<table>{head}{rows}</table>{kept}{losses}<h2>Who changes what</h2>{_map(report)}\n"
     )
 
 

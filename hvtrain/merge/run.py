@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import MergeConfig, asset
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink
 from hvtrain.lorafiles.metadata import lora_metadata
@@ -25,12 +25,14 @@ from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import ModelSpec
+from hvtrain.registry import Registry
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+RECONCILERS: Registry[None] = Registry("way", dict.fromkeys(("none", "fit", "distill", "fit+distill")))
+_DTYPES = Registry("dtype", {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")})
 
 Evaluate = Callable[[Inputs, Mapping[str, Result]], dict[str, float]]
 
@@ -50,17 +52,29 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
     base, spec = _open_base(cfg)
     inputs = open_inputs(cfg, base.shapes, spec, base=base.fingerprint)
     layers = by_layer(inputs.loras)
-    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed))
+    how = cfg.reconcile.how
+    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
     for lora, multiplier in inputs.loras:
         print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
-    report = Report.of(inputs, layers, cfg.on_overlap)
+    report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
     for line in report.lines():
         print(line)
+    if how != "none":
+        from hvtrain.merge.reconcile import leave_calibration, reconcile, write_slices
+
+        reconciled = reconcile(cfg, inputs, report)
+        combined = reconciled.changes
     if cfg.target == "lora":
         report.errors = _write_lora(cfg, inputs, combined, spec.name)
+        if how != "none":
+            print(f"{leave_calibration(cfg.reconcile, inputs, Path(cfg.output))}: to add LoRAs to this merge later")
     else:
         assert base.found is not None
         _write_model(cfg, base.found, inputs, combined, base.shapes)
+    if how != "none":
+        if folder := write_slices(Path(cfg.output), inputs, combined):
+            print(f"{folder}: the slices as they are in this merge (generate slices={folder} --loraid ...)")
+        reconciled.journal.remove()
     if evaluate is not None:
         report.losses = evaluate(inputs, combined)
         for name, loss in report.losses.items():
@@ -70,10 +84,9 @@ def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
 
 
 def _check(cfg: MergeConfig) -> None:
-    if cfg.on_overlap not in POLICIES:
-        raise ConfigError(f"on_overlap: no policy '{cfg.on_overlap}'; {suggest(cfg.on_overlap, POLICIES)}")
-    if cfg.dtype is not None and cfg.dtype not in _DTYPES:
-        raise ConfigError(f"dtype: no dtype '{cfg.dtype}'; {suggest(cfg.dtype, _DTYPES)}")
+    POLICIES.find(cfg.on_overlap, key="on_overlap")
+    if cfg.dtype is not None:
+        _DTYPES.find(cfg.dtype, key="dtype")
     if cfg.target not in ("model", "lora"):
         raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
     if cfg.target == "model" and not cfg.dit:
@@ -99,9 +112,11 @@ def _check(cfg: MergeConfig) -> None:
         raise ConfigError("output is required: the file to write")
     if not cfg.lora and cfg.plan is None:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
-    for place in cfg.evaluate:
-        if not Path(place).is_dir():
-            raise ConfigError(f"evaluate: {place}: no such shard set")
+    for key, places in (("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)):
+        for place in places:
+            if not Path(place).is_dir():
+                raise ConfigError(f"{key}: {place}: no such shard set")
+    _check_reconcile(cfg)
     output = Path(cfg.output)
     for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
         if output.exists() and path.exists() and output.samefile(path):
@@ -109,6 +124,28 @@ def _check(cfg: MergeConfig) -> None:
     if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
         raise ConfigError(f"output: {output} must end in .safetensors (or name a directory, for a sharded model)")
     check_place(output)
+
+
+def _check_reconcile(cfg: MergeConfig) -> None:
+    c = cfg.reconcile
+    RECONCILERS.find(c.how, key="reconcile")
+    if c.how == "none":
+        if c.samples or c.keep:
+            raise ConfigError(f"{'samples' if c.samples else 'keep'} is for --reconcile fit, distill or fit+distill")
+        return
+    if cfg.on_overlap != "error" or cfg.density is not None:
+        raise ConfigError(f"--reconcile {c.how} decides what becomes of shared rows: leave --on-overlap and --density away")
+    if not cfg.dit:
+        raise ConfigError(f"dit: --reconcile {c.how} compares with the model; give it, also for --as lora")
+    if off := [entry.path for entry in cfg.lora if entry.multiplier == 0]:
+        raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
+    if cfg.rank is not None and c.how == "distill":
+        raise ConfigError("rank: distill trains the LoRAs' own pairs, whose ranks add up; use fit+distill to have fewer")
+    for key in ("states", "held_out", "steps", "batch_size", "ridge"):
+        if not getattr(c, key) > 0:
+            raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
+    if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):
+        raise ConfigError(f"reconcile: keep_weight {c.keep_weight} and lr {c.lr}, expected 0 or more, and more than 0")
 
 
 def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
@@ -172,7 +209,8 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    given: dict[str, object] = {key: first[key] for key in ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name") if key in first}
+    said = ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name", "modelspec.resolution")
+    given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)

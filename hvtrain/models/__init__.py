@@ -1,4 +1,4 @@
-"""The architectures. A model is a sub-folder that defines SPEC: it is found, never listed."""
+"""The architectures. A model is a sub-folder that defines SPEC: it is found, never listed, here or elsewhere on Python's path."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import importlib
 import pkgutil
 from functools import cache
 
-from hvtrain.errors import ConfigError, suggest
 from hvtrain.models.spec import ModelSpec
+from hvtrain.registry import Registry
+
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 
 @cache
@@ -16,8 +18,5 @@ def all_specs() -> tuple[ModelSpec, ...]:
     return tuple(importlib.import_module(f"{__name__}.{folder}").SPEC for folder in folders)
 
 
-def find(name: str) -> ModelSpec:
-    specs = {spec.name: spec for spec in all_specs()}
-    if name not in specs:
-        raise ConfigError(f"model.name: no model '{name}'; {suggest(name, specs)}")
-    return specs[name]
+def find(name: str, *, key: str = "model.name") -> ModelSpec:
+    return Registry("model", {spec.name: spec for spec in all_specs()}).find(name, key=key)

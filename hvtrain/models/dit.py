@@ -101,9 +101,10 @@ def run_plain(block: nn.Module, tokens: Tokens) -> Tokens:
 
 
 class DiT(nn.Module):
-    """A diffusion transformer: embed -> blocks -> head, with the token split around the blocks."""
+    """A diffusion transformer: embed -> blocks -> patches, with the token split around the blocks."""
 
     arch: Any
+    blocks: Sequence[nn.Module]  # in the order of execution; each takes and returns Tokens
     sequence: TokenSplit = LOCAL
     run_block: Callable[[nn.Module, Tokens], Tokens] = staticmethod(run_plain)
 
@@ -114,11 +115,6 @@ class DiT(nn.Module):
             tokens = self.run_block(block, tokens)
         patches = self.sequence.gather(self.to_patches(tokens), tokens.n_img)
         return self.unpatchify(patches, tokens.grid)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The blocks in the order of execution; each takes and returns Tokens."""
-        raise NotImplementedError
 
     def embed(self, inp: Any) -> Tokens:
         """The model's own ModelInput."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError
 from hvtrain.models.spec import Flavor, ModelSpec, Shapes
 
 ARCH_KEY = "hvtrain.arch"  # of a file's metadata: JSON of the architecture's sizes
@@ -49,9 +49,7 @@ def flavor_of(
     """
     flavors = spec.flavors
     if name is not None:
-        if name not in flavors:
-            raise ConfigError(f"model.flavor: no flavor '{name}'; {suggest(name, flavors)}")
-        flavor = flavors[name]
+        flavor = spec.flavor(name)
         if different := differences(spec, flavor.arch, arch):
             field, (wanted, found) = next(iter(different.items()))
             raise CheckpointError(
@@ -64,7 +62,8 @@ def flavor_of(
     if not same:
         kinds = "; ".join(f"{f.name} ({_kind(spec, f.arch)})" for f in flavors.values())
         raise CheckpointError(f"no flavor has {_kind(spec, arch)}; those here: {kinds}")
-    told = [f for f in same if f.name == likely] or [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
+    told = [f for f in same if f.name == likely]
+    told = told or [f for f in same if all(getattr(f.arch, key) == getattr(arch, key) for key in spec.unseen)]
     return spec.fitted((told or same)[0], arch)
 
 

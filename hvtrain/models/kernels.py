@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
+from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
 aten = torch.ops.aten
@@ -52,7 +53,7 @@ class Kernel:
         return self.backward is not None
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS: Registry[Kernel] = Registry("attention kernel", also=("auto", "xfuser"))
 _CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and PyTorch passes it by
 
 
@@ -65,9 +66,7 @@ def pick_kernel(
     """
     if name == "auto":
         return next(KERNELS[n] for n in _fastest(device) if KERNELS[n].missing(device, dtype) is None)
-    if name not in KERNELS:
-        raise ConfigError(f"parallel.kernel: no attention kernel '{name}'; {suggest(name, ['auto', 'xfuser', *KERNELS])}")
-    kernel = KERNELS[name]
+    kernel = KERNELS.find(name, key="parallel.kernel")
     reason = kernel.missing(device, dtype)
     if reason is None and training and not kernel.trains:
         reason = "it has no backward; train with 'auto'"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from hvtrain.models.spec import ModelSpec
 
 
 def table() -> str:
-    """One line per flavor: sizes, latents and what it is."""
+    """One line per flavor: sizes, latents and what it is; then one per file that a model is made of."""
     rows = [("MODEL", "FLAVOR", "PARAMETERS", "BLOCKS", "LATENTS", "TASKS", "")]
     for spec in all_specs():
         sizes: dict[object, tuple[int, int]] = {}  # flavors share architectures, and building takes a moment
@@ -25,6 +25,13 @@ def table() -> str:
             cell = f"{latent.channels} x {latent.stride_t}x{latent.stride_h}x{latent.stride_w}"
             tasks = ", ".join(flavor.tasks)
             rows.append((spec.name, flavor.name, f"{n:,}", str(blocks), cell, tasks, flavor.about))
+    files = [("MODEL", "FILE", "")]
+    for spec in all_specs():
+        files += [(spec.name, f"model.{name}", part.about) for name, part in spec.parts.items()]
+    return f"{_aligned(rows)}\n\n{_aligned(files)}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -33,8 +40,7 @@ def table() -> str:
 def keys(name: str, flavor: str | None = None) -> Iterator[str]:
     """"key TAB shape" (3072x16x1x2x2) of every tensor of a flavor (the first unless named), as in its official file."""
     spec = find(name)
-    chosen = next(iter(spec.flavors.values())) if flavor is None else spec.flavor(flavor)
-    for key, tensor in _on_meta(spec, chosen.arch).state_dict().items():
+    for key, tensor in _on_meta(spec, spec.flavor(flavor).arch).state_dict().items():
         yield f"{key}\t{'x'.join(map(str, tensor.shape))}"
 
 

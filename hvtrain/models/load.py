@@ -6,13 +6,12 @@ Official names, ComfyUI's and diffusers' are accepted, with the prefixes that al
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models import all_specs, find
@@ -21,28 +20,21 @@ from hvtrain.models.foreign import looks_like
 from hvtrain.models.identify import ARCH_KEY, arch_of, flavor_of
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
-from hvtrain.weights.float8 import DTYPE as FLOAT8
-from hvtrain.weights.float8 import dequantize, quantize, replace_linear
 from hvtrain.weights.keymap import Fused
-from hvtrain.weights.stream import Slot, open_writer
+from hvtrain.weights.source import SCALES, Edit, Source, check, shapes_of
+from hvtrain.weights.stream import open_writer
+from shards.tensors import Extent
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "module.", "model.")
 MODEL_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.flavor"
-SHOWN = 3  # differences named in an error
-_SCALE = ".scale_weight"
 _MARKERS = ("scaled_fp8",)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# (module, its weight or None) -> whether it changes this layer; with a weight, in place
-Edit = Callable[[str, Tensor | None], bool]
 
 
 @dataclass(frozen=True)
-class Identified:
-    """What a file holds, told from names and shapes alone."""
+class Identified(Source):
+    """What a file holds, told from names and shapes alone; its tensors under official names, prefix stripped."""
 
-    path: Path
-    weights: Weights  # under the file's own names, prefix stripped
-    sources: Mapping[str, Fused]  # official name -> where it comes from
     spec: ModelSpec
     arch: Any
     flavor: Flavor
@@ -69,7 +61,7 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
     specs = [find(model)] if model is not None else list(all_specs())
     for spec in specs:
         dialect, sources = _dialect_of(spec, weights)
-        shapes = _shapes(sources, weights)
+        shapes = Source(weights, sources).shapes
         if not spec.signature(shapes):
             continue
         if (stated := weights.metadata.get(MODEL_KEY, spec.name)) != spec.name:
@@ -81,19 +73,14 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _refuse_integers(weights, sources)
-        return Identified(path, weights, sources, spec, chosen.arch, chosen, prefix, dialect)
+        return Identified(weights, sources, spec, chosen.arch, chosen, prefix, dialect)
     names = " or ".join(spec.name for spec in specs)
     raise CheckpointError(f"{path}: not a DiT of {names}; {_resembles(whole.shapes, weights.shapes)}")
 
 
 def load_dit(
-    path: str | Path,
-    *,
-    model: str | None = None,
-    flavor: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    quantize_to: str = "none",
+    path: str | Path, *, model: str | None = None, flavor: str | None = None,
+    dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
     edit: Edit | None = None,
 ) -> LoadedDit:
     """The model in a file. Peak host memory: one copy in `dtype`, or in float8 with `quantize_to` (fp8, fp8_scaled).
@@ -102,51 +89,16 @@ def load_dit(
     """
     found = identify(path, model=model, flavor=flavor)
     empty = whole_model(found)
-    layers = {name: m for name, m in empty.named_modules() if isinstance(m, nn.Linear)}
     eight_bit = set(found.spec.lora_targets(empty)) if quantize_to != "none" else set()
-    state = {}
-    for name in empty.state_dict():
-        module = name.removesuffix(".weight")
-        change = edit if module in layers and name != module else None
-        if name == module or module not in eight_bit:
-            state[name] = read_tensor(found, name, dtype=dtype, device=device)
-            if change is not None:
-                change(module, state[name])
-            continue
-        values, scale = _eight_bit(found, name, quantize_to, dtype, device, change)
-        replace_linear(empty, module, values, scale)
-        state[name] = values
-        if scale is not None:
-            state[module + _SCALE] = scale
-    empty.load_state_dict(state, assign=True)
+    found.fill(empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit)
     return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
-
-
-def _eight_bit(
-    found: Identified, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None
-) -> tuple[Tensor, Tensor | None]:
-    """A layer's float8 values and factors: the file's own where it has them and nothing changes them, else new ones."""
-    module, source = name.removesuffix(".weight"), found.sources[name]
-    part = source.parts[0]
-    kept = len(source.parts) == 1 and not source.swap and found.weights.dtype(part) == FLOAT8
-    if kept and (edit is None or not edit(module, None)):
-        mapped = found.weights.get(part)
-        values = mapped.to(device, copy=True)
-        found.weights.release(mapped)
-        scale = part.removesuffix(".weight") + _SCALE
-        return values, found.weights.get(scale).to(device, copy=True) if scale in found.weights else None
-    weight = read_tensor(found, name, dtype=dtype, device=device)
-    if edit is not None:
-        edit(module, weight)
-    return quantize(weight, how)
 
 
 def whole_model(found: Identified) -> DiT:
     """The file's model on the meta device, after its tensors were compared with what the file has."""
     with torch.device("meta"):
         empty = found.spec.build(found.arch)
-    wanted = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
-    check(found.path, wanted, _shapes(found.sources, found.weights))
+    check(found.path, shapes_of(empty), found.shapes)
     return empty
 
 
@@ -156,7 +108,7 @@ def save_dit(
 ) -> None:
     """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic."""
     state = model.state_dict()
-    slots = [Slot(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
+    slots = [Extent(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
     metadata = {
         MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(model.arch)), FLAVOR_KEY: flavor.name, "format": "pt",
         **(extra or {}),
@@ -176,20 +128,6 @@ def strip_prefix(weights: Weights) -> tuple[str, Weights]:
     return "", weights
 
 
-def check(path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse missing, unexpected and misshapen tensors, naming the first of each."""
-    missing = [n for n in wanted if n not in found]
-    extra = [n for n in found if n not in wanted]
-    wrong = [f"{n} is {_by(found[n])}, expected {_by(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
-    parts = [
-        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
-        if names
-    ]
-    if parts:
-        raise CheckpointError(f"{path}: its tensors do not fit the model: {'; '.join(parts)}. Is the file complete?")
-
-
 def _with_scales(weights: Weights) -> Weights:
     """The official float8 file keeps its scales in another one, X_map.pt: module name -> factor."""
     if not any(f.suffix == ".pt" for f in weights.files) or not any(e.dtype in _FLOAT8 for e in weights.entries.values()):
@@ -197,7 +135,7 @@ def _with_scales(weights: Weights) -> Weights:
     scales = weights.files[0].with_name(weights.files[0].stem + "_map.pt")
     if not scales.is_file():
         raise CheckpointError(f"{weights.path}: float8 weights without their scales: put {scales.name} beside it")
-    table = {name.removesuffix(".weight") + _SCALE: entry for name, entry in open_weights(scales).entries.items()}
+    table = {f"{name.removesuffix('.weight')}.{SCALES[0]}": e for name, e in open_weights(scales).entries.items()}
     return replace(weights, entries={**weights.entries, **table})
 
 
@@ -217,25 +155,8 @@ def _dialect_of(spec: ModelSpec, weights: Weights) -> tuple[str, dict[str, Fused
     return best, read[best]
 
 
-def read_tensor(found: Identified, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """The tensor of this official name, whatever the file calls it."""
-    def get(part: str) -> Tensor:
-        mapped = found.weights.get(part)
-        value = mapped.to(device=device, dtype=dtype, copy=True)
-        found.weights.release(mapped)
-        scale = part.removesuffix(".weight") + _SCALE
-        return dequantize(value, found.weights.get(scale), dtype) if scale in found.weights else value
-
-    return found.sources[name].build(get)
-
-
 def _is_extra(name: str) -> bool:
-    return name.endswith((_SCALE, ".scale_input")) or name in _MARKERS
-
-
-def _shapes(sources: Mapping[str, Fused], weights: Weights) -> dict[str, tuple[int, ...]]:
-    shapes = weights.shapes
-    return {name: source.shape(shapes) for name, source in sources.items()}
+    return name.endswith((*(f".{ending}" for ending in SCALES), ".scale_input")) or name in _MARKERS
 
 
 def _resembles(*candidates: Mapping[str, tuple[int, ...]]) -> str:
@@ -244,7 +165,3 @@ def _resembles(*candidates: Mapping[str, tuple[int, ...]]) -> str:
             return f"it looks like {label}"
     first = next(iter(candidates[0]), "nothing")
     return f"its {len(candidates[0])} tensors, first '{first}', are none that hvtrain knows"
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hvtrain.config.parts import Part, parts_of
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
 from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.registry import Registry
 from hvtrain.weights.keymap import KeyMap
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -274,9 +275,7 @@ class ModelSpec:
         """By name; None is the first. Raises ConfigError."""
         if name is None:
             return next(iter(self.flavors.values()))
-        if name not in self.flavors:
-            raise ConfigError(f"{self.name} has no flavor '{name}'; {suggest(name, self.flavors)}")
-        return self.flavors[name]
+        return Registry("flavor", self.flavors).find(name, key=f"model.flavor of {self.name}")
 
     def column(self, name: str) -> Column | None:
         """Of its own."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from hvtrain.errors import ConfigError, suggest
 from hvtrain.models.attention import keeping
 from hvtrain.models.dit import Tokens, run_plain
 from hvtrain.models.kernels import Partial
 from hvtrain.parallel.hostcopy import HostCopies
+from hvtrain.registry import Registry
 
 Block = Callable[[Tokens], Tokens]
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
@@ -58,12 +58,9 @@ class Offload:
             return checkpoint(run, tokens.img, tokens.txt, use_reentrant=False)
 
 
-POLICIES: dict[str, Callable[[], RunBlock]] = {
-    "none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": Offload,
-}
+RECOMPUTE: Registry[Callable[[], RunBlock]] = Registry("policy")
+RECOMPUTE |= {"none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": Offload}
 
 
 def pick_policy(name: str) -> RunBlock:
-    if name not in POLICIES:
-        raise ConfigError(f"run.recompute: no policy '{name}'; {suggest(name, POLICIES)}")
-    return POLICIES[name]()
+    return RECOMPUTE.find(name, key="run.recompute")()

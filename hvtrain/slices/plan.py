@@ -16,13 +16,14 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hvtrain.errors import CheckpointError, ConfigError, suggest
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.registry import Registry
 from shards.atomic import write_text
 
 FORMAT = "hvtrain-slices/1"
 FILE = "plan.json"
-GRANULARITIES = ("block", "module", "rows")
-ORDERS = ("contiguous", "interleaved")
+GRANULARITIES = Registry("granularity", dict.fromkeys(("block", "module", "rows")))
+ORDERS = Registry("order", dict.fromkeys(("contiguous", "interleaved")))
 
 Shapes = Mapping[str, tuple[int, int]]  # LoRA target -> [out, in], in the model's order
 
@@ -126,9 +127,8 @@ def make_plan(shapes: Shapes, cut: Cut, *, model: str, flavor: str, base: str | 
 def _check(cut: Cut) -> None:
     if (cut.n is None) == (cut.blocks_per_loraid is None):
         raise ConfigError("give either --n (how many slices) or --blocks-per-loraid (blocks in each)")
-    for option, value, legal in (("--granularity", cut.granularity, GRANULARITIES), ("--order", cut.order, ORDERS)):
-        if value not in legal:
-            raise ConfigError(f"{option}: no '{value}'; {suggest(value, legal)}")
+    GRANULARITIES.find(cut.granularity, key="--granularity")
+    ORDERS.find(cut.order, key="--order")
     for option, number in (("--n", cut.n), ("--blocks-per-loraid", cut.blocks_per_loraid)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} {number}: expected 1 or more")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import ConfigError
 from hvtrain.models import find

@@ -9,38 +9,36 @@ sequence-parallel peers of loss / sp and the MEAN over data-parallel ranks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.config import ZeroConfig
+from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.registry import Registry
 
 Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
 OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
 
-PLACES = ("none", "cpu", "nvme")
+ENGINES = Registry("engine", dict.fromkeys(("deepspeed", "torch")))
+PLACES = Registry("place", dict.fromkeys(("none", "cpu", "nvme")))
 BUCKET = 1 << 26  # elements per all-reduce: 256 MiB in fp32
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    engine: str = "deepspeed"
-    stage: int = 2
-    offload_optimizer: str = "none"  # or cpu, nvme
+class Step:
+    """How gradients become a step."""
+
     grad_accum: int = 1
     max_grad_norm: float = 1.0  # 0: no clipping
-    offload_param: str = "none"  # or cpu, nvme
-    nvme_path: str | None = None
-    bucket_mb: float | None = None
-    communication_dtype: str = "fp32"
-    deepspeed: str | None = None  # a JSON file, merged over the config that is made here
 
 
 @dataclass(frozen=True)
@@ -74,66 +72,96 @@ class Engine(Protocol):
 def build_engine(
     model: nn.Module,
     params: Mapping[str, nn.Parameter],
-    cfg: EngineConfig,
+    zero: ZeroConfig,
     ctx: ParallelContext,
     *,
     optimizer: Optimizer,
     schedule: Schedule,
+    step: Step,
 ) -> Engine:
     """`params` are the trainable parameters by name; `optimizer` holds exactly these."""
-    check_engine(cfg)
-    if cfg.engine == "torch":
-        return TorchEngine(model, params, cfg, ctx, optimizer=optimizer, schedule=schedule)
+    check_engine(zero)
+    if zero.engine == "torch":
+        return TorchEngine(model, params, step, ctx, optimizer=optimizer, schedule=schedule)
     from hvtrain.train.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, params, cfg, ctx, optimizer=optimizer, schedule=schedule)
+    return DeepSpeedEngine(model, params, zero, step, ctx, optimizer=optimizer, schedule=schedule)
 
 
-def check_engine(cfg: EngineConfig) -> None:
+def check_engine(zero: ZeroConfig) -> None:
     """Refuse what makes no sense, naming what to use instead."""
-    if cfg.engine not in ("deepspeed", "torch"):
-        raise ConfigError(f"zero.engine: no engine '{cfg.engine}'; {suggest(cfg.engine, ['deepspeed', 'torch'])}")
-    for key, place in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_param)):
-        if place not in PLACES:
-            raise ConfigError(f"zero.{key}: '{place}' is not a place; {suggest(place, PLACES)}")
-    if cfg.stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero.stage: {cfg.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
-    _check_places(cfg)
-    if cfg.engine == "torch" and (cfg.deepspeed or cfg.communication_dtype != "fp32" or cfg.bucket_mb):
+    ENGINES.find(zero.engine, key="zero.engine")
+    PLACES.find(zero.offload_optimizer, key="zero.offload_optimizer")
+    PLACES.find(zero.offload_param, key="zero.offload_param")
+    if zero.stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero.stage: {zero.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
+    _check_places(zero)
+    if zero.engine == "torch" and (zero.deepspeed or zero.communication_dtype != "fp32" or zero.bucket_mb):
         raise ConfigError(
             "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; "
             "use zero.engine=deepspeed"
         )
-    if cfg.bucket_mb is not None and cfg.bucket_mb <= 0:
-        raise ConfigError(f"zero.bucket_mb is {cfg.bucket_mb}, expected more than 0")
-    if cfg.grad_accum < 1:
-        raise ConfigError(f"run.grad_accum: {cfg.grad_accum} micro-steps make no step; use 1 or more")
+    if zero.deepspeed:
+        own_settings(zero.deepspeed)
+    if zero.bucket_mb is not None and zero.bucket_mb <= 0:
+        raise ConfigError(f"zero.bucket_mb is {zero.bucket_mb}, expected more than 0")
 
 
-def _check_places(cfg: EngineConfig) -> None:
-    where = "the torch engine" if cfg.engine == "torch" else f"ZeRO stage {cfg.stage}"
-    if cfg.offload_optimizer != "none" and (cfg.engine == "torch" or cfg.stage == 0):
+def _check_places(zero: ZeroConfig) -> None:
+    where = "the torch engine" if zero.engine == "torch" else f"ZeRO stage {zero.stage}"
+    if zero.offload_optimizer != "none" and (zero.engine == "torch" or zero.stage == 0):
         raise ConfigError(
             f"zero.offload_optimizer: {where} keeps the optimizer beside the parameters; "
             "use zero.engine=deepspeed with zero.stage 1, 2 or 3"
         )
-    if cfg.offload_param != "none" and (cfg.engine == "torch" or cfg.stage != 3):
+    if zero.offload_param != "none" and (zero.engine == "torch" or zero.stage != 3):
         raise ConfigError(
             f"zero.offload_param: {where} keeps the whole weights on each device; "
             "use zero.stage=3, or for a LoRA run.blocks_to_swap"
         )
-    nvme = "nvme" in (cfg.offload_optimizer, cfg.offload_param)
+    nvme = "nvme" in (zero.offload_optimizer, zero.offload_param)
     if nvme:
         _check_toolkit()
-    if nvme and cfg.stage != 3:
+    if nvme and zero.stage != 3:
         raise ConfigError(f"zero.offload_optimizer: {where} cannot put it on nvme; use zero.stage=3, or cpu")
-    if cfg.offload_param == "nvme" and cfg.offload_optimizer != "nvme":
+    if zero.offload_param == "nvme" and zero.offload_optimizer != "nvme":
         raise ConfigError("zero.offload_param: nvme needs the optimizer there too; set zero.offload_optimizer=nvme")
-    if nvme != (cfg.nvme_path is not None):
+    if nvme != (zero.nvme_path is not None):
         raise ConfigError(
             "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme" if nvme
             else "zero.nvme_path is set but nothing is offloaded to nvme; set zero.offload_optimizer=nvme"
         )
+
+
+# What the Engine protocol rests on: another value would be silently wrong, or belongs to an option of ours.
+_OURS = {
+    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum", "fp16": "run.precision",
+    "gradient_clipping": "optim.max_grad_norm", "train_batch_size": "data.batch_size", "bf16": "run.precision",
+    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision", "torch_autocast": "run.precision",
+    "zero_optimization.stage": "zero.stage", "communication_data_type": "zero.communication_dtype",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer", "sequence_parallel_size": "parallel.ulysses",
+    "zero_optimization.offload_param.device": "zero.offload_param",
+}
+
+
+def own_settings(path: str) -> dict[str, Any]:
+    """A user's settings of DeepSpeed, by its names. Raises ConfigError for one that is ours."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"zero.deepspeed: {path} is not a JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name")
+    _refuse_ours(found, path)
+    return found
+
+
+def _refuse_ours(settings: Mapping[str, Any], path: str, prefix: str = "") -> None:
+    for key, value in settings.items():
+        if own := _OURS.get(prefix + key):
+            raise ConfigError(f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that instead")
+        if isinstance(value, dict):
+            _refuse_ours(value, path, f"{prefix}{key}.")
 
 
 def _check_toolkit() -> None:
@@ -169,23 +197,23 @@ class TorchEngine:
         self,
         model: nn.Module,
         params: Mapping[str, nn.Parameter],
-        cfg: EngineConfig,
+        step: Step,
         ctx: ParallelContext,
         *,
         optimizer: Optimizer,
         schedule: Schedule,
     ) -> None:
-        self.model, self.params, self.cfg, self.ctx = model, dict(params), cfg, ctx
+        self.model, self.params, self.how, self.ctx = model, dict(params), step, ctx
         self.optimizer, self.rate, self.n_steps = optimizer, LearningRate(optimizer, schedule), 0
 
     def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
-        (loss / self.cfg.grad_accum).backward()
+        (loss / self.how.grad_accum).backward()
         if not last:
             return None
         lr = self.rate.set(self.n_steps)
         grads = filled_grads(self.params.values())
         _reduce(grads, self.ctx)
-        norm = clip_(grads, self.cfg.max_grad_norm)
+        norm = clip_(grads, self.how.max_grad_norm)
         skipped = not norm.isfinite().item()
         if not skipped:
             self.optimizer.step()

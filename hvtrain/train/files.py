@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hvtrain.adapters.lora import whole_rows
-from hvtrain.config import TrainConfig
+from hvtrain.adapters.attach import whole_rows
+from hvtrain.config import AdapterConfig, RunSettings
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.load import save_dit
@@ -23,7 +23,6 @@ from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Subject
 from hvtrain.weights.containers import open_weights
-from shards.remote import shown
 
 BEST_LOSS = "hvtrain.held_out_loss"
 
@@ -49,24 +48,25 @@ class Background:
         self._pool.shutdown(wait=True)
 
 
-def results_of(cfg: TrainConfig) -> list[Path]:
+def results_of(run: RunSettings) -> list[Path]:
     """What a finished run leaves for the user."""
-    endings = ("", "-ema") if cfg.run.ema_decay else ("",)
-    return [Path(cfg.run.output_dir, f"{cfg.run.name}{ending}.safetensors") for ending in endings]
+    endings = ("", "-ema") if run.ema_decay else ("",)
+    return [Path(run.output_dir, f"{run.name}{ending}.safetensors") for ending in endings]
 
 
-def is_finished(cfg: TrainConfig, found: Path, *, steps: int) -> bool:
+def is_finished(results: Sequence[Path], found: Path, *, steps: int) -> bool:
     """Whether the checkpoint `found` is the run's end, and the results that were written with it are still there and whole."""
-    return checkpoint.step_of(found) >= steps and all(checkpoint.result_is_whole(found, path) for path in results_of(cfg))
+    return checkpoint.step_of(found) >= steps and all(checkpoint.result_is_whole(found, path) for path in results)
 
 
 @dataclass
 class RunFiles:
     """Knows the names and what is in them. For rank 0; tensors that it is given must be copies."""
 
-    cfg: TrainConfig
+    run: RunSettings
+    adapter: AdapterConfig
     subject: Subject
-    n_samples: int
+    about: Mapping[str, object]  # metadata of the files, what stays the same through the run
     steps: int
     lock: RunLock
     started: float = field(default_factory=time.time)
@@ -75,7 +75,7 @@ class RunFiles:
 
     @property
     def output(self) -> Path:
-        return Path(self.cfg.run.output_dir)
+        return Path(self.run.output_dir)
 
     def save(self, snapshot: Snapshot, note: Callable[[str], None]) -> None:
         """The user's files, then the checkpoint: a run that dies in between comes back to before this step and writes them
@@ -85,16 +85,15 @@ class RunFiles:
         progress = snapshot.progress
         last = progress.step >= self.steps
         checkpoint.check_room(self.checkpoints, snapshot, results=self._result_bytes(snapshot, last=last))
-        name = self.cfg.run.name if last else f"{self.cfg.run.name}-step{progress.step:08d}"
+        name = self.run.name if last else f"{self.run.name}-step{progress.step:08d}"
 
         def write() -> None:
             try:
                 self.export(self.output / f"{name}.safetensors", snapshot.params, progress)
                 if snapshot.ema and last:
                     self.export(self.output / f"{name}-ema.safetensors", snapshot.ema, progress)
-                checkpoint.save(
-                    self.checkpoints, snapshot, keep_last=self.cfg.run.keep_last, results=self.results if last else ()
-                )
+                results = self.results if last else ()
+                checkpoint.save(self.checkpoints, snapshot, keep_last=self.run.keep_last, results=results)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: the run "
@@ -111,7 +110,7 @@ class RunFiles:
 
     @property
     def results(self) -> list[Path]:
-        return results_of(self.cfg)
+        return results_of(self.run)
 
     def mend_results(self, found: Path) -> list[str]:
         """Write those results of the finished run again, from its last checkpoint, that are gone or not what was written;
@@ -130,14 +129,14 @@ class RunFiles:
         return [path.name for path in lost]
 
     def _result_bytes(self, snapshot: Snapshot, *, last: bool) -> int:
-        lora = self.cfg.adapter.type != "none"
+        lora = self.adapter.type != "none"
         params = whole_rows(self.subject.model, dict(snapshot.params)) if lora else snapshot.params
         size = sum(t.numel() for t in params.values()) * (4 if lora else 2) + (1 << 20)
         return size * (2 if snapshot.ema and last else 1)
 
     @property
     def best(self) -> Path:
-        return self.output / f"{self.cfg.run.name}-best.safetensors"
+        return self.output / f"{self.run.name}-best.safetensors"
 
     def best_loss(self) -> float:
         """Of the best weights so far, which their file itself tells; infinite if there is none."""
@@ -152,12 +151,11 @@ class RunFiles:
     def export(
         self, path: Path, params: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object] | None = None
     ) -> None:
-        c, subject = self.cfg, self.subject
-        metadata = {**self._metadata(progress), **(extra or {})}
-        if c.adapter.type != "none":
+        a, subject = self.adapter, self.subject
+        if a.type != "none":
             save_lora(
-                path, whole_rows(subject.model, dict(params)), rank=c.adapter.rank, alpha=c.adapter.alpha,
-                architecture=subject.spec.name, metadata=metadata,
+                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha, architecture=subject.spec.name,
+                metadata={**self.about, **self._now(progress), **(extra or {})},
             )
             return
         with torch.device("meta"):
@@ -166,25 +164,9 @@ class RunFiles:
         about = {key: str(value) for key, value in (extra or {}).items()}
         save_dit(whole, path, flavor=subject.flavor, spec=subject.spec, extra=about)
 
-    def _metadata(self, progress: Progress) -> dict[str, object]:
-        """The `ss_*` entries that LoRA managers show."""
-        c, plan = self.cfg, self.subject.plan
-        owner = {} if plan is None else {
-            "ss_loraid": c.adapter.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n,
-            "ss_network_args": {"loraid": c.adapter.loraid, "granularity": plan.granularity, "order": plan.order},
-        }
-        return owner | {
-            "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
-            "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
-            "ss_max_train_steps": self.steps, "ss_steps": progress.step, "ss_epoch": progress.epoch,
-            "ss_num_train_items": self.n_samples, "ss_seed": c.run.seed,
-            "ss_gradient_accumulation_steps": c.run.grad_accum, "ss_gradient_checkpointing": c.run.recompute != "none",
-            "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
-            "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
-            "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
-            "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(c.model.dit or "scratch").name,
-            "ss_training_started_at": self.started, "ss_training_finished_at": time.time(),
-            "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
-            "hvtrain.base": self.subject.fingerprint,
-            "modelspec.date": datetime.fromtimestamp(time.time()).isoformat(timespec="seconds"),
+    def _now(self, progress: Progress) -> dict[str, object]:
+        now = time.time()
+        return {
+            "ss_steps": progress.step, "ss_epoch": progress.epoch, "ss_training_started_at": self.started,
+            "ss_training_finished_at": now, "modelspec.date": datetime.fromtimestamp(now).isoformat(timespec="seconds"),
         }

@@ -13,10 +13,10 @@ import torch
 
 from hvtrain.errors import HvtrainError
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.stopping import StopFlag
 from hvtrain.train.checkpoint import Progress
 from hvtrain.train.engine import Engine, StepResult
 from hvtrain.train.objective import Where
-from hvtrain.train.stop import StopFlag
 
 
 @dataclass(frozen=True)

@@ -9,46 +9,37 @@ import torch
 from torch import nn
 
 from hvtrain.config import OptimConfig
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
+from hvtrain.registry import Registry
 
 Schedule = Callable[[int], float]
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {}
-SCHEDULES: dict[str, Callable[[float, float], float]] = {}
+OPTIMIZERS: Registry[Callable[..., torch.optim.Optimizer]] = Registry("optimizer")
+SCHEDULES: Registry[Callable[[float, float], float]] = Registry("schedule")
 
 
-def _optimizer(function: Callable) -> Callable:
-    OPTIMIZERS[function.__name__] = function
-    return function
-
-
-def _schedule(function: Callable) -> Callable:
-    SCHEDULES[function.__name__] = function
-    return function
-
-
-@_optimizer
+@OPTIMIZERS.add("adamw")
 def adamw(groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
     """Decoupled weight decay. arXiv 1711.05101"""
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-@_optimizer
+@OPTIMIZERS.add("adam")
 def adam(groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
     """Weight decay as part of the gradient. arXiv 1412.6980"""
     return torch.optim.Adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-@_schedule
+@SCHEDULES.add("constant")
 def constant(x: float, floor: float) -> float:
     return 1.0
 
 
-@_schedule
+@SCHEDULES.add("linear")
 def linear(x: float, floor: float) -> float:
     return 1 - (1 - floor) * x
 
 
-@_schedule
+@SCHEDULES.add("cosine")
 def cosine(x: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x))
 
@@ -67,10 +58,8 @@ def build_optimizer(params: Mapping[str, nn.Parameter], cfg: OptimConfig) -> tor
 
 
 def check_optimizer(cfg: OptimConfig) -> None:
-    for key, name, table in (("name", cfg.name, OPTIMIZERS), ("schedule", cfg.schedule, SCHEDULES)):
-        if name not in table:
-            what = "optimizer" if key == "name" else "schedule"
-            raise ConfigError(f"optim.{key}: no {what} '{name}'; {suggest(name, table)}")
+    OPTIMIZERS.find(cfg.name, key="optim.name")
+    SCHEDULES.find(cfg.schedule, key="optim.schedule")
 
 
 def build_schedule(cfg: OptimConfig, *, total_steps: int) -> Schedule:

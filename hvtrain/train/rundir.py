@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 
-from hvtrain.config import TrainConfig, dump, to_dict
+from hvtrain.config import RunSettings, TrainConfig, to_dict
 from hvtrain.config.load import read_yaml
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train import runlock
 from hvtrain.train.runlock import RunLock
 from shards.atomic import write_text
-from shards.remote import shown
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 # run.json of older versions kept these as bare lists.
@@ -29,12 +28,15 @@ _LISTS = {
 _MAY_DIFFER = ("run.output_dir", "run.resume")  # not worth a word
 
 
-def claim(cfg: TrainConfig, identity: Mapping[str, object], ctx: ParallelContext, say: Callable[[str], None]) -> RunLock:
-    """Make run.output_dir this run's, held until the lock is released. For one rank only.
+def claim(
+    run: RunSettings, config: str, identity: Mapping[str, object], ctx: ParallelContext, say: Callable[[str], None]
+) -> RunLock:
+    """Make run.output_dir this run's, held until the lock is released. For one rank only. `config`: all of it as YAML, to be
+    kept there, without passwords.
 
     Raises ConfigError where it holds another run or files that no run wrote, and Busy where another process trains in it.
     """
-    output = Path(cfg.run.output_dir)
+    output = Path(run.output_dir)
     marker = output / RUN_FILE
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -45,11 +47,11 @@ def claim(cfg: TrainConfig, identity: Mapping[str, object], ctx: ParallelContext
         raise ConfigError(f"run.output_dir: {output} cannot be made a directory to write in ({error.strerror})") from None
     try:
         if marker.exists():
-            _same_run(marker, identity, resume=cfg.run.resume == "auto")
-            _tell_changes(output / CONFIG_FILE, cfg, say)
-        clear_leftovers(output, cfg.run.name)
+            _same_run(marker, identity, resume=run.resume == "auto")
+            _tell_changes(output / CONFIG_FILE, config, say)
+        clear_leftovers(output, run.name)
         write_text(marker, json.dumps(identity, indent=1) + "\n")
-        write_text(output / CONFIG_FILE, shown(dump(cfg)))
+        write_text(output / CONFIG_FILE, config)
     except BaseException:
         lock.release()
         raise
@@ -110,13 +112,13 @@ def _by_key(run: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
-def _tell_changes(path: Path, cfg: TrainConfig, say: Callable[[str], None]) -> None:
+def _tell_changes(path: Path, config: str, say: Callable[[str], None]) -> None:
     """What may change is taken as it is given now; said, because a forgotten override would change it too."""
     try:
         before = _flat(read_yaml(path))
     except ConfigError:
         return  # config.yaml is for people: run.json decides
-    now = _flat(yaml.safe_load(shown(dump(cfg))))  # as it was written: without passwords
+    now = _flat(yaml.safe_load(config))
     changed = [k for k in now if k in before and before[k] != now[k] and k not in _MAY_DIFFER]
     if changed:
         values = ", ".join(f"{k} {_shown(before[k])} -> {_shown(now[k])}" for k in changed)

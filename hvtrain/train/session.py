@@ -1,124 +1,91 @@
-"""One training run: the parts put together, and what the loop's events do."""
+"""One training run: what it holds, and what the loop's events do."""
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hvtrain.adapters.lora import seed_dropout
-from hvtrain.config import TrainConfig, dump
-from hvtrain.flow.timesteps import quantile_function
-from hvtrain.parallel.apply import parallelize
+from hvtrain.adapters.attach import seed_dropout
+from hvtrain.config import RunSettings
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
-from hvtrain.train.engine import build_engine
+from hvtrain.train.engine import Engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import Cadence, Hooks, StepReport, train
 from hvtrain.train.metrics import Metrics, loss_by_sigma
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
-from hvtrain.train.optim import build_optimizer, build_schedule
-from hvtrain.train.prepare import Prepared, on_all
+from hvtrain.train.prepare import on_all
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
 from hvtrain.train.rundir import cut_metrics
-from hvtrain.train.runlock import RunLock
-from hvtrain.train.setup import engine_config, open_subject
+from hvtrain.train.setup import Subject
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
-from shards.remote import shown
+
+Averages = dict[str, Tensor]  # of weights, by the parameter's name
 
 
+def restore(
+    engine: Engine, trainable: Mapping[str, nn.Parameter], found: Path | None, *, averaged: bool
+) -> tuple[Progress, Averages, str]:
+    """Put the checkpoint `found` into the engine; where it stands, the moving averages if the run keeps them (`averaged`), and
+    what the user should know of it. Collective. Raises CheckpointError."""
+    start, ema, note = Progress(), {}, ""
+    if found is not None:
+        snapshot = checkpoint.load(found)
+        if missing := sorted(set(trainable) ^ set(snapshot.params)):
+            raise checkpoint.CheckpointError(f"{found}: holds other weights than this run trains, first '{missing[0]}'")
+        engine.load_state(snapshot.params, snapshot.optimizer, n_steps=snapshot.progress.step)
+        start, ema = snapshot.progress, {n: snapshot.ema[n].to(p.device) for n, p in trainable.items() if n in snapshot.ema}
+    if averaged and not ema:
+        ema = {n: p.detach().clone() for n, p in trainable.items()}
+        if start.step:
+            note = f"run.ema_decay: {found} holds no moving average; it begins at step {start.step}\n"
+    return start, ema, note
+
+
+@dataclass
 class Session:
     """Everything that a run holds. `train` is the whole of it."""
 
-    def __init__(self, cfg: TrainConfig, ctx: ParallelContext, prepared: Prepared, lock: RunLock, found: Path | None) -> None:
-        """`found`: the checkpoint to continue from."""
-        self.cfg, self.ctx, self.output, self.found = cfg, ctx, Path(cfg.run.output_dir), found
-        self.subject = open_subject(cfg, ctx, prepared.plan)
-        flavor = self.subject.flavor
-        self.sets, self.steps = prepared.sets, prepared.steps
-        self.held = HeldOut(
-            prepared.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, flavor.columns
-        )
-        autocast = cfg.run.precision == "bf16"
-        self.kernel = parallelize(
-            self.subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
-            dtype=torch.bfloat16 if autocast else torch.float32, swap=self.subject.swap,
-        )
-        self.objective = Objective(
-            self.subject.spec, flavor.tasks[0], cfg.flow.guidance,
-            quantile_function(cfg.flow.timestep_sampling, cfg.flow), ctx.device, autocast,
-        )
-        self.previews = Previews(cfg, self.subject, ctx)  # encodes its prompts before the engine takes memory
-        self.engine = build_engine(
-            self.subject.model, self.subject.trainable,
-            engine_config(cfg),
-            ctx,
-            optimizer=build_optimizer(self.subject.trainable, cfg.optim),
-            schedule=build_schedule(cfg.optim, total_steps=self.steps),
-        )
-        self.ema: dict[str, Tensor] = {}
-        self.start = self._restore(found)
-        if cfg.run.ema_decay and not self.ema:
-            self.ema = {n: p.detach().clone() for n, p in self.subject.trainable.items()}
-            if self.start.step:
-                self._say(f"run.ema_decay: {found} holds no moving average; it begins at step {self.start.step}")
+    run: RunSettings
+    ctx: ParallelContext
+    subject: Subject
+    objective: Objective
+    engine: Engine
+    loader: BatchLoader
+    previews: Previews
+    held: HeldOut
+    files: RunFiles
+    cadence: Cadence
+    start: Progress
+    ema: Averages
+    caption_dropout: float
+    config: str  # all of it, for TensorBoard
+    about: str  # said at the start
+    found: Path | None = None  # the checkpoint that it goes on from
+
+    def __post_init__(self) -> None:
+        ctx, self.output, self.steps = self.ctx, Path(self.run.output_dir), self.cadence.steps
         if ctx.is_main:
             cut_metrics(self.output, self.start.step)
         self.metrics = Metrics(self.output if ctx.is_main else None, purge_step=self.start.step + 1)
         self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
-        self.files = RunFiles(
-            cfg, self.subject, sum(len(s) for s in self.sets), self.steps, lock, saved=self.start.step
-        )
         self.best = ctx.gather_objects(self.files.best_loss() if ctx.is_main else None)[0]
-        self.watch = Watchdog(ctx, cfg.run.hang_timeout_s)
+        self.watch = Watchdog(ctx, self.run.hang_timeout_s)
         self.latents: tuple[int, ...] = ()  # shape of the batch at hand
         self.n_bad = 0  # samples that this rank skipped
-
-    # --- start ------------------------------------------------------------------------------------------------
-
-    def _restore(self, found: Path | None) -> Progress:
-        if found is None:
-            return Progress()
-        snapshot = checkpoint.load(found)
-        missing = sorted(set(self.subject.trainable) ^ set(snapshot.params))
-        if missing:
-            raise checkpoint.CheckpointError(f"{found}: holds other weights than this run trains, first '{missing[0]}'")
-        self.engine.load_state(snapshot.params, snapshot.optimizer, n_steps=snapshot.progress.step)
-        self.ema = {n: snapshot.ema[n].to(p.device) for n, p in self.subject.trainable.items() if n in snapshot.ema}
-        return snapshot.progress
-
-    def _announce(self) -> None:
-        if not self.ctx.is_main:
-            return
-        c, ctx, n = self.cfg, self.ctx, self.subject.n_parameters
-        what = {"lora": f"LoRA rank {c.adapter.rank}", "none": "all weights"}.get(
-            c.adapter.type, f"LORAID {c.adapter.loraid} rank {c.adapter.rank}"
-        )
-        zero = f"ZeRO-{c.zero.stage}" if c.zero.engine == "deepspeed" else "plain PyTorch"
-        offload = f", optimizer on the {c.zero.offload_optimizer}" if c.zero.offload_optimizer != "none" else ""
-        print(
-            f"{self.subject.spec.name} {self.subject.flavor.name}: training {what} ({n:,} parameters) on "
-            f"{sum(len(s) for s in self.sets)} samples\n"
-            f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring {ctx.ring}, "
-            f"{zero}{offload}, {self.kernel.name} attention, {c.run.precision}; {c.flow.timestep_sampling} noise levels, "
-            f"shift {c.flow.shift:g}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
-            f"steps {self.start.step + 1} to {self.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each "
-            "(fewer where a bucket ends); "
-            f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}",
-            flush=True,
-        )
 
     # --- the run ----------------------------------------------------------------------------------------------
 
@@ -126,28 +93,16 @@ class Session:
         if self.found is not None and self.start.step >= self.steps:
             self._finish(self.found)
             return True
-        self._announce()
-        c = self.cfg
-        loader = BatchLoader(
-            self.sets, batch_size=c.data.batch_size, dp_rank=self.ctx.dp_rank, dp_size=self.ctx.dp, seed=c.run.seed,
-            cursor=self.start.cursor, workers=c.data.workers, worker_type=c.data.worker_type,
-            on_bad_sample=c.data.on_bad_sample, pin=self.ctx.device.type == "cuda", columns=self.subject.flavor.columns,
-        )
-        self.metrics.text("config", shown(dump(c)))
+        self._say(self.about)
+        self.metrics.text("config", self.config)
         hooks = Hooks(
             self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at, self.watch.at
-        )
-        cadence = Cadence(
-            steps=self.steps, grad_accum=c.run.grad_accum, save=c.run.save_every_steps,
-            save_samples=math.ceil(c.run.save_every_epochs * sum(len(s) for s in self.sets)),
-            evaluate=c.eval.every_steps if self.held.sets else 0,
-            preview=c.preview.every_steps, max_bad_steps=c.run.max_bad_steps,
         )
         try:
             with self.watch:
                 finished = train(
-                    self.engine, iter(loader), hooks, cadence=cadence, start=self.start, seed=c.run.seed, ctx=self.ctx,
-                    folder=self.output,
+                    self.engine, iter(self.loader), hooks, cadence=self.cadence, start=self.start, seed=self.run.seed,
+                    ctx=self.ctx, folder=self.output,
                 )
                 self.watch.at(self.steps, "waiting for the last files", writing=self.ctx.is_main)
                 self.files.background.wait()
@@ -165,7 +120,7 @@ class Session:
                 f"stopped on request; start again to continue from step {self.files.saved} of {self.steps}"
             )
             print(end, flush=True)
-            if finished and c.adapter.type != "none":
+            if finished and self.files.adapter.type != "none":
                 there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
                 print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
         return finished
@@ -186,13 +141,12 @@ class Session:
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
         place = {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
         self._count_bad(batch)
-        share = self.cfg.data.caption_dropout
-        shares = [m.get("caption_dropout", share) for m in batch.meta]
+        shares = [m.get("caption_dropout", self.caption_dropout) for m in batch.meta]
         tensors = drop_captions(
-            batch.tensors, self.sets[0].empty_text if any(shares) else {}, shares=shares,
+            batch.tensors, self.loader.sets[0].empty_text if any(shares) else {}, shares=shares,
             draw=generator(where.seed, stream="caption-dropout", **place), fields=self.subject.flavor.cond,
         )
-        if self.cfg.adapter.type != "none" and self.cfg.adapter.dropout:
+        if self.files.adapter.dropout:
             seed_dropout(self.subject.model, where.seed, **place)
         latents = tensors["latents"]
         self.latents = tuple(latents.shape)
@@ -209,11 +163,11 @@ class Session:
         if self.ema:
             averages = list(self.ema.values())
             values = [self.subject.trainable[n].detach() for n in self.ema]
-            torch._foreach_lerp_(averages, values, 1 - self.cfg.run.ema_decay)
+            torch._foreach_lerp_(averages, values, 1 - self.run.ema_decay)
 
     def _log(self, r: StepReport) -> None:
         step, ctx = r.progress.step, self.ctx
-        if step % self.cfg.run.log_every and step != self.steps:
+        if step % self.run.log_every and step != self.steps:
             return
         slowest = ctx.all_reduce_max(r.seconds)
         tokens = ctx.all_reduce_sum(r.n_tokens) / ctx.sp
@@ -275,7 +229,7 @@ class Session:
 
     def _save_if_best(self, progress: Progress, loss: float) -> None:
         """Collective: the loss is the same on all ranks."""
-        if not self.cfg.run.keep_best or not loss < self.best:
+        if not self.run.keep_best or not loss < self.best:
             return
         self.best = loss
         params = self._export(progress.step)

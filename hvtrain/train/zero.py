@@ -13,11 +13,11 @@ Three decisions:
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,28 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
 from hvtrain.train.engine import (
-    EngineConfig,
     LearningRate,
     OptimizerState,
     Schedule,
+    Step,
     StepResult,
     clip_,
     export_plain_state,
     filled_grads,
     load_plain_state,
+    own_settings,
     to_cpu,
 )
 
 PREFETCH = 1 << 28  # elements of weights that ZeRO-3 gathers ahead: most of a large block
 
 
-def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, Any]:
+def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> dict[str, Any]:
     """DeepSpeed's JSON. Bucket sizes follow the model: the default would reserve 2 GB for a LoRA of 20 MB."""
     largest = 1 << 28 if cfg.bucket_mb is None else int(cfg.bucket_mb * 2**18)
     bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), largest))
@@ -87,48 +89,21 @@ def ds_config(cfg: EngineConfig, model: nn.Module, *, cuda: bool) -> dict[str, A
         zero["memory_efficient_linear"] = False
     made = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters read it
-        "gradient_accumulation_steps": cfg.grad_accum,
+        "gradient_accumulation_steps": step.grad_accum,
         # Stage 0 has no clipping of its own that knows our groups, nor a check for NaN: `accumulate` does both.
-        "gradient_clipping": cfg.max_grad_norm if cfg.stage else 0.0,
+        "gradient_clipping": step.max_grad_norm if cfg.stage else 0.0,
         "communication_data_type": cfg.communication_dtype,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return made if cfg.deepspeed is None else _merged(made, _read_json(cfg.deepspeed), cfg.deepspeed)
+    return made if cfg.deepspeed is None else _merged(made, own_settings(cfg.deepspeed))
 
 
-# What the Engine protocol rests on: another value would be silently wrong, or belongs to an option of ours.
-_OURS = {
-    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum", "fp16": "run.precision",
-    "gradient_clipping": "optim.max_grad_norm", "train_batch_size": "data.batch_size", "bf16": "run.precision",
-    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision", "torch_autocast": "run.precision",
-    "zero_optimization.stage": "zero.stage", "communication_data_type": "zero.communication_dtype",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer", "sequence_parallel_size": "parallel.ulysses",
-    "zero_optimization.offload_param.device": "zero.offload_param",
-}
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"zero.deepspeed: {path} is not a JSON file: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name")
-    return found
-
-
-def _merged(under: dict[str, Any], over: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
-    result = dict(under)
-    for key, value in over.items():
-        if own := _OURS.get(prefix + key):
-            raise ConfigError(f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that instead")
-        below = result.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        result[key] = _merged(below, value, path, f"{prefix}{key}.") if both else value  # type: ignore[arg-type]
-    return result
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(under.get(key), dict)}
+    return {**under, **over, **{key: _merged(under[key], over[key]) for key in both}}
 
 
 class _Inside(nn.Module):
@@ -156,12 +131,29 @@ class _Outside(nn.Module):
         return self.engine(inp, on, torch.get_autocast_dtype(self.device_type))
 
 
+def _look_into_tokens(model: nn.Module) -> None:
+    """DeepSpeed gathers a module's weights for its backward when a gradient reaches its outputs, which it finds in tuples and
+    dicts, but not in Tokens: what a block holds itself, as a table of modulations, would be gone by then."""
+
+    def enter(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return replace(args[0], img=block.post_bwd_fn.apply(args[0].img)), *args[1:]
+
+    def leave(block: Any, args: tuple[Any, ...], tokens: Any) -> Any:
+        return replace(tokens, img=block.pre_bwd_fn.apply(tokens.img))
+
+    for block in getattr(model, "blocks", ()):
+        if any(True for _ in block.parameters(recurse=False)):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
+
+
 class DeepSpeedEngine:
     def __init__(
         self,
         model: nn.Module,
         params: Mapping[str, nn.Parameter],
-        cfg: EngineConfig,
+        cfg: ZeroConfig,
+        step: Step,
         ctx: ParallelContext,
         *,
         optimizer: Optimizer,
@@ -172,7 +164,7 @@ class DeepSpeedEngine:
             _check_nvme(str(cfg.nvme_path))
         with _quiet():
             _forgo_compiled_ops(ctx)
-            config = ds_config(cfg, model, cuda=ctx.device.type == "cuda")
+            config = ds_config(cfg, model, cuda=ctx.device.type == "cuda", step=step)
             if cfg.stage == 3:
                 # Parameter by parameter: the whole model never lies on a device. `initialize` would move it there first.
                 deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
@@ -181,9 +173,11 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(
                 model=_Inside(model, ctx.device.type), optimizer=optimizer, dist_init_required=False, config=config
             )
+            if cfg.stage == 3:
+                _look_into_tokens(model)
         at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)
-        self.params, self.cfg, self.ctx = dict(params), cfg, ctx
+        self.params, self.cfg, self.how, self.ctx = dict(params), cfg, step, ctx
         self.rate, self.n_steps = LearningRate(self.basic, schedule), 0
 
     @property
@@ -204,7 +198,7 @@ class DeepSpeedEngine:
             norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         else:
             grads = filled_grads(self.params.values())
-            norm = clip_(grads, self.cfg.max_grad_norm).item()
+            norm = clip_(grads, self.how.max_grad_norm).item()
             skipped = not torch.isfinite(torch.tensor(norm)).item()
             if skipped:
                 self.engine.zero_grad()

@@ -1,9 +1,10 @@
 """Frozen Linear weights in float8 (E4M3), computed as float8 matmul where the device has one, else dequantised per use.
 
-Two ways to quantise: `fp8` casts; `fp8_scaled` divides every 64 neighbours of a row by their largest value / 448 and keeps
-that factor as `scale_weight` [out, in/64, 1], which is musubi-tuner's layout (one factor a row, [out, 1], where 64 does not
-divide). A file that is float8 already keeps its own values and factors. Training goes through: the backward needs only
-the weight, which does not change.
+Three ways to quantise: `fp8` casts; `fp8_scaled` divides every 64 neighbours of a row by their largest value / 448 and
+keeps that factor as `scale_weight` [out, in/64, 1], which is musubi-tuner's layout (one factor a row, [out, 1], where 64
+does not divide); `fp8_rows` has one float32 factor a row, for weights whose factors float16 could not hold. A file that is
+float8 already keeps its own values and factors. Training goes through: the backward needs only the weight, which does not
+change.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ _SMALLEST_SCALE = 1e-8
 
 
 def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
-    """(float8 values [out, in], factors or None) of a weight; `how`: fp8 or fp8_scaled."""
+    """(float8 values [out, in], factors or None) of a weight; `how`: fp8, fp8_scaled or fp8_rows."""
     if how == "fp8":
         return weight.float().clamp(-LARGEST, LARGEST).to(DTYPE), None  # beyond the largest a plain cast gives NaN
     n_out, n_in = weight.shape
-    width = BLOCK if n_in % BLOCK == 0 else n_in
+    width = BLOCK if how == "fp8_scaled" and n_in % BLOCK == 0 else n_in
+    kept = weight.dtype if how == "fp8_scaled" else torch.float32
     blocks = weight.float().view(n_out, n_in // width, width)
-    scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(_SMALLEST_SCALE).to(weight.dtype).float()
-    values = (blocks / scale).clamp(-LARGEST, LARGEST).to(DTYPE).view(n_out, n_in)
-    return values, scale.to(weight.dtype) if width == BLOCK else scale.view(n_out, 1).to(weight.dtype)
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(_SMALLEST_SCALE).to(kept)
+    values = (blocks / scale.float()).clamp(-LARGEST, LARGEST).to(DTYPE).view(n_out, n_in)
+    return values, scale if width == BLOCK else scale.view(n_out, 1)
 
 
 def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from hvtrain.errors import ConfigError, suggest
+from hvtrain.errors import ConfigError
+from hvtrain.registry import Registry
 from launcher.table import command
 
 
@@ -44,10 +45,8 @@ def reference_text(name: str | None = None) -> str:
     """The keys of one command as YAML that loads, or of all as one YAML document each."""
     from hvtrain import config
 
-    if name is not None and name not in config.ROOTS:
-        raise ConfigError(f"no config '{name}'; {suggest(name, config.ROOTS)}")
     if name is not None:
-        return config.reference(config.ROOTS[name])
+        return config.reference(Registry("config", config.ROOTS).find(name, key="hvtrain config"))
     head = "# Every key with its default and meaning. Generated: hvtrain config > configs/reference.yaml\n"
     return head + "".join(f"--- # hvtrain {n}\n{config.reference(root)}" for n, root in config.ROOTS.items())
 

@@ -14,6 +14,7 @@ GROUPS["lora"] = "look at LoRA files, convert, cut, extract and average them"
 def _file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect, or the directory of a finished run")
     parser.add_argument("--dit", metavar="FILE", help="the model it belongs to (default: the known models' sizes are tried)")
+    parser.add_argument("--expert", metavar="NAME", help="of a model of several: whose LoRA is meant, or this is")
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def _info(args: argparse.Namespace) -> None:
     from hvtrain.lorafiles import tools
 
-    for line in tools.info(args.file, dit=args.dit):
+    for line in tools.info(args.file, dit=args.dit, expert=args.expert):
         print(line)
 
 
@@ -45,10 +46,10 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from hvtrain.lorafiles import tools
 
-    if args.to == "diffusion-pipe" and args.keep_alpha:
-        raise ConfigError("--keep-alpha: diffusion-pipe has no alpha in its files; leave the option out")
-    fold = args.fold_alpha or (args.to == "diffusers" and not args.keep_alpha)
-    print(tools.convert(args.file, args.output, target=args.to, fold=fold, dit=args.dit, edited=args.edited))
+    fold = True if args.fold_alpha else False if args.keep_alpha else None
+    print(tools.convert(
+        args.file, args.output, target=args.to, fold=fold, dit=args.dit, edited=args.edited, expert=args.expert
+    ))  # fmt: skip
 
 
 def _resize_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,9 @@ def _resize_options(parser: argparse.ArgumentParser) -> None:
 def _resize(args: argparse.Namespace) -> None:
     from hvtrain.lorafiles import tools
 
-    for line in tools.resize(args.file, args.output, rank=args.rank, energy=args.energy, dit=args.dit):
+    for line in tools.resize(
+        args.file, args.output, rank=args.rank, energy=args.energy, dit=args.dit, expert=args.expert
+    ):
         print(line)
 
 

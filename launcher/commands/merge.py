@@ -27,6 +27,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, metavar="R", help="for --as lora: cut to this rank by SVD (default: ranks add up, exact)")
     add("--on-overlap", metavar="POLICY",
         help="rows that several LoRAs change: error (default), sum, average, ties, dare, orthogonal, priority (first wins)")
+    add("--reconcile", metavar="HOW",
+        help="by what each LoRA does to samples of its own data: fit, distill or fit+distill; computes with the model")
+    add("--samples", action="append", metavar="SET",
+        help="for --reconcile: a shard set for each --lora, in order (default: calibration/ beside each)")
+    add("--keep", action="append", metavar="SET",
+        help="for --reconcile: a shard set of what the base knows and the merge must not change; may be repeated")
     add("--density", type=float, metavar="X", help="for ties (default 0.2) and dare (0.5): the share of elements kept")
     add("--seed", type=int, metavar="N", help="for dare")
     add("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: each tensor keeps its own)")
@@ -65,5 +71,8 @@ def _config(args: argparse.Namespace):
         args.lora = tuple(LoraFileConfig(path=p, multiplier=m) for p, m in zip(paths, factors, strict=True))
     if args.evaluate is not None:
         args.evaluate = tuple(args.evaluate)
+    own = {"how": args.reconcile, "samples": args.samples, "keep": args.keep}
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items() if value is not None}
+    args.reconcile = replace(cfg.reconcile, **own)
     given = {field.name: getattr(args, field.name, None) for field in fields(cfg)}
     return replace(cfg, **{name: value for name, value in given.items() if value is not None})

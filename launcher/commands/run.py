@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from hvtrain.config.load import override
 from hvtrain.errors import ConfigError
-from launcher.exits import REQUEUE
+from hvtrain.stopping import REQUEUE
 from launcher.table import command, config_options, load_config
 
 

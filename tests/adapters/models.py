@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from hvtrain.adapters.lora import adapted_layers, inject
+from hvtrain.adapters.attach import adapted_layers, inject
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput

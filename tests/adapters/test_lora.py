@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hvtrain.adapters.lora import (
+from hvtrain.adapters.attach import (
     adapter_off,
     inject,
     linear_shapes,

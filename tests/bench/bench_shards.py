@@ -1,6 +1,9 @@
-"""How fast shards are read and written, beside cat, tar, webdataset and one safetensors file per sample.
+"""How fast shards are read and written, beside cat, tar, GET, webdataset and one safetensors file per sample.
 
-    python -m tests.bench.bench_shards [--samples 240] [--folder DIR] [--repeat 5]
+    python -m tests.bench.bench_shards [--samples 240] [--folder DIR] [--repeat 5] [--only reading|url|writing]
+
+URLs are those of a server on this machine (tests/bench/serve.py; fsspec needs the package aiohttp): at once, and with 20 ms
+for each request as object storage has them.
 
 One run, page cache warm; every figure is the best of --repeat passes over all samples. Samples have the size of 544x960x33
 latents in bfloat16 plus 256 LLaMA embeddings. A training run keeps its set
@@ -14,9 +17,12 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +32,7 @@ from rich.table import Table
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
+import shards
 from shards import ShardSet, open_set
 from shards.loader import BatchLoader
 from shards.schema import EMPTY_TEXT, Chunk, Manifest, save_manifest
@@ -93,18 +100,79 @@ def cat(root: Path, n: int) -> Callable[[], int]:
     return run
 
 
-def ours(root: Path, n: int, *, anew: bool = False, **options) -> Callable[[], int]:
-    kept = open_set(root)
+def ours(root: Path | str, n: int, *, anew: bool = False, **options) -> Callable[[], int]:
+    """As in training: the set stays open, the loader goes on, its workers live."""
+    kept = None if anew else iter(BatchLoader(open_set(root), batch_size=BATCH, **options))
 
     def run() -> int:
         seen = 0
-        for batch in BatchLoader(open_set(root) if anew else kept, batch_size=BATCH, **options):
+        for batch in kept or BatchLoader(open_set(root), batch_size=BATCH, **options):
             seen += len(batch.keys)
             if seen >= n:
                 return seen
         raise AssertionError
 
     return run
+
+
+def with_pipeline(root: Path | str) -> Callable[[], int]:
+    pipe = shards.pipeline(root, batch_size=BATCH, buffer=0)
+    return lambda: sum(len(batch["__key__"]) for batch in pipe)
+
+
+def get(address: str, root: Path, n: int) -> Callable[[], int]:
+    """Every tar by a request of its own, one after the other, to nowhere."""
+    names = [f"{address}/{path.relative_to(root)}" for path in sorted(root.glob("*/*.tar"))]
+
+    def run() -> int:
+        words = [word for name in names for word in ("-o", "/dev/null", name)]
+        subprocess.run(["curl", "--silent", "--fail", *words], check=True)
+        return n
+
+    return run
+
+
+@contextmanager
+def served(root: Path, delay_s: float) -> Iterator[str]:
+    command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(root), str(delay_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        finally:
+            server.kill()
+
+
+Row = tuple[str, Callable[[], int]]
+
+
+def local(root: Path, plain: Path, n: int) -> list[Row]:
+    return [
+        ("cat *.tar > /dev/null", cat(root, n)),
+        ("hvtrain, 0 workers", ours(root, n)),
+        ("hvtrain, 1 thread", ours(root, n, workers=1)),
+        ("hvtrain, 2 threads", ours(root, n, workers=2)),
+        ("hvtrain, 2 threads, set opened anew", ours(root, n, workers=2, anew=True)),
+        ("hvtrain, 1 process", ours(root, n, workers=1, worker_type="process")),
+        ("hvtrain, 2 processes", ours(root, n, workers=2, worker_type="process")),
+        ("shards.pipeline", with_pipeline(root)),
+        ("webdataset", with_webdataset(root)),
+        ("two files per sample, DataLoader, 2 processes", with_pairs(plain)),
+        ("one safetensors file per sample", with_single_files(plain)),
+    ]
+
+
+def urls(root: Path, n: int) -> Iterator[tuple[str, list[Row]]]:
+    for delay_s in (0.0, 0.02):
+        with served(root, delay_s) as address:
+            yield f"URLs, {1000 * delay_s:.0f} ms a request", [
+                ("GET of every tar (curl)", get(address, root, n)),
+                ("shards.pipeline: a tar a request", with_pipeline(address)),
+                ("hvtrain, byte ranges, 0 workers", ours(address, n)),
+                ("hvtrain, byte ranges, 4 threads", ours(address, n, workers=4)),
+                ("hvtrain, byte ranges, 16 threads", ours(address, n, workers=16)),
+                ("hvtrain, byte ranges, 2 processes", ours(address, n, workers=2, worker_type="process")),
+                ("hvtrain, byte ranges, 8 processes", ours(address, n, workers=8, worker_type="process")),
+            ]
 
 
 def with_webdataset(root: Path) -> Callable[[], int]:
@@ -209,30 +277,27 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=240)
     parser.add_argument("--folder", help="where the files go (default: the system's temporary directory)")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", choices=("reading", "url", "writing"))
     args = parser.parse_args()
+    wanted = {args.only} if args.only else {"reading", "url", "writing"}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         root, plain, scratch = Path(name) / "set", Path(name) / "plain", Path(name) / "scratch"
         make_set(root, plain, args.samples)
         os.sync()  # or the disk is still busy with writing when reading is timed
         n_bytes = sum(path.stat().st_size for path in root.glob("*/*.tar"))
         print(f"{args.samples} samples, {n_bytes / 2**20:.0f} MiB, batches of {BATCH}, {torch.get_num_threads()} threads")
-        table("reading", [
-            ("cat *.tar > /dev/null", cat(root, args.samples)),
-            ("hvtrain, 0 workers", ours(root, args.samples)),
-            ("hvtrain, 1 thread", ours(root, args.samples, workers=1)),
-            ("hvtrain, 2 threads", ours(root, args.samples, workers=2)),
-            ("hvtrain, 2 threads, set opened anew", ours(root, args.samples, workers=2, anew=True)),
-            ("hvtrain, 2 processes", ours(root, args.samples, workers=2, worker_type="process")),
-            ("webdataset", with_webdataset(root)),
-            ("two files per sample, DataLoader, 2 processes", with_pairs(plain)),
-            ("one safetensors file per sample", with_single_files(plain)),
-        ], n_bytes=n_bytes, repeat=args.repeat)
-        rows = list(samples(args.samples))
-        table("writing", [
-            ("tar cf", write_tar_cf(scratch, plain, args.samples, sync=False)),
-            ("tar cf; sync", write_tar_cf(scratch, plain, args.samples, sync=True)),
-            ("hvtrain (synced, checksums)", write_ours(scratch, rows)),
-        ], n_bytes=n_bytes, repeat=args.repeat)
+        report = partial(table, n_bytes=n_bytes, repeat=args.repeat)
+        if "reading" in wanted:
+            report("reading", local(root, plain, args.samples))
+        for title, rows in urls(root, args.samples) if "url" in wanted else ():
+            report(title, rows)
+        if "writing" in wanted:
+            rows = list(samples(args.samples))
+            report("writing", [
+                ("tar cf", write_tar_cf(scratch, plain, args.samples, sync=False)),
+                ("tar cf; sync", write_tar_cf(scratch, plain, args.samples, sync=True)),
+                ("hvtrain (synced, checksums)", write_ours(scratch, rows)),
+            ])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from hvtrain.adapters.lora import inject
+from hvtrain.adapters.attach import inject
 from hvtrain.fit.trace import Shape, fake_input, simulated, trace_step
 from hvtrain.models import all_specs, find
 from hvtrain.models.dit import DiT, ModelInput

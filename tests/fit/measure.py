@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from hvtrain.adapters.lora import inject
+from hvtrain.adapters.attach import inject
+from hvtrain.config import ZeroConfig
 from hvtrain.fit.memory import Budget, Layout, budget
-from hvtrain.fit.trace import Meter, byte_counts, simulated, trace_step
+from hvtrain.fit.trace import Ledger, byte_counts, simulated, trace_step
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import start
-from hvtrain.train.engine import EngineConfig, build_engine
+from hvtrain.train.engine import Step, build_engine
 from tests.parallel.tiny_run import ARCH
 
 SIZED = replace(ARCH, hidden_size=192, heads_num=4, rope_dims=(16, 16, 16), double=3, single=4)
@@ -55,9 +56,9 @@ def _train(setting: Setting) -> None:
     ctx = start(setting.ulysses, setting.ring)
     model, params, inp = make(setting)
     parallelize(model, ctx, recompute=setting.recompute)
-    cfg = EngineConfig(setting.engine, setting.stage, max_grad_norm=1.0)
+    cfg = ZeroConfig(setting.engine, setting.stage)
     optimizer = torch.optim.AdamW(list(params.values()), lr=1e-4, fused=True)
-    engine = build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1.0)
+    engine = build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1.0, step=Step())
     for _ in range(2):
         engine.accumulate(engine.model(inp).square().mean(), last=True)
 
@@ -65,7 +66,7 @@ def _train(setting: Setting) -> None:
 def live_bytes(setting: Setting) -> int:
     """The worst moment of two real steps, by following every tensor's storage; run on every rank. The profiler would miss
     what gloo's own threads free."""
-    with Meter(nn.Module()) as meter:
+    with Ledger(nn.Module()) as meter:
         _train(setting)
     return meter.peak
 
@@ -92,7 +93,7 @@ def each(measure: Callable[[Setting], int], settings: list[Setting]) -> list[int
 
 
 def predicted(setting: Setting) -> Budget:
-    layout = Layout(setting.engine, setting.stage, world=setting.world, overlap=False)
+    layout = Layout(ZeroConfig(setting.engine, setting.stage), setting.world, overlap=False)
     with simulated(world=setting.world, ulysses=setting.ulysses, ring=setting.ring) as ctx:
         model, _, inp = make(setting)
         trace = trace_step(

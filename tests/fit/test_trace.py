@@ -3,7 +3,7 @@
 from types import MappingProxyType
 
 from hvtrain.config import TrainConfig, load
-from hvtrain.fit.estimate import of_training, subject
+from hvtrain.fit.estimate import Training, candidate, of_training
 from hvtrain.fit.trace import Shape
 from hvtrain.models import kernels
 from hvtrain.parallel.hostcopy import HostCopies
@@ -11,7 +11,8 @@ from hvtrain.parallel.hostcopy import HostCopies
 
 def total(recompute: str) -> int:
     cfg = load(TrainConfig, None, ["model.flavor=tiny", f"run.recompute={recompute}", "zero.engine=torch"])
-    return of_training(cfg, subject(cfg.model), Shape(1, 17, 256, 256), 1).budget.total
+    sections = Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run)
+    return of_training(sections, candidate(cfg.model), Shape(1, 17, 256, 256), 1).budget.total
 
 
 def test_no_table_and_no_method_is_changed_meanwhile(monkeypatch):

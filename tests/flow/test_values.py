@@ -14,8 +14,9 @@ from hvtrain.flow import timesteps
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.schedule import sigmas
-from hvtrain.flow.solvers import euler
+from hvtrain.flow.solvers import SOLVERS, solve
 from hvtrain.flow.timesteps import quantile_function, stratified
+from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
 U = (0.02, 0.3, 0.5, 0.9)
@@ -75,9 +76,9 @@ def test_the_whole_distribution_is_not_cut_and_an_empty_one_is_refused():
 
 def test_a_distribution_is_one_decorated_function(monkeypatch):
     """Also one that gives many u the same sigma: cut at that sigma, none of them is lost."""
-    monkeypatch.setattr(timesteps, "SAMPLERS", {})
+    monkeypatch.setattr(timesteps, "SAMPLERS", Registry("distribution"))
 
-    @timesteps.sampler
+    @timesteps.SAMPLERS.add("steep")
     def steep(u: torch.Tensor, *, logit_mean: float) -> torch.Tensor:
         return u.clamp(logit_mean, 0.9)
 
@@ -150,10 +151,10 @@ def test_euler_steps_along_the_velocity_at_each_sigma():
         seen.append((x.flatten().tolist(), sigma.tolist(), sigma.dtype))
         return (2 * x).bfloat16()
 
-    x = euler(velocity, torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
+    x = solve(SOLVERS["euler"], velocity, torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
     assert x.flatten().tolist() == [0.0, 0.0] and x.dtype == torch.float32
     assert seen == [([1.0, 3.0], [1.0, 1.0], torch.float32), ([0.0, 0.0], [0.5, 0.5], torch.float32)]
-    assert euler(lambda x, s: torch.ones_like(x), torch.zeros(1, 1), sigmas(4)).item() == -1.0
+    assert solve(SOLVERS["euler"], lambda x, s: torch.ones_like(x), torch.zeros(1, 1), sigmas(4)).item() == -1.0
 
 
 def test_guidance_goes_through_the_conditional_velocity():

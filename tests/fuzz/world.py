@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from safetensors import safe_open
 
 from hvtrain import models
-from hvtrain.adapters.lora import inject
+from hvtrain.adapters.attach import inject
 from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.dit import DiT
 from launcher import cli

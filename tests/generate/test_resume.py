@@ -265,7 +265,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, wanted: int) -> None:
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    before = {number: signal.getsignal(number) for number in stopping.signals()}
     stopping.remember()
     yield
     for number, handler in before.items():

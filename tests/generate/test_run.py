@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hvtrain import config
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
 from hvtrain.generate import run as generate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -10,35 +9,13 @@ import torch
 
 from hvtrain.errors import ConfigError
 from hvtrain.flow.guidance import classifier_free
-from hvtrain.flow.schedule import sigmas
-from hvtrain.flow.solvers import euler
+from hvtrain.flow.solvers import State
 from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import sample_latents, stack
-from hvtrain.generate.spool import Kept
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from tests.generate.models import SIZE, random_cond, random_dit, spec_and_flavor
 from tests.parallel.ranks import run_ranks
-
-
-def test_euler_is_exact_where_the_velocity_is_constant_along_the_path() -> None:
-    """With one data point x0 the velocity is (x - x0) / sigma, and every number of steps ends in x0."""
-    x0, noise = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 2.0]])
-    for n in (1, 7):
-        end = euler(lambda x, sigma: (x - x0) / sigma[:, None], noise, sigmas(n, shift=7.0))
-        torch.testing.assert_close(end, x0)
-
-
-def test_euler_converges_to_the_integral() -> None:
-    """dx / dsigma = x from 1 to 0 takes x to x / e; the error of n steps falls as 1 / n."""
-    start_x = torch.ones(1, 1)
-    errors = [abs(euler(lambda x, _: x, start_x, sigmas(n)).item() - math.exp(-1)) for n in (50, 100)]
-    assert errors[0] < 0.01 and 1.8 < errors[0] / errors[1] < 2.2
-
-
-def test_euler_keeps_float32_under_a_half_precision_velocity() -> None:
-    end = euler(lambda x, _: x.bfloat16(), torch.ones(1, 4), sigmas(4))
-    assert end.dtype == torch.float32
 
 
 def test_classifier_free_guidance() -> None:
@@ -162,13 +139,13 @@ def test_text_lengths_stay_on_the_cpu() -> None:
 
 def test_a_sampling_goes_on_from_any_step(alone: torch.Tensor) -> None:
     """Bit for bit, and `on_step` is told of every step with what it has made."""
-    seen: list[tuple[int, torch.Tensor]] = []
-    whole = sample(on_step=lambda n, x: seen.append((n, x.clone())))
-    assert torch.equal(whole, alone) and [n for n, _ in seen] == [1, 2, 3, 4]
-    assert torch.equal(seen[-1][1], whole) and not torch.equal(seen[1][1], seen[2][1])
-    later: list[int] = []
-    rest = sample(begin=Kept(seen[1][1], 2), on_step=lambda n, x: later.append(n))
-    assert torch.equal(rest, whole) and later == [3, 4]
+    seen: list[State] = []
+    whole = sample(on_step=seen.append)
+    assert torch.equal(whole, alone) and [s.step for s in seen] == [1, 2, 3, 4]
+    assert torch.equal(seen[-1].x, whole) and not torch.equal(seen[1].x, seen[2].x)
+    later: list[State] = []
+    rest = sample(begin=seen[1], on_step=later.append)
+    assert torch.equal(rest, whole) and [s.step for s in later] == [3, 4]
 
 
 FIRST_NOISE_OF_SEED_11 = -0.7473927736282349  # a change of this number changes the video of every seed

@@ -9,14 +9,15 @@ import torch
 from safetensors import safe_open
 
 from hvtrain.errors import DataError
-from hvtrain.generate.spool import Kept, find, forget, hidden, keep, visible
+from hvtrain.flow.solvers import State
+from hvtrain.generate.spool import find, forget, hidden, keep, visible
 from tests.generate.test_video import no_file_above
 
 X = torch.arange(48.0).reshape(2, 2, 3, 4)
 
 
 def write(output: Path, step: int = 3, identity: str = "me") -> None:
-    keep(output, Kept(X.transpose(2, 3), step), identity=identity, parameters={"prompt": "a cat"})
+    keep(output, State(X.transpose(2, 3), step), identity=identity, parameters={"prompt": "a cat"})
 
 
 def test_what_is_kept_is_found_by_its_owner_only(tmp_path: Path) -> None:
@@ -30,7 +31,9 @@ def test_what_is_kept_is_found_by_its_owner_only(tmp_path: Path) -> None:
     with safe_open(str(hidden(output)), framework="pt") as file:  # readable by other tools
         assert "a cat" in file.metadata()["hvtrain.latents"]
     write(output, step=4)
-    assert find(output, "me").step == 4
+    assert find(output, "me").step == 4 and find(output, "me").history == ()
+    keep(output, State(X, 5, (X + 1, X + 2)), identity="me", parameters={})  # of a multistep solver
+    assert [h[0, 0, 0, 0].item() for h in find(output, "me").history] == [1, 2]
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:20], lambda raw: raw[:-1], lambda raw: b"", lambda raw: b"\xff" * 99])

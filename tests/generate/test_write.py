@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from hvtrain.config import GenerateConfig, ModelConfig, VaeTilingConfig
 from hvtrain.errors import ConfigError
+from hvtrain.flow.solvers import State
 from hvtrain.generate.identity import Sources, sources_of
 from hvtrain.generate.loras import open_loras
 from hvtrain.generate.plan import Lot, Plan, remaining
 from hvtrain.generate.requests import Job, Request
-from hvtrain.generate.spool import Kept, hidden, keep, visible
+from hvtrain.generate.spool import hidden, keep, visible
 from hvtrain.generate.video import write_mp4, write_png
 from hvtrain.generate.write import decode, parameters, to_bytes
 from hvtrain.lorafiles.files import LoraFile
@@ -119,12 +120,12 @@ def test_what_is_left_keeps_its_batches(tmp_path: Path) -> None:
     write_mp4(jobs[1].output, black, fps=8, metadata={"identity": SOURCES.video(jobs[1].request)})
     write_mp4(jobs[4].output, black, fps=8, metadata={"identity": SOURCES.video(jobs[1].request)})
     for i, step in ((1, 30), (2, 30), (3, 7)):
-        keep(jobs[i].output, Kept(torch.zeros(1), step), identity=SOURCES.latents(jobs[i].request), parameters={})
+        keep(jobs[i].output, State(torch.zeros(1), step), identity=SOURCES.latents(jobs[i].request), parameters={})
     lots = remaining([jobs[:3], jobs[3:]], SOURCES)
     assert lots == [Lot([jobs[0]], 0), Lot([jobs[2]], 30), Lot([jobs[4], jobs[5]], 0), Lot([jobs[3]], 7)]
     assert [lot.n_left for lot in lots] == [30, 0, 30, 23]
     assert not hidden(jobs[1].output).exists() and hidden(jobs[2].output).exists()  # what the killed run had not cleared
-    keep(jobs[1].output, Kept(torch.zeros(1), 30), identity="x", parameters={})
+    keep(jobs[1].output, State(torch.zeros(1), 30), identity="x", parameters={})
     remaining([jobs[:3]], SOURCES, save_latents=True)
     assert visible(jobs[1].output).exists()
 

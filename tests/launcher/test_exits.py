@@ -125,17 +125,22 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 (here / f'{rank}.ready').touch()
 time.sleep(600)
 """
-    process = job(tmp_path, body)
+
+    def under(handler: signal.Handlers, folder: Path) -> subprocess.Popen:
+        """The tests themselves may run under nohup."""
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            return job(folder, body)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    process = under(signal.SIG_DFL, tmp_path)
     wait(tmp_path, "*.ready")
     process.send_signal(signal.SIGHUP)
     assert end(process, timeout=60)[0] == 75
 
     (tmp_path / "nohup").mkdir()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = job(tmp_path / "nohup", body)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = under(signal.SIG_IGN, tmp_path / "nohup")
     wait(tmp_path / "nohup", "*.ready")
     process.send_signal(signal.SIGHUP)
     time.sleep(1.5)

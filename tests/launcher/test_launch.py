@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.exits import REQUEUE
+from hvtrain.stopping import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from hvtrain.adapters.lora import linear_shapes
-from hvtrain.lorafiles.convert import to_comfy, to_diffusers
+from hvtrain.adapters.attach import linear_shapes
+from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import read_lora, save_lora
 from tests.adapters.models import ARCH, SPEC, adapted, an_input, build, lora_tensors
 
@@ -59,8 +60,8 @@ def lora(tmp_path):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_converted_lora_changes_diffusers_as_it_changes_us(lora, tmp_path, fold):
-    converted = to_diffusers(lora, SPEC, fold=fold)
-    converted.save(tmp_path / "d.safetensors")
+    made = converted(lora, SPEC, DIALECTS["diffusers"], fold=fold)
+    made.save(tmp_path / "d.safetensors")
     model = in_diffusers()
     before = velocity(model)
     model.load_lora_adapter(str(tmp_path), weight_name="d.safetensors")  # prefix "transformer", as a pipeline does
@@ -73,8 +74,9 @@ def test_diffusers_converts_our_comfy_names(lora):
     """Its own converter for files with official names, which drops alpha: hence a scale of 1 here."""
     from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 
-    tensors = {k: v for k, v in to_comfy(lora).tensors.items() if "double" in k and not k.endswith(".alpha")}
+    comfy = converted(lora, SPEC, DIALECTS["comfyui"]).tensors
+    tensors = {k: v for k, v in comfy.items() if "double" in k and not k.endswith(".alpha")}
     theirs = _convert_hunyuan_video_lora_to_diffusers(dict(tensors))
-    ours = to_diffusers(lora, SPEC, fold=False).tensors
+    ours = converted(lora, SPEC, DIALECTS["diffusers"], fold=False).tensors
     assert theirs.keys() == {k for k in ours if "single" not in k}
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

@@ -2,15 +2,17 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from hvtrain.adapters.lora import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_into
 from hvtrain.errors import CheckpointError
-from hvtrain.lorafiles.convert import to_comfy, to_diffusers
+from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import LoraFile, read_lora, save_lora, write_lora
 from hvtrain.lorafiles.pairs import LoraPair
 from tests.adapters.models import SPEC, adapted, an_input, build, lora_tensors
@@ -129,25 +131,23 @@ def test_without_alpha_the_scale_is_one(saved, tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [2.0, 4.0, 1.7])
-@pytest.mark.parametrize("dialect", ["comfy", "diffusers", "diffusers, alpha kept"])
+@pytest.mark.parametrize("dialect", ["comfyui", "diffusers", "diffusers, alpha kept"])
 def test_round_trips_are_exact(tmp_path, dialect, alpha):
     path = tmp_path / "a.safetensors"
     save_lora(path, lora_tensors(adapted()), rank=4, alpha=alpha, metadata={"ss_loraid": "3"}, architecture=SPEC.name)
     lora = read_lora(path, SHAPES, spec=SPEC)
-    if dialect == "comfy":
-        converted = to_comfy(lora)
-    else:
-        converted = to_diffusers(lora, spec=SPEC, fold=dialect == "diffusers")
-    converted.save(tmp_path / "b.safetensors")
+    name, _, kept = dialect.partition(", ")
+    made = converted(lora, SPEC, DIALECTS[name], fold=False if kept else None)
+    made.save(tmp_path / "b.safetensors")
     back = read_lora(tmp_path / "b.safetensors", SHAPES, spec=SPEC)
     assert back.metadata["ss_loraid"] == "3"
     if dialect == "diffusers" and alpha == 1.7:  # a folded scale that is no power of two: to the last bit or so
         torch.testing.assert_close(back.pairs["single_blocks.0.linear1"].up, lora.pairs["single_blocks.0.linear1"].up)
     else:
         assert same(back, lora)
-    if dialect != "comfy":
-        assert "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight" in converted.tensors
-        assert len(converted.tensors) == 2 * (2 * (3 + 3 + 6) + 2 * (4 + 1))
+    if dialect != "comfyui":
+        assert "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight" in made.tensors
+        assert len(made.tensors) == 2 * (2 * (3 + 3 + 6) + 2 * (4 + 1))
 
 
 def test_a_diffusers_lora_with_q_and_v_only(tmp_path):
@@ -166,7 +166,7 @@ def test_a_diffusers_lora_with_q_and_v_only(tmp_path):
     torch.testing.assert_close(v, tensors[f"{base}v.lora_B.weight"] @ tensors[f"{base}v.lora_A.weight"])
     assert not k.any() and not mlp.any()
     write_lora(tmp_path / "ours.safetensors", lora.pairs, metadata=lora.metadata)
-    again = to_diffusers(read_lora(tmp_path / "ours.safetensors", SHAPES, spec=SPEC), SPEC)
+    again = converted(read_lora(tmp_path / "ours.safetensors", SHAPES, spec=SPEC), SPEC, DIALECTS["diffusers"])
     assert again.tensors.keys() == tensors.keys()
     assert all(torch.equal(again.tensors[name], tensors[name]) for name in tensors)
 
@@ -176,11 +176,34 @@ def test_the_last_layers_halves_are_swapped(tmp_path):
     name = "final_layer.adaLN_modulation.1"
     pair = LoraPair(torch.randn(2, 48), torch.randn(96, 2), 2.0)
     lora = LoraFile(tmp_path / "x", {name: pair})
-    converted = to_diffusers(lora, SPEC)
-    up = converted.tensors["transformer.norm_out.linear.lora_B.weight"]
+    made = converted(lora, SPEC, DIALECTS["diffusers"])
+    up = made.tensors["transformer.norm_out.linear.lora_B.weight"]
     assert torch.equal(up, torch.cat([pair.up[48:], pair.up[:48]]))
-    converted.save(tmp_path / "x.safetensors")
+    made.save(tmp_path / "x.safetensors")
     assert torch.equal(read_lora(tmp_path / "x.safetensors", SHAPES, spec=SPEC).pairs[name].up, pair.up)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_two_experts_in_one_file(tmp_path, saved, fold):
+    """As diffusers' pipelines of two transformers save them, alphas in the metadata or folded; each is read, and written, under a
+    prefix of its own."""
+    lora = read_lora(saved, SHAPES, spec=SPEC)
+    other = replace(lora, pairs={name: replace(pair, up=pair.up + 1.0, alpha=8.0) for name, pair in lora.pairs.items()})
+    first, second = (converted(o, SPEC, DIALECTS["diffusers"], fold=fold, expert=n) for n, o in enumerate((lora, other)))
+    assert all(name.startswith("transformer_2.") for name in second.tensors)
+    path, metadata = tmp_path / "both.safetensors", {}
+    if not fold:
+        tables = [json.loads(made.metadata["lora_adapter_metadata"]) for made in (first, second)]
+        metadata = {"lora_adapter_metadata": json.dumps(tables[0] | tables[1])}
+    safetensors.torch.save_file({name: t.clone() for name, t in (first.tensors | second.tensors).items()}, path, metadata)
+    with pytest.raises(CheckpointError, match=r"LoRAs of 2 experts \(transformer\., transformer_2\.\); say which"):
+        read_lora(path, SHAPES, spec=SPEC)
+    with pytest.raises(CheckpointError, match="say which"):
+        read_lora(path, SHAPES, spec=SPEC, expert=2)
+    name = "double_blocks.0.img_mlp.fc1"
+    deltas = [read_lora(path, SHAPES, spec=SPEC, expert=n).pairs[name].delta() for n in (0, 1)]
+    torch.testing.assert_close(deltas[0], lora.pairs[name].delta())
+    torch.testing.assert_close(deltas[1], other.pairs[name].delta())
 
 
 WAN = ["lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_0_ffn_0", "lora_unet_blocks_7_cross_attn_o"]
@@ -231,6 +254,8 @@ def _edit(tensors, how):
         tensors[f"{key}.lora_up.weight"] = torch.randn(48, 5)
     elif how == "loha":
         tensors[f"{key}.hada_w1_a"] = torch.randn(48, 5)
+    elif how == "lokr":
+        tensors[f"{key}.lokr_w1"] = torch.randn(4, 5)
     elif how == "weights":
         tensors["img_in.proj.bias"] = torch.randn(5)
 
@@ -242,7 +267,8 @@ def _edit(tensors, how):
         ("nan", "not finite"),
         ("size", "'single_blocks.0.linear2' adapts a layer of shape 50x240, this model's is 48x240"),
         ("rank", r"shapes \[48, 5\] and \[4, 240\]"),
-        ("loha", "holds LoHa weights"),
+        ("loha", "is a LoHa and a LoRA at once"),
+        ("lokr", "holds LoKr weights, which are not supported: give a LoRA file .* or one of a LoHa"),
         ("weights", "'img_in.proj.bias' is not a LoRA tensor"),
     ],
 )

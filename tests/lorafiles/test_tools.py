@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from hvtrain.adapters.lora import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_into
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles import average, tools
+from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import read_lora, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink, singular_values
-from hvtrain.lorafiles.metadata import lora_metadata
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.models import find
 from hvtrain.models.load import load_dit, save_dit
 from launcher import cli
 
@@ -56,19 +58,47 @@ def test_info_says_what_a_file_is(tmp_path, shapes, capsys):
     assert cli.main(["lora", "info", str(tmp_path / "b.safetensors")]) == 2
 
 
-@pytest.mark.parametrize(("a", "b"), list(itertools.permutations(tools.DIALECTS, 2)))
+@pytest.mark.parametrize(("a", "b"), list(itertools.permutations(DIALECTS, 2)))
 def test_there_and_back_is_identical_for_every_pair_of_dialects(tmp_path, shapes, a, b):
     make(tmp_path / "0.safetensors", shapes, ss_loraid="2")
     here, there, again = (str(tmp_path / f"{n}.safetensors") for n in ("a", "b", "a2"))
-    fold = {"diffusers": True, "diffusion-pipe": True}
-    tools.convert(str(tmp_path / "0.safetensors"), here, target=a, fold=fold.get(a, False))
-    tools.convert(here, there, target=b, fold=fold.get(b, False))
-    tools.convert(there, again, target=a, fold=fold.get(a, False))
+    tools.convert(str(tmp_path / "0.safetensors"), here, target=a)
+    tools.convert(here, there, target=b)
+    tools.convert(there, again, target=a)
     assert same(here, again)
     with safe_open(there, "pt") as file:
         assert file.metadata()["ss_loraid"] == "2"
     deltas = [read_lora(p, shapes, spec=tools.open_any(p).spec).pairs for p in (here, there)]
     assert all(torch.equal(deltas[0][n].delta(), deltas[1][n].delta()) for n in LAYERS)
+
+
+def test_each_expert_s_lora_goes_under_its_own_prefix(tmp_path, capsys):
+    """Wan 2.2's two, as diffusers' pipeline keeps them; a file of both is read one at a time."""
+    spec = find("wan")
+    with torch.device("meta"):
+        model = spec.build(spec.flavors["tiny-a14b"].arch)
+    layer = spec.lora_targets(model)[0]
+    pairs = {layer: LoraPair(torch.ones(2, linear_shapes(model)[layer][1]), torch.ones(linear_shapes(model)[layer][0], 2), 2.0)}
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("own", "high", "low", "both", "back")}
+    write_lora(paths["own"], pairs, metadata=lora_metadata(tmp_path, {}, architecture="wan", rank=2, alpha=2.0))
+    for expert in ("high", "low"):
+        arguments = [paths["own"], "--to", "diffusers", "--expert", expert, "--output", paths[expert]]
+        assert cli.main(["lora", "convert", *arguments]) == 0
+    high, low = load_file(paths["high"]), load_file(paths["low"])
+    assert {name.partition(".")[0] for name in high} == {"transformer"}
+    assert {name.partition(".")[0] for name in low} == {"transformer_2"}
+    write_lora(paths["own"], pairs, metadata=lora_metadata(tmp_path, {EXPERT_KEY: "low"}, architecture="wan", rank=2, alpha=2.0))
+    assert cli.main(["lora", "convert", paths["own"], "--to", "diffusers", "--output", paths["back"]]) == 0
+    assert load_file(paths["back"]).keys() == low.keys()  # the file itself says whose it is
+    assert cli.main(["lora", "info", paths["own"]]) == 0 and "of the expert low" in capsys.readouterr().out
+    save_file(high | {name: 3 * tensor for name, tensor in low.items()}, paths["both"])
+    assert cli.main(["lora", "info", paths["both"]]) == 2
+    assert "holds LoRAs of 2 experts (transformer., transformer_2.); say which one is meant" in capsys.readouterr().err
+    assert cli.main(["lora", "info", paths["both"], "--expert", "lo"]) == 2
+    assert "--expert lo: no model has such an expert; did you mean 'low'?" in capsys.readouterr().err
+    assert cli.main(["lora", "convert", paths["both"], "--expert", "low", "--to", "musubi", "--output", paths["back"]]) == 0
+    found = read_lora(paths["back"], linear_shapes(model), spec=spec).pairs[layer]
+    assert torch.equal(found.delta(), 9 * pairs[layer].delta())
 
 
 def test_mistakes_of_convert(tmp_path, shapes, capsys):
@@ -127,6 +157,8 @@ def test_extract_finds_the_lora_that_was_merged(tmp_path, shapes, capsys):
     assert cli.main(["lora", "extract", *arguments, "--rank", "3", "--output", str(out)]) == 0
     found = read_lora(out, shapes).pairs
     assert set(found) == set(LAYERS)
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "64x64"  # what the tiny flavor is sampled at
     for name in LAYERS:
         assert torch.allclose(found[name].delta(), 0.1 * lora.pairs[name].delta(), atol=1e-4)
     assert "1 changed tensors are not layers that a LoRA adapts" in capsys.readouterr().out

@@ -114,6 +114,6 @@ def test_the_cpu_never_stands_in_for_a_gpu(monkeypatch):
 
 
 def shapes_and_spec():
-    from hvtrain.adapters.lora import linear_shapes
+    from hvtrain.adapters.attach import linear_shapes
 
     return linear_shapes(build()), SPEC

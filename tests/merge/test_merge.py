@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from hvtrain.adapters.lora import linear_shapes, merge_all
+from hvtrain.adapters.attach import linear_shapes, merge_all
 from hvtrain.config import LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora, save_lora, write_lora

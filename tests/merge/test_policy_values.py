@@ -7,19 +7,9 @@ import torch
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import LoraFile
+from hvtrain.lorafiles.overlap import Contribution, Overlap, by_layer, labels, overlaps
 from hvtrain.lorafiles.pairs import LoraPair
-from hvtrain.merge import policies
-from hvtrain.merge.policies import (
-    POLICIES,
-    Contribution,
-    Dense,
-    Options,
-    Overlap,
-    by_layer,
-    combine,
-    labels,
-    overlaps,
-)
+from hvtrain.merge.policies import POLICIES, Dense, Options, combine
 from hvtrain.rng import generator
 
 
@@ -66,12 +56,6 @@ def test_error_refuses_in_full_words():
     )
     apart = [rank_one([1, 0], [1]), rank_one([0, 1], [1])]
     assert apply("error", apart) == apart
-
-
-def test_a_policy_is_called_by_its_name(monkeypatch):
-    monkeypatch.setattr(policies, "POLICIES", {})
-    assert policies._policy("new")(combine) is combine
-    assert policies.POLICIES["new"] is combine and len(policies.POLICIES) == 1
 
 
 def test_sum():

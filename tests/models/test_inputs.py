@@ -57,7 +57,7 @@ def test_channels_of_the_image_lie_behind_those_of_the_video():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match=r"task 't2w' is not one of this model's; did you mean 't2v'"):
+    with pytest.raises(ConfigError, match=r"task: no task 't2w'; did you mean 't2v'"):
         make("t2w")
     for task in ("i2v", "i2v-concat"):
         with pytest.raises(DataError, match="needs the condition 'image_latents', which these samples lack"):

@@ -10,20 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError, LaunchError
 from hvtrain.parallel.context import ParallelContext, shutdown, start
 from hvtrain.rng import generator
-from hvtrain.train.engine import Engine, EngineConfig, StepResult, build_engine, check_engine
+from hvtrain.train.engine import Engine, Step, StepResult, build_engine, check_engine
 from tests.parallel.ranks import run_ranks
 
-TORCH = EngineConfig(engine="torch", stage=0)
+TORCH = ZeroConfig(engine="torch", stage=0)
 ENGINES = [
     TORCH,
-    *(EngineConfig(stage=stage) for stage in (0, 1, 2, 3)),
-    *(EngineConfig(stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)),
-    EngineConfig(stage=3, offload_param="cpu"),
-    EngineConfig(stage=3, offload_optimizer="cpu", offload_param="cpu", bucket_mb=0.0001),
-    EngineConfig(stage=1, bucket_mb=0.0001),
+    *(ZeroConfig(stage=stage) for stage in (0, 1, 2, 3)),
+    *(ZeroConfig(stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)),
+    ZeroConfig(stage=3, offload_param="cpu"),
+    ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu", bucket_mb=0.0001),
+    ZeroConfig(stage=1, bucket_mb=0.0001),
 ]
 STEPS, MICRO = 6, 2  # a global batch is MICRO micro-batches, whoever computes them
 
@@ -49,14 +50,14 @@ class Run(NamedTuple):
     optimizer: dict[str, dict[str, Tensor]]
 
 
-def make_engine(cfg: EngineConfig, ctx: ParallelContext) -> Engine:
+def make_engine(cfg: ZeroConfig, ctx: ParallelContext) -> Engine:
     model = Net()
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": [p for n, p in params.items() if "bias" in n], "lr": 0.03}]
     groups.append({"params": [p for n, p in params.items() if "bias" not in n], "lr": 0.01})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    cfg = replace(cfg, grad_accum=MICRO // ctx.dp, max_grad_norm=0.5)
-    return build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1 / (n + 1))
+    step = Step(MICRO // ctx.dp, max_grad_norm=0.5)
+    return build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1 / (n + 1), step=step)
 
 
 def train(engine: Engine, ctx: ParallelContext, *, until: int = STEPS, nan_at: int = -1) -> Run:
@@ -76,7 +77,7 @@ def train(engine: Engine, ctx: ParallelContext, *, until: int = STEPS, nan_at: i
     return Run(losses, steps, engine.export_params(), engine.export_optimizer())
 
 
-def _all_engines(engines: list[EngineConfig]) -> dict[str, tuple[Run, Run, Run]]:
+def _all_engines(engines: list[ZeroConfig]) -> dict[str, tuple[Run, Run, Run]]:
     ctx, alone = start(), ParallelContext()
     half = make_engine(TORCH, alone)
     saved = train(half, alone, until=3)
@@ -129,7 +130,7 @@ def test_state_on_a_disk_equals_one_process(tmp_path) -> None:
         pytest.skip("libaio-dev is not installed")
     alone = ParallelContext()
     want = train(make_engine(TORCH, alone), alone)
-    both = EngineConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path=str(tmp_path))
+    both = ZeroConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path=str(tmp_path))
     engines = [replace(both, offload_param="none"), replace(both, offload_param="cpu", offload_optimizer="nvme"), both]
     for straight, _, resumed in run_ranks(2, _all_engines, engines, timeout_s=900)[0].values():
         close(straight, want)
@@ -141,7 +142,7 @@ def test_deepspeed_state_continues_in_plain_torch() -> None:
     alone = start()
     want = train(make_engine(TORCH, alone), alone)
     try:
-        saved = train(make_engine(EngineConfig(stage=2), alone), alone, until=4)
+        saved = train(make_engine(ZeroConfig(stage=2), alone), alone, until=4)
     finally:
         shutdown()
     engine = make_engine(TORCH, alone)
@@ -152,21 +153,20 @@ def test_deepspeed_state_continues_in_plain_torch() -> None:
 @pytest.mark.parametrize(
     "cfg, message",
     [
-        (EngineConfig(engine="deepsped"), "did you mean 'deepspeed'"),
-        (EngineConfig(stage=4), "choose 0, 1, 2 or 3"),
-        (EngineConfig(stage=0, offload_optimizer="cpu"), "ZeRO stage 0 .* use zero.engine=deepspeed with zero.stage 1"),
-        (EngineConfig(engine="torch", offload_optimizer="cpu"), "torch engine"),
-        (EngineConfig(offload_param="cpu"), "use zero.stage=3, or for a LoRA run.blocks_to_swap"),
-        (EngineConfig(stage=2, offload_optimizer="nvme", nvme_path="/tmp"), "ZeRO stage 2 cannot put it on nvme"),
-        (EngineConfig(stage=3, offload_optimizer="nvme"), "zero.nvme_path: give a directory"),
-        (EngineConfig(stage=3, nvme_path="/tmp"), "nothing is offloaded to nvme"),
-        (EngineConfig(stage=3, offload_param="nvme", nvme_path="/tmp"), "set zero.offload_optimizer=nvme"),
-        (EngineConfig(engine="torch", communication_dtype="bf16"), "use zero.engine=deepspeed"),
-        (EngineConfig(offload_optimizer="gpu"), "'gpu' is not a place"),
-        (EngineConfig(grad_accum=0), "use 1 or more"),
+        (ZeroConfig(engine="deepsped"), "did you mean 'deepspeed'"),
+        (ZeroConfig(stage=4), "choose 0, 1, 2 or 3"),
+        (ZeroConfig(stage=0, offload_optimizer="cpu"), "ZeRO stage 0 .* use zero.engine=deepspeed with zero.stage 1"),
+        (ZeroConfig(engine="torch", offload_optimizer="cpu"), "torch engine"),
+        (ZeroConfig(offload_param="cpu"), "use zero.stage=3, or for a LoRA run.blocks_to_swap"),
+        (ZeroConfig(stage=2, offload_optimizer="nvme", nvme_path="/tmp"), "ZeRO stage 2 cannot put it on nvme"),
+        (ZeroConfig(stage=3, offload_optimizer="nvme"), "zero.nvme_path: give a directory"),
+        (ZeroConfig(stage=3, nvme_path="/tmp"), "nothing is offloaded to nvme"),
+        (ZeroConfig(stage=3, offload_param="nvme", nvme_path="/tmp"), "set zero.offload_optimizer=nvme"),
+        (ZeroConfig(engine="torch", communication_dtype="bf16"), "use zero.engine=deepspeed"),
+        (ZeroConfig(offload_optimizer="gpu"), "no place 'gpu'"),
     ],
 )
-def test_refusals(cfg: EngineConfig, message: str) -> None:
+def test_refusals(cfg: ZeroConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_engine(cfg)
 
@@ -194,11 +194,11 @@ def test_autocast_reaches_the_model_through_every_engine() -> None:
             return self.layer(x).float()
 
     alone = start()
-    for cfg in (TORCH, EngineConfig(stage=0), EngineConfig(stage=2)):
+    for cfg in (TORCH, ZeroConfig(stage=0), ZeroConfig(stage=2)):
         probe = Probe()
         params = dict(probe.named_parameters())
         optimizer = torch.optim.SGD(list(params.values()), lr=0.1)
-        engine = build_engine(probe, params, cfg, alone, optimizer=optimizer, schedule=lambda n: 1.0)
+        engine = build_engine(probe, params, cfg, alone, optimizer=optimizer, schedule=lambda n: 1.0, step=Step())
         engine.model(torch.ones(1, 2))
         assert probe.seen == (False, torch.float32)
         with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvtrain.adapters.lora import seed_dropout
+from hvtrain.adapters.attach import seed_dropout
 from hvtrain.errors import ConfigError
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize

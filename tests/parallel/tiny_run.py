@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvtrain.adapters.lora import inject, seed_dropout
+from hvtrain.adapters.attach import inject, seed_dropout
+from hvtrain.config import ZeroConfig
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
@@ -19,7 +20,7 @@ from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
-from hvtrain.train.engine import EngineConfig, build_engine
+from hvtrain.train.engine import Step, build_engine
 
 ARCH = HunyuanVideoArch(
     in_channels=4,
@@ -95,9 +96,9 @@ def train(case: Case, ctx: ParallelContext, *, optimizer: type, rate: float, n_s
     model, params = build_model(case)
     swap = BlockSwap(model.blocks, case.swap, ctx.device) if case.swap else None
     parallelize(model, ctx, recompute=case.recompute, swap=swap)
-    cfg = EngineConfig(case.engine, case.stage, case.offload, case.micro // ctx.dp, clip)
+    zero, step = ZeroConfig(case.engine, case.stage, case.offload), Step(case.micro // ctx.dp, clip)
     opt = optimizer(list(params.values()), lr=rate)
-    engine = build_engine(model, params, cfg, ctx, optimizer=opt, schedule=lambda n: 1.0)
+    engine = build_engine(model, params, zero, ctx, optimizer=opt, schedule=lambda n: 1.0, step=step)
     losses = []
     for step in range(n_steps):
         total, mine = 0.0, range(ctx.dp_rank, case.micro, ctx.dp)

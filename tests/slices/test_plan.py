@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hvtrain.adapters.lora import LoraLinear, inject, whole_rows
+from hvtrain.adapters.attach import inject, whole_rows
+from hvtrain.adapters.lora import LoraLinear
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models import all_specs
 from hvtrain.slices.plan import Cut, Slice, Slot, check_disjoint, load_plan, make_plan, save_plan

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards import edit
+from shards import edit, ways
 from tests.slurm.cluster import Cluster, missing
 from tests.train.shardset import make_shards
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is here"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.xdist_group("slurm"),
 ]
 
@@ -88,7 +88,7 @@ def test_a_job_with_a_time_limit_goes_on_until_it_is_done(cluster, shards, site,
         f"run.output_dir={run}",
     )
     job = re.search(r"job (\d+)", done.stdout)[1]
-    assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=400) == "COMPLETED", log.read_text()[-3000:]
+    assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=800) == "COMPLETED", log.read_text()[-3000:]
     assert "stopped on request; start again to continue" in log.read_text()
     restarts = int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1])
     assert restarts >= 1
@@ -144,7 +144,7 @@ def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, sit
 @pytest.fixture
 def sliced(cluster, shards, site, tmp_path):
     """A plan of four slices with a part of the data each, and the command that runs them."""
-    edit.split(str(shards), tmp_path / "parts", edit.by_number(4))
+    edit.split(str(shards), tmp_path / "parts", ways.by_number(4))
     plan = ["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 4, "--granularity", "rows", "--order", "interleaved"]
     hvtrain(cluster, *plan, "--output", tmp_path / "plan")
     return [

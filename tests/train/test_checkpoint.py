@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain.config import FlowConfig
+from hvtrain.config import AdapterConfig, FlowConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.train import checkpoint, setup
 from hvtrain.train import run as train
@@ -21,7 +21,7 @@ from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.engine import TorchEngine
 from hvtrain.train.files import RunFiles
 from hvtrain.train.rundir import cut_metrics
-from hvtrain.train.setup import identity
+from hvtrain.train.setup import find_base, identity
 from tests.train.shardset import config, make_shards
 
 EMA = ("run.ema_decay=0.5",)
@@ -279,7 +279,8 @@ def test_another_run_is_told_key_by_key(run, shards):
 
 
 def test_every_key_of_the_noise_levels_is_part_of_a_run(shards):
-    found = identity(config(shards, Path("x")), "base", None, [])
+    base = find_base(config(shards, Path("x")).model)
+    found = identity(base, AdapterConfig(), None, FlowConfig(), [], batch_size=1, seed=0, name="lora")
     assert {f"flow.{f.name}" for f in fields(FlowConfig)} <= set(found)
 
 

@@ -19,7 +19,8 @@ VAE, TEXT = ("model.vae=tiny:vae.safetensors",), ("model.llm=tiny:llm", "model.c
 def own():
     """The fingerprints that encode writes for the model's own encoders, the text's plain and in float8."""
     spec, options = find("hunyuan-video"), {"dtype": torch.float32, "device": "meta"}
-    texts = [spec.open_text(asset("tiny:llm"), None, asset("tiny:clip"), None, fp8=fp8, **options) for fp8 in (False, True)]
+    parts = {"llm": asset("tiny:llm"), "clip": asset("tiny:clip")}
+    texts = [spec.open_text(parts, fp8=fp8, **options) for fp8 in (False, True)]
     return spec.open_vae(asset("tiny:vae.safetensors"), **options).fingerprint, *(t.fingerprint for t in texts)
 
 

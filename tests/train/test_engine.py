@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train import engine as engines
 from hvtrain.train.engine import (
-    EngineConfig,
     LearningRate,
+    Step,
     TorchEngine,
     build_engine,
     check_engine,
@@ -25,7 +26,8 @@ from hvtrain.train.engine import (
     to_cpu,
 )
 
-PLAIN = EngineConfig(engine="torch", stage=0, max_grad_norm=0.0)
+PLAIN = ZeroConfig(engine="torch", stage=0)
+FREE = Step(max_grad_norm=0.0)
 
 
 class Two(nn.Module):
@@ -37,13 +39,13 @@ class Two(nn.Module):
 
 
 def build(
-    cfg: EngineConfig = PLAIN, *, optimizer=torch.optim.SGD, schedule=lambda n: 1.0, world: int = 1, **options
+    step: Step = FREE, *, optimizer=torch.optim.SGD, schedule=lambda n: 1.0, world: int = 1, **options
 ) -> TorchEngine:
     model = Two()
     params = dict(model.named_parameters())
     groups = [{"params": [params["a"], params["unused"]], "lr": 0.5}, {"params": [params["b"]], "lr": 0.25}]
     engine = build_engine(
-        model, params, cfg, ParallelContext(world=world), optimizer=optimizer(groups, **options), schedule=schedule
+        model, params, PLAIN, ParallelContext(world=world), optimizer=optimizer(groups, **options), schedule=schedule, step=step
     )
     assert isinstance(engine, TorchEngine) and engine.model is model
     return engine
@@ -59,7 +61,7 @@ def values(engine: TorchEngine) -> list[float]:
 
 
 def test_micro_steps_add_up_to_their_mean():
-    engine = build(replace(PLAIN, grad_accum=2))
+    engine = build(Step(2, 0.0))
     assert engine.accumulate(loss_of(engine, 1.0, 3.0), last=False) is None
     assert engine.n_steps == 0 and values(engine) == [1.0, 2.0, 4.0, 7.0]
     result = engine.accumulate(loss_of(engine, 3.0, 5.0), last=True)
@@ -73,7 +75,7 @@ def test_micro_steps_add_up_to_their_mean():
 
 
 def test_a_norm_above_the_limit_is_scaled_down_to_it():
-    engine = build(replace(PLAIN, max_grad_norm=1.5))
+    engine = build(Step(max_grad_norm=1.5))
     result = engine.accumulate(loss_of(engine, 2.0, 1.0), last=True)  # gradients 2, 2, 1: norm 3
     assert result is not None and result.grad_norm == pytest.approx(3.0)  # as it was before
     assert values(engine) == pytest.approx([1 - 0.5 * 1.0, 2 - 0.5 * 1.0, 4 - 0.25 * 0.5, 7.0], rel=1e-6)
@@ -82,7 +84,7 @@ def test_a_norm_above_the_limit_is_scaled_down_to_it():
 @pytest.mark.parametrize("limit", [0.0, 3.1, 100.0])
 def test_a_norm_below_the_limit_is_left_alone(limit):
     """Never scaled up; a limit of 0 is none."""
-    engine = build(replace(PLAIN, max_grad_norm=limit))
+    engine = build(Step(max_grad_norm=limit))
     result = engine.accumulate(loss_of(engine, 2.0, 1.0), last=True)
     assert result is not None and result.grad_norm == pytest.approx(3.0)
     assert values(engine) == [1 - 0.5 * 2.0, 2 - 0.5 * 2.0, 4 - 0.25 * 1.0, 7.0]
@@ -108,7 +110,7 @@ def test_gradients_of_nearly_nothing_keep_size_and_sign():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_skips_the_step(bad):
-    engine = build(replace(PLAIN, max_grad_norm=1.0), optimizer=torch.optim.AdamW)
+    engine = build(Step(max_grad_norm=1.0), optimizer=torch.optim.AdamW)
     result = engine.accumulate(loss_of(engine, 1.0, bad), last=True)
     assert result is not None and result.skipped and not math.isfinite(result.grad_norm or 0.0)
     assert values(engine) == [1.0, 2.0, 4.0, 7.0] and engine.export_optimizer() == {}
@@ -225,12 +227,12 @@ def test_the_engine_is_the_one_that_was_asked_for(monkeypatch):
     given = []
     name = "hvtrain.train.zero"
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(DeepSpeedEngine=lambda *a, **k: given.append((a, k)) or "it"))
-    model, optimizer, ctx, cfg = Two(), object(), ParallelContext(), EngineConfig()
+    model, optimizer, ctx, cfg = Two(), object(), ParallelContext(), ZeroConfig()
     params = dict(model.named_parameters())
-    assert build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=math.exp) == "it"
-    assert given == [((model, params, cfg, ctx), {"optimizer": optimizer, "schedule": math.exp})]
+    assert build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=math.exp, step=FREE) == "it"
+    assert given == [((model, params, cfg, FREE, ctx), {"optimizer": optimizer, "schedule": math.exp})]
     with pytest.raises(ConfigError, match="5 is not a ZeRO stage"):
-        build_engine(model, params, replace(cfg, stage=5), ctx, optimizer=optimizer, schedule=math.exp)
+        build_engine(model, params, replace(cfg, stage=5), ctx, optimizer=optimizer, schedule=math.exp, step=FREE)
 
 
 OFFLOADED = "keeps the optimizer beside the parameters; use zero.engine=deepspeed with zero.stage 1, 2 or 3"
@@ -247,8 +249,8 @@ DEEPSPEEDS = (
         ({"engine": "xy"}, "zero.engine: no engine 'xy'; choose one of: deepspeed, torch"),
         ({"stage": 4}, "zero.stage: 4 is not a ZeRO stage; choose 0, 1, 2 or 3"),
         ({"stage": -1}, "zero.stage: -1 is not a ZeRO stage; choose 0, 1, 2 or 3"),
-        ({"offload_param": "gpu"}, "zero.offload_param: 'gpu' is not a place; did you mean 'cpu'?"),
-        ({"offload_optimizer": "xy"}, "zero.offload_optimizer: 'xy' is not a place; choose one of: cpu, none, nvme"),
+        ({"offload_param": "gpu"}, "zero.offload_param: no place 'gpu'; did you mean 'cpu'?"),
+        ({"offload_optimizer": "xy"}, "zero.offload_optimizer: no place 'xy'; choose one of: cpu, none, nvme"),
         ({"bucket_mb": 0.0}, "zero.bucket_mb is 0.0, expected more than 0"),
         ({"bucket_mb": -2.0}, "zero.bucket_mb is -2.0, expected more than 0"),
         ({"engine": "torch", "bucket_mb": 1.0}, DEEPSPEEDS),
@@ -266,13 +268,12 @@ DEEPSPEEDS = (
          "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme"),
         ({"stage": 3, "offload_optimizer": "cpu", "nvme_path": "x"},
          "zero.nvme_path is set but nothing is offloaded to nvme; set zero.offload_optimizer=nvme"),
-        ({"grad_accum": 0}, "run.grad_accum: 0 micro-steps make no step; use 1 or more"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(options, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
-        check_engine(EngineConfig(**options))
+        check_engine(ZeroConfig(**options))
     assert str(caught.value) == message
 
 
@@ -282,23 +283,25 @@ def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "whole/include").mkdir(parents=True)
-    cfg = EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x")
+    cfg = ZeroConfig(stage=3, offload_optimizer="nvme", nvme_path="x")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
     check_engine(cfg)  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match=f"nvme needs a CUDA toolkit .* CUDA_HOME is {home}; install the toolkit .* or use cpu"):
         check_engine(cfg)
-    check_engine(EngineConfig(stage=3, offload_optimizer="cpu"))
+    check_engine(ZeroConfig(stage=3, offload_optimizer="cpu"))
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "whole")
     check_engine(cfg)
 
 
-def test_what_makes_sense_is_not(monkeypatch):
+def test_what_makes_sense_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text('{"zero_optimization": {"round_robin_gradients": true}}')
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for cfg in (
-        PLAIN, EngineConfig(), EngineConfig(stage=0, bucket_mb=0.1), EngineConfig(stage=1, offload_optimizer="cpu"),
-        EngineConfig(stage=3, offload_param="cpu"), EngineConfig(stage=3, offload_optimizer="nvme", nvme_path="x"),
-        EngineConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path="x"),
-        EngineConfig(communication_dtype="bf16", deepspeed="x.json"),
+        PLAIN, ZeroConfig(), ZeroConfig(stage=0, bucket_mb=0.1), ZeroConfig(stage=1, offload_optimizer="cpu"),
+        ZeroConfig(stage=3, offload_param="cpu"), ZeroConfig(stage=3, offload_optimizer="nvme", nvme_path="x"),
+        ZeroConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path="x"),
+        ZeroConfig(communication_dtype="bf16", deepspeed="x.json"),
     ):  # fmt: skip
         check_engine(cfg)

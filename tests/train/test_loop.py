@@ -13,13 +13,13 @@ import torch
 from hvtrain import stopping
 from hvtrain.errors import HvtrainError
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.stopping import StopFlag
 from hvtrain.train import loop
 from hvtrain.train.checkpoint import Progress
 from hvtrain.train.engine import StepResult
 from hvtrain.train.loop import Cadence, Hooks, StepReport, train
 from hvtrain.train.objective import MicroResult, Where
 from hvtrain.train.progress import ProgressLine
-from hvtrain.train.stop import StopFlag
 
 
 def run(good: str, *, max_bad_steps: int = 2, at=lambda step: None) -> tuple[bool, list[int], list[int]]:
@@ -175,7 +175,7 @@ def test_only_bad_steps_in_a_row_end_a_run():
 
 def test_a_signal_from_before_the_loop_is_not_forgotten():
     """Slurm may ask for a stop while the model is still being read."""
-    before = {n: signal.getsignal(n) for n in stopping.SIGNALS}
+    before = {n: signal.getsignal(n) for n in stopping.signals()}
     try:
         stopping.remember()
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -184,6 +184,30 @@ def test_a_signal_from_before_the_loop_is_not_forgotten():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_terminal_that_closes_asks_to_stop_unless_nohup_says_otherwise():
+    """A plain `hvtrain train` over ssh: the connection is lost, what was done shall not be."""
+    before = signal.getsignal(signal.SIGHUP)
+
+    def close(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert run("++++", at=close) == (False, [1, 2], [2])
+        stopping.remember()  # while the model is read
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert run("++++") == (False, [1], [1])
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stopping.remember()
+        assert run("++++", at=close) == (True, [1, 2, 3, 4], [4])
+        stopping.obey()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        stopping.obey()
 
 
 @pytest.fixture
@@ -231,10 +255,10 @@ def test_ctrl_c_saves_although_it_also_ended_who_was_reading():
 
 
 def test_a_stop_flag_gives_the_handlers_back():
-    before = [signal.getsignal(n) for n in (*stopping.SIGNALS, signal.SIGINT)]
+    before = [signal.getsignal(n) for n in (*stopping.signals(), signal.SIGINT)]
     with StopFlag():
-        assert all(signal.getsignal(n) != b for n, b in zip((*stopping.SIGNALS, signal.SIGINT), before, strict=True))
-    assert [signal.getsignal(n) for n in (*stopping.SIGNALS, signal.SIGINT)] == before
+        assert all(signal.getsignal(n) != b for n, b in zip((*stopping.signals(), signal.SIGINT), before, strict=True))
+    assert [signal.getsignal(n) for n in (*stopping.signals(), signal.SIGINT)] == before
 
 
 def test_the_line_shows_the_loss_of_the_step_and_an_average_without_a_bias(capsys):

@@ -145,40 +145,41 @@ def test_everything_goes_to_the_device_but_text_lengths(monkeypatch):
         data[name].key, asked[name] = name, []
     meta, seen = torch.device("meta"), []
 
-    def make_input(x, sigma, cond, *, task, guidance):
-        seen.extend([x, sigma, {n: v.as_subclass(Tensor) for n, v in cond.items()}])
-        return BASE.spec.make_input(x, sigma, cond, task=task, guidance=guidance)
+    def make_input(x, sigma, cond, *, task, guidance, x0):
+        seen.extend([x, sigma, x0, {n: v.as_subclass(Tensor) for n, v in cond.items()}])
+        return BASE.spec.make_input(x, sigma, cond, task=task, guidance=guidance, x0=x0)
 
     monkeypatch.setattr("hvtrain.train.objective.autocast", lambda kind, *, enabled: nullcontext(seen.append((kind, enabled))))
     objective = replace(BASE, device=meta, spec=replace(BASE.spec, make_input=make_input))
     result = objective.compare(Recorder(torch.zeros(SHAPE, device=meta)), data, sigma=torch.ones(2), draw=generator(1))
     assert asked.pop("text_len") == [] and set(asked) == {"latents", "text", "pooled", "extra"}
     assert all(calls == [((meta,), {"non_blocking": True})] for calls in asked.values())
-    x, sigma, cond, cast = seen
+    x, sigma, x0, cond, cast = seen
     assert cast == ("meta", False)
-    assert x.is_meta and sigma.is_meta and result.per_sample.is_meta
+    assert x.is_meta and sigma.is_meta and x0.is_meta and x0.dtype == torch.float32 and result.per_sample.is_meta
     found = {n: (v.device.type, v.dtype, tuple(v.shape)) for n, v in cond.items()}
     assert found == {
         "text": ("meta", torch.float32, (2, 5, 7)), "pooled": ("meta", torch.float32, (2, 4)),
         "text_len": ("cpu", torch.int64, (2,)), "extra": ("meta", torch.int64, (2,)),
-        "image_latents": ("meta", torch.float32, (2, 3, 1, 2, 2)),
     }  # fmt: skip
 
 
+FIELDS = BASE.spec.flavor(None).cond
 EMPTY = {"text": torch.full((7, 7), 9.0), "pooled": torch.full((4,), 8.0)}
 
 
 def test_captions_are_dropped_by_each_sample_s_own_share():
     data = batch()
-    same = drop_captions(data, {}, shares=[0.0, 0.0], draw=generator(1))
+    same = drop_captions(data, {}, shares=[0.0, 0.0], draw=generator(1), fields=FIELDS)
     assert same.keys() == data.keys() and all(same[k] is data[k] for k in data) and same is not data
-    found = drop_captions(data, EMPTY, shares=[0.0, 1.0], draw=generator(1))
+    found = drop_captions(data, EMPTY, shares=[0.0, 1.0], draw=generator(1), fields=FIELDS)
     assert found["text_len"].tolist() == [5, 7] and found["text"].shape == (2, 7, 7)
     assert torch.equal(found["text"][0, :5], data["text"][0]) and not found["text"][0, 5:].any()
     assert (found["text"][1] == 9).all() and found["text"].dtype == torch.bfloat16
     assert torch.equal(found["pooled"][0], data["pooled"][0]) and (found["pooled"][1] == 8).all()
     assert found["pooled"].dtype == torch.bfloat16 and data["text_len"].tolist() == [5, 3]
-    short = drop_captions(data, {k: v[:2] if k == "text" else v for k, v in EMPTY.items()}, shares=[1.0, 0.0], draw=generator(1))
+    brief = {k: v[:2] if k == "text" else v for k, v in EMPTY.items()}
+    short = drop_captions(data, brief, shares=[1.0, 0.0], draw=generator(1), fields=FIELDS)
     assert short["text"].shape == (2, 5, 7)
     assert short["text_len"].tolist() == [2, 3] and (short["text"][0, :2] == 9).all() and not short["text"][0, 2:].any()
 
@@ -187,7 +188,7 @@ def test_a_share_of_zero_never_drops(monkeypatch):
     """The draw is from [0, 1): it may be 0."""
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.tensor([0.0, 0.5]))
     data = batch()
-    same = drop_captions(data, {}, shares=[0.0, 0.5], draw=generator(1))
+    same = drop_captions(data, {}, shares=[0.0, 0.5], draw=generator(1), fields=FIELDS)
     assert all(same[k] is data[k] for k in data)
 
 
@@ -195,7 +196,7 @@ def test_how_often_captions_are_dropped():
     many = {"text": torch.zeros(4000, 1, 1), "text_len": torch.ones(4000, dtype=torch.long), "pooled": torch.zeros(4000, 1)}
     blank = {"text": torch.ones(1, 1), "pooled": torch.ones(1)}
     shares = [0.1] * 2000 + [0.6] * 2000
-    gone = drop_captions(many, blank, shares=shares, draw=generator(1))["pooled"].flatten()
+    gone = drop_captions(many, blank, shares=shares, draw=generator(1), fields=FIELDS)["pooled"].flatten()
     assert gone[:2000].mean().item() == pytest.approx(0.1, abs=0.03)
     assert gone[2000:].mean().item() == pytest.approx(0.6, abs=0.05)
     draw = torch.rand(4000, generator=generator(1))

@@ -10,6 +10,7 @@ from torch import nn
 
 from hvtrain.config import OptimConfig
 from hvtrain.errors import ConfigError
+from hvtrain.registry import Registry
 from hvtrain.train import optim
 from hvtrain.train.optim import build_optimizer, build_schedule
 
@@ -76,14 +77,14 @@ def test_no_empty_group_and_no_unknown_name():
 
 
 def test_an_optimizer_and_a_schedule_are_one_decorated_function_each(monkeypatch):
-    monkeypatch.setattr(optim, "OPTIMIZERS", {})
-    monkeypatch.setattr(optim, "SCHEDULES", {})
+    monkeypatch.setattr(optim, "OPTIMIZERS", Registry("optimizer"))
+    monkeypatch.setattr(optim, "SCHEDULES", Registry("schedule"))
 
-    @optim._optimizer
+    @optim.OPTIMIZERS.add("sgd")
     def sgd(groups, cfg):
         return torch.optim.SGD(groups, lr=cfg.lr)
 
-    @optim._schedule
+    @optim.SCHEDULES.add("halved")
     def halved(x, floor):
         return 0.5
 

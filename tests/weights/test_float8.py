@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hvtrain.adapters.lora import inject, linear_shapes, merge_all, merging
+from hvtrain.adapters.attach import inject, linear_shapes, merge_all, merging
 from hvtrain.config import asset
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.pairs import LoraPair
@@ -30,6 +30,18 @@ def test_scaled_has_musubi_s_layout():
     values, scale = quantize(weight[:, :100], "fp8_scaled")
     assert scale.shape == (24, 1)
     assert (dequantize(values, scale, torch.float32) - weight[:, :100]).norm() < 0.04 * weight.norm()
+
+
+def test_rows_of_any_size_keep_a_factor_each_and_half_precision_holds_them():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
+    values, scale = quantize(weight.half(), "fp8_rows")
+    assert values.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (64, 1)
+    values, scale = quantize(weight, "fp8_rows")
+    assert ((values.float() * scale - weight).norm(dim=1) / weight.norm(dim=1)).max() < 0.04
+    assert quantize(torch.zeros(2, 2), "fp8_rows")[0].float().abs().sum() == 0
+    small, x = weight[:8, :64] * 1e3, torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    out = float8.linear(x.half(), *(lambda v, s: (v, None, s))(*quantize(small, "fp8_rows")))
+    assert (out.float() - x @ small.T).norm() < 0.04 * (x @ small.T).norm()
 
 
 def test_a_cast_saturates():

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvtrain.errors import ConfigError, DataError, suggest
+from hvtrain.errors import DataError
 from hvtrain.models.dit import ModelInput
+from hvtrain.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,7 @@ class HunyuanInput(ModelInput):
     token_replace: bool = False  # the first latent frame is clean: its tokens take the modulation of t = 0
 
 
-TASKS: dict[str, Callable[[HunyuanInput, Tensor | None], HunyuanInput]] = {}
-
-
-def _task(name: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        TASKS[name] = function
-        return function
-
-    return register
+TASKS: Registry[Callable[[HunyuanInput, Tensor | None], HunyuanInput]] = Registry("task")
 
 
 def make_input(
@@ -37,8 +30,7 @@ def make_input(
 ) -> HunyuanInput:
     """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale, if any.
     x0: the clean latents, whose first frame is the image where the conditions hold none."""
-    if task not in TASKS:
-        raise ConfigError(f"task '{task}' is not one of this model's; {suggest(task, TASKS)}")
+    add_condition = TASKS.find(task, key="task")
     told = {} if guidance is None else {"guidance": embedded_guidance(guidance, sigma)}
     plain = HunyuanInput(
         x=x_sigma,
@@ -47,7 +39,7 @@ def make_input(
         lengths={"text": tuple(cond["text_len"].tolist())},
     )
     image = cond.get("image_latents", x0)
-    return TASKS[task](plain, image)
+    return add_condition(plain, image)
 
 
 def embedded_guidance(scale: float, sigma: Tensor) -> Tensor:
@@ -56,12 +48,12 @@ def embedded_guidance(scale: float, sigma: Tensor) -> Tensor:
     return value.float()
 
 
-@_task("t2v")
+@TASKS.add("t2v")
 def _text_to_video(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     return inp
 
 
-@_task("i2v")
+@TASKS.add("i2v")
 def _token_replace(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     """Latent frame 0 is the given image, clean at every step; the loss leaves it out."""
     first = _image_latents(image, inp.x)
@@ -71,7 +63,7 @@ def _token_replace(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     return replace(inp, x=x, loss_mask=mask, token_replace=True)
 
 
-@_task("i2v-concat")
+@TASKS.add("i2v-concat")
 def _channel_concat(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     """The image's latents in frame 0 of as many extra channels, zeros in the other frames, no mask channel."""
     first = F.pad(_image_latents(image, inp.x), (0, 0, 0, 0, 0, inp.x.shape[2] - 1))

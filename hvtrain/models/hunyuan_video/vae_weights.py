@@ -6,13 +6,13 @@ come from our metadata, a config.json (official or the library's spelling), or t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hvtrain.errors import CheckpointError
+from hvtrain.weights.source import config_of
 
 METADATA_KEY = "hvtrain.vae"  # safetensors metadata: the constructor arguments as JSON
 Shapes = Mapping[str, tuple[int, ...]]
@@ -83,26 +83,12 @@ def linear_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> tupl
 
 def find_config(path: Path, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Any]:
     """Constructor arguments: from the file's metadata, the config.json beside it, or the shapes."""
-    if METADATA_KEY in metadata:
-        return parse_config(metadata[METADATA_KEY], f"{path}, metadata '{METADATA_KEY}'")
-    beside = (path if path.is_dir() else path.parent) / "config.json"
-    if beside.is_file():
-        config = parse_config(beside.read_text(), beside)
-        # A file may lie in a folder with another model's config.json: the class name says whose it is.
-        if str(config.get("_class_name", "")).startswith("AutoencoderK") and "block_out_channels" in config:
-            return config
-    return infer_config(shapes, path)
+    return config_of(path, metadata, METADATA_KEY, mine=_is_own) or infer_config(shapes, path)
 
 
-def parse_config(text: str, where: str | Path) -> dict[str, Any]:
-    """A JSON object; anything else is named by where it is."""
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise CheckpointError(f"{where}: not JSON: {e}") from e
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(config).__name__}")
-    return config
+def _is_own(config: Mapping[str, Any]) -> bool:
+    """A file may lie in a folder with another model's config.json: the class name says whose it is."""
+    return str(config.get("_class_name", "")).startswith("AutoencoderK") and "block_out_channels" in config
 
 
 def infer_config(shapes: Shapes, path: str | Path) -> dict[str, Any]:
@@ -112,7 +98,7 @@ def infer_config(shapes: Shapes, path: str | Path) -> dict[str, Any]:
         widths.append(shape[0])
         blocks += 1
     if not widths or "post_quant_conv.weight" not in shapes:
-        raise CheckpointError(f"{path}: not a VAE of this architecture: {_resemblance(shapes)}")
+        raise CheckpointError(f"{path}: not a VAE of this architecture: {resemblance(shapes)}")
     if any(w % 32 for w in widths):
         raise CheckpointError(
             f"{path}: block widths {widths} need a config.json beside it or metadata '{METADATA_KEY}'"
@@ -126,7 +112,7 @@ def infer_config(shapes: Shapes, path: str | Path) -> dict[str, Any]:
     }
 
 
-def _resemblance(names: Iterable[str]) -> str:
+def resemblance(names: Iterable[str]) -> str:
     """What a file that is not this VAE seems to be."""
     names = list(names)
     for part, what in (
@@ -142,21 +128,3 @@ def _resemblance(names: Iterable[str]) -> str:
         if any(part in n for n in names):
             return what
     return "its first keys are " + ", ".join(names[:3]) if names else "it holds no tensors"
-
-
-def check(path: str | Path, wanted: Shapes, found: Shapes) -> None:
-    """Refuse a file whose names or shapes differ, naming the first differences."""
-    problems = []
-    missing, extra = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
-    shapes = [k for k in wanted if k in found and found[k] != wanted[k]]
-    if missing:
-        problems.append(f"{len(missing)} missing (first: {', '.join(missing[:3])})")
-    if extra:
-        problems.append(f"{len(extra)} unexpected (first: {', '.join(extra[:3])})")
-    if shapes:
-        first = shapes[0]
-        difference = f"{first}: {list(found[first])}, expected {list(wanted[first])}"
-        problems.append(f"{len(shapes)} of wrong shape ({difference})")
-    if problems:
-        what = "" if len(missing) < len(wanted) // 2 else f"; {_resemblance(found)}"
-        raise CheckpointError(f"{path}: not a VAE of this architecture: {'; '.join(problems)}{what}")

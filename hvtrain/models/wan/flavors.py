@@ -36,11 +36,9 @@ _SMALL = replace(_480P, steps=20, fps=8, frames=9, height=64, width=64, negative
 def cond_fields(arch: WanArch, task: str) -> tuple[Field, ...]:
     fields = [Field("text", (None, arch.text_dim), torch.bfloat16, "text", longest=arch.text_len)]
     if task == "ti2v":  # optional in shards: without the column it is text to video
-        image = (arch.out_channels, 1, None, None)
-        fields += [Field("image_latents", image, torch.bfloat16, "image", optional=True)]
+        fields += [Field("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)]
     elif arch.in_channels > arch.out_channels:
-        image = (arch.out_channels, None, None, None)
-        fields += [Field("image_latents", image, torch.bfloat16, "image")]
+        fields += [Field("image_latents", (arch.out_channels, None, None, None), torch.bfloat16, "image")]
     if arch.clip_dim:
         fields += [Field("clip", (arch.n_clip or CLIP_TOKENS, arch.clip_dim), torch.bfloat16, "clip")]
     return tuple(fields)

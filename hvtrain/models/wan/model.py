@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -173,15 +172,10 @@ class Wan(DiT):
         )
         self.time_embedding = nn.Sequential(WideLinear(arch.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
-        # The official name is also that of the property, which a plain assignment would not pass.
-        self._modules["blocks"] = nn.ModuleList(Block(arch) for _ in range(arch.n_layers))
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.n_layers))  # type: ignore[assignment]
         self.head = Head(arch)
         if arch.clip_dim:
             self.img_emb = PictureEmbedder(arch)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return cast(nn.ModuleList, self._modules["blocks"])
 
     def embed(self, inp: WanInput) -> Tokens:
         grid = self.grid(inp.x)

@@ -1,0 +1,114 @@
+"""The merge trained towards what each LoRA does alone: a hundred steps with the LoRAs as teachers, inside their own rows.
+
+    loss = mean over noisy clips of || v_merged - v_teacher ||^2;  teacher: base + one LoRA on its own captions, base on keep's
+
+The teachers' velocities are computed before, so that a step costs what a training step costs. Only the pairs are trained: their
+rows are those of the LoRAs (of a plan: its slots), and no other weight can move.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from hvtrain.config import ReconcileConfig
+from hvtrain.flow.loss import squared_error
+from hvtrain.merge.changes import Changes, LowRank
+from hvtrain.merge.states import Clips, State, Task, batches, told_shares
+from hvtrain.merge.stream import placed
+from hvtrain.models.load import Identified, load_dit
+from hvtrain.models.precision import autocast
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext
+from hvtrain.rng import generator
+
+Pairs = Mapping[str, Sequence[LowRank]]
+STUDENT = "student"
+_A_SLICE = 2  # clips of each step for each LoRA, those of old words among them
+_WARMUP = 10
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which states a step takes: each LoRA's in turn, and keep's by its weight."""
+
+    tasks: Sequence[Task]
+    seed: int
+
+    def __call__(self, step: int) -> list[tuple[State, float]]:
+        own = [t for t in self.tasks if t.teacher is not None]
+        kept = [t for t in self.tasks if t.teacher is None]
+        whole, n = sum(t.weight for t in self.tasks), _A_SLICE * len(own)
+        n_kept = round(n * sum(t.weight for t in kept) / whole)
+        draw = generator(self.seed, step=step, stream="distill")
+        chosen = [(kept[i % len(kept)]) for i in range(n_kept)] if kept else []
+        order = torch.randperm(len(own), generator=draw).tolist()
+        chosen += [own[order[i % len(own)]] for i in range(n - n_kept)]
+        return [(task.states[int(torch.multinomial(told_shares(task), 1, generator=draw))], self.scale(task)) for task in chosen]
+
+    def scale(self, task: Task) -> float:
+        """Each LoRA's error counts by what it changes in all, so that the weak are not lost: keep's by their mean."""
+        told = {t.name: sum(s.told for s in t.states) / len(t.states) for t in self.tasks if t.teacher is not None}
+        mean = sum(told.values()) / len(told)
+        return 1.0 if task.teacher is None else mean / max(told[task.name], 1e-12)
+
+
+def distill(
+    found: Identified, ctx: ParallelContext, dtype: torch.dtype, pairs: Pairs, draw: Draw, clips: Clips,
+    cfg: ReconcileConfig, *, lr: float,
+) -> dict[str, list[LowRank]]:
+    """The trained pairs, on the CPU. Needs the whole model on the device, as training does."""
+    loaded = load_dit(
+        found.path, model=found.spec.name, flavor=found.flavor.name, dtype=dtype, device=ctx.device
+    )
+    model = loaded.model.eval().requires_grad_(False)
+    recompute = "full" if ctx.device.type == "cuda" else "none"
+    parallelize(model, ctx, kernel="auto", recompute=recompute, dtype=dtype)
+    changes = Changes(model)
+    student = {
+        name: [replace(p, down=_parameter(p.down, ctx), up=_parameter(p.up, ctx)) for p in own] for name, own in pairs.items()
+    }
+    changes.put(STUDENT, student)
+    weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    began = time.monotonic()
+    for step in range(cfg.steps):
+        states = draw(step)
+        loss, scales = 0.0, {id(s): scale for s, scale in states}
+        for job in batches([(None, s) for s, _ in states], cfg.batch_size):
+            batch = [s for _, s in job]
+            wanted = torch.stack([s.taught for s in batch]).to(ctx.device)
+            inp = placed(clips.input(batch), ctx.device)
+            with autocast(ctx.device.type, enabled=dtype != torch.float32), changes.using(STUDENT):
+                velocity = model(inp)
+            counts = torch.tensor([scales[id(s)] for s in batch], device=ctx.device)
+            error = (squared_error(velocity, wanted, inp.loss_mask) * counts).sum() / len(states)
+            error.backward()
+            loss += error.item()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _rate(step, cfg.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 10 == 0 or step + 1 == cfg.steps:
+            left = (time.monotonic() - began) / (step + 1) * (cfg.steps - step - 1)
+            print(f"distill: step {step + 1}/{cfg.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
+    return {
+        name: [replace(p, down=p.down.detach().cpu(), up=p.up.detach().cpu()) for p in own] for name, own in student.items()
+    }
+
+
+def _parameter(value: Tensor, ctx: ParallelContext) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(ctx.device, torch.float32, copy=True))
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up, then a cosine to 0."""
+    warmup = min(_WARMUP, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - warmup))).item())

@@ -1,0 +1,215 @@
+"""Least squares, layer after layer: what each layer must add so that the merged model's outputs are the teachers'.
+
+Of a layer with weight W [out, in], with X_T its inputs [n, in] in a teacher's own run (the base and one LoRA), dW that
+LoRA's change and X_S the inputs for the same noisy clips in the merged model, whose earlier layers are solved already:
+
+    D = argmin  sum_t w_t || X_S (W + D)' - X_T (W + dW)' ||^2  +  e || D - P ||^2
+      = (C + e P) (G + e)^-1,   G = sum_t w_t X_S' X_S,   C = sum_t w_t (X_T (W + dW)' - X_S W')' X_S
+
+over noisy clips t of all teachers, e = ridge x mean of G's diagonal, P the LoRAs' sum: what no clip speaks of is added up, one
+LoRA alone comes back exactly, and so do several that read different inputs. RegMean (arXiv 2212.09849) takes both inputs
+from the teachers; taking the merged model's own (IterIS, arXiv 2411.15231) and the teacher's *output* is what repairs the drift
+of the layers before. Every output row is a regression of its own: rows that no LoRA owns are left out, and stay bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from hvtrain.lorafiles.lowrank import factor, shrink
+from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.merge.changes import Change, Full, LowRank
+from hvtrain.merge.stream import Streamed, placed
+from hvtrain.models.dit import ModelInput, Tokens
+
+STUDENT = "student"
+
+
+@dataclass
+class Stream:
+    """Noisy clips of one teacher on their way through the blocks."""
+
+    teacher: Hashable  # its set of changes
+    weights: Tensor  # [B] of each clip
+    taught: Tokens
+    merged: Tokens
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows of a layer to solve, the LoRAs that change all of them, and the rank that is kept (None: the whole matrix)."""
+
+    begin: int
+    end: int
+    parts: tuple[LowRank, ...]
+    rank: int | None
+
+    def prior(self) -> Tensor:
+        """P [rows, in]."""
+        own = [p.up[self.begin - p.begin : self.end - p.begin] @ p.down for p in self.parts]
+        return torch.stack(own).sum(0)
+
+    @property
+    def owner(self) -> str:
+        return self.parts[0].owner if len(self.parts) == 1 else ""
+
+
+def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> list[Target]:
+    """The rows that LoRAs change, cut where one begins or ends: what a slice owns stays its own. `rank`: from ranks' sum."""
+    edges = sorted({edge for p in parts for edge in (p.begin, p.begin + len(p.up))})
+    found = []
+    for begin, end in pairwise(edges):
+        own = tuple(p for p in parts if p.begin <= begin and end <= p.begin + len(p.up))
+        if own:
+            found.append(Target(begin, end, own, rank(sum(len(p.down) for p in own))))
+    return found
+
+
+def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]]) -> list[Stream]:
+    entered = [(model.enter(inp), teacher, weights) for inp, teacher, weights in inputs]
+    return [Stream(teacher, weights, tokens, tokens) for tokens, teacher, weights in entered]
+
+
+def fit_block(
+    model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Target]], found: Sequence[Stream], ridge: float
+) -> dict[str, list[Change]]:
+    """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards."""
+    solved: dict[str, list[Change]] = {}
+    for stage in stages(model, block, list(targets), found[0].merged):
+        layers = {name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage}
+        for stream in found:
+            wanted = _watched(model, block, stage, stream.taught, stream.teacher)
+            seen = _watched(model, block, stage, stream.merged, STUDENT)
+            for name, sums in layers.items():
+                sums.add(seen[name], wanted[name], stream.weights.to(model.ctx.device))
+        for name in stage:
+            solved[name] = layers.pop(name).solve(targets[name], ridge)
+            model.changes.put(STUDENT, {name: solved[name]})
+    return solved
+
+
+def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
+    """All streams through a solved block."""
+    for stream in found:
+        stream.taught = model.step(block, stream.taught, stream.teacher)
+        stream.merged = model.step(block, stream.merged, STUDENT)
+
+
+class _Sums:
+    """G and C of one layer, float32, on the device."""
+
+    def __init__(self, layer: nn.Module, targets: Sequence[Target], device: torch.device) -> None:
+        width = targets[0].parts[0].down.shape[1]
+        self.rows = slice(targets[0].begin, targets[-1].end)
+        self.g = torch.zeros(width, width, device=device)
+        self.c = torch.zeros(self.rows.stop - self.rows.start, width, device=device)
+
+    def add(self, seen: list[_Call], wanted: list[_Call], weights: Tensor) -> None:
+        """`seen`: in the merged model, where this layer has no change yet, so its output is X_S W'."""
+        for mine, theirs in zip(seen, wanted, strict=True):
+            n = mine.x[..., 0].numel() // len(weights)  # tokens of a clip: each clip counts once, whatever its size
+            root = (weights / n).sqrt().view(-1, *[1] * (mine.x.ndim - 1))
+            x = (mine.x.float() * root).flatten(0, -2)
+            error = ((theirs.out - mine.out)[..., self.rows].float() * root).flatten(0, -2)
+            self.g.addmm_(x.T, x)
+            self.c.addmm_(error.T, x)
+
+    def solve(self, targets: Sequence[Target], ridge: float) -> list[Change]:
+        g = self.g.double()
+        del self.g
+        shift = ridge * g.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        g.diagonal().add_(shift)
+        root = torch.linalg.cholesky(g)
+        solved: list[Change] = []
+        for target in targets:
+            c = self.c[target.begin - self.rows.start : target.end - self.rows.start].double()
+            matrix = torch.cholesky_solve((c + shift * target.prior().to(c)).T, root).T.float()
+            solved.append(Full(matrix.cpu, target.begin) if target.rank is None else _cut(matrix, root.float(), target))
+        return solved
+
+
+def _cut(matrix: Tensor, root: Tensor, target: Target) -> LowRank:
+    """The best of this rank for the outputs: what G's inputs (root root' = G) make of it, not the matrix itself, is kept."""
+    rank = min(target.rank or 0, *matrix.shape)
+    basis = torch.linalg.qr(factor(matrix @ root, rank=rank).pair.up).Q  # [rows, rank]
+    pair = shrink([(LoraPair(basis.T @ matrix, basis, float(rank)), 1.0)], rank=rank).pair
+    return LowRank(pair.down.cpu(), pair.up.cpu(), target.begin, target.owner)
+
+
+# --- looking into a block -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    x: Tensor
+    out: Tensor
+
+
+class _Enough(Exception):
+    """All that was asked for has been seen."""
+
+
+def _watched(
+    model: Streamed, block: nn.Module, layers: Sequence[str], tokens: Tokens, key: Hashable, stop: bool = True
+) -> dict[str, list[_Call]]:
+    """Inputs and outputs of layers in one pass through the block, which ends when all are seen."""
+    with _watching(model, layers, stop=stop) as calls:
+        try:
+            with model.computing(), model.changes.using(key):
+                block(placed(tokens, model.ctx.device))
+        except _Enough:
+            pass
+    return calls
+
+
+@contextmanager
+def _watching(model: Streamed, layers: Sequence[str], *, stop: bool) -> Iterator[dict[str, list[_Call]]]:
+    calls: dict[str, list[_Call]] = {name: [] for name in layers}
+
+    def watch(name: str):
+        def see(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            calls[name].append(_Call(args[0], out))
+            if stop and all(len(calls[n]) == model.n_calls.get(n, 1) for n in calls):
+                raise _Enough
+
+        return see
+
+    handles = [model.model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stages(model: Streamed, block: nn.Module, layers: Sequence[str], tokens: Tokens) -> list[list[str]]:
+    """The layers in groups that can be solved together: none of a group reads what another of it writes.
+
+    Found out by changing each layer's output and looking whose input moves: no architecture has to say.
+    """
+    plain = _watched(model, block, layers, tokens, STUDENT, stop=False)
+    order = [name for name in layers if plain[name]]
+    model.n_calls.update({name: len(plain[name]) for name in order})
+    level = dict.fromkeys(order, 0)
+    fed: dict[str, list[str]] = {}
+    for name in order:
+        handle = model.model.get_submodule(name).register_forward_hook(lambda m, a, out: out * 1.5 + 1)
+        try:
+            moved = _watched(model, block, order, tokens, STUDENT, stop=False)
+        finally:
+            handle.remove()
+        fed[name] = [
+            other for other in order
+            if other != name and any(not torch.equal(a.x, b.x) for a, b in zip(plain[other], moved[other], strict=True))
+        ]
+    for _ in order:  # as long as the longest chain
+        for name in order:
+            for other in fed[name]:
+                level[other] = max(level[other], level[name] + 1)
+    return [[n for n in order if level[n] == depth] for depth in sorted(set(level.values()))]

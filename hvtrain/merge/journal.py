@@ -1,0 +1,67 @@
+"""What is solved already, block by block on the disk: a merge that is killed goes on where it was, and the changes of a 13B model
+(36 GB as matrices) never lie in memory together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hvtrain.merge.changes import Change, Full, LowRank
+from hvtrain.weights.outputs import writing
+from shards.atomic import atomic_path
+
+_KEY = "hvtrain.reconcile"
+
+
+class Journal:
+    """Changes by block, valid for one signature: that of everything that they depend on."""
+
+    def __init__(self, output: Path, signature: str) -> None:
+        self.folder, self.signature = output.with_name(f".{output.name}.reconcile"), signature
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"block-{block:03d}.safetensors"
+
+    def save(self, block: int, solved: Mapping[str, Sequence[Change]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        table = []
+        for module, parts in solved.items():
+            for number, part in enumerate(parts):
+                own = {"matrix": part.matrix()} if isinstance(part, Full) else {"down": part.down, "up": part.up}
+                tensors |= {f"{module}/{number}/{name}": t.contiguous() for name, t in own.items()}
+                table.append([module, number, part.begin, getattr(part, "owner", "")])
+        with writing(path := self._path(block)), atomic_path(path) as temporary:
+            save_file(tensors, str(temporary), metadata={_KEY: json.dumps({"signature": self.signature, "parts": table})})
+
+    def load(self, block: int) -> dict[str, list[Change]] | None:
+        """None: not solved yet, or for another merge. Matrices stay on the disk until they are used."""
+        path = self._path(block)
+        if not path.is_file():
+            return None
+        with safe_open(str(path), "pt") as file:
+            note, names = json.loads(file.metadata()[_KEY]), set(file.keys())
+        if note["signature"] != self.signature:
+            return None
+        found: dict[str, list[Change]] = {}
+        for module, number, begin, owner in note["parts"]:
+            read = partial(_read, path, f"{module}/{number}/")
+            part: Change = Full(partial(read, "matrix"), begin)
+            if f"{module}/{number}/down" in names:
+                part = LowRank(read("down"), read("up"), begin, owner)
+            found.setdefault(module, []).append(part)
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(path: Path, prefix: str, name: str) -> Tensor:
+    with safe_open(str(path), "pt") as file:
+        return file.get_tensor(prefix + name)

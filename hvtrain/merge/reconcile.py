@@ -1,0 +1,238 @@
+"""`hvtrain merge --reconcile`: from LoRAs and a few dozen clips of what each was trained on to changes that keep them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hvtrain.config import MergeConfig, ReconcileConfig, asset
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.files import STALE, write_lora
+from hvtrain.lorafiles.overlap import Contribution, by_layer, labels
+from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.runs import CONFIG
+from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
+from hvtrain.merge.distill import Draw, distill
+from hvtrain.merge.evaluate import compute_dtype
+from hvtrain.merge.fit import STUDENT, fit_block, push, streams, targets_of
+from hvtrain.merge.inputs import Inputs
+from hvtrain.merge.journal import Journal
+from hvtrain.merge.policies import Dense, Result
+from hvtrain.merge.report import Report
+from hvtrain.merge.states import Clips, Task, batches, fidelity, leak, measure, spread
+from hvtrain.merge.stream import Streamed, n_bytes
+from hvtrain.merge.write import signature
+from hvtrain.models.load import Identified, identify
+from hvtrain.parallel.context import start
+from hvtrain.slices.plan import FILE, save_plan
+from hvtrain.train.calibration import CALIBRATION
+from hvtrain.train.data import open_shards
+from shards.atomic import write_text
+from shards.edit import pick
+
+KEEP = "keep"
+SUM = "sum"
+LEFT = 64  # samples that a merge leaves of each set
+
+
+def sources(cfg: ReconcileConfig, inputs: Inputs) -> list[tuple[str, int, list[str]]]:
+    """(name, number of the LoRA, its sets) of each task, before anything heavy is read. Raises ConfigError."""
+    loras = [lora for lora, _ in inputs.loras]
+    names = labels(inputs.loras)
+    if cfg.samples and len(cfg.samples) != len(loras):
+        raise ConfigError(f"reconcile.samples: {len(cfg.samples)} sets for {len(loras)} LoRAs; give one for each, in order")
+    found: list[tuple[str, int, list[str]]] = []
+    for number, lora in enumerate(loras):
+        place = Path(cfg.samples[number]) if cfg.samples else left_beside(lora.path)
+        if not place.is_dir():
+            raise ConfigError(
+                f"{lora.path}: nothing says what it was trained on: no {place}; train with data.calibration, or name a shard set "
+                "of its data for each LoRA with --samples"
+            )
+        parts = {p.name: [str(p)] for p in sorted(place.iterdir()) if (p / "manifest.json").is_file() and p.name != KEEP}
+        if (place / "manifest.json").is_file():
+            found.append((names[number], number, [str(place)]))
+        elif parts:  # of a LoRA that is a merge itself: what each of its own LoRAs left
+            found += [(f"{names[number]}/{part}", number, sets) for part, sets in parts.items()]
+        else:
+            raise ConfigError(f"{place}: no shard set; `hvtrain encode` and `hvtrain shards split` make some")
+    return found
+
+
+def left_beside(path: Path) -> Path:
+    """What training or merging left for a merge: NAME-calibration/ or calibration/ beside the LoRA."""
+    own = path.with_name(f"{path.stem}-{CALIBRATION}")
+    return own if own.is_dir() else path.with_name(CALIBRATION)
+
+
+def kept_sets(cfg: ReconcileConfig, inputs: Inputs) -> list[str]:
+    """What the base knows: as given, else as earlier merges among the LoRAs left it."""
+    left = [left_beside(lora.path) / KEEP for lora, _ in inputs.loras] if not cfg.keep and not cfg.samples else []
+    return [*cfg.keep, *(str(place) for place in left if (place / "manifest.json").is_file())]
+
+
+def leave_calibration(cfg: ReconcileConfig, inputs: Inputs, output: Path) -> Path:
+    """NAME-calibration/ beside a merged LoRA: with it and this file, LoRAs can be added to the merge later."""
+    root = output.with_name(f"{output.stem}-{CALIBRATION}")
+    for number, (name, _, sets) in enumerate(sources(cfg, inputs), start=1):
+        pick(sets, root / f"{number:02d}-{Path(name).stem}", LEFT)
+    if keep := kept_sets(cfg, inputs):
+        pick(keep, root / KEEP, LEFT * len(inputs.loras) // 2)
+    return root
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """The changes by layer, and what is on the disk of them until the output is written."""
+
+    changes: dict[str, Result]
+    journal: Journal
+
+
+def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
+    """The merge's changes; `report` gets the distances. Raises CheckpointError if a LoRA is lost."""
+    c = cfg.reconcile
+    ctx = start(device=cfg.device)
+    dtype = compute_dtype(ctx.device)
+    found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
+    clips = Clips(found.spec, found.flavor, c.states, c.held_out, cfg.seed)
+    tasks = _tasks(c, inputs, found, clips)
+    model = Streamed(found, ctx, dtype)
+    for number, one in enumerate(inputs.loras):
+        model.changes.put(number, _changes(by_layer([one])))
+    layers = by_layer(inputs.loras)
+    solved: ByLayer = _changes(layers)
+    model.changes.put(SUM, solved)
+    if c.own_states:
+        clips.own_states(model.velocities, tasks, c.batch_size)
+    measure(clips, model.velocities, tasks, c.batch_size)
+    report.summed = fidelity(clips, model.velocities, tasks, SUM, c.batch_size)
+    report.leak = leak(clips, model.velocities, tasks)
+    journal = Journal(Path(cfg.output), _signature(cfg, found, inputs))
+    if c.how in ("fit", "fit+distill"):
+        whole = c.how == "fit" and cfg.target == "model"
+        rank = (lambda n: None) if whole else (lambda n: min(n, cfg.rank or n))
+        solved = {**solved, **_fit(c, model, solved, tasks, clips, rank, journal)}
+    if c.how in ("distill", "fit+distill"):
+        lr = c.lr or min(_rate_of(lora.metadata) for lora, _ in inputs.loras)
+        pairs = {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
+        solved = distill(found, ctx, dtype, pairs, Draw(tasks, cfg.seed), clips, c, lr=lr)
+    model.changes.sets[STUDENT] = {}
+    model.changes.put(STUDENT, solved)
+    report.fidelity = fidelity(clips, model.velocities, tasks, STUDENT, c.batch_size)
+    for line in report.kept():
+        print(line, flush=True)
+    _refuse_lost(c, report)
+    return Reconciled({name: _result(own, len(layers[name][0].pair.up)) for name, own in solved.items()}, journal)
+
+
+def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
+    lost = [name for name, away in report.fidelity.items() if name != KEEP and not away <= c.lost]
+    if lost and not c.allow_lost:
+        raise CheckpointError(
+            f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): {', '.join(lost)}; give more "
+            "reconcile.states or reconcile.steps, another --reconcile, or reconcile.allow_lost=true; nothing was written"
+        )
+
+
+def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) -> list[Task]:
+    tasks = []
+    for name, number, sets in sources(c, inputs):
+        states, held = clips.states_of(open_shards(sets, found.flavor, key="--samples"), name)
+        tasks.append(Task(name, number, 1.0, states, held))
+    if keep := kept_sets(c, inputs):
+        kept = open_shards(keep, found.flavor, key="--keep")
+        states, held = clips.states_of(kept, KEEP, n=max(1, clips.n * len(tasks) // 4))
+        tasks.append(Task(KEEP, None, c.keep_weight * len(tasks), states, held))
+    return tasks
+
+
+def _signature(cfg: MergeConfig, found: Identified, inputs: Inputs) -> str:
+    sets = [place for _, _, own in sources(cfg.reconcile, inputs) for place in own] + kept_sets(cfg.reconcile, inputs)
+    files = [*found.weights.files, *(lora.path for lora, _ in inputs.loras), *(Path(s) / "manifest.json" for s in sets)]
+    return signature(files, repr(cfg))
+
+
+def _changes(layers: Mapping[str, Sequence[Contribution]]) -> dict[str, list[LowRank]]:
+    """Without those that change no row."""
+    found = {module: [p for p in map(low_rank, own) if len(p.up)] for module, own in layers.items()}
+    return {module: own for module, own in found.items() if own}
+
+
+def _fit(
+    c: ReconcileConfig, model: Streamed, layers: ByLayer, tasks: Sequence[Task], clips: Clips,
+    rank: Callable[[int], int | None], journal: Journal,
+) -> dict[str, list[Change]]:
+    counts = {id(s): (t.teacher, s, w) for t, s, w in spread(tasks)}
+    jobs = [
+        (clips.input([s for _, s in job]), job[0][0], torch.tensor([counts[id(s)][2] for _, s in job]))
+        for job in batches([(teacher, s) for teacher, s, _ in counts.values()], c.batch_size)
+    ]
+    running = streams(model, jobs)
+    said = f"{sum(map(n_bytes, running)) / 1e9:.2g} GB of states on the host, one block of the model on {model.ctx.device.type}"
+    print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}", flush=True)
+    solved: dict[str, list[Change]] = {}
+    began = time.monotonic()
+    for number, names in enumerate(model.layers):
+        parts = {name: [p for p in layers[name] if isinstance(p, LowRank)] for name in names if name in layers}
+        targets = {name: targets_of(own, rank) for name, own in parts.items()}
+        known = journal.load(number)
+        with model.block(number) as block:
+            if known is None and targets:
+                journal.save(number, fit_block(model, block, targets, running, c.ridge))
+            solved |= (own := journal.load(number) or {})
+            model.changes.put(STUDENT, own)
+            push(model, block, running)
+        left = (time.monotonic() - began) / (number + 1) * (len(model.layers) - number - 1)
+        done = "done before" if known else f"{len(targets)} layers"
+        print(f"fit: block {number + 1} of {len(model.layers)}, {done}, {left:.0f} s left", flush=True)
+    return solved
+
+
+def _rate_of(metadata: Mapping[str, str]) -> float:
+    try:
+        return float(metadata.get("ss_learning_rate", 1e-3))
+    except ValueError:
+        return 1e-3
+
+
+def _result(own: Sequence[Change], out: int) -> Result:
+    """`out`: rows of the layer."""
+    pairs = [p for p in own if isinstance(p, LowRank)]
+    if len(pairs) < len(own):
+        return Dense(lambda: _whole(own, out))
+    ups = [F.pad(p.up, (0, 0, p.begin, out - p.begin - len(p.up))) for p in pairs]
+    return [
+        Contribution(p.owner or "merged", LoraPair(p.down, up, float(len(p.down))), 1.0) for p, up in zip(pairs, ups, strict=True)
+    ]
+
+
+def _whole(own: Sequence[Change], out: int) -> Tensor:
+    parts = [(p.begin, p.matrix() if isinstance(p, Full) else p.up @ p.down) for p in own]
+    total = torch.zeros(out, parts[0][1].shape[1])
+    for begin, matrix in parts:
+        total[begin : begin + len(matrix)] += matrix
+    return total
+
+
+def write_slices(output: Path, inputs: Inputs, changes: Mapping[str, Result]) -> Path | None:
+    """Each slice of a plan as the merge has changed it, in NAME-slices/01, 02, ...: `--loraid` takes them as it takes the slices
+    themselves. None where there is no plan, or matrices that are nobody's."""
+    if inputs.plan is None or any(isinstance(result, Dense) for result in changes.values()):
+        return None
+    root = output.with_name(f"{output.stem}-slices")
+    for name, (lora, _) in zip(labels(inputs.loras), inputs.loras, strict=True):
+        pairs = {m: c.pair for m, result in changes.items() if isinstance(result, list) for c in result if c.lora == name}
+        number = f"{int(lora.metadata['ss_loraid']):02d}"
+        kept = {key: value for key, value in lora.metadata.items() if not key.startswith(STALE)}
+        (root / number).mkdir(parents=True, exist_ok=True)
+        write_lora(root / number / f"slice-{number}.safetensors", pairs, metadata=kept)
+        write_text(root / number / CONFIG, f"# made by `hvtrain merge --reconcile`\nrun: {{name: slice-{number}}}\n")
+    save_plan(inputs.plan, root / FILE)
+    return root

@@ -1,0 +1,181 @@
+"""A model's tensors in a file: compared by name and shape before anything is read, then filled in one by one.
+
+Whatever the file calls them and however it stores them: under a prefix, cut and fused in other places, in float8 with
+factors beside. Every DiT, VAE and text encoder is loaded this way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvtrain.errors import CheckpointError
+from hvtrain.weights.containers import Weights, open_weights
+from hvtrain.weights.float8 import DTYPE, dequantize, quantize, replace_linear
+from hvtrain.weights.keymap import Fused
+
+SCALES = ("scale_weight", "weight_scale")  # the factors of a float8 weight: ComfyUI's and musubi-tuner's word, others'
+SHOWN = 3  # differences named in an error
+Shapes = Mapping[str, tuple[int, ...]]
+# (module, its weight or None) -> whether it changes this layer; with a weight, in place
+Edit = Callable[[str, Tensor | None], bool]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where each of a model's tensors comes from."""
+
+    weights: Weights  # under the file's own names
+    sources: Mapping[str, Fused]  # the model's own name -> how it is made of these
+
+    @property
+    def path(self) -> Path:
+        return self.weights.path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By the model's own names."""
+        shapes = self.weights.shapes
+        return {name: source.shape(shapes) for name, source in self.sources.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one that tells a size. Raises CheckpointError where it is not there."""
+        if name not in self.sources:
+            raise CheckpointError(f"{self.path}: no '{name}' in it, which tells the size of the model")
+        return self.sources[name].shape(self.weights.shapes)
+
+    def read(self, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A copy; the pages of the file that it came from are given back."""
+
+        def get(part: str) -> Tensor:
+            mapped = self.weights.get(part)
+            value = mapped.to(device=device, dtype=dtype, copy=True)
+            self.weights.release(mapped)
+            scale = self._scale(part)
+            return value if scale is None else dequantize(value, scale, dtype)
+
+        return self.sources[name].build(get)
+
+    def fill(
+        self, model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu", eight_bit: Collection[str] = (),
+        how: str = "fp8", edit: Edit | None = None,
+    ) -> None:
+        """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
+
+        The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
+        float8 itself. `edit` changes a Linear's weight before. On the meta device only the dtype is set.
+        """
+        if torch.device(device).type == "meta":
+            model.to(dtype)
+            return
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        state = {}
+        for name, wanted in model.state_dict().items():
+            module = name.removesuffix(".weight")
+            change = edit if module in linear and module != name else None
+            if module == name or module not in eight_bit:
+                state[name] = self.read(name, dtype=dtype, device=device).reshape(wanted.shape)
+                if change is not None:
+                    change(module, state[name])
+                continue
+            values, scale = self._eight_bit(name, how, dtype, device, change)
+            replace_linear(model, module, values, scale)
+            state[name] = values
+            if scale is not None:
+                state[f"{module}.scale_weight"] = scale
+        model.load_state_dict(state, assign=True)
+
+    def _eight_bit(
+        self, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A layer's float8 values and factors: the file's own where it has them and nothing changes them, else new ones."""
+        module, source = name.removesuffix(".weight"), self.sources[name]
+        part = source.parts[0]
+        kept = len(source.parts) == 1 and not source.swap and self.weights.dtype(part) == DTYPE
+        if kept and (edit is None or not edit(module, None)):
+            mapped, scale = self.weights.get(part), self._scale(part)
+            values = mapped.to(device, copy=True)
+            self.weights.release(mapped)
+            return values, None if scale is None else scale.to(device, copy=True)
+        weight = self.read(name, dtype=dtype, device=device)
+        if edit is not None:
+            edit(module, weight)
+        return quantize(weight, how)
+
+    def _scale(self, part: str) -> Tensor | None:
+        """The factors of a weight in float8: one, one a row [out, 1], or one a block [out, blocks, 1]."""
+        stem = part.removesuffix("weight")
+        for name in (stem + ending for ending in SCALES):
+            if name in self.weights:
+                scale = self.weights.get(name)
+                return scale.reshape(-1, 1) if scale.ndim == 1 and scale.numel() > 1 else scale
+        return None
+
+
+def anchored(path: str | Path, anchor: str, *, what: str) -> Source:
+    """A model's tensors under whatever prefix the file gives them: `anchor` is a name that the model has.
+
+    Raises CheckpointError for a file that is not `what`.
+    """
+    weights = open_weights(path)
+    found = sorted((name for name in weights if name == anchor or name.endswith(f".{anchor}")), key=len)
+    if not found:
+        first = ", ".join(list(weights)[:SHOWN])
+        raise CheckpointError(f"{path}: not {what}: no '{anchor}' in it (its first keys: {first})")
+    prefix = found[0].removesuffix(anchor)
+    return Source(weights, {name.removeprefix(prefix): Fused((name,)) for name in weights if name.startswith(prefix)})
+
+
+def check(
+    path: str | Path, wanted: Shapes, found: Shapes, *, what: str = "its tensors do not fit the model",
+    hint: str = ". Is the file complete?",
+) -> None:
+    """Refuse missing, unexpected and misshapen tensors, naming the first of each."""
+    missing = [n for n in wanted if n not in found]
+    extra = [n for n in found if n not in wanted]
+    wrong = [f"{n} is {_by(found[n])}, expected {_by(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
+    parts = [
+        f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"{path}: {what}: {'; '.join(parts)}{hint}")
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What `check` wants of a file for this model."""
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def config_of(
+    path: Path, metadata: Mapping[str, str], key: str, *, mine: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any]:
+    """The config that goes with a file: from its metadata, else the config.json in its directory or beside it, which may be
+    another model's: `mine` tells. Empty: none."""
+    if key in metadata:
+        return json_object(metadata[key], f"{path}, metadata '{key}'")
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    config = json_object(beside.read_text(), beside) if beside.is_file() else {}
+    return config if mine(config) else {}
+
+
+def json_object(text: str, where: str | Path) -> dict[str, Any]:
+    """Raises CheckpointError for anything else, and says where it is."""
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
