@@ -173,8 +173,8 @@ def test_recomputed_gradients_are_equal(spec):
 )
 def test_gradients_over_ranks_are_those_of_one_process(world, cases):
     """Of every parameter by itself, over sequence-parallel ranks and ZeRO's; nothing divides the token count."""
-    which = [(spec.name, flavor) for spec in ALL for flavor in spec.flavors if is_small(spec, flavor)]
-    assert {name for name, _ in which} == {spec.name for spec in ALL}
+    small = {spec.name: [flavor for flavor in spec.flavors if is_small(spec, flavor)] for spec in ALL}
+    which = sorted({(name, flavor) for name, flavors in small.items() for flavor in (flavors[0], flavors[-1])})
     results = run_ranks(world, of_layouts, which, cases)[0]
     wrong = []
     for name, flavor in which:
