@@ -67,7 +67,10 @@ class _Slots:
             self.free.clear()
             self.slot, self.n_made = self.n_made, self.n_made + 1
             self.handle = os.memfd_create("batch")
-            os.posix_fallocate(self.handle, 0, n_bytes)
+            try:
+                os.posix_fallocate(self.handle, 0, n_bytes)
+            except OSError as error:
+                raise ShardError(f"no memory for a batch of {n_bytes} bytes ({error.strerror}); lower data.workers") from None
             self.memory[self.slot] = _mapped(self.handle, n_bytes)
         self.free.discard(self.slot)
         whole, at = torch.from_numpy(self.memory[self.slot]), 0

@@ -21,6 +21,7 @@ LAYERS = [
     ("hvtrain.errors", 0),
     ("hvtrain.rng", 0),
     ("hvtrain.registry", 0),
+    ("hvtrain.progress", 0),
     ("hvtrain.stopping", 0),
     ("hvtrain.config", 1),
     ("hvtrain.flow", 2),

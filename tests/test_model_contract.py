@@ -12,13 +12,17 @@ from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge
 from hvtrain.lorafiles.dialects import key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
-from hvtrain.models.conditions import example
-from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.models.dit import DiT
 from hvtrain.models.identify import arch_of, flavor_of
 from hvtrain.models.load import identify, load_dit, save_dit
-from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.models.spec import ModelSpec
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
+from tests.models.any_model import an_input, batch, meta, random_model, smallest
+from tests.parallel.any_model import gradients, of_layouts
+from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny_run import Case, relative_errors
 from tests.strange import discovered
 
 with discovered():
@@ -33,42 +37,12 @@ def found():
         yield
 
 
-def meta(spec: ModelSpec, flavor: Flavor) -> DiT:
-    with torch.device("meta"):
-        return spec.build(flavor.arch)
+def is_small(spec: ModelSpec, flavor: str) -> bool:
+    return sum(p.numel() for p in meta(spec, spec.flavor(flavor)).parameters()) < 10_000_000
 
 
 def shapes_of(model: DiT) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-def smallest(spec: ModelSpec) -> Flavor:
-    return min(spec.flavors.values(), key=lambda f: sum(p.numel() for p in meta(spec, f).parameters()))
-
-
-def random_model(spec: ModelSpec) -> DiT:
-    """Unit-scale weights: with small ones attention is uniform, and much that is broken would not show."""
-    model, draw = spec.build(smallest(spec).arch).eval(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=(p[0].numel() if p.ndim > 1 else 1) ** -0.5, generator=draw)
-    return model
-
-
-def batch(flavor: Flavor, device: str = "cpu") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Latents and the conditions that the flavor declares: two samples, ragged where a length is open."""
-    latent = flavor.latent
-    shape = latent.shape(frames=2 * latent.stride_t + 1, height=2 * latent.unit[0], width=3 * latent.unit[1])
-    draw = generator(1)
-    cond = example(flavor, (2, *shape), lengths=(5, 3), optional=True, draw=draw)
-    x = torch.randn(2, *shape, generator=draw)
-    return x.to(device), {k: v if k.endswith("_len") else v.to(device) for k, v in cond.items()}
-
-
-def an_input(spec: ModelSpec, flavor: Flavor, device: str = "cpu") -> ModelInput:
-    x, cond = batch(flavor, device)
-    sigma = torch.tensor([0.3, 0.9], device=device)
-    return spec.make_input(x, sigma, cond, task=flavor.tasks[0], guidance=flavor.defaults.guidance)
 
 
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
@@ -127,6 +101,30 @@ def test_recomputed_gradients_are_equal(spec):
         model.run_block = pick_policy(policy)
         grads.append(torch.autograd.grad(model(inp).square().mean(), list(model.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (2, [Case(ulysses=2, stage=3), Case(ring=2, stage=2, recompute="selective"), Case(stage=3, recompute="full")]),
+        (4, [Case(ulysses=2, ring=2, stage=2)]),
+    ],
+    ids=["2 ranks", "4 ranks"],
+)
+def test_gradients_over_ranks_are_those_of_one_process(world, cases):
+    """Of every parameter by itself, over sequence-parallel ranks and ZeRO's; nothing divides the token count."""
+    which = [(spec.name, flavor) for spec in ALL for flavor in spec.flavors if is_small(spec, flavor)]
+    assert {name for name, _ in which} == {spec.name for spec in ALL}
+    results = run_ranks(world, of_layouts, which, cases)[0]
+    wrong = []
+    for name, flavor in which:
+        spec = find(name)
+        want = gradients(spec, spec.flavor(flavor), Case(engine="torch", stage=0), ParallelContext())
+        assert all(g.abs().max() > 1e-6 for g in want.values()), "a gradient vanishes: the comparison is blind to it"
+        for case in cases:
+            errors = relative_errors(results[f"{name}-{flavor}", case], want)
+            wrong += [f"{name}-{flavor} {case}: {n} differs by {e:.1e}" for n, e in errors.items() if not e < 1e-4]
+    assert not wrong, "\n".join(wrong[:20])
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -19,7 +19,7 @@ class DataConfig:
     workers: int = 1
     """Threads or processes that read ahead; 0 reads when asked"""
     worker_type: Literal["thread", "process"] = "thread"
-    """process: for URLs whose client holds Python's lock; local tars are as fast with threads"""
+    """process: for URLs whose client holds Python's lock; local tars are faster with threads"""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0

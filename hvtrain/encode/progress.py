@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
 from hvtrain.encode.places import shown
 from hvtrain.encode.samples import PlannedSample
+from hvtrain.progress import Bar
 from shards.atomic import write_text
 
 PROGRESS = ".progress"
@@ -24,15 +24,8 @@ class Meter:
         self.samples, self.cost = samples, cost
         self.column = ""
         self.mine = [0, 0.0, 0.0]  # samples that are done, cost of those that were encoded, cost of the others
-        self.begun = self.last = time.monotonic()
-        self.shown = self.begun
-        self.bar = None
-        if rank == 0 and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(TextColumn("encoding"), BarColumn(), TextColumn("{task.fields[n]}"), TimeRemainingColumn())
-            self.task = self.bar.add_task("encoding", total=max(cost, 1.0), n=f"0/{samples}")
-            self.bar.start()
+        self.bar = Bar("encoding", max(cost, 1.0), show=rank == 0)
+        self.last = time.monotonic()
 
     def advance(self, sample: PlannedSample, encoded: bool) -> None:
         self.mine[0] += 1
@@ -44,15 +37,14 @@ class Meter:
         if self.rank:
             write_text(self._file(self.rank), json.dumps(self.mine))
         else:
-            self._show(now, sample)
+            self._show(sample)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.close()
         if self.rank:
             self._file(self.rank).unlink(missing_ok=True)
 
-    def _show(self, now: float, sample: PlannedSample) -> None:
+    def _show(self, sample: PlannedSample) -> None:
         n, encoded, others = self.mine
         for rank in range(1, self.world):
             try:
@@ -60,15 +52,15 @@ class Meter:
                 n, encoded, others = n + its[0], encoded + its[1], others + its[2]
             except (OSError, ValueError):
                 continue  # not begun, or done: shown a little low
-        if self.bar is not None:
-            self.bar.update(self.task, completed=encoded + others, n=f"{n}/{self.samples}")
-        elif now - self.shown > 5 and encoded:
-            self.shown = now
+
+        def log(since_s: float) -> str:
             # What was there already took no time, and says nothing about the rest.
-            left = (now - self.begun) * (self.cost - encoded - others) / encoded
+            left = since_s * (self.cost - encoded - others) / encoded
             who = f" by {self.world} processes" if self.world > 1 else ""
             at = f"{self.column}, {shown(sample.clip.path.name)}"
-            print(f"{n} of {self.samples} (samples x columns) done{who}, at {at}, about {left:.0f} s left", flush=True)
+            return f"{n} of {self.samples} (samples x columns) done{who}, at {at}, about {left:.0f} s left"
+
+        self.bar.update(encoded + others, f"{n}/{self.samples}", log if encoded else None)
 
     def _file(self, rank: int) -> Path:
         return self.root / f"{PROGRESS}.{rank}"

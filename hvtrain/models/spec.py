@@ -188,6 +188,7 @@ class Flavor:
     tasks: tuple[str, ...]  # the first is what it is trained on
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
+    given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
 
     @property
     def columns(self) -> tuple[str, ...]:

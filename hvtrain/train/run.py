@@ -13,7 +13,7 @@ from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError
 from hvtrain.flow.timesteps import quantile_function
-from hvtrain.lorafiles.metadata import of_flavor
+from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.slices.plan import SlicePlan
@@ -27,7 +27,15 @@ from hvtrain.train.files import RunFiles, is_finished, results_of
 from hvtrain.train.loop import Cadence
 from hvtrain.train.objective import Objective
 from hvtrain.train.optim import build_optimizer, build_schedule
-from hvtrain.train.prepare import check_adapter, check_machinery, check_previews, on_all, say, take
+from hvtrain.train.prepare import (
+    check_adapter,
+    check_machinery,
+    check_previews,
+    check_weights,
+    on_all,
+    say,
+    take,
+)
 from hvtrain.train.preview import Previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
@@ -100,13 +108,16 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before any weights are read: from headers, names and manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
-    base = setup.find_base(cfg.model)
+    whole = cfg.adapter.type == "none"
+    base = setup.find_base(cfg.model, scratch=whole and cfg.model.dit is None)
     flavor, name = base.flavor, setup.named_after(cfg.run.name, base.expert)
     cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor, base.expert), run=replace(cfg.run, name=name))
     quantile_function(cfg.flow.timestep_sampling, cfg.flow)
     check_heads(flavor.n_heads, ctx.ulysses)
     plan = setup.open_plan(base, cfg.adapter) if cfg.adapter.type == "loraid" else None
-    if cfg.adapter.type != "none":
+    n_bytes = 4 if whole else 1 if cfg.model.quantize != "none" else getattr(torch, cfg.model.dtype).itemsize
+    check_weights(base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap)
+    if not whole:
         check_adapter(base, cfg.adapter, plan)
     check_previews(cfg.preview, flavor)
     sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
@@ -228,5 +239,5 @@ def _metadata(ready: Prepared, subject: Subject) -> dict[str, object]:
         "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
-        **of_flavor(base.flavor), "hvtrain.base": subject.base.fingerprint, "hvtrain.expert": base.expert and base.expert.name,
+        **of_flavor(base.flavor), "hvtrain.base": subject.base.fingerprint, EXPERT_KEY: base.expert and base.expert.name,
     }

@@ -60,7 +60,7 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Share:
     """Which piece of an official tensor one tensor of the dialect is."""
 
     source: str
@@ -114,19 +114,19 @@ class KeyMap:
                 found[name] = Fused((name,))
         return found
 
-    def write(self, names: Iterable[str]) -> dict[str, Cut]:
+    def write(self, names: Iterable[str]) -> dict[str, Share]:
         """Dialect name -> the piece of an official tensor that it is."""
-        found: dict[str, Cut] = {}
+        found: dict[str, Share] = {}
         for name in names:
             module, _, leaf = name.rpartition(".")
             rule = self.rule_of_official(module)
             if rule is None:
                 if not self.passthrough:
                     raise KeyError(f"the dialect has no name for '{name}'")
-                found[name] = Cut(name)
+                found[name] = Share(name)
                 continue
             for part, other in enumerate(rule.dialect):
-                found[_joined(other, rule.leaf_of_dialect(leaf))] = Cut(name, rule, part)
+                found[_joined(other, rule.leaf_of_dialect(leaf))] = Share(name, rule, part)
         return found
 
 

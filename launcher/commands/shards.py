@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from hvtrain.errors import ConfigError
 from launcher.table import GROUPS, command
@@ -34,9 +35,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 @command("shards verify", "read every byte: checksums, shapes, NaN, keys equal across columns",
          options=_verify_options, prints=True)
 def _verify(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from hvtrain.progress import Bar
     from shards.verify import verify
 
     n, n_bytes = 0, 0
@@ -44,10 +43,9 @@ def _verify(args: argparse.Namespace) -> int:
     def count(size: int) -> None:
         nonlocal n_bytes
         n_bytes += size
-        bar.update(task, completed=n_bytes / 2**20)
+        bar.update(n_bytes, f"{n_bytes / 2**20:.0f} MiB")
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("MiB read", total=None)
+    with Bar("reading", None, to=sys.stderr) as bar:
         for fault in verify(args.set, values=not args.fast, progress=count):
             print(fault, flush=True)
             n += 1
@@ -87,12 +85,12 @@ def _split_options(parser: argparse.ArgumentParser) -> None:
 
 @command("shards split", "one set into several: how slices get their data", options=_split_options)
 def _split(args: argparse.Namespace) -> None:
-    from shards import edit
+    from shards import edit, ways
 
     if args.n is not None:
-        rule = edit.by_number(args.n)
+        rule = ways.by_number(args.n)
     else:
-        rule = edit.by_folder() if args.folder else edit.by_caption(args.caption)
+        rule = ways.by_folder() if args.folder else ways.by_caption(args.caption)
     for part in edit.split(args.set, args.output, rule, keep=args.keep):
         print(f"{args.output}/{part.name}: {part.samples} samples, {part.rule}")
 

@@ -52,10 +52,12 @@ def read(path: str) -> Reference:
 def errors(path: str) -> dict[str, float]:
     """Relative error of every output and gradient in the file."""
     reference = read(path)
-    for fits, compare in KINDS:
+    from tests.oracles import wan
+
+    for fits, compare in (*KINDS, *wan.KINDS):
         if fits(reference):
             return dict(compare(reference))
-    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V and SkyReels V1"
+    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1; Wan"
     raise CheckpointError(f"{path}: its weights are of no architecture checked here ({known})")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -41,6 +43,14 @@ def test_a_pass_holds_every_sample_once_in_batches_of_one_bucket(tmp_path):
     assert keys(shards.pipeline(tmp_path, batch_size=2, seed=2)) != keys(first)
 
 
+def test_the_lines_of_the_documentation_run(tmp_path, capsys):
+    make_set(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "shards.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    exec(lines.replace('"SET"', repr(str(tmp_path))))
+    assert len(lines.splitlines()) == 3 and len(capsys.readouterr().out.splitlines()) == 3  # batches of 2, 1 and 2 samples
+
+
 def test_samples_columns_and_repeats(tmp_path):
     found = make_set(tmp_path, sizes=((3, 3), (2, 5)))
     first, second = found.manifest.chunks
@@ -64,6 +74,11 @@ def test_nodes_and_workers_share_the_tars(tmp_path, monkeypatch):
                 monkeypatch.setenv(name, str(value))
             seen.append(keys(pipe))
     assert sorted(key for part in seen for key in part) == sorted(found.keys) and [len(s) for s in seen] == [4, 4, 4, 2]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("NUM_WORKERS", "1")
+    pipe = shards.pipeline(tmp_path, batch_size=2, buffer=0)
+    first, second = keys(pipe), keys(pipe)
+    assert first != second and sorted(first) == sorted(second) != first  # each pass has its own order of tars
 
 
 def test_a_url_is_one_request_a_tar(tmp_path, monkeypatch):

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from hvtrain.models.strange.arch import CHANNELS, PATCH, SIGHT_TOKENS, StrangeArch
 from torch import Tensor, nn
 
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, ModelInput, Tokens
 from hvtrain.models.layers import Mlp, RMSNorm, TimeEmbedder, modulate, plain_norm
 from hvtrain.models.rope import grid_rope, rotate
+from hvtrain.models.strange.arch import CHANNELS, PATCH, SIGHT_TOKENS, StrangeArch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""The gradients of any architecture's model, under any layout and engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvtrain.models import find
+from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.train.engine import EngineConfig, build_engine
+from tests.models.any_model import an_input, batch, random_model
+from tests.parallel.tiny_run import Case
+
+RATE = 2.0**14  # so large that the parameter's own rounding vanishes
+
+
+def gradients(spec: ModelSpec, flavor: Flavor, case: Case, ctx: ParallelContext) -> dict[str, Tensor]:
+    """Every parameter's gradient as the optimizer gets it, of two micro-batches of random samples: one step of SGD."""
+    model = random_model(spec, flavor).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    params = dict(model.named_parameters())
+    parallelize(model, ctx, recompute=case.recompute)
+    mine = range(ctx.dp_rank, case.micro, ctx.dp)
+    cfg = EngineConfig(case.engine, case.stage, case.offload, len(mine), 0.0)
+    sgd = torch.optim.SGD(list(params.values()), lr=RATE)
+    engine = build_engine(model, params, cfg, ctx, optimizer=sgd, schedule=lambda n: 1.0)
+    for micro in mine:
+        inp, target = an_input(spec, flavor, seed=micro), batch(flavor, seed=10 + micro)[0]
+        engine.accumulate((engine.model(inp) - target).square().mean(), last=micro == mine[-1])
+    return {name: (before[name] - p) / RATE for name, p in engine.export_params().items()}
+
+
+def of_layouts(which: list[tuple[str, str]], cases: list[Case]) -> dict[tuple[str, Case], dict[str, Tensor]]:
+    """On each of several ranks."""
+    found = {}
+    for name, flavor in which:
+        spec = find(name)
+        for case in cases:
+            found[f"{name}-{flavor}", case] = gradients(spec, spec.flavor(flavor), case, start(case.ulysses, case.ring))
+    return found
