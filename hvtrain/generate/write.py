@@ -61,7 +61,8 @@ class Writer:
     def _write(self, lot: Lot) -> None:
         if self.vae is None:
             self.vae = open_vae(self.plan.spec, self.plan.model, self.ctx.device)
-            for module in self.vae.model.modules():
+            modules = getattr(self.vae, "model", None)
+            for module in modules.modules() if isinstance(modules, torch.nn.Module) else ():
                 module.register_forward_pre_hook(self._leave_in_time)
         self.vae.to(self.ctx.device)
         for job in lot.jobs:
