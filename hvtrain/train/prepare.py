@@ -25,7 +25,7 @@ from hvtrain.train import checkpoint
 from hvtrain.train.engine import check_engine
 from hvtrain.train.optim import check_optimizer
 from hvtrain.train.runlock import RunLock
-from hvtrain.train.setup import Base
+from hvtrain.train.setup import Origin
 from shards import ShardError
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def check_machinery(
 
 
 def check_weights(
-    base: Base, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0
+    base: Origin, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0
 ) -> None:
     """Whether the weights can lie where they are to, `n_bytes` a value, and with `whole` their gradients. What else a run needs,
     `hvtrain fit` tells."""
@@ -106,7 +106,7 @@ def check_weights(
         )
 
 
-def check_adapter(base: Base, a: AdapterConfig, plan: SlicePlan | None) -> None:
+def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> None:
     """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file to start
     from is read, and tried on the model without weights."""
     check_dropout(kind_of(a.type), a.dropout)

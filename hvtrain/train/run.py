@@ -40,7 +40,7 @@ from hvtrain.train.preview import Previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Base, Subject
+from hvtrain.train.setup import Origin, Subject
 from shards import ShardSet
 from shards.loader import BatchLoader
 from shards.remote import shown
@@ -53,7 +53,7 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    base: Base
+    base: Origin
     plan: SlicePlan | None  # of a LORAID slice
     sets: list[ShardSet]
     held_out: list[ShardSet]
