@@ -30,13 +30,12 @@ from hvtrain.train.optim import build_optimizer, build_schedule
 from hvtrain.train.prepare import (
     check_adapter,
     check_machinery,
-    check_previews,
     check_weights,
     on_all,
     say,
     take,
 )
-from hvtrain.train.preview import Previews
+from hvtrain.train.preview import Preview, Previews, plan_previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.session import Session, restore
@@ -58,6 +57,7 @@ class Prepared:
     sets: list[ShardSet]
     held_out: list[ShardSet]
     steps: int  # of the whole run
+    previews: list[Preview]
 
     @property
     def n_samples(self) -> int:
@@ -124,9 +124,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     check_weights(base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap)
     if not whole:
         check_adapter(base, cfg.adapter, plan)
-    check_previews(cfg.preview, flavor)
     sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
+    previews = plan_previews(cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets])
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec)
@@ -135,7 +135,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     per_step = ctx.dp * cfg.data.batch_size * cfg.run.grad_accum
     steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, sum(len(s) for s in sets), per_step=per_step)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(cfg, base, plan, sets, held_out, steps)
+    return Prepared(cfg, base, plan, sets, held_out, steps, previews)
 
 
 def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> bool:
@@ -167,7 +167,10 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
     )
     quantile = quantile_function(cfg.flow.timestep_sampling, cfg.flow)
     objective = Objective(base.spec, base.flavor.tasks[0], cfg.flow.guidance, quantile, ctx.device, autocast)
-    previews = Previews(cfg, subject, ctx)  # encodes its prompts before the engine takes memory
+    previews = Previews(  # encodes its prompts before the engine takes memory
+        ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
+        precision=cfg.run.precision,
+    )
     engine = build_engine(
         subject.model, subject.trainable, cfg.zero, ctx, optimizer=build_optimizer(subject.trainable, cfg.optim),
         schedule=build_schedule(cfg.optim, total_steps=steps),
