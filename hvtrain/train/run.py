@@ -126,7 +126,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         check_adapter(base, cfg.adapter, plan)
     sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
-    previews = plan_previews(cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets])
+    previews = plan_previews(
+        cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets]
+    )
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec)
