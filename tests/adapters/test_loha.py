@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into, start_from, whole_rows
+from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_all, start_from, whole_rows
 from hvtrain.adapters.loha import LohaLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def test_from_a_trained_model_to_a_file_to_a_merged_one(tmp_path):
     assert (file.metadata["ss_network_module"], file.metadata["ss_network_args"]) == ("lycoris.kohya", '{"algo": "loha"}')
     assert file.summary().startswith("a.safetensors: LoHa, 20 layers, rank 3, alpha/rank 0.5")
     merged = build()
-    merge_into(merged, file)
+    merge_all(merged, [(file, 1.0)])
     with torch.no_grad():
         there, base = merged(an_input()), build()(an_input())
         torch.testing.assert_close(there, model(an_input()), rtol=1e-3, atol=1e-3)
