@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into
+from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_all
 from hvtrain.config import ModelConfig
 from hvtrain.fit.run import size_table
 from hvtrain.generate.requests import Request
@@ -266,7 +266,7 @@ def test_lora_injected_or_merged_is_the_same(spec, tmp_path):
     tensors = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
     save_lora(tmp_path / "a.safetensors", tensors, rank=2, alpha=1.0, metadata={}, architecture=spec.name)
     merged = random_model(spec)
-    merge_into(merged, read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec))
+    merge_all(merged, [(read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec), 1.0)])
     change = (adapted - before).norm()
     assert change > 0.1 * before.norm() and (merged(inp) - adapted).norm() < 1e-4 * change
 
