@@ -24,6 +24,7 @@ from typing import Any
 from hvtrain.config.load import build, override
 from hvtrain.errors import ConfigError, LaunchError
 from launcher.jobs.slurm import RESTARTS
+from shards.atomic import write_text
 
 FILE = "slices.json"
 PLAN_FORMAT = "hvtrain-slices/1"
@@ -102,12 +103,7 @@ def save_state(run: Path, name: str, state: State) -> None:
 
 
 def _write(path: Path, body: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(body, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(body, indent=1) + "\n")
 
 
 def cancelled(run: Path) -> dict[str, str]:
