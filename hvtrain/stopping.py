@@ -1,4 +1,4 @@
-"""Stopping in time: a signal or a file sets a flag, all ranks agree on it at the end of a step, save, and leave together.
+"""Stopping in time: a signal or a file sets a flag; all ranks agree at a step's end, save, and leave together.
 
 No torch here: the launcher uses it before it is loaded, for signals that arrive that early.
 """
@@ -27,19 +27,19 @@ def signals() -> list[int]:
 
 
 def remember() -> None:
-    """From now on these signals only leave a note. A run that is still loading saves and leaves at its first step's end."""
+    """From now on these signals only leave a note: who still loads saves and leaves at the first step's end."""
     for number in signals():
         signal.signal(number, _note)
 
 
 def leave(code: int) -> None:
-    """From now on these signals end the process at once, with this code: for work that a re-run continues anyway."""
+    """From now on they end the process at once, with this code: for work that a re-run continues anyway."""
     for number in signals():
         signal.signal(number, lambda number, frame: os._exit(code))
 
 
 def obey() -> None:
-    """From now on these signals end the process, as they do by default."""
+    """From now on they end the process, as they do by default."""
     for number in signals():
         signal.signal(number, signal.SIG_DFL)
 
@@ -56,8 +56,8 @@ def arrived() -> bool:
 
 
 class StopFlag:
-    """Hears these signals and the first Ctrl-C while it is entered, and looks for the files `save` and `quit` in `folder`.
-    A second Ctrl-C is a KeyboardInterrupt, as ever."""
+    """Hears these signals and the first Ctrl-C while it is entered, and looks for the files `save` and `quit`
+    in `folder`. A second Ctrl-C is a KeyboardInterrupt, as ever."""
 
     def __init__(self, folder: Path | None = None, *, show: bool = False) -> None:
         self.raised, self.folder, self.show = arrived(), folder, show
@@ -83,7 +83,7 @@ class StopFlag:
                 os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
     def agreed(self, ctx: ParallelContext) -> bool:
-        """Whether any rank was signalled, or the file `quit` is there; the same answer everywhere. Collective."""
+        """Whether any rank was signalled, or the file `quit` is there; the same everywhere. Collective."""
         return ctx.any(self.raised or self._taken(QUIT, ctx))
 
     def asked_to_save(self, ctx: ParallelContext) -> bool:

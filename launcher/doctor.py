@@ -15,18 +15,8 @@ from launcher.exits import USER_ERROR
 from launcher.processes import cores
 
 NEEDED = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "diffusers",
-    "safetensors",
-    "webdataset",
-    "yunchang",
-    "einops",
-    "av",
-    "tensorboard",
-    "pyyaml",
-    "rich",
+    "torch", "deepspeed", "transformers", "diffusers", "safetensors", "webdataset", "yunchang", "einops",
+    "av", "tensorboard", "pyyaml", "rich",
 )
 FASTER = ("flash-attn", "flash-attn-3", "xfuser", "sageattention")
 GIB = 2**30

@@ -51,24 +51,17 @@ def guarded(run: Callable[[], int | None]) -> int:
         with output.watched():
             return run() or 0
     except output.OutputLost as lost:
-        if not lost.reason:  # `hvtrain models keys X | head`
-            return 0
-        _tell(USER_ERROR, f"error: {lost}")
-        return USER_ERROR
+        return _tell(USER_ERROR, f"error: {lost}") if lost.reason else 0  # none: `hvtrain models keys X | head`
     except KeyboardInterrupt:
-        _tell(INTERRUPTED, "interrupted")
-        return INTERRUPTED
+        return _tell(INTERRUPTED, "interrupted")
     except Exception as error:
         if is_user_error(error):
-            _tell(USER_ERROR, f"error: {one_line(error)}")
-            return USER_ERROR
+            return _tell(USER_ERROR, f"error: {one_line(error)}")
         if advice := PLACES.get(_number(error)):
             named = isinstance(error, OSError) and error.filename is not None
             said = f"{error.filename}: {error.strerror}" if named else one_line(error)  # type: ignore[attr-defined]
-            _tell(USER_ERROR, f"error: {said}; {advice}")
-            return USER_ERROR
-        _tell(1, traceback.format_exc().rstrip())
-        return 1
+            return _tell(USER_ERROR, f"error: {said}; {advice}")
+        return _tell(1, traceback.format_exc().rstrip())
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -100,14 +93,15 @@ def first_cause(folder: Path) -> Failure | None:
     return min((f for f in failures if f.text == cause.text), key=lambda f: f.rank)  # all say it: then rank 0 does
 
 
-def _tell(code: int, text: str) -> None:
+def _tell(code: int, text: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
         with suppress(OSError):  # the exit code still says it
             print(text if rank == 0 else f"{text} (rank {rank})", file=sys.stderr, flush=True)
-        return
+        return code
     record = Path(folder, f"{rank}.json")
     temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(Failure(rank, code, time.time(), text))))
     temporary.replace(record)  # the launcher may be reading
+    return code

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,17 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
 def forwarded() -> list[int]:
     """Signals that ask a job to end."""
     return [*stopping.signals(), signal.SIGINT]
+
+
+@contextmanager
+def handling(take: Callable[[int, object], object]) -> Iterator[None]:
+    """Those signals are taken by `take` meanwhile, instead of ending this program."""
+    before = {number: signal.signal(number, take) for number in forwarded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cores() -> int:
@@ -180,18 +191,16 @@ class _Mail:
 @contextmanager
 def _forward_signals(workers: list[Worker]) -> Iterator[_Mail]:
     mail = _Mail(workers)
-    before = {number: signal.signal(number, mail.take) for number in forwarded()}
-    if stopping.arrived():  # while this program was loading
-        mail.take(signal.SIGUSR1)
-    try:
-        yield mail
-    finally:
-        for worker in workers:  # an error of our own must leave nothing behind
-            if worker.process.poll() is None:
-                worker.process.kill()
-                worker.process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(mail.take):
+        if stopping.arrived():  # while this program was loading
+            mail.take(signal.SIGUSR1)
+        try:
+            yield mail
+        finally:
+            for worker in workers:  # an error of our own must leave nothing behind
+                if worker.process.poll() is None:
+                    worker.process.kill()
+                    worker.process.wait()
 
 
 def _wait(workers: Sequence[Worker], mail: _Mail) -> Worker | None:

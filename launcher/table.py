@@ -97,12 +97,8 @@ def _known(arguments: Sequence[str], groups: dict[str, Parser]) -> None:
 
 
 def command(
-    name: str,
-    about: str,
-    *,
-    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
-    check: Callable[[argparse.Namespace], object] | None = None,
-    prints: bool = False,
+    name: str, about: str, *, options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    check: Callable[[argparse.Namespace], object] | None = None, prints: bool = False,
 ) -> Callable:
     """Put the function below into the table."""
 
@@ -115,19 +111,28 @@ def command(
 
 def config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "items",
-        nargs="*",
-        metavar="CONFIG.yaml | key=value",
+        "items", nargs="*", metavar="CONFIG.yaml | key=value",
         help="a YAML file, and single keys that win over it (`hvtrain config` lists them)",
     )
+
+
+def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The config file, if one is given, and the key=value items."""
+    files = [item for item in items if not OVERRIDE.match(item)]
+    if len(files) > 1:
+        raise ConfigError(f"one config file expected, got {' and '.join(files)}; single values are given as key=value")
+    return (files[0] if files else None), [item for item in items if OVERRIDE.match(item)]
 
 
 def load_config(name: str, args: argparse.Namespace):
     """The config of a command from `[CONFIG.yaml] [key=value ...]`."""
     from hvtrain import config
 
-    files = [item for item in args.items if not OVERRIDE.match(item)]
-    if len(files) > 1:
-        raise ConfigError(f"one config file expected, got {' and '.join(files)}; single values are given as key=value")
-    overrides = [item for item in args.items if OVERRIDE.match(item)]
-    return config.load(config.ROOTS[name], files[0] if files else None, overrides)
+    return config.load(config.ROOTS[name], *split_items(args.items))
+
+
+def at_least(args: argparse.Namespace, least: int, *options: str) -> None:
+    """Refuse numbers that are too small. Raises ConfigError."""
+    for option in options:
+        if (value := getattr(args, option)) is not None and value < least:
+            raise ConfigError(f"--{option.replace('_', '-')} {value}: expected {least} or more")

@@ -1,9 +1,9 @@
-"""From samples to one batch: equal shapes are stacked, text of different lengths is padded."""
+"""From samples to one batch: equal shapes are stacked, fields of different lengths are padded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
@@ -37,16 +37,17 @@ def choose_caption(sample: Sample, *, seed: int, epoch: int, index: int) -> Samp
 New = Callable[[tuple[int, ...], torch.dtype], Tensor]  # memory for one field of a batch, uninitialised
 
 
-def collate(samples: Sequence[Sample], *, new: New = empty) -> dict[str, Tensor]:
-    """Stack equal shapes, in memory from `new`; fields in RAGGED are padded with zeros and get a NAME_len."""
+def collate(samples: Sequence[Sample], *, ragged: Container[str], new: New = empty) -> dict[str, Tensor]:
+    """Stack equal shapes, in memory from `new`; the `ragged` fields (Manifest.ragged) are padded with zeros and get a NAME_len
+    [B]."""
     names = list(samples[0].tensors)
     batch: dict[str, Tensor] = {}
     for name in names:
         values = [_field(sample, name) for sample in samples]
         _alike(name, samples, [str(v.dtype).removeprefix("torch.") for v in values], "dtypes")
-        if name in RAGGED:
+        if name in ragged:
             _alike(name, samples, ["x".join(["any", *map(str, v.shape[1:])]) if v.ndim else "none" for v in values], "shapes")
-            batch |= RAGGED[name](name, values, new)
+            batch |= _padded(name, values, new)
             continue
         _alike(name, samples, [tuple(v.shape) for v in values], "shapes")
         out = new((len(values), *values[0].shape), values[0].dtype)
@@ -76,6 +77,3 @@ def _padded(name: str, values: Sequence[Tensor], new: New) -> dict[str, Tensor]:
         row[len(value) :] = 0
     lengths = new((len(values),), torch.int64).copy_(torch.tensor([len(v) for v in values]))
     return {name: out, f"{name}_len": lengths}
-
-
-RAGGED: dict[str, Callable[[str, Sequence[Tensor], New], dict[str, Tensor]]] = {"text": _padded}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,21 @@ from shards.errors import ShardError
 from shards.files import inside
 from shards.making import making
 from shards.names import check_bucket, check_column
-from shards.order import salt
 from shards.reader import ShardSet, open_set
 from shards.schema import (
     EMPTY_TEXT,
     IMPORTED,
     MANIFEST,
     Chunk,
+    Made,
     Manifest,
+    Stored,
     TarFile,
     index_path,
     save_manifest,
 )
 from shards.tar import Tar, describe, open_local
+from shards.ways import Part, Rule
 from shards.writer import TarWriter, full
 
 SPLIT = "split.json"
@@ -52,19 +53,16 @@ def merge(sources: Sequence[str], output: str | Path) -> ShardSet:
     with making(output, f"shards merge {' '.join(s.name for s in sets)}", sets) as root:
         rows = tuple(_take(found, chunk, keys, root) for found, chunk, keys in _each_once(sets))
         _copy_empty_text(sets[0], root)
-        first = sets[0].manifest
         dataset = hashlib.sha256("".join(s.manifest.dataset for s in sets).encode()).hexdigest()
-        save_manifest(root, Manifest(first.columns, rows, first.encoders, dataset))
+        save_manifest(root, Manifest(sets[0].manifest.columns, rows, _known(sets), dataset))
     return open_set(root)
 
 
 def _each_once(sets: Sequence[ShardSet]) -> list[tuple[ShardSet, Chunk, list[str]]]:
     """What to take of which set."""
-    first = sets[0].manifest
     for found in sets[1:]:
-        for what in ("columns", "encoders"):
-            here, there = getattr(first, what), getattr(found.manifest, what)
-            if (sorted(here) if what == "columns" else here) != (sorted(there) if what == "columns" else there):
+        for what, here, there in zip(("columns", "encoders"), _alike(sets[0]), _alike(found)):
+            if here != there:
                 raise ShardError(
                     f"{found.name} has {what} {_shown(there)}, {sets[0].name} has {_shown(here)}: encode both the same way"
                 )
@@ -77,6 +75,29 @@ def _each_once(sets: Sequence[ShardSet]) -> list[tuple[ShardSet, Chunk, list[str
             if keys:
                 taken.append((found, chunk, keys))
     return taken
+
+
+def _alike(found: ShardSet) -> tuple[list[str], dict[str, str]]:
+    """What sets have in common that can be one."""
+    return sorted(found.manifest.columns), {c: made.fingerprint for c, made in found.manifest.made.items()}
+
+
+def _known(sets: Sequence[ShardSet]) -> dict[str, Made]:
+    """Of each column what the first set knows that knows most: older sets say nothing of fields."""
+    every = [found.manifest.made for found in sets]
+    for column in every[0]:
+        told = [(s, made[column].fields) for s, made in zip(sets, every) if made[column].fields]
+        for other, fields in told[1:]:
+            if fields != told[0][1]:
+                raise ShardError(
+                    f"column '{column}' of {other.name} holds {_fields(fields)}, that of {told[0][0].name} "
+                    f"{_fields(told[0][1])}: encode both the same way"
+                )
+    return {column: max((made[column] for made in every), key=lambda m: bool(m.fields)) for column in every[0]}
+
+
+def _fields(fields: Mapping[str, Stored]) -> str:
+    return ", ".join(f"{name} {stored}" for name, stored in fields.items())
 
 
 def _held(key: str, found: ShardSet, chunk: Chunk, seen: Mapping[str, tuple[ShardSet, Chunk]]) -> bool:
@@ -112,22 +133,6 @@ def pick(sources: Sequence[str], output: str | Path, n: int) -> int:
 
 
 # --- split ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str  # folder below the output
-    rule: str  # for people
-    samples: int = 0
-
-
-Assign = Callable[[ShardSet], tuple[list[Part], dict[str, int]]]  # parts, and key -> which
-
-
-@dataclass(frozen=True)
-class Rule:
-    text: str  # as it is typed: one rule, one text
-    assign: Assign
 
 
 def split(source: str, output: str | Path, rule: Rule, *, keep: int = 0) -> list[Part]:
@@ -176,80 +181,6 @@ def _write_part(found: ShardSet, rows: Sequence[tuple[Chunk, Sequence[str]]], fo
     save_manifest(folder, replace(found.manifest, chunks=chunks))
 
 
-def by_number(n: int, *, seed: int = 0) -> Rule:
-    """n parts of equal size; every bucket is dealt out evenly."""
-
-    def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
-        if not 1 <= n <= found.manifest.n_keys:
-            raise ShardError(f"{found.name} holds {found.manifest.n_keys} samples; they cannot make {n} parts")
-        order: dict[str, list[str]] = {}
-        for chunk in found.manifest.chunks:
-            order.setdefault(chunk.bucket, []).extend(chunk.keys)
-        where, dealt = {}, 0
-        for bucket in sorted(order):
-            for key in sorted(order[bucket], key=lambda k: salt(seed, k)):
-                where[key] = dealt % n
-                dealt += 1
-        width = max(2, len(str(n)))
-        return [Part(f"{i + 1:0{width}d}", f"every {n}th sample") for i in range(n)], where
-
-    return Rule(f"--n {n}" + (f" (seed {seed})" if seed else ""), assign)
-
-
-def by_caption(patterns: Sequence[str]) -> Rule:
-    """A part per pattern (regular expression, case ignored), the first that matches; what none matches is `rest`."""
-    try:
-        wanted = [re.compile(p, re.IGNORECASE) for p in patterns]
-    except re.error as error:
-        raise ShardError(f"caption pattern {error.pattern!r} is not a regular expression: {error}") from None
-
-    def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
-        parts = [Part(f"{i + 1:02d}", f"caption matches {p!r}") for i, p in enumerate(patterns)]
-        rest, where = len(parts), {}
-        for key, meta in _meta(found, "text"):
-            captions = [str(c) for c in meta.get("captions") or [meta.get("caption", "")]]
-            where[key] = next((i for i, p in enumerate(wanted) if any(map(p.search, captions))), rest)
-        if rest in where.values():
-            parts.append(Part("rest", "no pattern matches"))
-        return parts, where
-
-    return Rule(" ".join(f"--caption {p!r}" for p in patterns), assign)
-
-
-def by_folder() -> Rule:
-    """A part per folder that the clips came from."""
-
-    def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
-        folders = {key: os.path.dirname(str(meta.get("source", ""))) for key, meta in _meta(found, "latents")}
-        same = one_name(set(folders.values()))
-        numbers = {name: i for i, name in enumerate(sorted(set(same.values())))}
-        width = max(2, len(str(len(numbers))))
-        parts = [Part(f"{i + 1:0{width}d}", f"clips of {name}") for name, i in numbers.items()]
-        return parts, {key: numbers[same[folder]] for key, folder in folders.items()}
-
-    return Rule("--folder", assign)
-
-
-def one_name(folders: Iterable[str]) -> dict[str, str]:
-    """folder -> the name it goes by. Lists of clips name one folder relatively and absolutely: a relative name is the
-    absolute one that ends in it, if a single one does."""
-    plain = {folder: os.path.normpath(folder) for folder in folders}
-    ends: dict[str, set[str]] = defaultdict(set)
-    for name in filter(os.path.isabs, plain.values()):
-        for at in (i for i, letter in enumerate(name) if letter == "/"):
-            ends[name[at + 1 :]].add(name)
-    return {folder: next(iter(ends[name])) if len(ends.get(name, ())) == 1 else name for folder, name in plain.items()}
-
-
-def _meta(found: ShardSet, column: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    if column not in found.manifest.columns:
-        raise ShardError(f"{found.name} has no column '{column}' to split by; it has {', '.join(found.manifest.columns)}")
-    for chunk in found.manifest.chunks:
-        tar = found.tar(chunk, column)
-        for key in chunk.keys:
-            yield key, tar.meta(key)
-
-
 # --- index, export --------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +199,7 @@ def index(root: str | Path) -> ShardSet:
         raise ShardError(f"{folder}: the columns have different numbers of tars ({counts})")
     try:
         rows = [_indexed(folder, dict(zip(columns, names))) for names in zip(*tars.values())]
-        save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, f"{IMPORTED}unknown")))
+        save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, Made(f"{IMPORTED}unknown"))))
     except OSError as error:
         raise full(error, folder) from None
     return open_set(folder)
@@ -378,7 +309,7 @@ def _link(found: ShardSet, chunk: Chunk, root: Path, column: str) -> TarFile:
 
 
 def _copy_empty_text(found: ShardSet, root: Path) -> None:
-    if "text" not in found.manifest.columns or found.manifest.encoders.get("text", "").startswith(IMPORTED):
+    if "text" not in found.manifest.columns or found.manifest.made_by("text").imported:
         return
     with atomic_path(root / EMPTY_TEXT) as temporary:
         temporary.write_bytes(save({n: t.clone() for n, t in found.empty_text.items()}))

@@ -35,7 +35,7 @@ def pipeline(
         webdataset.split_by_worker,
         _Samples(found, tuple(columns or found.manifest.columns), seed),
         webdataset.shuffle(buffer, initial=buffer, rng=random.Random(seed)) if buffer else None,
-        _Batches(batch_size) if batch_size else None,
+        _Batches(batch_size, found.manifest.ragged) if batch_size else None,
     )
 
 
@@ -70,8 +70,8 @@ class _Samples:
 class _Batches:
     """Neighbours of one bucket; what is left of each at the end comes last."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, ragged: frozenset[str]) -> None:
+        self.size, self.ragged = size, ragged
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         waiting: dict[str, list[dict[str, Any]]] = {}
@@ -79,11 +79,10 @@ class _Batches:
             group = waiting.setdefault(row["__bucket__"], [])
             group.append(row)
             if len(group) == self.size:
-                yield _batch(waiting.pop(row["__bucket__"]))
-        yield from map(_batch, waiting.values())
+                yield self._batch(waiting.pop(row["__bucket__"]))
+        yield from map(self._batch, waiting.values())
 
-
-def _batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors = [{name: value for name, value in row.items() if isinstance(value, Tensor)} for row in rows]
-    samples = [Sample(row["__key__"], fields, row["json"]) for row, fields in zip(rows, tensors)]
-    return {"__key__": [s.key for s in samples], "json": [s.meta for s in samples], **collate(samples)}
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        tensors = [{name: value for name, value in row.items() if isinstance(value, Tensor)} for row in rows]
+        samples = [Sample(row["__key__"], fields, row["json"]) for row, fields in zip(rows, tensors)]
+        return {"__key__": [s.key for s in samples], "json": [s.meta for s in samples], **collate(samples, ragged=self.ragged)}

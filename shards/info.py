@@ -16,13 +16,16 @@ def lines(found: ShardSet) -> Iterator[str]:
     sample = found.get(0) if len(found) else None
     for column in manifest.columns:
         n_bytes = sum(chunk.tars[column].n_bytes for chunk in manifest.chunks if column in chunk.tars)
-        yield f"column {column}: {size(n_bytes)}, made by {manifest.encoders.get(column, 'unknown')}"
+        made = manifest.made_by(column)
+        by = " ".join(filter(None, [f"{made.model}'s" if made.model else "", " and ".join(made.parts)]))
+        yield f"column {column}: {size(n_bytes)}, made by {by + ', ' if by else ''}{made.fingerprint or 'unknown'}"
     for bucket, n in sorted(Counter(c.bucket for c in manifest.chunks for _ in c.keys).items()):
         yield f"bucket {bucket} (frames x height x width): {n} samples"
     if sample is None:
         return
     for name, tensor in sample.tensors.items():
-        yield f"field {name}: {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in {sample.key}"
+        padded = ", padded in a batch" if name in manifest.ragged else ""
+        yield f"field {name}: {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in {sample.key}{padded}"
     if "caption" in sample.meta:
         words = "".join(c if c.isprintable() else " " for c in str(sample.meta["caption"]))  # nothing that steers a terminal
         yield f"caption of {sample.key}: {words}"

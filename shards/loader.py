@@ -36,7 +36,7 @@ class Batch:
     """Stacked samples of one bucket."""
 
     keys: tuple[str, ...]
-    tensors: Mapping[str, Tensor]  # "latents" [B C T H W], "text" [B L E] zero-padded, "text_len" [B], "pooled" [B P]
+    tensors: Mapping[str, Tensor]  # "latents" [B C T H W]; ragged fields [B L ...] zero-padded, with NAME_len [B]
     meta: tuple[Mapping[str, Any], ...]
     epoch: int  # whole epochs consumed by then, the same on every rank
     cursor: int  # samples consumed by all ranks once each has taken its micro-batch of this round
@@ -74,6 +74,7 @@ class BatchLoader:
         self.read_of = [tuple(c for c in s.manifest.columns if columns is None or c in columns) for s in self.sets]
         self.begins = np.cumsum([0, *map(len, self.sets)])
         self.groups = joined(s.groups(int(b)) for s, b in zip(self.sets, self.begins))
+        self.ragged = frozenset().union(*(s.manifest.ragged for s in self.sets))
         if not self.groups:
             raise ShardError(f"no samples in {', '.join(s.name for s in self.sets) or 'an empty list of shard sets'}")
 
@@ -111,7 +112,7 @@ class BatchLoader:
         samples = [self._sample(index, turn.micro.epoch, bad) for index in turn.micro.samples]
         new = place(samples) if place else partial(empty, pin=self.pin)
         return Batch(
-            keys=tuple(s.key for s in samples), tensors=collate(samples, new=new),
+            keys=tuple(s.key for s in samples), tensors=collate(samples, ragged=self.ragged, new=new),
             meta=tuple(s.meta for s in samples), epoch=turn.epoch, cursor=turn.cursor, bad=tuple(bad),
         )
 

@@ -60,5 +60,5 @@ def _contents(found: ShardSet) -> str:
     """What a set holds, wherever it lies."""
     m = found.manifest
     rows = [[c.bucket, c.repeats, c.caption_dropout, {n: t.checksum for n, t in c.tars.items()}] for c in m.chunks]
-    text = json.dumps([m.columns, dict(m.encoders), m.dataset, rows], sort_keys=True)
+    text = json.dumps([m.columns, {c: made.fingerprint for c, made in m.made.items()}, m.dataset, rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shards.atomic import write_text
 from shards.errors import ShardError
 from shards.files import inside, parse_json, read_plain
-from shards.names import check_bucket, check_column, check_keys, check_once, check_tar_path
+from shards.names import check_bucket, check_column, check_field, check_keys, check_once, check_tar_path
 
 FORMAT = "hvtrain-shards"
-VERSION = 2
+VERSION = 3
+OLD = 2  # still read: it says of a column nothing but its fingerprint
 MANIFEST = "manifest.json"
 EMPTY_TEXT = "empty_text.safetensors"
 IMPORTED = "imported: "  # begins the fingerprint of a column that another program encoded
@@ -28,6 +29,8 @@ MAX_BYTES = 1 << 62  # of a tar
 MAX_REPEATS = 1_000_000
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _SKELETON = re.compile(r"([0-9a-f]{16})?")
+_DTYPE = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_RAGGED_OF_OLD = frozenset({"text"})  # fields of sets that do not say: indexed ones, and those of version 2
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,89 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A field of a column: one sample's tensor, None for a size that varies. If the first does, a batch pads it with zeros."""
+
+    dims: tuple[int | None, ...]
+    dtype: str  # torch's name
+
+    def __post_init__(self) -> None:
+        for n in self.dims:
+            if n is not None:
+                check_int("a field's size", n, 0, MAX_BYTES)
+        if not isinstance(self.dtype, str) or not _DTYPE.fullmatch(self.dtype):
+            raise ShardError(f"a field's dtype is {ascii(self.dtype)[:80]}: expected one like bfloat16")
+
+    @property
+    def ragged(self) -> bool:
+        return bool(self.dims) and self.dims[0] is None
+
+    def fits(self, shape: Sequence[int], dtype: str) -> bool:
+        return dtype == self.dtype and len(shape) == len(self.dims) and all(
+            want in (None, n) for want, n in zip(self.dims, shape)
+        )
+
+    def __str__(self) -> str:
+        return " x ".join("any" if n is None else str(n) for n in self.dims) + f" {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What made a column and what is in it. "" and nothing: not known."""
+
+    fingerprint: str = ""
+    model: str = ""
+    parts: tuple[str, ...] = ()  # of the model, by name
+    fields: Mapping[str, Stored] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for text in (self.fingerprint, self.model, *self.parts):
+            if not isinstance(text, str) or not text.isprintable():
+                raise ShardError(f"a fingerprint or name is {ascii(text)[:80]}: expected printable letters")
+        for name in self.fields:
+            check_field(name)
+
+    @property
+    def imported(self) -> bool:
+        """By another program: there is no fingerprint to compare, and no empty caption."""
+        return self.fingerprint.startswith(IMPORTED)
+
+    @property
+    def encoder(self) -> str:
+        """The fingerprint of the weights alone; dtype and seed, which follow it, may differ. "" where there is none."""
+        return "" if self.imported else self.fingerprint.split("/")[0]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Raises ShardError, as the records in it do, for a name or number that no set may hold, whoever wrote it."""
 
     columns: tuple[str, ...]
     chunks: tuple[Chunk, ...]
-    encoders: Mapping[str, str] = field(default_factory=dict)  # column -> fingerprint of what made it
+    made: Mapping[str, Made] = field(default_factory=dict)  # by column
     dataset: str = ""  # hash of the dataset's settings
 
     def __post_init__(self) -> None:
         if not self.columns or len(set(self.columns)) < len(self.columns):
             raise ShardError(f"columns are {ascii(self.columns)[:80]}: expected one or more, each once")
-        for name in (*self.columns, *self.encoders):
+        for name in (*self.columns, *self.made):
             check_column(name)
-        for text in (*self.encoders.values(), self.dataset):
-            if not isinstance(text, str) or not text.isprintable():
-                raise ShardError(f"a fingerprint is {ascii(text)[:80]}: expected printable letters")
+        if not isinstance(self.dataset, str) or not self.dataset.isprintable():
+            raise ShardError(f"a fingerprint is {ascii(self.dataset)[:80]}: expected printable letters")
         check_once(lambda: (key for chunk in self.chunks for key in chunk.keys), self.n_keys, "key")
         tars = [tar.path for chunk in self.chunks for tar in chunk.tars.values()]
         check_once(lambda: tars, len(tars), "tar")
+
+    def made_by(self, column: str) -> Made:
+        return self.made.get(column, Made())
+
+    @property
+    def ragged(self) -> frozenset[str]:
+        """Fields that a batch pads, and says the lengths of."""
+        found: set[str] = set()
+        for fields in (self.made_by(column).fields for column in self.columns):
+            found |= {name for name, f in fields.items() if f.ragged} if fields else _RAGGED_OF_OLD
+        return frozenset(found)
 
     @property
     def n_samples(self) -> int:
@@ -104,8 +171,8 @@ class Manifest:
 def save_manifest(root: Path, manifest: Manifest) -> None:
     """One line per chunk: a set of a million samples stays a file that tools can page through."""
     head = {
-        "format": FORMAT, "version": VERSION, "columns": list(manifest.columns), "encoders": dict(manifest.encoders),
-        "dataset": manifest.dataset,
+        "format": FORMAT, "version": VERSION, "columns": list(manifest.columns),
+        "made": {column: asdict(made) for column, made in manifest.made.items()}, "dataset": manifest.dataset,
     }
     lines = [json.dumps(_chunk_row(chunk), ensure_ascii=False) for chunk in manifest.chunks]
     body = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "chunks": [\n' + ",\n".join(lines) + "\n]}\n"
@@ -134,13 +201,14 @@ def load_manifest(root: Path) -> Manifest:
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
     try:
         raw = parse_json(data)
-        if raw["format"] != FORMAT or raw["version"] != VERSION:
+        if raw["format"] != FORMAT or raw["version"] not in (OLD, VERSION):
             raise ShardError(
                 f"format {ascii(raw['format'])[:80]} version {ascii(raw['version'])[:80]}, this program reads {FORMAT!r} "
                 f"{VERSION}; encode again"
             )
         chunks = tuple(map(_chunk, _list(raw["chunks"])))
-        return Manifest(tuple(_list(raw["columns"])), chunks, dict(raw["encoders"]), raw["dataset"])
+        made = {c: Made(name) for c, name in raw["encoders"].items()} if raw["version"] == OLD else _made(raw["made"])
+        return Manifest(tuple(_list(raw["columns"])), chunks, made, raw["dataset"])
     except ShardError as error:
         raise ShardError(f"{where}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -150,6 +218,15 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
 def _chunk(raw: Mapping[str, Any]) -> Chunk:
     tars = {column: TarFile(**tar) for column, tar in raw["tars"].items()}
     return Chunk(raw["bucket"], tuple(_list(raw["keys"])), tars, raw.get("repeats", 1), raw.get("caption_dropout"))
+
+
+def _made(raw: Mapping[str, Any]) -> dict[str, Made]:
+    return {
+        column: Made(row["fingerprint"], row["model"], tuple(_list(row["parts"])), {
+            name: Stored(tuple(_list(f["dims"])), f["dtype"]) for name, f in row["fields"].items()
+        })
+        for column, row in raw.items()
+    }
 
 
 def _list(value: object) -> list[Any]:

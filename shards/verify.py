@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
+from torch import Tensor
 
+from shards.collate import VARIANT
 from shards.errors import ShardError
 from shards.files import read_plain
 from shards.reader import ShardSet
-from shards.schema import IMPORTED, Chunk, TarFile, index_path
+from shards.schema import Chunk, Manifest, TarFile, index_path
 from shards.tar import Tar, open_local, parse_index, skeleton
 from shards.tensors import not_finite
 
@@ -29,11 +31,11 @@ def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], N
         yield str(error)
         return
     try:
-        if "text" in found.manifest.columns and not found.manifest.encoders.get("text", "").startswith(IMPORTED):
+        if "text" in found.manifest.columns and not found.manifest.made_by("text").imported:
             found.empty_text  # noqa: B018 it is read
     except ShardError as error:
         yield str(error)
-    shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+    shapes = _Shapes(found.manifest)
     for chunk in found.manifest.chunks:
         for column in found.manifest.columns:
             if column not in chunk.tars:
@@ -41,15 +43,33 @@ def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], N
                 continue
             entry = chunk.tars[column]
             try:
-                yield from _tar(found.path(entry), entry, chunk, values=values, shapes=shapes)
+                yield from _tar(found.path(entry), entry, chunk, column, values=values, shapes=shapes)
             except ShardError as error:
                 yield str(error)
             progress(entry.n_bytes)
 
 
-def _tar(
-    path: Path, entry: TarFile, chunk: Chunk, *, values: bool, shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]]
-) -> Iterator[str]:
+class _Shapes:
+    """The fields of a set: as its manifest says, and alike in a bucket where no batch pads them."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest, self.ragged = manifest, manifest.ragged
+        self.seen: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}  # (bucket, field) -> shape, of which sample
+
+    def faults(self, tensors: Mapping[str, Tensor], key: str, column: str, bucket: str) -> Iterator[str]:
+        told = self.manifest.made_by(column).fields
+        for name, tensor in tensors.items():
+            variant = VARIANT.fullmatch(name)
+            field, shape, dtype = variant[1] if variant else name, tuple(tensor.shape), str(tensor.dtype)[len("torch.") :]
+            if told and (field not in told or not told[field].fits(shape, dtype)):
+                yield f"'{name}' is {shape} {dtype}, the manifest says {told.get(field, 'nothing of it')}"
+            elif field not in self.ragged:
+                usual, first = self.seen.setdefault((bucket, name), (shape, key))
+                if shape != usual:
+                    yield f"'{name}' is {shape}, in {first} of bucket {bucket} it is {usual}"
+
+
+def _tar(path: Path, entry: TarFile, chunk: Chunk, column: str, *, values: bool, shapes: _Shapes) -> Iterator[str]:
     tar, size = open_local(path, replace(entry, skeleton="")), entry.n_bytes  # what is damaged shall be named in detail
     data = tar.fetch(0, size)
     wanted = {f"{key}.{kind}" for key in chunk.keys for kind in ("safetensors", "json")}
@@ -57,7 +77,7 @@ def _tar(
         yield f"{path}: member {name} is {'missing' if name in wanted else 'not in the manifest'}; is this another tar?"
     n_faults = 0
     for key in chunk.keys:
-        for fault in _sample(tar, key, chunk.bucket, values=values, shapes=shapes):
+        for fault in _sample(tar, key, chunk.bucket, column, values=values, shapes=shapes):
             n_faults += 1
             yield fault
     if xxhash.xxh3_128_hexdigest(data.numpy()) != entry.checksum and not n_faults:  # type: ignore[arg-type]
@@ -68,9 +88,7 @@ def _tar(
         yield from _index(path, size, tar)
 
 
-def _sample(
-    tar: Tar, key: str, bucket: str, *, values: bool, shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]]
-) -> Iterator[str]:
+def _sample(tar: Tar, key: str, bucket: str, column: str, *, values: bool, shapes: _Shapes) -> Iterator[str]:
     if not {f"{key}.safetensors", f"{key}.json"} <= set(tar.members):
         return  # said above
     try:
@@ -85,11 +103,7 @@ def _sample(
             f"{tar.where}: {key} (bytes {member.offset} to {member.offset + member.size}): '{name}' holds NaN or "
             "infinite values"
         )
-    for name, tensor in tensors.items():
-        if name.endswith("latents"):
-            shape, first = shapes.setdefault((bucket, name), (tuple(tensor.shape), key))
-            if tuple(tensor.shape) != shape:
-                yield f"{tar.where}: {key}: '{name}' is {tuple(tensor.shape)}, in {first} of bucket {bucket} it is {shape}"
+    yield from (f"{tar.where}: {key}: {fault}" for fault in shapes.faults(tensors, key, column, bucket))
 
 
 def _index(path: Path, size: int, tar: Tar) -> Iterator[str]:

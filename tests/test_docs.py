@@ -21,9 +21,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hvtrain import config
+from hvtrain.config import parts
 from hvtrain.encode.dataset import read_dataset_file
+from hvtrain.models import find
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from launcher import cli
 from launcher.program import HVTRAIN
@@ -212,7 +215,7 @@ def test_the_example_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (_, text), = (block for block in split_page(ROOT / "docs/encode.md")[0] if block[0] == "toml")
     file = tmp_path / "dataset.toml"
     file.write_text(text)
-    (entry,) = read_dataset_file(file)
+    (entry,) = read_dataset_file(file, find("hunyuan-video").flavor("t2v"))
     assert (entry.source, entry.source_fps, entry.caption_dropout) == ("video_directory", 30, 0.1)
     (_, text), = (block for block in split_page(ROOT / "docs/slurm.md")[0] if block[0] == "yaml")
     site = tmp_path / "site.yaml"
@@ -236,6 +239,9 @@ def keys_of(root: type, prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
             yield from keys_of(hints[field.name], f"{prefix}{field.name}.")
+    if hasattr(root, "REST"):
+        yield from (prefix + part for folder in parts.folders() for path in folder.glob(f"*/{parts.FILE}")
+                    for part in parts.parts_of(yaml.safe_load(path.read_text())["name"]))  # fmt: skip
 
 
 KEYS = {name: frozenset(keys_of(root)) for name, root in config.ROOTS.items()}

@@ -1,4 +1,4 @@
-"""Adapters and a whole model: put on its layers, started from a file, switched off, merged into its weights."""
+"""Adapters and a whole model: put on its layers, started from a file, switched off, merged."""
 
 from __future__ import annotations
 
@@ -22,19 +22,17 @@ from hvtrain.slices.plan import SlicePlan
 from hvtrain.weights.float8 import Fp8Linear
 
 
-def add_adapter(model: DiT, spec: ModelSpec, adapter: AdapterConfig, plan: SlicePlan | None, *, seed: int) -> None:
+def add_adapter(model: DiT, spec: ModelSpec, a: AdapterConfig, plan: SlicePlan | None, *, seed: int) -> None:
     """Freeze the model and put the config's adapter on it; `plan`: of the slices that it is one of."""
-    rows, targets = None, spec.lora_targets(model, include=adapter.include, exclude=adapter.exclude) if plan is None else []
-    if plan is not None:
-        slots = plan.slice(adapter.loraid or 0).slots
+    if plan is None:
+        rows, targets = None, spec.lora_targets(model, include=a.include, exclude=a.exclude)
+    else:
+        slots = plan.slice(a.loraid or 0).slots
         rows, targets = {s.module: (s.begin, s.end) for s in slots}, [s.module for s in slots]
-    shapes = linear_shapes(model)
-    inject(
-        model, targets, kind=kind_of(adapter.type), rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, seed=seed,
-        rows=rows,
-    )
-    if adapter.init_from is not None:
-        start_from(model, read_lora(adapter.init_from, shapes, spec=spec))
+    shapes, kind = linear_shapes(model), kind_of(a.type)
+    inject(model, targets, kind=kind, rank=a.rank, alpha=a.alpha, dropout=a.dropout, seed=seed, rows=rows)
+    if a.init_from is not None:
+        start_from(model, read_lora(a.init_from, shapes, spec=spec))
 
 
 def inject(
@@ -48,9 +46,9 @@ def inject(
     seed: int = 0,
     rows: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[str]:
-    """Freeze the model and put an adapter on each named Linear. Returns the names of the trainable parameters.
+    """Freeze the model and put an adapter on each named Linear; the names of the trainable parameters.
 
-    `alpha` None or 0 means rank, that is a scale of 1. `rows`: output rows of a layer that may change (default: all).
+    `alpha` None or 0 means rank, a scale of 1. `rows`: output rows of a layer that may change (default: all).
     """
     if rank < 1:
         raise ConfigError(f"adapter.rank is {rank}: it must be at least 1")
@@ -63,7 +61,8 @@ def inject(
     for name in targets:
         layer = _submodule(model, name)
         if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Fp8Linear):
-            raise ConfigError(f"adapter target '{name}' is a {type(layer).__name__}; adapters go on Linear layers")
+            what = type(layer).__name__
+            raise ConfigError(f"adapter target '{name}' is a {what}; adapters go on Linear layers")
         parent, _, leaf = name.rpartition(".")
         own = (rows or {}).get(name)
         adapted = kind(layer, name=name, rank=rank, alpha=alpha or rank, dropout=dropout, seed=seed, rows=own)
@@ -74,7 +73,7 @@ def inject(
 
 def check_dropout(kind: type[AdaptedLinear], dropout: float) -> None:
     if dropout and not kind.DROPS:
-        raise ConfigError(f"adapter.dropout is {dropout:g}, but a {kind.LABEL} has no dropout; set it to 0, or train a LoRA")
+        raise ConfigError(f"adapter.dropout is {dropout:g}, but a {kind.LABEL} has no dropout; set it to 0")
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -111,7 +110,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def start_from(model: nn.Module, lora: LoraFile) -> None:
-    """Copy a file into freshly injected adapters, to train it further. A different alpha is folded in. Raises CheckpointError."""
+    """Copy a file into freshly injected adapters, to train it further; a different alpha is folded in. Raises
+    CheckpointError for one that does not fit."""
     layers = {layer.name: layer for layer in adapted_layers(model)}
     extra = sorted(set(lora.pairs) - set(layers))
     if extra:
@@ -123,8 +123,8 @@ def start_from(model: nn.Module, lora: LoraFile) -> None:
         layer, delta = layers[name], lora.delta(name)
         if delta.kind is not type(layer):
             raise CheckpointError(
-                f"{lora.path}: '{name}' is a {delta.kind.LABEL}, this run trains a {layer.LABEL}: set adapter.type, or give "
-                f"the file of a {layer.LABEL}"
+                f"{lora.path}: '{name}' is a {delta.kind.LABEL}, this run trains a {layer.LABEL}: "
+                f"set adapter.type, or give the file of a {layer.LABEL}"
             )
         if delta.rank != layer.rank:
             raise CheckpointError(
@@ -152,7 +152,7 @@ def merge_into(model: nn.Module, lora: LoraFile, multiplier: float = 1.0) -> Non
 
 @torch.no_grad()
 def merge_all(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> None:
-    """Add several at once: summed in float32 and rounded once per weight, as `hvtrain merge` does it, bit for bit."""
+    """Add several: summed in float32 and rounded once per weight, as `hvtrain merge` does it, bit for bit."""
     merge = merging(linear_shapes(model), loras)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
@@ -170,7 +170,8 @@ def merging(
     for lora, multiplier in loras:
         for name, pair in lora.pairs.items():
             if name not in shapes:
-                raise CheckpointError(f"{lora.path}: adapts '{name}', which is no Linear layer: {suggest(name, shapes)}")
+                near = suggest(name, shapes)
+                raise CheckpointError(f"{lora.path}: adapts '{name}', which is no Linear layer: {near}")
             pair.check_shape(lora.path, name, shapes[name])
             if multiplier:
                 wanted.setdefault(name, []).append((pair, multiplier))
@@ -184,8 +185,9 @@ def merging(
 
 
 def whole_rows(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adapter parameters as an ordinary file holds them: those of a slice with zeros in the rows that it does not own."""
-    layers = {f"{layer.name}.{layer.PARTS[part]}": layer for layer in adapted_layers(model) for part in layer.ROWS}
+    """Adapter parameters as an ordinary file holds them: a slice's with zeros in the rows that are not
+    its."""
+    layers = {f"{own.name}.{own.PARTS[part]}": own for own in adapted_layers(model) for part in own.ROWS}
     found = {}
     for name, tensor in tensors.items():
         layer = layers.get(name)
@@ -199,5 +201,8 @@ def whole_rows(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[st
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """[out, in] of every Linear of a model, by name: what `read_lora` needs to know of it."""
     adapted = {id(layer) for own in adapted_layers(model) for layer in own.children()}
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in adapted)
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers}
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and id(layer) not in adapted
+    }

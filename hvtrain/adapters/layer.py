@@ -1,8 +1,8 @@
-"""What every adapter is: a frozen Linear with something trained beside it, W x becomes W x + scale * delta(x).
+"""What every adapter is: a frozen Linear with something trained beside it, W x + scale * delta(x).
 
-Its parameters keep their names in files (`X.lora_down.weight`, `X.hada_w1_a`), and the base checkpoint still loads by its own
-names beside them. A file's adapter is, whatever its kind, exactly a low-rank pair (lorafiles/pairs.py): merging, cutting and
-joining it then need to know no kind.
+Its parameters are called as in files (`X.lora_down.weight`, `X.hada_w1_a`), and the base checkpoint still
+loads by its own names beside them. A file's adapter is, whatever its kind, exactly a low-rank pair
+(lorafiles/pairs.py): merging, cutting and joining it then need to know no kind.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class DropoutKey:
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen Linear and its adapter. The adapter is float32 whatever the base is; autocast casts it per use."""
+    """A frozen Linear and its adapter, which is float32 whatever the base is; autocast casts it per use."""
 
     LABEL: ClassVar[str]  # what people call it
-    PARTS: ClassVar[Mapping[str, str]]  # part -> the parameter's name in a layer, and in files after the layer's
-    ROWS: ClassVar[tuple[str, ...]]  # parts whose first dimension is the output rows; the last one starts at zero
+    PARTS: ClassVar[Mapping[str, str]]  # part -> its parameter's name, in files after the layer's
+    ROWS: ClassVar[tuple[str, ...]]  # parts whose first dimension is the output rows; the last starts at zero
     RANK: ClassVar[str]  # the part whose first dimension is the rank
     ENDINGS: ClassVar[Mapping[str, str]] = {}  # what others' files call the parts: ending of a name -> part
     METADATA: ClassVar[Mapping[str, object]]  # of its files
@@ -61,11 +61,11 @@ class AdaptedLinear(nn.Linear):
         # Only these output rows are adapted: the others have no parameters, so nothing can move them.
         self.rows = rows or (0, self.out_features)
         if not 0 <= self.rows[0] < self.rows[1] <= self.out_features:
-            raise ConfigError(f"adapter target '{name}': rows {self.rows} of a layer with {self.out_features}")
+            raise ConfigError(f"adapter target '{name}': rows {self.rows} of {self.out_features}")
         self.multiplier = 1.0
         self.dropout_key: DropoutKey | None = None
-        # Made on the CPU by name, not in order: equal on every rank without a broadcast, and a layer's start does
-        # not depend on which other layers are trained.
+        # Made on the CPU by name, not in order: equal on every rank without a broadcast, and a layer's start
+        # does not depend on which other layers are trained.
         self.make(self.rows[1] - self.rows[0], seed, "cpu" if base.weight.is_meta else base.weight.device)
 
     def make(self, n_rows: int, seed: int, device: torch.device | str) -> None:
@@ -95,15 +95,13 @@ class AdaptedLinear(nn.Linear):
     def kept(self, inner: Tensor) -> Tensor:  # [B ... rank] -> [B 1.. rank]
         """0 or 1 / (1 - p) for each sample and rank component, one draw for all tokens of a sample.
 
-        Not one per token: a token's place in the sequence then never matters, so any split of the sequence over
-        ranks, and the recomputation in a checkpointed backward, drop exactly what one plain process drops.
+        Not one per token: a token's place in the sequence then never matters, so any split of the sequence
+        over ranks, and the recomputation in a checkpointed backward, drop what one plain process drops.
         """
         if self.dropout_key is None:
-            raise RuntimeError(f"{self.name}: adapter dropout needs seed_dropout(model, ...) before each forward")
-        key = self.dropout_key
-        draw = generator(
-            key.seed, step=key.step, micro=key.micro, dp_rank=key.dp_rank, stream=f"lora-dropout/{self.name}"
-        )
+            raise RuntimeError(f"{self.name}: adapter dropout needs seed_dropout(model, ...) before it")
+        key, stream = self.dropout_key, f"lora-dropout/{self.name}"
+        draw = generator(key.seed, step=key.step, micro=key.micro, dp_rank=key.dp_rank, stream=stream)
         kept = torch.rand(inner.shape[0], self.rank, generator=draw) >= self.dropout
         mask = (kept / (1 - self.dropout)).to(inner.device, inner.dtype)
         return mask.view(inner.shape[0], *[1] * (inner.ndim - 2), self.rank)

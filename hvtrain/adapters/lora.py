@@ -1,5 +1,7 @@
-"""LoRA: W x + (alpha / rank) * up(down(x)). arXiv 2106.09685; initialisation and scaling as in sd-scripts and musubi-tuner,
-whose files these become."""
+"""LoRA: W x + (alpha / rank) * up(down(x)).
+
+arXiv 2106.09685; initialisation and scaling as in sd-scripts and musubi-tuner, whose files these become.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class LoraLinear(AdaptedLinear):
 
     def make(self, n_rows: int, seed: int, device: torch.device | str) -> None:
         down = torch.empty(self.rank, self.in_features)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator(seed, stream=f"lora-init/{self.name}"))
+        draw = generator(seed, stream=f"lora-init/{self.name}")
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=draw)
         # Modules, not bare parameters: ZeRO-3 gathers a module's own parameters around its forward.
         self.lora_down = _linear(down, device)
         self.lora_up = _linear(torch.zeros(n_rows, self.rank), device)

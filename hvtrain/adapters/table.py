@@ -1,4 +1,4 @@
-"""What `adapter.type` can name, besides `loraid` (a LoRA that owns a slice) and `none`. An entry is a class in its own file."""
+"""What `adapter.type` names, besides `loraid` (a LoRA of a slice) and `none`. An entry is a class."""
 
 from __future__ import annotations
 

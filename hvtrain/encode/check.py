@@ -7,18 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvtrain.config import ModelConfig
 from hvtrain.encode.clips import Clip, Rejected, find_clips
 from hvtrain.encode.dataset import Dataset, read_dataset_file
-from hvtrain.encode.frames import normalised
 from hvtrain.encode.places import shown
 from hvtrain.encode.samples import PlannedSample, Probes, plan_clips, without_doubles
-from hvtrain.models import all_specs, find
+from hvtrain.models import find
 from hvtrain.models.spec import Flavor
 from shards.info import size
 
 SHOWN = 20  # unusable clips that are listed
 ENLARGED = 1.5  # times: from here on a warning
-TEXT_TOKENS = 256  # what the encoder reads of a caption
 LETTERS = 4  # of a token of English, about
 
 
@@ -57,11 +56,11 @@ class Enlarged:
 
 def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> Report:
     """Open every file of the dataset; of each only the first frame is decoded."""
-    spec = find(model, key="--model") if model is not None else all_specs()[0]
-    chosen = spec.flavor(flavor) if flavor else next(iter(spec.flavors.values()))
+    spec = find(model or ModelConfig.name, key="--model")
+    chosen = spec.flavor(flavor)
     probes = Probes(None)
     entries, samples, refused, enlarged = [], [], [], []
-    for dataset in read_dataset_file(path):
+    for dataset in read_dataset_file(path, chosen):
         clips = find_clips(dataset)
         found = plan_clips(clips, probes, target_fps=chosen.defaults.fps, workers=workers)
         good = [s for rows in found for s in rows if isinstance(s, PlannedSample)]
@@ -83,7 +82,7 @@ def _short(dataset: Dataset, found: Sequence[Sequence[PlannedSample | Rejected]]
     if dataset.frames.extraction == "full":
         return {}
     lengths = [{len(s.clip.frames) for s in rows if isinstance(s, PlannedSample)} for rows in found]
-    counts = {t: sum(bool(made) and t not in made for made in lengths) for t in normalised(dataset.frames.target_frames)}
+    counts = {t: sum(bool(made) and t not in made for made in lengths) for t in dataset.frames.targets}
     return {t: n for t, n in counts.items() if n}
 
 
@@ -131,12 +130,13 @@ def _warnings(report: Report) -> Iterator[str]:
     empty = [s for s in report.samples if not all(s.captions)]
     if empty:
         yield f"{n_of(len(empty), 'sample')} with an empty caption, first {shown(empty[0].clip.path)}"
-    most = TEXT_TOKENS * LETTERS
-    long = [s for s in report.samples if max(map(len, s.captions)) > most]
+    tokens = _text_tokens(report.flavor)
+    most = (tokens or 0) * LETTERS
+    long = [s for s in report.samples if tokens and max(map(len, s.captions)) > most]
     if long:
         letters = max(len(c) for c in long[0].captions)
-        yield (f"{n_of(len(long), 'sample')} with a caption above {most} letters, first {shown(long[0].clip.path)} ({letters}): "
-               f"the encoder reads {TEXT_TOKENS} tokens, about {most} letters, and cuts the rest off")
+        yield (f"{n_of(len(long), 'sample')} with a caption above {most} letters, first {shown(long[0].clip.path)} "
+               f"({letters}): the encoder reads {tokens} tokens, about {most} letters, and cuts the rest off")
     if report.enlarged:
         worst = max(report.enlarged, key=lambda e: e.times)
         (w, h), (width, height) = worst.shown, worst.size
@@ -164,13 +164,20 @@ def _sizes(report: Report) -> Iterator[str]:
                 if field.column == "text":
                     n = 2
                     for width in field.dims:
-                        n *= width if width is not None else min(TEXT_TOKENS, 8 + len(caption) // LETTERS)
+                        guess = 8 + len(caption) // LETTERS
+                        n *= width if width is not None else min(field.longest or guess, guess)
                     text += n
     if report.samples:
         biggest = max(report.samples, key=lambda s: s.cost)
         sizes = "x".join(map(str, _latent_shape(report, biggest)))
         yield f"largest sample: latents {sizes}, {tokens} tokens"
     yield f"shards: about {size(latents)} of latents and {size(text)} of text, {n_of(len(report.samples), 'sample')}"
+
+
+def _text_tokens(flavor: Flavor) -> int | None:
+    """Of a caption that the encoder which reads most of it takes; None: any number."""
+    longest = [field.longest for field in flavor.cond if field.column == "text" and field.ragged]
+    return None if None in longest else max((n for n in longest if n), default=None)
 
 
 def _latent_shape(report: Report, s: PlannedSample) -> tuple[int, int, int, int]:

@@ -1,163 +1,114 @@
-"""Writing columns: what exists already is kept or copied, the rest is encoded; what cannot be is rejected."""
+"""The columns of a set, one entry each: what of a sample it is made of, what makes it, and what is said of it beside."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hvtrain.encode.clips import Rejected
-from hvtrain.encode.encoders import Outcome, rejected
-from hvtrain.encode.samples import PlannedChunk, PlannedSample
-from hvtrain.errors import DataError
-from shards.errors import ShardError
-from shards.reader import open_set
-from shards.schema import Manifest, TarFile, load_manifest
-from shards.tar import Tar, describe, open_local
-from shards.writer import TarWriter
+import torch
 
-REJECTED = "rejected.jsonl"
-JOURNAL = ".journal"  # .journal.RANK: tars that a run wrote before it had a manifest
+from hvtrain.config import ModelConfig
+from hvtrain.encode.encoders import Encode, Fields, Latents, Looks, PixelEncoder, TextEncoder
+from hvtrain.encode.samples import Picture, PlannedChunk, PlannedSample, hashed
+from hvtrain.errors import ConfigError
+from hvtrain.models.parts import keys_of, open_column, open_text, open_vae
+from hvtrain.models.spec import Field, Flavor, ModelSpec
 
-
-class Known:
-    """What an earlier run left in this directory: tars by name, samples by what they are a function of."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.manifest: Manifest | None = None
-        with suppress(ShardError):  # no earlier set, or a damaged one: then only the journal counts
-            self.manifest = load_manifest(root)
-        rows = self.manifest.chunks if self.manifest else ()
-        self.tars: dict[str, TarFile | None] = {tar.path: tar for chunk in rows for tar in chunk.tars.values()}
-        for path in sorted(root.glob(f"{JOURNAL}.*")):
-            for name in path.read_text().split():
-                self.tars.setdefault(name, None)
-        self._places: dict[tuple[str, str], tuple[Tar, str]] | None = None
-
-    def entry(self, name: str) -> TarFile | None:
-        """The manifest entry of a tar that is there whole."""
-        path, known = self.root / name, self.tars.get(name)
-        if not path.is_file():
-            return None
-        if known is not None and path.stat().st_size == known.n_bytes:
-            return known
-        try:
-            return describe(path, name)
-        except ShardError:
-            return None
-
-    def find(self, column: str, digest: str) -> tuple[Tar, str] | None:
-        """The tar and key of a sample that was encoded before."""
-        if self._places is None:
-            self._places = dict(self._samples())
-        return self._places.get((column, digest))
-
-    def _samples(self) -> Iterator[tuple[tuple[str, str], tuple[Tar, str]]]:
-        for name, entry in self.tars.items():
-            column = name.split("/")[0]
-            try:
-                tar = open_local(self.root / name, entry)
-                for key in tar.keys():
-                    yield (column, str(tar.meta(key).get(f"{column}_digest"))), (tar, key)
-            except ShardError:
-                continue  # damaged or gone: encoded again
-
-
-@dataclass
-class Tally:
-    """What this rank did."""
-
-    encoded: int = 0
-    copied: int = 0
-    kept: int = 0
+Pictures = Callable[[PlannedSample], tuple[Picture, ...]]
 
 
 @dataclass(frozen=True)
-class Written:
-    """A chunk's column: its tar and what is in it, or None if no sample could be made."""
+class Tools:
+    """What columns are encoded with, and how their tensors are stored."""
 
-    tar: TarFile | None
-    samples: tuple[PlannedSample, ...]
+    spec: ModelSpec
+    flavor: Flavor
+    model: ModelConfig
+    device: torch.device
+    dtype: str
+    seed: int
+    batch_size: int
+    workers: int
 
 
 @dataclass(frozen=True)
-class ColumnWriter:
-    """Writes one column's tars."""
+class Encoder:
+    """Of a column, opened."""
 
-    column: str
-    root: Path
-    encoder: str  # fingerprint
-    encode: Callable[[Sequence[PlannedSample]], Iterator[Outcome]]
-    known: Known
-    journal: Path
-    refuse: Callable[[Rejected], None]
-    tally: Tally = field(default_factory=Tally)
-
-    def write(self, chunk: PlannedChunk, advance: Callable[[PlannedSample, bool], None]) -> Written:
-        """The chunk's tar; `advance` is told of each sample, and whether it was encoded."""
-        entry = self.known.entry(chunk.tar_name(self.column, self.encoder)) if chunk.samples else None
-        if entry is not None or not chunk.samples:
-            self.tally.kept += len(chunk.samples)
-            for s in chunk.samples:
-                advance(s, False)
-            return Written(entry, chunk.samples)
-        old = {s.key: self.known.find(self.column, s.digest(self.column, self.encoder)) for s in chunk.samples}
-        fresh = self.encode([s for s in chunk.samples if old[s.key] is None])
-        written = []
-        with TarWriter(self.root, self.column) as out:
-            for s in chunk.samples:
-                if self._one(s, old[s.key], fresh, out):
-                    written.append(s)
-                advance(s, old[s.key] is None)
-            if not written:
-                return Written(None, ())
-            name = PlannedChunk(tuple(written)).tar_name(self.column, self.encoder)
-            entry = out.finish(name)
-        note(self.journal, name)
-        return Written(entry, tuple(written))
-
-    def _one(
-        self, s: PlannedSample, old: tuple[Tar, str] | None, fresh: Iterator[Outcome], out: TarWriter
-    ) -> bool:
-        meta = {**describe_sample(s, self.column), f"{self.column}_digest": s.digest(self.column, self.encoder)}
-        if old is not None:
-            tar, key = old
-            out.add_bytes(s.key, tar.checked(key), meta)
-            self.tally.copied += 1
-            return True
-        sample, result = next(fresh)
-        assert sample is s, (sample.key, s.key)
-        if isinstance(result, str):
-            self.refuse(rejected(s, result))
-            return False
-        out.add(s.key, result, meta)
-        self.tally.encoded += 1
-        return True
-
-    def shrink(self, written: Written, keep: PlannedChunk) -> Written:
-        """The same column without samples that another column could not make."""
-        if written.tar is None or not keep.samples or len(keep.samples) == len(written.samples):
-            return written if keep.samples else Written(None, ())
-        name = keep.tar_name(self.column, self.encoder)
-        source = open_local(self.root / written.tar.path, written.tar)
-        with TarWriter(self.root, self.column) as out:
-            for s in keep.samples:
-                out.add_bytes(s.key, source.checked(s.key), source.meta(s.key))
-            entry = out.finish(name)
-        note(self.journal, name)
-        return Written(entry, keep.samples)
+    encode: Encode
+    fingerprint: str
+    empty: Callable[[], Fields | str] | None = None  # of captions: the fields of the empty one, or why there are none
 
 
-def describe_sample(s: PlannedSample, column: str) -> dict[str, Any]:
-    """What KEY.json says beside the digest."""
-    if column == "text":
-        return {"caption": s.captions[0], **({"captions": list(s.captions)} if len(s.captions) > 1 else {})}
-    if column == "control":
-        return {"control": [str(c.path) for c in s.controls]}
+@dataclass(frozen=True)
+class ColumnKind:
+    """An entry."""
+
+    name: str
+    fields: tuple[Field, ...]  # what is in it, the flavor's own first
+    pictures: Pictures | None  # that it is made of; None: of the captions
+    says: Callable[[PlannedSample], dict[str, Any]]  # in KEY.json
+    settings: Callable[[Tools], tuple]  # what its tensors depend on besides the encoder's files
+    open: Callable[[ColumnKind, Tools], Encoder]
+    given: tuple[int, ...] = ()  # latents of a clip of the sample's length that is grey but for these frames
+
+    def digest(self, s: PlannedSample, encoder: str) -> str:
+        """What the tensors of a sample are a function of."""
+        sources = s.captions if self.pictures is None else [p.identity for p in self.pictures(s)]
+        return hashed(*sources, *([f"{len(s.clip.frames)} frames"] if self.given else []), encoder)
+
+    def tar_name(self, chunk: PlannedChunk, encoder: str) -> str:
+        """A function of the contents: a tar that exists under its name is the right one."""
+        parts = [part for s in chunk.samples for part in (s.key, self.digest(s, encoder))]
+        return f"{self.name}/{chunk.bucket}-{hashed(*parts)[:16]}.tar"
+
+
+def columns_of(spec: ModelSpec) -> list[str]:
+    """In the order of the model's parts; text last: what cannot be decoded is known before captions are encoded."""
+    made = list(dict.fromkeys(column for part in spec.parts.values() for column in part.makes))
+    return sorted(made, key=lambda column: column == "text")
+
+
+def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
+    """The column as this flavor takes it; where it does not, as the others do. Raises ConfigError for none of the model's, and
+    for one that they take differently."""
+    if name not in (legal := columns_of(spec)):
+        raise ConfigError(f"columns: no column '{name}'; choose from {', '.join(legal)}")
+    taker = _taker(name, spec, flavor)
+    every = [f for one in (taker, *spec.flavors.values()) for f in one.cond if f.column == name]
+    fields = tuple({f.name: f for f in reversed(every)}.values())[::-1]
+    if name == "text":
+        return ColumnKind(name, fields, None, _captions, _text_settings, _open_text)
+
+    def given(s: PlannedSample) -> tuple[Picture, ...]:
+        return (replace(s.clip, frames=tuple(s.clip.frames[i] for i in taker.given)),)
+
+    if spec.column(name) is not None:
+        return ColumnKind(name, fields, given, _window, _look_settings, _open_own)
+    if not fields:  # no condition
+        own = "latents" if name == "latents" else f"{name}_latents"
+        fields = (Field(own, (flavor.latent.channels, None, None, None), torch.bfloat16, name),)
+    pictures, says = _LATENTS.get(name, (given, _window))
+    whole = taker.given if pictures is given and fields[0].dims[1] is None else ()
+    return ColumnKind(name, fields, pictures, says, _latent_settings, _open_latents, whole)
+
+
+def _taker(name: str, spec: ModelSpec, flavor: Flavor) -> Flavor:
+    """Whose column this is."""
+    takers = [f for f in spec.flavors.values() if any(c.column == name for c in f.cond)]
+    if flavor in takers or not takers:
+        return flavor
+    if len({(f.given, *((c.name, *(d is None for d in c.dims)) for c in f.cond if c.column == name)) for f in takers}) > 1:
+        names = ", ".join(f.name for f in takers)
+        raise ConfigError(f"columns: '{name}' is not the same for all of {names}; say whose it is: model.flavor=...")
+    return takers[0]
+
+
+# --- what of a sample ---------------------------------------------------------------------------------------------------
+
+
+def _window(s: PlannedSample) -> dict[str, Any]:
     frames, (width, height) = s.clip.frames, s.clip.size
     return {
         "source": str(s.clip.path), "frames": [frames[0], frames[-1], len(frames)], "width": width, "height": height,
@@ -165,41 +116,57 @@ def describe_sample(s: PlannedSample, column: str) -> dict[str, Any]:
     }
 
 
-def note(path: Path, line: str) -> None:
-    """Append a line that survives a kill."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); run the same command again, it continues") from None
+def _captions(s: PlannedSample) -> dict[str, Any]:
+    return {"caption": s.captions[0], **({"captions": list(s.captions)} if len(s.captions) > 1 else {})}
 
 
-def read_rejected(root: Path) -> list[Rejected]:
-    """What earlier runs found to be impossible, whole lines only."""
-    found = []
-    for path in [root / REJECTED, *sorted(root.glob(f".{REJECTED}.*"))]:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                found.append(Rejected(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue  # cut off by a kill: the sample is tried again
-    return found
+# Columns of latents that are not of the frames that a flavor is given.
+_LATENTS: dict[str, tuple[Pictures, Callable[[PlannedSample], dict[str, Any]]]] = {
+    "latents": (lambda s: (s.clip,), _window),
+    "control": (lambda s: s.controls, lambda s: {"control": [str(c.path) for c in s.controls]}),
+}
 
 
-def copier(column: str, root: Path) -> Callable[[Sequence[PlannedSample]], Iterator[Outcome]]:
-    """For a column that is not encoded now: nothing may be missing from it."""
-
-    def encode(samples: Sequence[PlannedSample]) -> Iterator[Outcome]:
-        if samples:
-            raise DataError(
-                f"{root}: its column '{column}' lacks {len(samples)} of the samples of this dataset, first "
-                f"'{samples[0].key}'; encode it as well: columns=[..., {column}]"
-            )
-        return iter(())
-
-    return encode
+# --- what makes it ------------------------------------------------------------------------------------------------------
 
 
-def open_again(root: Path) -> int:
-    """Samples of the finished set: opening it is the last check."""
-    return len(open_set(root))
+def _latent_settings(t: Tools) -> tuple:
+    return t.model.vae_dtype, t.model.vae_tiling, t.dtype, t.seed
+
+
+def _open_latents(kind: ColumnKind, t: Tools) -> Encoder:
+    vae, latent = open_vae(t.spec, t.model, t.device), t.flavor.latent
+    if vae.stride != (stride := (latent.stride_t, latent.stride_h, latent.stride_w)):
+        own, wanted = (" x ".join(map(str, s)) for s in (vae.stride, stride))
+        raise ConfigError(
+            f"model.vae compresses {own}, flavor '{t.flavor.name}' takes {wanted}; give that flavor's VAE, or another "
+            "model.flavor"
+        )
+    make = Latents(vae, kind.fields[0].name, getattr(torch, t.dtype), t.seed, kind.given)
+    return Encoder(_pixels(kind, make, t), f"{vae.fingerprint}/{t.dtype}/{t.seed}")
+
+
+def _look_settings(t: Tools) -> tuple:
+    return t.model.dtype, t.dtype
+
+
+def _open_own(kind: ColumnKind, t: Tools) -> Encoder:
+    """A column of the model's own."""
+    eye = open_column(t.spec, t.model, kind.name, t.device)
+    make = Looks(eye, t.device, getattr(torch, t.dtype), keys_of(t.spec, kind.name))
+    return Encoder(_pixels(kind, make, t), f"{eye.fingerprint}/{t.dtype}")
+
+
+def _pixels(kind: ColumnKind, make: Latents | Looks, t: Tools) -> PixelEncoder:
+    assert kind.pictures is not None
+    return PixelEncoder(kind.pictures, make, t.batch_size, t.workers)
+
+
+def _text_settings(t: Tools) -> tuple:
+    return t.model.fp8_text, t.model.dtype, t.dtype
+
+
+def _open_text(kind: ColumnKind, t: Tools) -> Encoder:
+    text = open_text(t.spec, t.model, t.device)
+    encode = TextEncoder(text, getattr(torch, t.dtype))
+    return Encoder(encode, f"{text.fingerprint}/{t.dtype}", lambda: encode.stored(text.encode([""])[0], ""))

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hvtrain.config.load import parse_yaml
-from hvtrain.encode.buckets import STEP, BucketRule
+from hvtrain.encode.buckets import BucketRule, Size, whole
 from hvtrain.encode.frames import LEGAL, FrameRule
 from hvtrain.encode.places import brief, place, shown, sound
 from hvtrain.errors import DataError, suggest
+from hvtrain.models.spec import Flavor
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,6 +44,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # both ends are legal; NaN and infin
     "batch_size": (1, 10**6), "num_repeats": (1, 10**4), "caption_dropout": (0, 1), "source_fps": (0.01, 10**4),
     "frame_stride": (1, 10**9), "frame_sample": (1, 10**6), "max_frames": (1, 10**9),
 }
+RESOLUTION = (960, 544)  # width and height where a dataset does not say
 MAX_SIDE = 8192  # pixels of a resolution: far above what any model was trained with
 FOREIGN = ("multiple_target", "fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post")
 
@@ -51,16 +53,15 @@ FOREIGN = ("multiple_target", "fp_latent_window_size", "fp_1f_clean_indices", "f
 class ControlRule:
     """Which size a control picture or clip gets: that of the sample, its own, or a bucket of its own."""
 
+    unit: Size  # of which width and height are multiples
     directory: Path | None = None
     keep_size: bool = False
-    resolution: tuple[int, int] | None = None
+    resolution: Size | None = None
 
-    def size(self, width: int, height: int, *, bucket: tuple[int, int]) -> tuple[int, int]:
+    def size(self, width: int, height: int, *, bucket: Size) -> Size:
         if self.resolution is not None:
-            return BucketRule(self.resolution, enabled=True).choose(width, height)
-        if self.keep_size:
-            return max(STEP, width - width % STEP), max(STEP, height - height % STEP)
-        return bucket
+            return BucketRule(self.resolution, self.unit, enabled=True).choose(width, height)
+        return whole((width, height), self.unit) if self.keep_size else bucket
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Dataset:
     path: Path
     bucket: BucketRule
     frames: FrameRule
+    control: ControlRule
     caption_extension: str = ".txt"
     caption_prefix: str = ""
     caption_suffix: str = ""
@@ -78,15 +80,15 @@ class Dataset:
     num_repeats: int = 1
     recursive: bool = False
     source_fps: float | None = None
-    control: ControlRule = ControlRule()
 
     @property
     def is_video(self) -> bool:
         return self.source.startswith("video")
 
 
-def read_dataset_file(path: str | Path) -> list[Dataset]:
-    """The entries of a dataset file, with absolute paths (places.py). Raises DataError."""
+def read_dataset_file(path: str | Path, flavor: Flavor) -> list[Dataset]:
+    """The entries of a dataset file, with absolute paths (places.py) and sizes that the flavor's latents can hold. Raises
+    DataError."""
     path = Path(path)
     raw = _read(path)
     for key in raw:
@@ -99,7 +101,8 @@ def read_dataset_file(path: str | Path) -> list[Dataset]:
     if not entries:
         raise DataError(f"{path}: no [[datasets]] entry; add one with video_directory or image_directory")
     folder = Path(os.path.abspath(path)).parent
-    return [_dataset({**general, **e}, f"{path}: [[datasets]] number {i}", folder) for i, e in enumerate(entries, start=1)]
+    where = f"{path}: [[datasets]] number "
+    return [_dataset({**general, **e}, f"{where}{i}", folder, flavor) for i, e in enumerate(entries, start=1)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,8 +144,10 @@ def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> No
                 raise DataError(f"{where}: {key}: {error}") from None
 
 
-def _dataset(table: dict[str, Any], where: str, folder: Path) -> Dataset:
+def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) -> Dataset:
     """`folder`: of the dataset file."""
+    latent = flavor.latent
+    unit = latent.unit[::-1]
     table = {OLD_NAMES.get(key, key): value for key, value in table.items()}
     _check(table, KEYS, where)
     given = [s for s in SOURCES if s in table]
@@ -154,8 +159,9 @@ def _dataset(table: dict[str, Any], where: str, folder: Path) -> Dataset:
     if source.startswith("video") and (odd := [k for k in IMAGE if k in table]):
         raise DataError(f"{where}: '{odd[0]}' is for images, this entry has {source}; a control video takes the clip's size")
     rule = FrameRule(
-        target_frames=tuple(table.get("target_frames", [1])), extraction=table.get("frame_extraction", "head"),
-        stride=table.get("frame_stride", 1), sample=table.get("frame_sample", 1), max_frames=table.get("max_frames", 129),
+        latent.stride_t, target_frames=tuple(table.get("target_frames", [1])),
+        extraction=table.get("frame_extraction", "head"), stride=table.get("frame_stride", 1),
+        sample=table.get("frame_sample", 1), max_frames=table.get("max_frames", flavor.defaults.frames),
     )
     _check_frames(rule, where)
     extension = table.get("caption_extension", ".txt")
@@ -163,17 +169,17 @@ def _dataset(table: dict[str, Any], where: str, folder: Path) -> Dataset:
         raise DataError(f"{where}: caption_extension is {brief(extension)}, expected one with its dot, for example \".txt\"")
     return Dataset(
         source=source, path=_placed(table, source, where, folder),
-        frames=rule if source.startswith("video") else FrameRule(),
+        frames=rule if source.startswith("video") else FrameRule(latent.stride_t),
         bucket=BucketRule(
-            _resolution(table.get("resolution", [960, 544]), "resolution", where), table.get("enable_bucket", False),
-            table.get("bucket_no_upscale", False),
+            _resolution(table.get("resolution", list(whole(RESOLUTION, unit))), "resolution", where, unit), unit,
+            table.get("enable_bucket", False), table.get("bucket_no_upscale", False),
         ),
+        control=_control(table, where, folder, unit),
         caption_extension=extension, caption_prefix=table.get("caption_prefix", ""),
         caption_suffix=table.get("caption_suffix", ""), num_repeats=table.get("num_repeats", 1),
         caption_dropout=float(table["caption_dropout"]) if "caption_dropout" in table else None,
         recursive=table.get("recursive", False),
         source_fps=float(table["source_fps"]) if "source_fps" in table else None,
-        control=_control(table, where, folder),
     )
 
 
@@ -184,7 +190,7 @@ def _placed(table: Mapping[str, Any], key: str, where: str, folder: Path) -> Pat
         raise DataError(f"{where}: {key} = {error}") from None
 
 
-def _control(table: Mapping[str, Any], where: str, folder: Path) -> ControlRule:
+def _control(table: Mapping[str, Any], where: str, folder: Path, unit: Size) -> ControlRule:
     directory = _placed(table, "control_directory", where, folder) if "control_directory" in table else None
     if directory is not None and not directory.is_dir():
         raise DataError(f"{where}: control_directory = '{shown(directory)}' is not a directory")
@@ -192,8 +198,9 @@ def _control(table: Mapping[str, Any], where: str, folder: Path) -> ControlRule:
         raise DataError(f"{where}: control_directory goes with a directory of clips; in JSONL give \"control_path\" per line")
     if table.get("no_resize_control") and "control_resolution" in table:
         raise DataError(f"{where}: no_resize_control and control_resolution exclude each other; keep one")
-    resolution = _resolution(table["control_resolution"], "control_resolution", where) if "control_resolution" in table else None
-    return ControlRule(directory, table.get("no_resize_control", False), resolution)
+    key = "control_resolution"
+    resolution = _resolution(table[key], key, where, unit) if key in table else None
+    return ControlRule(unit, directory, table.get("no_resize_control", False), resolution)
 
 
 def _check_frames(rule: FrameRule, where: str) -> None:
@@ -203,14 +210,14 @@ def _check_frames(rule: FrameRule, where: str) -> None:
         raise DataError(f"{where}: target_frames is {brief(list(rule.target_frames))}, expected numbers like [1, 25, 49]")
 
 
-def _resolution(value: int | list, key: str, where: str) -> tuple[int, int]:
+def _resolution(value: int | list, key: str, where: str, unit: Size) -> Size:
     pair = value if isinstance(value, list) else [value, value]
     if len(pair) != 2 or not all(_is_number(n) and n <= MAX_SIDE for n in pair):
         raise DataError(f"{where}: {key} is {brief(value)}, expected a number up to {MAX_SIDE}, or [width, height]")
-    for n in pair:
-        if n % STEP:
-            near = max(STEP, round(n / STEP) * STEP)
-            raise DataError(f"{where}: {key} {pair[0]} x {pair[1]}: expected multiples of {STEP}, for example {near}")
+    for n, step in zip(pair, unit):
+        if n % step:
+            near = max(step, round(n / step) * step)
+            raise DataError(f"{where}: {key} {pair[0]} x {pair[1]}: expected multiples of {step}, for example {near}")
     return pair[0], pair[1]
 
 

@@ -1,12 +1,13 @@
-"""Samples into tensors: pixels through the VAE, captions through the text encoders. In order, a few samples at a time."""
+"""Samples into tensors: pixels through the VAE or another encoder, captions through the text encoders. In order, a few
+samples at a time."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,93 +17,125 @@ from hvtrain.encode.clips import Rejected
 from hvtrain.encode.media import read_windows
 from hvtrain.encode.samples import Picture, PlannedSample
 from hvtrain.errors import DataError
+from hvtrain.models.spec import PictureEncoder, TextEncoders, Vae
 from hvtrain.rng import generator
 
 Fields = dict[str, Tensor]
 Outcome = tuple[PlannedSample, "Fields | str"]  # the tensors, or why there are none
+Encode = Callable[[Sequence[PlannedSample]], Iterator[Outcome]]  # in the samples' order
 
 DECODE_BYTES = 256 << 20  # pixels of one decoding job: windows of a long clip are decoded together up to this
 CAPTIONS = 32  # samples whose captions are encoded together
 
-# column -> field -> the picture it is made of
-PICTURES: dict[str, Callable[[PlannedSample], dict[str, Picture]]] = {
-    "latents": lambda s: {"latents": s.clip},
-    "image": lambda s: {"image_latents": Picture(s.clip.path, s.clip.state, s.clip.frames[:1], s.clip.size)},
-    "control": lambda s: {f"control_latents{'_' + str(i) if i else ''}": c for i, c in enumerate(s.controls)},
-}
-
 
 @dataclass(frozen=True)
-class _Job:
+class Shot:
+    """One of the pictures that a sample's column is made of."""
+
     sample: PlannedSample
-    name: str
+    number: int
     picture: Picture
 
 
 @dataclass(frozen=True)
-class PixelEncoder:
-    """Pictures through the VAE, decoded ahead by threads."""
+class Latents:
+    """Pictures through the VAE: NAME, NAME_1, ... `given`: they are these frames of a clip of the sample's length that is grey
+    otherwise."""
 
-    column: str
-    vae: Any
+    vae: Vae
+    name: str
     dtype: torch.dtype
+    seed: int
+    given: tuple[int, ...] = ()
+    fault: ClassVar[str] = "the VAE makes NaN or infinite latents of it; try model.vae_dtype=float32"
+
+    def __call__(self, pixels: Tensor, shots: Sequence[Shot]) -> list[Fields]:
+        video = _signed(pixels.to(self.vae.device))  # as bytes: a quarter of the traffic
+        if self.given:
+            whole = video.new_zeros(*video.shape[:2], len(shots[0].sample.clip.frames), *video.shape[3:])
+            whole[:, :, list(self.given)] = video
+            video = whole
+        # A generator per key: the posterior's sample does not depend on batches or ranks.
+        draws = [generator(self.seed, stream=self._stream(shot)) for shot in shots]
+        latents = self.vae.encode(video.to(self.vae.dtype), generator=draws).to("cpu", self.dtype)
+        return [{self._name(shot): x.clone()} for shot, x in zip(shots, latents)]
+
+    def _name(self, shot: Shot) -> str:
+        return f"{self.name}_{shot.number}" if shot.number else self.name
+
+    def _stream(self, shot: Shot) -> str:
+        name = self._name(shot)
+        return f"posterior/{shot.sample.key}" if name == "latents" else f"posterior/{name}/{shot.sample.key}"
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Each frame of a picture through an encoder of the model's own; the fields of several are joined."""
+
+    eye: PictureEncoder
+    device: torch.device
+    dtype: torch.dtype
+    key: str  # of the config
+
+    @property
+    def fault(self) -> str:
+        return f"{self.key} makes NaN or infinite values of it; try model.dtype=float32"
+
+    def __call__(self, pixels: Tensor, shots: Sequence[Shot]) -> list[Fields]:
+        frames = _signed(pixels.to(self.device)).transpose(1, 2)  # [B F 3 H W]
+        n = frames.shape[1]
+        seen = self.eye.encode(frames.flatten(0, 1))
+        return [
+            {name: torch.cat([one[name] for one in seen[i : i + n]]).to("cpu", self.dtype) for name in seen[i]}
+            for i in range(0, len(seen), n)
+        ]
+
+
+@dataclass(frozen=True)
+class PixelEncoder:
+    """Pictures, decoded ahead by threads, in batches of one shape."""
+
+    pictures: Callable[[PlannedSample], Sequence[Picture]]
+    make: Latents | Looks  # uint8 [B F H W 3] and whose they are -> the fields of each
     batch_size: int
     workers: int
-    seed: int
 
     def __call__(self, samples: Sequence[PlannedSample]) -> Iterator[Outcome]:
-        jobs = [_Job(s, name, p) for s in samples for name, p in PICTURES[self.column](s).items()]
+        shots = [Shot(s, i, p) for s in samples for i, p in enumerate(self.pictures(s))]
+        left, waiting = Counter(shot.sample.key for shot in shots), deque(samples)
         done: dict[str, Fields | str] = {}
-        waiting = deque(samples)
-        for job, result in self._encoded(jobs):
-            before = done.setdefault(job.sample.key, {})
-            if isinstance(result, str) or isinstance(before, str):
-                done[job.sample.key] = before if isinstance(before, str) else str(result)
-            else:
-                before[job.name] = result
-            while waiting and self._complete(waiting[0], done):
+        for shot, result in self._encoded(shots):
+            key = shot.sample.key
+            left[key] -= 1
+            before = done.get(key, {})
+            done[key] = before if isinstance(before, str) else result if isinstance(result, str) else before | result
+            while waiting and not left[waiting[0].key]:
                 yield waiting[0], done.pop(waiting.popleft().key)
 
-    def _complete(self, sample: PlannedSample, done: Mapping[str, Fields | str]) -> bool:
-        found = done.get(sample.key)
-        return isinstance(found, str) or (found is not None and len(found) == len(PICTURES[self.column](sample)))
-
     @torch.no_grad()
-    def _encoded(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Tensor | str]]:
-        batch: list[tuple[_Job, np.ndarray]] = []
-        for job, pixels in self._decoded(jobs):
+    def _encoded(self, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Fields | str]]:
+        batch: list[tuple[Shot, np.ndarray]] = []
+        for shot, pixels in self._decoded(shots):
             if isinstance(pixels, str):
-                yield from self._flush(batch)
-                batch = []
-                yield job, pixels
+                yield shot, pixels
                 continue
             if batch and (len(batch) == self.batch_size or batch[0][1].shape != pixels.shape):
                 yield from self._flush(batch)
                 batch = []
-            batch.append((job, pixels))
-        yield from self._flush(batch)
+            batch.append((shot, pixels))
+        if batch:
+            yield from self._flush(batch)
 
-    def _flush(self, batch: Sequence[tuple[_Job, np.ndarray]]) -> Iterator[tuple[_Job, Tensor | str]]:
-        if not batch:
-            return
-        pixels = torch.from_numpy(np.stack([p for _, p in batch])).to(self.vae.device)  # as bytes: a quarter of the traffic
-        video = pixels.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1  # [B 3 F H W]
-        # A generator per key: the posterior's sample does not depend on batches or ranks.
-        draws = [generator(self.seed, stream=self._stream(job)) for job, _ in batch]
-        latents = self.vae.encode(video.to(self.vae.dtype), generator=draws).to("cpu", self.dtype)
-        for (job, _), x in zip(batch, latents):
-            if x.isfinite().all():
-                yield job, x.clone()
-            else:
-                yield job, f"{job.picture.path}: the VAE makes NaN or infinite latents of it; try model.vae_dtype=float32"
+    def _flush(self, batch: Sequence[tuple[Shot, np.ndarray]]) -> Iterator[tuple[Shot, Fields | str]]:
+        shots = [shot for shot, _ in batch]
+        for shot, fields in zip(shots, self.make(torch.from_numpy(np.stack([p for _, p in batch])), shots)):
+            sound = all(x.isfinite().all() for x in fields.values())
+            yield shot, fields if sound else f"{shot.picture.path}: {self.make.fault}"
 
-    def _stream(self, job: _Job) -> str:
-        return f"posterior/{job.sample.key}" if job.name == "latents" else f"posterior/{job.name}/{job.sample.key}"
-
-    def _decoded(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, np.ndarray | str]]:
-        units = _units(jobs)
+    def _decoded(self, shots: Sequence[Shot]) -> Iterator[tuple[Shot, np.ndarray | str]]:
+        units = _units(shots)
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            ahead: deque[tuple[list[_Job], Future]] = deque()
+            ahead: deque[tuple[list[Shot], Future]] = deque()
             try:
                 for unit in units:
                     ahead.append((unit, pool.submit(_decode, unit)))
@@ -118,34 +151,34 @@ class PixelEncoder:
                     future.cancel()
 
 
-def _units(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+def _units(shots: Sequence[Shot]) -> Iterator[list[Shot]]:
     """Neighbours that come from one file at one size."""
-    unit: list[_Job] = []
-    for job in jobs:
-        same = unit and (unit[0].picture.path, unit[0].picture.size) == (job.picture.path, job.picture.size)
-        if unit and (not same or sum(j.picture.n_bytes for j in unit) + job.picture.n_bytes > DECODE_BYTES):
+    unit: list[Shot] = []
+    for shot in shots:
+        same = unit and (unit[0].picture.path, unit[0].picture.size) == (shot.picture.path, shot.picture.size)
+        if unit and (not same or sum(j.picture.n_bytes for j in unit) + shot.picture.n_bytes > DECODE_BYTES):
             yield unit
             unit = []
-        unit.append(job)
+        unit.append(shot)
     if unit:
         yield unit
 
 
-def _decode(unit: Sequence[_Job]) -> list[np.ndarray | str]:
+def _decode(unit: Sequence[Shot]) -> list[np.ndarray | str]:
     first = unit[0].picture
     try:
-        return list(read_windows(first.path, [job.picture.frames for job in unit], size=first.size))
+        return list(read_windows(first.path, [shot.picture.frames for shot in unit], size=first.size))
     except DataError as error:
         if len(unit) == 1:
             return [str(error)]
-    return [result for job in unit for result in _decode([job])]  # the early windows of a damaged file may be sound
+    return [result for shot in unit for result in _decode([shot])]  # the early windows of a damaged file may be sound
 
 
 @dataclass(frozen=True)
 class TextEncoder:
     """Captions through the text encoders; windows of one clip share theirs."""
 
-    text: Any
+    text: TextEncoders
     dtype: torch.dtype
     cache: OrderedDict[str, Fields | str] = field(default_factory=OrderedDict)
 
@@ -182,5 +215,9 @@ def _numbered(captions: Sequence[Fields]) -> Fields:
 
 def rejected(sample: PlannedSample, reason: str) -> Rejected:
     """Known again by a re-run, until the file, its window or its caption changes."""
-    parts = [sample.digest(column, "") for column in ("latents", "text", "control")]
-    return Rejected(str(sample.clip.path), reason, f"{sample.key}/{'/'.join(p[:16] for p in parts)}")
+    return Rejected(str(sample.clip.path), reason, sample.state)
+
+
+def _signed(pixels: Tensor) -> Tensor:
+    """uint8 [B F H W 3] -> float32 [B 3 F H W] in [-1, 1]."""
+    return pixels.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1

@@ -18,24 +18,28 @@ EXTRACTIONS: Registry[Callable[[int, int, FrameRule], list[int]]] = Registry("ex
 class FrameRule:
     """A video dataset's frame settings."""
 
+    per_latent: int  # frames of each latent frame but the first, which spans one
     target_frames: tuple[int, ...] = (1,)
     extraction: str = "head"
     stride: int = 1
     sample: int = 1
-    max_frames: int = 129
+    max_frames: int = 1
+
+    @property
+    def targets(self) -> list[int]:
+        """Sorted, without repetitions, each cut to whole latent frames."""
+        return sorted({self._whole(t) for t in self.target_frames})
 
     def windows(self, n: int) -> list[tuple[int, int]]:
         """(start, length) of each sample of a clip of n frames."""
         if self.extraction == "full":
-            length = _whole(min(n, self.max_frames))
+            length = self._whole(min(n, self.max_frames))
             return [(0, length)] if length >= 1 else []
         starts = EXTRACTIONS[self.extraction]
-        return [(start, t) for t in normalised(self.target_frames) if n >= t for start in starts(n, t, self)]
+        return [(start, t) for t in self.targets if n >= t for start in starts(n, t, self)]
 
-
-def normalised(targets: tuple[int, ...]) -> list[int]:
-    """Sorted, without repetitions, each cut to 4n + 1."""
-    return sorted({_whole(t) for t in targets})
+    def _whole(self, frames: int) -> int:
+        return (frames - 1) // self.per_latent * self.per_latent + 1
 
 
 def kept_frames(n: int, *, source_fps: float | None, target_fps: float) -> list[int]:
@@ -77,10 +81,6 @@ def shown_frames(times: Sequence[float], *, source_fps: float | None, target_fps
     ticks = np.arange(int((times[-1] - times[0]) * rate + 0.5) + 1)
     begun = np.searchsorted((np.asarray(times) - times[0]) * rate - 0.5, ticks, side="left")
     return [int(i) for i in begun - 1]
-
-
-def _whole(frames: int) -> int:
-    return (frames - 1) // 4 * 4 + 1
 
 
 @EXTRACTIONS.add("head")

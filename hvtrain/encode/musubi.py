@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hvtrain.encode.clips import Rejected
-from hvtrain.encode.columns import REJECTED
+from hvtrain.encode.columns import kind_of
+from hvtrain.encode.site import stored
+from hvtrain.encode.writer import REJECTED
 from hvtrain.errors import DataError
 from hvtrain.models import all_specs, find
 from hvtrain.models.spec import ModelSpec
 from shards.atomic import write_text
-from shards.schema import IMPORTED, Chunk, Manifest, save_manifest
+from shards.schema import IMPORTED, Chunk, Made, Manifest, save_manifest
 from shards.writer import TarWriter
 
 # {stem}_{start}-{frames}_{w}x{h}_{arch} for videos, {stem}_{w}x{h}_{arch} for images
@@ -63,14 +66,18 @@ def run(
         g = flavor.latent
         bucket = f"{(shape[0] - 1) * g.stride_t + 1}x{shape[1] * g.stride_h}x{shape[2] * g.stride_w}"
         buckets.setdefault(bucket, []).append(pair)
-    rows = []
+    rows: list[Chunk] = []
     for bucket, pairs in sorted(buckets.items()):
         for i in range(0, len(pairs), samples_per_tar):
-            rows += _chunk(root, bucket, pairs[i : i + samples_per_tar], spec, refuse)
+            rows += _chunk(root, bucket, pairs[i : i + samples_per_tar], spec, tuple(rows[0].tars) if rows else (), refuse)
     if not rows:
         raise DataError(f"nothing could be imported; first: {refused[0].reason if refused else 'no cache files'}")
     made_by = f"{IMPORTED}musubi-tuner {spec.musubi.full}"
-    save_manifest(root, Manifest(("latents", "text"), tuple(rows), {"latents": made_by, "text": made_by}))
+    made = {
+        column: Made(made_by, spec.name, fields=stored(root, column, kind_of(column, spec, flavor).fields, rows))
+        for column in rows[0].tars
+    }
+    save_manifest(root, Manifest(tuple(made), tuple(rows), made))
     yield f"{root}: {sum(len(r.keys) for r in rows)} samples of {spec.name} in {len(rows)} tars a column"
     yield "the caches hold no empty caption: data.caption_dropout needs column 'text' encoded by hvtrain"
     if refused:
@@ -128,27 +135,45 @@ def _latent_shape(path: Path) -> tuple[int, ...]:
 
 
 def _chunk(
-    root: Path, bucket: str, pairs: Sequence[_Pair], spec: ModelSpec, refuse: Callable[[Path, str], None]
+    root: Path, bucket: str, pairs: Sequence[_Pair], spec: ModelSpec, columns: tuple[str, ...],
+    refuse: Callable[[Path, str], None],
 ) -> list[Chunk]:
+    """`columns`: those of the chunks before; none: the first sound pair's."""
     cache = spec.musubi
     assert cache is not None
-    good: list[_Pair] = []
-    with TarWriter(root, "latents") as latents, TarWriter(root, "text") as text:
+    good: list[str] = []
+    with ExitStack() as files:
+        tars: dict[str, TarWriter] = {}
         for pair in pairs:
             try:
-                fields = _converted(pair.latents, cache.latents, cache.full)
+                latents = _converted(pair.latents, cache.latents, cache.full)
                 words = _converted(pair.text, cache.text, cache.full)
+                found = _by_column({**latents.tensors, **words.tensors}, spec)
+                columns = columns or tuple(found)
+                if set(found) != set(columns):
+                    raise DataError(f"holds {', '.join(found)}, the others {', '.join(columns)}")
             except DataError as error:
                 refuse(pair.latents, str(error))
                 continue
-            latents.add(pair.key, fields.tensors, {**pair.meta, "bucket": bucket})
-            text.add(pair.key, words.tensors, {"caption": words.meta.get("caption1", "")})
-            good.append(pair)
+            for column, fields in found.items():
+                if column not in tars:
+                    tars[column] = files.enter_context(TarWriter(root, column))
+                said = {"caption": words.meta.get("caption1", "")} if column == "text" else {**pair.meta, "bucket": bucket}
+                tars[column].add(pair.key, fields, said)
+            good.append(pair.key)
         if not good:
             return []
-        digest = hashlib.sha256("\0".join(p.key for p in good).encode()).hexdigest()[:16]
-        tars = {name: w.finish(f"{name}/{bucket}-{digest}.tar") for name, w in (("latents", latents), ("text", text))}
-    return [Chunk(bucket, tuple(p.key for p in good), tars)]
+        digest = hashlib.sha256("\0".join(good).encode()).hexdigest()[:16]
+        done = {name: tar.finish(f"{name}/{bucket}-{digest}.tar") for name, tar in tars.items()}
+    return [Chunk(bucket, tuple(good), done)]
+
+
+def _by_column(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, dict[str, Tensor]]:
+    homes = {"latents": "latents"} | {f.name: f.column for flavor in spec.flavors.values() for f in flavor.cond}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(homes[name], {})[name] = tensor
+    return found
 
 
 @dataclass(frozen=True)

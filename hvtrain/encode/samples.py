@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hvtrain.encode.clips import Clip, Rejected
 from hvtrain.encode.dataset import Dataset
-from hvtrain.encode.frames import kept_frames, normalised, shown_frames
+from hvtrain.encode.frames import kept_frames, shown_frames
 from hvtrain.encode.media import Probe, probe
 from hvtrain.errors import DataError
 
@@ -62,17 +62,11 @@ class PlannedSample:
     def cost(self) -> int:
         return self.clip.n_bytes
 
-    def digest(self, column: str, encoder: str) -> str:
-        """What the column's tensors are a function of."""
-        return _hash(*_SOURCES[column](self), encoder)
-
-
-_SOURCES = {
-    "latents": lambda s: [s.clip.identity],
-    "image": lambda s: [replace(s.clip, frames=s.clip.frames[:1]).identity],
-    "control": lambda s: [c.identity for c in s.controls],
-    "text": lambda s: list(s.captions),
-}
+    @property
+    def state(self) -> str:
+        """Another one if its file, window, captions or controls change."""
+        parts = ([self.clip.identity], self.captions, [c.identity for c in self.controls])
+        return "/".join([self.key, *(hashed(*part, "")[:16] for part in parts)])
 
 
 @dataclass(frozen=True)
@@ -92,20 +86,14 @@ class PlannedChunk:
     def without(self, keys: set[str]) -> PlannedChunk:
         return PlannedChunk(tuple(s for s in self.samples if s.key not in keys))
 
-    def tar_name(self, column: str, encoder: str) -> str:
-        """A function of the contents: a tar that exists under its name is the right one."""
-        parts = [part for s in self.samples for part in (s.key, s.digest(column, encoder))]
-        return f"{column}/{self.bucket}-{_hash(*parts)[:16]}.tar"
-
 
 class Probes:
     """What was seen of each file, kept beside the set so that a re-run opens only new files."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.path = folder / PROBES if folder else None
         self.seen: dict[str, list] = {}
         with suppress(OSError, ValueError):  # a cache: without it the files are opened again
-            self.seen = json.loads(self.path.read_text()) if self.path else {}
+            self.seen = json.loads((folder / PROBES).read_text()) if folder else {}
         self.new: dict[str, list] = {}
 
     def look(self, path: Path) -> tuple[Probe, str]:
@@ -148,7 +136,7 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
     for start, length in windows:
         frames = tuple(kept[start : start + length])
         # The path is in the hash: equal stems in different folders are different samples.
-        tail = _hash(str(clip.path.resolve()), repr(frames), repr(size))[:12]
+        tail = hashed(str(clip.path.resolve()), repr(frames), repr(size))[:12]
         pictures = tuple(
             Picture(
                 path, its, tuple(min(i, found.frames - 1) for i in frames),
@@ -178,7 +166,7 @@ def _named(path: Path, error: Exception) -> str:
 def _too_short(path: Path, n: int, dataset: Dataset) -> str:
     if dataset.frames.extraction == "full":
         return f"{path}: has no frames"
-    least = min(normalised(dataset.frames.target_frames))
+    least = min(dataset.frames.targets)
     return f"{path}: {n} frames, target_frames asks for {least} or more; lower it, or use frame_extraction 'full'"
 
 
@@ -218,9 +206,5 @@ def share_out(chunks: Sequence[PlannedChunk], *, rank: int, world: int) -> list[
     return mine
 
 
-def dataset_hash(samples: Sequence[PlannedSample], encoders: Mapping[str, str]) -> str:
-    return _hash(*[s.digest(column, name) for s in samples for column, name in sorted(encoders.items())])
-
-
-def _hash(*parts: str) -> str:
+def hashed(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -19,6 +19,7 @@ from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import SlicePlan, load_plan
+from hvtrain.train.setup import part_of
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
 
 
@@ -51,15 +52,14 @@ class Estimate:
 
 
 def candidate(model: ModelConfig) -> Candidate:
-    """The flavor that a config means; of the weights only the headers are read, if there are any. Of several experts one is
-    resident at a time: the largest."""
-    if model.dit is None:
-        spec = find(model.name)
+    """The flavor that a config means; of the weights only the headers are read, if there are any. Of several experts the one
+    that is named, which is trained, else the largest: one is resident at a time."""
+    spec = find(model.name)
+    parts = {part_of(model)} if model.expert else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
+    paths = [path for part in sorted(parts) if (path := model.file(part))]
+    if not paths:
         return Candidate(spec, spec.flavor(model.flavor))
-    found = [identify(asset(model.dit), model=model.name, flavor=model.flavor)]
-    for expert in found[0].flavor.experts:
-        if expert.part != "dit" and (path := model.file(expert.part)):
-            found.append(identify(asset(path), model=model.name, flavor=found[0].flavor.name))
+    found = [identify(asset(path), model=model.name, flavor=model.flavor) for path in paths]
     largest = max(found, key=lambda one: sum(map(math.prod, one.shapes.values())))
     return Candidate(largest.spec, largest.flavor)
 

@@ -92,13 +92,15 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
 
 
 def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpus: Sequence[int] = GPUS) -> str:
-    """Every size that the model's authors list on every number of GPUs: what one GPU holds and computes for a sampling step."""
+    """Every size that the model's authors list and the flavor's latents can hold, on every number of GPUs: what one GPU holds and
+    computes for a sampling step."""
     about = candidate(model)
+    tall, wide = about.flavor.latent.unit
     frames = about.flavor.defaults.frames
     table = Table(title=f"{about.spec.name} {about.flavor.name}, {frames} frames, {model.dtype}: one sampling step")
     for name in ("width x height", "tokens", "GPUs", "ulysses x ring", "GiB a GPU", "TFLOP a GPU"):
         table.add_column(name, justify="left" if name == "width x height" else "right")
-    for width, height in sizes or about.spec.sizes:
+    for width, height in [(w, h) for w, h in sizes or about.spec.sizes if w % wide == h % tall == 0]:
         shape = shape_of(about.flavor, width=width, height=height, frames=frames)
         for n in gpus:
             legal = degrees(about.flavor.n_heads, n)

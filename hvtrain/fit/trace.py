@@ -50,8 +50,9 @@ class Shape:
     width: int
 
 
-class Meter(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end."""
+class Ledger(TorchDispatchMode):
+    """Follows every storage from the operation that makes it to its end. (torch's MemTracker refuses a model with frozen weights,
+    in 2.13 at least, and cannot leave out what lies in host memory.)"""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ def trace_step(
     def run(counts: list[int]) -> Trace:
         chosen = {id(b) for blocks, n in zip(kinds, counts, strict=True) for b in blocks[:n]}
         model.zero_grad()
-        meter = Meter(model)
+        meter = Ledger(model)
         parallelize(model, replace(ctx, rank=1), kernel=_kernel(meter), recompute=recompute, training=training)
         model.run_block = _only(chosen, Offload(HostCopies(made=meter.leave_out)) if recompute == "offload" else model.run_block)
         hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
@@ -172,7 +173,7 @@ def simulated(*, world: int, ulysses: int, ring: int) -> Iterator[ParallelContex
         shutdown()
 
 
-def _kernel(meter: Meter) -> Kernel:
+def _kernel(meter: Ledger) -> Kernel:
     """Attention as a flash kernel allocates it: output and log-sum-exp forward, the three gradients backward."""
 
     def some(q: Tensor, k: Tensor, v: Tensor) -> Partial:

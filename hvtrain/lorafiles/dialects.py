@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -123,6 +123,18 @@ def gather(
     if left:
         raise CheckpointError(f"{path}: adapts '{next(iter(left))}' twice, under names of two dialects")
     return out
+
+
+def same_layer(module: str, n_out: int, held: Container[str], spec: ModelSpec | None) -> str | None:
+    """The one among the names that a file holds that is this official layer, row by row; None where it is cut or swapped."""
+    if module in held:
+        return module
+    for key in spec.key_maps.values() if spec else ():
+        places = pieces(key, module, n_out) if key.rule_of_official(module) else {}
+        for name, rows in places.items():
+            if name in held and torch.equal(rows, torch.arange(n_out)):
+                return name
+    return None
 
 
 def known_names(spec: ModelSpec | None, modules: Iterable[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from hvtrain.adapters.layer import Delta
 from hvtrain.adapters.lora import LoraLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Shapes, gather, known_names
+from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Shapes, gather, known_names, same_layer
 from hvtrain.lorafiles.metadata import (
     SD_SUM_KEY,
     SUM_KEY,
@@ -191,7 +191,7 @@ def read_lora(
     if not edited:
         check_sum(weights)
     folded = _folded_alphas(path, weights.metadata)
-    peft = PeftAlpha.parse(path, weights.metadata)
+    peft = PeftAlpha.parse(path, weights.metadata, DIALECTS["diffusers"].prefix(expert or 0))
     deltas = {name: _delta(path, stem, stems[stem], peft) for name, stem in found.items()}
     given = {name: _pair(path, found[name], delta) for name, delta in deltas.items()}
     given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
@@ -202,7 +202,8 @@ def read_lora(
         told = parts.get(name)
         if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):  # the tensors decide
             pairs[name] = replace(pair, parts=tuple(told))
-    others = {name: deltas[name] for name in pairs if name in deltas and deltas[name].kind is not LoraLinear}
+    held = {name: same_layer(name, shapes[name][0], deltas, spec) for name in pairs}
+    others = {name: deltas[own] for name, own in held.items() if own and deltas[own].kind is not LoraLinear}
     return LoraFile(path, pairs, dict(weights.metadata), others)
 
 

@@ -14,7 +14,7 @@ _EXACT = 1024  # up to this many rows or columns the full decomposition is affor
 
 
 @dataclass(frozen=True)
-class LowRank:
+class Approximation:
     """A pair, and the share of the Frobenius norm that it leaves out."""
 
     pair: LoraPair
@@ -22,7 +22,7 @@ class LowRank:
     norm: float
 
 
-def factor(matrix: Tensor, *, rank: int) -> LowRank:
+def factor(matrix: Tensor, *, rank: int) -> Approximation:
     """The best pair of this rank for a matrix [out, in] (Eckart-Young), alpha = rank. Randomised above 1024 rows and
     columns (Halko et al. 2011, arXiv 0909.4061), with oversampling and power iterations."""
     matrix = matrix.float()
@@ -48,7 +48,7 @@ def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return q @ u, s, vh.T
 
 
-def shrink(pairs: Sequence[tuple[LoraPair, float]], *, rank: int) -> LowRank:
+def shrink(pairs: Sequence[tuple[LoraPair, float]], *, rank: int) -> Approximation:
     """The best pair of this rank for a weighted sum of pairs. Works on the factors: never makes [out, in]."""
     up = torch.cat([p.up.float() * (m * p.scale) for p, m in pairs], dim=1)  # [out, R]
     down = torch.cat([p.down.float() for p, _ in pairs])  # [R, in]
@@ -80,9 +80,9 @@ def squared_norm(pair: LoraPair) -> float:
     return float(((up.T @ up) * (down @ down.T)).sum()) * pair.scale**2
 
 
-def _cut(u: Tensor, s: Tensor, vh: Tensor, *, rank: int, total: float) -> LowRank:
+def _cut(u: Tensor, s: Tensor, vh: Tensor, *, rank: int, total: float) -> Approximation:
     root = s[:rank].clamp_min(0).sqrt()
     pair = LoraPair((root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous(), float(rank))
     kept = s[:rank].double().square().sum().item()
     missing = max(0.0, total * total - kept) ** 0.5
-    return LowRank(pair, missing / total if total else 0.0, total)
+    return Approximation(pair, missing / total if total else 0.0, total)

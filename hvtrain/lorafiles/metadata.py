@@ -15,9 +15,11 @@ import torch
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models.spec import Flavor
-from hvtrain.weights.stream import Slot, lay_out, tensor_bytes
+from hvtrain.weights.stream import lay_out, tensor_bytes
+from shards.tensors import Extent
 
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
+EXPERT_KEY = "hvtrain.expert"  # of a model of several: whose LoRA it is
 SUM_KEY = "hvtrain.sha256"  # of the tensors' bytes in a file that hvtrain wrote
 SD_SUM_KEY = "sshs_model_hash"  # the same by sd-scripts and musubi-tuner; other tools rewrite files and leave it as it was
 _SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec
@@ -25,12 +27,7 @@ _LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UI
 
 
 def lora_metadata(
-    path: Path,
-    given: Mapping[str, object],
-    *,
-    architecture: str,
-    rank: int,
-    alpha: float,
+    path: Path, given: Mapping[str, object], *, architecture: str, rank: int, alpha: float,
 ) -> dict[str, str]:
     """The caller's entries, completed by those that every LoRA file needs. Values are text; containers are JSON."""
     made = {
@@ -83,9 +80,9 @@ def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     }
 
 
-def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Slot]:
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Extent]:
     """The order of the safetensors library's own writer: wide dtypes first (`lay_out` sees to it), then by name."""
-    return [Slot(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+    return [Extent(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
 
 
 def other_architecture(metadata: Mapping[str, str], architecture: str) -> str | None:
@@ -125,11 +122,13 @@ class PeftAlpha:
     rank_stable: bool = False  # rsLoRA: the scale is alpha / sqrt(rank)
 
     @classmethod
-    def parse(cls, path: Path, metadata: Mapping[str, str]) -> PeftAlpha | None:
-        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer.")."""
+    def parse(cls, path: Path, metadata: Mapping[str, str], prefix: str = "") -> PeftAlpha | None:
+        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer."); of several, this."""
         if PEFT_KEY not in metadata:
             return None
-        config = {key.rpartition(".")[2]: value for key, value in json_entry(path, metadata, PEFT_KEY).items()}
+        table = json_entry(path, metadata, PEFT_KEY)
+        own = {key: value for key, value in table.items() if key.startswith(prefix)} or table
+        config = {key.rpartition(".")[2]: value for key, value in own.items()}
         alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
         numbers = [*([] if alpha is None else [alpha]), *(patterns.values() if isinstance(patterns, dict) else ["no table"])]
         if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):

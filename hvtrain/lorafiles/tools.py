@@ -25,8 +25,8 @@ from hvtrain.lorafiles.files import (
     split_ending,
     write_lora,
 )
-from hvtrain.lorafiles.lowrank import LowRank, factor, rank_for, shrink, singular_values
-from hvtrain.lorafiles.metadata import lora_metadata, of_flavor
+from hvtrain.lorafiles.lowrank import Approximation, factor, rank_for, shrink, singular_values
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata, of_flavor
 from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.models import all_specs
 from hvtrain.models.load import identify, whole_model
@@ -56,6 +56,11 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, 
     if dit is not None:
         found = identify(asset(dit))
         candidates = [(found.spec, found.arch, str(dit))]
+    if expert is not None:
+        known = {name for spec, _, _ in candidates for name in _experts(spec)}
+        candidates = [c for c in candidates if expert in _experts(c[0])]
+        if not candidates:
+            raise ConfigError(f"--expert {expert}: no model has such an expert; {suggest(expert, known)}")
     tried: list[tuple[str, Mapping]] = []
     refusal: CheckpointError | None = None
     for spec, arch, sizes in candidates:
@@ -65,20 +70,16 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, 
             continue
         tried.append((spec.name, shapes))
         try:
-            lora = read_lora(path, shapes, spec=spec, edited=edited, expert=_number(spec, expert))
-            return Recognised(lora, spec, sizes, shapes)
+            number = None if expert is None else _experts(spec).index(expert)
+            return Recognised(read_lora(path, shapes, spec=spec, edited=edited, expert=number), spec, sizes, shapes)
         except CheckpointError as error:
             refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
 
 
-def _number(spec: ModelSpec, expert: str | None) -> int | None:
-    """Which of a model's experts this is, from 0."""
-    names = list(dict.fromkeys(e.name for flavor in spec.flavors.values() for e in flavor.experts))
-    if expert is not None and expert not in names:
-        near = f"no such expert; {suggest(expert, names)}" if names else "one DiT for all noise levels"
-        raise CheckpointError(f"--expert {expert}: {spec.name} has {near}")
-    return None if expert is None else names.index(expert)
+def _experts(spec: ModelSpec) -> list[str]:
+    """In the order of the prefixes that they have in files."""
+    return list(dict.fromkeys(expert.name for flavor in spec.flavors.values() for expert in flavor.experts))
 
 
 def lora_of(path: str | Path) -> Path:
@@ -108,6 +109,8 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
     yield f"blocks: {blocks(lora.pairs)}"
     if meta.get("ss_loraid"):
         yield f"LORAID {meta['ss_loraid']}" + (f", plan {meta['hvtrain.plan'][:12]}" if "hvtrain.plan" in meta else "")
+    if EXPERT_KEY in meta:
+        yield f"of the expert {meta[EXPERT_KEY]}"
     if "hvtrain.base" in meta:
         yield f"trained from {meta['hvtrain.base']}"
     norms = {name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()}
@@ -120,7 +123,7 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
 
 
 def blocks(layers: Sequence[str] | Mapping[str, object]) -> str:
-    """double_blocks 0-19, single_blocks 0-39: which blocks the layers are in."""
+    """LIST 0-19, OTHER 0-39: which blocks the layers are in."""
     found: dict[str, set[int]] = {}
     others: set[str] = set()
     for name in layers:
@@ -162,7 +165,9 @@ def convert(
         raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
     check_output(output, lora_of(path))
     known = open_any(path, dit=dit, edited=edited, expert=expert)
-    converted(known.lora, known.spec, dialect, fold=fold, expert=_number(known.spec, expert) or 0).save(output)
+    expert, experts = expert or known.lora.metadata.get(EXPERT_KEY), _experts(known.spec)
+    number = experts.index(expert) if expert in experts else 0
+    converted(known.lora, known.spec, dialect, fold=fold, expert=number).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 
@@ -191,7 +196,7 @@ def resize(
     yield f"lost: {_lost(cuts):.3g} % of the norm of all deltas"
 
 
-def _lost(cuts: Mapping[str, LowRank]) -> float:
+def _lost(cuts: Mapping[str, Approximation]) -> float:
     """Per cent of the norm of all of them together."""
     whole = sum(cut.norm**2 for cut in cuts.values())
     return 100 * (sum((cut.error * cut.norm) ** 2 for cut in cuts.values()) / whole if whole else 0.0) ** 0.5

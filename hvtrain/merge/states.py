@@ -17,11 +17,12 @@ from torch import Tensor
 
 from hvtrain.flow.loss import add_noise, squared_error
 from hvtrain.flow.schedule import sigmas
+from hvtrain.models.conditions import batch_of_one
 from hvtrain.models.dit import ModelInput
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.rng import generator
 from shards import ShardSet
-from shards.collate import choose_caption, collate
+from shards.collate import choose_caption
 from shards.reader import Sample
 
 
@@ -100,7 +101,7 @@ class Clips:
         shift = self.flavor.defaults.shift
         found = []
         for number, u in enumerate(levels.tolist()):
-            cond = _conditions(samples[number % len(samples)])
+            cond = _conditions(samples[number % len(samples)], self.flavor)
             x0 = cond.pop("latents")
             sigma = shift * u / (1 + (shift - 1) * u)
             noise = torch.randn(x0.shape, generator=generator(self.seed, step=number, stream=f"noise/{stream}"))
@@ -128,9 +129,9 @@ class Clips:
             state.x, state.sigma = now.x, now.sigma
 
 
-def _conditions(sample: Sample) -> dict[str, Tensor]:
+def _conditions(sample: Sample, flavor: Flavor) -> dict[str, Tensor]:
     """A batch of one as training makes it: "latents" [1 C T H W] and conditions, floats in float32."""
-    one = collate([choose_caption(sample, seed=0, epoch=0, index=0)])
+    one = batch_of_one(choose_caption(sample, seed=0, epoch=0, index=0).tensors, flavor.cond)
     return {name: v.float() if v.is_floating_point() else v for name, v in one.items()}
 
 

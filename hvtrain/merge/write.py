@@ -21,10 +21,11 @@ from hvtrain.lorafiles.dialects import Shapes, key_map, pieces
 from hvtrain.lorafiles.pairs import LoraPair, add_pairs, cut_rows
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.models.load import Identified
-from hvtrain.weights.containers import Entry, Weights
+from hvtrain.weights.containers import Mapped, Weights
 from hvtrain.weights.outputs import disk_bytes, free_bytes, size_text, writing
-from hvtrain.weights.stream import Slot, TensorWriter, lay_out, open_resumable, partial_of
+from hvtrain.weights.stream import TensorWriter, lay_out, open_resumable, partial_of
 from shards.atomic import write_text
+from shards.tensors import Extent
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -106,7 +107,7 @@ def refuse_scaled(weights: Weights, parts: Mapping[str, Part]) -> None:
 
 def write_model(weights: Weights, parts: Mapping[str, Part], target: Target, *, metadata: Mapping[str, str]) -> list[Path]:
     """One file, or a directory of shards and their index. Returns the files."""
-    slots = {name: Slot(name, _dtype(entry.dtype, target.dtype), entry.shape) for name, entry in weights.entries.items()}
+    slots = {name: Extent(name, _dtype(entry.dtype, target.dtype), entry.shape) for name, entry in weights.entries.items()}
     home = _homes(weights, slots, target)
     contents = {path: [slot for name, slot in slots.items() if home[name] == path] for path in dict.fromkeys(home.values())}
     files = list(contents)
@@ -151,7 +152,7 @@ def _old_ones(folder: Path, sizes: Mapping[Path, int]) -> str:
     return said + (" (an existing output is kept until the new one is complete)" if kept else "")
 
 
-def _homes(weights: Weights, slots: Mapping[str, Slot], target: Target) -> dict[str, Path]:
+def _homes(weights: Weights, slots: Mapping[str, Extent], target: Target) -> dict[str, Path]:
     """Each tensor's file."""
     output = target.output
     single = output.suffix == ".safetensors"
@@ -176,7 +177,7 @@ def _homes(weights: Weights, slots: Mapping[str, Slot], target: Target) -> dict[
 
 
 def _write_file(
-    weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Slot], metadata: Mapping[str, str], target: Target
+    weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Extent], metadata: Mapping[str, str], target: Target
 ) -> None:
     wanted = {slot.name: slot.dtype for slot in slots}
     largest = max(slot.n_bytes for slot in slots)
@@ -222,7 +223,7 @@ def _in_threads(work: Callable[[str], None], names: Sequence[str]) -> None:
         torch.set_num_threads(cores)
 
 
-def _read_into(scratch: Tensor, file: int, entry: Entry) -> Tensor:
+def _read_into(scratch: Tensor, file: int, entry: Mapped) -> Tensor:
     """The tensor's values in memory that is used again: fresh pages cost more than the copy."""
     n = math.prod(entry.shape) * entry.dtype.itemsize
     view, done = memoryview(scratch.numpy())[:n], 0  # type: ignore[arg-type]

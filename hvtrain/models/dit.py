@@ -101,7 +101,7 @@ def run_plain(block: nn.Module, tokens: Tokens) -> Tokens:
 
 
 class DiT(nn.Module):
-    """A diffusion transformer: embed -> blocks -> head, with the token split around the blocks."""
+    """A diffusion transformer: embed -> blocks -> patches, with the token split around the blocks."""
 
     arch: Any
     blocks: Sequence[nn.Module]  # in the order of execution; each takes and returns Tokens

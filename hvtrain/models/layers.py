@@ -44,11 +44,6 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-# Entries of the frequency table where the reference files (tests/oracles) hold the other neighbour of a near-tie:
-# (half, max_period) -> {entry: fp32 value}. Found from their outputs; on GPUs the last bit is as arbitrary.
-_NEAR_TIES = {(128, 10000.0): {13: 0.3924189805984497}}
-
-
 def frequencies(half: int, *, max_period: float, device: torch.device) -> Tensor:
     """max_period^(-i/half), fp32: the exponent in fp32 as officially, but its exp in fp64, so that all machines agree.
 
@@ -56,16 +51,7 @@ def frequencies(half: int, *, max_period: float, device: torch.device) -> Tensor
     that the model's output changes by 1e-5.
     """
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=device) / half
-    table = exponent.double().exp().float()
-    for entry, value in _NEAR_TIES.get((half, max_period), {}).items():
-        table[entry] = value
-    return table
-
-
-def sinusoid(t: Tensor, dim: int, *, max_period: float = 10000.0) -> Tensor:
-    """[B] -> [B dim] fp32, cosines first (as in DiT, not as in the transformer's paper)."""
-    angles = t.float()[:, None] * frequencies(dim // 2, max_period=max_period, device=t.device)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return exponent.double().exp().float()
 
 
 class TimeEmbedder(nn.Module):
@@ -79,7 +65,13 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
-        return self.mlp(sinusoid(t, self.frequencies).to(first.weight.dtype))
+        angles = t.float()[:, None] * self.table(t.device)
+        # Cosines first, as in DiT, not as in the transformer's paper.
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(first.weight.dtype))
+
+    def table(self, device: torch.device) -> Tensor:
+        """[frequencies / 2], fp32."""
+        return frequencies(self.frequencies // 2, max_period=10000.0, device=device)
 
 
 class Modulation(nn.Module):

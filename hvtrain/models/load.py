@@ -22,7 +22,8 @@ from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.keymap import Fused
 from hvtrain.weights.source import SCALES, Edit, Source, check, shapes_of
-from hvtrain.weights.stream import Slot, open_writer
+from hvtrain.weights.stream import open_writer
+from shards.tensors import Extent
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "module.", "model.")
 MODEL_KEY, FLAVOR_KEY = "hvtrain.model", "hvtrain.flavor"
@@ -78,13 +79,8 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
 
 
 def load_dit(
-    path: str | Path,
-    *,
-    model: str | None = None,
-    flavor: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    quantize_to: str = "none",
+    path: str | Path, *, model: str | None = None, flavor: str | None = None,
+    dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
     edit: Edit | None = None,
 ) -> LoadedDit:
     """The model in a file. Peak host memory: one copy in `dtype`, or in float8 with `quantize_to` (fp8, fp8_scaled).
@@ -112,7 +108,7 @@ def save_dit(
 ) -> None:
     """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic."""
     state = model.state_dict()
-    slots = [Slot(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
+    slots = [Extent(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
     metadata = {
         MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(model.arch)), FLAVOR_KEY: flavor.name, "format": "pt",
         **(extra or {}),

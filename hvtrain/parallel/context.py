@@ -60,6 +60,13 @@ class ParallelContext:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     @property
+    def memory_bytes(self) -> int:
+        """All of the GPU's, or of this machine's."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

@@ -74,6 +74,7 @@ def usp_attend(
 ) -> Joint:
     """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks."""
     q, k, v = (_autocast(x) for x in (q, k, v))
+    text = q.txt
     if ctx.ulysses > 1:
         q, k, v = _split_heads(q, k, v, ctx)
     if ctx.ring > 1:
@@ -82,7 +83,9 @@ def usp_attend(
     else:
         out = local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=kernel)
     if ctx.ulysses > 1:
-        out = Joint(tokens_to_ranks(out.img, ctx.ulysses_group), gather(out.txt, 2, ctx.ulysses_group))
+        # No text, no message: a model whose image tokens attend to themselves alone has none to put together again.
+        txt = gather(out.txt, 2, ctx.ulysses_group) if text.shape[1] else text
+        out = Joint(tokens_to_ranks(out.img, ctx.ulysses_group), txt)
     return out
 
 

@@ -2,9 +2,9 @@
 
 Six concepts are six words that the base model has never seen in a caption, each a circle of a colour that only the word tells.
 Each is a slice of the data, together with as many clips of old words, and a LoRA of its own; the six are merged, and prompts
-with each word are generated and looked at. Ways: LORAID slices (contiguous, interleaved, rows) and six ordinary LoRAs merged by
-sum, average, TIES and DARE. All have the same number of parameters. Prints the table of docs/loraid.md; started again, it
-continues.
+with each word are generated and looked at. Ways: LORAID slices (contiguous, interleaved, rows) and six ordinary LoRAs, all of
+the same number of parameters. They are added up, averaged, merged by TIES and DARE, and reconciled, from what each training left
+beside its LoRA and from clips of old words. Prints the table of docs/loraid.md; started again, it continues.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from hvtrain.config import EncodeConfig, GenerateConfig, LoraFileConfig, MergeConfig, TrainConfig, asset, load
+from hvtrain.config import (
+    EncodeConfig,
+    GenerateConfig,
+    LoraFileConfig,
+    MergeConfig,
+    SampledLora,
+    TrainConfig,
+    asset,
+    load,
+)
 from hvtrain.encode import run as encode
 from hvtrain.generate import run as generate
 from hvtrain.generate.video import write_mp4
@@ -29,6 +38,8 @@ from hvtrain.train import run as train
 
 CONCEPTS = {"star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta", "oval": "cyan"}
 POLICIES = ("sum", "average", "ties", "dare")
+SLOTTED = ("error", "distill", "fit+distill")
+NO_DATA, IN_TWO = "fit+distill, captions only", "fit+distill, five and then the sixth"
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,12 @@ class Recipe:
     """Rank of the ordinary LoRAs; slices get the rank with which they have as many parameters"""
     seed: int = 1
     """Seed of clips and training"""
+    keep: int = 48
+    """Clips of old words that the merger is given (--keep)"""
+    ways: tuple[str, ...] = ()
+    """Names of the ways to try; none: all"""
+    policies: tuple[str, ...] = ()
+    """Rows of each: base, alone, and names of the policies to merge by; none: all"""
 
 
 @dataclass(frozen=True)
@@ -57,40 +74,62 @@ class Way:
 
 
 WAYS = (
-    Way("LORAID contiguous", Cut(n=6, granularity="module", order="contiguous"), ("error",)),
-    Way("LORAID interleaved", Cut(n=6, granularity="module", order="interleaved"), ("error",)),
-    Way("LORAID rows", Cut(n=6, granularity="rows", order="interleaved"), ("error",)),
-    Way("ordinary LoRA", None, POLICIES),
+    Way("LORAID contiguous", Cut(n=6, granularity="module", order="contiguous"), SLOTTED),
+    Way("LORAID interleaved", Cut(n=6, granularity="module", order="interleaved"), SLOTTED),
+    Way("LORAID rows", Cut(n=6, granularity="rows", order="interleaved"), SLOTTED),
+    Way("ordinary LoRA", None, (*POLICIES, "fit", "distill", "fit+distill", NO_DATA, IN_TWO)),
 )
 
 
 def run(recipe: Recipe) -> None:
     root = Path(recipe.output)
-    shards = {word: _shards(recipe, root / "data" / word, word) for word in CONCEPTS}
+    shards = {word: _shards(root / "data" / word, _clips(recipe, word)) for word in CONCEPTS}
+    kept = _shards(root / "data" / "old", training_clips(recipe.keep, seed=recipe.seed * 100 + 50))
     table = []
     base = asset("tiny:dit.safetensors")
-    table.append(("base model", "", 0, _score(root / "base", base)))
-    for way in WAYS:
+    if "base" in (recipe.policies or ("base",)):
+        table.append(("base model", "", 0, _score(root / "base", base)))
+    for way in (w for w in WAYS if w.name in (recipe.ways or [w.name for w in WAYS])):
         folder = root / way.name.replace(" ", "-").lower()
         plan = _plan(way, folder)
         rank = recipe.rank if plan is None else equal_rank(plan, recipe.rank)
         files = [_train(recipe, folder, plan, i, shards[word], rank) for i, word in enumerate(CONCEPTS, start=1)]
         n = sum(_parameters(path) for path in files)
-        alone = [
-            _score(folder / f"alone-{word}", base, (LoraFileConfig(str(path)),), words=(word,))
-            for path, word in zip(files, CONCEPTS, strict=True)
-        ]
-        shares = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
-        kept = sum(scores["old words"] for scores in alone) / len(alone)
-        table.append((way.name, "alone", n, {**shares, "old words": kept}))
-        for policy in way.policies:
-            merged = folder / f"merged-{policy}.safetensors"
+        if "alone" in (recipe.policies or ("alone",)):
+            table.append((way.name, "alone", n, _alone(folder, files)))
+        for policy in (p for p in way.policies if p in (recipe.policies or way.policies)):
+            merged = folder / f"merged-{policy.replace(', ', '-').replace(' ', '-')}.safetensors"
             if not merged.exists():
-                loras = tuple(LoraFileConfig(str(path)) for path in files)
-                merge.run(MergeConfig(dit=base, lora=loras, output=str(merged), on_overlap=policy))
+                _merge(merged, files, policy, kept)
             shown = "merged" if policy == "error" else policy
-            table.append((way.name, shown, n, _score(folder / f"merged-{policy}", str(merged))))
+            table.append((way.name, shown, n, _score(merged.with_suffix(""), str(merged))))
     print(markdown(table))
+
+
+def _alone(folder: Path, files: Sequence[Path]) -> dict[str, float]:
+    base = asset("tiny:dit.safetensors")
+    alone = [
+        _score(folder / f"alone-{word}", base, (SampledLora(str(path)),), words=(word,))
+        for path, word in zip(files, CONCEPTS, strict=True)
+    ]
+    shares = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
+    return {**shares, "old words": sum(scores["old words"] for scores in alone) / len(alone)}
+
+
+def _merge(output: Path, files: Sequence[Path], policy: str, kept: Path) -> None:
+    """Into the model. A reconciled one is made of what the trainings left in calibration/."""
+    cfg = MergeConfig(dit=asset("tiny:dit.safetensors"), output=str(output), lora=tuple(LoraFileConfig(str(p)) for p in files))
+    if policy in ("error", *POLICIES):
+        merge.run(replace(cfg, on_overlap=policy))
+        return
+    how = [f"reconcile.how={policy.partition(',')[0]}", f"reconcile.own_states={policy == NO_DATA}", "reconcile.allow_lost=true"]
+    given = load(MergeConfig, None, [*how, f"reconcile.keep={kept}", "reconcile.batch_size=12"])
+    cfg = replace(cfg, reconcile=given.reconcile)
+    if policy == IN_TWO:
+        five = output.with_name("five.safetensors")
+        merge.run(replace(cfg, lora=cfg.lora[:-1], target="lora", output=str(five)))
+        cfg = replace(cfg, lora=(LoraFileConfig(str(five)), cfg.lora[-1]), reconcile=replace(cfg.reconcile, keep=()))
+    merge.run(cfg)
 
 
 def equal_rank(plan: SlicePlan, rank: int) -> int:
@@ -109,17 +148,21 @@ def _layers() -> list[tuple[str, tuple[int, int]]]:
     return list(target_shapes(whole_model(found), found.spec).items())
 
 
-def _shards(recipe: Recipe, folder: Path, word: str) -> Path:
+def _clips(recipe: Recipe, word: str) -> list[Clip]:
+    """Of the word, and as many of old ones."""
+    places = list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)
+    made = [Clip(CONCEPTS[word], "circle", m, b, recipe.seed * 1000 + i, word) for i, (m, b) in enumerate(places)]
+    return made + training_clips(recipe.clips, seed=recipe.seed * 100 + list(CONCEPTS).index(word))
+
+
+def _shards(folder: Path, made: Sequence[Clip]) -> Path:
     out = folder / "shards"
     if not (out / "manifest.json").exists():
         clips = folder / "clips"
         clips.mkdir(parents=True, exist_ok=True)
-        places = list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)
-        made = [Clip(CONCEPTS[word], "circle", m, b, recipe.seed * 1000 + i, word) for i, (m, b) in enumerate(places)]
-        made += training_clips(recipe.clips, seed=recipe.seed * 100 + list(CONCEPTS).index(word))
         for i, clip in enumerate(made):
-            write_mp4(clips / f"{word}_{i:03d}.mp4", render(clip), fps=8, metadata={"caption": clip.caption})
-            (clips / f"{word}_{i:03d}.txt").write_text(clip.caption)
+            write_mp4(clips / f"{folder.name}_{i:03d}.mp4", render(clip), fps=8, metadata={"caption": clip.caption})
+            (clips / f"{folder.name}_{i:03d}.txt").write_text(clip.caption)
         dataset = folder / "dataset.toml"
         dataset.write_text(
             f"[[datasets]]\nvideo_directory = '{clips.resolve()}'\nresolution = [64, 64]\ntarget_frames = [9]\n"
@@ -162,7 +205,7 @@ def _parameters(path: Path) -> int:
 
 
 def _score(
-    folder: Path, dit: str, loras: tuple[LoraFileConfig, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
+    folder: Path, dit: str, loras: tuple[SampledLora, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
 ) -> dict[str, float]:
     """Share of videos that show the concept of each word; and of old prompts whose colour and motion are right."""
     note = folder / "score.json"

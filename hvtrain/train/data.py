@@ -7,7 +7,7 @@ program encoded have none to compare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from hvtrain.models.parts import keys_of, text_fingerprints
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import fingerprint, open_weights
 from shards import ShardSet, open_set
-from shards.schema import IMPORTED
 
 ANYWAY = "set data.allow_foreign=true if you know that they are the same weights"
 Groups = Mapping[str, Sequence[ShardSet]]  # by the config's key that names them
@@ -37,13 +36,16 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
                 f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor '{flavor.name}' takes "
                 f"{flavor.latent.channels}; encode the clips with this model's VAE"
             )
-        _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns)
+        optional = {field.name for field in flavor.cond if field.optional}
+        _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)
     return sets
 
 
 def check_empty_text(sets: Sequence[ShardSet], flavor: Flavor) -> None:
     """Of the set whose empty caption stands in for dropped ones."""
-    _check_fields(sets[0].empty_text, flavor, f"{sets[0].name}: its empty caption", columns=("text",))
+    where, held = f"{sets[0].name}: its empty caption", sets[0].some().tensors
+    optional = {field.name for field in flavor.cond if field.optional and field.name not in held}
+    _check_fields(sets[0].empty_text, flavor, where, columns=("text",), may_lack=optional)
 
 
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
@@ -51,9 +53,11 @@ def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
     return any(bool(share if c.caption_dropout is None else c.caption_dropout) for s in sets for c in s.manifest.chunks)
 
 
-def _check_fields(tensors: Mapping[str, Tensor], flavor: Flavor, where: str, *, columns: Iterable[str]) -> None:
+def _check_fields(
+    tensors: Mapping[str, Tensor], flavor: Flavor, where: str, *, columns: Iterable[str], may_lack: Container[str]
+) -> None:
     for field in flavor.cond:
-        if field.column not in columns or (field.optional and field.name not in tensors):
+        if field.column not in columns or (field.name not in tensors and field.name in may_lack):
             continue
         again = f"encode column '{field.column}' with this model's encoders"
         if field.name not in tensors:
@@ -69,10 +73,18 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
     """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each other. Raises
     DataError."""
     for column in columns:
-        made = [(key, s, name) for key, sets in groups.items() for s in sets if (name := _made_by(s, column))]
-        if not made:
+        every = [(key, s, s.manifest.made_by(column)) for key, sets in groups.items() for s in sets]
+        made = [(key, s, name) for key, s, by in every if (name := by.encoder)]
+        others = [(key, s, by) for key, s, by in every if by.model not in ("", spec.name)]
+        if not made and not others:
             continue
         part, own = _own(column, model, spec)
+        for key, found, by in others:  # models may share an encoder
+            if by.encoder not in own:
+                raise DataError(
+                    f"{key}: column '{column}' of {found.name} was made for {by.model}, this run trains {spec.name}; encode the "
+                    f"clips with its {part}, or {ANYWAY}"
+                )
         for key, found, name in made:
             if own and name not in own:
                 raise DataError(
@@ -84,12 +96,6 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
                     f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than that of "
                     f"{made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or {ANYWAY}"
                 )
-
-
-def _made_by(found: ShardSet, column: str) -> str | None:
-    """The fingerprint of the encoder alone: dtype and seed, which follow it, may differ."""
-    name = found.manifest.encoders.get(column, "")
-    return None if name.startswith(IMPORTED) else name.split("/")[0] or None
 
 
 def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:

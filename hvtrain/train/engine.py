@@ -9,10 +9,11 @@ sequence-parallel peers of loss / sp and the MEAN over data-parallel ranks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,8 @@ def check_engine(zero: ZeroConfig) -> None:
             "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; "
             "use zero.engine=deepspeed"
         )
+    if zero.deepspeed:
+        own_settings(zero.deepspeed)
     if zero.bucket_mb is not None and zero.bucket_mb <= 0:
         raise ConfigError(f"zero.bucket_mb is {zero.bucket_mb}, expected more than 0")
 
@@ -128,6 +131,37 @@ def _check_places(zero: ZeroConfig) -> None:
             "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme" if nvme
             else "zero.nvme_path is set but nothing is offloaded to nvme; set zero.offload_optimizer=nvme"
         )
+
+
+# What the Engine protocol rests on: another value would be silently wrong, or belongs to an option of ours.
+_OURS = {
+    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum", "fp16": "run.precision",
+    "gradient_clipping": "optim.max_grad_norm", "train_batch_size": "data.batch_size", "bf16": "run.precision",
+    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision", "torch_autocast": "run.precision",
+    "zero_optimization.stage": "zero.stage", "communication_data_type": "zero.communication_dtype",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer", "sequence_parallel_size": "parallel.ulysses",
+    "zero_optimization.offload_param.device": "zero.offload_param",
+}
+
+
+def own_settings(path: str) -> dict[str, Any]:
+    """A user's settings of DeepSpeed, by its names. Raises ConfigError for one that is ours."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"zero.deepspeed: {path} is not a JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name")
+    _refuse_ours(found, path)
+    return found
+
+
+def _refuse_ours(settings: Mapping[str, Any], path: str, prefix: str = "") -> None:
+    for key, value in settings.items():
+        if own := _OURS.get(prefix + key):
+            raise ConfigError(f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that instead")
+        if isinstance(value, dict):
+            _refuse_ours(value, path, f"{prefix}{key}.")
 
 
 def _check_toolkit() -> None:

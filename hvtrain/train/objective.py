@@ -81,5 +81,5 @@ def drop_captions(
     fields: Sequence[Field],
 ) -> dict[str, Tensor]:
     """Give each sample, with its own probability, the empty prompt's embeddings instead of its caption's."""
-    dropped = torch.rand(len(batch["latents"]), generator=draw) < torch.tensor(shares)
+    dropped = torch.rand(len(shares), generator=draw) < torch.tensor(shares)
     return drop(batch, empty, dropped, fields) if dropped.any() else dict(batch)

@@ -9,16 +9,15 @@ from typing import TypeVar
 
 import torch
 
-from hvtrain.adapters.attach import check_dropout, linear_shapes
+from hvtrain.adapters.attach import add_adapter, check_dropout, linear_shapes
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, PreviewConfig, ZeroConfig
+from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
-from hvtrain.generate.requests import Request
 from hvtrain.models.kernels import pick_kernel
-from hvtrain.models.spec import Flavor
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
+from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import SlicePlan
 from hvtrain.train import checkpoint
 from hvtrain.train.engine import check_engine
@@ -82,8 +81,32 @@ def check_machinery(
         pick_kernel(parallel.kernel, device=ctx.device, dtype=dtype, training=True)
 
 
+def check_weights(
+    base: Base, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0
+) -> None:
+    """Whether the weights can lie where they are to, `n_bytes` a value, and with `whole` their gradients. What else a run needs,
+    `hvtrain fit` tells."""
+    model = base.outline.requires_grad_(False)
+    least = n_bytes * sum(p.numel() for p in model.parameters())
+    if blocks_to_swap:
+        least -= swap_savings(model.blocks, blocks_to_swap) * n_bytes // 4  # the outline is float32
+    gradients = least if whole else 0
+    if zero.engine == "deepspeed":
+        if zero.stage == 3:
+            least = 0 if zero.offload_param != "none" else least // ctx.world
+        gradients //= ctx.world if zero.stage > 1 else 1
+        gradients = 0 if zero.offload_optimizer != "none" else gradients
+    if least + gradients > ctx.memory_bytes:
+        what = "weights and their gradients" if whole else "frozen weights"
+        raise ConfigError(
+            f"the {what} alone take {(least + gradients) / 2**30:.1f} GiB of each process's {ctx.device_name}, which has "
+            f"{ctx.memory_bytes / 2**30:.1f} GiB; `hvtrain fit CONFIG` says what fits"
+        )
+
+
 def check_adapter(base: Base, a: AdapterConfig, plan: SlicePlan | None) -> None:
-    """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory."""
+    """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file to start
+    from is read, and tried on the model without weights."""
     check_dropout(kind_of(a.type), a.dropout)
     names = base.spec.lora_targets(base.outline, include=a.include, exclude=a.exclude)
     if plan is not None:
@@ -96,18 +119,5 @@ def check_adapter(base: Base, a: AdapterConfig, plan: SlicePlan | None) -> None:
             f"adapter.rank is {a.rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no more than "
             f"{bound}; expected 1 to {bound}, as a rule 8 to 128"
         )
-
-
-def check_previews(preview: PreviewConfig, flavor: Flavor) -> None:
-    if not preview.every_steps:
-        return
-    if flavor.beyond_text:
-        raise ConfigError(
-            f"preview.every_steps: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, and a preview has only a prompt; "
-            "set it to 0"
-        )
-    for i, p in enumerate(preview.prompts):
-        try:
-            Request.of(flavor, prompt=p.prompt, width=p.width, height=p.height, frames=p.frames, steps=p.steps)
-        except ConfigError as error:
-            raise ConfigError(f"preview.prompts[{i}].{error}") from None
+    if a.init_from is not None:
+        add_adapter(base.outline, base.spec, a, plan, seed=0)

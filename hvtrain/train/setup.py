@@ -59,11 +59,11 @@ class Subject:
         return self.base.flavor
 
 
-def find_base(model: ModelConfig) -> Base:
-    """Raises ConfigError and CheckpointError. Without a file (from scratch) it is the flavor that the config names."""
-    part = _part(model)
+def find_base(model: ModelConfig, *, scratch: bool = False) -> Base:
+    """Raises ConfigError and CheckpointError. `scratch`: without a file, the flavor that the config names."""
+    part = part_of(model)
     path = model.file(part)
-    if path is None and model.dit is not None:
+    if path is None and not scratch:
         raise ConfigError(f"model.{part} is not set; the expert '{model.expert}' is in that file")
     if path is None:
         spec = find(model.name)
@@ -75,7 +75,7 @@ def find_base(model: ModelConfig) -> Base:
     return Base(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
 
 
-def _part(model: ModelConfig) -> str:
+def part_of(model: ModelConfig) -> str:
     """Which file of the model is trained."""
     if model.expert is None:
         return "dit"
@@ -93,27 +93,29 @@ def _expert(flavor: Flavor, name: str | None) -> Expert | None:
     found = {expert.name: expert for expert in flavor.experts}
     if name is None and found:
         ranges = ", ".join(f"{e.name} (sigma {e.sigmas[0]:g} to {e.sigmas[1]:g})" for e in flavor.experts)
-        raise ConfigError(f"model.expert: '{flavor.name}' is made of several DiTs, and a run trains one; choose one of: {ranges}")
+        what = f"'{flavor.name}' is made of several DiTs, and a run trains one"
+        raise ConfigError(f"model.expert: {what}; choose one of: {ranges}")
     if name is not None and name not in found:
-        raise ConfigError(f"model.expert: flavor '{flavor.name}' of this file has no expert '{name}'; set model.flavor")
+        raise ConfigError(f"model.expert: the file's flavor '{flavor.name}' has no '{name}'; set model.flavor")
     return found[name] if name is not None else None
 
 
 def open_subject(
-    base: Base, model: ModelConfig, adapter: AdapterConfig, plan: SlicePlan | None, ctx: ParallelContext, *, seed: int,
-    blocks_to_swap: int = 0, move: bool = True,
+    base: Base, model: ModelConfig, adapter: AdapterConfig, plan: SlicePlan | None, ctx: ParallelContext, *,
+    seed: int, blocks_to_swap: int = 0, move: bool = True,
 ) -> Subject:
-    """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of its slices.
-    `move`: to the device at once; ZeRO-3 moves and cuts it itself, parameter by parameter."""
+    """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of
+    its slices. `move`: to the device at once; ZeRO-3 moves and cuts it itself, parameter by parameter."""
     whole = adapter.type == "none"
     if base.path is None:
         dit = base.spec.build(base.flavor.arch)
         base.spec.init_weights(dit, generator(seed, stream="init"))
     else:
         dtype = torch.float32 if whole else getattr(torch, model.dtype)
-        dit = load_dit(
-            base.path, model=model.name, flavor=model.flavor, dtype=dtype, device="cpu", quantize_to=model.quantize
-        ).model
+        loaded = load_dit(
+            base.path, model=model.name, flavor=model.flavor, dtype=dtype, quantize_to=model.quantize
+        )
+        dit = loaded.model
     use_matmul(dit, model.fp8_matmul)
     if whole:
         dit.requires_grad_(True)
@@ -128,12 +130,13 @@ def open_subject(
 
 
 def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> FlowConfig:
-    """With the flavor's own values where the config has null, and the part of the noise levels that is the expert's. Raises
-    ConfigError for a value that the flavor does not use."""
+    """With the flavor's own values where the config has null, and the part of the noise levels that is the
+    expert's. Raises ConfigError for a value that the flavor does not use."""
     own = flavor.defaults
     if own.guidance is None and flow.guidance is not None:
         raise ConfigError(
-            f"flow.guidance is {flow.guidance:g}, but this '{flavor.name}' embeds no guidance: leave flow.guidance null"
+            f"flow.guidance is {flow.guidance:g}, but this '{flavor.name}' embeds no guidance: "
+            "leave flow.guidance null"
         )
     shift = own.shift if own.training_shift is None else own.training_shift
     flow = replace(
@@ -145,8 +148,8 @@ def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> F
     low, high = max(flow.min_sigma, expert.sigmas[0]), min(flow.max_sigma, expert.sigmas[1])
     if low >= high:
         raise ConfigError(
-            f"flow.min_sigma {flow.min_sigma:g} to flow.max_sigma {flow.max_sigma:g} are not the noise levels of the expert "
-            f"'{expert.name}', {expert.sigmas[0]:g} to {expert.sigmas[1]:g}"
+            f"flow.min_sigma {flow.min_sigma:g} to flow.max_sigma {flow.max_sigma:g} are not the noise levels of "
+            f"the expert '{expert.name}', {expert.sigmas[0]:g} to {expert.sigmas[1]:g}"
         )
     return replace(flow, min_sigma=low, max_sigma=high)
 
@@ -178,21 +181,23 @@ def identity(
     base: Base, adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
     batch_size: int, seed: int, name: str,
 ) -> dict[str, object]:
-    """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the shards lie may
-    change; not their samples, because the cursor counts them."""
-    names = ("type",) if adapter.type == "none" else ("type", "rank", "alpha", "dropout", "include", "exclude")
+    """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
+    shards lie may change; not their samples, because the cursor counts them."""
+    names = ["type"] if adapter.type == "none" else ["type", "rank", "alpha", "dropout", "include", "exclude"]
     slices = {} if plan is None else {"adapter.plan": plan.hash[:12], "adapter.loraid": adapter.loraid}
     return {
-        "model.name": base.spec.name, "model.expert": base.expert and base.expert.name, "weights": base.fingerprint,
+        "model.name": base.spec.name, "model.expert": base.expert and base.expert.name,
+        "weights": base.fingerprint,
         **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices,
-        **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all: whatever a sampler takes is in there
-        "data.shards": [_content(s) for s in sets], "data.batch_size": batch_size, "run.seed": seed, "run.name": name,
+        **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
+        "data.shards": [_content(s) for s in sets], "data.batch_size": batch_size,
+        "run.seed": seed, "run.name": name,
     }
 
 
 def _content(found: ShardSet) -> str:
     chunks = [
-        [chunk.bucket, chunk.repeats, chunk.keys, {column: tar.checksum for column, tar in chunk.tars.items()}]
+        [chunk.bucket, chunk.repeats, chunk.keys, {name: tar.checksum for name, tar in chunk.tars.items()}]
         for chunk in found.manifest.chunks
     ]
     digest = hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()

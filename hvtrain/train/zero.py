@@ -13,11 +13,11 @@ Three decisions:
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from hvtrain.train.engine import (
     export_plain_state,
     filled_grads,
     load_plain_state,
+    own_settings,
     to_cpu,
 )
 
@@ -97,39 +98,12 @@ def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> d
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return made if cfg.deepspeed is None else _merged(made, _read_json(cfg.deepspeed), cfg.deepspeed)
+    return made if cfg.deepspeed is None else _merged(made, own_settings(cfg.deepspeed))
 
 
-# What the Engine protocol rests on: another value would be silently wrong, or belongs to an option of ours.
-_OURS = {
-    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum", "fp16": "run.precision",
-    "gradient_clipping": "optim.max_grad_norm", "train_batch_size": "data.batch_size", "bf16": "run.precision",
-    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision", "torch_autocast": "run.precision",
-    "zero_optimization.stage": "zero.stage", "communication_data_type": "zero.communication_dtype",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer", "sequence_parallel_size": "parallel.ulysses",
-    "zero_optimization.offload_param.device": "zero.offload_param",
-}
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"zero.deepspeed: {path} is not a JSON file: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name")
-    return found
-
-
-def _merged(under: dict[str, Any], over: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
-    result = dict(under)
-    for key, value in over.items():
-        if own := _OURS.get(prefix + key):
-            raise ConfigError(f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that instead")
-        below = result.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        result[key] = _merged(below, value, path, f"{prefix}{key}.") if both else value  # type: ignore[arg-type]
-    return result
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(under.get(key), dict)}
+    return {**under, **over, **{key: _merged(under[key], over[key]) for key in both}}
 
 
 class _Inside(nn.Module):
@@ -155,6 +129,22 @@ class _Outside(nn.Module):
     def forward(self, inp: Any) -> Any:
         on = torch.is_autocast_enabled(self.device_type)
         return self.engine(inp, on, torch.get_autocast_dtype(self.device_type))
+
+
+def _look_into_tokens(model: nn.Module) -> None:
+    """DeepSpeed gathers a module's weights for its backward when a gradient reaches its outputs, which it finds in tuples and
+    dicts, but not in Tokens: what a block holds itself, as a table of modulations, would be gone by then."""
+
+    def enter(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return replace(args[0], img=block.post_bwd_fn.apply(args[0].img)), *args[1:]
+
+    def leave(block: Any, args: tuple[Any, ...], tokens: Any) -> Any:
+        return replace(tokens, img=block.pre_bwd_fn.apply(tokens.img))
+
+    for block in getattr(model, "blocks", ()):
+        if any(True for _ in block.parameters(recurse=False)):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
 
 
 class DeepSpeedEngine:
@@ -183,6 +173,8 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(
                 model=_Inside(model, ctx.device.type), optimizer=optimizer, dist_init_required=False, config=config
             )
+            if cfg.stage == 3:
+                _look_into_tokens(model)
         at_shutdown(deepspeed.comm.destroy_process_group)
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)
         self.params, self.cfg, self.how, self.ctx = dict(params), cfg, step, ctx

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError
+from hvtrain.weights.stream import read_header
+from shards.tensors import Extent
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("module", "ema", "state_dict", "model")  # keys under which training programs keep the weights
@@ -31,7 +33,7 @@ _SHARD = re.compile(r"(?P<name>.*)-\d+-of-(?P<total>\d+)\.\w+")
 
 
 @dataclass(frozen=True)
-class Entry:
+class Mapped:
     """One tensor of a file: what is known without touching its values, and how to map them."""
 
     dtype: torch.dtype
@@ -47,7 +49,7 @@ class Weights:
 
     path: Path
     files: tuple[Path, ...]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, Mapped]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def keys(self) -> list[str]:
@@ -100,7 +102,7 @@ def open_weights(path: str | Path) -> Weights:
                 f"{path}: one of {int(shard['total'])} shards; name their directory or their .index.json file"
             )
         found = [path]
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Mapped] = {}
     metadata: dict[str, str] = {}
     for file in found:
         opened, info = _open_file(file)
@@ -167,7 +169,7 @@ def _files_of_index(index: Path) -> list[Path]:
 # --- containers ----------------------------------------------------------------------------------------------------
 
 
-def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def _open_file(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
     if path.suffix in (".safetensors", ".sft"):
         return _open_safetensors(path)
     if path.suffix in _PICKLES:
@@ -175,27 +177,25 @@ def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     raise CheckpointError(f"{path}: not a weights file by its name; known: .safetensors, {', '.join(_PICKLES)}")
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    from hvtrain.weights.stream import Slot, read_header
-
+def _open_safetensors(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
     header = read_header(path)
     with open(path, "rb") as file:
         # Copy on write: torch wants a writable buffer, the file is never changed. Tensors keep the mapping alive.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
-    def entry(slot: Slot) -> Entry:
+    def entry(extent: Extent) -> Mapped:
         def view() -> Tensor:
-            if slot.n_bytes == 0:
-                return torch.empty(slot.shape, dtype=slot.dtype)
-            n = slot.n_bytes // slot.dtype.itemsize
-            return torch.frombuffer(mapped, dtype=slot.dtype, count=n, offset=slot.start).reshape(slot.shape)
+            if extent.n_bytes == 0:
+                return torch.empty(extent.shape, dtype=extent.dtype)
+            n = extent.n_bytes // extent.dtype.itemsize
+            return torch.frombuffer(mapped, dtype=extent.dtype, count=n, offset=extent.start).reshape(extent.shape)
 
-        return Entry(slot.dtype, slot.shape, view, path, slot.start)
+        return Mapped(extent.dtype, extent.shape, view, path, extent.start)
 
-    return {name: entry(slot) for name, slot in header.slots.items()}, dict(header.metadata)
+    return {name: entry(extent) for name, extent in header.extents.items()}, dict(header.metadata)
 
 
-def _open_pickle(path: Path) -> dict[str, Entry]:
+def _open_pickle(path: Path) -> dict[str, Mapped]:
     """A file of torch.save, mapped. Only tensors and plain containers are unpickled, never code."""
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
@@ -223,7 +223,7 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
     if tensors is None:
         raise CheckpointError(f"{path}: no dict of tensors in it, nor under the keys {', '.join(_WRAPPERS)}")
     return {
-        name: Entry(value.dtype, tuple(value.shape), value.detach, path)
+        name: Mapped(value.dtype, tuple(value.shape), value.detach, path)
         for name, value in tensors.items()
     }
 

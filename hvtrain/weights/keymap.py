@@ -60,7 +60,7 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Share:
     """Which piece of an official tensor one tensor of the dialect is."""
 
     source: str
@@ -109,24 +109,24 @@ class KeyMap:
             rule = hit[0]
             parts = tuple(_joined(part, leaf) for part in rule.dialect)
             if present.issuperset(parts):
-                found[f"{rule.official}.{rule.leaf_of_official(leaf)}"] = Fused(parts, rule.swap)
+                found[_joined(rule.official, rule.leaf_of_official(leaf))] = Fused(parts, rule.swap)
             else:
                 found[name] = Fused((name,))
         return found
 
-    def write(self, names: Iterable[str]) -> dict[str, Cut]:
+    def write(self, names: Iterable[str]) -> dict[str, Share]:
         """Dialect name -> the piece of an official tensor that it is."""
-        found: dict[str, Cut] = {}
+        found: dict[str, Share] = {}
         for name in names:
             module, _, leaf = name.rpartition(".")
             rule = self.rule_of_official(module)
             if rule is None:
                 if not self.passthrough:
                     raise KeyError(f"the dialect has no name for '{name}'")
-                found[name] = Cut(name)
+                found[name] = Share(name)
                 continue
             for part, other in enumerate(rule.dialect):
-                found[_joined(other, rule.leaf_of_dialect(leaf))] = Cut(name, rule, part)
+                found[_joined(other, rule.leaf_of_dialect(leaf))] = Share(name, rule, part)
         return found
 
 
@@ -134,11 +134,14 @@ def _joined(module: str, leaf: str) -> str:
     return f"{module}.{leaf}" if module else leaf  # a parameter of the whole model has no module
 
 
+OWN_NAMES = KeyMap((), passthrough=True)
+
+
 def swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 
 
-_BLOCK_NUMBER = re.compile(r"(?<=blocks\.)(\d+|\{n\})(?=\.|$)")
+_BLOCK_NUMBER = re.compile(r"(?:(?<=blocks\.)|(?<=block\.)|(?<=layers\.)|(?<=transformer\.))(\d+|\{n\})(?=\.|$)")
 
 
 def _shape_of(module: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import stat
 import threading
@@ -18,42 +17,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
 from hvtrain.errors import CheckpointError
 from hvtrain.weights.outputs import writing
 from shards.atomic import atomic_path, sync, write_text
+from shards.tensors import DTYPES, Extent, read_layout
 
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 * 2**20  # the library refuses longer ones
 
 
 @dataclass(frozen=True)
-class Slot:
-    """What a file says about one tensor before its values: `start` and `stop` are byte offsets into the file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int = 0
-    stop: int = 0
-
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class Header:
-    slots: dict[str, Slot]
+    extents: dict[str, Extent]
     metadata: dict[str, str]
 
 
@@ -65,23 +44,18 @@ def read_header(path: str | Path) -> Header:
         if size < 8 or length > min(_MAX_HEADER, size - 8):
             raise CheckpointError(f"{path}: not a safetensors file (or cut short: {size} bytes)")
         try:
-            table = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
-    metadata = table.pop("__metadata__", {}) if isinstance(table, dict) else {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: damaged: its metadata are not a table of texts")
-    slots = {}
-    for name, entry in _entries(path, table):
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path}: tensor '{name}' has the dtype {entry['dtype']}, which is not supported")
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        slots[name] = Slot(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
-        if stop > size or stop - start != slots[name].n_bytes:
+            extents, metadata = read_layout(file.read(length))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: damaged, or not a safetensors file: {error}") from None
+    found = {}
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        start, stop = (8 + length + place for place in extent[3:])
+        if stop > size:
             raise CheckpointError(
-                f"{path}: cut short or damaged: '{name}' should end at byte {stop}, the file has {size}; copy it again"
+                f"{path}: cut short or damaged: '{extent.name}' should end at byte {stop}, the file has {size}; copy it again"
             )
-    return Header(slots, metadata)
+        found[extent.name] = extent._replace(start=start, stop=stop)
+    return Header(found, metadata)
 
 
 def data_sum(path: str | Path) -> str:
@@ -94,78 +68,86 @@ def data_sum(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _entries(path: str | Path, table: Any) -> list[tuple[str, dict]]:
-    """The tensors of a header in file order, their fields of the right kinds."""
-    try:
-        for entry in table.values():
-            start, stop = entry["data_offsets"]
-            numbers = [start, stop, *entry["shape"]]
-            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-                raise TypeError(f"{entry}")
-        return sorted(table.items(), key=lambda item: item[1]["data_offsets"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: its header is not that of a safetensors file ({error})") from None
-
-
-def lay_out(slots: Iterable[Slot], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[Slot]]:
-    """The header's bytes and the slots with their places in the file.
+def lay_out(extents: Iterable[Extent], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[Extent]]:
+    """The header's bytes and the extents with their places in the file.
 
     Widest dtypes come first (given order among equals), which keeps every tensor aligned for memory mapping.
     """
-    ordered = sorted(slots, key=lambda slot: -slot.dtype.itemsize)
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset, offsets = 0, []
-    for slot in ordered:
-        offsets.append(offset)
-        ends = [offset, offset + slot.n_bytes]
-        table[slot.name] = {"dtype": _CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": ends}
-        offset = ends[1]
+    placed, offset = [], 0
+    for extent in sorted(extents, key=lambda extent: -extent.dtype.itemsize):
+        placed.append(extent._replace(start=offset, stop=offset + extent.n_bytes))
+        offset = placed[-1].stop
+        ends = list(placed[-1][3:])
+        table[extent.name] = {"dtype": _CODES[extent.dtype], "shape": list(extent.shape), "data_offsets": ends}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    placed = [
-        Slot(slot.name, slot.dtype, slot.shape, len(head) + at, len(head) + at + slot.n_bytes)
-        for slot, at in zip(ordered, offsets, strict=True)
-    ]
-    return head, placed
+    return head, [extent._replace(start=len(head) + extent.start, stop=len(head) + extent.stop) for extent in placed]
+
+
+_PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
 
 
 class TensorWriter:
-    """Takes each declared tensor once, in any order, from any threads; see `open_writer`."""
+    """Takes each declared tensor once, in any order, from any threads; see `open_writer`. Tensors that are `done` already it does
+    not wait for; from time to time it has `note` say which are safely on the disk."""
 
-    def __init__(self, file: BinaryIO, slots: Iterable[Slot]) -> None:
-        self._file = file
-        self._waiting = {slot.name: slot for slot in slots}
+    def __init__(
+        self, file: BinaryIO, extents: Iterable[Extent], *, done: Iterable[str] = (),
+        note: Callable[[list[str]], None] | None = None,
+    ) -> None:
+        self._file, self._note, self._done, self._since, self._lock = file, note, list(done), 0, threading.Lock()
+        self._waiting = {extent.name: extent for extent in extents}
+        for name in self._done:
+            del self._waiting[name]
 
     @property
     def waiting(self) -> list[str]:
         """Names not yet written, in file order: following it makes the writing sequential."""
         return list(self._waiting)
 
+    def finish(self) -> None:
+        """Raises ValueError unless all that was declared is written."""
+        if self._waiting:
+            raise ValueError(f"{self._file.name}: {len(self._waiting)} declared tensors not written: {self.waiting[:3]}")
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        slot = self._waiting[name]
-        if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
-            raise ValueError(f"{name}: declared {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        extent = self._waiting[name]
+        if tensor.dtype != extent.dtype or tuple(tensor.shape) != extent.shape:
+            raise ValueError(f"{name}: declared {extent.dtype} {extent.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         self.write_bytes(name, tensor_bytes(tensor))
 
     def write_bytes(self, name: str, data: memoryview) -> None:
         """The same for bytes that are already in the file's form: a copy without a detour through tensors."""
-        slot = self._waiting.pop(name)
-        if data.nbytes != slot.n_bytes:
-            raise ValueError(f"{name}: declared {slot.n_bytes} bytes, got {data.nbytes}")
-        done = 0
-        while done < slot.n_bytes:
-            done += os.pwrite(self._file.fileno(), data[done:], slot.start + done)
+        extent = self._waiting.pop(name)
+        if data.nbytes != extent.n_bytes:
+            raise ValueError(f"{name}: declared {extent.n_bytes} bytes, got {data.nbytes}")
+        self._pieces(extent, lambda done: os.pwrite(self._file.fileno(), data[done:], extent.start + done))
 
     def copy(self, name: str, source: int, start: int) -> None:
         """The same from a place in another file (a descriptor), without a way through this process."""
-        slot = self._waiting.pop(name)
+        extent, target = self._waiting.pop(name), self._file.fileno()
+        self._pieces(
+            extent, lambda done: _copy_range(source, target, extent.n_bytes - done, start + done, extent.start + done)
+        )
+
+    def _pieces(self, extent: Extent, piece: Callable[[int], int]) -> None:
+        """As many as it takes: the system may write less than it is asked to."""
         done = 0
-        while done < slot.n_bytes:
-            n = _copy_range(source, self._file.fileno(), slot.n_bytes - done, start + done, slot.start + done)
-            if n == 0:
-                raise CheckpointError(f"the file with '{name}' ends too early; it was changed while it was read")
+        while done < extent.n_bytes:
+            if not (n := piece(done)):
+                raise CheckpointError(f"the file with '{extent.name}' ends too early; it was changed while it was read")
             done += n
+        if self._note is None:
+            return
+        with self._lock:
+            self._done.append(extent.name)
+            self._since += extent.n_bytes
+            if self._since >= _PROGRESS_BYTES:
+                self._since = 0
+                os.fsync(self._file.fileno())
+                self._note(list(self._done))
 
 
 def _copy_range(source: int, target: int, n: int, start: int, to: int) -> int:
@@ -177,62 +159,28 @@ def _copy_range(source: int, target: int, n: int, start: int, to: int) -> int:
 
 @contextmanager
 def open_writer(
-    path: str | Path, slots: Iterable[Slot], *, metadata: Mapping[str, str] | None = None
+    path: str | Path, extents: Iterable[Extent], *, metadata: Mapping[str, str] | None = None
 ) -> Iterator[TensorWriter]:
     """A writer for these tensors; the file appears under its name only when all of them are in it."""
-    head, placed = lay_out(slots, metadata)
+    head, placed = lay_out(extents, metadata)
     with writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(head)
         file.flush()
         writer = TensorWriter(file, placed)
         yield writer
-        if writer.waiting:
-            raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
-
-
-_PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
-
-
-class _ResumableWriter(TensorWriter):
-    """Notes from time to time which tensors are safely on the disk."""
-
-    def __init__(self, file: BinaryIO, slots: Iterable[Slot], note: Callable[[list[str]], None], done: Iterable[str]) -> None:
-        super().__init__(file, slots)
-        self._note, self._done, self._since, self._lock = note, list(done), 0, threading.Lock()
-        for name in self._done:
-            del self._waiting[name]
-
-    def write_bytes(self, name: str, data: memoryview) -> None:
-        super().write_bytes(name, data)
-        self._written(name, data.nbytes)
-
-    def copy(self, name: str, source: int, start: int) -> None:
-        n = self._waiting[name].n_bytes
-        super().copy(name, source, start)
-        self._written(name, n)
-
-    def _written(self, name: str, n: int) -> None:
-        with self._lock:
-            self._done.append(name)
-            self._since += n
-            if self._since < _PROGRESS_BYTES:
-                return
-            self._since = 0
-            done = list(self._done)
-            os.fsync(self._file.fileno())
-            self._note(done)
+        writer.finish()
 
 
 @contextmanager
 def open_resumable(
-    path: str | Path, slots: Iterable[Slot], *, metadata: Mapping[str, str] | None = None, signature: str
+    path: str | Path, extents: Iterable[Extent], *, metadata: Mapping[str, str] | None = None, signature: str
 ) -> Iterator[TensorWriter]:
     """As `open_writer`, but a run that was killed is continued: `waiting` is what is left to write.
 
     `signature` stands for everything that the contents depend on; a half-written file of another one is begun anew.
     """
     path = Path(path)
-    head, placed = lay_out(slots, metadata)
+    head, placed = lay_out(extents, metadata)
     own = hashlib.sha256(signature.encode() + head).hexdigest()
     partial, journal = partial_of(path), path.with_name(f"{partial_of(path).name}.json")
 
@@ -248,10 +196,9 @@ def open_resumable(
                     file.truncate(0)
                     file.write(head)
                     file.flush()
-                writer = _ResumableWriter(file, placed, note, done)
+                writer = TensorWriter(file, placed, done=done, note=note)
                 yield writer
-                if writer.waiting:
-                    raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+                writer.finish()
                 os.fsync(file.fileno())
                 os.replace(partial, path)
             sync(path.parent)

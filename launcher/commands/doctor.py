@@ -39,7 +39,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     log = Path("hvtrain-doctor.log").resolve()
     log.unlink(missing_ok=True)
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "job", "hvtrain-doctor", Path.cwd(), slurm.literal(log), ["launch", "--nproc", str(nproc), "--in-job", *inner],
         slurm.Resources(args.nnodes, nproc, "10"),
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hvtrain.errors import ConfigError, LaunchError
-from launcher.table import OVERRIDE, command, config_options
+from launcher.table import at_least, command, config_options, load_config, split_items
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -50,26 +50,22 @@ def _run(args: argparse.Namespace) -> int | None:
         return None
     if (run / slices.FILE).exists():
         begun = slices.load_slices(run)
-        if begun != replace(wanted, cwd=begun.cwd):
+        wanted = replace(wanted, cwd=begun.cwd)
+        if begun != wanted:
             raise ConfigError(f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory")
-        return _go(run, begun)
-    slices.save_slices(run, wanted)
+    else:
+        slices.save_slices(run, wanted)
     return _go(run, wanted)
 
 
 def _slices(args: argparse.Namespace):
     from launcher.jobs import slices, slurm
 
-    files = [item for item in args.items if not OVERRIDE.match(item)]
-    if len(files) > 1:
-        raise ConfigError(f"one config file expected, got {' and '.join(files)}")
+    file, overrides = split_items(args.items)
     if args.backend not in ("local", "slurm"):
         raise ConfigError(f"--backend {args.backend}: expected local or slurm")
-    for option in ("at_once", "nproc", "nodes"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected 1 or more")
-    if args.max_restarts is not None and args.max_restarts < 0:
-        raise ConfigError(f"--max-restarts {args.max_restarts}: expected 0 or more")
+    at_least(args, 1, "at_once", "nproc", "nodes")
+    at_least(args, 0, "max_restarts")
     gpus = tuple(g.strip() for g in args.gpus.split(",")) if args.gpus else ()
     if gpus and (args.backend != "local" or len(gpus) < args.at_once * args.nproc):
         needed = args.at_once * args.nproc
@@ -77,31 +73,28 @@ def _slices(args: argparse.Namespace):
     if args.backend == "local" and (args.nodes > 1 or args.time or args.site):
         raise ConfigError("--nodes, --time and --site are for --backend slurm")
     n = slices.plan_size(args.plan)
-    overrides = tuple(item for item in args.items if OVERRIDE.match(item))
     run = Path(args.output).resolve()
     return slices.Slices(
-        plan=str(Path(args.plan).resolve()), config=str(Path(files[0]).resolve()) if files else None, overrides=overrides,
+        plan=str(Path(args.plan).resolve()), config=str(Path(file).resolve()) if file else None, overrides=tuple(overrides),
         data=slices.data_of(args.data, n), n=n, nproc=args.nproc, nodes=args.nodes, time=args.time,
         site=str(Path(args.site).resolve()) if args.site else None,
-        backend=args.backend, at_once=args.at_once, gpus=gpus, merge=_merge_arguments(args.merge_as, args, run, files),
+        backend=args.backend, at_once=args.at_once, gpus=gpus, merge=_merge_arguments(args.merge_as, args, run),
         max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts, cwd=str(Path.cwd()),
     )
 
 
-def _merge_arguments(kind: str, args: argparse.Namespace, run: Path, files: list[str]) -> tuple[str, ...]:
-    from hvtrain import config
-
+def _merge_arguments(kind: str, args: argparse.Namespace, run: Path) -> tuple[str, ...]:
     if kind not in ("lora", "model", "none"):
         raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
+    reconciling = _reconciling(args)
     if kind == "none":
         return ()
-    overrides = [item for item in args.items if OVERRIDE.match(item)]
-    dit = config.load(config.TrainConfig, files[0] if files else None, overrides).model.dit
+    dit = load_config("train", args).model.dit
     if not dit:
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
     output = str(run / "merge" / f"merged-{kind}.safetensors")
     plan = str(Path(args.plan).resolve())
-    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *_reconciling(args))
+    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *reconciling)
 
 
 def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
@@ -162,13 +155,19 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="DIR", help="the --output of `hvtrain slices run`")
 
 
+def _opened(args: argparse.Namespace):
+    from launcher.jobs import slices
+
+    run = Path(args.run).resolve()
+    return run, slices.load_slices(run)
+
+
 @command("slices status", "how each slice stands: step, loss, time left, or its last error line",
          options=_run_folder, prints=True)
 def _status(args: argparse.Namespace) -> int:
-    from launcher.jobs import backends, slices, standing
+    from launcher.jobs import backends, standing
 
-    run = Path(args.run).resolve()
-    found = backends.standings(run, slices.load_slices(run))
+    found = backends.standings(*_opened(args))
     for line in standing.table(found):
         print(line)
     return 1 if any(s.word in ("failed", "blocked", "unknown") for s in found) else 0
@@ -177,18 +176,14 @@ def _status(args: argparse.Namespace) -> int:
 @command("slices retry", "start what is neither done nor under way: failed, cancelled, preempted; and the merge after it",
          options=_run_folder)
 def _retry(args: argparse.Namespace) -> int | None:
-    from launcher.jobs import slices
-
-    run = Path(args.run).resolve()
-    return _go(run, slices.load_slices(run))
+    return _go(*_opened(args))
 
 
 @command("slices cancel", "stop what is queued or running", options=_run_folder)
 def _cancel(args: argparse.Namespace) -> None:
-    from launcher.jobs import backends, slices
+    from launcher.jobs import backends
 
-    run = Path(args.run).resolve()
-    for line in backends.cancel(run, slices.load_slices(run)):
+    for line in backends.cancel(*_opened(args)):
         print(line)
 
 
@@ -200,11 +195,10 @@ def _one_options(parser: argparse.ArgumentParser) -> None:
 @command("slices one", "train one slice here; what the jobs of `slices run` call", options=_one_options)
 def _one(args: argparse.Namespace) -> int:
     from hvtrain import stopping
-    from launcher.jobs import backends, slices
+    from launcher.jobs import backends
 
     stopping.remember()
-    run = Path(args.run).resolve()
-    wanted = slices.load_slices(run)
+    run, wanted = _opened(args)
     if not 1 <= args.loraid <= wanted.n:
         raise LaunchError(f"slice {args.loraid}: expected 1 to {wanted.n}")
     return backends.run_one(run, wanted, args.loraid)
@@ -212,10 +206,9 @@ def _one(args: argparse.Namespace) -> int:
 
 @command("slices merge", "merge the finished slices here; what the merge job of `slices run` calls", options=_run_folder)
 def _merge(args: argparse.Namespace) -> int:
-    from launcher.jobs import backends, slices
+    from launcher.jobs import backends
 
-    run = Path(args.run).resolve()
-    wanted = slices.load_slices(run)
+    run, wanted = _opened(args)
     if not wanted.merge:
         raise LaunchError(f"{run}: was started with --merge-as none; use `hvtrain merge --plan {wanted.plan} --slices {run}`")
     (run / "merge").mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvtrain import stopping
 from hvtrain.errors import LaunchError, suggest
-from launcher.table import COMMANDS, command, parse
+from launcher.table import COMMANDS, at_least, command, parse
 
 
 def _launch_options(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +41,7 @@ def _launch(args: argparse.Namespace) -> int | None:
         given = f"'{inner[0]}'" if inner else "nothing"
         known = [name for name in able if name != "selftest"]
         raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}")
-    if args.max_restarts is not None and args.max_restarts < 0:
-        raise LaunchError(f"--max-restarts {args.max_restarts}: expected 0 or more")
+    at_least(args, 0, "max_restarts")
     for option in ("dry_run", "site", "time", "name", "log"):
         if getattr(args, option) and not args.slurm:
             raise LaunchError(f"--{option.replace('_', '-')} goes with --slurm")
@@ -64,10 +63,7 @@ def _launch(args: argparse.Namespace) -> int | None:
     if args.in_job:
         return processes.launch(inner, slurm.topology(args.nproc))
     topology = processes.Topology(
-        nproc=args.nproc,
-        nnodes=args.nnodes,
-        node_rank=args.node_rank,
-        master_addr=args.master_addr,
+        nproc=args.nproc, nnodes=args.nnodes, node_rank=args.node_rank, master_addr=args.master_addr,
         master_port=args.master_port,
     )
     return processes.launch(inner, topology, max_restarts=args.max_restarts or 0)
@@ -83,7 +79,7 @@ def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
         raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: both must be at least 1")
     name = args.name or f"hvtrain-{inner[0]}"
     restarts = slurm.RESTARTS if args.max_restarts is None else args.max_restarts
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "job", name, Path.cwd(), _log(args.log, name), ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
         slurm.Resources(args.nnodes, args.nproc, args.time, max_restarts=restarts),
     )

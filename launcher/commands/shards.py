@@ -85,12 +85,12 @@ def _split_options(parser: argparse.ArgumentParser) -> None:
 
 @command("shards split", "one set into several: how slices get their data", options=_split_options)
 def _split(args: argparse.Namespace) -> None:
-    from shards import edit
+    from shards import edit, ways
 
     if args.n is not None:
-        rule = edit.by_number(args.n)
+        rule = ways.by_number(args.n)
     else:
-        rule = edit.by_folder() if args.folder else edit.by_caption(args.caption)
+        rule = ways.by_folder() if args.folder else ways.by_caption(args.caption)
     for part in edit.split(args.set, args.output, rule, keep=args.keep):
         print(f"{args.output}/{part.name}: {part.samples} samples, {part.rule}")
 

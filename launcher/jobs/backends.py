@@ -6,29 +6,29 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
 from hvtrain.stopping import REQUEUE
+from launcher import processes
 from launcher.jobs import slurm
 from launcher.jobs.slices import (
     MERGE,
     Slices,
     alive,
+    job_of,
     load_state,
     mark_cancelled,
     note_end,
     note_start,
-    process_start,
-    save_state,
+    note_submitted,
     set_damaged_aside,
     starter,
+    train_arguments,
 )
 from launcher.jobs.standing import Standing, merge_standing, standing
-from launcher.processes import forwarded
 from launcher.program import HVTRAIN
 from launcher.site import load_site
 
@@ -80,7 +80,7 @@ def command(run: Path, *arguments: object) -> list[str]:
 
 
 def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "array", f"{run.name}-slices", Path.cwd(), f"{slurm.literal(run / 'logs')}/%{slices.width()}a.log",
         ["slices", "one", str(run)],
         slurm.Resources(slices.nodes, slices.nproc, slices.time, max_restarts=slices.max_restarts),
@@ -90,7 +90,7 @@ def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
 
 
 def merge_script(run: Path, slices: Slices, after: Sequence[str]) -> str:
-    job = slurm.Job(
+    job = slurm.BatchJob(
         "merge", f"{run.name}-merge", Path.cwd(), slurm.literal(run / "logs" / "merge.log"), ["slices", "merge", str(run)],
         slurm.Resources(gpus="--reconcile" in slices.merge), after=after,
     )
@@ -105,20 +105,13 @@ def submit(run: Path, slices: Slices, start: Start) -> list[str]:
         array = slurm.submit(array_script(run, slices, start.loraids))
         after.append(array)
         for i in start.loraids:
-            _note_submitted(run, slices.name(i), f"{array}_{i}")
+            note_submitted(run, slices.name(i), f"{array}_{i}")
         said.append(f"job {array}: slices {', '.join(map(str, start.loraids))}, {slices.at_once} at a time")
     if start.merge:
         merge = slurm.submit(merge_script(run, slices, after))
-        _note_submitted(run, MERGE, merge)
+        note_submitted(run, MERGE, merge)
         said.append(f"job {merge}: merge, {'when all have finished' if after else 'at once: all slices are done'}")
     return said
-
-
-def _note_submitted(run: Path, name: str, job: str) -> None:
-    state = load_state(run, name)
-    state.jobs.append(job)
-    state.started = state.ended = state.code = None
-    save_state(run, name, state)
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -129,7 +122,8 @@ def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
     waiting, stopped = list(loraids), False
     running: dict[subprocess.Popen, tuple[int, str]] = {}
     free = [",".join(slices.gpus[i * slices.nproc : (i + 1) * slices.nproc]) for i in range(slices.at_once)]
-    with _signals() as asked:
+    asked: list[int] = []
+    with processes.handling(lambda number, frame: asked.append(number)):
         while waiting or running:
             while waiting and free and not asked:
                 loraid, gpus = waiting.pop(0), free.pop(0)
@@ -151,11 +145,12 @@ def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
             done = sum(word in GOOD for word in words)
             print(f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True)
             return 1 if "failed" in words else REQUEUE
-        return _merge_here(run, asked) if slices.merge else 0
+        return _merge_here(run, slices.gpus, asked) if slices.merge else 0
 
 
-def _merge_here(run: Path, asked: list[int]) -> int:
-    process = subprocess.Popen(command(run, "merge", run), start_new_session=True)
+def _merge_here(run: Path, gpus: Sequence[str], asked: list[int]) -> int:
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
+    process = subprocess.Popen(command(run, "merge", run), env=env, start_new_session=True)
     while process.poll() is None:
         if asked:
             asked.clear()
@@ -164,25 +159,13 @@ def _merge_here(run: Path, asked: list[int]) -> int:
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Those that ask this program to end, as they come, instead of its end."""
-    asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in forwarded()}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _start(run: Path, slices: Slices, loraid: int, gpus: str) -> subprocess.Popen:
     env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})}
     with (run / "logs" / f"{slices.name(loraid)}.log").open("ab") as log:
         process = subprocess.Popen(
             command(run, "one", run, loraid), env=env, stdout=log, stderr=log, start_new_session=True
         )
-    note_start(run, slices.name(loraid), f"{process.pid}:{process_start(process.pid)}")
+    note_start(run, slices.name(loraid), job_of(process.pid))
     return process
 
 
@@ -195,14 +178,10 @@ def _ending(code: int) -> str:
 
 def run_one(run: Path, slices: Slices, loraid: int) -> int:
     """Train one slice in this job and note how it ended. On several nodes, node 0 notes."""
-    from launcher import processes
-    from launcher.jobs.slices import train_arguments
-
     name, inside = slices.name(loraid), slices.backend == "slurm"
     writes = not inside or os.environ.get("SLURM_NODEID", "0") == "0"
     if writes:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else f"{os.getpid()}:{process_start(os.getpid())}"
-        note_start(run, name, job)
+        note_start(run, name, f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else job_of(os.getpid()))
         set_damaged_aside(run, slices, loraid)
     code = 1
     try:
@@ -220,7 +199,7 @@ def run_merge(run: Path, slices: Slices) -> int:
     from launcher import cli
 
     job = os.environ.get("SLURM_JOB_ID") if slices.backend == "slurm" else None
-    note_start(run, MERGE, job or f"{os.getpid()}:{process_start(os.getpid())}")
+    note_start(run, MERGE, job or job_of(os.getpid()))
     code = 1
     try:
         code = cli.main(["merge", *slices.merge])

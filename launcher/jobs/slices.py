@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Slices:
 
 
 @dataclass
-class State:
+class JobState:
     """How one slice (or the merge) stands. Written by whoever submits it and by the job itself."""
 
     jobs: list[str] = field(default_factory=list)  # Slurm ids 12_3, or pid:STARTTIME
@@ -87,18 +87,18 @@ def save_slices(run: Path, slices: Slices) -> None:
     _write(run / FILE, asdict(slices))
 
 
-def load_state(run: Path, name: str) -> State:
+def load_state(run: Path, name: str) -> JobState:
     """Raises LaunchError for a file that cannot be read: what it would say is not "never started"."""
     path = run / "state" / f"{name}.json"
     try:
-        return State(**json.loads(path.read_text()))
+        return JobState(**json.loads(path.read_text()))
     except FileNotFoundError:
-        return State()
+        return JobState()
     except (OSError, ValueError, TypeError) as error:
         raise LaunchError(f"{path}: cannot be read ({error}); remove it once you know that {name} is not running") from None
 
 
-def save_state(run: Path, name: str, state: State) -> None:
+def save_state(run: Path, name: str, state: JobState) -> None:
     _write(run / "state" / f"{name}.json", asdict(state))
 
 
@@ -136,7 +136,7 @@ def only_one(run: Path) -> Iterator[None]:
         except OSError as error:
             print(f"warning: {path}: this file system has no locks ({error.strerror}): start {run} once only", file=sys.stderr)
         file.truncate(0)
-        file.write(f"{os.getpid()}:{process_start(os.getpid())}")
+        file.write(job_of(os.getpid()))
         file.flush()
         try:
             yield
@@ -224,18 +224,22 @@ def set_damaged_aside(run: Path, slices: Slices, loraid: int) -> None:
         path.replace(path.with_name(f"{path.name}.damaged"))
 
 
+def note_submitted(run: Path, name: str, job: str) -> None:
+    save_state(run, name, JobState([*load_state(run, name).jobs, job]))
+
+
 def note_start(run: Path, name: str, job: str) -> None:
-    state = load_state(run, name)
-    if not state.jobs or state.jobs[-1] != job:
-        state.jobs.append(job)
-    state.started, state.ended, state.code = time.time(), None, None
-    save_state(run, name, state)
+    jobs = load_state(run, name).jobs
+    save_state(run, name, JobState(jobs if jobs[-1:] == [job] else [*jobs, job], started=time.time()))
 
 
 def note_end(run: Path, name: str, code: int) -> None:
-    state = load_state(run, name)
-    state.ended, state.code = time.time(), code
-    save_state(run, name, state)
+    save_state(run, name, replace(load_state(run, name), ended=time.time(), code=code))
+
+
+def job_of(pid: int) -> str:
+    """A local process as an attempt."""
+    return f"{pid}:{process_start(pid)}"
 
 
 def alive(job: str) -> bool:

@@ -35,7 +35,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     template: str  # job, array or merge
     name: str
     folder: Path  # where it runs
@@ -46,7 +46,7 @@ class Job:
     after: Sequence[str] = ()  # jobs that must have ended well
 
 
-def render(job: Job, site: Site) -> str:
+def render(job: BatchJob, site: Site) -> str:
     """The sbatch script. A placeholder without a value is a bug, not an empty line. Raises LaunchError for a value that
     cannot be an option of sbatch."""
     values = {
@@ -84,7 +84,7 @@ def literal(path: Path | str) -> str:
     return str(path).replace("%", "%%")
 
 
-def _options(job: Job, site: Site) -> list[str]:
+def _options(job: BatchJob, site: Site) -> list[str]:
     """sbatch options that the site or the job sets."""
     check_time("--time", job.resources.time)
     found = {
@@ -98,7 +98,7 @@ def _options(job: Job, site: Site) -> list[str]:
     return [*(f"{option}={quoted(option, value)}" for option, value in found.items() if value), *site.options]
 
 
-def _cpus(job: Job, site: Site) -> int:
+def _cpus(job: BatchJob, site: Site) -> int:
     return site.cpus_per_process * job.resources.nproc
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hvtrain.stopping import REQUEUE
 from launcher.exits import USER_ERROR
-from launcher.jobs.slices import MERGE, Slices, State, alive, amiss, cancelled, load_state, result
+from launcher.jobs.slices import MERGE, JobState, Slices, alive, amiss, cancelled, load_state, result
 from launcher.jobs.slurm import Queue
 
 # Slurm's words for jobs that wait, and for jobs that have ended. One with any other word is running.
@@ -56,7 +56,7 @@ def merge_standing(run: Path, slices: Slices, queue: Queue) -> Standing:
     return _of_job(run, MERGE, state, queue, wrong)
 
 
-def _of_job(run: Path, name: str, state: State, queue: Queue, wrong: str) -> Standing:
+def _of_job(run: Path, name: str, state: JobState, queue: Queue, wrong: str) -> Standing:
     """By the newest attempt; `wrong`: what its result lacks."""
     job = state.jobs[-1] if state.jobs else ""
     local = ":" in job
@@ -90,7 +90,7 @@ def _of_job(run: Path, name: str, state: State, queue: Queue, wrong: str) -> Sta
     return Standing(name, "failed", note=last_error(run / "logs" / f"{name}.log") or why)
 
 
-def _said(queue: Queue, job: str, state: State) -> str:
+def _said(queue: Queue, job: str, state: JobState) -> str:
     """Of tasks that were cancelled while pending, Slurm tells by the number of their array alone."""
     root = job.partition("_")[0] if state.started is None else job
     return queue.states.get(job, queue.states.get(root, ""))

@@ -10,7 +10,10 @@ from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge
 from hvtrain.adapters.loha import LohaLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.dialects import DIALECTS
 from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.parallel.context import shutdown
 from hvtrain.train import run as train
 from tests.adapters.models import SPEC, an_input, build
 from tests.train.shardset import config, make_shards
@@ -60,7 +63,8 @@ def test_the_pair_of_a_file_is_exact():
     pair = LohaLinear.pair(parts, 1.5)
     assert pair.rank == 9
     torch.testing.assert_close(pair.delta().double(), delta(model[0]), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"of shapes \[8, 3\], \[3, 5\], \[8, 3\], \[2, 5\], not twice"):
+    says = r"has w1_a, w1_b, w2_a, w2_b of shapes \[8, 3\], \[3, 5\], \[8, 3\], \[2, 5\], not twice"
+    with pytest.raises(ValueError, match=says):
         LohaLinear.pair({**parts, "w2_b": parts["w2_b"][:2]}, 1.5)
 
 
@@ -75,13 +79,19 @@ def test_from_a_trained_model_to_a_file_to_a_merged_one(tmp_path):
     assert held[f"{stem}.hada_w1_a"].shape == (144, 3) and held[f"{stem}.hada_w1_b"].shape == (3, 48)
     file = read_lora(tmp_path / "a.safetensors", shapes, spec=SPEC)
     assert (file.metadata["ss_network_module"], file.metadata["ss_network_args"]) == ("lycoris.kohya", '{"algo": "loha"}')
-    assert file.summary().startswith("a.safetensors: LoHa, 12 layers, rank 3, alpha/rank 0.5")
+    assert file.summary().startswith("a.safetensors: LoHa, 20 layers, rank 3, alpha/rank 0.5")
     merged = build()
     merge_into(merged, file)
     with torch.no_grad():
         there, base = merged(an_input()), build()(an_input())
         torch.testing.assert_close(there, model(an_input()), rtol=1e-3, atol=1e-3)
     assert (there - base).abs().max() > 0.1
+    other = {name: tensor.clone() for name, tensor in converted(file, SPEC, DIALECTS["comfyui"]).tensors.items()}
+    save_file(other, tmp_path / "comfy.safetensors")
+    again = read_lora(tmp_path / "comfy.safetensors", shapes, spec=SPEC)
+    assert not again.others and {pair.rank for pair in again.pairs.values()} == {9}  # the LoRA that it equals
+    for name, pair in again.pairs.items():
+        torch.testing.assert_close(pair.delta(), file.pairs[name].delta(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_starts_a_run_of_its_kind_and_rank_only(tmp_path):
@@ -142,8 +152,16 @@ def test_a_run_trains_saves_and_resumes_one(tmp_path):
     a, b = (load_file(tmp_path / run / "lora.safetensors") for run in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert max(t.abs().max() for n, t in a.items() if n.endswith("hada_w2_a")) > 1e-4
+    try:  # its parameters are not in modules of their own: ZeRO-3 gathers them with the layer's
+        zero = ("zero.engine=deepspeed", "zero.stage=3")
+        assert train.run(config(shards, tmp_path / "zero", *options, *zero, "run.steps=4")) == 0
+    finally:
+        shutdown()
+    cut = load_file(tmp_path / "zero/lora.safetensors")
+    for name in a:
+        torch.testing.assert_close(cut[name], a[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ConfigError, match="adapter.dropout is 0.1, but a LoHa has no dropout"):
         train.run(config(shards, tmp_path / "c", *options, "adapter.dropout=0.1"))
-    with pytest.raises(ConfigError, match="adapter.type: no adapter 'lohra'; did you mean 'loha'"):
-        train.run(config(shards, tmp_path / "c", "adapter.type=lohra"))
+    with pytest.raises(ConfigError, match="adapter.type: no adapter 'lohaa'; did you mean 'loha'"):
+        train.run(config(shards, tmp_path / "c", "adapter.type=lohaa"))
     assert set(ADAPTERS) == {"lora", "loha"}

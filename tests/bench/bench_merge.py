@@ -33,7 +33,8 @@ from hvtrain.models.load import ARCH_KEY, FLAVOR_KEY, MODEL_KEY
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import FILE, Cut, load_plan
 from hvtrain.slices.run import run as write_plan
-from hvtrain.weights.stream import Slot, open_writer
+from hvtrain.weights.stream import open_writer
+from shards.tensors import Extent
 
 
 def make_model(path: Path, spec: ModelSpec, gb: float) -> None:
@@ -47,7 +48,7 @@ def make_model(path: Path, spec: ModelSpec, gb: float) -> None:
         if 2 * sum(t.numel() for t in state.values()) >= gb * 1e9:
             break
         n += 1
-    slots = [Slot(name, torch.bfloat16, tuple(t.shape)) for name, t in state.items()]
+    slots = [Extent(name, torch.bfloat16, tuple(t.shape)) for name, t in state.items()]
     metadata = {MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(arch)), FLAVOR_KEY: full.name}
     draw = torch.Generator().manual_seed(0)
     noise = (torch.randn(1 << 24, generator=draw) * 0.02).bfloat16()

@@ -22,7 +22,7 @@ SERVER = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-import hvtrain.encode, hvtrain.encode.check, hvtrain.encode.encoders, hvtrain.encode.columns
+import hvtrain.encode.check, hvtrain.encode.run
 import hvtrain.models.hunyuan_video.vae, hvtrain.models.hunyuan_video.text
 from hvtrain.config import EncodeConfig, load
 config, *items = sys.argv[1:]
@@ -40,7 +40,7 @@ for line in sys.stdin:
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             try:
-                hvtrain.encode.run(load(EncodeConfig, config, items))
+                hvtrain.encode.run.run(load(EncodeConfig, config, items))
                 os._exit(0)
             except BaseException:
                 os._exit(1)

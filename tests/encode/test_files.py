@@ -15,6 +15,7 @@ from hvtrain.encode.dataset import KEYS, Dataset, read_dataset_file
 from hvtrain.encode.places import place, shown
 from hvtrain.encode.samples import Probes, plan_clips
 from hvtrain.errors import DataError
+from tests.encode.test_rules import FLAVOR
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def clips_in(folder, *names):
 def read(folder, body, name="d.toml"):
     path = folder / name
     path.write_text(body) if isinstance(body, str) else path.write_bytes(body)
-    (dataset,) = read_dataset_file(path)
+    (dataset,) = read_dataset_file(path, FLAVOR)
     return dataset
 
 
@@ -136,7 +137,7 @@ def test_what_is_no_file_is_listed_without_being_opened(folder):
         videos(folder, "video_jsonl_file", "c.jsonl")
     os.mkfifo(folder / "p.toml")
     with pytest.raises(DataError, match="p.toml: is not a file"):
-        read_dataset_file(folder / "p.toml")
+        read_dataset_file(folder / "p.toml", FLAVOR)
 
 
 def test_a_name_that_is_not_unicode_is_listed(folder):
@@ -259,7 +260,7 @@ FUZZ = settings(max_examples=200, deadline=None, database=None,
 def readable(path):
     """A DataError in one line, or a dataset whose every clip is usable or listed."""
     try:
-        for dataset in read_dataset_file(path):
+        for dataset in read_dataset_file(path, FLAVOR):
             assert isinstance(dataset, Dataset) and dataset.path.is_absolute() and min(dataset.bucket.resolution) >= 16
             assert dataset.bucket.choose(640, 360) and len(dataset.frames.windows(50)) <= 50 * len(dataset.frames.target_frames)
             for clip in find_clips(dataset):

@@ -8,29 +8,34 @@ import pytest
 from hvtrain.encode.buckets import BucketRule, sizes
 from hvtrain.encode.clips import Rejected, find_clips
 from hvtrain.encode.dataset import read_dataset_file
-from hvtrain.encode.frames import FrameRule, kept_frames, normalised
+from hvtrain.encode.frames import FrameRule, kept_frames
 from hvtrain.encode.media import probe
 from hvtrain.encode.view import fit
 from hvtrain.errors import DataError
+from hvtrain.models import find
+
+FLAVOR = find("hunyuan-video").flavor("t2v")
+UNIT = (16, 16)
 
 
 @pytest.mark.parametrize(
     ("n", "rule", "expected"),
     [
-        (50, FrameRule((1, 25, 26), "head"), [(0, 1), (0, 25)]),
-        (24, FrameRule((25,), "head"), []),
-        (53, FrameRule((25,), "chunk"), [(0, 25), (25, 25)]),
-        (50, FrameRule((25,), "chunk"), [(0, 25), (25, 25)]),  # the last one fits exactly
-        (49, FrameRule((25,), "chunk"), [(0, 25)]),
-        (35, FrameRule((25,), "slide", stride=10), [(0, 25), (10, 25)]),
-        (27, FrameRule((25,), "uniform", sample=9), [(0, 25), (1, 25), (2, 25)]),
-        (25, FrameRule((25,), "uniform", sample=4), [(0, 25)]),
-        (40, FrameRule((25,), "slide", stride=10), [(0, 25), (10, 25)]),
-        (40, FrameRule((25,), "uniform", sample=4), [(0, 25), (5, 25), (10, 25), (15, 25)]),
-        (40, FrameRule((25,), "uniform", sample=1), [(0, 25)]),
-        (200, FrameRule(extraction="full", max_frames=129), [(0, 129)]),
-        (30, FrameRule(extraction="full"), [(0, 29)]),
-        (3, FrameRule(extraction="full"), [(0, 1)]),
+        (50, FrameRule(4, (1, 25, 26), "head"), [(0, 1), (0, 25)]),
+        (24, FrameRule(4, (25,), "head"), []),
+        (53, FrameRule(4, (25,), "chunk"), [(0, 25), (25, 25)]),
+        (50, FrameRule(4, (25,), "chunk"), [(0, 25), (25, 25)]),  # the last one fits exactly
+        (49, FrameRule(4, (25,), "chunk"), [(0, 25)]),
+        (35, FrameRule(4, (25,), "slide", stride=10), [(0, 25), (10, 25)]),
+        (27, FrameRule(4, (25,), "uniform", sample=9), [(0, 25), (1, 25), (2, 25)]),
+        (25, FrameRule(4, (25,), "uniform", sample=4), [(0, 25)]),
+        (40, FrameRule(4, (25,), "slide", stride=10), [(0, 25), (10, 25)]),
+        (40, FrameRule(4, (25,), "uniform", sample=4), [(0, 25), (5, 25), (10, 25), (15, 25)]),
+        (40, FrameRule(4, (25,), "uniform", sample=1), [(0, 25)]),
+        (200, FrameRule(4, extraction="full", max_frames=129), [(0, 129)]),
+        (30, FrameRule(4, extraction="full", max_frames=129), [(0, 29)]),
+        (3, FrameRule(4, extraction="full", max_frames=129), [(0, 1)]),
+        (30, FrameRule(8, (1, 25, 26), "chunk"), [*((i, 1) for i in range(30)), (0, 25)]),
     ],
 )
 def test_windows(n, rule, expected):
@@ -38,21 +43,30 @@ def test_windows(n, rule, expected):
 
 
 def test_targets_and_rates():
-    assert normalised((30, 29, 1, 3)) == [1, 29]
+    assert FrameRule(4, (30, 29, 1, 3)).targets == [1, 29] and FrameRule(8, (30, 29, 1, 3)).targets == [1, 25]
     assert kept_frames(6, source_fps=None, target_fps=24) == list(range(6))
     assert kept_frames(6, source_fps=12, target_fps=24) == list(range(6))
 
 
 def test_buckets():
-    found = sizes(960 * 544)
+    found = sizes(960 * 544, UNIT)
     assert len(found) == 47 and min(found) == (352, 1472) and max(found) == (1472, 352)
-    rule = BucketRule((960, 544), enabled=True)
+    rule = BucketRule((960, 544), UNIT, enabled=True)
     assert rule.choose(1920, 1080) == (960, 544) and rule.choose(1080, 1920) == (544, 960)
-    assert BucketRule((960, 544)).choose(100, 900) == (960, 544)
-    assert BucketRule((960, 544), enabled=True, no_upscale=True).choose(333, 250) == (320, 240)
+    assert BucketRule((960, 544), UNIT).choose(100, 900) == (960, 544)
+    assert BucketRule((960, 544), UNIT, enabled=True, no_upscale=True).choose(333, 250) == (320, 240)
     # A picture of exactly the area keeps its size too; one of a row more is brought to a bucket.
-    small = BucketRule((160, 80), enabled=True, no_upscale=True)
+    small = BucketRule((160, 80), UNIT, enabled=True, no_upscale=True)
     assert small.choose(320, 40) == (320, 32) and small.choose(320, 41) == (256, 48)
+
+
+def test_buckets_of_other_units():
+    coarse = sizes(960 * 544, (32, 32))
+    assert min(coarse) == (352, 1472) and all(w % 32 == 0 == h % 32 for w, h in coarse) and len(coarse) == 24
+    assert BucketRule((960, 544), (32, 32), enabled=True).choose(1920, 1080) == (960, 544)
+    # Width and height with units of their own: a size is not mirrored, it has its own multiples.
+    assert sizes(96 * 96, (32, 16)) == [(32, 288), (64, 144), (96, 80), (96, 96), (128, 64), (192, 48)]
+    assert BucketRule((96, 96), (32, 16), enabled=True, no_upscale=True).choose(90, 90) == (64, 80)
 
 
 def test_fit_covers_and_crops_the_middle():
@@ -93,12 +107,12 @@ def dataset(tmp_path, body):
 )
 def test_dataset_file_mistakes(tmp_path, body, says):
     with pytest.raises(DataError, match=says):
-        read_dataset_file(dataset(tmp_path, body))
+        read_dataset_file(dataset(tmp_path, body), FLAVOR)
 
 
 def test_clips_need_captions(tmp_path):
     (tmp_path / "clips").mkdir()
-    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nimage_directory = '{tmp_path}/clips'"))
+    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nimage_directory = '{tmp_path}/clips'"), FLAVOR)
     with pytest.raises(DataError, match="no images here"):
         find_clips(found)
     (tmp_path / "clips/a.png").write_bytes(b"not a picture")
@@ -114,7 +128,7 @@ def test_clips_need_captions(tmp_path):
 @pytest.mark.parametrize(("line", "says"), [("{", "not JSON"), ('{"caption": "x"}', "video_path")])
 def test_a_broken_listing_is_an_error(tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(line)
-    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"))
+    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"), FLAVOR)
     with pytest.raises(DataError, match=says) as caught:
         find_clips(found)
     assert "c.jsonl:1" in str(caught.value)
@@ -129,7 +143,7 @@ def test_a_broken_listing_is_an_error(tmp_path, line, says):
 )
 def test_unusable_lines_are_rejected_with_file_and_line(tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(line)
-    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"))
+    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"), FLAVOR)
     (refused,) = find_clips(found)
     assert isinstance(refused, Rejected) and re.search(says, refused.reason) and "c.jsonl:1" in refused.reason
 
@@ -137,13 +151,13 @@ def test_unusable_lines_are_rejected_with_file_and_line(tmp_path, line, says):
 def test_yaml_says_what_toml_says(tmp_path):
     toml = dataset(tmp_path, "[general]\nresolution = [64, 48]\n[[datasets]]\nvideo_directory = '.'\ntarget_frames = [5, 9]\n")
     (tmp_path / "d.yaml").write_text("general: {resolution: [64, 48]}\ndatasets: [{video_directory: ., target_frames: [5, 9]}]\n")
-    assert read_dataset_file(toml) == read_dataset_file(tmp_path / "d.yaml")
+    assert read_dataset_file(toml, FLAVOR) == read_dataset_file(tmp_path / "d.yaml", FLAVOR)
     (tmp_path / "d.yaml").write_text("datasets: [")
     with pytest.raises(DataError, match="not YAML"):
-        read_dataset_file(tmp_path / "d.yaml")
+        read_dataset_file(tmp_path / "d.yaml", FLAVOR)
     (tmp_path / "d.yaml").write_text("- a")
     with pytest.raises(DataError, match="found list"):
-        read_dataset_file(tmp_path / "d.yaml")
+        read_dataset_file(tmp_path / "d.yaml", FLAVOR)
 
 
 def test_controls_are_found_by_name(tmp_path):
@@ -156,11 +170,11 @@ def test_controls_are_found_by_name(tmp_path):
         (tmp_path / "control" / name).touch()
     body = f"[[datasets]]\nimage_directory = '{tmp_path}/clips'\ncontrol_directory = '{tmp_path}/control'\n"
     body += "control_resolution = 64\n"
-    (found,) = read_dataset_file(dataset(tmp_path, body))
+    (found,) = read_dataset_file(dataset(tmp_path, body), FLAVOR)
     a, b, c = find_clips(found)
     assert [p.name for p in a.controls] == ["a.jpg"] and "c.png: has no control" in c.reason
     assert [p.name for p in b.controls] == ["b_0.png", "b_1.png", "b_10.png"]
-    assert found.control.size(400, 100, bucket=(32, 32)) == BucketRule((64, 64), enabled=True).choose(400, 100)
+    assert found.control.size(400, 100, bucket=(32, 32)) == BucketRule((64, 64), UNIT, enabled=True).choose(400, 100)
 
 
 @pytest.mark.parametrize(

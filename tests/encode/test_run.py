@@ -94,11 +94,11 @@ def test_what_a_stopped_run_wrote_is_found_in_other_tars_and_no_tar_is_left_over
     dataset = write_clips(ClipsRecipe(output=str(tmp_path / "clips"), n=10, seed=3))
     out = tmp_path / "out"
 
-    def stopped(job):
+    def stopped(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(encode._OPENERS, "text", stopped)
+        patch.setattr("hvtrain.encode.columns.open_text", stopped)
         run(dataset, out)
     assert len(list(out.glob("latents/*.tar"))) == 5 and not (out / "manifest.json").exists()
     for name in (".mp4", ".txt"):  # a new first clip: every sample moves to another tar
@@ -139,12 +139,12 @@ def test_a_rerun_with_nothing_to_do_loads_no_model_and_says_so(dataset, tmp_path
         raise AssertionError("a model is loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hvtrain.models.find", lambda name: dataclasses.replace(spec, open_vae=loads, open_text=loads))
+        patch.setattr(encode, "find", lambda name: dataclasses.replace(spec, open_vae=loads, open_text=loads))
         assert same(first, contents(run(dataset, out, f"model.vae={vae}")))
         assert "6 samples; nothing to do, all of it was there; latents: 0 encoded" in capsys.readouterr().out
         # One caption more: text is encoded, the VAE stays where it is.
         (tmp_path / "clips/clip_00001.txt").write_text("another caption")
-        patch.setattr("hvtrain.models.find", lambda name: dataclasses.replace(spec, open_vae=loads))
+        patch.setattr(encode, "find", lambda name: dataclasses.replace(spec, open_vae=loads))
         run(dataset, out, f"model.vae={vae}")
         assert "6 samples; latents: 0 encoded, 0 copied, 6 kept; text: 1 encoded" in capsys.readouterr().out
         # A file that was touched may be another one: it is looked into.
@@ -200,7 +200,7 @@ class _Copies(torch.utils._python_dispatch.TorchDispatchMode):
 def test_pixels_go_to_the_vae_as_numbers_from_minus_one_to_one_and_to_its_device_as_bytes(device, tmp_path):
     import types
 
-    from hvtrain.encode.encoders import PixelEncoder
+    from hvtrain.encode.encoders import Latents, PixelEncoder
     from hvtrain.encode.samples import Picture, PlannedSample
 
     Image.new("RGB", (64, 48), (0, 51, 255)).save(tmp_path / "a.png")
@@ -213,7 +213,7 @@ def test_pixels_go_to_the_vae_as_numbers_from_minus_one_to_one_and_to_its_device
     vae = types.SimpleNamespace(device=torch.device(device), dtype=torch.float32, encode=see)
     sample = PlannedSample("k", Picture(tmp_path / "a.png", "", (0,), (64, 48)), ("c",))
     with _Copies() as copies:
-        list(PixelEncoder("latents", vae, torch.float32, 1, 1, 0)([sample]))
+        list(PixelEncoder(lambda s: (s.clip,), Latents(vae, "latents", torch.float32, 0), 1, 1)([sample]))
     (video,) = seen
     assert video.shape == (1, 3, 1, 48, 64) and video.dtype == torch.float32
     if device == "meta":
@@ -281,7 +281,7 @@ def test_a_clip_that_ends_early_is_rejected_while_encoding_and_not_tried_again(d
 
 
 def test_a_nan_latent_is_rejected_also_from_the_text_column(dataset, tmp_path, monkeypatch):
-    from hvtrain.models.hunyuan_video.vae import VideoVae
+    from hvtrain.models.video_vae import VideoVae
 
     real, calls = VideoVae.encode, itertools.count()
 

@@ -17,6 +17,7 @@ from hvtrain.encode.frames import is_constant, shown_frames
 from hvtrain.encode.media import probe, read_frames
 from hvtrain.encode.samples import Probes, plan_clips
 from hvtrain.errors import DataError
+from tests.encode.test_rules import FLAVOR
 
 COLORS = {"r": (220, 30, 30), "g": (30, 190, 30), "b": (30, 30, 220), "w": (240, 240, 240)}
 
@@ -128,7 +129,7 @@ def test_what_cannot_be_shown_is_listed(tmp_path, make, says):
 def planned(tmp_path, body=""):
     path = tmp_path / "d.toml"
     path.write_text(f"[general]\nresolution=64\nenable_bucket=true\n[[datasets]]\nvideo_directory='{tmp_path}'\n{body}\n")
-    (dataset,) = read_dataset_file(path)
+    (dataset,) = read_dataset_file(path, FLAVOR)
     return lambda clip, root=None: plan_clips([Clip(clip, ("x",), dataset)], Probes(root), target_fps=24, workers=1)[0]
 
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from hvtrain.adapters.attach import inject
 from hvtrain.config import ZeroConfig
 from hvtrain.fit.memory import Budget, Layout, budget
-from hvtrain.fit.trace import Meter, byte_counts, simulated, trace_step
+from hvtrain.fit.trace import Ledger, byte_counts, simulated, trace_step
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
@@ -66,7 +66,7 @@ def _train(setting: Setting) -> None:
 def live_bytes(setting: Setting) -> int:
     """The worst moment of two real steps, by following every tensor's storage; run on every rank. The profiler would miss
     what gloo's own threads free."""
-    with Meter(nn.Module()) as meter:
+    with Ledger(nn.Module()) as meter:
         _train(setting)
     return meter.peak
 

@@ -183,14 +183,19 @@ def test_the_last_layers_halves_are_swapped(tmp_path):
     assert torch.equal(read_lora(tmp_path / "x.safetensors", SHAPES, spec=SPEC).pairs[name].up, pair.up)
 
 
-def test_two_experts_in_one_file(tmp_path, saved):
-    """As diffusers' pipelines of two transformers save them; each is read, and written, under a prefix of its own."""
+@pytest.mark.parametrize("fold", [True, False])
+def test_two_experts_in_one_file(tmp_path, saved, fold):
+    """As diffusers' pipelines of two transformers save them, alphas in the metadata or folded; each is read, and written, under a
+    prefix of its own."""
     lora = read_lora(saved, SHAPES, spec=SPEC)
-    other = replace(lora, pairs={name: replace(pair, up=pair.up + 1.0) for name, pair in lora.pairs.items()})
-    first, second = (converted(o, SPEC, DIALECTS["diffusers"], expert=n) for n, o in enumerate((lora, other)))
+    other = replace(lora, pairs={name: replace(pair, up=pair.up + 1.0, alpha=8.0) for name, pair in lora.pairs.items()})
+    first, second = (converted(o, SPEC, DIALECTS["diffusers"], fold=fold, expert=n) for n, o in enumerate((lora, other)))
     assert all(name.startswith("transformer_2.") for name in second.tensors)
-    path = tmp_path / "both.safetensors"
-    safetensors.torch.save_file({**first.tensors, **second.tensors}, path)
+    path, metadata = tmp_path / "both.safetensors", {}
+    if not fold:
+        tables = [json.loads(made.metadata["lora_adapter_metadata"]) for made in (first, second)]
+        metadata = {"lora_adapter_metadata": json.dumps(tables[0] | tables[1])}
+    safetensors.torch.save_file({name: t.clone() for name, t in (first.tensors | second.tensors).items()}, path, metadata)
     with pytest.raises(CheckpointError, match=r"LoRAs of 2 experts \(transformer\., transformer_2\.\); say which"):
         read_lora(path, SHAPES, spec=SPEC)
     with pytest.raises(CheckpointError, match="say which"):
@@ -249,6 +254,8 @@ def _edit(tensors, how):
         tensors[f"{key}.lora_up.weight"] = torch.randn(48, 5)
     elif how == "loha":
         tensors[f"{key}.hada_w1_a"] = torch.randn(48, 5)
+    elif how == "lokr":
+        tensors[f"{key}.lokr_w1"] = torch.randn(4, 5)
     elif how == "weights":
         tensors["img_in.proj.bias"] = torch.randn(5)
 
@@ -260,7 +267,8 @@ def _edit(tensors, how):
         ("nan", "not finite"),
         ("size", "'single_blocks.0.linear2' adapts a layer of shape 50x240, this model's is 48x240"),
         ("rank", r"shapes \[48, 5\] and \[4, 240\]"),
-        ("loha", "holds LoHa weights"),
+        ("loha", "is a LoHa and a LoRA at once"),
+        ("lokr", "holds LoKr weights, which are not supported: give a LoRA file .* or one of a LoHa"),
         ("weights", "'img_in.proj.bias' is not a LoRA tensor"),
     ],
 )

@@ -25,8 +25,9 @@ from hvtrain.merge.policies import POLICIES, Dense, Options
 from hvtrain.models.load import load_dit, save_dit
 from hvtrain.slices.plan import Cut, load_plan, save_plan
 from hvtrain.slices.run import plan_for
-from hvtrain.weights.stream import Slot, open_resumable
+from hvtrain.weights.stream import open_resumable
 from launcher import cli
+from shards.tensors import Extent
 from tests.train.shardset import make_shards
 
 LAYER = "double_blocks.0.img_attn_qkv"
@@ -256,8 +257,9 @@ def test_a_merge_that_was_killed_is_continued(tmp_path):
     script = """
 import sys, time, torch
 import hvtrain.weights.stream as stream
+from shards.tensors import Extent
 stream._PROGRESS_BYTES = 1
-slots = [stream.Slot(f"t{i}", torch.float32, (1000,)) for i in range(8)]
+slots = [Extent(f"t{i}", torch.float32, (1000,)) for i in range(8)]
 with stream.open_resumable(sys.argv[1], slots, signature="s") as writer:
     for i, name in enumerate(writer.waiting):
         writer.write(name, torch.full((1000,), float(name[1:])))
@@ -273,7 +275,7 @@ with stream.open_resumable(sys.argv[1], slots, signature="s") as writer:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not path.exists()
-    slots = [Slot(f"t{i}", torch.float32, (1000,)) for i in range(8)]
+    slots = [Extent(f"t{i}", torch.float32, (1000,)) for i in range(8)]
     with open_resumable(path, slots, signature="s") as writer:
         assert writer.waiting == ["t4", "t5", "t6", "t7"]
         for name in writer.waiting:

@@ -7,18 +7,9 @@ import torch
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import LoraFile
+from hvtrain.lorafiles.overlap import Contribution, Overlap, by_layer, labels, overlaps
 from hvtrain.lorafiles.pairs import LoraPair
-from hvtrain.merge.policies import (
-    POLICIES,
-    Contribution,
-    Dense,
-    Options,
-    Overlap,
-    by_layer,
-    combine,
-    labels,
-    overlaps,
-)
+from hvtrain.merge.policies import POLICIES, Dense, Options, combine
 from hvtrain.rng import generator
 
 

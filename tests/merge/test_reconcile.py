@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain.adapters.lora import linear_shapes
+from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import LoraFileConfig, MergeConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora, write_lora
@@ -18,6 +18,7 @@ from hvtrain.merge.changes import Changes, Full, LowRank
 from hvtrain.merge.stream import Streamed
 from hvtrain.models.load import identify, load_dit, whole_model
 from hvtrain.parallel.context import start
+from hvtrain.slices.plan import Cut, make_plan, save_plan
 from tests.train.shardset import make_shards
 
 DIT = "tiny:dit.safetensors"
@@ -240,3 +241,55 @@ def test_a_lora_without_samples_is_named(place, tmp_path):
         merge.run(cfg)
     with pytest.raises(ConfigError, match="1 sets for 2 LoRAs; give one for each"):
         merge.run(config(place, tmp_path / "m.safetensors", 1, 2, how="fit", samples=(str(place / "old"),)))
+
+
+def test_a_merge_that_is_killed_goes_on_at_its_block(place, tmp_path, monkeypatch, capsys):
+    """Blocks that were solved are not solved again, and the bytes are those of a merge that nobody killed."""
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    merge.run(config(place, whole, 1, 2, how="fit"))
+    solve, calls = fitting.fit_block, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    monkeypatch.setattr("hvtrain.merge.reconcile.fit_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge.run(config(place, cut, 1, 2, how="fit"))
+    assert not cut.exists() and (tmp_path / ".cut.safetensors.reconcile").is_dir()
+    merge.run(config(place, cut, 1, 2, how="fit"))
+    assert len(calls) == 3 and "block 1 of 6, done before" in capsys.readouterr().out
+    assert cut.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / ".cut.safetensors.reconcile").exists()
+
+
+def test_a_plans_slices_stay_slices(place, tmp_path):
+    """Fit and polish in the slots: each slice has a file of its own again, which the same plan merges, to the same model."""
+    plan = make_plan({n: SHAPES[n] for n in TEXT}, Cut(n=2, granularity="rows", order="interleaved"), model=FOUND.spec.name,
+                     flavor=FOUND.flavor.name)
+    save_plan(plan, tmp_path / "plan.json")
+    for part in plan.slices:
+        run = tmp_path / f"{part.loraid:02d}"
+        g = torch.Generator().manual_seed(part.loraid)
+        pairs = {}
+        for slot in part.slots:
+            up = torch.zeros(SHAPES[slot.module][0], RANK)
+            up[slot.begin : slot.end] = torch.randn(slot.end - slot.begin, RANK, generator=g) * 0.2
+            pairs[slot.module] = LoraPair(torch.randn(RANK, SHAPES[slot.module][1], generator=g) * 0.1, up, float(RANK))
+        make_shards(run / "calibration", n=12, seed=part.loraid, word=part.loraid)
+        (run / "config.yaml").write_text(f"run: {{name: slice-{part.loraid:02d}}}\n")
+        write_lora(run / f"slice-{part.loraid:02d}.safetensors", pairs,
+                   metadata={"ss_loraid": str(part.loraid), "hvtrain.plan": plan.hash})
+    cfg = replace(config(place, tmp_path / "merged.safetensors", how="fit+distill"), plan=str(tmp_path / "plan.json"))
+    merge.run(cfg)
+    again = MergeConfig(dit=DIT, plan=str(tmp_path / "merged-slices" / "plan.json"), output=str(tmp_path / "again.safetensors"))
+    merge.run(again)  # proves from the tensors that each stays in its slots
+    one, two = load_file(tmp_path / "merged.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    said = report(tmp_path / "merged.safetensors")
+    names = [f"slice-{i:02d}.safetensors" for i in (1, 2)]
+    assert list(said["fidelity"]) == names and all(said["fidelity"][n] < said["summed"][n] for n in names)
+    assert [said["leak"][n][n] for n in names] == pytest.approx([1, 1], rel=1e-4)
+    assert said["leak"][names[0]][names[1]] > 0.1

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hvtrain.errors import CheckpointError, ConfigError, DataError
-from hvtrain.models.hunyuan_video.vae import OFF, VaeTiling, VideoVae, build_vae, open_vae, save_vae
+from hvtrain.models.hunyuan_video.vae import OFF, VaeTiling, build_vae, open_vae, vae_of
+from hvtrain.models.hunyuan_video.vae_weights import METADATA_KEY
+from hvtrain.models.video_vae import VideoVae, save_vae
 from hvtrain.rng import generator
 from hvtrain.tiny import clips
 
@@ -39,7 +41,7 @@ def state(oracle) -> dict:
 def vae(oracle, state) -> VideoVae:
     model = build_vae(oracle["config"])
     model.load_state_dict(state)
-    return VideoVae(model)
+    return vae_of(model)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -100,14 +102,14 @@ def test_full_size_keys_and_shapes():
     rows = [line.split("\t") for line in (DATA / "hunyuan_video_vae.tsv").read_text().splitlines()]
     assert {k: "x".join(map(str, v.shape)) for k, v in model.state_dict().items()} == dict(rows)
     assert sum(p.numel() for p in model.parameters()) == 246_478_803
-    assert VideoVae(model).scaling_factor == SCALE
+    assert vae_of(model).scale == SCALE
 
 
 def write_layout(layout: str, folder: Path, state: dict, config: dict, vae: VideoVae) -> Path:
     state = {k: v.clone() for k, v in state.items()}
     path = folder / "vae.safetensors"
     if layout == "ours":
-        save_vae(vae, path)
+        save_vae(vae, path, key=METADATA_KEY)
     elif layout == "library directory":
         vae.model.save_pretrained(folder)
         return folder
@@ -154,7 +156,7 @@ def test_architecture_from_shapes_and_dtype(tmp_path):
 def test_another_scaling_factor_survives_saving(tmp_path, oracle, state):
     model = build_vae({**oracle["config"], "scaling_factor": 0.7})
     model.load_state_dict(state)
-    save_vae(model, tmp_path / "a.safetensors", dtype=torch.float16)
+    save_vae(model, tmp_path / "a.safetensors", key=METADATA_KEY, dtype=torch.float16)
     opened = open_vae(tmp_path / "a.safetensors", dtype=torch.float32)
     assert relative(opened.encode(oracle["input.video"]), oracle["output.latents_mean"] * 0.7) < 2e-3
 
@@ -188,7 +190,7 @@ def count_calls(vae: VideoVae, part: str, run) -> int:
 )
 def test_temporal_tiles(oracle, tiling, frames, tiles):
     """The library alone would cut all of these at 16 frames."""
-    vae = VideoVae(build_vae(oracle["config"]), tiling=tiling)
+    vae = vae_of(build_vae(oracle["config"]), tiling=tiling)
     x = video(frames, 16, 16)
     assert count_calls(vae, "encoder", lambda: vae.encode(x)) == tiles
     z = torch.zeros(1, 16, (frames - 1) // 4 + 1, 2, 2)
@@ -199,25 +201,25 @@ def test_temporal_tiles(oracle, tiling, frames, tiles):
 def test_spatial_tiles_and_slicing(oracle, state, vae):
     x = video(5, 64, 96, batch=2)
     whole = vae.encode(x)
-    tiled = VideoVae(vae.model, tiling=VaeTiling(spatial=32))
+    tiled = vae_of(vae.model, tiling=VaeTiling(spatial=32))
     assert count_calls(tiled, "encoder", lambda: tiled.encode(x)) == 3 * 4  # stride 24
-    untiled = VideoVae(vae.model, tiling=VaeTiling(spatial=0))
+    untiled = vae_of(vae.model, tiling=VaeTiling(spatial=0))
     assert count_calls(untiled, "encoder", lambda: untiled.encode(x)) == 1
-    sliced = VideoVae(vae.model, tiling=VaeTiling(slicing=True))
+    sliced = vae_of(vae.model, tiling=VaeTiling(slicing=True))
     assert count_calls(sliced, "encoder", lambda: sliced.encode(x)) == 2
     torch.testing.assert_close(sliced.encode(x), whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sliced.decode(whole), VideoVae(vae.model).decode(whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sliced.decode(whole), vae_of(vae.model).decode(whole), rtol=1e-4, atol=1e-4)
 
 
 def test_tiles_are_aligned(oracle, state, vae):
     """Random weights see far beyond a tile, so tiles differ; a tile in a wrong place would share nothing."""
     noise = torch.randn(1, 16, 2, 24, 24, generator=generator(3))
     whole = vae.decode(noise, clamp=False)
-    tiled = VideoVae(vae.model, tiling=VaeTiling(spatial=128)).decode(noise, clamp=False)
+    tiled = vae_of(vae.model, tiling=VaeTiling(spatial=128)).decode(noise, clamp=False)
     assert relative(tiled, whole) < 0.2
     noise = torch.randn(1, 16, 12, 6, 8, generator=generator(4))
-    whole = VideoVae(vae.model).decode(noise, clamp=False)
-    tiled = VideoVae(vae.model, tiling=VaeTiling(temporal=32)).decode(noise, clamp=False)
+    whole = vae_of(vae.model).decode(noise, clamp=False)
+    tiled = vae_of(vae.model, tiling=VaeTiling(temporal=32)).decode(noise, clamp=False)
     assert relative(tiled, whole) < 0.7
 
 
@@ -245,9 +247,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_refused_tiles(vae):
     with pytest.raises(ConfigError, match="100 pixels"):
-        VideoVae(vae.model, tiling=VaeTiling(spatial=100))
+        vae_of(vae.model, tiling=VaeTiling(spatial=100))
     with pytest.raises(ConfigError, match="-16 frames"):
-        VideoVae(vae.model, tiling=VaeTiling(temporal=-16))
+        vae_of(vae.model, tiling=VaeTiling(temporal=-16))
 
 
 def test_refused_videos(vae):

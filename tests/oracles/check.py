@@ -44,18 +44,20 @@ def read(path: str) -> Reference:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
-    if "config" not in metadata or not any(n.startswith("weights.") for n in tensors):
-        raise CheckpointError(f"{path}: not a reference file: needs metadata 'config' and tensors 'weights.*'")
+    if "config" not in metadata or not any(n.startswith("output") for n in tensors):
+        raise CheckpointError(f"{path}: not a reference file: needs metadata 'config' and tensors 'output*'")
     return Reference(path, json.loads(metadata["config"]), tensors)
 
 
 def errors(path: str) -> dict[str, float]:
     """Relative error of every output and gradient in the file."""
     reference = read(path)
-    for fits, compare in KINDS:
+    from tests.oracles import wan
+
+    for fits, compare in (*KINDS, *wan.KINDS):
         if fits(reference):
             return dict(compare(reference))
-    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V and SkyReels V1"
+    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1; Wan"
     raise CheckpointError(f"{path}: its weights are of no architecture checked here ({known})")
 
 

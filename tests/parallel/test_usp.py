@@ -13,7 +13,7 @@ from hvtrain.models.dit import Grid, Joint, Rope, Tokens
 from hvtrain.models.kernels import KERNELS, Grads, Partial
 from hvtrain.parallel import usp
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.parallel.usp import RingSpec, ShardedSequence, _merge, _nothing, usp_attend
+from hvtrain.parallel.usp import RingSpec, ShardedSequence, UspAttention, _merge, _nothing, usp_attend
 from tests.parallel.test_attention import DIM, HEADS, SHAPES, TEXT, make, plain, with_grads
 from tests.parallel.threads import run_threads
 
@@ -66,6 +66,70 @@ def test_outputs_and_gradients_are_those_of_softmax(ulysses, ring, n_img, txt_le
         parts = [grads[i] for _, grads in results]
         got = sum(parts) if i % 2 else torch.cat(parts, 1)[:, :n_img]  # text: summed over the ranks
         torch.testing.assert_close(got, ref[:, : got.shape[1]].float(), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 3), (2, 2)])
+def test_an_image_without_text_is_attended_to_without_a_message_about_text(ulysses, ring, monkeypatch):
+    """Zero text tokens, as of a model that attends to its prompt elsewhere."""
+    n_img, sp = 7, ulysses * ring
+    *qkv, d_out = (Joint(x.img, x.txt[:, :0]) for x in make(n_img, 2))
+    want, want_grads = with_grads(lambda q, k, v: plain(q, k, v, (0, 0), n_img), qkv, d_out)
+    chunk = -(-n_img // sp)
+
+    def rank(ctx: ParallelContext):
+        monkeypatch.setattr(usp, "gather", None)
+        here = slice(ctx.sp_rank * chunk, (ctx.sp_rank + 1) * chunk)
+
+        def shard(x: Joint) -> Joint:
+            return Joint(torch.nn.functional.pad(x.img, (0, 0, 0, 0, 0, chunk * sp - n_img))[:, here], x.txt)
+
+        def attend(q: Joint, k: Joint, v: Joint) -> Joint:
+            return usp_attend(q, k, v, txt_len=(0, 0), n_img=n_img, ctx=ctx, kernel=CAREFUL)
+
+        return with_grads(attend, [shard(x) for x in qkv], shard(d_out))
+
+    results, _ = run_threads(monkeypatch, rank, ulysses=ulysses, ring=ring)
+    assert all(out.txt.shape == (2, 0, HEADS, DIM) for out, _ in results)
+    whole = torch.cat([out.img for out, _ in results], 1)[:, :n_img]
+    torch.testing.assert_close(whole, want.img.float(), atol=2e-6, rtol=1e-5)
+    for i in (0, 2, 4):
+        got = torch.cat([grads[i] for _, grads in results], 1)[:, :n_img]
+        torch.testing.assert_close(got, want_grads[i].float(), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 3), (2, 2)])
+def test_across_each_rank_attends_with_its_queries_to_all_that_is_valid(ulysses, ring, monkeypatch):
+    """Outputs and gradients are those of one device; those of keys and values, which all ranks hold, add up. A sample without
+    keys gets zeros."""
+    lengths, n_img, sp = (5, 0, 3), 7, ulysses * ring
+    q, k, v, d_out = (torch.randn(3, n, HEADS, DIM, generator=torch.Generator().manual_seed(n + i)) for i, n in
+                      enumerate((n_img, TEXT, TEXT, n_img)))  # fmt: skip
+
+    def run(attend, q: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, lengths=lengths)
+        out.backward(d_out)
+        return out.detach(), *(x.grad for x in leaves)
+
+    def by_definition(q, k, v, lengths):
+        rows = []
+        for b, n in enumerate(lengths):
+            weights = (torch.einsum("snd,tnd->nst", q[b], k[b, :n]) / DIM**0.5).softmax(-1)
+            rows.append(torch.einsum("nst,tnd->snd", weights, v[b, :n]))
+        return torch.stack(rows)
+
+    def rank(ctx: ParallelContext):
+        here = torch.arange(n_img).chunk(sp)[ctx.sp_rank] if ctx.sp_rank < len(torch.arange(n_img).chunk(sp)) else []
+        return run(UspAttention(SDPA, ctx=ctx).cross, q[:, here], d_out[:, here])
+
+    want = run(by_definition, q, d_out)
+    results, wires = run_threads(monkeypatch, rank, ulysses=ulysses, ring=ring)
+    assert not wires.sent and not wires.exchanged
+    for i, ref in enumerate(want):
+        parts = [r[i] for r in results]
+        got = torch.cat(parts, 1) if i < 2 else sum(parts)
+        torch.testing.assert_close(got, ref, atol=5e-6, rtol=1e-5)
+    assert not want[0][1].any() and want[0][0].any()
 
 
 def attend_alike(ctx: ParallelContext, x: Joint, n_img: int, txt_len: tuple[int, ...], kernel=SDPA) -> Joint:

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from shards import ShardError, edit, info, open_set
-from shards.schema import Chunk, Manifest, save_manifest
+from shards import ShardError, edit, info, open_set, ways
+from shards.schema import Chunk, Made, Manifest, save_manifest
 from shards.verify import verify
 from shards.writer import write_tar
 from tests.shards.sets import make_set
@@ -26,7 +26,7 @@ def same(a, b):
 
 def test_split_by_number_is_even_complete_and_disjoint_and_merges_back(tmp_path):
     whole = make_set(tmp_path / "whole", sizes=((7, 3), (4, 5), (1, 2)))
-    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_number(3))
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", ways.by_number(3))
     assert [p.name for p in parts] == ["01", "02", "03"] and {p.samples for p in parts} == {4}
     sets = [open_set(tmp_path / "parts" / p.name) for p in parts]
     assert sum(len(s) for s in sets) == 12 and same(contents(*sets), contents(whole))
@@ -38,18 +38,42 @@ def test_split_by_number_is_even_complete_and_disjoint_and_merges_back(tmp_path)
 
 def test_split_by_caption_and_rest(tmp_path):
     make_set(tmp_path / "whole")  # captions are the keys: clip0_0 ... clip1_1
-    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_caption(["CLIP0", "clip1_1"]))
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", ways.by_caption(["CLIP0", "clip1_1"]))
     assert [(p.name, p.samples) for p in parts] == [("01", 3), ("02", 1), ("rest", 1)]
     assert json.loads((tmp_path / "parts/split.json").read_text())["parts"][1]["rule"] == "caption matches 'clip1_1'"
     # A whole tar is shared, not copied.
     origin, shared = tmp_path / "whole/latents/000000.tar", next((tmp_path / "parts/01/latents").glob("*.tar"))
     assert origin.stat().st_ino == shared.stat().st_ino
     with pytest.raises(ShardError, match="would be empty"):
-        edit.split(str(tmp_path / "whole"), tmp_path / "none", edit.by_caption(["nothing like it"]))
+        edit.split(str(tmp_path / "whole"), tmp_path / "none", ways.by_caption(["nothing like it"]))
     with pytest.raises(ShardError, match="not a regular expression"):
-        edit.by_caption(["("])
+        ways.by_caption(["("])
     with pytest.raises(ShardError, match="cannot make 9 parts"):
-        edit.split(str(tmp_path / "whole"), tmp_path / "nine", edit.by_number(9))
+        edit.split(str(tmp_path / "whole"), tmp_path / "nine", ways.by_number(9))
+
+
+def test_some_of_the_rest_are_kept_aside(tmp_path):
+    """For `merge --reconcile`: of what no pattern matches, spread over it, and in no other part."""
+    make_set(tmp_path / "whole", sizes=((3, 5), (6, 4)))
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", ways.by_caption(["clip0"]), keep=2)
+    assert [(p.name, p.samples) for p in parts] == [("01", 3), ("rest", 4), ("keep", 2)]
+    assert open_set(tmp_path / "parts/keep").keys == ["clip1_1", "clip1_4"]
+    assert open_set(tmp_path / "parts/rest").keys == ["clip1_0", "clip1_2", "clip1_3", "clip1_5"]
+    with pytest.raises(ShardError, match=r"--keep 6: takes samples that no --caption pattern matches, .* there are 6"):
+        edit.split(str(tmp_path / "whole"), tmp_path / "six", ways.by_caption(["clip0"]), keep=6)
+    with pytest.raises(ShardError, match="there are 0"):
+        edit.split(str(tmp_path / "whole"), tmp_path / "none", ways.by_number(2), keep=1)
+
+
+def test_a_few_are_picked_from_several_sets(tmp_path):
+    make_set(tmp_path / "a", sizes=((7, 5), (4, 4)))
+    assert edit.pick([str(tmp_path / "a")], tmp_path / "few", 3) == 3
+    few, whole = open_set(tmp_path / "few"), open_set(tmp_path / "a")
+    assert few.keys == ["clip0_1", "clip0_5", "clip1_2"]
+    got, had = few.get(2), whole.get(whole.keys.index("clip1_2"))
+    assert all(torch.equal(got.tensors[n], t) for n, t in had.tensors.items()) and got.meta == had.meta
+    assert edit.pick([str(tmp_path / "a")], tmp_path / "few", 3) == 3  # there already
+    assert edit.pick([str(tmp_path / "a")], tmp_path / "all", 99) == 11
 
 
 def test_a_folder_is_one_part_by_whatever_name(tmp_path):
@@ -60,12 +84,12 @@ def test_a_folder_is_one_part_by_whatever_name(tmp_path):
     rows = [(k, {"latents": torch.ones(1, 1, 2, 2)}, {"source": name}) for k, name in zip(keys, names)]
     tar = write_tar(tmp_path / "whole", "latents/0.tar", rows)
     save_manifest(tmp_path / "whole", Manifest(("latents",), (Chunk("b", tuple(keys), {"latents": tar}),)))
-    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", edit.by_folder())
+    parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", ways.by_folder())
     assert [(p.name, p.rule, p.samples) for p in parts] == [
         ("01", "clips of .", 1), ("02", "clips of /data/ds/jl", 5), ("03", "clips of /data/other", 1)]
     assert open_set(tmp_path / "parts/02").keys == ["a", "b", "c", "d", "e"]
     # Two folders that end alike are not taken for one another.
-    assert edit.one_name(["/x/ds", "/y/ds", "ds", "s"]) == {"/x/ds": "/x/ds", "/y/ds": "/y/ds", "ds": "ds", "s": "s"}
+    assert ways.one_name(["/x/ds", "/y/ds", "ds", "s"]) == {"/x/ds": "/x/ds", "/y/ds": "/y/ds", "ds": "ds", "s": "s"}
 
 
 def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):
@@ -77,7 +101,7 @@ def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ShardError, match="sample clip0_0 differs in 'latents'"):
         edit.merge([str(tmp_path / "a"), str(tmp_path / "c")], tmp_path / "ac")
     found = open_set(tmp_path / "a")
-    save_manifest(tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": "other"}))
+    save_manifest(tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": Made("other")}))
     with pytest.raises(ShardError, match="encoders"):
         edit.merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "x")
     with pytest.raises(ShardError, match="holds something already"):

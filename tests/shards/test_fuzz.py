@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from shards import ShardError, edit, info
+from shards import ShardError, edit, info, ways
 from shards.reader import open_set
 from shards.tar import open_local, parse_index
 from shards.tensors import parse
@@ -79,7 +79,7 @@ def use(root, out):
     found = open_set(root)
     for index in range(min(len(found), 20)):
         found.get(index)
-    edit.split(str(root), out / "split", edit.by_number(1))
+    edit.split(str(root), out / "split", ways.by_number(1))
     edit.merge([str(root), str(root)], out / "merged")
     return edit.export(str(root), out / "plain")
 

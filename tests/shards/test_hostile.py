@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from shards import ShardError, edit, info, open_set
+from shards import ShardError, edit, info, open_set, ways
 from shards.loader import BatchLoader
 from shards.schema import Chunk, Manifest, TarFile, load_manifest
 from shards.tar import Member, open_local, parse_index
@@ -155,8 +155,8 @@ def test_records_refuse_whoever_makes_them():
 COMMANDS = {
     "info": lambda source, out: list(info.lines(open_set(source))),
     "export": lambda source, out: edit.export(source, out),
-    "split": lambda source, out: edit.split(source, out, edit.by_number(1)),
-    "split by caption": lambda source, out: edit.split(source, out, edit.by_caption(["clip0_1"])),
+    "split": lambda source, out: edit.split(source, out, ways.by_number(1)),
+    "split by caption": lambda source, out: edit.split(source, out, ways.by_caption(["clip0_1"])),
     "merge": lambda source, out: edit.merge([source, source], out),
     "train": lambda source, out: next(iter(BatchLoader(open_set(source), batch_size=1, on_bad_sample="skip"))),
 }

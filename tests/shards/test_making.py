@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shards import ShardError, edit, open_set
+from shards import ShardError, edit, open_set, ways
 from shards.schema import save_manifest
 from shards.verify import verify
 from tests.shards.sets import make_set
 
 COMMANDS = {
-    "split": lambda source, out: edit.split(str(source), out, edit.by_number(2)),
+    "split": lambda source, out: edit.split(str(source), out, ways.by_number(2)),
     "merge": lambda source, out: edit.merge([str(source), str(source.parent / "b")], out),
     "export": lambda source, out: edit.export(str(source), out),
 }
@@ -138,10 +138,10 @@ def test_another_command_or_another_set_is_refused(tmp_path, monkeypatch, source
         COMMANDS["split"](tmp_path / "a", out)
     half = files(out)
     for other in (
-        lambda: edit.split(str(tmp_path / "a"), out, edit.by_number(3)),
-        lambda: edit.split(str(tmp_path / "a"), out, edit.by_number(2, seed=1)),
-        lambda: edit.split(str(tmp_path / "a"), out, edit.by_caption(["clip0"])),
-        lambda: edit.split(str(tmp_path / "b"), out, edit.by_number(2)),
+        lambda: edit.split(str(tmp_path / "a"), out, ways.by_number(3)),
+        lambda: edit.split(str(tmp_path / "a"), out, ways.by_number(2, seed=1)),
+        lambda: edit.split(str(tmp_path / "a"), out, ways.by_caption(["clip0"])),
+        lambda: edit.split(str(tmp_path / "b"), out, ways.by_number(2)),
         lambda: COMMANDS["merge"](tmp_path / "a", out),
         lambda: COMMANDS["export"](tmp_path / "a", out),
     ):

@@ -80,7 +80,7 @@ def a_run(folder: Path, *, n: int = 3, backend: str = "slurm", merge: bool = Tru
 
 
 def stands(folder: Path, name: str, *jobs: str, code: int | None = None, started: float | None = 1.0) -> None:
-    slices.save_state(folder, name, slices.State(list(jobs), started, None, code))
+    slices.save_state(folder, name, slices.JobState(list(jobs), started, None, code))
 
 
 def finish(folder: Path, name: str, job: str) -> None:

@@ -77,18 +77,18 @@ def test_jobs_of_an_array_and_of_its_merge(tmp_path, jobs):
     stands(run, "merge", "9", code=1)
     said = backends.submit(run, plan, backends.Start((1, 7), True, ("8_2",), ("9",)))
     assert said == ["job 11: slices 1, 7, 4 at a time", "job 12: merge, when all have finished"]
-    array = slurm.Job(
+    array = slurm.BatchJob(
         "array", "5%-slices", Path.cwd(), f"{logs}/%3a.log", ["slices", "one", str(run)],
         slurm.Resources(3, 2, "5:00", True, 6), "1,7%4",
     )
-    merge = slurm.Job(
+    merge = slurm.BatchJob(
         "merge", "5%-merge", Path.cwd(), f"{logs}/merge.log", ["slices", "merge", str(run)], slurm.Resources(gpus=False),
         after=["8_2", "11"],
     )
     assert jobs == [["9"], (array, "site s"), "script array", (merge, "site s"), "script merge"]
-    assert slices.load_state(run, "007") == slices.State(["6_7", "11_7"])
-    assert slices.load_state(run, "001") == slices.State(["11_1"]) and slices.load_state(run, "002") == slices.State()
-    assert slices.load_state(run, "merge") == slices.State(["9", "12"])
+    assert slices.load_state(run, "007") == slices.JobState(["6_7", "11_7"])
+    assert slices.load_state(run, "001") == slices.JobState(["11_1"]) and slices.load_state(run, "002") == slices.JobState()
+    assert slices.load_state(run, "merge") == slices.JobState(["9", "12"])
 
 
 def test_a_merge_alone_and_slices_alone(run, jobs):
@@ -164,7 +164,7 @@ def machine(run, monkeypatch):
     monkeypatch.setattr(backends, "command", command)
     monkeypatch.setattr(subprocess, "Popen", made.start)
     monkeypatch.setattr(backends, "time", made)
-    monkeypatch.setattr(backends, "process_start", lambda pid: f"s{pid}")
+    monkeypatch.setattr(backends, "job_of", lambda pid: f"{pid}:s{pid}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
     return made
 
@@ -257,7 +257,7 @@ def launched(monkeypatch):
     """Arguments of processes.launch, and the state of slice 2 meanwhile."""
     calls: list[Any] = []
     monkeypatch.setattr(processes, "launch", lambda arguments, topology, **more: calls.append((arguments, topology, more)) or 9)
-    monkeypatch.setattr(backends, "process_start", lambda pid: {os.getpid(): "me"}[pid])
+    monkeypatch.setattr(backends, "job_of", lambda pid: {os.getpid(): f"{pid}:me"}[pid])
     for name in ("SLURM_NODEID", "SLURM_NNODES", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     return calls

@@ -56,25 +56,27 @@ def test_a_run_that_cannot_be_read(tmp_path):
 
 def test_a_state_is_kept_and_never_half_written(tmp_path, monkeypatch):
     a_run(tmp_path)
-    assert slices.load_state(tmp_path, "01") == slices.State([], None, None, None)
-    slices.save_state(tmp_path, "01", slices.State(["7_1"], 1.0))
+    assert slices.load_state(tmp_path, "01") == slices.JobState([], None, None, None)
+    slices.save_state(tmp_path, "01", slices.JobState(["7_1"], 1.0))
     synced = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
-    slices.save_state(tmp_path, "01", slices.State(["7_1", "8_1"], 1.0, 2.0, 75))
-    assert synced == [str(tmp_path / f"state/.01.json.{os.getpid()}.tmp")]  # another name, and on the disk before it is the file
+    slices.save_state(tmp_path, "01", slices.JobState(["7_1", "8_1"], 1.0, 2.0, 75))
+    temporary, folder = synced
+    assert Path(temporary).parent == Path(folder) == tmp_path / "state"
+    assert re.fullmatch(rf"\.01\.json\.\w+-{os.getpid()}-\w+\.tmp", Path(temporary).name)  # and on the disk before
     file = tmp_path / "state/01.json"
     assert file.read_text() == (
         '{\n "jobs": [\n  "7_1",\n  "8_1"\n ],\n "started": 1.0,\n "ended": 2.0,\n "code": 75\n}\n'
     )
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["01.json"]
-    assert slices.load_state(tmp_path, "01") == slices.State(["7_1", "8_1"], 1.0, 2.0, 75)
+    assert slices.load_state(tmp_path, "01") == slices.JobState(["7_1", "8_1"], 1.0, 2.0, 75)
 
     def fails(number):
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="full"):
-        slices.save_state(tmp_path, "01", slices.State())
+        slices.save_state(tmp_path, "01", slices.JobState())
     assert slices.load_state(tmp_path, "01").code == 75
 
 
@@ -107,12 +109,12 @@ def test_attempts_are_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(slices.time, "time", lambda: next(clock))
     slices.note_start(tmp_path, "01", "7_1")
     slices.note_end(tmp_path, "01", 75)
-    assert slices.load_state(tmp_path, "01") == slices.State(["7_1"], 10.0, 20.0, 75)
+    assert slices.load_state(tmp_path, "01") == slices.JobState(["7_1"], 10.0, 20.0, 75)
     slices.note_start(tmp_path, "01", "7_1")  # requeued: the same job
-    assert slices.load_state(tmp_path, "01") == slices.State(["7_1"], 30.0, None, None)
+    assert slices.load_state(tmp_path, "01") == slices.JobState(["7_1"], 30.0, None, None)
     slices.note_start(tmp_path, "01", "8_1")
     slices.note_start(tmp_path, "01", "7_1")
-    assert slices.load_state(tmp_path, "01") == slices.State(["7_1", "8_1", "7_1"], 50.0)
+    assert slices.load_state(tmp_path, "01") == slices.JobState(["7_1", "8_1", "7_1"], 50.0)
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_what_fills_a_script(template, ascii_locale):
         environment=("A=b c", "D=e f=g"), prefix="in x", command="hv -q",
     )
     resources = slurm.Resources(2, 4, "6:00", True, 5)
-    job = slurm.Job("job", "n m", Path("/w x"), "l%j", ["train", "a b"], resources, "1,2%1", ["7", "8_1"])
+    job = slurm.BatchJob("job", "n m", Path("/w x"), "l%j", ["train", "a b"], resources, "1,2%1", ["7", "8_1"])
     assert slurm.render(job, everything) == (
         'name = "n m"\nnodes = 2\nlog = l%j\ngrace = 7\nmax_restarts = 5\nfolder = \'/w x\'\n'
         "options = #SBATCH --partition=p\n#SBATCH --account=a\n#SBATCH --qos=q\n#SBATCH --constraint=c\n#SBATCH --time=6:00\n"
@@ -192,7 +192,7 @@ def test_what_fills_a_script(template, ascii_locale):
 
 
 def test_what_fills_a_script_where_nothing_was_said(template):
-    job = slurm.Job("job", "n", Path("/w"), "l", ["train"], slurm.Resources())
+    job = slurm.BatchJob("job", "n", Path("/w"), "l", ["train"], slurm.Resources())
     empty = (
         "name = n\nnodes = 1\nlog = l\ngrace = 120\nmax_restarts = 3\nfolder = /w\noptions = {}\nsetup = \nenvironment = \n"
         "srun = {}\ncommand = '/a b/python' main.py train\narray = \n# é\n"
@@ -203,16 +203,16 @@ def test_what_fills_a_script_where_nothing_was_said(template):
 
 
 def test_a_script_without_its_template_or_with_a_time_that_is_none(template, tmp_path):
-    job = slurm.Job("merge", "n", Path("/w"), "l", [], slurm.Resources())
+    job = slurm.BatchJob("merge", "n", Path("/w"), "l", [], slurm.Resources())
     assert message(lambda: slurm.render(job, Site())) == (
         f"{tmp_path / 'merge.sbatch'} is missing: jobs are submitted from a checkout of the repository"
     )
-    job = slurm.Job("job", "n", Path("/w"), "l", [], slurm.Resources(time="soon"))
+    job = slurm.BatchJob("job", "n", Path("/w"), "l", [], slurm.Resources(time="soon"))
     with pytest.raises(ConfigError, match=re.escape("--time 'soon', expected minutes, H:M:S or D-H:M:S")):
         slurm.render(job, Site())
     (tmp_path / "job.sbatch").write_text("@{nothing}")
     with pytest.raises(KeyError, match="nothing"):  # a bug of ours, not an empty line
-        slurm.render(slurm.Job("job", "n", Path("/w"), "l", [], slurm.Resources()), Site())
+        slurm.render(slurm.BatchJob("job", "n", Path("/w"), "l", [], slurm.Resources()), Site())
 
 
 def test_values_that_no_option_can_hold():

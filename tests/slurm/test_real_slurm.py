@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards import edit
+from shards import edit, ways
 from tests.slurm.cluster import Cluster, missing
 from tests.train.shardset import make_shards
 
@@ -144,7 +144,7 @@ def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, sit
 @pytest.fixture
 def sliced(cluster, shards, site, tmp_path):
     """A plan of four slices with a part of the data each, and the command that runs them."""
-    edit.split(str(shards), tmp_path / "parts", edit.by_number(4))
+    edit.split(str(shards), tmp_path / "parts", ways.by_number(4))
     plan = ["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 4, "--granularity", "rows", "--order", "interleaved"]
     hvtrain(cluster, *plan, "--output", tmp_path / "plan")
     return [

@@ -59,7 +59,7 @@ def test_a_job_starts_on_every_node_again_when_one_dies_and_is_requeued_when_it_
 ):
     site = Site(command="hvtrain", environment=("EXTRA=a b",), cpus_per_process=4)
     command = ["launch", "--nproc", "8", "--in-job", "train", "a=b c"]
-    job = slurm.Job("job", "n", tmp_path, "x.log", command, slurm.Resources(2, 8, max_restarts=2))
+    job = slurm.BatchJob("job", "n", tmp_path, "x.log", command, slurm.Resources(2, 8, max_restarts=2))
     code, seen, asked = play(tmp_path, slurm.render(job, site), ends_with)
     assert code == ends_with
     ports = [20000 + (31234 + 1009 * i) % 12000 for i in range(starts)]  # the one before may still be held
@@ -69,7 +69,7 @@ def test_a_job_starts_on_every_node_again_when_one_dies_and_is_requeued_when_it_
 
 
 def test_an_array_task_gets_its_number_and_requeues_itself(tmp_path):
-    job = slurm.Job("array", "n", tmp_path, "x.log", ["slices", "one", "/run"], slurm.Resources(), array="1,2,3%2")
+    job = slurm.BatchJob("array", "n", tmp_path, "x.log", ["slices", "one", "/run"], slurm.Resources(), array="1,2,3%2")
     text = slurm.render(job, Site(command="hvtrain"))
     assert "#SBATCH --array=1,2,3%2\n" in text
     code, seen, asked = play(tmp_path, text, 75)
@@ -83,7 +83,7 @@ def test_what_a_site_says_reaches_the_script(tmp_path):
         "cpus_per_process: 12\nmodules: [cuda/12.4]\nsetup: [source /opt/venv/bin/activate]\nprefix: apptainer exec --nv x.sif\n"
         "command: hvtrain\ngrace_s: 300\n"
     )
-    job = slurm.Job("job", "n", tmp_path, "x.log", ["launch", "train"], slurm.Resources(4, 8, "1-00:00:00"))
+    job = slurm.BatchJob("job", "n", tmp_path, "x.log", ["launch", "train"], slurm.Resources(4, 8, "1-00:00:00"))
     text = slurm.render(job, load_site(str(path)))
     for line in (
         "--nodes=4", "--partition=gpu", "--account=me", "--qos=high", "--gres=gpu:h100:8", "--time=1-00:00:00", "--mem=0",
@@ -93,7 +93,7 @@ def test_what_a_site_says_reaches_the_script(tmp_path):
     assert "module load cuda/12.4\nsource /opt/venv/bin/activate\n" in text
     assert "srun --kill-on-bad-exit=0 --wait=50 --cpus-per-task=96 apptainer exec --nv x.sif hvtrain launch train\n" in text
     assert "@{" not in text
-    merge = slurm.Job("merge", "m", tmp_path, "x.log", ["slices", "merge", "/r"], slurm.Resources(gpus=False), after=["1"])
+    merge = slurm.BatchJob("merge", "m", tmp_path, "x.log", ["slices", "merge", "/r"], slurm.Resources(gpus=False), after=["1"])
     text = slurm.render(merge, load_site(str(path)))
     assert "gres" not in text and "--dependency=afterok:1\n" in text and "--cpus-per-task=12\n" in text
 
@@ -138,7 +138,7 @@ def test_launch_prints_its_script_and_needs_slurm_to_submit(tmp_path, capsys, mo
 def test_status_shows_progress_and_time_left(tmp_path):
     plan = slices.Slices("p", None, (), ("s",), 1)
     slices.save_slices(tmp_path, plan)
-    slices.save_state(tmp_path, "01", slices.State(jobs=["7_1"], started=1.0))
+    slices.save_state(tmp_path, "01", slices.JobState(jobs=["7_1"], started=1.0))
     (tmp_path / "01").mkdir()
     (tmp_path / "01/config.yaml").write_text("run: {steps: 100, name: slice-01}\n")
     rows = [{"step": s, "train/loss": 1 / s, "speed/slowest_rank_s": 30.0} for s in (1, 2)] + [{"step": 2, "eval/loss": 1}]
@@ -161,7 +161,7 @@ def test_data_of_slices(tmp_path):
 
 def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
     """No Slurm: two at a time, one with damaged data."""
-    from shards import edit
+    from shards import edit, ways
     from tests.slurm.test_real_slurm import TRAIN
     from tests.train.shardset import make_shards
 
@@ -170,7 +170,7 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
         command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env)
 
-    edit.split(str(make_shards(tmp_path / "set", n=8)), tmp_path / "parts", edit.by_number(2))
+    edit.split(str(make_shards(tmp_path / "set", n=8)), tmp_path / "parts", ways.by_number(2))
     plan, run = tmp_path / "plan", tmp_path / "run"
     done = hvtrain("slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 2, "--granularity", "module", "--output", plan)
     assert done.returncode == 0, done.stderr

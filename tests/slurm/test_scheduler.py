@@ -131,9 +131,9 @@ def test_a_path_is_no_pattern():
         slurm.literal("/runs/a\\b")
 
 
-def job(**more) -> slurm.Job:
+def job(**more) -> slurm.BatchJob:
     given = {"template": "job", "name": "n", "folder": "/w", "log": "/x.log", "command": ["train"]}
-    return slurm.Job(**{**given, "resources": slurm.Resources(), **more})
+    return slurm.BatchJob(**{**given, "resources": slurm.Resources(), **more})
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ AGAIN = "`hvtrain slices retry` makes it again"
 )
 def test_words_for_every_state(run, state, said, word, note):
     plan = a_run(run, n=1)
-    slices.save_state(run, "01", slices.State(**state))
+    slices.save_state(run, "01", slices.JobState(**state))
     states = {"6_1": "FAILED", **({"7_1": said} if said else {})}
     found = standing.standing(run, plan, 1, slurm.Queue(states))
     assert (found.word, found.note) == (word, note)
@@ -180,7 +180,7 @@ def test_a_slice_with_a_sound_result_is_done_unless_its_end_was_bad(run, code, c
 )
 def test_words_for_the_merge(run, state, queue, word, note, job):
     plan = a_run(run, n=1)
-    slices.save_state(run, "merge", slices.State(**state))
+    slices.save_state(run, "merge", slices.JobState(**state))
     (run / "logs/merge.log").write_text("error: of the merge\n")
     assert standing.merge_standing(run, plan, slurm.Queue(queue)) == standing.Standing("merge", word, note=note, job=job)
     none = standing.merge_standing(run, a_run(run, n=1, merge=False), slurm.Queue(queue))
@@ -202,7 +202,7 @@ def test_a_mark_of_an_attempt_that_was_cancelled(run):
         ({"01": "7_1"}, ["7_1"], "cancelled"), ({"01": "6_1"}, ["6_1", "7_1"], "failed"), ({"01": ""}, [], "cancelled"),
         ({"02": ""}, [], "waiting"),
     ):
-        slices.save_state(run, "01", slices.State(jobs, 1.0))
+        slices.save_state(run, "01", slices.JobState(jobs, 1.0))
         slices._write(run / "state/cancelled.json", marks)
         assert standing.standing(run, plan, 1, slurm.Queue()).word == word
 

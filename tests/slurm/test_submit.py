@@ -94,7 +94,7 @@ def test_a_merge_that_failed_alone_is_submitted_alone(fake, run, capsys):
     assert code == 0 and "job 101: merge, at once: all slices are done" in said
     [merge] = fake.scripts()
     assert "--dependency" not in options(merge) and "slices merge" in merge
-    assert slices.load_state(run, "merge") == slices.State(["85", "101"])
+    assert slices.load_state(run, "merge") == slices.JobState(["85", "101"])
     fake.says("101|PENDING|Priority")
     code, said = hvtrain(capsys, "retry", run)
     assert code == 0 and "nothing to start, the rest is under way" in said and len(fake.scripts()) == 1

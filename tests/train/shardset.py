@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hvtrain.config import TrainConfig, load
-from shards.schema import EMPTY_TEXT, Chunk, Manifest, save_manifest
+from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, save_manifest
 from shards.writer import write_tar
 
 
@@ -32,7 +32,8 @@ def make_shards(
     for column in more:
         rows = [(k, {f"{column}_latents": latents[k][:, :1].clone()}, {}) for k in keys]
         tars[column] = write_tar(root, f"{column}/0.tar", rows)
-    save_manifest(root, Manifest(tuple(tars), (Chunk("5x32x32", keys, tars),), encoders or {}))
+    made = {column: Made(name) for column, name in (encoders or {}).items()}
+    save_manifest(root, Manifest(tuple(tars), (Chunk("5x32x32", keys, tars),), made))
     save_file({"text": torch.zeros(1, 64), "pooled": torch.zeros(64)}, str(root / EMPTY_TEXT))
     return root
 

@@ -88,10 +88,10 @@ def test_nan_latents_are_named_or_skipped(tmp_path):
 
 def test_split_shards_train_together_like_a_set_of_their_own(tmp_path):
     """Slices get their data by `shards split`; all parts together are the whole again."""
-    from shards import edit
+    from shards import edit, ways
 
     shards = make_shards(tmp_path / "shards")
-    edit.split(str(shards), tmp_path / "parts", edit.by_number(2))
+    edit.split(str(shards), tmp_path / "parts", ways.by_number(2))
     both = f"[{tmp_path / 'parts/01'}, {tmp_path / 'parts/02'}]"
     train.run(config(both, tmp_path / "a"))
     assert len(losses(tmp_path / "a")) == 6

@@ -186,6 +186,30 @@ def test_a_signal_from_before_the_loop_is_not_forgotten():
             signal.signal(number, handler)
 
 
+def test_a_terminal_that_closes_asks_to_stop_unless_nohup_says_otherwise():
+    """A plain `hvtrain train` over ssh: the connection is lost, what was done shall not be."""
+    before = signal.getsignal(signal.SIGHUP)
+
+    def close(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert run("++++", at=close) == (False, [1, 2], [2])
+        stopping.remember()  # while the model is read
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert run("++++") == (False, [1], [1])
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stopping.remember()
+        assert run("++++", at=close) == (True, [1, 2, 3, 4], [4])
+        stopping.obey()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        stopping.obey()
+
+
 @pytest.fixture
 def interruptible():
     """As on a terminal: what is started in a shell's background ignores Ctrl-C."""

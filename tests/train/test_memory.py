@@ -11,6 +11,7 @@ from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.parallel.context import shutdown
 from hvtrain.train import run as train
+from hvtrain.train.engine import Step
 from hvtrain.train.zero import ds_config
 from tests.train.shardset import config, make_shards
 
@@ -94,10 +95,10 @@ def _engine(tmp_path, settings) -> ZeroConfig:
 def test_deepspeed_s_own_settings_are_merged_over_ours(tmp_path):
     net = torch.nn.Linear(3, 3)
     settings = {"zero_optimization": {"round_robin_gradients": True}, "wall_clock_breakdown": True}
-    made = ds_config(_engine(tmp_path, settings), net, cuda=False)
+    made = ds_config(_engine(tmp_path, settings), net, cuda=False, step=Step())
     assert made["zero_optimization"]["round_robin_gradients"] is True and made["zero_optimization"]["stage"] == 2
     assert made["wall_clock_breakdown"] is True and made["communication_data_type"] == "fp32"
-    small = ds_config(ZeroConfig(bucket_mb=0.00001, communication_dtype="bf16"), net, cuda=False)
+    small = ds_config(ZeroConfig(bucket_mb=0.00001, communication_dtype="bf16"), net, cuda=False, step=Step())
     assert small["zero_optimization"]["reduce_bucket_size"] == 2 and small["communication_data_type"] == "bf16"
 
 
@@ -107,14 +108,14 @@ def test_deepspeed_s_own_settings_are_merged_over_ours(tmp_path):
 def test_gradients_travel_beside_the_backward_of_a_full_fine_tune_alone(cuda, whole, stage, overlaps):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     net[0].requires_grad_(whole)
-    zero = ds_config(ZeroConfig(stage=stage), net, cuda=cuda)["zero_optimization"]
+    zero = ds_config(ZeroConfig(stage=stage), net, cuda=cuda, step=Step())["zero_optimization"]
     assert zero["overlap_comm"] is overlaps
 
 
 def test_zero_3_leaves_torch_s_linear_alone_and_gathers_a_block_ahead():
-    zero = ds_config(ZeroConfig(stage=3), torch.nn.Linear(3, 3), cuda=True)["zero_optimization"]
+    zero = ds_config(ZeroConfig(stage=3), torch.nn.Linear(3, 3), cuda=True, step=Step())["zero_optimization"]
     assert zero["memory_efficient_linear"] is False and zero["stage3_prefetch_bucket_size"] == 1 << 28
-    two = ds_config(ZeroConfig(stage=2), torch.nn.Linear(3, 3), cuda=True)["zero_optimization"]
+    two = ds_config(ZeroConfig(stage=2), torch.nn.Linear(3, 3), cuda=True, step=Step())["zero_optimization"]
     assert "memory_efficient_linear" not in two
 
 
@@ -129,7 +130,7 @@ def test_zero_3_leaves_torch_s_linear_alone_and_gathers_a_block_ahead():
 )
 def test_settings_that_are_ours_are_refused(tmp_path, settings, says):
     with pytest.raises(ConfigError, match=says):
-        ds_config(_engine(tmp_path, settings), torch.nn.Linear(3, 3), cuda=False)
+        ds_config(_engine(tmp_path, settings), torch.nn.Linear(3, 3), cuda=False, step=Step())
 
 
 def test_the_fragment_reaches_deepspeed(shards, tmp_path):

@@ -227,7 +227,8 @@ def test_checkpoints_are_rotated_and_incomplete_ones_ignored(tmp_path):
 def test_caption_dropout():
     batch = {"text": torch.ones(400, 3, 2), "text_len": torch.full((400,), 3), "pooled": torch.ones(400, 4)}
     empty = {"text": torch.zeros(5, 2), "pooled": torch.zeros(4)}
-    out = drop_captions(batch, empty, shares=[0.25] * len(batch["text_len"]), draw=torch.Generator().manual_seed(0))
+    shares, fields = [0.25] * len(batch["text_len"]), find("hunyuan-video").flavor(None).cond
+    out = drop_captions(batch, empty, shares=shares, draw=torch.Generator().manual_seed(0), fields=fields)
     dropped = out["text_len"] == 5
     assert 70 < dropped.sum() < 130
     assert not out["text"][dropped].any() and not out["pooled"][dropped].any()

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.weights import stream
 from hvtrain.weights.stream import (
-    Slot,
     data_sum,
     lay_out,
     open_resumable,
@@ -19,6 +18,7 @@ from hvtrain.weights.stream import (
     read_header,
     tensor_bytes,
 )
+from shards.tensors import Extent
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -35,8 +35,8 @@ def sample() -> dict[str, torch.Tensor]:
     }
 
 
-def slots(tensors: dict[str, torch.Tensor]) -> list[Slot]:
-    return [Slot(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+def slots(tensors: dict[str, torch.Tensor]) -> list[Extent]:
+    return [Extent(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
 
 
 def test_the_library_reads_what_was_streamed(tmp_path):
@@ -62,10 +62,10 @@ def test_a_file_equals_the_librarys_byte_for_byte(tmp_path):
     header = read_header(theirs)
     assert header.metadata == {"one": "entry"}
     data = memoryview(theirs.read_bytes())
-    with open_writer(ours, header.slots.values(), metadata=header.metadata) as writer:
-        for slot in header.slots.values():
+    with open_writer(ours, header.extents.values(), metadata=header.metadata) as writer:
+        for slot in header.extents.values():
             writer.write_bytes(slot.name, data[slot.start : slot.stop])
-    assert read_header(ours).slots == header.slots
+    assert read_header(ours).extents == header.extents
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -75,7 +75,7 @@ def test_slots_read_back(tmp_path):
         for name in writer.waiting:
             writer.write(name, tensors[name])
     data = path.read_bytes()
-    for name, slot in read_header(path).slots.items():
+    for name, slot in read_header(path).extents.items():
         assert slot.start % slot.dtype.itemsize == 0 and slot.dtype == tensors[name].dtype
         assert data[slot.start : slot.stop] == bytes(tensor_bytes(tensors[name]))
 
@@ -105,14 +105,14 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 def test_lay_out_aligns():
-    head, placed = lay_out([Slot("b", torch.uint8, (3,)), Slot("a", torch.float32, (2,))])
+    head, placed = lay_out([Extent("b", torch.uint8, (3,)), Extent("a", torch.float32, (2,))])
     assert len(head) % 8 == 0 and [slot.name for slot in placed] == ["a", "b"]
     assert placed[1].stop == len(head) + 11
 
 
 # --- where files go -----------------------------------------------------------------------------------------------------
 
-EIGHT = [Slot(f"t{i}", torch.float32, (100,)) for i in range(8)]
+EIGHT = [Extent(f"t{i}", torch.float32, (100,)) for i in range(8)]
 
 
 def value(name, n=0):

@@ -8,29 +8,12 @@ from typing import Any
 
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from
-from hvtrain.models.hunyuan_video.inputs import make_input
+from hvtrain.models.hunyuan_video.inputs import image_conditions, make_input, start
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
+from hvtrain.models.later import later
 from hvtrain.models.spec import ModelSpec, TinyParts
-
-
-def _open_vae(*args: Any, **options: Any) -> Any:
-    from hvtrain.models.hunyuan_video.vae import open_vae  # diffusers takes seconds to import
-
-    return open_vae(*args, **options)
-
-
-def _open_text(*args: Any, **options: Any) -> Any:
-    from hvtrain.models.hunyuan_video.text import open_text  # so does transformers
-
-    return open_text(*args, **options)
-
-
-def _text_fingerprints(*args: Any) -> tuple[str, ...]:
-    from hvtrain.models.hunyuan_video.text import text_fingerprints
-
-    return text_fingerprints(*args)
 
 
 def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: int) -> Any:
@@ -54,9 +37,10 @@ def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: in
 
 
 def _save_vae(model: Any, path: str) -> None:
-    from hvtrain.models.hunyuan_video.vae import save_vae
+    from hvtrain.models.hunyuan_video.vae_weights import METADATA_KEY
+    from hvtrain.models.video_vae import save_vae
 
-    save_vae(model, path)
+    save_vae(model, path, key=METADATA_KEY)
 
 
 def _prompt_template() -> str:
@@ -81,13 +65,15 @@ SPEC = ModelSpec(
     build=HunyuanVideo,
     init_weights=init_weights,
     make_input=make_input,
-    open_vae=_open_vae,
-    open_text=_open_text,
-    text_fingerprints=_text_fingerprints,
+    open_vae=later(f"{__name__}.vae", "open_vae"),
+    open_text=later(f"{__name__}.text", "open_text"),
+    text_fingerprints=later(f"{__name__}.text", "text_fingerprints"),
     key_maps=KEY_MAPS,
     is_lora_target=_is_lora_target,
     unseen=("token_replace",),
     may_differ=("guidance_embed", "rope_theta", "rope_dims"),
+    image_conditions=image_conditions,
+    start=start,
     # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.
     sizes=((1280, 720), (960, 544), (1104, 832), (960, 960), (832, 624), (720, 720)),
     tiny=TinyParts(_small_vae, _save_vae, _prompt_template),

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.errors import CheckpointError
 from hvtrain.models.hunyuan_video.flavors import MAX_TOKENS
 from hvtrain.models.hunyuan_video.text_weights import load_clip, load_llm
 from hvtrain.models.spec import Parts
+from hvtrain.models.tokens import check_vocabulary, open_tokenizer, tokenizer_folder
 from hvtrain.weights.containers import fingerprint, open_weights
 
 TEMPLATE = (
@@ -54,16 +55,11 @@ class LlmTokenizer:
         return ids[: self.crop + MAX_TOKENS]
 
 
-class TextEncoders:
+class LlamaAndClip:
     """Prompts to what the DiT reads. `.llm` and `.clip` are the library's models; gradients never flow."""
 
     def __init__(
-        self,
-        llm: nn.Module,
-        clip: nn.Module,
-        *,
-        llm_tokenizer: LlmTokenizer,
-        clip_tokenizer: Any,
+        self, llm: nn.Module, clip: nn.Module, *, llm_tokenizer: LlmTokenizer, clip_tokenizer: Any,
         fingerprint: str = "",
     ) -> None:
         self.llm, self.clip = llm, clip
@@ -74,7 +70,7 @@ class TextEncoders:
     def device(self) -> torch.device:
         return next(self.clip.parameters()).device
 
-    def to(self, device: torch.device | str) -> TextEncoders:
+    def to(self, device: torch.device | str) -> LlamaAndClip:
         self.llm.to(device)
         self.clip.to(device)
         return self
@@ -98,20 +94,20 @@ class TextEncoders:
 
 def open_text(
     parts: Parts, *, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu", fp8: bool = False
-) -> TextEncoders:
+) -> LlamaAndClip:
     """Read both encoders, each from a Hugging Face directory or a single file.
 
     A tokenizer that is not given is looked for in the directory of its model. `fp8` stores the LLM's linear layers as
     float8 (half the memory; states differ by a few percent) and multiplies in `dtype`.
     """
     llm, clip = parts["llm"], parts["clip"]
-    llm_ids = open_llm_tokenizer(_tokenizer_folder(parts, "llm"))
-    clip_ids = open_clip_tokenizer(_tokenizer_folder(parts, "clip"))
+    llm_ids = open_llm_tokenizer(tokenizer_folder(parts, "llm"))
+    clip_ids = open_clip_tokenizer(tokenizer_folder(parts, "clip"))
     llm_part = load_llm(llm, dtype=dtype, device=device, fp8=fp8)
     clip_part = load_clip(clip, dtype=dtype, device=device)
-    _check_vocabulary(llm, llm_ids.tokenizer, llm_part.model.config.vocab_size)
-    _check_vocabulary(clip, clip_ids, clip_part.model.config.vocab_size)
-    return TextEncoders(
+    check_vocabulary(llm, llm_ids.tokenizer, llm_part.model.config.vocab_size)
+    check_vocabulary(clip, clip_ids, clip_part.model.config.vocab_size)
+    return LlamaAndClip(
         llm_part.model, clip_part.model, llm_tokenizer=llm_ids, clip_tokenizer=clip_ids,
         fingerprint=_joined(llm_part.fingerprint, clip_part.fingerprint, fp8, llm_ids.crop),
     )
@@ -119,7 +115,7 @@ def open_text(
 
 def text_fingerprints(parts: Parts) -> tuple[str, ...]:
     """Those of the encoders that `open_text` would make of these files, plain and in float8. Reads headers and samples."""
-    crop = open_llm_tokenizer(_tokenizer_folder(parts, "llm")).crop
+    crop = open_llm_tokenizer(tokenizer_folder(parts, "llm")).crop
     prints = fingerprint(open_weights(parts["llm"])), fingerprint(open_weights(parts["clip"]))
     return tuple(_joined(*prints, fp8, crop) for fp8 in (False, True))
 
@@ -129,7 +125,7 @@ def _joined(llm: str, clip: str, fp8: bool, crop: int) -> str:
 
 
 def open_llm_tokenizer(folder: str | Path) -> LlmTokenizer:
-    tokenizer = _open_tokenizer(Path(folder))
+    tokenizer = open_tokenizer(Path(folder))
     begin = tokenizer.token_to_id(BEGIN)
     if begin is None or tokenizer.token_to_id("<|eot_id|>") is None:
         raise CheckpointError(f"{folder}: not a Llama 3 tokenizer: it has no {BEGIN} or <|eot_id|> token")
@@ -139,53 +135,9 @@ def open_llm_tokenizer(folder: str | Path) -> LlmTokenizer:
 
 
 def open_clip_tokenizer(folder: str | Path) -> Any:
-    tokenizer = _open_tokenizer(Path(folder))
+    tokenizer = open_tokenizer(Path(folder))
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None or tokenizer.encode("").ids[-1:] != [end]:
         raise CheckpointError(f"{folder}: not a CLIP tokenizer: it does not end a text with <|endoftext|>")
     tokenizer.enable_truncation(CLIP_TOKENS)  # keeps the end token
     return tokenizer
-
-
-def _open_tokenizer(folder: Path) -> Any:
-    """tokenizer.json, or vocab.json + merges.txt, without padding or truncation of their own."""
-    from tokenizers import Tokenizer
-
-    if (folder / "tokenizer.json").is_file():
-        path = folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception for whatever is wrong in the file
-            raise CheckpointError(f"{path}: not a tokenizer file: {e}") from e
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        from transformers import CLIPTokenizer
-
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-    else:
-        raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.json or vocab.json and merges.txt")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _tokenizer_folder(parts: Parts, model: str) -> Path:
-    option, path = f"{model}_tokenizer", parts[model]
-    if option in parts:
-        folder = Path(parts[option])
-        folder = folder.parent if folder.is_file() else folder
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such tokenizer directory (option {option})")
-        return folder
-    if not Path(path).is_dir():
-        raise ConfigError(f"{path} is a file without a tokenizer: set {option} to a tokenizer's directory")
-    return Path(path)
-
-
-def _check_vocabulary(path: str | Path, tokenizer: Any, n_embeddings: int) -> None:
-    """A tokenizer of another model would index past the embedding table, on CUDA with an unreadable error."""
-    n_tokens = tokenizer.get_vocab_size()
-    if n_tokens > n_embeddings:
-        raise CheckpointError(
-            f"{path}: its embedding has {n_embeddings} rows but the tokenizer has {n_tokens} tokens: "
-            "the tokenizer belongs to another model"
-        )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from hvtrain.models.spec import Column, ModelSpec
 from hvtrain.models.strange.arch import FLAVORS, StrangeArch, fitted, owns, sizes_from
 from hvtrain.models.strange.inputs import image_conditions, make_input
 from hvtrain.models.strange.keys import KEY_MAPS
 from hvtrain.models.strange.model import Strange, init_weights
 from hvtrain.models.strange.parts import open_eye, open_text, open_vae, text_fingerprints
-
-from hvtrain.models.spec import Column, ModelSpec
 
 SPEC = ModelSpec(
     name="strange",

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hvtrain.models.strange.arch import MASK_CHANNELS
-from hvtrain.models.strange.model import StrangeInput
 from torch import Tensor
 
 from hvtrain.errors import ConfigError, DataError
+from hvtrain.models.strange.arch import MASK_CHANNELS
+from hvtrain.models.strange.model import StrangeInput
 
 
 def make_input(

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from hvtrain.models.strange.arch import CHANNELS, PATCH, SIGHT_TOKENS, StrangeArch
 from torch import Tensor, nn
 
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, ModelInput, Tokens
 from hvtrain.models.layers import Mlp, RMSNorm, TimeEmbedder, modulate, plain_norm
 from hvtrain.models.rope import grid_rope, rotate
+from hvtrain.models.strange.arch import CHANNELS, PATCH, SIGHT_TOKENS, StrangeArch
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Strange(DiT):
             contexts.append("sight")
         self.time_in = TimeEmbedder(arch.dim, frequencies=64)
         self.time_mod = nn.Linear(arch.dim, 6 * arch.dim)
-        self.blocks = nn.ModuleList(Block(arch, contexts) for _ in range(arch.num_layers))
+        self.blocks = nn.ModuleList(Block(arch, contexts) for _ in range(arch.num_layers))  # type: ignore[assignment]
         self.head_mod = nn.Linear(arch.dim, 2 * arch.dim)
         self.head_out = nn.Linear(arch.dim, CHANNELS * 4)
         self.contexts = tuple(contexts)

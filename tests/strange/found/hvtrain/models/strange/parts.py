@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from hvtrain.models.strange.arch import CHANNELS, FLAVORS
 from torch import Tensor
 
 from hvtrain.config import VaeTilingConfig
 from hvtrain.errors import CheckpointError, DataError
 from hvtrain.models.spec import Parts
+from hvtrain.models.strange.arch import CHANNELS, FLAVORS
 from hvtrain.weights.containers import fingerprint, open_weights
 
 DEVIATION = 0.02  # of the posterior, everywhere

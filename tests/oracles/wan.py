@@ -1,0 +1,167 @@
+"""References of Wan: transformers of every kind, VAEs, UMT5, CLIP and what image to video is given. See check.py."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hvtrain.models import find
+from hvtrain.models.dit import DiT
+from hvtrain.models.wan.arch import WanArch
+from hvtrain.models.wan.clip import ANCHORS, ClipEncoder, vit
+from hvtrain.models.wan.encoder_weights import Source, fill
+from hvtrain.models.wan.images import image_conditions
+from hvtrain.models.wan.inputs import WanInput, given_frames
+from hvtrain.models.wan.text import load_umt5
+from hvtrain.models.wan.vae import open_vae
+from tests.oracles.check import Reference, read, relative
+
+# --- DiT --------------------------------------------------------------------------------------------------------------
+
+
+def _is_dit(reference: Reference) -> bool:
+    return find("wan").signature({n: tuple(t.shape) for n, t in reference.part("weights.").items()})
+
+
+def arch_of(c: dict[str, Any]) -> WanArch:
+    """The official constructor's arguments in our words."""
+    return WanArch(
+        in_channels=c["in_dim"], out_channels=c["out_dim"], dim=c["dim"], ffn_dim=c["ffn_dim"], n_heads=c["num_heads"],
+        n_layers=c["num_layers"], clip_dim=c.get("clip_dim", 0), n_clip=514 if c["model_type"] == "flf2v" else 0,
+        text_dim=c["text_dim"], freq_dim=c["freq_dim"], patch=tuple(c["patch_size"]), text_len=c["text_len"],
+    )
+
+
+def dit_of(reference: Reference, prefix: str = "weights.") -> DiT:
+    model = find("wan").build(arch_of(reference.config)).float()
+    model.load_state_dict(reference.part(prefix), strict=True)
+    return model
+
+
+def model_input(reference: Reference, x: Tensor) -> WanInput:
+    """x [1 C T H W]. The references are without a batch."""
+    i = reference.part("input.")
+    text = i["context"][None]
+    cond, clean = {"text": text}, None
+    if "y" in i:
+        x = torch.cat([x, i["y"][None]], dim=1)
+    if "clip_fea" in i:
+        cond["clip"] = i["clip_fea"].flatten(0, 1)[None]
+    if "t_tokens" in i:
+        per_frame = i["t_tokens"].unflatten(1, (x.shape[2], -1))
+        clean = (per_frame == 0).all(-1)
+    t = i["t"] if clean is None else i["t_tokens"].amax(1)
+    return WanInput(x=x, t=t, cond=cond, lengths={"text": (text.shape[1],)}, clean=clean)
+
+
+def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
+    model, i = dit_of(reference), reference.part("input.")
+    x = i["x"].clone().requires_grad_()
+    output = model(model_input(reference, x[None]))[0]
+    yield "output", relative(output.detach(), reference.tensors["output"])
+    if "y" in i and set(i["y"][:4].unique().tolist()) <= {0.0, 1.0}:  # else it is noise, no mask
+        last = reference.config["model_type"] == "flf2v"
+        mask = given_frames(i["y"].shape[1], last=last, device=x.device)[:, :, None, None]
+        yield "mask", relative(mask.float().expand_as(i["y"][:4]), i["y"][:4])
+    output.pow(2).mean().backward()
+    assert x.grad is not None
+    yield "grad_x", relative(x.grad, reference.tensors["grad_x"])
+    parameters = dict(model.named_parameters())
+    for name, wanted in reference.part("grad.").items():
+        found = parameters[name].grad
+        yield f"grad.{name}", relative(torch.zeros_like(wanted) if found is None else found, wanted)
+
+
+# --- what a model is made of besides ----------------------------------------------------------------------------------
+
+
+def _is_vae(reference: Reference) -> bool:
+    return "weights.encoder.conv1.weight" in reference.tensors and "temperal_downsample" in reference.config
+
+
+def opened(reference: Reference, folder: Path) -> Path:
+    """The weights as a file of their own."""
+    save_file({n: t.contiguous() for n, t in reference.part("weights.").items()}, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        vae = open_vae(opened(reference, Path(folder)))
+    mean, std = (torch.tensor(reference.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    i, wanted = reference.part("input."), reference.part("output.")
+    for end in ("", "_17"):
+        if f"video{end}" in i:
+            latents = vae.encode(i[f"video{end}"])
+            yield f"latents_normalised{end}", relative(latents, wanted[f"latents_normalised{end}"])
+            yield f"latents_mean{end}", relative(latents * std + mean, wanted[f"latents_mean{end}"])
+        if f"latents{end}" in i:
+            latents = i[f"latents{end}"]
+            video = vae.decode(latents, clamp=False)
+            yield f"video_from_normalised{end}", relative(video, wanted[f"video_from_normalised{end}"])
+            video = vae.decode((latents - mean) / std, clamp=False)
+            yield f"video{end}", relative(video, wanted[f"video{end}"])
+
+
+def _is_text(reference: Reference) -> bool:
+    return "weights.blocks.0.pos_embedding.embedding.weight" in reference.tensors
+
+
+@torch.no_grad()
+def _check_text(reference: Reference) -> Iterator[tuple[str, float]]:
+    """Each prompt alone and without padding: that is all that is stored."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = load_umt5(opened(reference, Path(folder)), dtype=torch.float32)
+    ids, mask = reference.tensors["input.ids"], reference.tensors["input.mask"]
+    for i, n in enumerate(mask.sum(1).tolist()):
+        yield f"output {i}", relative(model(ids[i : i + 1, :n])[0], reference.tensors["output"][i, :n])
+
+
+def _is_clip(reference: Reference) -> bool:
+    return "weights.cls_embedding" in reference.tensors
+
+
+def clip_of(reference: Reference) -> ClipEncoder:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(opened(reference, Path(folder)), anchors=ANCHORS, what="a tower")
+        model = vit(source, n_heads=reference.config["num_heads"], patch=reference.config["patch_size"])
+        fill(model, source, dtype=torch.float32, device="cpu")
+    return ClipEncoder(model)
+
+
+@torch.no_grad()
+def _check_clip(reference: Reference) -> Iterator[tuple[str, float]]:
+    yield "output", relative(clip_of(reference).model(reference.tensors["input.pixels"]), reference.tensors["output"])
+
+
+def _is_condition(reference: Reference) -> bool:
+    return "output.y" in reference.tensors
+
+
+def _check_condition(reference: Reference) -> Iterator[tuple[str, float]]:
+    """Of VAE and CLIP in the same folder."""
+    folder, c, i = Path(reference.path).parent, reference.config, reference.part("input.")
+    clip = clip_of(read(str(folder / "wan21_clip_visual.safetensors")))
+    with tempfile.TemporaryDirectory() as temporary:
+        vae = open_vae(opened(read(str(folder / "wan21_vae.safetensors")), Path(temporary)))
+    images = torch.stack([i[name].permute(2, 0, 1) for name in ("image", "last_image") if name in i]) / 127.5 - 1
+    t = (c["frame_num"] - 1) // 4 + 1
+    found = image_conditions(vae, {"clip": clip}, images, (16, t, *c["latent_hw"]))
+    y = reference.tensors["output.y"]
+    mask = given_frames(t, last=len(images) > 1, device=y.device)[:, :, None, None].float()
+    yield "mask", relative(mask.expand_as(y[:4]), y[:4])
+    yield "latents", relative(found["image_latents"], y[4:])
+    yield "clip_pixels", relative(clip.prepared(images), reference.tensors["output.clip_pixels"])
+    yield "clip_fea", relative(found["clip"], reference.tensors["output.clip_fea"].flatten(0, 1))
+
+
+KINDS = (
+    (_is_dit, _check_dit), (_is_vae, _check_vae), (_is_text, _check_text), (_is_clip, _check_clip),
+    (_is_condition, _check_condition),
+)
