@@ -54,7 +54,10 @@ def _flavor(
     experts = () if boundary is None else (
         Expert("high", "dit", (boundary, 1.0), cfg_scales[0]), Expert("low", "dit_low", (0.0, boundary), cfg_scales[1])
     )
-    return Flavor(name, about, arch, arch.n_heads, latent, cond_fields(arch, tasks[0]), tasks, defaults, experts)
+    return Flavor(
+        name, about, arch, arch.n_heads, latent, cond_fields(arch, tasks[0]), tasks, defaults, experts,
+        image_optional=tasks[0] == "ti2v",
+    )
 
 
 _IMAGE = replace(_480P, steps=40)
