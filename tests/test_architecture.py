@@ -264,7 +264,8 @@ def test_a_class_has_one_home() -> None:
     folder is a world of its own."""
     homes: dict[str, list[str]] = {}
     for path in CODE:
-        own = len(path.relative_to(ROOT / "hvtrain" / "models").parts) > 1 if below(module_name(path), "hvtrain.models") else False
+        models = below(module_name(path), "hvtrain.models")
+        own = models and len(path.relative_to(ROOT / "hvtrain" / "models").parts) > 1
         for node in tree(path).body if not own else ():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
