@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import pairwise
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
