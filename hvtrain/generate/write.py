@@ -111,7 +111,7 @@ def parameters(plan: Plan, request: Request) -> dict[str, Any]:
     """What goes into a video file: enough to make the same video again."""
     return {
         **request.values,
-        **({"image": Path(request.image).name} if request.image is not None else {}),
+        **{name: Path(path).name for name, path in request.images.items()},
         "model": plan.spec.name,
         "flavor": plan.flavor.name,
         "dit": dit_names(plan),
