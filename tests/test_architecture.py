@@ -228,7 +228,7 @@ WHOLE = ("TrainConfig", "EncodeConfig", "GenerateConfig", "MergeConfig")
 # Functions that still take a command's whole config below its run.py.
 WHOLE_LEFT: set[str] = {
     "hvtrain/merge/evaluate.py:_loss", "hvtrain/merge/evaluate.py:losses_of", "hvtrain/merge/inputs.py:open_inputs",
-    "hvtrain/merge/reconcile.py:_signature", "hvtrain/merge/reconcile.py:reconcile", "hvtrain/tiny/evaluate.py:evaluate",
+    "hvtrain/merge/reconcile.py:_signature", "hvtrain/merge/reconcile.py:reconcile",
 }  # fmt: skip
 
 
