@@ -39,7 +39,9 @@ class ReconcileConfig:
     """For distill: learning rate; null: that of the LoRAs' own training"""
     batch_size: int = 1
     """Noisy clips of equal shape that are computed together"""
-    lost: float = 0.5
+    host_gb: float = 64.0
+    """Host memory for states between blocks; more of them lie on the disk beside the output, or are computed in rounds"""
+    lost: float = 0.7
     """A LoRA is lost where the merge is so far from it, as a share of the base's distance (0: as it alone; 1: as the base)"""
     allow_lost: bool = False
     """Write the merge though a LoRA is lost in it"""

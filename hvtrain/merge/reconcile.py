@@ -27,7 +27,7 @@ from hvtrain.merge.journal import Journal
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.merge.report import Report
 from hvtrain.merge.states import Clips, State, Task, batches, fidelity, leak, measure, spread
-from hvtrain.merge.stream import Streamed, n_bytes
+from hvtrain.merge.stream import Streamed
 from hvtrain.merge.write import signature
 from hvtrain.models.load import Identified, identify
 from hvtrain.parallel.context import start
@@ -121,7 +121,7 @@ def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
     clips = Clips(found.spec, found.flavor, c.states, c.held_out, cfg.seed)
     sets, files = _sets_and_files(kept_sets(c, inputs))
     prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
-    model = Streamed(found, ctx, dtype)
+    model = Streamed(found, ctx, dtype, host_bytes=c.host_gb * 1e9)
     tasks = _tasks(c, inputs, found, clips)
     tasks += _kept(c, clips, sets, prompts, tasks, model)
     for number, one in enumerate(inputs.loras):
@@ -208,8 +208,9 @@ def _fit(
         (clips.input([s for _, s in job]), job[0][0], torch.tensor([counts[id(s)][2] for _, s in job]))
         for job in batches([(teacher, s) for teacher, s, _ in counts.values()], c.batch_size)
     ]
-    running = streams(model, jobs)
-    said = f"{sum(map(n_bytes, running)) / 1e9:.2g} GB of states on the host, one block of the model on {model.ctx.device.type}"
+    running = streams(model, jobs, journal.folder / "states")
+    there, gone = (sum(s.n_bytes for s in running if (s.folder is None) == here) / 1e9 for here in (True, False))
+    said = f"{there:.2g} GB of states in memory, {gone:.2g} GB on the disk, one block of the model on {model.ctx.device.type}"
     print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}", flush=True)
     solved: dict[str, list[Change]] = {}
     began = time.monotonic()

@@ -141,7 +141,7 @@ def _check_reconcile(cfg: MergeConfig) -> None:
         raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
     if cfg.rank is not None and c.how == "distill":
         raise ConfigError("rank: distill trains the LoRAs' own pairs, whose ranks add up; use fit+distill to have fewer")
-    for key in ("states", "held_out", "steps", "batch_size", "ridge"):
+    for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
         if not getattr(c, key) > 0:
             raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
     if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):

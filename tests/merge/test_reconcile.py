@@ -283,6 +283,16 @@ def test_a_merge_that_is_killed_goes_on_at_its_block(place, tmp_path, monkeypatc
     assert not (tmp_path / ".cut.safetensors.reconcile").exists()
 
 
+def test_what_the_host_does_not_hold_lies_on_the_disk(place, tmp_path, capsys):
+    """The same merge to the last bit, whatever its share of memory."""
+    for name, share in (("a", 64.0), ("b", 1e-6)):
+        merge.run(config(place, tmp_path / f"{name}.safetensors", 1, 2, how="fit", host_gb=share))
+    said = [line for line in capsys.readouterr().out.splitlines() if "of states in memory" in line]
+    assert " 0 GB on the disk" in said[0] and " 0 GB of states in memory" in said[1]
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 def test_a_plans_slices_stay_slices(place, tmp_path):
     """Fit and polish in the slots: each slice has a file of its own again, which the same plan merges, to the same model."""
     plan = make_plan({n: SHAPES[n] for n in TEXT}, Cut(n=2, granularity="rows", order="interleaved"), model=FOUND.spec.name,
