@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into
+from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_all
 from hvtrain.config import ModelConfig
 from hvtrain.fit.run import size_table
+from hvtrain.generate.requests import Request
+from hvtrain.generate.sample import sample_latents
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS, key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
@@ -20,7 +24,7 @@ from hvtrain.models.conditions import drop
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.identify import arch_of, flavor_of
 from hvtrain.models.load import identify, load_dit, save_dit
-from hvtrain.models.spec import ModelSpec
+from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
@@ -50,6 +54,12 @@ def found():
 
 def is_small(spec: ModelSpec, flavor: str) -> bool:
     return sum(p.numel() for p in meta(spec, spec.flavor(flavor)).parameters()) < 10_000_000
+
+
+def text_of(flavor: Flavor, cond: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of what a prompt gives, lengths too."""
+    names = [f.name for f in flavor.cond if f.column == "text"]
+    return [n for name in names for n in (name, f"{name}_len") if n in cond]
 
 
 def shapes_of(model: DiT) -> dict[str, tuple[int, ...]]:
@@ -164,8 +174,8 @@ def test_recomputed_gradients_are_equal(spec):
 )
 def test_gradients_over_ranks_are_those_of_one_process(world, cases):
     """Of every parameter by itself, over sequence-parallel ranks and ZeRO's; nothing divides the token count."""
-    which = [(spec.name, flavor) for spec in ALL for flavor in spec.flavors if is_small(spec, flavor)]
-    assert {name for name, _ in which} == {spec.name for spec in ALL}
+    small = {spec.name: [flavor for flavor in spec.flavors if is_small(spec, flavor)] for spec in ALL}
+    which = sorted({(name, flavor) for name, flavors in small.items() for flavor in (flavors[0], flavors[-1])})
     results = run_ranks(world, of_layouts, which, cases)[0]
     wrong = []
     for name, flavor in which:
@@ -190,6 +200,33 @@ def test_first_weights_are_a_function_of_the_generator(spec):
     assert model.arch == arch and all(t.isfinite().all() for t in states[0].values())
     assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
     assert any(not torch.equal(t, states[2][n]) for n, t in states[0].items())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_it_is_sampled(spec):
+    """Each small flavor by its own defaults, its image and its experts too: a seed's video, and with another seed another."""
+    for flavor in (spec.flavor(name) for name in spec.flavors if is_small(spec, name)):
+        model, asked = random_model(spec, flavor), []
+        unit, latent = flavor.latent.unit, flavor.latent
+        size = {"frames": 2 * latent.stride_t + 1, "height": 2 * unit[0], "width": 3 * unit[1]}
+        image = "any" if flavor.beyond_text and not flavor.image_optional else None
+        request = Request.of(flavor, prompt="", steps=3, seed=4, image=image, **size)
+        cond, other = batch(flavor, seed=1)[1], batch(flavor, seed=2)[1]
+
+        def models(sigma: float, model: DiT = model, asked: list = asked) -> DiT:
+            asked.append(sigma)
+            return model
+
+        def sampled(*seeds: int, flavor=flavor, models=models, request=request, cond=cond, other=other) -> torch.Tensor:
+            ctx, uncond = ParallelContext(), {**cond, **{f: other[f] for f in text_of(flavor, other)}}
+            return sample_latents(
+                models, spec, flavor, cond, request=request, ctx=ctx, uncond=uncond if request.guided else None, seeds=seeds
+            )
+
+        first = sampled(4, 5)
+        assert first.shape == (2, *latent.shape(**size)) and first.isfinite().all() and first.std() > 0.05
+        assert asked[0] == 1.0 and all(a >= b for a, b in pairwise(asked))
+        assert torch.equal(first, sampled(4, 5)) and not torch.equal(first[0], sampled(6, 5)[0])
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -230,7 +267,7 @@ def test_lora_injected_or_merged_is_the_same(spec, tmp_path):
     tensors = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
     save_lora(tmp_path / "a.safetensors", tensors, rank=2, alpha=1.0, metadata={}, architecture=spec.name)
     merged = random_model(spec)
-    merge_into(merged, read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec))
+    merge_all(merged, [(read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec), 1.0)])
     change = (adapted - before).norm()
     assert change > 0.1 * before.norm() and (merged(inp) - adapted).norm() < 1e-4 * change
 

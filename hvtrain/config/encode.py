@@ -18,7 +18,8 @@ class EncodeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The VAE and text encoders"""
     columns: tuple[str, ...] = ("latents", "text")
-    """What to encode: latents, text, image (the first frame, for image to video), control; together or one by one"""
+    """What to encode: latents, text, image (for image to video), control, and columns of the model's own; together or one by
+    one"""
     batch_size: int = 1
     """Clips of one shape that go through the VAE together"""
     dtype: DType = "bfloat16"

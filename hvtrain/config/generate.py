@@ -24,7 +24,7 @@ class SampledLora(LoraFileConfig):
     """A LoRA to sample with."""
 
     expert: str | None = None
-    """Which expert of the flavor it changes; null: all of them"""
+    """Which expert of the flavor it changes; null: the one that its metadata names, else all of them"""
 
 
 @dataclass(frozen=True)

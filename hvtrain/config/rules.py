@@ -200,8 +200,9 @@ def check_generate(cfg: GenerateConfig) -> None:
 
 def _check_sampling(values: Sampling, prefix: str = "") -> None:
     check_limits(values, prefix=prefix)
-    if values.image is not None:
-        _exists(values.image, f"{prefix}image")
+    for key, path in {"image": values.image, "end_image": values.end_image}.items():
+        if path is not None:
+            _exists(path, prefix + key)
 
 
 def _files(model: ModelConfig, *, columns: Iterable[str] = (), dit: bool = False, needed_for: str = "") -> None:

@@ -34,6 +34,8 @@ class Sampling:
     """Seed of the noise; null: 0, and in a prompt file line i takes seed + i"""
     image: str | None = option("i", alike=False)
     """The picture that an image-to-video flavor begins with (of a video its first frame), scaled and cropped to the size"""
+    end_image: str | None = option("ei", alike=False)
+    """The picture that it ends with, for a flavor of first and last frame to video"""
     solver: str = option("ss")
     """euler, unipc or dpm++"""
     shift: float = option("fs", above=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -64,32 +64,10 @@ def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
     if ctx.is_main:
         n = sum(len(c.samples) for c in chunks)
         print(f"{len(found)} clips, {n} samples in {len(chunks)} tars, {ctx.world} process(es)", flush=True)
-
-    rejected: list[Rejected] = []  # by this rank, while encoding
-
-    def refuse(row: Rejected) -> None:
-        if cfg.strict:
-            raise DataError(f"{row.reason} (strict)")
-        rejected.append(row)
-        note(site.file(f".{REJECTED}"), row.row())
-
     kinds = sorted((asked | kept).values(), key=lambda kind: order.index(kind.name))
-    mine = share_out(chunks, rank=ctx.rank, world=ctx.world)
-    meter = Meter(
-        site.root, rank=ctx.rank, world=ctx.world, samples=sum(len(c.samples) for c in chunks) * len(kinds),
-        cost=sum(c.cost for c in chunks) * len(kinds),
-    )
-    filled: list[Filled] = []
-    try:
-        for kind in kinds:
-            old = known.manifest.made_by(kind.name) if known.manifest and kind.name in kept else None
-            filled.append(_fill(site, kind, tools, old, chunks, mine, known, meter, refuse))
-            lost = {key for part in ctx.gather_objects(filled[-1].lost(chunks)) for key in part}
-            chunks = [c.without(lost) for c in chunks]
-            gc.collect()  # one encoder in memory at a time
-    finally:
-        meter.close()
-    refused += [row for part in ctx.gather_objects(rejected) for row in part]
+    old = {name: known.manifest.made_by(name) for name in kept if known.manifest}
+    filled, chunks, rejected = _columns(site, kinds, old, tools, chunks, known, strict=cfg.strict)
+    refused += rejected
     counts = [[int(ctx.all_reduce_sum(n)) for n in (f.tally.encoded, f.tally.copied, f.tally.kept)] for f in filled]
     n = finish(site, filled, chunks, refused)
     if ctx.is_main:
@@ -146,12 +124,43 @@ def _usable(
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
+def _columns(
+    site: Site, kinds: Sequence[ColumnKind], old: Mapping[str, Made], tools: Tools, chunks: list[PlannedChunk],
+    known: Known, *, strict: bool,
+) -> tuple[list[Filled], list[PlannedChunk], list[Rejected]]:
+    """Each column; what is left of the chunks, and which samples of all ranks could not be made. `old`: what made the columns
+    that are not encoded now."""
+    ctx, rejected = site.ctx, []
+    mine = share_out(chunks, rank=ctx.rank, world=ctx.world)
+
+    def refuse(row: Rejected) -> None:
+        if strict:
+            raise DataError(f"{row.reason} (strict)")
+        rejected.append(row)
+        note(site.file(f".{REJECTED}"), row.row())
+
+    meter = Meter(
+        site.root, rank=ctx.rank, world=ctx.world, samples=sum(len(c.samples) for c in chunks) * len(kinds),
+        cost=sum(c.cost for c in chunks) * len(kinds),
+    )
+    filled: list[Filled] = []
+    try:
+        for kind in kinds:
+            meter.column = kind.name
+            filled.append(_fill(site, kind, tools, old.get(kind.name), chunks, mine, known, meter.advance, refuse))
+            lost = {key for part in ctx.gather_objects(filled[-1].lost(chunks)) for key in part}
+            chunks = [c.without(lost) for c in chunks]
+            gc.collect()  # one encoder in memory at a time
+    finally:
+        meter.close()
+    return filled, chunks, [row for part in ctx.gather_objects(rejected) for row in part]
+
+
 def _fill(
     site: Site, kind: ColumnKind, tools: Tools, old: Made | None, chunks: Sequence[PlannedChunk], mine: Sequence[int],
-    known: Known, meter: Meter, refuse: Callable[[Rejected], None],
+    known: Known, advance: Callable[[PlannedSample, bool], None], refuse: Callable[[Rejected], None],
 ) -> Filled:
-    """Write this rank's part of a column. `old`: it is not encoded now, and was made by this."""
-    meter.column = kind.name
+    """This rank's part of a column."""
     if old is not None:
         made, encode = old, copier(kind.name, site.root)
     else:
@@ -159,7 +168,7 @@ def _fill(
         parts = tuple(n for n, part in tools.spec.parts.items() if kind.name in part.makes and tools.model.file(n))
         made, encode = Made(encoder.fingerprint, tools.spec.name, parts), encoder.encode
     writer = ColumnWriter(kind, site.root, made.fingerprint, encode, known, site.file(JOURNAL), refuse)
-    return Filled(kind, made, {n: writer.write(chunks[n], meter.advance) for n in mine}, writer.tally)
+    return Filled(kind, made, {n: writer.write(chunks[n], advance) for n in mine}, writer.tally)
 
 
 def _open(site: Site, kind: ColumnKind, tools: Tools, chunks: Sequence[PlannedChunk], known: Known) -> Encoder:

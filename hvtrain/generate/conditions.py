@@ -27,17 +27,18 @@ Cond = Mapping[str, Tensor]  # a flavor's condition fields, batched
 
 
 @dataclass(frozen=True)
-class Begin:
-    """An image at a size: what a video begins with."""
+class Shown:
+    """Images at a size: what a video begins with, or also what it ends with."""
 
-    image: str
+    images: tuple[str, ...]
     width: int
     height: int
     frames: int
 
     @classmethod
-    def of(cls, request: Request) -> Begin | None:
-        return None if request.image is None else cls(request.image, request.width, request.height, request.frames)
+    def of(cls, request: Request) -> Shown | None:
+        images = tuple(request.images.values())
+        return cls(images, request.width, request.height, request.frames) if images else None
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Conditions:
     """Of all requests, each a batch of one on the CPU."""
 
     texts: Mapping[str, Cond]
-    images: Mapping[Begin, Cond]
+    images: Mapping[Shown, Cond]
 
     def of(self, request: Request) -> Cond:
         return self._with_image(request, request.prompt)
@@ -54,8 +55,8 @@ class Conditions:
         return self._with_image(request, request.negative_prompt)
 
     def _with_image(self, request: Request, text: str) -> Cond:
-        begin = Begin.of(request)
-        return {**self.texts[text], **(self.images[begin] if begin else {})}
+        shown = Shown.of(request)
+        return {**self.texts[text], **(self.images[shown] if shown else {})}
 
 
 def encode_requests(
@@ -64,34 +65,51 @@ def encode_requests(
     """Raises CheckpointError for encoders of another model, DataError for an image that cannot be read. Collective."""
     texts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.guided]
     texts = list(dict.fromkeys(texts))
-    begins = list(dict.fromkeys(begin for r in requests if (begin := Begin.of(r))))
+    shown = list(dict.fromkeys(one for r in requests if (one := Shown.of(r))))
 
     def encode() -> list[list[dict[str, Tensor]]]:
-        found = open_text(spec, model, ctx.device).encode(texts) if texts else []
+        found = _encode_texts(texts, spec, flavor, model, ctx.device)
+        images = _encode_images(shown, spec, flavor, model, ctx.device) if shown else []
         free(ctx.device)
-        images = _encode_images(begins, spec, flavor, model, ctx.device) if begins else []
-        free(ctx.device)
-        conds = [[batch_of_one(sample, flavor.cond) for sample in part] for part in (found, images)]
-        check_conds([*conds[0], *conds[1]], spec, flavor)
-        return conds
+        of_images = [batch_of_one(sample, flavor.cond) for sample in images]
+        check_conds(of_images, spec, flavor)
+        return [found, of_images]
 
     of_texts, of_images = on_main(ctx, encode)
-    return Conditions(dict(zip(texts, of_texts, strict=True)), dict(zip(begins, of_images, strict=True)))
+    return Conditions(dict(zip(texts, of_texts, strict=True)), dict(zip(shown, of_images, strict=True)))
+
+
+def encode_texts(
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext
+) -> list[dict[str, Tensor]]:
+    """Each text's conditions as a batch of one, on the CPU. Collective."""
+    return on_main(ctx, lambda: _encode_texts(texts, spec, flavor, model, ctx.device))
+
+
+def _encode_texts(
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
+) -> list[dict[str, Tensor]]:
+    found = open_text(spec, model, device).encode(texts) if texts else []
+    free(device)
+    conds = [batch_of_one(sample, flavor.cond) for sample in found]
+    check_conds(conds, spec, flavor)
+    return conds
 
 
 def _encode_images(
-    begins: Sequence[Begin], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
+    wanted: Sequence[Shown], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
 ) -> list[dict[str, Tensor]]:
     assert spec.image_conditions is not None
     vae = open_vae(spec, model, device)
     encoders = {name: open_column(spec, model, name, device) for name in own_columns(spec, flavor)}
     found = []
-    for begin in begins:
-        image = read_image(begin.image, width=begin.width, height=begin.height).to(device)
-        shape = flavor.latent.shape(frames=begin.frames, height=begin.height, width=begin.width)
-        fields = {name: value.cpu() for name, value in spec.image_conditions(vae, encoders, image, shape).items()}
+    for one in wanted:
+        images = torch.stack([read_image(path, width=one.width, height=one.height) for path in one.images]).to(device)
+        shape = flavor.latent.shape(frames=one.frames, height=one.height, width=one.width)
+        made = spec.image_conditions(vae, encoders, images if len(images) > 1 else images[0], shape)
+        fields = {name: value.cpu() for name, value in made.items()}
         if broken := [name for name, value in fields.items() if value.is_floating_point() and not value.isfinite().all()]:
-            raise DataError(f"image: '{broken[0]}' of {begin.image} is not finite; use model.vae_dtype float32")
+            raise DataError(f"image: '{broken[0]}' of {one.images[0]} is not finite; use model.vae_dtype float32")
         found.append(fields)
     return found
 

@@ -28,8 +28,8 @@ class Sources:
 
     def latents(self, request: Request) -> str:
         """Of a request's latents. The frame rate is written into the file only."""
-        image = self.images[request.image] if request.image is not None else None
-        return _digest([self.sampling, {**asdict(request), "fps": None, "image": image}])
+        shown = {name: self.images[path] for name, path in request.images.items()}
+        return _digest([self.sampling, {**asdict(request), "fps": None, **shown}])
 
     def video(self, request: Request) -> str:
         return _digest([self.latents(request), self.decoding, request.fps])

@@ -11,6 +11,7 @@ from hvtrain.config import SampledLora, asset
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.files import LoraFile, read_lora
+from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.lorafiles.overlap import by_layer, overlaps
 from hvtrain.lorafiles.runs import finished
 from hvtrain.lorafiles.tools import blocks
@@ -36,13 +37,17 @@ def open_loras(
 ) -> list[Applied]:
     """Read them, and say which blocks each holds and whether any two change the same rows."""
     names = [expert.name for expert in flavor.experts]
-    for lora in wanted:
-        if not math.isfinite(lora.multiplier):
-            raise ConfigError(f"the multiplier of {lora.path} is {lora.multiplier}, expected a finite number; 0 switches it off")
-        if lora.expert is not None and lora.expert not in names:
-            hint = suggest(lora.expert, names) if names else "leave lora.expert out"
-            raise ConfigError(f"lora.expert of {lora.path}: '{flavor.name}' has no expert '{lora.expert}'; {hint}")
-    loras = [Applied(read_lora(asset(w.path), shapes, spec=spec), w.multiplier, w.expert) for w in wanted]
+    for w in wanted:
+        if not math.isfinite(w.multiplier):
+            raise ConfigError(f"the multiplier of {w.path} is {w.multiplier}, expected a finite number; 0 switches it off")
+        if w.expert is not None and w.expert not in names:
+            hint = suggest(w.expert, names) if names else "leave lora.expert out"
+            raise ConfigError(f"lora.expert of {w.path}: '{flavor.name}' has no expert '{w.expert}'; {hint}")
+    loras = []
+    for w in wanted:
+        lora = read_lora(asset(w.path), shapes, spec=spec)
+        own = lora.metadata.get(EXPERT_KEY)  # whose it was trained as
+        loras.append(Applied(lora, w.multiplier, w.expert or (own if own in names else None)))
     if not quiet:
         for one in loras:
             name = f"LORAID {one.lora.metadata['ss_loraid']}, " if one.lora.metadata.get("ss_loraid") else ""

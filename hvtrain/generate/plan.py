@@ -129,10 +129,10 @@ def find_sources(
     prints: dict[str, Any] = {part: fingerprint(found.weights) for part, found in dits.files.items()}
     prints |= {"flavor": dits.flavor.name, **check_parts(model, dits.spec, dits.flavor)}
     prints |= {f"column {name}": value for name, value in check_own_columns(dits.spec, dits.flavor, model).items()}
-    begins = {job.request.image: job.request for job in jobs if job.request.image is not None}
-    for path, request in begins.items():
+    shown = {path: job.request for job in jobs for path in job.request.images.values()}
+    for path, request in shown.items():
         read_image(path, width=request.width, height=request.height)
-    return sources_of(model, loras, prints, precision=precision, images=list(begins))
+    return sources_of(model, loras, prints, precision=precision, images=list(shown))
 
 
 def remaining(grouped: list[list[Job]], sources: Sources, *, save_latents: bool = False) -> list[Lot]:

@@ -39,16 +39,22 @@ class Request(Sampling):
         SOLVERS.find(self.solver, key="solver")
         if self.guidance is not None and flavor.defaults.guidance is None:
             raise ConfigError(f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance null")
-        if self.image is not None and not flavor.beyond_text:
-            raise ConfigError(
-                f"image is {self.image}, but '{flavor.name}' begins with no image: leave it out, or take a flavor of image to "
-                "video (`hvtrain models`)"
-            )
+        for name, path in self.images.items():
+            if name not in _images_of(flavor):
+                raise ConfigError(
+                    f"{name} is {path}, but '{flavor.name}' takes none: leave it out, or take a flavor of image to video "
+                    "(`hvtrain models`)"
+                )
         for name in ("prompt", "negative_prompt"):
             try:
                 getattr(self, name).encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(f"{name} holds what is no text ({error.reason} at letter {error.start})") from None
+
+    @property
+    def images(self) -> dict[str, str]:
+        """key -> path of those that are given."""
+        return {name: path for name, path in (("image", self.image), ("end_image", self.end_image)) if path is not None}
 
     @property
     def layout(self) -> tuple:
@@ -91,9 +97,14 @@ class Job:
     output: Path
 
 
-def needs_image(request: Request, flavor: Flavor) -> bool:
-    """Whether it cannot be made of what it says."""
-    return bool(flavor.beyond_text) and not flavor.image_optional and request.image is None
+def _images_of(flavor: Flavor) -> tuple[str, ...]:
+    """The keys of the images that it is conditioned on."""
+    return ("image", "end_image")[: len(flavor.given)] if flavor.beyond_text else ()
+
+
+def lacks(request: Request, flavor: Flavor) -> list[str]:
+    """Images without which it cannot be made."""
+    return [] if flavor.image_optional else [name for name in _images_of(flavor) if name not in request.images]
 
 
 def single_job(flavor: Flavor, given: Mapping[str, Any], *, prompt: str, output: str, also: object = None) -> Job:
@@ -116,10 +127,14 @@ def prompt_jobs(flavor: Flavor, given: Mapping[str, Any], *, prompt_file: str, o
 
 def _complete(flavor: Flavor, **given: Any) -> Request:
     request = Request.of(flavor, **given)
-    if needs_image(request, flavor):
-        raise ConfigError(f"image: '{flavor.name}' begins with an image; give image=FILE, or --i FILE in a line of a prompt file")
-    if request.image is not None and not Path(request.image).exists():
-        raise ConfigError(f"image: {request.image} does not exist")
+    for name in lacks(request, flavor):
+        letter = next(letter for letter, (key, _) in line_options().items() if key == name)
+        raise ConfigError(
+            f"{name}: '{flavor.name}' is told by an image; give {name}=FILE, or --{letter} FILE in a line of a prompt file"
+        )
+    for name, path in request.images.items():
+        if not Path(path).exists():
+            raise ConfigError(f"{name}: {path} does not exist")
     return request
 
 

@@ -61,7 +61,8 @@ class Writer:
     def _write(self, lot: Lot) -> None:
         if self.vae is None:
             self.vae = open_vae(self.plan.spec, self.plan.model, self.ctx.device)
-            for module in self.vae.model.modules():
+            modules = getattr(self.vae, "model", None)
+            for module in modules.modules() if isinstance(modules, torch.nn.Module) else ():
                 module.register_forward_pre_hook(self._leave_in_time)
         self.vae.to(self.ctx.device)
         for job in lot.jobs:
@@ -110,7 +111,7 @@ def parameters(plan: Plan, request: Request) -> dict[str, Any]:
     """What goes into a video file: enough to make the same video again."""
     return {
         **request.values,
-        **({"image": Path(request.image).name} if request.image is not None else {}),
+        **{name: Path(path).name for name, path in request.images.items()},
         "model": plan.spec.name,
         "flavor": plan.flavor.name,
         "dit": dit_names(plan),

@@ -189,7 +189,7 @@ def resize(
     }
     ranks = Counter(cut.pair.rank for cut in cuts.values())
     largest = max(ranks)
-    metadata = kept(lora.metadata, PARTS_KEY, FOLDED_KEY)
+    metadata = kept(lora.about_pairs, PARTS_KEY, FOLDED_KEY)
     metadata |= {"ss_network_dim": str(largest), "ss_network_alpha": str(float(largest))}
     write_lora(output, {name: cut.pair for name, cut in cuts.items()}, metadata=metadata)
     yield f"{output}: rank {_counted(ranks)}, alpha = rank"

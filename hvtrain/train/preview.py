@@ -14,7 +14,7 @@ from hvtrain.config import ModelConfig, PreviewConfig
 from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError
 from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
-from hvtrain.generate.requests import Request, needs_image
+from hvtrain.generate.requests import Request, lacks
 from hvtrain.generate.sample import sample_latents
 from hvtrain.generate.video import write_mp4
 from hvtrain.generate.write import decode
@@ -66,13 +66,17 @@ def plan_previews(
     for i, prompt in enumerate(preview.prompts):
         asked = {"guidance": guidance, **given(preview), **given(prompt)}
         begins = None
-        request = Request.of(flavor, prompt=prompt.prompt, **asked)
-        if needs_image(request, flavor):
+        try:
+            request = Request.of(flavor, prompt=prompt.prompt, **asked)
+        except ConfigError as error:
+            raise ConfigError(f"preview.prompts[{i}].{error}") from None
+        if lacks(request, flavor):
             begins, size = _begin(sets, asked, where=f"preview.prompts[{i}]")
-            request = Request.of(flavor, prompt=prompt.prompt, **{**asked, **size})
-        elif request.image is not None:
+            request = Request.of(flavor, prompt=prompt.prompt, **{**asked, **size, "image": None, "end_image": None})
+        elif request.images:
             check_own_columns(spec, flavor, model)
-            read_image(request.image, width=request.width, height=request.height)
+            for path in request.images.values():
+                read_image(path, width=request.width, height=request.height)
         plans.append(Preview(request, begins))
     return plans
 

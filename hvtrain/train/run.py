@@ -39,7 +39,7 @@ from hvtrain.train.preview import Preview, Previews, plan_previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Base, Subject
+from hvtrain.train.setup import Origin, Subject
 from shards import ShardSet
 from shards.loader import BatchLoader
 from shards.remote import shown
@@ -52,7 +52,7 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    base: Base
+    base: Origin
     plan: SlicePlan | None  # of a LORAID slice
     sets: list[ShardSet]
     held_out: list[ShardSet]
@@ -126,7 +126,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         check_adapter(base, cfg.adapter, plan)
     sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
-    previews = plan_previews(cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets])
+    previews = plan_previews(
+        cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets]
+    )
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec)

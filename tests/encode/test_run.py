@@ -362,3 +362,21 @@ def test_two_ranks_share_the_work_and_make_the_same_set(dataset, tmp_path):
     assert same(one, contents(open_set(tmp_path / "two")))
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two")]
     assert manifests[0] == manifests[1]
+
+
+def test_what_was_encoded_before_is_known_again():
+    """Digests and names of tars as every version so far made them: else all would be encoded anew."""
+    from hvtrain.encode.columns import kind_of
+    from hvtrain.encode.samples import Picture, PlannedChunk, PlannedSample
+    from hvtrain.models import find
+
+    spec = find("hunyuan-video")
+    s = PlannedSample("k", Picture(Path("/a/b.mp4"), "1/2", (0, 1, 2), (64, 48)), ("cap", "two"),
+                      controls=(Picture(Path("/a/c.mp4"), "3/4", (0,), (64, 48)),))
+    kinds = [kind_of(c, spec, spec.flavor("t2v")) for c in ("latents", "image", "control", "text")]
+    assert [(kind.digest(s, "enc")[:16], kind.tar_name(PlannedChunk((s,)), "enc")) for kind in kinds] == [
+        ("6ca8b097daaf6d5f", "latents/3x48x64-6543cd173e06e6ce.tar"), ("6852787288c574e7", "image/3x48x64-f2036094d0c17bac.tar"),
+        ("2c83349837cedcb4", "control/3x48x64-fec26479ddc862e6.tar"), ("1a2a9b5a27c946b8", "text/3x48x64-2a67bec05dd3d30c.tar"),
+    ]
+    assert s.state == "k/d967d67329ca5793/6cb594bfdbaedd37/9c2e646884ab11ae"
+    assert [kind.fields[0].name for kind in kinds] == ["latents", "image_latents", "control_latents", "text"]

@@ -18,7 +18,7 @@ from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.solvers import SOLVERS
 from hvtrain.generate import conditions, sample
 from hvtrain.generate import run as generate
-from hvtrain.generate.conditions import Begin, encode_requests, read_image
+from hvtrain.generate.conditions import Shown, encode_requests, read_image
 from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import sample_latents
 from hvtrain.generate.spool import visible
@@ -140,7 +140,7 @@ def test_a_condition_is_the_mode_of_the_posterior(folder: Path) -> None:
     request = Request.of(flavor, prompt="a ring", image=path, **SIZE)
     found = encode_requests([request], SPEC, flavor, model, ParallelContext())
     latents = found.of(request)["image_latents"]
-    assert latents.shape == (1, 16, 1, 6, 10) and Begin.of(request) == Begin(path, 80, 48, 9)
+    assert latents.shape == (1, 16, 1, 6, 10) and Shown.of(request) == Shown((path,), 80, 48, 9)
     image = read_image(path, width=80, height=48)
     assert torch.equal(latents, open_vae(SPEC, model, "cpu").encode(image[None, :, None]))
     assert torch.equal(found.texts["a ring"]["text"], found.of(request)["text"])
@@ -182,11 +182,11 @@ def test_another_picture_under_the_same_name_is_another_video(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("i2v", {}, "image: 'i2v' begins with an image; give image=FILE, or --i FILE in a line of a prompt file"),
-        ("skyreels-v1-i2v", {}, "image: 'skyreels-v1-i2v' begins with an image"),
+        ("i2v", {}, "image: 'i2v' is told by an image; give image=FILE, or --i FILE in a line of a prompt file"),
+        ("skyreels-v1-i2v", {}, "image: 'skyreels-v1-i2v' is told by an image"),
         ("i2v", {"image": "nowhere.png"}, "image: nowhere.png does not exist"),
         ("i2v", {"image": "prompts.txt"}, r"image: .*prompts.txt: cannot be decoded .*; give another picture"),
-        ("tiny", {"image": "green.png"}, r"image is .*green.png, but 'tiny' begins with no image: leave it out"),
+        ("tiny", {"image": "green.png"}, r"image is .*green.png, but 'tiny' takes none: leave it out"),
     ],
 )
 def test_what_is_refused_before_weights_are_read(folder: Path, name: str, changes: dict, words: str, monkeypatch) -> None:
@@ -201,7 +201,7 @@ def test_what_is_refused_before_weights_are_read(folder: Path, name: str, change
 def test_a_line_without_its_image_is_named(folder: Path) -> None:
     lines = folder / "lines.txt"
     lines.write_text(f"a ring --i {folder / 'green.png'}\na ring\n")
-    with pytest.raises(ConfigError, match=r"lines.txt:2: image: 'i2v' begins with an image"):
+    with pytest.raises(ConfigError, match=r"lines.txt:2: image: 'i2v' is told by an image"):
         make(folder, "i2v", prompt=None, prompt_file=lines, output=folder / "never")
     lines.write_text("a ring --i nowhere.png\n")
     with pytest.raises(ConfigError, match=r"lines.txt:1: image: nowhere.png does not exist"):

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hvtrain.generate.conditions import read_image
 from hvtrain.generate.spool import visible
 from hvtrain.generate.video import read_metadata
 from hvtrain.models import find
@@ -188,8 +189,6 @@ def test_sampling_by_two_experts_from_an_image(world: World) -> None:
         assert read_metadata(output)["image"] == image.name
         latents.append(load_file(visible(output))["latents"])
     spec = find(NAME)
-    from hvtrain.generate.conditions import read_image
-
     picture = read_image(str(image), width=96, height=32)
     vae = spec.open_vae(world.parts / "vae.safetensors", dtype=torch.float32)
     assert all((x[:, :1] - vae.encode(picture[None, :, None])[0]).abs().max() < 1e-5 for x in latents)
