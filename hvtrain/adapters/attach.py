@@ -1,9 +1,8 @@
-"""Adapters and a whole model: put on its layers, started from a file, switched off, merged."""
+"""Adapters and a whole model: put on its layers, started from a file, merged into its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -95,19 +94,6 @@ def seed_dropout(model: nn.Module, seed: int, *, step: int = 0, micro: int = 0, 
         layer.dropout_key = key
 
 
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model's behaviour for a while: for "before" pictures and base losses."""
-    layers = [(layer, layer.multiplier) for layer in adapted_layers(model)]
-    for layer, _ in layers:
-        layer.multiplier = 0.0
-    try:
-        yield
-    finally:
-        for layer, multiplier in layers:
-            layer.multiplier = multiplier
-
-
 @torch.no_grad()
 def start_from(model: nn.Module, lora: LoraFile) -> None:
     """Copy a file into freshly injected adapters, to train it further; a different alpha is folded in. Raises
@@ -143,11 +129,6 @@ def start_from(model: nn.Module, lora: LoraFile) -> None:
             if part == layer.ROWS[-1]:
                 value = value * (delta.alpha / delta.rank / (layer.alpha / layer.rank))
             layer.get_parameter(parameter).copy_(value)
-
-
-def merge_into(model: nn.Module, lora: LoraFile, multiplier: float = 1.0) -> None:
-    """Add a LoRA to a model's weights, in memory."""
-    merge_all(model, [(lora, multiplier)])
 
 
 @torch.no_grad()

@@ -62,7 +62,6 @@ class AdaptedLinear(nn.Linear):
         self.rows = rows or (0, self.out_features)
         if not 0 <= self.rows[0] < self.rows[1] <= self.out_features:
             raise ConfigError(f"adapter target '{name}': rows {self.rows} of {self.out_features}")
-        self.multiplier = 1.0
         self.dropout_key: DropoutKey | None = None
         # Made on the CPU by name, not in order: equal on every rank without a broadcast, and a layer's start
         # does not depend on which other layers are trained.
@@ -82,11 +81,9 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [B ... in] -> [B ... out]
         base = linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
-        if self.multiplier == 0.0:
-            return base
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.get_parameter(self.PARTS[self.RANK]).dtype)
-        delta = self.delta(x, self.multiplier * self.alpha / self.rank).to(base.dtype)
+        delta = self.delta(x, self.alpha / self.rank).to(base.dtype)
         begin, end = self.rows
         if end - begin < self.out_features:
             delta = F.pad(delta, (begin, self.out_features - end))

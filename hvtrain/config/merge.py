@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvtrain.config.generate import LoraFileConfig
-from hvtrain.config.model import DType
+from hvtrain.config.model import DType, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,10 @@ class ReconcileConfig:
     samples: tuple[str, ...] = ()
     """A shard set for each LoRA, in order; none: what its training left beside it (calibration/)"""
     keep: tuple[str, ...] = ()
-    """Shard sets of what the base knows and the merge must not change ("old words")"""
+    """What the base knows and the merge must not change ("old words"): shard sets, or text files with a caption a line, whose
+    clips the base then samples; none: what earlier merges among the LoRAs left"""
+    text: ModelConfig = field(default_factory=ModelConfig)
+    """For captions in keep: where the text encoders are"""
     keep_weight: float = 0.5
     """How much keep counts, against all LoRAs together"""
     states: int = 48
@@ -36,7 +39,9 @@ class ReconcileConfig:
     """For distill: learning rate; null: that of the LoRAs' own training"""
     batch_size: int = 1
     """Noisy clips of equal shape that are computed together"""
-    lost: float = 0.5
+    host_gb: float = 64.0
+    """Host memory for states between blocks; more of them lie on the disk beside the output, or are computed in rounds"""
+    lost: float = 0.7
     """A LoRA is lost where the merge is so far from it, as a share of the base's distance (0: as it alone; 1: as the base)"""
     allow_lost: bool = False
     """Write the merge though a LoRA is lost in it"""

@@ -35,7 +35,7 @@ def converted(lora: LoraFile, spec: ModelSpec, to: Dialect, *, fold: bool | None
     the scale is a power of two. `expert`: whose LoRA it is, of a model of several.
     """
     pairs = spread(lora.pairs, key_map(spec, to.keys))
-    metadata = kept(lora.metadata, FOLDED_KEY, PEFT_KEY, PARTS_KEY) | parts_entry(pairs)
+    metadata = kept(lora.about_pairs, FOLDED_KEY, PEFT_KEY, PARTS_KEY) | parts_entry(pairs)
     if to.alpha == "rank" or (to.folds if fold is None else fold):
         metadata[FOLDED_KEY] = json.dumps({name: pair.alpha for name, pair in pairs.items() if pair.scale != 1.0})
         pairs = {name: fold_alpha(pair) for name, pair in pairs.items()}

@@ -67,6 +67,15 @@ class LoraFile:
         pair = self.pairs[name]
         return self.others.get(name) or Delta(LoraLinear, {"down": pair.down, "up": pair.up}, pair.alpha)
 
+    @property
+    def about_pairs(self) -> dict[str, str]:
+        """Its metadata for a file of the pairs, which is a LoRA's."""
+        if not self.others:
+            return self.metadata
+        largest = max(self.pairs.values(), key=lambda pair: pair.rank)
+        numbers = {"ss_network_dim": str(largest.rank), "ss_network_alpha": str(float(largest.alpha))}
+        return {**self.metadata, "ss_network_module": "networks.lora", "ss_network_args": "{}", **numbers}
+
     def summary(self) -> str:
         deltas = [self.delta(name) for name in self.pairs]
         ranks = sorted({delta.rank for delta in deltas})

@@ -123,7 +123,7 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
 
 
 def blocks(layers: Sequence[str] | Mapping[str, object]) -> str:
-    """double_blocks 0-19, single_blocks 0-39: which blocks the layers are in."""
+    """LIST 0-19, OTHER 0-39: which blocks the layers are in."""
     found: dict[str, set[int]] = {}
     others: set[str] = set()
     for name in layers:
@@ -189,7 +189,7 @@ def resize(
     }
     ranks = Counter(cut.pair.rank for cut in cuts.values())
     largest = max(ranks)
-    metadata = kept(lora.metadata, PARTS_KEY, FOLDED_KEY)
+    metadata = kept(lora.about_pairs, PARTS_KEY, FOLDED_KEY)
     metadata |= {"ss_network_dim": str(largest), "ss_network_alpha": str(float(largest))}
     write_lora(output, {name: cut.pair for name, cut in cuts.items()}, metadata=metadata)
     yield f"{output}: rank {_counted(ranks)}, alpha = rank"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from hvtrain.lorafiles.lowrank import factor, shrink
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.merge.changes import Change, Full, LowRank
-from hvtrain.merge.stream import Streamed, placed
+from hvtrain.merge.stream import OnDisk, Streamed, n_bytes, placed
 from hvtrain.models.dit import ModelInput, Tokens
 
 STUDENT = "student"
@@ -33,12 +34,23 @@ STUDENT = "student"
 
 @dataclass
 class Stream:
-    """Noisy clips of one teacher on their way through the blocks."""
+    """Noisy clips of one teacher on their way through the blocks: in the teacher's own run, and in the merged model's."""
 
     teacher: Hashable  # its set of changes
     weights: Tensor  # [B] of each clip
-    taught: Tokens
-    merged: Tokens
+    states: list[Tokens | OnDisk]  # taught, merged
+    n_bytes: int
+    folder: Path | None  # where they lie; None: in memory
+
+    def get(self, which: int) -> Tokens:
+        state = self.states[which]
+        return state.read() if isinstance(state, OnDisk) else state
+
+    def put(self, which: int, tokens: Tokens) -> None:
+        self.states[which] = tokens if self.folder is None else OnDisk(self.folder / f"{which}.safetensors", tokens)
+
+
+TAUGHT, MERGED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,19 @@ def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> l
     return found
 
 
-def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]]) -> list[Stream]:
-    entered = [(model.enter(inp), teacher, weights) for inp, teacher, weights in inputs]
-    return [Stream(teacher, weights, tokens, tokens) for tokens, teacher, weights in entered]
+def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]], folder: Path) -> list[Stream]:
+    """(input, teacher, weights [B]) before the first block. What the host's share does not hold lies in `folder`."""
+    found, size = [], 0
+    for number, (inp, teacher, weights) in enumerate(inputs):
+        tokens = model.enter(inp)
+        own = 2 * n_bytes(tokens)
+        size += own
+        place = folder / f"{number:05d}" if size > model.host_bytes else None
+        stream = Stream(teacher, weights, [tokens, tokens], own, place)
+        for which in (TAUGHT, MERGED):
+            stream.put(which, tokens)
+        found.append(stream)
+    return found
 
 
 def fit_block(
@@ -81,11 +103,11 @@ def fit_block(
 ) -> dict[str, list[Change]]:
     """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards."""
     solved: dict[str, list[Change]] = {}
-    for stage in stages(model, block, list(targets), found[0].merged):
+    for stage in stages(model, block, list(targets), found[0].get(MERGED)):
         layers = {name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage}
         for stream in found:
-            wanted = _watched(model, block, stage, stream.taught, stream.teacher)
-            seen = _watched(model, block, stage, stream.merged, STUDENT)
+            wanted = _watched(model, block, stage, stream.get(TAUGHT), stream.teacher)
+            seen = _watched(model, block, stage, stream.get(MERGED), STUDENT)
             for name, sums in layers.items():
                 sums.add(seen[name], wanted[name], stream.weights.to(model.ctx.device))
         for name in stage:
@@ -97,8 +119,8 @@ def fit_block(
 def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
     """All streams through a solved block."""
     for stream in found:
-        stream.taught = model.step(block, stream.taught, stream.teacher)
-        stream.merged = model.step(block, stream.merged, STUDENT)
+        stream.put(TAUGHT, model.step(block, stream.get(TAUGHT), stream.teacher))
+        stream.put(MERGED, model.step(block, stream.get(MERGED), STUDENT))
 
 
 class _Sums:

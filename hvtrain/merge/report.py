@@ -122,11 +122,24 @@ def page(report: Report, title: str) -> str:
         f"<tr><td>{html.escape(n)}</td><td>{report.summed[n]:.3f}</td><td>{v:.3f}</td></tr>" for n, v in report.fidelity.items()
     )
     kept = f"<h2>{FIDELITY}</h2><table><tr><th></th><th>summed</th><th>merged</th></tr>{kept}</table>" if kept else ""
+    kept += _leak(report)
     facts = "".join(f"<p>{html.escape(line)}</p>" for line in report.lines())
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
         f"<h1>{html.escape(title)}</h1>{facts}<table>{head}{rows}</table>{kept}{losses}<h2>Who changes what</h2>{_map(report)}\n"
     )
+
+
+def _leak(report: Report) -> str:
+    """How strongly each LoRA fires on each one's clips."""
+    if not report.leak:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in report.leak)
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{value:.2f}</td>' for value in row.values())}</tr>"
+        for name, row in report.leak.items()
+    )
+    return f"<h2>On the clips of (row), how strongly does (column) fire, alone?</h2><table><tr><th></th>{head}</tr>{rows}</table>"
 
 
 def _map(report: Report) -> str:

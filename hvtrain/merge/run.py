@@ -114,8 +114,8 @@ def _check(cfg: MergeConfig) -> None:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
     for key, places in (("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)):
         for place in places:
-            if not Path(place).is_dir():
-                raise ConfigError(f"{key}: {place}: no such shard set")
+            if not Path(place).is_dir() and not (key == "keep" and Path(place).is_file()):
+                raise ConfigError(f"{key}: {place}: no such shard set{' or file of captions' if key == 'keep' else ''}")
     _check_reconcile(cfg)
     output = Path(cfg.output)
     for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
@@ -141,7 +141,7 @@ def _check_reconcile(cfg: MergeConfig) -> None:
         raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
     if cfg.rank is not None and c.how == "distill":
         raise ConfigError("rank: distill trains the LoRAs' own pairs, whose ranks add up; use fit+distill to have fewer")
-    for key in ("states", "held_out", "steps", "batch_size", "ridge"):
+    for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
         if not getattr(c, key) > 0:
             raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
     if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):

@@ -6,12 +6,16 @@ and the host's memory, whatever the number of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hvtrain.merge.changes import Changes
@@ -20,6 +24,7 @@ from hvtrain.models.load import Identified, whole_model
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.weights.outputs import writing
 
 T = TypeVar("T")
 
@@ -27,8 +32,11 @@ T = TypeVar("T")
 class Streamed:
     """A model that is on the meta device but for the block at hand and what lies before and behind the blocks."""
 
-    def __init__(self, found: Identified, ctx: ParallelContext, dtype: torch.dtype) -> None:
-        self.found, self.ctx, self.dtype = found, ctx, dtype
+    def __init__(
+        self, found: Identified, ctx: ParallelContext, dtype: torch.dtype, *, host_bytes: float = math.inf
+    ) -> None:
+        """`host_bytes`: of states between blocks that lie in memory at a time."""
+        self.found, self.ctx, self.dtype, self.host_bytes = found, ctx, dtype, host_bytes
         self.model = whole_model(found).eval().requires_grad_(False)
         self.changes = Changes(self.model)
         self.n_calls: dict[str, int] = {}  # of a layer in one pass, where it is not 1
@@ -80,11 +88,23 @@ class Streamed:
             return self.model.unpatchify(patches, tokens.grid).float().cpu()
 
     def velocities(self, inputs: Sequence[tuple[ModelInput, Sequence[Hashable]]]) -> list[list[Tensor]]:
-        """Of each input, its velocity [B C T H W] under each of these sets of changes (None: the base)."""
-        states = []
+        """Of each input, its velocity [B C T H W] under each of these sets of changes (None: the base). In rounds, each of as
+        many as the host's share holds."""
+        found: list[list[Tensor]] = []
+        states: list[list[tuple[Hashable, Tokens]]] = []
+        size = 0
         for inp, keys in inputs:
             entered = self.enter(inp)
             states.append([(key, entered) for key in keys])
+            size += n_bytes(entered) * len(keys)
+            if size >= self.host_bytes:
+                found += self._through(states)
+                states, size = [], 0
+        return found + self._through(states)
+
+    def _through(self, states: list[list[tuple[Hashable, Tokens]]]) -> list[list[Tensor]]:
+        if not states:
+            return []
         for number in range(len(self.model.blocks)):
             with self.block(number) as block:
                 states = [[(key, self.step(block, tokens, key)) for key, tokens in own] for own in states]
@@ -95,29 +115,49 @@ def n_bytes(value: object) -> int:
     """Of all tensors in a record, each once."""
     found: dict[int, int] = {}
 
-    def walk(part: object) -> None:
-        if isinstance(part, Tensor):
-            found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        elif is_dataclass(part) and not isinstance(part, type):
-            for f in fields(part):
-                walk(getattr(part, f.name))
-        elif isinstance(part, Mapping | tuple):
-            for inner in part.values() if isinstance(part, Mapping) else part:
-                walk(inner)
+    def count(t: Tensor) -> Tensor:
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
 
-    walk(value)
+    mapped(value, count)
     return sum(found.values())
 
 
 def placed(value: T, device: torch.device | str) -> T:
     """A record with all tensors in it on a device."""
+    return mapped(value, lambda t: t.to(device))
+
+
+def mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A record with all tensors in it changed, always in the same order."""
     found: Any = value
     if isinstance(value, Tensor):
-        found = value.to(device)
+        found = change(value)
     elif is_dataclass(value) and not isinstance(value, type):
-        found = replace(value, **{f.name: placed(getattr(value, f.name), device) for f in fields(value)})
+        found = replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        found = type(value)(*(placed(part, device) for part in value))
+        found = type(value)(*(mapped(part, change) for part in value))
     elif isinstance(value, Mapping):
-        found = {name: placed(part, device) for name, part in value.items()}
+        found = {name: mapped(part, change) for name, part in value.items()}
     return found
+
+
+class OnDisk:
+    """A record whose tensors lie in a file."""
+
+    def __init__(self, path: Path, value: Tokens) -> None:
+        tensors: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor.to("meta")
+
+        self.path, self.form = path, mapped(value, take)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            save_file({f"{i:03d}": t.clone(memory_format=torch.contiguous_format) for i, t in enumerate(tensors)}, str(path))
+
+    def read(self) -> Tokens:
+        with safe_open(str(self.path), "pt") as file:
+            tensors = iter([file.get_tensor(name) for name in sorted(file.keys())])
+        return mapped(self.form, lambda t: next(tensors))

@@ -33,8 +33,8 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
             raise DataError(f"{key}: {found.name} lacks the field 'latents'; encode column 'latents'")
         if tensors["latents"].shape[0] != flavor.latent.channels:
             raise DataError(
-                f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor '{flavor.name}' takes "
-                f"{flavor.latent.channels}; encode the clips with this model's VAE"
+                f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor "
+                f"'{flavor.name}' takes {flavor.latent.channels}; encode the clips with this model's VAE"
             )
         optional = {field.name for field in flavor.cond if field.optional}
         _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)
@@ -50,11 +50,13 @@ def check_empty_text(sets: Sequence[ShardSet], flavor: Flavor) -> None:
 
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
     """Whether any sample's caption may be dropped: a set can say so of its own."""
-    return any(bool(share if c.caption_dropout is None else c.caption_dropout) for s in sets for c in s.manifest.chunks)
+    own = [chunk.caption_dropout for found in sets for chunk in found.manifest.chunks]
+    return any(share if rate is None else rate for rate in own)
 
 
 def _check_fields(
-    tensors: Mapping[str, Tensor], flavor: Flavor, where: str, *, columns: Iterable[str], may_lack: Container[str]
+    tensors: Mapping[str, Tensor], flavor: Flavor, where: str, *, columns: Iterable[str],
+    may_lack: Container[str],
 ) -> None:
     for field in flavor.cond:
         if field.column not in columns or (field.name not in tensors and field.name in may_lack):
@@ -65,13 +67,14 @@ def _check_fields(
         shape = tensors[field.name].shape
         if not field.fits(shape):
             raise DataError(
-                f"{where} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {field}; {again}"
+                f"{where} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {field}; "
+                f"{again}"
             )
 
 
 def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec) -> None:
-    """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each other. Raises
-    DataError."""
+    """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each
+    other. Raises DataError."""
     for column in columns:
         every = [(key, s, s.manifest.made_by(column)) for key, sets in groups.items() for s in sets]
         made = [(key, s, name) for key, s, by in every if (name := by.encoder)]
@@ -82,19 +85,19 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
         for key, found, by in others:  # models may share an encoder
             if by.encoder not in own:
                 raise DataError(
-                    f"{key}: column '{column}' of {found.name} was made for {by.model}, this run trains {spec.name}; encode the "
-                    f"clips with its {part}, or {ANYWAY}"
+                    f"{key}: column '{column}' of {found.name} was made for {by.model}, this run trains "
+                    f"{spec.name}; encode the clips with its {part}, or {ANYWAY}"
                 )
         for key, found, name in made:
             if own and name not in own:
                 raise DataError(
-                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than {part} "
-                    f"({own[0][:12]}); encode it with these, or {ANYWAY}"
+                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than "
+                    f"{part} ({own[0][:12]}); encode it with these, or {ANYWAY}"
                 )
             if not own and name != made[0][2]:
                 raise DataError(
-                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than that of "
-                    f"{made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or {ANYWAY}"
+                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than that "
+                    f"of {made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or {ANYWAY}"
                 )
 
 

@@ -55,8 +55,9 @@ def results_of(run: RunSettings) -> list[Path]:
 
 
 def is_finished(results: Sequence[Path], found: Path, *, steps: int) -> bool:
-    """Whether the checkpoint `found` is the run's end, and the results that were written with it are still there and whole."""
-    return checkpoint.step_of(found) >= steps and all(checkpoint.result_is_whole(found, path) for path in results)
+    """Whether the checkpoint `found` is the run's end, and the results that were written with it are still whole."""
+    over = checkpoint.step_of(found) >= steps
+    return over and all(checkpoint.result_is_whole(found, path) for path in results)
 
 
 @dataclass
@@ -78,8 +79,8 @@ class RunFiles:
         return Path(self.run.output_dir)
 
     def save(self, snapshot: Snapshot, note: Callable[[str], None]) -> None:
-        """The user's files, then the checkpoint: a run that dies in between comes back to before this step and writes them
-        again. Raises CheckpointError at once where the disk has no room."""
+        """The user's files, then the checkpoint: a run that dies in between comes back to before this step and writes
+        them again. Raises CheckpointError at once where the disk has no room."""
         self.background.wait()
         self.lock.check()
         progress = snapshot.progress
@@ -96,8 +97,8 @@ class RunFiles:
                 checkpoint.save(self.checkpoints, snapshot, keep_last=self.run.keep_last, results=results)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: the run "
-                    "continues from the checkpoint before"
+                    f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: "
+                    "the run continues from the checkpoint before"
                 ) from error
             self.saved = progress.step
             note(f"step {progress.step}: saved {name}.safetensors")
@@ -113,8 +114,8 @@ class RunFiles:
         return results_of(self.run)
 
     def mend_results(self, found: Path) -> list[str]:
-        """Write those results of the finished run again, from its last checkpoint, that are gone or not what was written;
-        their names."""
+        """Write those results of the finished run again, from its last checkpoint, that are gone or not what was
+        written; their names."""
         lost = [path for path in self.results if not checkpoint.result_is_whole(found, path)]
         if not lost:
             return []
@@ -123,7 +124,9 @@ class RunFiles:
         tensors = dict(zip(self.results, (snapshot.params, snapshot.ema)))
         for path in lost:
             if not tensors[path]:
-                raise CheckpointError(f"{path} is lost, and {found} holds no moving average to make it from; set run.ema_decay=0")
+                raise CheckpointError(
+                    f"{path} is lost, and {found} holds no moving average to make it from; set run.ema_decay=0"
+                )
             self.export(path, tensors[path], snapshot.progress)
         checkpoint.seal_results(found, self.results)
         return [path.name for path in lost]
@@ -149,12 +152,14 @@ class RunFiles:
         self.background.start(lambda: self.export(self.best, params, progress, {BEST_LOSS: loss}))
 
     def export(
-        self, path: Path, params: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object] | None = None
+        self, path: Path, params: Mapping[str, Tensor], progress: Progress,
+        extra: Mapping[str, object] | None = None,
     ) -> None:
         a, subject = self.adapter, self.subject
         if a.type != "none":
             save_lora(
-                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha, architecture=subject.spec.name,
+                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha,
+                architecture=subject.spec.name,
                 metadata={**self.about, **self._now(progress), **(extra or {})},
             )
             return
@@ -167,6 +172,7 @@ class RunFiles:
     def _now(self, progress: Progress) -> dict[str, object]:
         now = time.time()
         return {
-            "ss_steps": progress.step, "ss_epoch": progress.epoch, "ss_training_started_at": self.started,
-            "ss_training_finished_at": now, "modelspec.date": datetime.fromtimestamp(now).isoformat(timespec="seconds"),
+            "ss_steps": progress.step, "ss_epoch": progress.epoch,
+            "ss_training_started_at": self.started, "ss_training_finished_at": now,
+            "modelspec.date": datetime.fromtimestamp(now).isoformat(timespec="seconds"),
         }

@@ -11,11 +11,9 @@ import torch
 
 from hvtrain.adapters.attach import add_adapter, check_dropout, linear_shapes
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, PreviewConfig, ZeroConfig
+from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
-from hvtrain.generate.requests import Request
 from hvtrain.models.kernels import pick_kernel
-from hvtrain.models.spec import Flavor
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
@@ -25,14 +23,14 @@ from hvtrain.train import checkpoint
 from hvtrain.train.engine import check_engine
 from hvtrain.train.optim import check_optimizer
 from hvtrain.train.runlock import RunLock
-from hvtrain.train.setup import Base
+from hvtrain.train.setup import Origin
 from shards import ShardError
 
 T = TypeVar("T")
 
 
 def on_all(ctx: ParallelContext, work: Callable[[], T]) -> T:
-    """`work` on every rank; the first refusal of any (a file that one node lacks) is raised on all of them. Collective."""
+    """`work` on every rank; the first refusal of any (a file that one node lacks) is raised on all. Collective."""
     refusal, result = None, None
     try:
         result = work()
@@ -71,7 +69,8 @@ def say(text: str) -> None:
 
 
 def check_machinery(
-    zero: ZeroConfig, optim: OptimConfig, parallel: ParallelConfig, ctx: ParallelContext, *, recompute: str, dtype: torch.dtype
+    zero: ZeroConfig, optim: OptimConfig, parallel: ParallelConfig, ctx: ParallelContext, *, recompute: str,
+    dtype: torch.dtype,
 ) -> None:
     """What a run computes with, whatever the model."""
     check_engine(zero)
@@ -84,10 +83,10 @@ def check_machinery(
 
 
 def check_weights(
-    base: Base, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0
+    base: Origin, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0
 ) -> None:
-    """Whether the weights can lie where they are to, `n_bytes` a value, and with `whole` their gradients. What else a run needs,
-    `hvtrain fit` tells."""
+    """Whether the weights can lie where they are to, `n_bytes` a value, and with `whole` their gradients. What else a
+    run needs, `hvtrain fit` tells. Raises ConfigError."""
     model = base.outline.requires_grad_(False)
     least = n_bytes * sum(p.numel() for p in model.parameters())
     if blocks_to_swap:
@@ -101,14 +100,14 @@ def check_weights(
     if least + gradients > ctx.memory_bytes:
         what = "weights and their gradients" if whole else "frozen weights"
         raise ConfigError(
-            f"the {what} alone take {(least + gradients) / 2**30:.1f} GiB of each process's {ctx.device_name}, which has "
-            f"{ctx.memory_bytes / 2**30:.1f} GiB; `hvtrain fit CONFIG` says what fits"
+            f"the {what} alone take {(least + gradients) / 2**30:.1f} GiB of each process's {ctx.device_name}, "
+            f"which has {ctx.memory_bytes / 2**30:.1f} GiB; `hvtrain fit CONFIG` says what fits"
         )
 
 
-def check_adapter(base: Base, a: AdapterConfig, plan: SlicePlan | None) -> None:
-    """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file to start
-    from is read, and tried on the model without weights."""
+def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> None:
+    """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file
+    to start from is read, and tried on the model without weights."""
     check_dropout(kind_of(a.type), a.dropout)
     names = base.spec.lora_targets(base.outline, include=a.include, exclude=a.exclude)
     if plan is not None:
@@ -118,23 +117,8 @@ def check_adapter(base: Base, a: AdapterConfig, plan: SlicePlan | None) -> None:
     bound, (n_out, n_in) = min(shapes[largest]), shapes[largest]
     if a.rank > bound:
         raise ConfigError(
-            f"adapter.rank is {a.rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no more than "
-            f"{bound}; expected 1 to {bound}, as a rule 8 to 128"
+            f"adapter.rank is {a.rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no "
+            f"more than {bound}; expected 1 to {bound}, as a rule 8 to 128"
         )
     if a.init_from is not None:
         add_adapter(base.outline, base.spec, a, plan, seed=0)
-
-
-def check_previews(preview: PreviewConfig, flavor: Flavor) -> None:
-    if not preview.every_steps:
-        return
-    if flavor.beyond_text:
-        raise ConfigError(
-            f"preview.every_steps: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, and a preview has only a prompt; "
-            "set it to 0"
-        )
-    for i, p in enumerate(preview.prompts):
-        try:
-            Request.of(flavor, prompt=p.prompt, width=p.width, height=p.height, frames=p.frames, steps=p.steps)
-        except ConfigError as error:
-            raise ConfigError(f"preview.prompts[{i}].{error}") from None

@@ -28,7 +28,7 @@ from shards import ShardSet
 
 
 @dataclass(frozen=True)
-class Base:
+class Origin:
     """What training starts from, known from a file's header and samples."""
 
     outline: DiT  # on the meta device
@@ -44,7 +44,7 @@ class Subject:
     """The model of a run and what is trained of it."""
 
     model: DiT
-    base: Base
+    base: Origin
     trainable: dict[str, nn.Parameter]
     plan: SlicePlan | None = None  # of a LORAID slice
     swap: BlockSwap | None = None
@@ -59,7 +59,7 @@ class Subject:
         return self.base.flavor
 
 
-def find_base(model: ModelConfig, *, scratch: bool = False) -> Base:
+def find_base(model: ModelConfig, *, scratch: bool = False) -> Origin:
     """Raises ConfigError and CheckpointError. `scratch`: without a file, the flavor that the config names."""
     part = part_of(model)
     path = model.file(part)
@@ -69,10 +69,10 @@ def find_base(model: ModelConfig, *, scratch: bool = False) -> Base:
         spec = find(model.name)
         flavor = spec.flavor(model.flavor)
         with torch.device("meta"):
-            return Base(spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.expert))
+            return Origin(spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.expert))
     found = identify(asset(path), model=model.name, flavor=model.flavor)
     expert = _expert(found.flavor, model.expert)
-    return Base(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
+    return Origin(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
 
 
 def part_of(model: ModelConfig) -> str:
@@ -101,7 +101,7 @@ def _expert(flavor: Flavor, name: str | None) -> Expert | None:
 
 
 def open_subject(
-    base: Base, model: ModelConfig, adapter: AdapterConfig, plan: SlicePlan | None, ctx: ParallelContext, *,
+    base: Origin, model: ModelConfig, adapter: AdapterConfig, plan: SlicePlan | None, ctx: ParallelContext, *,
     seed: int, blocks_to_swap: int = 0, move: bool = True,
 ) -> Subject:
     """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of
@@ -159,7 +159,7 @@ def named_after(name: str, expert: Expert | None) -> str:
     return name if expert is None or name.endswith(f"-{expert.name}") else f"{name}-{expert.name}"
 
 
-def open_plan(base: Base, adapter: AdapterConfig) -> SlicePlan:
+def open_plan(base: Origin, adapter: AdapterConfig) -> SlicePlan:
     """The slices that this run's is one of, compared with the model."""
     shapes, spec = linear_shapes(base.outline), base.spec
     if adapter.plan is not None:
@@ -178,7 +178,7 @@ def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step
 
 
 def identity(
-    base: Base, adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
+    base: Origin, adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
     batch_size: int, seed: int, name: str,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the

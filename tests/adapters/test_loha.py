@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into, start_from, whole_rows
+from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_all, start_from, whole_rows
 from hvtrain.adapters.loha import LohaLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
@@ -81,14 +81,15 @@ def test_from_a_trained_model_to_a_file_to_a_merged_one(tmp_path):
     assert (file.metadata["ss_network_module"], file.metadata["ss_network_args"]) == ("lycoris.kohya", '{"algo": "loha"}')
     assert file.summary().startswith("a.safetensors: LoHa, 20 layers, rank 3, alpha/rank 0.5")
     merged = build()
-    merge_into(merged, file)
+    merge_all(merged, [(file, 1.0)])
     with torch.no_grad():
         there, base = merged(an_input()), build()(an_input())
         torch.testing.assert_close(there, model(an_input()), rtol=1e-3, atol=1e-3)
     assert (there - base).abs().max() > 0.1
-    other = {name: tensor.clone() for name, tensor in converted(file, SPEC, DIALECTS["comfyui"]).tensors.items()}
-    save_file(other, tmp_path / "comfy.safetensors")
+    converted(file, SPEC, DIALECTS["comfyui"]).save(tmp_path / "comfy.safetensors")
     again = read_lora(tmp_path / "comfy.safetensors", shapes, spec=SPEC)
+    told = {key.removeprefix("ss_network_"): again.metadata[key] for key in again.metadata if "network" in key}
+    assert told == {"module": "networks.lora", "dim": "9", "alpha": "4.5", "args": "{}"}
     assert not again.others and {pair.rank for pair in again.pairs.values()} == {9}  # the LoRA that it equals
     for name, pair in again.pairs.items():
         torch.testing.assert_close(pair.delta(), file.pairs[name].delta(), rtol=1e-4, atol=1e-5)

@@ -6,11 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvtrain.adapters.attach import (
-    adapter_off,
     inject,
     linear_shapes,
     merge_all,
-    merge_into,
     seed_dropout,
     start_from,
 )
@@ -77,22 +75,19 @@ def test_start_depends_on_seed_and_name_only():
     assert down[0].abs().max() <= 8**-0.5  # kaiming_uniform(a=sqrt 5): bound 1 / sqrt(fan in)
 
 
-def test_live_adapter_equals_merged_weights_and_can_be_turned_off():
+def test_live_adapter_equals_merged_weights():
     model, merged = trained(toy()), toy()
-    merge_into(merged, as_file(model), 1.0)
+    merge_all(merged, [(as_file(model), 1.0)])
     x = torch.randn(2, 7, 5)
     torch.testing.assert_close(model(x), merged(x))
     assert not torch.allclose(merged(x), toy()(x), atol=1e-2)
-    with adapter_off(model):
-        assert torch.equal(model(x), toy()(x))
-    torch.testing.assert_close(model(x), merged(x))
 
 
 def test_several_loras_and_multipliers():
     file = as_file(trained(toy()))
     merged, expected = toy(), toy()
     merge_all(merged, [(file, 0.5), (file, 0.25), (file, 0.0)])
-    merge_into(expected, file, 0.75)
+    merge_all(expected, [(file, 0.75)])
     for a, b in zip(merged.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -181,7 +176,7 @@ def test_refusals():
         inject(toy(), [], rank=1)
     wide = LoraFile(Path("x.safetensors"), {"3": LoraPair(torch.zeros(2, 6), torch.zeros(5, 2), 2.0)})
     with pytest.raises(CheckpointError, match="5x6, this model's is 4x6"):
-        merge_into(toy(), wide)
+        merge_all(toy(), [(wide, 1.0)])
 
 
 def test_linear_shapes():

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from hvtrain.adapters.attach import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_all
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
@@ -74,7 +74,7 @@ def test_hashes_are_those_of_sd_scripts(tmp_path, n):
 def test_a_saved_file_applied_equals_the_trained_model(saved):
     merged = build()
     lora = read_lora(saved, SHAPES, spec=SPEC)
-    merge_into(merged, lora)
+    merge_all(merged, [(lora, 1.0)])
     assert lora.summary() == "circle.safetensors: 20 layers, rank 4, alpha/rank 0.5"
     with torch.no_grad():
         expected, got, base = adapted()(an_input()), merged(an_input()), build()(an_input())

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hvtrain.adapters.attach import linear_shapes, merge_into
+from hvtrain.adapters.attach import linear_shapes, merge_all
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles import average, tools
@@ -146,7 +146,7 @@ def test_resize_to_a_rank_or_an_energy(tmp_path, shapes, capsys):
 def test_extract_finds_the_lora_that_was_merged(tmp_path, shapes, capsys):
     lora = read_lora(make(tmp_path / "a.safetensors", shapes, rank=3), shapes)
     base = load_dit(asset(TINY), dtype=torch.float32)
-    merge_into(base.model, lora, 0.1)
+    merge_all(base.model, [(lora, 0.1)])
     with torch.no_grad():
         base.model.get_parameter("img_in.proj.weight").add_(1.0)
     save_dit(base.model, tmp_path / "tuned.safetensors", spec=base.spec, flavor=base.flavor)

@@ -81,6 +81,14 @@ def test_nodes_and_workers_share_the_tars(tmp_path, monkeypatch):
     assert first != second and sorted(first) == sorted(second) != first  # each pass has its own order of tars
 
 
+def test_in_the_workers_of_torch_s_loader(tmp_path):
+    found = make_set(tmp_path, sizes=((2, 3),) * 5)
+    loader = torch.utils.data.DataLoader(shards.pipeline(tmp_path, batch_size=2), batch_size=None, num_workers=2)
+    first, second = list(loader), list(loader)
+    assert sorted(keys(first)) == sorted(keys(second)) == sorted(found.keys) and keys(first) != keys(second)
+    assert all(batch["latents"].shape[0] == len(batch["json"]) == len(batch["__key__"]) for batch in first)
+
+
 def test_a_url_is_one_request_a_tar(tmp_path, monkeypatch):
     local = make_set(tmp_path)
     memory = fsspec.filesystem("memory")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvtrain.errors import ConfigError, DataError, suggest
+from hvtrain.errors import DataError
 from hvtrain.models.dit import ModelInput
+from hvtrain.registry import Registry
 
 FRAMES_PER_LATENT = 4  # channels of the mask: one for each frame that a latent frame spans
 
@@ -23,15 +24,7 @@ class WanInput(ModelInput):
 
 Conds = Mapping[str, Tensor]
 Task = Callable[[WanInput, Conds, "Tensor | None"], WanInput]
-TASKS: dict[str, Task] = {}
-
-
-def _task(name: str) -> Callable[[Task], Task]:
-    def register(function: Task) -> Task:
-        TASKS[name] = function
-        return function
-
-    return register
+TASKS: Registry[Task] = Registry("task")
 
 
 def make_input(
@@ -39,26 +32,25 @@ def make_input(
 ) -> WanInput:
     """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; no guidance is embedded.
     x0: the clean latents, whose first frame is the image of "i2v-frame" where the conditions hold none."""
-    if task not in TASKS:
-        raise ConfigError(f"task '{task}' is not one of this model's; {suggest(task, TASKS)}")
+    add_condition = TASKS.find(task, key="task")
     plain = WanInput(
         x=x_sigma, t=1000.0 * sigma.float(), cond={"text": cond["text"]}, lengths={"text": tuple(cond["text_len"].tolist())}
     )
-    return TASKS[task](plain, cond, x0)
+    return add_condition(plain, cond, x0)
 
 
-@_task("t2v")
+@TASKS.add("t2v")
 def _text_to_video(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
     return inp
 
 
-@_task("i2v")
+@TASKS.add("i2v")
 def _image_to_video(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
     """Beside the noised channels a mask of the given frames and the latents of a clip that is grey but for them."""
     return _beside(inp, cond, last=False)
 
 
-@_task("flf2v")
+@TASKS.add("flf2v")
 def _first_and_last_frame(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
     return _beside(inp, cond, last=True)
 
@@ -86,7 +78,7 @@ def given_frames(n: int, *, last: bool, device: torch.device) -> Tensor:
     return mask
 
 
-@_task("i2v-frame")
+@TASKS.add("i2v-frame")
 def _clean_first_frame(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
     """Latent frame 0 is the given image (else the clip's own), clean at every step, its tokens at t = 0; the loss leaves it
     out. Where cond["image_given"] [B] is false, a sample is text to video after all."""
@@ -102,7 +94,7 @@ def _clean_first_frame(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInpu
     return replace(inp, x=torch.where(mask, first, inp.x), clean=clean, loss_mask=(~mask).to(inp.x.dtype))
 
 
-@_task("ti2v")
+@TASKS.add("ti2v")
 def _with_or_without_an_image(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
     """Image to video for samples that come with an image, else text to video."""
     return _clean_first_frame(inp, cond, None) if "image_latents" in cond else inp
