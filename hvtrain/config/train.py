@@ -28,8 +28,7 @@ class DataConfig:
     calibration: int = 64
     """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
-    """Train on shards that, by their fingerprints, another VAE or text encoder made than model.vae, model.llm and model.clip, or
-    several did"""
+    """Train on shards that, by their fingerprints, other files made than those of this config, or several did"""
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,8 @@ class ModelSpec:
     told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ
     columns: tuple[Column, ...] = ()  # its own, besides the common ones
-    # (vae, encoders of its own columns by name, image [3 H W] in [-1, 1], latents' [C T H W]) -> condition fields without
-    # the batch: what a flavor needs beyond a prompt. Of a flavor that is given several frames: [n 3 H W]
+    # (vae, encoders of its own columns by name, the given frames [n 3 H W] in [-1, 1] or the only one [3 H W], latents'
+    # [C T H W]) -> condition fields without the batch: what a flavor needs beyond a prompt
     image_conditions: Callable[..., dict[str, Tensor]] | None = None
     # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for a task that begins elsewhere
     start: Callable[..., Tensor] | None = None

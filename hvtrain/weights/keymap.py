@@ -109,7 +109,7 @@ class KeyMap:
             rule = hit[0]
             parts = tuple(_joined(part, leaf) for part in rule.dialect)
             if present.issuperset(parts):
-                found[f"{rule.official}.{rule.leaf_of_official(leaf)}"] = Fused(parts, rule.swap)
+                found[_joined(rule.official, rule.leaf_of_official(leaf))] = Fused(parts, rule.swap)
             else:
                 found[name] = Fused((name,))
         return found
@@ -134,11 +134,14 @@ def _joined(module: str, leaf: str) -> str:
     return f"{module}.{leaf}" if module else leaf  # a parameter of the whole model has no module
 
 
+OWN_NAMES = KeyMap((), passthrough=True)
+
+
 def swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 
 
-_BLOCK_NUMBER = re.compile(r"(?<=blocks\.)(\d+|\{n\})(?=\.|$)")
+_BLOCK_NUMBER = re.compile(r"(?:(?<=blocks\.)|(?<=block\.)|(?<=layers\.)|(?<=transformer\.))(\d+|\{n\})(?=\.|$)")
 
 
 def _shape_of(module: str) -> str:

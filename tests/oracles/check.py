@@ -44,8 +44,8 @@ def read(path: str) -> Reference:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
-    if "config" not in metadata or not any(n.startswith("weights.") for n in tensors):
-        raise CheckpointError(f"{path}: not a reference file: needs metadata 'config' and tensors 'weights.*'")
+    if "config" not in metadata or not any(n.startswith("output") for n in tensors):
+        raise CheckpointError(f"{path}: not a reference file: needs metadata 'config' and tensors 'output*'")
     return Reference(path, json.loads(metadata["config"]), tensors)
 
 

@@ -1,18 +1,26 @@
-"""References of Wan: transformers of every kind. See check.py."""
+"""References of Wan: transformers of every kind, VAEs, UMT5, CLIP and what image to video is given. See check.py."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.wan.arch import WanArch
+from hvtrain.models.wan.clip import ANCHORS, ClipEncoder, vit
+from hvtrain.models.wan.encoder_weights import Source, fill
+from hvtrain.models.wan.images import image_conditions
 from hvtrain.models.wan.inputs import WanInput, given_frames
-from tests.oracles.check import Reference, relative
+from hvtrain.models.wan.text import load_umt5
+from hvtrain.models.wan.vae import open_vae
+from tests.oracles.check import Reference, read, relative
 
 # --- DiT --------------------------------------------------------------------------------------------------------------
 
@@ -70,4 +78,90 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
         yield f"grad.{name}", relative(torch.zeros_like(wanted) if found is None else found, wanted)
 
 
-KINDS = ((_is_dit, _check_dit),)
+# --- what a model is made of besides ----------------------------------------------------------------------------------
+
+
+def _is_vae(reference: Reference) -> bool:
+    return "weights.encoder.conv1.weight" in reference.tensors and "temperal_downsample" in reference.config
+
+
+def opened(reference: Reference, folder: Path) -> Path:
+    """The weights as a file of their own."""
+    save_file({n: t.contiguous() for n, t in reference.part("weights.").items()}, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        vae = open_vae(opened(reference, Path(folder)))
+    mean, std = (torch.tensor(reference.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    i, wanted = reference.part("input."), reference.part("output.")
+    for end in ("", "_17"):
+        if f"video{end}" in i:
+            latents = vae.encode(i[f"video{end}"])
+            yield f"latents_normalised{end}", relative(latents, wanted[f"latents_normalised{end}"])
+            yield f"latents_mean{end}", relative(latents * std + mean, wanted[f"latents_mean{end}"])
+        if f"latents{end}" in i:
+            latents = i[f"latents{end}"]
+            video = vae.decode(latents, clamp=False)
+            yield f"video_from_normalised{end}", relative(video, wanted[f"video_from_normalised{end}"])
+            video = vae.decode((latents - mean) / std, clamp=False)
+            yield f"video{end}", relative(video, wanted[f"video{end}"])
+
+
+def _is_text(reference: Reference) -> bool:
+    return "weights.blocks.0.pos_embedding.embedding.weight" in reference.tensors
+
+
+@torch.no_grad()
+def _check_text(reference: Reference) -> Iterator[tuple[str, float]]:
+    """Each prompt alone and without padding: that is all that is stored."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = load_umt5(opened(reference, Path(folder)), dtype=torch.float32)
+    ids, mask = reference.tensors["input.ids"], reference.tensors["input.mask"]
+    for i, n in enumerate(mask.sum(1).tolist()):
+        yield f"output {i}", relative(model(ids[i : i + 1, :n])[0], reference.tensors["output"][i, :n])
+
+
+def _is_clip(reference: Reference) -> bool:
+    return "weights.cls_embedding" in reference.tensors
+
+
+def clip_of(reference: Reference) -> ClipEncoder:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(opened(reference, Path(folder)), anchors=ANCHORS, what="a tower")
+        model = vit(source, n_heads=reference.config["num_heads"], patch=reference.config["patch_size"])
+        fill(model, source, dtype=torch.float32, device="cpu")
+    return ClipEncoder(model)
+
+
+@torch.no_grad()
+def _check_clip(reference: Reference) -> Iterator[tuple[str, float]]:
+    yield "output", relative(clip_of(reference).model(reference.tensors["input.pixels"]), reference.tensors["output"])
+
+
+def _is_condition(reference: Reference) -> bool:
+    return "output.y" in reference.tensors
+
+
+def _check_condition(reference: Reference) -> Iterator[tuple[str, float]]:
+    """Of VAE and CLIP in the same folder."""
+    folder, c, i = Path(reference.path).parent, reference.config, reference.part("input.")
+    clip = clip_of(read(str(folder / "wan21_clip_visual.safetensors")))
+    with tempfile.TemporaryDirectory() as temporary:
+        vae = open_vae(opened(read(str(folder / "wan21_vae.safetensors")), Path(temporary)))
+    images = torch.stack([i[name].permute(2, 0, 1) for name in ("image", "last_image") if name in i]) / 127.5 - 1
+    t = (c["frame_num"] - 1) // 4 + 1
+    found = image_conditions(vae, {"clip": clip}, images, (16, t, *c["latent_hw"]))
+    y = reference.tensors["output.y"]
+    mask = given_frames(t, last=len(images) > 1, device=y.device)[:, :, None, None].float()
+    yield "mask", relative(mask.expand_as(y[:4]), y[:4])
+    yield "latents", relative(found["image_latents"], y[4:])
+    yield "clip_pixels", relative(clip.prepared(images), reference.tensors["output.clip_pixels"])
+    yield "clip_fea", relative(found["clip"], reference.tensors["output.clip_fea"].flatten(0, 1))
+
+
+KINDS = (
+    (_is_dit, _check_dit), (_is_vae, _check_vae), (_is_text, _check_text), (_is_clip, _check_clip),
+    (_is_condition, _check_condition),
+)

@@ -54,9 +54,11 @@ def _flavor(
     experts = () if boundary is None else (
         Expert("high", "dit", (boundary, 1.0), cfg_scales[0]), Expert("low", "dit_low", (0.0, boundary), cfg_scales[1])
     )
+    given = (0, -1) if tasks[0] == "flf2v" else (0,)
+    cond = cond_fields(arch, tasks[0])
+    both = tasks[0] == "ti2v"
     return Flavor(
-        name, about, arch, arch.n_heads, latent, cond_fields(arch, tasks[0]), tasks, defaults, experts,
-        image_optional=tasks[0] == "ti2v",
+        name, about, arch, arch.n_heads, latent, cond, tasks, defaults, experts, image_optional=both, given=given
     )
 
 
