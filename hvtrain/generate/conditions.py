@@ -67,16 +67,32 @@ def encode_requests(
     begins = list(dict.fromkeys(begin for r in requests if (begin := Begin.of(r))))
 
     def encode() -> list[list[dict[str, Tensor]]]:
-        found = open_text(spec, model, ctx.device).encode(texts) if texts else []
-        free(ctx.device)
+        found = _encode_texts(texts, spec, flavor, model, ctx.device)
         images = _encode_images(begins, spec, flavor, model, ctx.device) if begins else []
         free(ctx.device)
-        conds = [[batch_of_one(sample, flavor.cond) for sample in part] for part in (found, images)]
-        check_conds([*conds[0], *conds[1]], spec, flavor)
-        return conds
+        of_images = [batch_of_one(sample, flavor.cond) for sample in images]
+        check_conds(of_images, spec, flavor)
+        return [found, of_images]
 
     of_texts, of_images = on_main(ctx, encode)
     return Conditions(dict(zip(texts, of_texts, strict=True)), dict(zip(begins, of_images, strict=True)))
+
+
+def encode_texts(
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext
+) -> list[dict[str, Tensor]]:
+    """Each text's conditions as a batch of one, on the CPU. Collective."""
+    return on_main(ctx, lambda: _encode_texts(texts, spec, flavor, model, ctx.device))
+
+
+def _encode_texts(
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
+) -> list[dict[str, Tensor]]:
+    found = open_text(spec, model, device).encode(texts) if texts else []
+    free(device)
+    conds = [batch_of_one(sample, flavor.cond) for sample in found]
+    check_conds(conds, spec, flavor)
+    return conds
 
 
 def _encode_images(
