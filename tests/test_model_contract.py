@@ -7,18 +7,29 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_into
-from hvtrain.lorafiles.dialects import key_map, pieces
+from hvtrain.config import ModelConfig
+from hvtrain.fit.run import size_table
+from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.dialects import DIALECTS, key_map, pieces
 from hvtrain.lorafiles.files import read_lora, save_lora
 from hvtrain.models import all_specs, find
-from hvtrain.models.dit import DiT
+from hvtrain.models.conditions import drop
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.identify import arch_of, flavor_of
 from hvtrain.models.load import identify, load_dit, save_dit
 from hvtrain.models.spec import ModelSpec
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.rng import generator
+from hvtrain.slices.plan import Cut, make_plan
+from hvtrain.slices.run import target_shapes
+from hvtrain.train.data import open_shards
+from shards.collate import collate
+from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, Stored, save_manifest
+from shards.writer import write_tar
 from tests.models.any_model import an_input, batch, meta, random_model, smallest
 from tests.parallel.any_model import gradients, of_layouts
 from tests.parallel.ranks import run_ranks
@@ -67,6 +78,46 @@ def test_the_loss_mask_leaves_out_what_is_given_and_nothing_else(spec, flavor):
         assert mask is None or mask.shape == (2, 1, inputs[0].x.shape[2], 1, 1)
         assert torch.equal(learnt, moved), task
         assert mask is None or mask.unique().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
+def test_samples_become_an_input(spec, flavor, tmp_path):
+    """From shards, by collating and caption dropout: each sample at its own lengths, a dropped one with the empty caption's."""
+    x, cond = batch(flavor)
+    stored = {f.name: cond[f.name].to(f.dtype) for f in flavor.cond}
+    lengths = {name: cond[f"{name}_len"].tolist() for name in stored if f"{name}_len" in cond}
+    empty = {f.name: stored[f.name][0, :1] if f.ragged else stored[f.name][0] for f in flavor.cond if f.column == "text"}
+
+    def sample(column: str, i: int) -> dict[str, torch.Tensor]:
+        own = {"latents": x[i]} if column == "latents" else {f.name: stored[f.name][i] for f in flavor.cond if f.column == column}
+        return {name: t[: lengths[name][i]].clone() if name in lengths else t.clone() for name, t in own.items()}
+
+    tars = {c: write_tar(tmp_path, f"{c}/0.tar", [(k, sample(c, i), {}) for i, k in enumerate("ab")]) for c in flavor.columns}
+    made = {
+        c: Made(fields={f.name: Stored(f.dims, str(f.dtype).removeprefix("torch.")) for f in flavor.cond if f.column == c})
+        for c in flavor.columns
+    }
+    save_manifest(tmp_path, Manifest(tuple(tars), (Chunk("9x64x96", ("a", "b"), tars),), made))
+    save_file({name: t.clone() for name, t in empty.items()}, tmp_path / EMPTY_TEXT)
+    (found,) = open_shards([str(tmp_path)], flavor, key="data.shards")
+    got = collate([found.get(i, flavor.columns) for i in range(2)], ragged=found.manifest.ragged)
+    dropped = drop(got, found.empty_text, torch.tensor([False, True]), flavor.cond)
+    for name, value in empty.items():  # what the second sample should have instead
+        stored[name][1] = 0
+        stored[name][1, : len(value)] = value
+        if name in lengths:
+            lengths[name][1] = 1
+
+    def inputs(cond) -> ModelInput:
+        wide = {n: v if n.endswith("_len") else v.float() for n, v in cond.items() if n != "latents"}
+        return spec.make_input(2 * x, torch.tensor([0.3, 0.9]), wide, task=flavor.tasks[0], guidance=1.0, x0=x)
+
+    theirs = inputs(dropped)
+    ours = inputs({**stored, **{f"{name}_len": torch.tensor(n) for name, n in lengths.items()}})
+    assert torch.equal(dropped["latents"], x) and torch.equal(theirs.x, ours.x) and theirs.lengths == ours.lengths
+    assert theirs.cond.keys() == ours.cond.keys() and theirs.cond
+    for name, value in ours.cond.items():
+        assert torch.equal(theirs.cond[name], value), name
 
 
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
@@ -182,6 +233,61 @@ def test_lora_injected_or_merged_is_the_same(spec, tmp_path):
     merge_into(merged, read_lora(tmp_path / "a.safetensors", linear_shapes(merged), spec=spec))
     change = (adapted - before).norm()
     assert change > 0.1 * before.norm() and (merged(inp) - adapted).norm() < 1e-4 * change
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_adapter_in_every_dialect_is_the_same(spec, tmp_path):
+    """Of every program whose layers the model has a key map for."""
+    model = random_model(spec)
+    inject(model, spec.lora_targets(model), rank=2, alpha=1.0, seed=0)
+    for layer in adapted_layers(model):
+        layer.lora_up.weight.data.normal_(generator=generator(2))
+    tensors = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+    save_lora(tmp_path / "own.safetensors", tensors, rank=2, alpha=1.0, metadata={}, architecture=spec.name)
+    shapes = linear_shapes(random_model(spec))
+    own = read_lora(tmp_path / "own.safetensors", shapes, spec=spec)
+    assert own.pairs.keys() == set(spec.lora_targets(random_model(spec)))
+    known = [dialect for dialect in DIALECTS.values() if dialect.keys in spec.key_maps]
+    assert len(known) > 1
+    for dialect in known:
+        converted(own, spec, dialect).save(tmp_path / "other.safetensors")
+        other = read_lora(tmp_path / "other.safetensors", shapes, spec=spec)
+        assert other.pairs.keys() == own.pairs.keys(), dialect.name
+        for name, pair in own.pairs.items():
+            theirs = other.pairs[name]
+            assert torch.equal(pair.up @ pair.down * pair.scale, theirs.up @ theirs.down * theirs.scale), (dialect.name, name)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Cut(n=3, granularity="module"), Cut(n=3, granularity="module", order="interleaved"), Cut(n=5, granularity="rows"),
+        Cut(blocks_per_loraid=1, granularity="block"),
+    ],
+    ids=["modules", "interleaved", "rows", "blocks"],
+)  # fmt: skip
+def test_slices_are_disjoint_and_complete(spec, cut):
+    flavor = smallest(spec)
+    shapes = target_shapes(meta(spec, flavor), spec)
+    plan = make_plan(shapes, cut, model=spec.name, flavor=flavor.name)
+    owners = {name: torch.zeros(n_out, dtype=torch.int) for name, (n_out, _) in shapes.items()}
+    for one in plan.slices:
+        assert one.slots
+        for slot in one.slots:
+            owners[slot.module][slot.begin : slot.end] += 1
+    assert all((rows == 1).all() for rows in owners.values())
+    assert sum(one.parameters for one in plan.slices) == sum(a * b for a, b in shapes.values())
+    if cut.blocks_per_loraid:
+        assert len(plan.slices) == len(meta(spec, flavor).blocks)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_it_needs_is_known_without_its_data(spec):
+    flavor = smallest(spec)
+    table = size_table(ModelConfig(name=spec.name, flavor=flavor.name), gpus=(1,))
+    listed = [(w, h) for w, h in spec.sizes if w % flavor.latent.unit[1] == h % flavor.latent.unit[0] == 0]
+    assert listed and all(f"{w}x{h}" in table.replace(" ", "") for w, h in listed), table
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from hvtrain.config.encode import EncodeConfig
-from hvtrain.config.generate import GenerateConfig, LoraFileConfig
+from hvtrain.config.generate import GenerateConfig, LoraFileConfig, SampledLora
 from hvtrain.config.load import build, dump, load, reference, to_dict
 from hvtrain.config.merge import MergeConfig, ReconcileConfig
 from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig, asset
+from hvtrain.config.sampling import Sampling
 from hvtrain.config.train import (
     AdapterConfig,
     DataConfig,
@@ -38,6 +39,8 @@ __all__ = [
     "ReconcileConfig",
     "RunSettings",
     "SamplePrompt",
+    "SampledLora",
+    "Sampling",
     "TrainConfig",
     "VaeTilingConfig",
     "ZeroConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvtrain.config.model import ModelConfig, ParallelConfig
+from hvtrain.config.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,15 @@ class LoraFileConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class SampledLora(LoraFileConfig):
+    """A LoRA to sample with."""
+
+    expert: str | None = None
+    """Which expert of the flavor it changes; null: all of them"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Sampling):
     """`hvtrain generate`: videos from prompts."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -27,36 +36,16 @@ class GenerateConfig:
     prompt: str | None = None
     """What to show; or give prompt_file"""
     prompt_file: str | None = None
-    """A text file with one prompt a line"""
+    """A text file with one prompt a line, which may end with options of its own: `a cat --w 640 --h 368 --d 7`"""
     output: str = ""
     """The .mp4 file (or .png, for frames=1); a directory with prompt_file, and without it a file is named in one"""
-    width: int | None = None
-    """Pixels, a multiple of 16; null: the flavor's own"""
-    height: int | None = None
-    """Pixels, a multiple of 16"""
-    frames: int | None = None
-    """4n + 1"""
-    fps: int | None = None
-    """Frames a second of the file"""
-    steps: int | None = None
-    """Sampling steps"""
-    seed: int = 0
-    """Seed of the noise; with prompt_file, line i takes seed + i"""
-    shift: float | None = None
-    """Shift of the sigma schedule"""
-    guidance: float | None = None
-    """Embedded guidance"""
-    cfg_scale: float | None = None
-    """True classifier-free guidance: 1 is off, above costs a second forward pass"""
-    negative_prompt: str | None = None
-    """What not to show, for cfg_scale above 1"""
     batch_size: int = 1
     """Prompts sampled together"""
     decode: Literal["each", "last"] = "each"
     """each: decode a video when it is sampled, with the DiT still on the GPU if both fit; last: sample all, then decode all"""
     save_latents: bool = False
     """Keep the latents of each video beside it, as NAME.latents.safetensors"""
-    lora: tuple[LoraFileConfig, ...] = ()
+    lora: tuple[SampledLora, ...] = ()
     """LoRAs to apply; multiplier 0 switches one off completely"""
     slices: str | None = None
     """A sliced run: the directory that holds 01, 02, ... of `hvtrain slices run`"""

@@ -75,7 +75,8 @@ def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "")
     values = {}
     for name, f in fields.items():
         if name in raw:
-            values[name] = _convert(raw[name], hints[name], where=where, key=prefix + name)
+            kind = hints[name] | None if f.default is None else hints[name]
+            values[name] = _convert(raw[name], kind, where=where, key=prefix + name)
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{where}: key '{prefix}{name}' is required; give it there or as {prefix}{name}=...")
     try:
@@ -133,12 +134,13 @@ def _reference(cls: type, *, depth: int) -> list[str]:
 
 
 def field_notes(cls: type) -> dict[str, str]:
-    """The docstring under each field."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    """The docstring under each field, those of the dataclasses that it extends too."""
     notes = {}
-    for here, below in itertools.pairwise(body):
-        if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            notes[here.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]
+    for part in [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        for here, below in itertools.pairwise(body):
+            if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                notes[here.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]
     return notes
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvtrain.config.generate import LoraFileConfig
-from hvtrain.config.model import DType
+from hvtrain.config.model import DType, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,10 @@ class ReconcileConfig:
     samples: tuple[str, ...] = ()
     """A shard set for each LoRA, in order; none: what its training left beside it (calibration/)"""
     keep: tuple[str, ...] = ()
-    """Shard sets of what the base knows and the merge must not change ("old words")"""
+    """What the base knows and the merge must not change ("old words"): shard sets, or text files with a caption a line, whose
+    clips the base then samples; none: what earlier merges among the LoRAs left"""
+    text: ModelConfig = field(default_factory=ModelConfig)
+    """For captions in keep: where the text encoders are"""
     keep_weight: float = 0.5
     """How much keep counts, against all LoRAs together"""
     states: int = 48

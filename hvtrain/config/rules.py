@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hvtrain.config import AdapterConfig, EncodeConfig, GenerateConfig, ModelConfig, TrainConfig, asset
+from hvtrain.config import (
+    AdapterConfig,
+    EncodeConfig,
+    GenerateConfig,
+    ModelConfig,
+    Sampling,
+    TrainConfig,
+    asset,
+)
 from hvtrain.config.parts import parts_of
+from hvtrain.config.sampling import check_limits
 from hvtrain.errors import ConfigError
 
 SAMPLED = ("latents", "text")  # columns whose encoders make a video of a prompt
@@ -144,6 +153,9 @@ def _check_preview(cfg: TrainConfig) -> None:
     if not cfg.preview.prompts:
         raise ConfigError("preview.prompts is empty but preview.every_steps is set; give a prompt")
     _files(cfg.model, columns=SAMPLED, needed_for="preview videos")
+    _check_sampling(cfg.preview, "preview.")
+    for i, prompt in enumerate(cfg.preview.prompts):
+        _check_sampling(prompt, f"preview.prompts[{i}].")
 
 
 def check_encode(cfg: EncodeConfig) -> None:
@@ -181,9 +193,15 @@ def check_generate(cfg: GenerateConfig) -> None:
         _exists(lora.path, "lora.path")
     if cfg.blocks_to_swap < 0:
         raise ConfigError(f"blocks_to_swap is {cfg.blocks_to_swap}, expected 0 or more")
-    for key, value in {"steps": cfg.steps, "fps": cfg.fps, "batch_size": cfg.batch_size, "shift": cfg.shift}.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"{key} is {value}, expected more than 0")
+    if cfg.batch_size <= 0:
+        raise ConfigError(f"batch_size is {cfg.batch_size}, expected more than 0")
+    _check_sampling(cfg)
+
+
+def _check_sampling(values: Sampling, prefix: str = "") -> None:
+    check_limits(values, prefix=prefix)
+    if values.image is not None:
+        _exists(values.image, f"{prefix}image")
 
 
 def _files(model: ModelConfig, *, columns: Iterable[str] = (), dit: bool = False, needed_for: str = "") -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvtrain.config.model import ModelConfig, ParallelConfig
+from hvtrain.config.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class DataConfig:
     calibration: int = 64
     """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
-    """Train on shards that, by their fingerprints, another VAE or text encoder made than model.vae, model.llm and model.clip, or
-    several did"""
+    """Train on shards that, by their fingerprints, other files made than those of this config, or several did"""
 
 
 @dataclass(frozen=True)
@@ -169,33 +169,22 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class SamplePrompt:
+class SamplePrompt(Sampling):
     """A video to make."""
 
     prompt: str = ""
     """What to show"""
-    width: int | None = None
-    """Pixels, a multiple of 16; null: the flavor's own"""
-    height: int | None = None
-    """Pixels, a multiple of 16"""
-    frames: int | None = None
-    """4n + 1"""
-    steps: int | None = None
-    """Sampling steps"""
-    seed: int = 0
-    """Seed of the noise"""
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
-    """Videos made while training."""
+class PreviewConfig(Sampling):
+    """Videos made while training. What a prompt leaves out is taken from here; guidance is flow.guidance, where neither says."""
 
     every_steps: int = 0
     """Steps between previews; 0 makes none"""
-    shift: float | None = None
-    """Shift of the schedule; null: the flavor's own"""
     prompts: tuple[SamplePrompt, ...] = ()
-    """What to make"""
+    """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a sample's own is taken: of
+    eval.shards, else of data.shards"""
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from hvtrain.config import GenerateConfig
+from hvtrain.config import ModelConfig
 from hvtrain.errors import CheckpointError, ConfigError, DataError, HvtrainError
 from hvtrain.generate.requests import Job
-from hvtrain.models.parts import keys_of, open_text, open_vae
+from hvtrain.models.parts import open_text, open_vae
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
 
@@ -39,34 +38,20 @@ def on_main(ctx: ParallelContext, act: Callable[[], T]) -> T:
     return found
 
 
-def check_parts(cfg: GenerateConfig, spec: ModelSpec, flavor: Flavor) -> dict[str, str]:
+def check_parts(model: ModelConfig, spec: ModelSpec, flavor: Flavor) -> dict[str, str]:
     """Fingerprints of "vae" and "text"; of their files only the headers are read, and single values.
 
     Raises CheckpointError for a damaged file, one of something else, or one of another model's latents.
     """
-    m, nowhere = cfg.model, torch.device("meta")
-    vae = open_vae(spec, m, nowhere)
+    nowhere = torch.device("meta")
+    vae = open_vae(spec, model, nowhere)
     own = (flavor.latent.stride_t, flavor.latent.stride_h, flavor.latent.stride_w)
     if (vae.channels, vae.stride) != (flavor.latent.channels, own):
         raise CheckpointError(
-            f"model.vae: {m.vae} has latents of {vae.channels} channels, {' x '.join(map(str, vae.stride))} smaller than the "
+            f"model.vae: {model.vae} has latents of {vae.channels} channels, {' x '.join(map(str, vae.stride))} smaller than the "
             f"video; those of {flavor.name} have {flavor.latent.channels}, {' x '.join(map(str, own))} smaller"
         )
-    return {"vae": vae.fingerprint, "text": open_text(spec, m, nowhere).fingerprint}
-
-
-def check_conds(conds: Iterable[Mapping[str, Tensor]], spec: ModelSpec, flavor: Flavor) -> None:
-    """Text encoders of another model make conditions of other widths."""
-    for cond in conds:
-        for field in flavor.cond:
-            if field.name not in cond:
-                continue
-            found = list(cond[field.name].shape[1:])
-            if not field.fits(found):
-                raise CheckpointError(
-                    f"{keys_of(spec, 'text')}: the text encoders make '{field.name}' of shape {found}, {flavor.name} expects "
-                    f"{field}: they belong to another model"
-                )
+    return {"vae": vae.fingerprint, "text": open_text(spec, model, nowhere).fingerprint}
 
 
 def least_bytes(
@@ -83,7 +68,8 @@ def least_bytes(
 
 
 def check_memory(
-    batches: Sequence[Sequence[Job]], flavor: Flavor, layers: Mapping[str, tuple[int, int]], *, n_bytes: int, ctx: ParallelContext
+    batches: Sequence[Sequence[Job]], flavor: Flavor, layers: Mapping[str, tuple[int, int]], *, n_bytes: int,
+    ctx: ParallelContext,
 ) -> None:
     """Refuse what no setting could make fit."""
     there = _memory_bytes(ctx)

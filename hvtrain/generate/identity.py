@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from hvtrain.config import GenerateConfig
+from hvtrain.config import ModelConfig
+from hvtrain.generate.loras import Applied
 from hvtrain.generate.requests import Request
-from hvtrain.lorafiles.files import LoraFile
 from hvtrain.weights.containers import fingerprint, open_weights
 
 
@@ -23,24 +24,38 @@ class Sources:
 
     sampling: str
     decoding: str
+    images: Mapping[str, str] = field(default_factory=dict)  # path -> digest of what is in it
 
     def latents(self, request: Request) -> str:
         """Of a request's latents. The frame rate is written into the file only."""
-        return _digest([self.sampling, {**asdict(request), "fps": None}])
+        image = self.images[request.image] if request.image is not None else None
+        return _digest([self.sampling, {**asdict(request), "fps": None, "image": image}])
 
     def video(self, request: Request) -> str:
         return _digest([self.latents(request), self.decoding, request.fps])
 
 
-def sources_of(cfg: GenerateConfig, loras: list[tuple[LoraFile, float]], prints: Mapping[str, str]) -> Sources:
-    """`prints`: the flavor's name, and fingerprints of the parts "dit", "text" and "vae"."""
-    m = cfg.model
-    how = [cfg.precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
-    changed = [(fingerprint(open_weights(lora.path)), factor) for lora, factor in loras if factor]
+def sources_of(
+    model: ModelConfig, loras: Sequence[Applied], prints: Mapping[str, Any], *, precision: str, images: Sequence[str] = (),
+) -> Sources:
+    """`prints`: of the flavor and of every part; that of "vae" is the pixels', the others are the latents'."""
+    m = model
+    how = [precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
+    changed = [(fingerprint(open_weights(one.lora.path)), one.multiplier, one.expert) for one in loras if one.multiplier]
+    vae = [prints["vae"], m.vae_dtype, asdict(m.vae_tiling)]
+    begins = [vae] if images else []  # what an image becomes is the VAE's too
     return Sources(
-        sampling=_digest([prints["flavor"], prints["dit"], prints["text"], how, changed]),
-        decoding=_digest([prints["vae"], m.vae_dtype, asdict(m.vae_tiling)]),
+        sampling=_digest([{name: value for name, value in prints.items() if name != "vae"}, how, changed, begins]),
+        decoding=_digest(vae),
+        images={path: image_digest(path) for path in images},
     )
+
+
+def image_digest(path: str) -> str:
+    """Of a picture's file, or of a folder of them by names and sizes."""
+    if Path(path).is_dir():
+        return _digest(sorted((p.name, p.stat().st_size) for p in Path(path).iterdir()))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _digest(value: Any) -> str:

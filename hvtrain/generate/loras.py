@@ -3,53 +3,74 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from hvtrain.config import GenerateConfig, asset
-from hvtrain.errors import ConfigError
+from hvtrain.config import SampledLora, asset
+from hvtrain.errors import ConfigError, suggest
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.lorafiles.overlap import by_layer, overlaps
 from hvtrain.lorafiles.runs import finished
 from hvtrain.lorafiles.tools import blocks
-from hvtrain.models.spec import ModelSpec
+from hvtrain.models.spec import Expert, Flavor, ModelSpec
 
 
-def open_loras(cfg: GenerateConfig, shapes: Shapes, spec: ModelSpec, *, quiet: bool = False) -> list[tuple[LoraFile, float]]:
+@dataclass(frozen=True)
+class Applied:
+    """A LoRA of a generation."""
+
+    lora: LoraFile
+    multiplier: float
+    expert: str | None = None  # None: of every expert
+
+
+def on_expert(loras: Sequence[Applied], expert: Expert | None) -> list[tuple[LoraFile, float]]:
+    """Those that change this expert's weights, or those of the one DiT."""
+    return [(one.lora, one.multiplier) for one in loras if expert is None or one.expert in (None, expert.name)]
+
+
+def open_loras(
+    wanted: Sequence[SampledLora], shapes: Shapes, spec: ModelSpec, flavor: Flavor, *, quiet: bool = False
+) -> list[Applied]:
     """Read them, and say which blocks each holds and whether any two change the same rows."""
-    wanted = [(asset(lora.path), lora.multiplier) for lora in cfg.lora] + _slices(cfg)
-    for path, multiplier in wanted:
-        if not math.isfinite(multiplier):
-            raise ConfigError(f"the multiplier of {path} is {multiplier}, expected a finite number; 0 switches it off")
-    loras = [(read_lora(path, shapes, spec=spec), multiplier) for path, multiplier in wanted]
+    names = [expert.name for expert in flavor.experts]
+    for lora in wanted:
+        if not math.isfinite(lora.multiplier):
+            raise ConfigError(f"the multiplier of {lora.path} is {lora.multiplier}, expected a finite number; 0 switches it off")
+        if lora.expert is not None and lora.expert not in names:
+            hint = suggest(lora.expert, names) if names else "leave lora.expert out"
+            raise ConfigError(f"lora.expert of {lora.path}: '{flavor.name}' has no expert '{lora.expert}'; {hint}")
+    loras = [Applied(read_lora(asset(w.path), shapes, spec=spec), w.multiplier, w.expert) for w in wanted]
     if not quiet:
-        for lora, multiplier in loras:
-            name = f"LORAID {lora.metadata['ss_loraid']}, " if lora.metadata.get("ss_loraid") else ""
-            off = " (off)" if multiplier == 0 else ""
-            print(f"{lora.summary()}, times {multiplier:g}{off}; {name}{blocks(lora.pairs)}", flush=True)
+        for one in loras:
+            name = f"LORAID {one.lora.metadata['ss_loraid']}, " if one.lora.metadata.get("ss_loraid") else ""
+            off = " (off)" if one.multiplier == 0 else ""
+            of = f" on {one.expert}" if one.expert else ""
+            print(f"{one.lora.summary()}, times {one.multiplier:g}{off}{of}; {name}{blocks(one.lora.pairs)}", flush=True)
         if len(loras) > 1:
-            shared = sum(o.n_rows for o in overlaps(by_layer(loras)))
+            together = [by_layer(on_expert(loras, expert)) for expert in flavor.experts or (None,)]
+            shared = max(sum(o.n_rows for o in overlaps(found)) for found in together)
             print(f"{shared} rows are changed by more than one" if shared else "no two change the same rows", flush=True)
     return loras
 
 
-def _slices(cfg: GenerateConfig) -> list[tuple[str, float]]:
-    if cfg.slices is None:
-        return []
-    folder = Path(cfg.slices)
+def of_slices(folder: Path, loraid: Sequence[int], multipliers: Sequence[float]) -> list[SampledLora]:
+    """The finished slices of a sliced run: those with these LORAIDs, or all."""
     runs = {int(p.name): p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.isdigit()}
-    ids = cfg.loraid or tuple(runs)
+    ids = loraid or tuple(runs)
     unknown = [i for i in ids if i not in runs]
     if not runs or unknown:
         found = ", ".join(map(str, runs)) or "none"
         raise ConfigError(f"loraid: {folder} has no slice {unknown[0] if unknown else ''}; found {found}")
-    factors = cfg.lora_multiplier or (1.0,)
+    factors = multipliers or (1.0,)
     if len(factors) == 1:
-        factors = factors * len(ids)
+        factors = [*factors] * len(ids)
     chosen = []
     for i, factor in zip(ids, factors, strict=True):
         path = finished(runs[i])
         if isinstance(path, str):
             raise ConfigError(f"loraid: slice {i} cannot be applied: {path}")
-        chosen.append((str(path), factor))
+        chosen.append(SampledLora(str(path), factor))
     return chosen

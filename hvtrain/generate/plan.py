@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from hvtrain.adapters.attach import linear_shapes
-from hvtrain.config import GenerateConfig, asset
-from hvtrain.errors import ConfigError, DataError
+from hvtrain.config import ModelConfig, asset
+from hvtrain.errors import CheckpointError, ConfigError, DataError
+from hvtrain.flow.solvers import SOLVERS
 from hvtrain.generate import spool
-from hvtrain.generate.check import check_memory, check_outputs, check_parts, on_main
+from hvtrain.generate.check import check_parts
+from hvtrain.generate.conditions import check_own_columns, read_image
 from hvtrain.generate.identity import Sources, sources_of
-from hvtrain.generate.loras import open_loras
-from hvtrain.generate.requests import Job, batches, plan_jobs
+from hvtrain.generate.loras import Applied
+from hvtrain.generate.requests import Job, Request
 from hvtrain.generate.video import read_metadata
-from hvtrain.lorafiles.files import LoraFile
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import Identified, identify, whole_model
-from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
-from hvtrain.parallel.context import ParallelContext, check_heads
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.weights.containers import fingerprint
+
+DIT = "dit"  # the part that every model has
+
+
+@dataclass(frozen=True)
+class Dits:
+    """The DiT that samples, or several experts, told from their headers."""
+
+    spec: ModelSpec
+    flavor: Flavor
+    files: Mapping[str, Identified]  # by part: "dit", and where there are experts each one's
+    layers: dict[str, tuple[int, int]]  # [out, in] of every Linear, alike in all of them
+    empty: DiT  # on the meta device
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a DiT computes."""
+
+    precision: str
+    kernel: str
+    blocks_to_swap: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -43,50 +73,66 @@ class Lot:
 class Plan:
     """What to make with what."""
 
-    spec: ModelSpec
-    flavor: Flavor
+    model: ModelConfig
+    dits: Dits
+    compute: Compute
+    loras: list[Applied]
+    sources: Sources
     jobs: list[Job]
     lots: list[Lot]  # what is left to do; each group of ranks takes every dp-th
-    loras: list[tuple[LoraFile, float]]
-    layers: dict[str, tuple[int, int]]  # [out, in] of every Linear
-    sources: Sources
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.dits.spec
+
+    @property
+    def flavor(self) -> Flavor:
+        return self.dits.flavor
 
 
-def make_plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
-    """Reads the LoRA files, the headers of all other parts, and what a run before has left. Collective."""
-    found = identify(asset(str(cfg.model.dit)), model=cfg.model.name, flavor=cfg.model.flavor)
-    spec, flavor = found.spec, found.flavor
-    if foreign := flavor.beyond_text:
-        raise ConfigError(
-            f"model.flavor: '{flavor.name}' also needs {', '.join(foreign)}, and generate takes only a prompt: "
-            "choose a text-to-video flavor (`hvtrain models`)"
-        )
-    check_heads(flavor.n_heads, ctx.ulysses)
-    jobs = plan_jobs(cfg, flavor)
-    if len(jobs) < ctx.dp:
-        raise ConfigError(
-            f"parallel: {len(jobs)} video(s) for {ctx.dp} data-parallel groups of processes; let the processes share "
-            f"a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
-        )
-    model = _check_dit(found)
-    layers = linear_shapes(model)
-    _check_placing(cfg, model, ctx)
-    size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
-    grouped = batches(jobs, size)
-    check_memory(grouped, flavor, layers, n_bytes=2 if cfg.precision == "bf16" else 4, ctx=ctx)
-    loras = open_loras(cfg, layers, spec, quiet=not ctx.is_main)
+def phases(flavor: Flavor) -> list[Expert | None]:
+    """Who predicts, from noise on; one DiT for all is None."""
+    return [*sorted(flavor.experts, key=lambda expert: -expert.sigmas[0])] or [None]
 
-    def look() -> Sources:
-        prints = {"dit": fingerprint(found.weights), "flavor": flavor.name, **check_parts(cfg, spec, flavor)}
-        return sources_of(cfg, loras, prints)
 
-    sources = on_main(ctx, look)
-    lots = on_main(ctx, lambda: remaining(grouped, sources, save_latents=cfg.save_latents))
-    left = [job for lot in lots for job in lot.jobs]
-    if left:
-        sampled = sum(len(lot.jobs) for lot in lots if lot.n_left)
-        check_outputs(left, flavor, n_sampled=sampled, decode=cfg.decode, size=size * ctx.dp, ctx=ctx)
-    return Plan(spec, flavor, jobs, lots, loras, layers, sources)
+def last_step(request: Request, expert: Expert | None) -> int:
+    """How many of its steps are done when this expert, and those of more noise, have done theirs."""
+    if expert is None:
+        return request.steps
+    levels = SOLVERS[request.solver].schedule(request.steps, shift=request.shift)[:-1].tolist()
+    return sum(level >= expert.sigmas[0] for level in levels)
+
+
+def open_headers(model: ModelConfig) -> Dits:
+    """Of the DiTs. Raises ConfigError for an expert that is not given, CheckpointError for files that do not fit."""
+    found = identify(asset(str(model.dit)), model=model.name, flavor=model.flavor)
+    flavor = found.flavor
+    files = {DIT: found}
+    for expert in flavor.experts:
+        if expert.part in files:
+            continue
+        path = model.file(expert.part)
+        if path is None:
+            about = found.spec.parts[expert.part].about
+            raise ConfigError(f"model.{expert.part} is not set; '{flavor.name}' samples with it too ({about})")
+        other = files[expert.part] = identify(asset(path), model=found.spec.name, flavor=model.flavor)
+        if other.arch != found.arch:
+            raise CheckpointError(f"model.{expert.part}: {path} has other sizes than model.dit, {model.dit}: not of one model")
+    empty, *_ = [whole_model(one).requires_grad_(False) for one in files.values()]  # all: their tensors are compared in it
+    return Dits(found.spec, flavor, files, linear_shapes(empty), empty)
+
+
+def find_sources(
+    dits: Dits, model: ModelConfig, loras: Sequence[Applied], jobs: Sequence[Job], *, precision: str
+) -> Sources:
+    """Of all parts the headers are read, and single values; of each image the picture."""
+    prints: dict[str, Any] = {part: fingerprint(found.weights) for part, found in dits.files.items()}
+    prints |= {"flavor": dits.flavor.name, **check_parts(model, dits.spec, dits.flavor)}
+    prints |= {f"column {name}": value for name, value in check_own_columns(dits.spec, dits.flavor, model).items()}
+    begins = {job.request.image: job.request for job in jobs if job.request.image is not None}
+    for path, request in begins.items():
+        read_image(path, width=request.width, height=request.height)
+    return sources_of(model, loras, prints, precision=precision, images=list(begins))
 
 
 def remaining(grouped: list[list[Job]], sources: Sources, *, save_latents: bool = False) -> list[Lot]:
@@ -114,17 +160,17 @@ def _is_there(job: Job, sources: Sources) -> bool:
         return False
 
 
-def _check_dit(found: Identified) -> DiT:
-    """The model without values, if the file's tensors fit it."""
-    return whole_model(found).requires_grad_(False)
-
-
-def _check_placing(cfg: GenerateConfig, model: DiT, ctx: ParallelContext) -> None:
+def check_placing(compute: Compute, model: DiT, ctx: ParallelContext) -> None:
     """Kernel and swap are refused here as they would be with the weights in memory."""
-    if cfg.parallel.kernel == xfuser_path.NAME:
+    if compute.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=False)
     else:
-        compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        pick_kernel(cfg.parallel.kernel, device=ctx.device, dtype=compute, training=False)
-    if cfg.blocks_to_swap:
-        swap_savings(model.blocks, cfg.blocks_to_swap)
+        pick_kernel(compute.kernel, device=ctx.device, dtype=compute.dtype, training=False)
+    if compute.blocks_to_swap:
+        swap_savings(model.blocks, compute.blocks_to_swap)
+
+
+def dit_names(plan: Plan) -> str | dict[str, str]:
+    """The file, or each expert's."""
+    names = {part: Path(str(plan.model.file(part))).name for part in plan.dits.files}
+    return names if len(names) > 1 else names[DIT]

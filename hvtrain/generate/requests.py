@@ -4,99 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hvtrain.config import GenerateConfig
+from hvtrain.config.sampling import Sampling, check_limits, line_options
 from hvtrain.errors import ConfigError, DataError, suggest
-from hvtrain.models.spec import Flavor
+from hvtrain.flow.solvers import SOLVERS
+from hvtrain.models.spec import Expert, Flavor
 
-# Options inside a line of a prompt file, as the sd-scripts family writes them: "a cat --w 640 --h 368 --d 7".
-LINE_OPTIONS: dict[str, tuple[str, type]] = {
-    "w": ("width", int),
-    "h": ("height", int),
-    "f": ("frames", int),
-    "s": ("steps", int),
-    "d": ("seed", int),
-    "g": ("guidance", float),
-    "l": ("cfg_scale", float),
-    "fs": ("shift", float),
-    "n": ("negative_prompt", str),
-}
-MAX_SIDE = 16384  # of the H.264 encoder
-MAX_STEPS = 10_000
-MAX_FPS = 1000
 VIDEO, PICTURE = ".mp4", ".png"
 
 
 @dataclass(frozen=True)
-class Request:
-    """One video."""
+class Request(Sampling):
+    """One video: nothing of it is left open but an image, and the guidance of a flavor that embeds none."""
 
-    prompt: str
-    width: int
-    height: int
-    frames: int
-    fps: int
-    steps: int
-    seed: int
-    shift: float
-    guidance: float | None  # embedded; None: the flavor embeds none
-    cfg_scale: float  # classifier-free; 1 is off
-    negative_prompt: str
+    prompt: str = ""
 
     @classmethod
-    def of(
-        cls,
-        flavor: Flavor,
-        *,
-        prompt: str,
-        seed: int = 0,
-        width: int | None = None,
-        height: int | None = None,
-        frames: int | None = None,
-        fps: int | None = None,
-        steps: int | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
-        cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
-    ) -> Request:
-        """None is the flavor's own value. Refuses what the flavor's latents cannot hold."""
-        given = {
-            "width": width,
-            "height": height,
-            "frames": frames,
-            "fps": fps,
-            "steps": steps,
-            "shift": shift,
-            "guidance": guidance,
-            "cfg_scale": cfg_scale,
-            "negative_prompt": negative_prompt,
-        }
-        own = {name: getattr(flavor.defaults, name) for name in given}
-        chosen: dict[str, Any] = {name: own[name] if value is None else value for name, value in given.items()}
-        request = cls(prompt=prompt, seed=seed, **chosen)
+    def of(cls, flavor: Flavor, *, prompt: str = "", **given: Any) -> Request:
+        """None is the flavor's own value. Refuses what the flavor's latents cannot hold, and what it does not take."""
+        chosen = {name: value for name, value in given.items() if value is not None}
+        own = {f.name: getattr(flavor.defaults, f.name) for f in fields(Sampling)}
+        request = cls(prompt=prompt, **own | chosen)
         request.check(flavor)
-        return request
+        return replace(request, expert_cfg_scale=_expert_scales(flavor, chosen))
 
     def check(self, flavor: Flavor) -> None:
         flavor.latent.check_size(width=self.width, height=self.height, frames=self.frames)
-        for name in ("shift", "guidance", "cfg_scale"):
-            if (number := getattr(self, name)) is not None and not math.isfinite(number):
-                raise ConfigError(f"{name} is {number}, expected a finite number")
+        check_limits(self)
+        SOLVERS.find(self.solver, key="solver")
         if self.guidance is not None and flavor.defaults.guidance is None:
             raise ConfigError(f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance null")
-        for name, number in (("steps", self.steps), ("fps", self.fps), ("shift", self.shift)):
-            if number <= 0:
-                raise ConfigError(f"{name} is {number}, expected more than 0")
-        for name, number, most in (("steps", self.steps, MAX_STEPS), ("fps", self.fps, MAX_FPS)):
-            if number > most:
-                raise ConfigError(f"{name} is {number}, expected at most {most}")
+        if self.image is not None and not flavor.beyond_text:
+            raise ConfigError(
+                f"image is {self.image}, but '{flavor.name}' begins with no image: leave it out, or take a flavor of image to "
+                "video (`hvtrain models`)"
+            )
         for name in ("prompt", "negative_prompt"):
             try:
                 getattr(self, name).encode()
@@ -106,7 +53,34 @@ class Request:
     @property
     def layout(self) -> tuple:
         """Requests of one layout can be sampled together."""
-        return (self.width, self.height, self.frames, self.steps, self.shift, self.guidance, self.cfg_scale)
+        return tuple(getattr(self, f.name) for f in fields(Sampling) if f.metadata["alike"])
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is looked at."""
+        return any(scale != 1 for scale in self.expert_cfg_scale.values() or [self.cfg_scale])
+
+    def scale(self, expert: Expert | None) -> float:
+        """Of classifier-free guidance."""
+        return self.cfg_scale if expert is None else self.expert_cfg_scale[expert.name]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is given or chosen, as plain values."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+
+def _expert_scales(flavor: Flavor, given: Mapping[str, Any]) -> dict[str, float]:
+    """Name by name; what is given for all experts comes before what each of them would have."""
+    wanted = given.get("expert_cfg_scale", {})
+    names = [expert.name for expert in flavor.experts]
+    for name in wanted:
+        if name not in names:
+            hint = suggest(name, names) if names else "it has one model for all noise levels: give cfg_scale"
+            raise ConfigError(f"expert_cfg_scale: '{flavor.name}' has no expert '{name}'; {hint}")
+    common = given.get("cfg_scale")
+    own = {e.name: flavor.defaults.cfg_scale if e.cfg_scale is None else e.cfg_scale for e in flavor.experts}
+    return {name: wanted.get(name, own[name] if common is None else common) for name in names}
 
 
 @dataclass(frozen=True)
@@ -117,48 +91,52 @@ class Job:
     output: Path
 
 
-def plan_jobs(cfg: GenerateConfig, flavor: Flavor) -> list[Job]:
-    """The videos that a config asks for, in order."""
-    common: dict[str, Any] = {
-        "width": cfg.width,
-        "height": cfg.height,
-        "frames": cfg.frames,
-        "fps": cfg.fps,
-        "steps": cfg.steps,
-        "shift": cfg.shift,
-        "guidance": cfg.guidance,
-        "cfg_scale": cfg.cfg_scale,
-        "negative_prompt": cfg.negative_prompt,
-    }
-    if cfg.prompt_file is None:
-        request = Request.of(flavor, prompt=cfg.prompt or "", seed=cfg.seed, **common)
-        return [Job(request, _single_output(cfg, request))]
+def needs_image(request: Request, flavor: Flavor) -> bool:
+    """Whether it cannot be made of what it says."""
+    return bool(flavor.beyond_text) and not flavor.image_optional and request.image is None
+
+
+def single_job(flavor: Flavor, given: Mapping[str, Any], *, prompt: str, output: str, also: object = None) -> Job:
+    """One video. In a directory its file is named after the prompt and all else that makes it: `also` is what is not in it."""
+    request = _complete(flavor, **given, prompt=prompt)
+    return Job(request, _single_output(output, request, also))
+
+
+def prompt_jobs(flavor: Flavor, given: Mapping[str, Any], *, prompt_file: str, output: str) -> list[Job]:
+    """One for each line, in order."""
     jobs = []
-    for i, (where, values) in enumerate(read_prompts(Path(cfg.prompt_file))):
+    for i, (where, values) in enumerate(read_prompts(Path(prompt_file))):
         try:
-            request = Request.of(flavor, **{**common, "seed": cfg.seed + i, **values})
+            request = _complete(flavor, **{**given, "seed": given.get("seed", 0) + i, **values})
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        jobs.append(Job(request, Path(cfg.output) / f"{i:04d}{_ending(request)}"))
+        jobs.append(Job(request, Path(output) / f"{i:04d}{_ending(request)}"))
     return jobs
 
 
-def _single_output(cfg: GenerateConfig, request: Request) -> Path:
-    """The file that the config names; in a directory, one named after the prompt and all else that makes the video."""
-    output = Path(cfg.output)
-    if output.is_dir() or cfg.output.endswith("/"):
+def _complete(flavor: Flavor, **given: Any) -> Request:
+    request = Request.of(flavor, **given)
+    if needs_image(request, flavor):
+        raise ConfigError(f"image: '{flavor.name}' begins with an image; give image=FILE, or --i FILE in a line of a prompt file")
+    if request.image is not None and not Path(request.image).exists():
+        raise ConfigError(f"image: {request.image} does not exist")
+    return request
+
+
+def _single_output(where: str, request: Request, also: object) -> Path:
+    """The file that is named; in a directory, one named after what makes the video."""
+    output = Path(where)
+    if output.is_dir() or where.endswith("/"):
         words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:40].strip("-") or "video"
-        makes = (asdict(request), asdict(cfg.model), cfg.precision, [asdict(lora) for lora in cfg.lora])
-        slices = (cfg.slices, cfg.loraid, cfg.lora_multiplier)
-        digest = hashlib.sha256(json.dumps([makes, slices]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([asdict(request), also]).encode()).hexdigest()
         return output / f"{words}-{digest[:8]}{_ending(request)}"
     if output.suffix not in (VIDEO, PICTURE):
         raise ConfigError(
-            f"output is {cfg.output}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a directory: "
-            f"one that exists, or {cfg.output}/"
+            f"output is {where}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a directory: "
+            f"one that exists, or {where}/"
         )
     if output.suffix == PICTURE and request.frames != 1:
-        raise ConfigError(f"output is {cfg.output}, one picture, but frames is {request.frames}: give frames=1, or NAME{VIDEO}")
+        raise ConfigError(f"output is {where}, one picture, but frames is {request.frames}: give frames=1, or NAME{VIDEO}")
     return output
 
 
@@ -181,13 +159,14 @@ def read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_line(line: str, *, where: str) -> dict[str, Any]:
+    legal = line_options()
     prompt, *options = re.split(r"\s+--(?=\w)", line)
     values: dict[str, Any] = {"prompt": prompt}
     for option in options:
         letter, _, text = option.partition(" ")
-        if letter not in LINE_OPTIONS:
-            raise DataError(f"{where}: no option '--{letter}'; {suggest(letter, LINE_OPTIONS)}")
-        name, kind = LINE_OPTIONS[letter]
+        if letter not in legal:
+            raise DataError(f"{where}: no option '--{letter}'; {suggest(letter, legal)}")
+        name, kind = legal[letter]
         try:
             values[name] = kind(text.strip())
         except ValueError:

@@ -1,25 +1,38 @@
 """From prompts to videos: text encoders, DiT, VAE. Each video is on the disk soon after it is sampled; its latents are before.
 
-Text is encoded by rank 0 and sent to the others. Sequence-parallel ranks walk through one sampling together and end
-with the same latents; data-parallel groups take different videos, and the first rank of each writes them.
+Text and images are encoded by rank 0 and sent to the others. Sequence-parallel ranks walk through one sampling together and
+end with the same latents; data-parallel groups take different videos, and the first rank of each writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from hvtrain.config import GenerateConfig
 from hvtrain.config.rules import check_generate
+from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError, HvtrainError
-from hvtrain.generate.check import check_conds
-from hvtrain.generate.plan import Plan, make_plan
-from hvtrain.generate.sample import Cond, encode_prompts, sample_lots
+from hvtrain.generate.check import check_memory, check_outputs, on_main
+from hvtrain.generate.conditions import Conditions, encode_requests
+from hvtrain.generate.loras import of_slices, open_loras
+from hvtrain.generate.plan import (
+    Compute,
+    Plan,
+    check_placing,
+    find_sources,
+    open_headers,
+    remaining,
+)
+from hvtrain.generate.requests import Job, batches, prompt_jobs, single_job
+from hvtrain.generate.sample import sample_lots
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import Writer
-from hvtrain.parallel.context import ParallelContext, shutdown, start
+from hvtrain.models.spec import Flavor
+from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 
 
 def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
@@ -32,13 +45,14 @@ def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
         raise ConfigError(f"precision fp32 needs model.dtype float32, it is {cfg.model.dtype}")
     own = ctx is None
     ctx = ctx or start(cfg.parallel.ulysses, cfg.parallel.ring)
-    plan = make_plan(cfg, ctx)
+    plan = _plan(cfg, ctx)
     if ctx.is_main:
         _announce(plan)
     stop, stopped = Stop(ctx), False
-    conds = _encode(cfg, plan, ctx)
+    requests = [job.request for lot in plan.lots if lot.n_left for job in lot.jobs]
+    conds = encode_requests(requests, plan.spec, plan.flavor, cfg.model, ctx)
     try:
-        _make(cfg, plan, conds, ctx=ctx, stop=stop)
+        _make(plan, conds, decode=cfg.decode, save_latents=cfg.save_latents, ctx=ctx, stop=stop)
     except Stopped:
         stopped = True
     except torch.OutOfMemoryError as error:
@@ -54,33 +68,59 @@ def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
     return [job.output for job in plan.jobs]
 
 
-def _make(cfg: GenerateConfig, plan: Plan, conds: dict[str, Cond], *, ctx: ParallelContext, stop: Stop) -> None:
+def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
+    """Reads the LoRA files, the headers of all other parts, and what a run before has left. Collective."""
+    model, compute = cfg.model, Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap)
+    dits = open_headers(model)
+    flavor = dits.flavor
+    check_heads(flavor.n_heads, ctx.ulysses)
+    jobs = jobs_of(cfg, flavor)
+    if len(jobs) < ctx.dp:
+        raise ConfigError(
+            f"parallel: {len(jobs)} video(s) for {ctx.dp} data-parallel groups of processes; let the processes share "
+            f"a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
+        )
+    check_placing(compute, dits.empty, ctx)
+    size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
+    grouped = batches(jobs, size)
+    check_memory(grouped, flavor, dits.layers, n_bytes=compute.dtype.itemsize, ctx=ctx)
+    wanted = [*cfg.lora, *(of_slices(Path(cfg.slices), cfg.loraid, cfg.lora_multiplier) if cfg.slices is not None else ())]
+    loras = open_loras(wanted, dits.layers, dits.spec, flavor, quiet=not ctx.is_main)
+    sources = on_main(ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision))
+    lots = on_main(ctx, lambda: remaining(grouped, sources, save_latents=cfg.save_latents))
+    left = [job for lot in lots for job in lot.jobs]
+    if left:
+        # Between two experts, the latents of all wait on the disk.
+        decode, sampled = "last" if flavor.experts else cfg.decode, sum(len(lot.jobs) for lot in lots if lot.n_left)
+        check_outputs(left, flavor, n_sampled=sampled, decode=decode, size=size * ctx.dp, ctx=ctx)
+    return Plan(model, dits, compute, loras, sources, jobs, lots)
+
+
+def jobs_of(cfg: GenerateConfig, flavor: Flavor) -> list[Job]:
+    """The videos that a config asks for, in order."""
+    if cfg.prompt_file is not None:
+        return prompt_jobs(flavor, given(cfg), prompt_file=cfg.prompt_file, output=cfg.output)
+    also = (asdict(cfg.model), cfg.precision, [asdict(lora) for lora in cfg.lora], cfg.slices, cfg.loraid, cfg.lora_multiplier)
+    return [single_job(flavor, given(cfg), prompt=cfg.prompt or "", output=cfg.output, also=also)]
+
+
+def _make(
+    plan: Plan, conds: Conditions, *, decode: str, save_latents: bool, ctx: ParallelContext, stop: Stop
+) -> None:
     """This group's share. What a run before has sampled is decoded first."""
     mine = plan.lots[ctx.dp_rank :: ctx.dp]
     stop.check()
-    writer = Writer(cfg, plan, ctx=ctx, stop=stop)
+    writer = Writer(plan, ctx=ctx, stop=stop, save_latents=save_latents)
     for lot in mine:
         if not lot.n_left:
             writer.write(lot)
-    beside, waiting = cfg.decode == "each", []
-    for lot in sample_lots(cfg, plan, [lot for lot in mine if lot.n_left], conds, ctx=ctx, stop=stop):
+    beside, waiting = decode == "each", []
+    for lot in sample_lots(plan, [lot for lot in mine if lot.n_left], conds, ctx=ctx, stop=stop):
         beside = beside and writer.write(lot, beside=True)
         if not beside:
             waiting.append(lot)
     for lot in waiting:  # the DiT is gone
         writer.write(lot)
-
-
-def _encode(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> dict[str, Cond]:
-    """The conditions of each text that is still to be sampled."""
-    requests = [job.request for lot in plan.lots if lot.n_left for job in lot.jobs]
-    texts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.cfg_scale != 1]
-    unique = list(dict.fromkeys(texts))
-    if not unique:
-        return {}
-    conds = encode_prompts(cfg.model, plan.spec, plan.flavor, unique, ctx)
-    check_conds(conds, plan.spec, plan.flavor)
-    return dict(zip(unique, conds, strict=True))
 
 
 def _announce(plan: Plan) -> None:

@@ -1,54 +1,46 @@
-"""From prompts to latents: text encoders, DiT and solver, on all ranks that share a video."""
+"""From noise to latents: DiT and solver, on all ranks that share a video.
+
+Where a flavor has experts, all videos are sampled with the one for much noise, then all with the next: each is loaded once,
+and never two of them are in memory. In between, the solver's state of each video lies on the disk, as when a run is stopped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvtrain.adapters.attach import merging
-from hvtrain.config import GenerateConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.solvers import SOLVERS, State, Velocity
-from hvtrain.generate.plan import Lot, Plan
+from hvtrain.generate.conditions import Cond, Conditions, free
+from hvtrain.generate.loras import on_expert
+from hvtrain.generate.plan import DIT, Lot, Plan, last_step, phases
 from hvtrain.generate.progress import Sampling
 from hvtrain.generate.requests import Request
 from hvtrain.generate.spool import find, keep
 from hvtrain.generate.stop import Stop, Stopped
-from hvtrain.generate.write import free, parameters
-from hvtrain.models.conditions import batch_of_one, stack
-from hvtrain.models.dit import DiT
+from hvtrain.generate.write import parameters
+from hvtrain.models.conditions import stack
+from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.load import load_dit
-from hvtrain.models.parts import open_text
 from hvtrain.models.precision import autocast
-from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from hvtrain.weights.float8 import use_matmul
 
-Cond = Mapping[str, Tensor]  # a flavor's condition fields, batched
-
-
-def encode_prompts(
-    model: ModelConfig, spec: ModelSpec, flavor: Flavor, prompts: Sequence[str], ctx: ParallelContext
-) -> list[dict[str, Tensor]]:
-    """Each prompt's conditions as a batch of one, on the CPU. The encoders live on rank 0 only, and not for long."""
-    found: list[dict[str, Tensor]] = []
-    if ctx.is_main:
-        encoders = open_text(spec, model, ctx.device)
-        found = encoders.encode(list(prompts))
-        del encoders
-        free(ctx)
-    return [batch_of_one(sample, flavor.cond) for sample in ctx.gather_objects(found)[0]]
+Models = Callable[[float], Callable[[ModelInput], Tensor]]  # noise level -> the model that predicts there
 
 
 @torch.no_grad()
 def sample_latents(
-    model: nn.Module,
+    models: Models,
     spec: ModelSpec,
     flavor: Flavor,
     cond: Cond,
@@ -57,51 +49,81 @@ def sample_latents(
     ctx: ParallelContext,
     uncond: Cond | None = None,
     seeds: Sequence[int] = (),
+    x0: Tensor | None = None,
     begin: State | None = None,
+    until: int | None = None,
     on_step: Callable[[State], None] | None = None,
 ) -> Tensor:
     """Scaled latents [B C T H W], float32, the same on every sequence-parallel rank. Collective among them.
 
     One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
-    each. `uncond` holds the negative prompts, as many. The caller chooses autocast. `on_step` is called on every rank
-    after each step; `begin` goes on from such a state, x [B C T H W], and ends with the same latents.
+    each. `uncond` holds the negative prompts, as many; `x0` a clip's latents, for conditions that a model takes from there.
+    The caller chooses autocast. `on_step` is called on every rank after each step; `begin` goes on from such a state and
+    ends with the same latents, or with those after `until` steps.
     """
     seeds = seeds or [request.seed]
     n = len(next(iter(cond.values())))
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} prompts")
-    if uncond is None and request.cfg_scale != 1:
+    if uncond is None and request.guided:
         raise ConfigError(f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without")
+    task, conds = flavor.tasks[0], [_placed(c, ctx.device) for c in (cond, uncond) if c is not None]
+    solver = SOLVERS[request.solver]
+    schedule = solver.schedule(request.steps, shift=request.shift)
 
-    def velocity_under(condition: Cond) -> Velocity:
-        # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
-        here = {name: v if name.endswith("_len") else v.to(ctx.device) for name, v in condition.items()}
+    def given(x: Tensor, sigma: Tensor, which: int = 0) -> ModelInput:
+        return spec.make_input(x, sigma, conds[which], task=task, guidance=request.guidance, x0=x0)
 
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            return model(spec.make_input(x, sigma, here, task=flavor.tasks[0], guidance=request.guidance))
+    def velocity_at(level: float) -> Velocity:
+        model, scale = models(level), request.scale(flavor.expert(level))
 
-        return velocity
+        def under(which: int) -> Velocity:
+            return lambda x, sigma: model(given(x, sigma, which))
 
-    velocity = velocity_under(cond)
-    if uncond is not None and request.cfg_scale != 1:
-        velocity = classifier_free(velocity, velocity_under(uncond), request.cfg_scale)
+        velocity = under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
+        return lambda x, sigma: held.still(velocity(x, sigma))
+
     if begin is None:
         shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
         # On the CPU whatever the device, and per video: neither the machine nor the batch changes a seed's video.
-        noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds])
-        begin = State(noise)
-    state = State(begin.x.to(ctx.device), begin.step, tuple(h.to(ctx.device) for h in begin.history))
-    solver = SOLVERS["euler"]
-    schedule = solver.schedule(request.steps, shift=request.shift)
-    while state.step < request.steps:
-        state = solver.step(velocity, state, schedule)
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds]).to(ctx.device)
+        begin = State(noise if spec.start is None else spec.start(noise, conds[0], task=task, x0=x0))
+    x = begin.x.to(ctx.device)
+    held = _Held.of(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
+    state = State(held.put(x), begin.step, tuple(h.to(ctx.device) for h in begin.history))
+    while state.step < (request.steps if until is None else until):
+        state = solver.step(velocity_at(float(schedule[state.step])), state, schedule)
+        state = replace(state, x=held.put(state.x))  # a solver's arithmetic would move it by a rounding error
         if on_step is not None:
             on_step(state)
     return state.x
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Cells of the latents that a model's input gives and its loss leaves out, as an image in the first frame: they stay."""
+
+    where: Tensor | None = None  # [B 1 T 1 1]
+    value: Tensor | None = None  # [B C T H W]
+
+    @classmethod
+    def of(cls, inp: ModelInput, *, channels: int) -> _Held:
+        return cls() if inp.loss_mask is None else cls(inp.loss_mask == 0, inp.x[:, :channels])
+
+    def put(self, x: Tensor) -> Tensor:
+        return x if self.where is None or self.value is None else torch.where(self.where, self.value, x)
+
+    def still(self, velocity: Tensor) -> Tensor:
+        return velocity if self.where is None else velocity.masked_fill(self.where, 0)
+
+
+def _placed(cond: Cond, device: torch.device) -> dict[str, Tensor]:
+    """Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work."""
+    return {name: v if name.endswith("_len") else v.to(device) for name, v in cond.items()}
+
+
 def sample_lots(
-    cfg: GenerateConfig, plan: Plan, lots: Sequence[Lot], conds: Mapping[str, Cond], *, ctx: ParallelContext, stop: Stop
+    plan: Plan, lots: Sequence[Lot], conds: Conditions, *, ctx: ParallelContext, stop: Stop
 ) -> Iterator[Lot]:
     """Each lot when its latents are on the disk; the DiT lives in here. Collective among the ranks that share videos.
 
@@ -109,57 +131,73 @@ def sample_lots(
     """
     if not lots:
         return
-    model = open_dit(cfg, plan, ctx)
-    stop.check()
+    lots = list(lots)
     with Sampling(sum(lot.n_left for lot in lots), show=ctx.is_main) as progress:
-        for lot in lots:
-            first = lot.jobs[0].request
-
-            def on_step(state: State, lot: Lot = lot) -> None:
-                progress.step()
-                _refuse_broken(lot, state.step, state.x)
-                if state.step < lot.jobs[0].request.steps and stop.agreed():
-                    keep_lot(cfg, plan, lot, state, ctx=ctx)
-                    raise Stopped
-
-            with autocast(ctx.device.type, enabled=cfg.precision == "bf16"):
-                texts = [job.request.negative_prompt for job in lot.jobs] if first.cfg_scale != 1 else []
-                latents = sample_latents(
-                    model,
-                    plan.spec,
-                    plan.flavor,
-                    stack([conds[job.request.prompt] for job in lot.jobs], plan.flavor.cond),
-                    request=first,
-                    ctx=ctx,
-                    uncond=stack([conds[text] for text in texts], plan.flavor.cond) if texts else None,
-                    seeds=[job.request.seed for job in lot.jobs],
-                    begin=_begin(plan, lot),
-                    on_step=on_step,
-                )
-            keep_lot(cfg, plan, lot, State(latents, first.steps), ctx=ctx)
-            del latents
-            yield lot
-    del model
-    free(ctx)
+        for expert in phases(plan.flavor):
+            ends = [last_step(lot.jobs[0].request, expert) for lot in lots]
+            if all(end <= lot.step for end, lot in zip(ends, lots, strict=True)):
+                continue
+            model = open_dit(plan, expert, ctx)
+            stop.check()  # also: what another rank has put on the disk is there
+            for i, end in enumerate(ends):
+                if end > lots[i].step:
+                    _sample(model, plan, lots[i], end, conds, ctx=ctx, stop=stop, progress=progress)
+                    lots[i] = replace(lots[i], step=end)
+                    if not lots[i].n_left:
+                        yield lots[i]
+            del model
+            free(ctx.device)
 
 
-def keep_lot(cfg: GenerateConfig, plan: Plan, lot: Lot, state: State, *, ctx: ParallelContext) -> None:
+def _sample(
+    model: DiT, plan: Plan, lot: Lot, until: int, conds: Conditions, *, ctx: ParallelContext, stop: Stop, progress: Sampling
+) -> None:
+    """A lot's next steps, to the disk."""
+    requests, fields = [job.request for job in lot.jobs], plan.flavor.cond
+
+    def on_step(state: State) -> None:
+        progress.step()
+        _refuse_broken(lot, state.step, state.x)
+        stopped = state.step < requests[0].steps and stop.agreed()
+        if stopped or state.step == until:
+            keep_lot(plan, lot, state, ctx=ctx)
+        if stopped:
+            raise Stopped
+
+    with autocast(ctx.device.type, enabled=plan.compute.precision == "bf16"):
+        sample_latents(
+            lambda sigma: model,
+            plan.spec,
+            plan.flavor,
+            stack([conds.of(r) for r in requests], fields),
+            request=requests[0],
+            ctx=ctx,
+            uncond=stack([conds.negative(r) for r in requests], fields) if requests[0].guided else None,
+            seeds=[r.seed for r in requests],
+            begin=_begin(plan, lot),
+            until=until,
+            on_step=on_step,
+        )
+
+
+def keep_lot(plan: Plan, lot: Lot, state: State, *, ctx: ParallelContext) -> None:
     """A lot's latents to the disk, each video's in a file of its own: by the first of the ranks that share it."""
     if ctx.sp_rank == 0:
-        for job, x, *history in zip(lot.jobs, state.x.cpu(), *(h.cpu() for h in state.history), strict=True):
+        history = state.history if state.step < lot.jobs[0].request.steps else ()
+        for job, x, *rest in zip(lot.jobs, state.x.cpu(), *(h.cpu() for h in history), strict=True):
             identity = plan.sources.latents(job.request)
-            one = State(x, state.step, tuple(history))
-            keep(job.output, one, identity=identity, parameters=parameters(cfg, plan, job.request))
+            one = State(x, state.step, tuple(rest))
+            keep(job.output, one, identity=identity, parameters=parameters(plan, job.request))
 
 
 def _begin(plan: Plan, lot: Lot) -> State | None:
-    """Where a run before was stopped."""
+    """Where a run before was stopped, or another expert has come to."""
     if not lot.step:
         return None
     found = [find(job.output, plan.sources.latents(job.request)) for job in lot.jobs]
     sound = [kept for kept in found if kept is not None and kept.step == lot.step]
     if len(sound) < len(lot.jobs):
-        raise DataError(f"{lot.jobs[0].output.parent}: the latents that process 0 found there are not seen by every process")
+        raise DataError(f"{lot.jobs[0].output.parent}: the latents that process 0 left there are not seen by every process")
     history = zip(*(kept.history for kept in sound), strict=True)
     return State(torch.stack([kept.x for kept in sound]), lot.step, tuple(map(torch.stack, history)))
 
@@ -176,23 +214,25 @@ def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
             )
 
 
-def open_dit(cfg: GenerateConfig, plan: Plan, ctx: ParallelContext) -> DiT:
+def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
+    """With the LoRAs in it."""
+    m, n_swapped = plan.model, plan.compute.blocks_to_swap
     loaded = load_dit(
-        asset(str(cfg.model.dit)),
-        model=cfg.model.name,
-        flavor=cfg.model.flavor,
-        dtype=getattr(torch, cfg.model.dtype),
-        device="cpu" if cfg.blocks_to_swap else ctx.device,  # what is to be swapped must not fill the device first
-        quantize_to=cfg.model.quantize,
-        edit=merging(plan.layers, plan.loras),
+        plan.dits.files[DIT if expert is None else expert.part].path,
+        model=plan.spec.name,
+        flavor=m.flavor,
+        dtype=getattr(torch, m.dtype),
+        device="cpu" if n_swapped else ctx.device,  # what is to be swapped must not fill the device first
+        quantize_to=m.quantize,
+        edit=merging(plan.dits.layers, on_expert(plan.loras, expert)),
     )
     model = loaded.model.eval().requires_grad_(False)
-    use_matmul(model, cfg.model.fp8_matmul)
-    swap = BlockSwap(model.blocks, cfg.blocks_to_swap, ctx.device) if cfg.blocks_to_swap else None
+    use_matmul(model, m.fp8_matmul)
+    swap = BlockSwap(model.blocks, n_swapped, ctx.device) if n_swapped else None
     model.to(ctx.device)
-    compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    kernel = parallelize(model, ctx, kernel=cfg.parallel.kernel, dtype=compute, training=False, swap=swap)
+    kernel = parallelize(model, ctx, kernel=plan.compute.kernel, dtype=plan.compute.dtype, training=False, swap=swap)
     if ctx.is_main:
         swapped = f", {swap.describe()}" if swap else ""
-        print(f"{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
+        who = f"{expert.name}: " if expert else ""
+        print(f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
     return model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hvtrain import __version__
-from hvtrain.config import GenerateConfig
 from hvtrain.errors import DataError, HvtrainError
-from hvtrain.generate.plan import Lot, Plan
+from hvtrain.generate.conditions import free
+from hvtrain.generate.plan import Lot, Plan, dit_names
 from hvtrain.generate.requests import PICTURE, Job, Request
 from hvtrain.generate.spool import find, forget
 from hvtrain.generate.stop import Stop, Stopped
@@ -37,8 +35,8 @@ class Writer:
     """From latents on the disk to files. The VAE is opened for the first and waits in host memory between two lots, so that a
     video is decoded when it is sampled although the device belongs to the DiT."""
 
-    def __init__(self, cfg: GenerateConfig, plan: Plan, *, ctx: ParallelContext, stop: Stop) -> None:
-        self.cfg, self.plan, self.ctx, self.stop = cfg, plan, ctx, stop
+    def __init__(self, plan: Plan, *, ctx: ParallelContext, stop: Stop, save_latents: bool = False) -> None:
+        self.plan, self.ctx, self.stop, self.save_latents = plan, ctx, stop, save_latents
         self.vae: Any = None
         self.written: set[Path] = set()  # of a lot that is tried again, some may be
 
@@ -62,7 +60,7 @@ class Writer:
 
     def _write(self, lot: Lot) -> None:
         if self.vae is None:
-            self.vae = open_vae(self.plan.spec, self.cfg.model, self.ctx.device)
+            self.vae = open_vae(self.plan.spec, self.plan.model, self.ctx.device)
             for module in self.vae.model.modules():
                 module.register_forward_pre_hook(self._leave_in_time)
         self.vae.to(self.ctx.device)
@@ -79,15 +77,15 @@ class Writer:
         video = self.vae.decode(kept.x[None])[0]
         if not torch.isfinite(video).all():
             raise DataError(
-                f"{job.output}: the VAE makes values that are not finite in model.vae_dtype {self.cfg.model.vae_dtype}; start "
+                f"{job.output}: the VAE makes values that are not finite in model.vae_dtype {self.plan.model.vae_dtype}; start "
                 "again with bfloat16 or float32: the latents are kept, only decoding is done again"
             )
-        about = {**parameters(self.cfg, self.plan, job.request), "identity": self.plan.sources.video(job.request)}
+        about = {**parameters(self.plan, job.request), "identity": self.plan.sources.video(job.request)}
         if job.output.suffix == PICTURE:
             write_png(job.output, to_bytes(video)[0], metadata=about)
         else:
             write_mp4(job.output, to_bytes(video), fps=job.request.fps, metadata=about)
-        forget(job.output, save=self.cfg.save_latents)
+        forget(job.output, save=self.save_latents)
         print(f"{job.output}", flush=True)
 
     def _leave_in_time(self, *_: object) -> None:
@@ -98,7 +96,7 @@ class Writer:
     def _leave_device(self) -> None:
         if self.vae is not None:
             self.vae.to("cpu")
-        free(self.ctx)
+        free(self.ctx.device)
 
     def _too_large(self, lot: Lot, error: Exception) -> HvtrainError:
         r = lot.jobs[0].request
@@ -108,21 +106,18 @@ class Writer:
         )
 
 
-def parameters(cfg: GenerateConfig, plan: Plan, request: Request) -> dict[str, Any]:
+def parameters(plan: Plan, request: Request) -> dict[str, Any]:
     """What goes into a video file: enough to make the same video again."""
     return {
-        **asdict(request),
+        **request.values,
+        **({"image": Path(request.image).name} if request.image is not None else {}),
         "model": plan.spec.name,
         "flavor": plan.flavor.name,
-        "dit": Path(str(cfg.model.dit)).name,
-        "lora": [{"file": Path(lora.path).name, "multiplier": factor} for lora, factor in plan.loras],
-        "precision": cfg.precision,
+        "dit": dit_names(plan),
+        "lora": [
+            {"file": Path(one.lora.path).name, "multiplier": one.multiplier, **({"expert": one.expert} if one.expert else {})}
+            for one in plan.loras
+        ],
+        "precision": plan.compute.precision,
         "hvtrain": __version__,
     }
-
-
-def free(ctx: ParallelContext) -> None:
-    """Give what is no longer used back to the device."""
-    gc.collect()
-    if ctx.device.type == "cuda":
-        torch.cuda.empty_cache()

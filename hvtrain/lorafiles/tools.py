@@ -123,7 +123,7 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
 
 
 def blocks(layers: Sequence[str] | Mapping[str, object]) -> str:
-    """double_blocks 0-19, single_blocks 0-39: which blocks the layers are in."""
+    """LIST 0-19, OTHER 0-39: which blocks the layers are in."""
     found: dict[str, set[int]] = {}
     others: set[str] = set()
     for name in layers:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvtrain.config import MergeConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.generate.conditions import encode_texts
 from hvtrain.lorafiles.files import STALE, write_lora
 from hvtrain.lorafiles.overlap import Contribution, by_layer, labels
 from hvtrain.lorafiles.pairs import LoraPair
@@ -25,7 +26,7 @@ from hvtrain.merge.inputs import Inputs
 from hvtrain.merge.journal import Journal
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.merge.report import Report
-from hvtrain.merge.states import Clips, Task, batches, fidelity, leak, measure, spread
+from hvtrain.merge.states import Clips, State, Task, batches, fidelity, leak, measure, spread
 from hvtrain.merge.stream import Streamed, n_bytes
 from hvtrain.merge.write import signature
 from hvtrain.models.load import Identified, identify
@@ -73,8 +74,10 @@ def left_beside(path: Path) -> Path:
 
 def kept_sets(cfg: ReconcileConfig, inputs: Inputs) -> list[str]:
     """What the base knows: as given, else as earlier merges among the LoRAs left it."""
-    left = [left_beside(lora.path) / KEEP for lora, _ in inputs.loras] if not cfg.keep and not cfg.samples else []
-    return [*cfg.keep, *(str(place) for place in left if (place / "manifest.json").is_file())]
+    if cfg.keep or cfg.samples:
+        return list(cfg.keep)
+    left = [left_beside(lora.path) / name for lora, _ in inputs.loras for name in (KEEP, f"{KEEP}.txt")]
+    return [str(place) for place in left if place.is_file() or (place / "manifest.json").is_file()]
 
 
 def leave_calibration(cfg: ReconcileConfig, inputs: Inputs, output: Path) -> Path:
@@ -82,9 +85,23 @@ def leave_calibration(cfg: ReconcileConfig, inputs: Inputs, output: Path) -> Pat
     root = output.with_name(f"{output.stem}-{CALIBRATION}")
     for number, (name, _, sets) in enumerate(sources(cfg, inputs), start=1):
         pick(sets, root / f"{number:02d}-{Path(name).stem}", LEFT)
-    if keep := kept_sets(cfg, inputs):
-        pick(keep, root / KEEP, LEFT * len(inputs.loras) // 2)
+    sets, files = _sets_and_files(kept_sets(cfg, inputs))
+    if sets:
+        pick(sets, root / KEEP, LEFT * len(inputs.loras) // 2)
+    if files:
+        write_text(root / f"{KEEP}.txt", "".join(f"{line}\n" for line in _captions(files)))
     return root
+
+
+def _sets_and_files(places: Sequence[str]) -> tuple[list[str], list[str]]:
+    return [p for p in places if Path(p).is_dir()], [p for p in places if not Path(p).is_dir()]
+
+
+def _captions(files: Sequence[str]) -> list[str]:
+    lines = [line.strip() for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ConfigError(f"keep: {', '.join(files)}: no captions in it; write one a line")
+    return [line for line in lines if line]
 
 
 @dataclass(frozen=True)
@@ -102,8 +119,11 @@ def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
     dtype = compute_dtype(ctx.device)
     found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
     clips = Clips(found.spec, found.flavor, c.states, c.held_out, cfg.seed)
-    tasks = _tasks(c, inputs, found, clips)
+    sets, files = _sets_and_files(kept_sets(c, inputs))
+    prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
     model = Streamed(found, ctx, dtype)
+    tasks = _tasks(c, inputs, found, clips)
+    tasks += _kept(c, clips, sets, prompts, tasks, model)
     for number, one in enumerate(inputs.loras):
         model.changes.put(number, _changes(by_layer([one])))
     layers = by_layer(inputs.loras)
@@ -146,16 +166,30 @@ def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) 
     for name, number, sets in sources(c, inputs):
         states, held = clips.states_of(open_shards(sets, found.flavor, key="--samples"), name)
         tasks.append(Task(name, number, 1.0, states, held))
-    if keep := kept_sets(c, inputs):
-        kept = open_shards(keep, found.flavor, key="--keep")
-        states, held = clips.states_of(kept, KEEP, n=max(1, clips.n * len(tasks) // 4))
-        tasks.append(Task(KEEP, None, c.keep_weight * len(tasks), states, held))
     return tasks
+
+
+def _kept(
+    c: ReconcileConfig, clips: Clips, sets: Sequence[str], prompts: Sequence[Mapping[str, Tensor]], tasks: Sequence[Task],
+    model: Streamed,
+) -> list[Task]:
+    """The base as the teacher of its own words: of sets, and of captions, in the size of the LoRAs' clips."""
+    n, task = max(1, clips.n * len(tasks) // 4), Task(KEEP, None, c.keep_weight * len(tasks), [], [])
+    if sets:
+        task.states, task.held = clips.states_of(open_shards(sets, clips.flavor, key="--keep"), KEEP, n=n)
+    if prompts:
+        blank = torch.zeros_like(tasks[0].states[0].clean)
+        made = [State(blank, blank, 1.0, prompts[i % len(prompts)]) for i in range(n + clips.n_held)]
+        own = Task(f"{KEEP} captions", None, 0.0, made[clips.n_held :], made[: clips.n_held])
+        clips.own_states(model.velocities, [own], c.batch_size)
+        task.states, task.held = task.states + own.states, task.held + own.held
+    return [task] if task.states else []
 
 
 def _signature(cfg: MergeConfig, found: Identified, inputs: Inputs) -> str:
     sets = [place for _, _, own in sources(cfg.reconcile, inputs) for place in own] + kept_sets(cfg.reconcile, inputs)
-    files = [*found.weights.files, *(lora.path for lora, _ in inputs.loras), *(Path(s) / "manifest.json" for s in sets)]
+    places = [Path(place) / "manifest.json" if Path(place).is_dir() else Path(place) for place in sets]
+    files = [*found.weights.files, *(lora.path for lora, _ in inputs.loras), *places]
     return signature(files, repr(cfg))
 
 

@@ -114,8 +114,8 @@ def _check(cfg: MergeConfig) -> None:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
     for key, places in (("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)):
         for place in places:
-            if not Path(place).is_dir():
-                raise ConfigError(f"{key}: {place}: no such shard set")
+            if not Path(place).is_dir() and not (key == "keep" and Path(place).is_file()):
+                raise ConfigError(f"{key}: {place}: no such shard set{' or file of captions' if key == 'keep' else ''}")
     _check_reconcile(cfg)
     output = Path(cfg.output)
     for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:

@@ -31,8 +31,14 @@ class Attention:
     def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
         outs = []
         for rows, n in rows_of_equal_length(lengths):
-            outs.append(_attend(self.kernel, q[rows], k[rows, :n], v[rows, :n]) if n else torch.zeros_like(q[rows]))
+            outs.append(_attend(self.kernel, q[rows], k[rows, :n], v[rows, :n]) if n else _no_keys(q[rows], k, v))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _no_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros, to which q, k and v belong all the same: their layers get gradients, of zero, on this rank as on those whose samples
+    have keys. Engines that reduce gradients as they come would wait for them."""
+    return torch.zeros_like(q) + sum(x[:, :0].sum() for x in (q, k, v))
 
 
 def local_attend(

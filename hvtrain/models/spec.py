@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.config.parts import Part, parts_of
+from hvtrain.config.sampling import Sampling
 from hvtrain.errors import ConfigError
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.registry import Registry
@@ -159,19 +160,13 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What a model is meant to be sampled with, and trained with."""
+class Defaults(Sampling):
+    """What a model is meant to be sampled with, and trained with. Guidance None: it embeds none."""
 
-    steps: int
-    shift: float
-    guidance: float | None  # embedded in the model; None: it embeds none
-    fps: int
-    frames: int
-    height: int
-    width: int
-    negative_prompt: str
-    cfg_scale: float = 1.0  # true classifier-free guidance; 1 is off
+    seed: int = 0
+    cfg_scale: float = 1.0
     solver: str = "euler"
+    negative_prompt: str = ""
     training_shift: float | None = None  # where it is not the one of sampling
 
 
@@ -188,6 +183,7 @@ class Flavor:
     tasks: tuple[str, ...]  # the first is what it is trained on
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
+    image_optional: bool = False  # of one that takes an image: it also makes videos without
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
 
     @property
@@ -262,6 +258,8 @@ class ModelSpec:
     # (vae, encoders of its own columns by name, the given frames [n 3 H W] in [-1, 1] or the only one [3 H W], latents'
     # [C T H W]) -> condition fields without the batch: what a flavor needs beyond a prompt
     image_conditions: Callable[..., dict[str, Tensor]] | None = None
+    # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for a task that begins elsewhere
+    start: Callable[..., Tensor] | None = None
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list
     tiny: TinyParts | None = None
     musubi: MusubiCache | None = None

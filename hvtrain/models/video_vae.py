@@ -6,7 +6,7 @@ Latents outside are SCALED: (the library's - shift) * scale, as the DiT sees the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class VideoVae:
-    """models.spec.Vae. `scale` and `shift` are numbers, or one for each channel [C 1 1 1]."""
+    """models.spec.Vae around a library's model. `encode` makes mean and deviation of a video on the model's device (no deviation:
+    always the mode is taken), `decode` a video of unscaled latents; `scale` and `shift` are numbers, or one for each channel
+    [C 1 1 1]."""
 
     def __init__(
-        self, model: Any, *, channels: int, stride: tuple[int, int, int], scale: Tensor | float, shift: Tensor | float = 0.0,
-        fingerprint: str = "",
+        self, model: Any, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], decode: Callable[[Tensor], Tensor], *,
+        channels: int, stride: tuple[int, int, int], scale: Tensor | float, shift: Tensor | float = 0.0, fingerprint: str = "",
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model, self._encode, self._decode = model.eval().requires_grad_(False), encode, decode
         self.channels, self.stride, self.fingerprint = channels, stride, fingerprint
         self.scale, self.shift = scale, shift
 
@@ -45,16 +47,15 @@ class VideoVae:
 
     @torch.no_grad()
     def encode(self, video: Tensor, *, generator: Generators | None = None) -> Tensor:
-        """[B 3 F H W] in [-1, 1] -> scaled latents [B C T h w], float32; with a stride of 4, F = 4n+1 gives T = n+1.
+        """[B 3 F H W] in [-1, 1] -> scaled latents [B C T h w], float32; F = n * stride + 1 gives T = n + 1.
 
         Without a generator the posterior's mode, else a sample drawn with that CPU generator, or with one
         generator per clip (then a clip's latents do not depend on the batch it was in).
         """
         self._check_video(video)
-        posterior = self.model.encode(video.to(self.device, self.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if generator is not None:
-            latents = latents + posterior.std.float() * _noise(latents, generator)
+        latents, std = self._encode(video.to(self.device))
+        if generator is not None and std is not None:
+            latents = latents + std * _noise(latents, generator)
         return (latents - _on(latents, self.shift)) * _on(latents, self.scale)
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class VideoVae:
             raise DataError(f"latents of shape {list(latents.shape)}: expected [B, {self.channels}, T, h, w]")
         z = latents.to(self.device, torch.float32)
         z = z / _on(z, self.scale) + _on(z, self.shift)
-        video = self.model.decode(z.to(self.dtype)).sample.float()
+        video = self._decode(z)
         return video.clamp(-1, 1) if clamp else video
 
     def _check_video(self, video: Tensor) -> None:

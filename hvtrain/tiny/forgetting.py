@@ -21,6 +21,7 @@ from hvtrain.config import (
     GenerateConfig,
     LoraFileConfig,
     MergeConfig,
+    SampledLora,
     TrainConfig,
     asset,
     load,
@@ -108,7 +109,7 @@ def run(recipe: Recipe) -> None:
 def _alone(folder: Path, files: Sequence[Path]) -> dict[str, float]:
     base = asset("tiny:dit.safetensors")
     alone = [
-        _score(folder / f"alone-{word}", base, (LoraFileConfig(str(path)),), words=(word,))
+        _score(folder / f"alone-{word}", base, (SampledLora(str(path)),), words=(word,))
         for path, word in zip(files, CONCEPTS, strict=True)
     ]
     shares = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
@@ -204,7 +205,7 @@ def _parameters(path: Path) -> int:
 
 
 def _score(
-    folder: Path, dit: str, loras: tuple[LoraFileConfig, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
+    folder: Path, dit: str, loras: tuple[SampledLora, ...] = (), words: tuple[str, ...] = tuple(CONCEPTS)
 ) -> dict[str, float]:
     """Share of videos that show the concept of each word; and of old prompts whose colour and motion are right."""
     note = folder / "score.json"

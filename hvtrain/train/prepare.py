@@ -11,11 +11,9 @@ import torch
 
 from hvtrain.adapters.attach import add_adapter, check_dropout, linear_shapes
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, PreviewConfig, ZeroConfig
+from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
-from hvtrain.generate.requests import Request
 from hvtrain.models.kernels import pick_kernel
-from hvtrain.models.spec import Flavor
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
@@ -123,18 +121,3 @@ def check_adapter(base: Base, a: AdapterConfig, plan: SlicePlan | None) -> None:
         )
     if a.init_from is not None:
         add_adapter(base.outline, base.spec, a, plan, seed=0)
-
-
-def check_previews(preview: PreviewConfig, flavor: Flavor) -> None:
-    if not preview.every_steps:
-        return
-    if flavor.beyond_text:
-        raise ConfigError(
-            f"preview.every_steps: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, and a preview has only a prompt; "
-            "set it to 0"
-        )
-    for i, p in enumerate(preview.prompts):
-        try:
-            Request.of(flavor, prompt=p.prompt, width=p.width, height=p.height, frames=p.frames, steps=p.steps)
-        except ConfigError as error:
-            raise ConfigError(f"preview.prompts[{i}].{error}") from None

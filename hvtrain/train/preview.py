@@ -2,43 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hvtrain.config import TrainConfig
-from hvtrain.generate.requests import Request
-from hvtrain.generate.sample import encode_prompts, sample_latents
+from hvtrain.config import ModelConfig, PreviewConfig
+from hvtrain.config.sampling import given
+from hvtrain.errors import ConfigError
+from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
+from hvtrain.generate.requests import Request, needs_image
+from hvtrain.generate.sample import sample_latents
 from hvtrain.generate.video import write_mp4
 from hvtrain.generate.write import decode
+from hvtrain.models.conditions import batch_of_one
 from hvtrain.models.parts import open_vae
 from hvtrain.models.precision import autocast
-from hvtrain.models.spec import Vae
+from hvtrain.models.spec import Flavor, ModelSpec, Vae
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.train.setup import Subject
+from shards import ShardSet
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A video to make again and again."""
+
+    request: Request
+    begins: Sample | None = None  # instead of an image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of a shard set's, whose own latents a video begins with."""
+
+    found: ShardSet
+    index: int
+
+    def fields(self, flavor: Flavor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """What the flavor is conditioned on beside the text, without the batch, and its latents [1 C T H W]."""
+        columns = tuple(c for c in flavor.columns if c in self.found.manifest.columns and c != "text")
+        tensors = self.found.get(self.index, columns).tensors
+        whole = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+        return {name: whole[name] for name in flavor.beyond_text if name in whole}, whole["latents"][None].to(device)
+
+
+def plan_previews(
+    preview: PreviewConfig, model: ModelConfig, spec: ModelSpec, flavor: Flavor, *, guidance: float | None,
+    sets: Sequence[ShardSet],
+) -> list[Preview]:
+    """What to make, refused before any weights are read. `sets`: where an image is taken from that a prompt does not give."""
+    if not preview.every_steps:
+        return []
+    if flavor.experts:
+        names = ", ".join(expert.name for expert in flavor.experts)
+        raise ConfigError(
+            f"preview.every_steps: '{flavor.name}' is sampled with several models ({names}), of which a run trains one; set it "
+            "to 0 and use `hvtrain generate` on the run's files"
+        )
+    plans = []
+    for i, prompt in enumerate(preview.prompts):
+        asked = {"guidance": guidance, **given(preview), **given(prompt)}
+        begins = None
+        request = Request.of(flavor, prompt=prompt.prompt, **asked)
+        if needs_image(request, flavor):
+            begins, size = _begin(sets, asked, where=f"preview.prompts[{i}]")
+            request = Request.of(flavor, prompt=prompt.prompt, **{**asked, **size})
+        elif request.image is not None:
+            check_own_columns(spec, flavor, model)
+            read_image(request.image, width=request.width, height=request.height)
+        plans.append(Preview(request, begins))
+    return plans
+
+
+def _begin(sets: Sequence[ShardSet], asked: dict, *, where: str) -> tuple[Sample, dict[str, int]]:
+    """The first sample of the size that is asked for, and all of its size."""
+    seen = []
+    for found in sets:
+        for bucket, indices in found.groups().items():
+            size = dict(zip(("frames", "height", "width"), map(int, bucket.split("x")), strict=True))
+            if all(asked.get(name, n) == n for name, n in size.items()):
+                return Sample(found, int(indices[0])), size
+            seen.append(bucket)
+    raise ConfigError(
+        f"{where}: no sample of this size to begin with; give image=FILE, or frames, height and width of one of "
+        f"{', '.join(dict.fromkeys(seen))}"
+    )
 
 
 class Previews:
     """Encodes its prompts once, at the start. Every rank samples every prompt: ZeRO-3 needs them all."""
 
-    def __init__(self, cfg: TrainConfig, subject: Subject, ctx: ParallelContext) -> None:
-        self.subject, self.ctx, self.folder = subject, ctx, Path(cfg.run.output_dir) / "previews"
-        self.model_cfg, self.autocast = cfg.model, cfg.run.precision == "bf16"
-        prompts = cfg.preview.prompts if cfg.preview.every_steps else ()
-        self.requests = [
-            Request.of(
-                subject.flavor, prompt=p.prompt, width=p.width, height=p.height, frames=p.frames, steps=p.steps,
-                seed=p.seed, shift=cfg.preview.shift, guidance=cfg.flow.guidance,
-            )
-            for p in prompts
-        ]
-        # A negative prompt for each, used by models that are sampled with true guidance.
-        texts = [r.prompt for r in self.requests] + [r.negative_prompt for r in self.requests]
-        encoded = encode_prompts(cfg.model, subject.spec, subject.flavor, texts, ctx) if prompts else []
-        self.conds, self.unconds = encoded[: len(prompts)], encoded[len(prompts) :]
+    def __init__(
+        self, plans: Sequence[Preview], model: ModelConfig, spec: ModelSpec, flavor: Flavor, ctx: ParallelContext, *,
+        folder: Path, precision: str,
+    ) -> None:
+        self.plans, self.model_cfg, self.spec, self.flavor, self.ctx = plans, model, spec, flavor, ctx
+        self.folder, self.autocast = folder, precision == "bf16"
+        self.conds = encode_requests([p.request for p in plans], spec, flavor, model, ctx) if plans else None
         self.vae: Vae | None = None
 
     @torch.no_grad()
@@ -46,19 +109,25 @@ class Previews:
         """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0; the files are written too. Collective."""
         training = model.training
         model.eval()
-        for i, (request, cond, uncond) in enumerate(zip(self.requests, self.conds, self.unconds)):
-            with autocast(self.ctx.device.type, enabled=self.autocast):
-                latents = sample_latents(
-                    model, self.subject.spec, self.subject.flavor, cond, request=request, ctx=self.ctx, uncond=uncond
-                )
+        for i, plan in enumerate(self.plans):
+            latents, request = self._sample(model, plan), plan.request
             if self.ctx.is_main:
-                self.vae = self.vae or open_vae(self.subject.spec, self.model_cfg, self.ctx.device)
+                self.vae = self.vae or open_vae(self.spec, self.model_cfg, self.ctx.device)
                 frames = decode(self.vae, latents)[0]
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_mp4(
-                    self.folder / f"step{step:08d}_{i}.mp4", frames, fps=request.fps,
-                    metadata={"prompt": request.prompt, "seed": request.seed, "step": step},
+                    self.folder / f"step{step:08d}_{i}.mp4", frames, fps=request.fps, metadata={**request.values, "step": step}
                 )
                 yield f"preview/{i}", frames, request.fps
         model.train(training)
         self.ctx.barrier()
+
+    def _sample(self, model: nn.Module, plan: Preview) -> Tensor:
+        assert self.conds is not None
+        fields, x0 = plan.begins.fields(self.flavor, self.ctx.device) if plan.begins else ({}, None)
+        own, request = batch_of_one(fields, self.flavor.cond), plan.request
+        with autocast(self.ctx.device.type, enabled=self.autocast):
+            return sample_latents(
+                lambda sigma: model, self.spec, self.flavor, {**self.conds.of(request), **own}, request=request, ctx=self.ctx,
+                uncond={**self.conds.negative(request), **own} if request.guided else None, x0=x0,
+            )

@@ -134,6 +134,9 @@ def _joined(module: str, leaf: str) -> str:
     return f"{module}.{leaf}" if module else leaf  # a parameter of the whole model has no module
 
 
+OWN_NAMES = KeyMap((), passthrough=True)
+
+
 def swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 

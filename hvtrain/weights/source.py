@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hvtrain.errors import CheckpointError
 from hvtrain.weights.containers import Weights, open_weights
 from hvtrain.weights.float8 import DTYPE, dequantize, quantize, replace_linear
-from hvtrain.weights.keymap import Fused
+from hvtrain.weights.keymap import Fused, KeyMap
 
 SCALES = ("scale_weight", "weight_scale")  # the factors of a float8 weight: ComfyUI's and musubi-tuner's word, others'
 SHOWN = 3  # differences named in an error
@@ -118,28 +118,34 @@ class Source:
         return None
 
 
-def anchored(path: str | Path, anchor: str, *, what: str) -> Source:
-    """A model's tensors under whatever prefix the file gives them: `anchor` is a name that the model has.
+def anchored(path: str | Path, anchors: Mapping[str, KeyMap], *, what: str) -> Source:
+    """A model's tensors under whatever prefix the file gives them. `anchors`: a name that tells a dialect -> its map to the
+    model's own names; the shortest prefix wins.
 
     Raises CheckpointError for a file that is not `what`.
     """
     weights = open_weights(path)
-    found = sorted((name for name in weights if name == anchor or name.endswith(f".{anchor}")), key=len)
+    found = [(key, anchor) for anchor in anchors for key in weights if key == anchor or key.endswith(f".{anchor}")]
     if not found:
         first = ", ".join(list(weights)[:SHOWN])
-        raise CheckpointError(f"{path}: not {what}: no '{anchor}' in it (its first keys: {first})")
-    prefix = found[0].removesuffix(anchor)
-    return Source(weights, {name.removeprefix(prefix): Fused((name,)) for name in weights if name.startswith(prefix)})
+        raise CheckpointError(f"{path}: not {what}: no '{' or '.join(anchors)}' in it (its first keys: {first})")
+    key, anchor = min(found, key=lambda hit: len(hit[0]) - len(hit[1]))
+    prefix = key.removesuffix(anchor)
+    names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix) and not name.endswith(SCALES)]
+    own = anchors[anchor].read(names)
+    return Source(weights, {name: Fused(tuple(prefix + part for part in f.parts), f.swap) for name, f in own.items()})
 
 
 def check(
     path: str | Path, wanted: Shapes, found: Shapes, *, what: str = "its tensors do not fit the model",
-    hint: str = ". Is the file complete?",
+    hint: str = ". Is the file complete?", ones: bool = False,
 ) -> None:
-    """Refuse missing, unexpected and misshapen tensors, naming the first of each."""
+    """Refuse missing, unexpected and misshapen tensors, naming the first of each. `ones`: dimensions of 1, which programs add and
+    leave out, do not count."""
     missing = [n for n in wanted if n not in found]
     extra = [n for n in found if n not in wanted]
-    wrong = [f"{n} is {_by(found[n])}, expected {_by(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
+    both = [(n, found[n], shape) for n, shape in wanted.items() if n in found and found[n] != shape]
+    wrong = [f"{n} is {_by(a)}, expected {_by(b)}" for n, a, b in both if not (ones and _dense(a) == _dense(b))]
     parts = [
         f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
@@ -175,6 +181,10 @@ def json_object(text: str, where: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(config).__name__}")
     return config
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
 
 
 def _by(shape: tuple[int, ...]) -> str:

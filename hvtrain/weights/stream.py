@@ -86,17 +86,31 @@ def lay_out(extents: Iterable[Extent], metadata: Mapping[str, str] | None = None
     return head, [extent._replace(start=len(head) + extent.start, stop=len(head) + extent.stop) for extent in placed]
 
 
-class TensorWriter:
-    """Takes each declared tensor once, in any order, from any threads; see `open_writer`."""
+_PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
 
-    def __init__(self, file: BinaryIO, extents: Iterable[Extent]) -> None:
-        self._file = file
+
+class TensorWriter:
+    """Takes each declared tensor once, in any order, from any threads; see `open_writer`. Tensors that are `done` already it does
+    not wait for; from time to time it has `note` say which are safely on the disk."""
+
+    def __init__(
+        self, file: BinaryIO, extents: Iterable[Extent], *, done: Iterable[str] = (),
+        note: Callable[[list[str]], None] | None = None,
+    ) -> None:
+        self._file, self._note, self._done, self._since, self._lock = file, note, list(done), 0, threading.Lock()
         self._waiting = {extent.name: extent for extent in extents}
+        for name in self._done:
+            del self._waiting[name]
 
     @property
     def waiting(self) -> list[str]:
         """Names not yet written, in file order: following it makes the writing sequential."""
         return list(self._waiting)
+
+    def finish(self) -> None:
+        """Raises ValueError unless all that was declared is written."""
+        if self._waiting:
+            raise ValueError(f"{self._file.name}: {len(self._waiting)} declared tensors not written: {self.waiting[:3]}")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         extent = self._waiting[name]
@@ -109,19 +123,31 @@ class TensorWriter:
         extent = self._waiting.pop(name)
         if data.nbytes != extent.n_bytes:
             raise ValueError(f"{name}: declared {extent.n_bytes} bytes, got {data.nbytes}")
-        done = 0
-        while done < extent.n_bytes:
-            done += os.pwrite(self._file.fileno(), data[done:], extent.start + done)
+        self._pieces(extent, lambda done: os.pwrite(self._file.fileno(), data[done:], extent.start + done))
 
     def copy(self, name: str, source: int, start: int) -> None:
         """The same from a place in another file (a descriptor), without a way through this process."""
-        extent = self._waiting.pop(name)
+        extent, target = self._waiting.pop(name), self._file.fileno()
+        self._pieces(
+            extent, lambda done: _copy_range(source, target, extent.n_bytes - done, start + done, extent.start + done)
+        )
+
+    def _pieces(self, extent: Extent, piece: Callable[[int], int]) -> None:
+        """As many as it takes: the system may write less than it is asked to."""
         done = 0
         while done < extent.n_bytes:
-            n = _copy_range(source, self._file.fileno(), extent.n_bytes - done, start + done, extent.start + done)
-            if n == 0:
-                raise CheckpointError(f"the file with '{name}' ends too early; it was changed while it was read")
+            if not (n := piece(done)):
+                raise CheckpointError(f"the file with '{extent.name}' ends too early; it was changed while it was read")
             done += n
+        if self._note is None:
+            return
+        with self._lock:
+            self._done.append(extent.name)
+            self._since += extent.n_bytes
+            if self._since >= _PROGRESS_BYTES:
+                self._since = 0
+                os.fsync(self._file.fileno())
+                self._note(list(self._done))
 
 
 def _copy_range(source: int, target: int, n: int, start: int, to: int) -> int:
@@ -142,41 +168,7 @@ def open_writer(
         file.flush()
         writer = TensorWriter(file, placed)
         yield writer
-        if writer.waiting:
-            raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
-
-
-_PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
-
-
-class _ResumableWriter(TensorWriter):
-    """Notes from time to time which tensors are safely on the disk."""
-
-    def __init__(self, file: BinaryIO, extents: Iterable[Extent], note: Callable[[list[str]], None], done: Iterable[str]) -> None:
-        super().__init__(file, extents)
-        self._note, self._done, self._since, self._lock = note, list(done), 0, threading.Lock()
-        for name in self._done:
-            del self._waiting[name]
-
-    def write_bytes(self, name: str, data: memoryview) -> None:
-        super().write_bytes(name, data)
-        self._written(name, data.nbytes)
-
-    def copy(self, name: str, source: int, start: int) -> None:
-        n = self._waiting[name].n_bytes
-        super().copy(name, source, start)
-        self._written(name, n)
-
-    def _written(self, name: str, n: int) -> None:
-        with self._lock:
-            self._done.append(name)
-            self._since += n
-            if self._since < _PROGRESS_BYTES:
-                return
-            self._since = 0
-            done = list(self._done)
-            os.fsync(self._file.fileno())
-            self._note(done)
+        writer.finish()
 
 
 @contextmanager
@@ -204,10 +196,9 @@ def open_resumable(
                     file.truncate(0)
                     file.write(head)
                     file.flush()
-                writer = _ResumableWriter(file, placed, note, done)
+                writer = TensorWriter(file, placed, done=done, note=note)
                 yield writer
-                if writer.waiting:
-                    raise ValueError(f"{path}: {len(writer.waiting)} declared tensors not written: {writer.waiting[:3]}")
+                writer.finish()
                 os.fsync(file.fileno())
                 os.replace(partial, path)
             sync(path.parent)

@@ -32,7 +32,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--samples", action="append", metavar="SET",
         help="for --reconcile: a shard set for each --lora, in order (default: calibration/ beside each)")
     add("--keep", action="append", metavar="SET",
-        help="for --reconcile: a shard set of what the base knows and the merge must not change; may be repeated")
+        help="for --reconcile: what the base knows and the merge must not change: a shard set, or captions one a line (.txt)")
     add("--density", type=float, metavar="X", help="for ties (default 0.2) and dare (0.5): the share of elements kept")
     add("--seed", type=int, metavar="N", help="for dare")
     add("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: each tensor keeps its own)")

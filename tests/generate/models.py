@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,20 +24,23 @@ def spec_and_flavor() -> tuple[ModelSpec, Flavor]:
     return spec, spec.flavor("tiny")
 
 
-def random_dit() -> DiT:
+def random_dit(arch: Any = None, *, seed: int = 0) -> DiT:
     spec, flavor = spec_and_flavor()
-    model = spec.build(flavor.arch)
+    model = spec.build(arch or flavor.arch)
     for name, p in model.named_parameters():
         scale = 1 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.2
-        p.data.normal_(generator=generator(0, stream=name)).mul_(scale)
+        p.data.normal_(generator=generator(seed, stream=name)).mul_(scale)
         if name.endswith("norm.weight"):
             p.data.add_(1.0)
     return model.eval().requires_grad_(False)
 
 
-def write_dit(path: Path, flavor: str = "tiny") -> Path:
-    spec, _ = spec_and_flavor()
-    save_dit(random_dit(), path, spec=spec, flavor=spec.flavor(flavor))
+def write_dit(path: Path, flavor: str = "tiny", *, seed: int = 0) -> Path:
+    """Of any flavor, at the tiny one's sizes."""
+    spec, tiny = spec_and_flavor()
+    own = spec.flavor(flavor).arch
+    arch = replace(tiny.arch, in_channels=own.in_channels, token_replace=own.token_replace)
+    save_dit(random_dit(arch, seed=seed), path, spec=spec, flavor=spec.fitted(spec.flavor(flavor), arch))
     return path
 
 

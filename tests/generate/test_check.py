@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvtrain.config import GenerateConfig, ModelConfig, asset
+from hvtrain.config import ModelConfig, asset, build
 from hvtrain.errors import CheckpointError, ConfigError, DataError, HvtrainError
 from hvtrain.generate import check
-from hvtrain.generate.check import check_conds, check_memory, check_outputs, check_parts, least_bytes, on_main
+from hvtrain.generate.check import check_memory, check_outputs, check_parts, least_bytes, on_main
+from hvtrain.generate.conditions import check_conds
 from hvtrain.generate.requests import Job, Request
 from hvtrain.models import find
 from hvtrain.parallel.context import ParallelContext
@@ -90,10 +91,12 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     assert new.is_dir() and not list(new.iterdir())
 
 
+OWN = {"dit": "tiny:dit.safetensors", "vae": "tiny:vae.safetensors", "llm": "tiny:llm", "clip": "tiny:clip"}
+
+
 def parts(**changes: str) -> dict[str, str]:
-    own = {"dit": "tiny:dit.safetensors", "vae": "tiny:vae.safetensors", "llm": "tiny:llm", "clip": "tiny:clip", **changes}
     spec, flavor = spec_and_flavor()
-    return check_parts(GenerateConfig(model=ModelConfig(**own, dtype="float32")), spec, flavor)
+    return check_parts(build(ModelConfig, {**OWN, "dtype": "float32", **changes}, where="test"), spec, flavor)
 
 
 def test_parts_are_known_by_their_headers(tmp_path: Path) -> None:
@@ -117,20 +120,20 @@ def test_a_vae_of_other_latents() -> None:
     spec, flavor = spec_and_flavor()
     from dataclasses import replace
 
-    cfg = GenerateConfig(model=ModelConfig(dit="d", vae="tiny:vae.safetensors", llm="tiny:llm", clip="tiny:clip"))
+    model = build(ModelConfig, OWN, where="test")
     for latent in (replace(flavor.latent, channels=8), replace(flavor.latent, stride_t=8)):
         with pytest.raises(CheckpointError, match="16 channels, 4 x 8 x 8 smaller"):
-            check_parts(cfg, spec, replace(flavor, latent=latent))
+            check_parts(model, spec, replace(flavor, latent=latent))
 
 
 def test_text_encoders_of_another_model() -> None:
-    _, flavor = spec_and_flavor()
+    spec, flavor = spec_and_flavor()
     cond = random_cond(5)
-    check_conds([cond], flavor)
+    check_conds([cond], spec, flavor)
     with pytest.raises(CheckpointError, match="make 'pooled' of shape .* belong to another model"):
-        check_conds([cond, {**cond, "pooled": torch.zeros(1, 7)}], flavor)
+        check_conds([cond, {**cond, "pooled": torch.zeros(1, 7)}], spec, flavor)
     with pytest.raises(CheckpointError, match="make 'text'"):
-        check_conds([{**cond, "text": cond["text"][0]}], flavor)
+        check_conds([{**cond, "text": cond["text"][0]}], spec, flavor)
 
 
 def test_a_mistake_that_the_first_process_finds_is_everyones() -> None:

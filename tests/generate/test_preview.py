@@ -10,36 +10,110 @@ import pytest
 import torch
 
 from hvtrain.config import TrainConfig, load
+from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate.video import read_metadata
+from hvtrain.models.spec import Expert
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.train.preview import Previews
-from hvtrain.train.setup import Subject
+from hvtrain.train import preview
+from hvtrain.train.preview import Previews, plan_previews
+from shards import ShardSet, open_set
 from tests.generate.models import random_dit, spec_and_flavor
+from tests.generate.test_image import picture
+from tests.train.shardset import make_shards
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 
 
 def previews(folder: Path, cfg_scale: float) -> Previews:
     spec, flavor = spec_and_flavor()
     flavor = replace(flavor, defaults=replace(flavor.defaults, cfg_scale=cfg_scale, negative_prompt="a red circle"))
-    prompt = "{prompt: a blue ring moves left, width: 48, height: 48, frames: 5, steps: 2}"
-    cfg = load(TrainConfig, Path(__file__).parents[2] / "configs" / "tiny" / "model.yaml", [
-        f"run.output_dir={folder}", "preview.every_steps=1", f"preview.prompts=[{prompt}]", "run.precision=fp32",
-    ])
-    return Previews(cfg, Subject(random_dit(), spec, flavor, "", {}), ParallelContext())
+    prompt = "{prompt: a blue ring moves left, width: 48, height: 48, steps: 2}"
+    cfg = load(TrainConfig, CONFIGS / "model.yaml", ["preview.every_steps=1", "preview.frames=5", f"preview.prompts=[{prompt}]"])
+    plans = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=6.0, sets=[])
+    return Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=folder, precision="fp32")
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_preview_is_a_file_and_leaves_the_model_as_it_was(tmp_path: Path, training: bool) -> None:
     subject = previews(tmp_path, cfg_scale=1.0)
-    model = subject.subject.model.train(training)
+    model = random_dit().train(training)
     ((name, frames, fps),) = subject.make(model, step=7)
     assert (name, frames.shape, frames.dtype, fps) == ("preview/0", (5, 48, 48, 3), np.uint8, 8)
     assert model.training == training and torch.is_grad_enabled()
-    assert read_metadata(tmp_path / "previews" / "step00000007_0.mp4")["prompt"] == "a blue ring moves left"
+    assert read_metadata(tmp_path / "step00000007_0.mp4")["prompt"] == "a blue ring moves left"
 
 
 def test_true_guidance_is_applied(tmp_path: Path) -> None:
     made = []
     for scale in (1.0, 4.0):
         subject = previews(tmp_path, cfg_scale=scale)
-        made.append(next(iter(subject.make(subject.subject.model, step=1)))[1].astype(int))
+        made.append(next(iter(subject.make(random_dit(), step=1)))[1].astype(int))
     assert np.abs(made[0] - made[1]).mean() > 2
+
+
+def image_to_video(name: str, folder: Path, *, sets: list[ShardSet], **preview: str) -> Previews:
+    spec, tiny = spec_and_flavor()
+    own = spec.flavors[name]
+    arch = replace(tiny.arch, in_channels=own.arch.in_channels, token_replace=own.arch.token_replace)
+    flavor = spec.fitted(replace(own, defaults=tiny.defaults), arch)
+    items = [f"preview.{key}={value}" for key, value in {"every_steps": "1", "steps": "2", **preview}.items()]
+    cfg = load(TrainConfig, CONFIGS / "model.yaml", [*items, "preview.prompts=[{prompt: a ring}]"])
+    plans = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=6.0, sets=sets)
+    return Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=folder, precision="fp32")
+
+
+def latents_of(subject: Previews, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What a random model makes [C T H W]."""
+    made: list[torch.Tensor] = []
+    real = preview.decode
+    monkeypatch.setattr(preview, "decode", lambda vae, latents: made.append(latents) or real(vae, latents))
+    (_, (_, frames, _)) = None, next(iter(subject.make(random_dit(subject.flavor.arch), step=3)))
+    assert frames.dtype == np.uint8 and len(made) == 1
+    return made[0][0]
+
+
+@pytest.mark.parametrize("more", [(), ("image",)], ids=["its own first frame", "the column image"])
+def test_image_to_video_begins_with_a_samples_own(tmp_path: Path, more: tuple, monkeypatch) -> None:
+    """Held-out sets come first; what is asked for chooses among the sizes."""
+    held = open_set(make_shards(tmp_path / "held", more=more))
+    subject = image_to_video("i2v", tmp_path, sets=[held])
+    request = subject.plans[0].request
+    assert (request.frames, request.height, request.width, request.image) == (5, 32, 32, None)
+    wanted = held.get(0).tensors["image_latents" if more else "latents"].float()
+    found = latents_of(subject, monkeypatch)
+    assert found.shape == (16, 2, 4, 4) and torch.equal(found[:, :1], wanted[:, :1])
+    assert not torch.equal(found[:, 1:2], wanted[:, :1])
+    assert read_metadata(tmp_path / "step00000003_0.mp4")["width"] == 32
+    assert image_to_video("i2v", tmp_path, sets=[held], width="32", frames="5").plans[0].request.height == 32
+    with pytest.raises(ConfigError, match=r"preview.prompts\[0\]: no sample of this size .* give image=FILE, or .* of 5x32x32"):
+        image_to_video("i2v", tmp_path, sets=[held], width="64")
+
+
+@pytest.mark.parametrize("name", ["i2v", "skyreels-v1-i2v"])
+def test_image_to_video_begins_with_a_picture(tmp_path: Path, name: str, monkeypatch) -> None:
+    green, violet = picture(tmp_path / "green.png", (40, 200, 60)), picture(tmp_path / "violet.png", (200, 40, 200))
+    size = {"width": "48", "height": "32", "frames": "5"}
+    made = [latents_of(image_to_video(name, tmp_path, sets=[], image=str(p), **size), monkeypatch) for p in (green, violet)]
+    assert made[0].shape == (16, 2, 4, 6) and (made[0] - made[1])[:, 1:].abs().max() > 0.05
+    with pytest.raises(DataError, match="image: .* cannot be decoded"):
+        (tmp_path / "broken.png").write_bytes(green.read_bytes()[:100])
+        image_to_video(name, tmp_path, sets=[], image=str(tmp_path / "broken.png"), **size)
+
+
+def test_previews_of_experts_are_refused(tmp_path: Path) -> None:
+    spec, flavor = spec_and_flavor()
+    two = replace(flavor, experts=(Expert("high", "dit", (0.5, 1.0)), Expert("low", "dit_low", (0.0, 0.5))))
+    cfg = load(TrainConfig, None, ["preview.every_steps=1", "preview.prompts=[{prompt: a}]"])
+    with pytest.raises(ConfigError, match=r"preview.every_steps: 'tiny' is sampled with several models \(high, low\)"):
+        plan_previews(cfg.preview, cfg.model, spec, two, guidance=None, sets=[])
+
+
+def test_a_prompts_own_keys_come_first() -> None:
+    spec, flavor = spec_and_flavor()
+    cfg = load(TrainConfig, None, [
+        "preview.every_steps=1", "preview.shift=5", "preview.solver=unipc", "preview.seed=4", "preview.width=48",
+        "preview.prompts=[{prompt: a}, {prompt: b, shift: 2, seed: 9, guidance: 1.5, cfg_scale: 3}]",
+    ])
+    a, b = (p.request for p in plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=2.5, sets=[]))
+    assert (a.shift, a.solver, a.seed, a.width, a.guidance, a.cfg_scale) == (5.0, "unipc", 4, 48, 2.5, 1.0)
+    assert (b.shift, b.solver, b.seed, b.width, b.guidance, b.cfg_scale) == (2.0, "unipc", 9, 48, 1.5, 3.0)

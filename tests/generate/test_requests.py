@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hvtrain.config import GenerateConfig, LoraFileConfig
+from hvtrain.config import GenerateConfig, SampledLora
 from hvtrain.errors import ConfigError, DataError
-from hvtrain.generate.requests import Job, Request, batches, plan_jobs, read_prompts
+from hvtrain.generate.requests import Job, Request, batches, read_prompts
+from hvtrain.generate.run import jobs_of
 from hvtrain.models import find
 from hvtrain.models.spec import LatentGeometry
 
@@ -90,43 +91,43 @@ def test_a_prompt_that_is_no_text() -> None:
 
 def test_a_single_prompt(tmp_path: Path) -> None:
     cfg = GenerateConfig(prompt="a cat", output=str(tmp_path / "cat.mp4"), seed=5, steps=10)
-    (job,) = plan_jobs(cfg, FLAVOR)
+    (job,) = jobs_of(cfg, FLAVOR)
     assert job.output == tmp_path / "cat.mp4" and (job.request.seed, job.request.steps) == (5, 10)
-    (nothing,) = plan_jobs(GenerateConfig(prompt="", output="x.mp4"), FLAVOR)
+    (nothing,) = jobs_of(GenerateConfig(prompt="", output="x.mp4"), FLAVOR)
     assert nothing.request.prompt == ""
     with pytest.raises(ConfigError, match="ends with .mp4"):
-        plan_jobs(GenerateConfig(prompt="a cat", output="folder"), FLAVOR)
+        jobs_of(GenerateConfig(prompt="a cat", output="folder"), FLAVOR)
     with pytest.raises(ConfigError, match="ends with .mp4"):
-        plan_jobs(GenerateConfig(prompt="a cat", output="cat.avi"), FLAVOR)
+        jobs_of(GenerateConfig(prompt="a cat", output="cat.avi"), FLAVOR)
 
 
 def test_one_frame_is_a_picture(tmp_path: Path) -> None:
     picture = {"prompt": "a cat", "output": "cat.png"}
-    (job,) = plan_jobs(GenerateConfig(**picture, frames=1), FLAVOR)
+    (job,) = jobs_of(GenerateConfig(**picture, frames=1), FLAVOR)
     assert job.output == Path("cat.png") and job.request.frames == 1
     with pytest.raises(ConfigError, match=r"output is cat.png, one picture, but frames is 129: give frames=1, or NAME.mp4"):
-        plan_jobs(GenerateConfig(**picture), FLAVOR)
+        jobs_of(GenerateConfig(**picture), FLAVOR)
     file = tmp_path / "prompts.txt"
     file.write_text("a cat --f 1\na dog --f 5\n")
-    jobs = plan_jobs(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
+    jobs = jobs_of(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
     assert [str(job.output) for job in jobs] == ["out/0000.png", "out/0001.mp4"]
 
 
 def test_a_file_in_a_directory_is_named_by_what_makes_it(tmp_path: Path) -> None:
     def name(**changes: object) -> str:
         cfg = GenerateConfig(**{"prompt": "A cat: walks,\nslowly!", "output": f"{tmp_path}/", "frames": 5, **changes})
-        (job,) = plan_jobs(cfg, FLAVOR)
+        (job,) = jobs_of(cfg, FLAVOR)
         assert job.output.parent == tmp_path
         return job.output.name
 
-    lora = (LoraFileConfig("l.safetensors", 0.5),)
+    lora = (SampledLora("l.safetensors", 0.5),)
     names = [name(), name(seed=1), name(guidance=2.0), name(lora=lora), name(prompt="a cat walks slowly"), name(frames=1)]
     names.append(name(lora=(replace(lora[0], multiplier=0.6),)))
     names += [name(slices="s"), name(slices="s", loraid=(1,)), name(slices="s", lora_multiplier=(0.5,))]
     assert len(set(names)) == len(names) and name() == names[0]
     assert re.fullmatch(r"a-cat-walks-slowly-[0-9a-f]{8}\.mp4", names[0]) and names[5].endswith(".png")
     assert name(output=str(tmp_path)) == names[0]  # it exists
-    (job,) = plan_jobs(GenerateConfig(prompt="a cat", output="not/there/"), FLAVOR)  # it will
+    (job,) = jobs_of(GenerateConfig(prompt="a cat", output="not/there/"), FLAVOR)  # it will
     assert job.output.parent == Path("not/there") and job.output.name.startswith("a-cat-")
     assert name(prompt="猫").startswith("video-") and len(name(prompt="word " * 99)) == len("word-" * 8) + len("12345678.mp4")
 
@@ -134,7 +135,7 @@ def test_a_file_in_a_directory_is_named_by_what_makes_it(tmp_path: Path) -> None
 def test_a_prompt_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("# two videos\na cat\n\n  a dog -- running --w 320 --h 176 --d 99 --n blurry, dark --fs 3\n")
-    jobs = plan_jobs(GenerateConfig(prompt_file=str(file), output=str(tmp_path / "out"), seed=7, width=640), FLAVOR)
+    jobs = jobs_of(GenerateConfig(prompt_file=str(file), output=str(tmp_path / "out"), seed=7, width=640), FLAVOR)
     cat, dog = (job.request for job in jobs)
     assert [job.output.name for job in jobs] == ["0000.mp4", "0001.mp4"]
     assert (cat.prompt, cat.seed, cat.width, cat.shift) == ("a cat", 7, 640, 7.0)
@@ -174,17 +175,20 @@ def test_a_line_that_asks_for_the_impossible_is_named(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\na cat --f 10\n")
     with pytest.raises(ConfigError) as caught:
-        plan_jobs(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
+        jobs_of(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
     assert "prompts.txt:2: frames is 10, expected 4n + 1" in str(caught.value)
 
 
 def test_every_option_of_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    line = "a --w 320 --h 176 --f 5 --s 7 --d 3 --g 2.5 --l 4 --fs 3.5 --n not\tthis --n nor this"
+    line = "a --w 320 --h 176 --f 5 --s 7 --d 3 --g 2.5 --l 4 --fs 3.5 --ss unipc --n not\tthis --n nor this"
     file.write_text(f"# a comment --w 8\nfirst\n\n{line}\n   # no prompt\nthird--w 5\n")
     cfg = GenerateConfig(prompt_file=str(file), output="out", seed=7, fps=12, height=160, steps=2)
-    first, second, third = (job.request for job in plan_jobs(cfg, FLAVOR))
-    assert second == Request("a", 320, 176, 5, 12, 7, 3, 3.5, 2.5, 4.0, "nor this")
+    first, second, third = (job.request for job in jobs_of(cfg, FLAVOR))
+    assert second == Request(
+        prompt="a", width=320, height=176, frames=5, fps=12, steps=7, seed=3, solver="unipc", shift=3.5, guidance=2.5,
+        cfg_scale=4.0, negative_prompt="nor this", expert_cfg_scale={},
+    )
     assert (first.seed, third.seed) == (7, 9)  # a line's own place counts, also after one with --d
     assert (third.prompt, third.width, third.height, third.steps) == ("third--w 5", 1280, 160, 2)
 
@@ -194,7 +198,7 @@ def test_numbers_that_are_none_are_named_with_their_line(tmp_path: Path) -> None
     for option, words in (("--g nan", "guidance is nan"), ("--fs inf", "shift is inf"), ("--l -inf", "cfg_scale is -inf")):
         file.write_text(f"a dog\na cat {option}\n")
         with pytest.raises(ConfigError) as caught:
-            plan_jobs(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
+            jobs_of(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
         assert f"prompts.txt:2: {words}" in str(caught.value)
 
 

@@ -203,7 +203,7 @@ def test_nan_is_refused_with_its_step(dit: Path, tmp_path: Path) -> None:
 
 
 def test_a_vae_that_overflows_is_refused_and_its_latents_stay(dit: Path, tmp_path: Path, monkeypatch) -> None:
-    output, real = tmp_path / "out", write.open_decoder
+    output, real = tmp_path / "out", write.open_vae
     with monkeypatch.context() as patch:
 
         def broken(*args: object):
@@ -211,7 +211,7 @@ def test_a_vae_that_overflows_is_refused_and_its_latents_stay(dit: Path, tmp_pat
             next(vae.model.decoder.parameters()).data.fill_(float("nan"))
             return vae
 
-        patch.setattr(write, "open_decoder", broken)
+        patch.setattr(write, "open_vae", broken)
         with pytest.raises(DataError, match=r"0000\.mp4: the VAE makes values that are not finite in model.vae_dtype float32"):
             make(dit, output)
     assert files(output) == [".0000.mp4.safetensors"]
@@ -221,7 +221,7 @@ def test_without_room_beside_the_dit_videos_are_decoded_at_the_end(
     dit: Path, whole: dict, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """The GPU's error, raised where it would come from, while the DiT is there."""
-    output, real, dits = tmp_path / "out", write.open_decoder, []
+    output, real, dits = tmp_path / "out", write.open_vae, []
     opened = sample.open_dit
 
     def open_dit(*args: object):
@@ -242,7 +242,7 @@ def test_without_room_beside_the_dit_videos_are_decoded_at_the_end(
         return vae
 
     monkeypatch.setattr(sample, "open_dit", open_dit)
-    monkeypatch.setattr(write, "open_decoder", small)
+    monkeypatch.setattr(write, "open_vae", small)
     seen: list[int] = []
     at_keep(monkeypatch, lambda path, step: seen.append(len(list(output.glob("*.mp4")))))
     make(dit, output)

@@ -183,7 +183,7 @@ def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None
     with pytest.raises(ConfigError, match="4 attention heads"):
         cfg = config.load(GenerateConfig, None, overrides(folder, **late))
         generate.run(cfg, ParallelContext(world=3, ulysses=3))
-    with pytest.raises(ConfigError, match="only a prompt"):
+    with pytest.raises(ConfigError, match="begins with an image"):
         make(folder, **late, **{"model.dit": write_dit(folder / "i2v.safetensors", "i2v")})
     with pytest.raises(ConfigError, match="needs model.dtype float32"):
         make(folder, **late, **{"model.dtype": "bfloat16"})

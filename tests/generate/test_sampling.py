@@ -11,7 +11,8 @@ from hvtrain.errors import ConfigError
 from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.solvers import State
 from hvtrain.generate.requests import Request
-from hvtrain.generate.sample import sample_latents, stack
+from hvtrain.generate.sample import sample_latents
+from hvtrain.models.conditions import stack
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from tests.generate.models import SIZE, random_cond, random_dit, spec_and_flavor
@@ -33,7 +34,7 @@ def sample(ulysses: int = 1, ring: int = 1, **changes) -> torch.Tensor:
     request = Request.of(flavor, prompt="", steps=4, cfg_scale=2.0, **SIZE)
     options = {"seeds": [3, 4], "uncond": random_cond(2, 2, seed=6), **changes}
     cond = options.pop("cond", random_cond(7, 4))
-    return sample_latents(model, spec, flavor, cond, request=request, ctx=ctx, **options)
+    return sample_latents(lambda sigma: model, spec, flavor, cond, request=request, ctx=ctx, **options)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_video_does_not_depend_on_its_batch(alone: torch.Tensor) -> None:
 
 def test_stack_pads_with_zeros() -> None:
     a, b = random_cond(3), random_cond(5, seed=1)
-    both = stack([a, b])
+    both = stack([a, b], spec_and_flavor()[1].cond)
     assert both["text"].shape[:2] == (2, 5) and both["text_len"].tolist() == [3, 5]
     assert torch.equal(both["text"][0, :3], a["text"][0]) and not both["text"][0, 3:].any()
 
@@ -90,7 +91,7 @@ def test_noise_is_a_function_of_the_seed_alone() -> None:
     def still(inp) -> torch.Tensor:
         return torch.zeros_like(inp.x)
 
-    a = sample_latents(still, spec, flavor, random_cond(3), request=request, ctx=ctx)
+    a = sample_latents(lambda sigma: still, spec, flavor, random_cond(3), request=request, ctx=ctx)
     assert a.shape == (1, 16, 3, 6, 10) and a.dtype == torch.float32
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.05
     assert a.flatten()[0].item() == pytest.approx(FIRST_NOISE_OF_SEED_11, abs=1e-6)
@@ -107,11 +108,11 @@ def test_the_sigmas_are_those_of_the_request() -> None:
     for shift in (1.0, 5.0):
         request = Request.of(flavor, prompt="", steps=4, shift=shift, cfg_scale=1.0, **SIZE)
         options = {"request": request, "ctx": ParallelContext(), "seeds": [11]}
-        end = sample_latents(drift, spec, flavor, random_cond(3), **options)
+        end = sample_latents(lambda sigma: drift, spec, flavor, random_cond(3), **options)
         even = [1, 0.75, 0.5, 0.25, 0]
         levels = [shift * e / (1 + (shift - 1) * e) for e in even]
         added = sum((there - here) * here for here, there in pairwise(levels))
-        noise = sample_latents(torch_zeros, spec, flavor, random_cond(3), **options)
+        noise = sample_latents(lambda sigma: torch_zeros, spec, flavor, random_cond(3), **options)
         assert (end - noise).mean().item() == pytest.approx(added, abs=1e-4)
         assert (end - noise).std().item() < 1e-5
 
@@ -131,7 +132,7 @@ def test_text_lengths_stay_on_the_cpu() -> None:
 
     request = Request.of(flavor, prompt="", steps=2, cfg_scale=2.0, **SIZE)
     end = sample_latents(
-        model, spec, flavor, random_cond(3), request=request, ctx=ParallelContext(device=torch.device("meta")),
+        lambda sigma: model, spec, flavor, random_cond(3), request=request, ctx=ParallelContext(device=torch.device("meta")),
         uncond=random_cond(2),
     )
     assert end.is_meta and seen == [((n,), "meta", "meta") for n in (2, 3, 2, 3)]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hvtrain.config import GenerateConfig, ModelConfig, VaeTilingConfig
+from hvtrain.config import ModelConfig, SampledLora, VaeTilingConfig
 from hvtrain.errors import ConfigError
 from hvtrain.flow.solvers import State
 from hvtrain.generate.identity import Sources, sources_of
-from hvtrain.generate.loras import open_loras
-from hvtrain.generate.plan import Lot, Plan, remaining
+from hvtrain.generate.loras import Applied, open_loras
+from hvtrain.generate.plan import Compute, Dits, Lot, Plan, remaining
 from hvtrain.generate.requests import Job, Request
 from hvtrain.generate.spool import hidden, keep, visible
 from hvtrain.generate.video import write_mp4, write_png
@@ -51,13 +51,15 @@ def test_each_video_goes_through_the_vae_alone() -> None:
 
 
 def test_parameters_are_all_that_made_it() -> None:
-    cfg = GenerateConfig(model=ModelConfig(dit="/models/dit.safetensors"), precision="fp32")
-    lora = LoraFile(Path("/loras/style.safetensors"), {})
-    plan = Plan(SPEC, FLAVOR, [], [], [(lora, 0.5)], {}, SOURCES)
-    found = parameters(cfg, plan, REQUEST)
+    model = ModelConfig(dit="/models/dit.safetensors")
+    lora = Applied(LoraFile(Path("/loras/style.safetensors"), {}), 0.5)
+    dits = Dits(SPEC, FLAVOR, {"dit": None}, {}, None)
+    plan = Plan(model, dits, Compute("fp32", "auto"), [lora], SOURCES, [], [])
+    found = parameters(plan, REQUEST)
     version = found.pop("hvtrain")
     assert version and found == {
         "prompt": "a cat", "width": 32, "height": 16, "frames": 5, "fps": 8, "steps": 30, "seed": 3, "shift": 3.0,
+        "solver": "euler",
         "guidance": FLAVOR.defaults.guidance, "cfg_scale": 1.0, "negative_prompt": FLAVOR.defaults.negative_prompt,
         "model": "hunyuan-video", "flavor": "tiny", "dit": "dit.safetensors", "precision": "fp32",
         "lora": [{"file": "style.safetensors", "multiplier": 0.5}],
@@ -66,7 +68,7 @@ def test_parameters_are_all_that_made_it() -> None:
 
 CHANGES = [
     {"prompt": "a dog"}, {"width": 48}, {"height": 32}, {"frames": 9}, {"steps": 5}, {"seed": 4}, {"shift": 2.0},
-    {"guidance": 2.0}, {"cfg_scale": 2.0}, {"negative_prompt": "blur"},
+    {"guidance": 2.0}, {"cfg_scale": 2.0}, {"negative_prompt": "blur"}, {"solver": "unipc"}, {"expert_cfg_scale": {"high": 2.0}},
 ]
 
 
@@ -85,28 +87,30 @@ def test_the_rate_changes_the_video_and_not_its_latents() -> None:
 def test_what_changes_the_result_changes_the_sources(tmp_path: Path) -> None:
     lora = LoraFile(tmp_path / "a.safetensors", {})
     save_file({"x": torch.ones(4)}, str(lora.path))
-    base, model = GenerateConfig(), ModelConfig()
+    model = ModelConfig()
     prints = {"flavor": "f", "dit": "1", "text": "2", "vae": "3"}
 
-    def of(cfg: GenerateConfig = base, loras=((lora, 1.0),), **changes: str) -> Sources:
-        return sources_of(cfg, list(loras), {**prints, **changes})
+    def of(loras=((lora, 1.0),), precision="bf16", changed=None, images=(), **parts: str) -> Sources:
+        applied = [Applied(*one) for one in loras]
+        return sources_of(changed or model, applied, {**prints, **parts}, precision=precision, images=images)
+
+    def with_model(**changes: object) -> Sources:
+        return of(changed=replace(model, **changes))
 
     own = of()
     assert own == of()
     sampling = [
-        of(dit="9"), of(text="9"), of(flavor="9"), of(replace(base, precision="fp32")), of(loras=[(lora, 0.5)]), of(loras=[]),
-        of(loras=[(lora, 1.0), (lora, 1.0)]),
-        *(of(replace(base, model=replace(model, **m))) for m in (
-            {"dtype": "float16"}, {"fp8_llm": True}, {"quantize": "fp8"}, {"quantize": "fp8", "fp8_matmul": False},
+        of(dit="9"), of(text="9"), of(flavor="9"), of(dit_low="9"), of(precision="fp32"), of(loras=[(lora, 0.5)]), of(loras=[]),
+        of(loras=[(lora, 1.0), (lora, 1.0)]), of(loras=[(lora, 1.0, "high")]),
+        *(with_model(**m) for m in (
+            {"dtype": "float16"}, {"fp8_text": True}, {"quantize": "fp8"}, {"quantize": "fp8", "fp8_matmul": False},
         )),
     ]
     assert len({s.sampling for s in sampling} | {own.sampling}) == len(sampling) + 1
     assert {s.decoding for s in sampling} == {own.decoding}
-    decoding = [of(vae="9"), of(replace(base, model=replace(model, vae_dtype="float32")))]
-    decoding.append(of(replace(base, model=replace(model, vae_tiling=VaeTilingConfig(spatial=128)))))
+    decoding = [of(vae="9"), with_model(vae_dtype="float32"), with_model(vae_tiling=VaeTilingConfig(spatial=128))]
     assert len({s.decoding for s in decoding} | {own.decoding}) == 4 and {s.sampling for s in decoding} == {own.sampling}
-    how = [replace(base, batch_size=5), replace(base, decode="last"), replace(base, model=replace(model, fp8_matmul=False))]
-    assert all(of(cfg) == own for cfg in how)
+    assert with_model(fp8_matmul=False) == own
     assert of(loras=[(lora, 0.0)]) == of(loras=[])  # switched off completely
     tensors = load_file(str(lora.path))
     save_file({"x": tensors["x"] * 2}, str(lora.path))
@@ -140,8 +144,6 @@ def test_a_picture_is_known_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_multiplier_that_is_no_number(factor: float) -> None:
-    from hvtrain.config import LoraFileConfig
-
-    cfg = GenerateConfig(lora=(LoraFileConfig("never-read.safetensors", factor),))
+    wanted = [SampledLora("never-read.safetensors", factor)]
     with pytest.raises(ConfigError, match=f"the multiplier of never-read.safetensors is {factor}, expected a finite number"):
-        open_loras(cfg, {}, SPEC)
+        open_loras(wanted, {}, SPEC, FLAVOR)

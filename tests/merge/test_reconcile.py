@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hvtrain.adapters.attach import linear_shapes
-from hvtrain.config import LoraFileConfig, MergeConfig, ReconcileConfig, asset
+from hvtrain.config import LoraFileConfig, MergeConfig, ModelConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora, write_lora
 from hvtrain.lorafiles.pairs import LoraPair
@@ -211,6 +211,24 @@ def test_own_states_need_the_captions_only(place, tmp_path):
     assert all(torch.equal(outs[0][n], outs[1][n]) for n in outs[0])
 
 
+def test_what_is_kept_may_be_a_list_of_captions(place, tmp_path):
+    """The base samples their clips; a later merge finds them where this one left them."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle moves left\n\na blue square\n")
+    text = ModelConfig(parts={"llm": "tiny:llm", "clip": "tiny:clip"}, dtype="float32")
+    out = tmp_path / "m.safetensors"
+    how = {"how": "fit", "states": 6, "held_out": 2, "text": text}
+    merge.run(config(place, out, 1, 2, target="lora", keep=(str(captions),), **how))
+    with_them, without = report(out), tmp_path / "n.safetensors"
+    merge.run(config(place, without, 1, 2, target="lora", **how))
+    assert list(with_them["fidelity"])[-1] == "keep" and "keep" not in report(without)["fidelity"]
+    assert 0 < with_them["fidelity"]["keep"] < with_them["summed"]["keep"]
+    assert (tmp_path / "m-calibration" / "keep.txt").read_text() == "a red circle moves left\na blue square\n"
+    captions.write_text(" \n")
+    with pytest.raises(ConfigError, match=r"captions\.txt: no captions in it; write one a line"):
+        merge.run(config(place, tmp_path / "o.safetensors", 1, 2, keep=(str(captions),), **how))
+
+
 def test_a_lora_that_is_lost_fails_the_merge(place, tmp_path):
     cfg = config(place, tmp_path / "m.safetensors", 1, 2, how="distill", steps=1, lr=1e-9, allow_lost=False, lost=1e-3)
     with pytest.raises(CheckpointError, match=r"lost in the merge .*1/lora\.safetensors, 2/lora\.safetensors"):
@@ -225,7 +243,7 @@ def test_a_lora_that_is_lost_fails_the_merge(place, tmp_path):
         ({"dit": "", "target": "lora"}, "compares with the model"),
         ({"rank": 4, "target": "lora", "reconcile": ReconcileConfig(how="distill")}, "use fit\\+distill"),
         ({"reconcile": ReconcileConfig(how="fits")}, "no way 'fits'; did you mean 'fit'"),
-        ({"reconcile": ReconcileConfig(keep=("old",))}, "keep: old: no such shard set"),
+        ({"reconcile": ReconcileConfig(keep=("old",))}, "keep: old: no such shard set or file of captions"),
         ({"reconcile": ReconcileConfig(how="fit", steps=0)}, "reconcile.steps is 0, expected more than 0"),
     ],
 )

@@ -28,6 +28,7 @@ from hvtrain.models.hunyuan_video.text_weights import (
 from hvtrain.tiny.text import ASSETS
 from hvtrain.weights.float8 import DTYPE as FP8
 from hvtrain.weights.float8 import Fp8Linear
+from hvtrain.weights.keymap import OWN_NAMES
 from hvtrain.weights.source import anchored
 
 LLM, CLIP = ASSETS / "llm", ASSETS / "clip"
@@ -234,7 +235,7 @@ def test_official_sizes_from_a_bare_file(tmp_path):
     shapes |= {"model.embed_tokens.weight": (128320, 4096), "model.norm.weight": (4096,)}
     shapes |= {"lm_head.weight": (128320, 4096), "tokenizer": (9,)}
     path = sparse_safetensors(tmp_path / "llm.safetensors", shapes)
-    source = anchored(path, "embed_tokens.weight", what="")
+    source = anchored(path, {"embed_tokens.weight": OWN_NAMES}, what="")
     config = _llama_config(source)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 4096, 128320)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 8, 128)

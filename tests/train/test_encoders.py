@@ -1,6 +1,7 @@
 """Shards of another VAE or text encoder look like the model's own, and are refused all the same."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hvtrain.errors import DataError
 from hvtrain.models import find
 from hvtrain.train import run as train
 from hvtrain.train import setup
+from shards.schema import load_manifest, save_manifest
 from tests.train.shardset import config, make_shards
 
 VAE, TEXT = ("model.vae=tiny:vae.safetensors",), ("model.llm=tiny:llm", "model.clip=tiny:clip")
@@ -91,3 +93,24 @@ def test_sets_of_different_encoders(shards, start, tmp_path):
     start(one, f"data.shards=[{one},{other}]", "data.allow_foreign=true")
     control = shards("control", latents="aa/bfloat16/0", control="cc/bfloat16/0")
     start(one, f"data.shards=[{one},{same},{control}]")
+
+
+def test_of_another_model(own, shards, start, tmp_path):
+    """Its VAE may give latents of the same shape, its text encoder as many values: refused by name, though no file of ours is
+    given to compare with. Models may share an encoder, and sets of version 2 do not say whose they are."""
+    vae, text, _ = own
+    made = {"latents": f"{vae}/bfloat16/0", "text": f"{text}/bfloat16"}
+    for column, part in (("latents", "model.vae"), ("text", "model.llm and model.clip")):
+        one = shards(column, **made)
+        manifest = load_manifest(one)
+        other = replace(manifest.made_by(column), model="wan")
+        save_manifest(one, replace(manifest, made={**manifest.made, column: other}))
+        says = rf"column '{column}' of \S+{column} was made for wan, this run trains hunyuan-video; .* its {part}, or"
+        with pytest.raises(DataError, match=says):
+            train.run(config(one, tmp_path / "run"))
+        start(one, *VAE, *TEXT)  # by the very same weights
+        start(one, "data.allow_foreign=true")
+        save_manifest(one, replace(manifest, made={**manifest.made, column: replace(other, fingerprint="0123/bfloat16")}))
+        with pytest.raises(DataError, match="was made for wan"):
+            train.run(config(one, tmp_path / "run", *VAE, *TEXT))
+    assert not (tmp_path / "run").exists()

@@ -161,14 +161,12 @@ def test_a_fit_is_traced_with_the_flavors_own(told):
 
 
 @pytest.mark.parametrize("name", ["i2v", "skyreels-v1-i2v"])
-def test_previews_of_image_to_video_are_refused_before_the_model(shards, small, tmp_path, monkeypatch, name):
-    dit = small(name)
+def test_image_to_video_makes_previews(shards, small, tmp_path, monkeypatch, name):
+    """Of a sample's own first frame; a size that no sample has is refused before the model is read."""
+    dit, run = small(name), tmp_path / "run"
+    assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1", *PARTS, *PREVIEW)) == 0
+    assert (run / "previews" / "step00000001_0.mp4").exists()
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
-    says = rf"preview.every_steps: '{name}' also needs image_latents, and a preview has only a prompt; set it to 0"
-    with pytest.raises(ConfigError, match=says):
-        train.run(config(shards, tmp_path / "run", f"model.dit={dit}", *PARTS, *PREVIEW))
-    assert not (tmp_path / "run").exists()
-
-
-def test_image_to_video_trains_without_previews(shards, small, tmp_path):
-    assert train.run(config(shards, tmp_path / "run", f"model.dit={small('i2v')}", "run.steps=1")) == 0
+    with pytest.raises(ConfigError, match=r"preview.prompts\[0\]: no sample of this size to begin with; give image=FILE, or"):
+        train.run(config(shards, tmp_path / "other", f"model.dit={dit}", *PARTS, PREVIEW[0], PREVIEW[1].replace("32", "48")))
+    assert not (tmp_path / "other").exists()

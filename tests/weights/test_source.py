@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hvtrain.errors import CheckpointError
-from hvtrain.weights.containers import open_weights
+from hvtrain.weights.containers import fingerprint, open_weights
 from hvtrain.weights.float8 import Fp8Linear
-from hvtrain.weights.keymap import KeyMap, Rule
+from hvtrain.weights.keymap import OWN_NAMES, KeyMap, Rule
 from hvtrain.weights.source import Source, anchored, check, config_of, shapes_of
 
 
@@ -65,17 +65,25 @@ def test_what_differs_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="^f: not a VAE: 1 missing: d; it is a DiT$"):
         check("f", {"d": (1,)}, {}, what="not a VAE", hint="; it is a DiT")
     check("f", wanted, wanted)
+    check("f", {"a": (2, 3)}, {"a": (2, 3, 1, 1)}, ones=True)
+    with pytest.raises(CheckpointError, match="a is 2x3x1, expected 2x4"):
+        check("f", {"a": (2, 4)}, {"a": (2, 3, 1)}, ones=True)
 
 
 def test_a_part_is_found_under_any_prefix(tmp_path):
     names = ("model.text.embed.weight", "model.text.head.bias", "vision.embed_two.weight", "other.model.text.embed.weight")
     save_file({name: torch.ones(2, n + 1) for n, name in enumerate(names)}, tmp_path / "x.safetensors")
-    source = anchored(tmp_path / "x.safetensors", "embed.weight", what="a text encoder")
+    source = anchored(tmp_path / "x.safetensors", {"embed.weight": OWN_NAMES}, what="a text encoder")
     assert source.shapes == {"embed.weight": (2, 1), "head.bias": (2, 2)} and source.shape("head.bias") == (2, 2)
     with pytest.raises(CheckpointError, match="x.safetensors: no 'norm.weight' in it, which tells the size"):
         source.shape("norm.weight")
+    assert fingerprint(source.weights) == fingerprint(open_weights(tmp_path / "x.safetensors"))  # of the whole file
+    theirs = {"wte.weight": OWN_NAMES, "head.bias": KeyMap([Rule("out", ("head",))])}
+    source = anchored(tmp_path / "x.safetensors", theirs, what="")  # in another dialect's words
+    assert source.shapes == {"embed.weight": (2, 1), "out.bias": (2, 2)}
+    assert source.read("out.bias", dtype=torch.float16).tolist() == [[1, 1], [1, 1]]
     with pytest.raises(CheckpointError, match=r"not a text encoder: no 'wte.weight' in it \(its first keys: "):
-        anchored(tmp_path / "x.safetensors", "wte.weight", what="a text encoder")
+        anchored(tmp_path / "x.safetensors", {"wte.weight": OWN_NAMES}, what="a text encoder")
 
 
 def test_the_config_of_a_file_and_of_a_stranger_beside_it(tmp_path):

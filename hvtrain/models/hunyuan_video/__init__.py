@@ -8,7 +8,7 @@ from typing import Any
 
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from
-from hvtrain.models.hunyuan_video.inputs import make_input
+from hvtrain.models.hunyuan_video.inputs import image_conditions, make_input, start
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
@@ -72,6 +72,8 @@ SPEC = ModelSpec(
     is_lora_target=_is_lora_target,
     unseen=("token_replace",),
     may_differ=("guidance_embed", "rope_theta", "rope_dims"),
+    image_conditions=image_conditions,
+    start=start,
     # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.
     sizes=((1280, 720), (960, 544), (1104, 832), (960, 960), (832, 624), (720, 720)),
     tiny=TinyParts(_small_vae, _save_vae, _prompt_template),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from hvtrain.errors import DataError
 from hvtrain.models.dit import ModelInput
+from hvtrain.models.spec import Vae
 from hvtrain.registry import Registry
+
+IMAGE_SHARE = 0.001  # of the noise that an image-to-video sampling begins with
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,16 @@ def _image_latents(image: Tensor | None, x: Tensor) -> Tensor:
     if first.shape[1] != x.shape[1] or first.shape[3:] != x.shape[3:]:
         raise DataError(f"image_latents of shape {tuple(image.shape)} do not fit latents of shape {tuple(x.shape)}")
     return first
+
+
+def image_conditions(vae: Vae, encoders: Mapping[str, object], image: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+    """image [3 H W] -> "image_latents" [C 1 h w]: the posterior's mode of it as a clip of one frame."""
+    return {"image_latents": vae.encode(image[None, :, None])[0]}
+
+
+def start(noise: Tensor, cond: Mapping[str, Tensor], *, task: str, x0: Tensor | None = None) -> Tensor:
+    """Where sampling begins [B C T H W]: with token replace, every frame holds a trace of the image, as in the official sampler
+    ("stability mode") and in diffusers; it keeps the video still at its beginning."""
+    if task != "i2v":
+        return noise
+    return (1 - IMAGE_SHARE) * noise + IMAGE_SHARE * _image_latents(cond.get("image_latents", x0), noise)

@@ -19,6 +19,7 @@ from hvtrain.errors import CheckpointError
 from hvtrain.models.identify import count
 from hvtrain.weights.containers import fingerprint
 from hvtrain.weights.float8 import use_matmul
+from hvtrain.weights.keymap import OWN_NAMES
 from hvtrain.weights.source import Source, anchored, check, config_of, shapes_of
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
@@ -33,19 +34,19 @@ CLIP_HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Encoder:
+class LoadedEncoder:
     model: Any
     fingerprint: str
 
 
 def load_llm(
     path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
-) -> Encoder:
+) -> LoadedEncoder:
     """A LlamaModel without the last two layers and without its norm: its output is hidden_states[-3]."""
     from transformers import LlamaModel
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    source = anchored(path, "embed_tokens.weight", what="a Llama text encoder")
+    source = anchored(path, {"embed_tokens.weight": OWN_NAMES}, what="a Llama text encoder")
     config = _llama_config(source)
     with torch.device("meta"):
         model = LlamaModel(config)
@@ -56,13 +57,13 @@ def load_llm(
     source.fill(model, dtype=dtype, device=device, eight_bit=linear if fp8 else (), how="fp8_rows")
     use_matmul(model, False)  # the fingerprint does not tell on which machine it was computed
     model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)  # its buffer is computed, not stored
-    return Encoder(model.eval().requires_grad_(False), fingerprint(source.weights))
+    return LoadedEncoder(model.eval().requires_grad_(False), fingerprint(source.weights))
 
 
-def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Encoder:
+def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoadedEncoder:
     from transformers import CLIPTextModel
 
-    source = anchored(path, "embeddings.token_embedding.weight", what="a CLIP text encoder")
+    source = anchored(path, {"embeddings.token_embedding.weight": OWN_NAMES}, what="a CLIP text encoder")
     config = _clip_config(source)
     with torch.device("meta"):
         model = CLIPTextModel(config)
@@ -70,7 +71,7 @@ def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | st
     source.fill(model, dtype=dtype, device=device)
     positions = torch.arange(config.max_position_embeddings, device=device)[None]
     model.embeddings.register_buffer("position_ids", positions, persistent=False)  # computed, not stored
-    return Encoder(model.eval().requires_grad_(False), fingerprint(source.weights))
+    return LoadedEncoder(model.eval().requires_grad_(False), fingerprint(source.weights))
 
 
 def _check(model: nn.Module, source: Source, used: re.Pattern[str], *, what: str) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvtrain.config import VaeTilingConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.hunyuan_video.vae_weights import (
     constructor_arguments,
     find_config,
-    linear_shape,
     official_names,
     resemblance,
 )
@@ -67,9 +67,14 @@ def vae_of(model: Any, *, fingerprint: str = "", tiling: VaeTiling | None = None
     """The library's model as the program uses it."""
     apply_tiling(model, tiling or VaeTiling())
     config, spatial = model.config, model.config.spatial_compression_ratio
+
+    def encode(video: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = model.encode(video.to(model.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
     return VideoVae(
-        model, channels=config.latent_channels, stride=(config.temporal_compression_ratio, spatial, spatial),
-        scale=config.scaling_factor, fingerprint=fingerprint,
+        model, encode, lambda z: model.decode(z.to(model.dtype)).sample.float(), channels=config.latent_channels,
+        stride=(config.temporal_compression_ratio, spatial, spatial), scale=config.scaling_factor, fingerprint=fingerprint,
     )
 
 
@@ -85,9 +90,9 @@ def open_vae(
         model = build_vae(find_config(Path(path), weights.metadata, shapes))
     wanted = shapes_of(model)
     foreign = sum(name not in shapes for name in wanted) >= len(wanted) // 2
-    check(
-        path, wanted, {name: linear_shape(shape, wanted.get(name)) for name, shape in shapes.items()},
-        what="not a VAE of this architecture", hint=f"; {resemblance(shapes)}" if foreign else "",
+    check(  # `ones`: LDM files keep the attention's linear layers as 1x1(x1) convolutions
+        path, wanted, shapes, what="not a VAE of this architecture", hint=f"; {resemblance(shapes)}" if foreign else "",
+        ones=True,
     )
     source.fill(model, dtype=dtype, device=device)
     return vae_of(model, fingerprint=fingerprint(weights), tiling=tiling)

@@ -74,13 +74,6 @@ def _official_name(name: str, n_up: int) -> str:
     return name
 
 
-def linear_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """LDM files keep the attention's linear layers as 1x1(x1) convolutions."""
-    if wanted is not None and len(wanted) == 2 and found[:2] == wanted and set(found[2:]) <= {1}:
-        return wanted
-    return found
-
-
 def find_config(path: Path, metadata: Mapping[str, str], shapes: Shapes) -> dict[str, Any]:
     """Constructor arguments: from the file's metadata, the config.json beside it, or the shapes."""
     return config_of(path, metadata, METADATA_KEY, mine=_is_own) or infer_config(shapes, path)

@@ -55,7 +55,11 @@ def _flavor(
         Expert("high", "dit", (boundary, 1.0), cfg_scales[0]), Expert("low", "dit_low", (0.0, boundary), cfg_scales[1])
     )
     given = (0, -1) if tasks[0] == "flf2v" else (0,)
-    return Flavor(name, about, arch, arch.n_heads, latent, cond_fields(arch, tasks[0]), tasks, defaults, experts, given)
+    cond = cond_fields(arch, tasks[0])
+    both = tasks[0] == "ti2v"
+    return Flavor(
+        name, about, arch, arch.n_heads, latent, cond, tasks, defaults, experts, image_optional=both, given=given
+    )
 
 
 _IMAGE = replace(_480P, steps=40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def cond_fields(arch: StrangeArch) -> tuple[Field, ...]:
 _PLAIN = StrangeArch(
     in_channels=CHANNELS, dim=48, num_heads=4, ffn_dim=80, num_layers=2, words_dim=24, letters_dim=16, sight_dim=None
 )
-_PAIR = replace(_PLAIN, in_channels=2 * CHANNELS + MASK_CHANNELS, num_layers=3, sight_dim=20)
+_FURTHER = replace(_PLAIN, in_channels=2 * CHANNELS + MASK_CHANNELS, num_layers=3, sight_dim=20)
 _DEFAULTS = Defaults(
     steps=4, shift=5.0, guidance=None, fps=8, frames=9, height=32, width=96, negative_prompt='dull, "x"', cfg_scale=3.0,
     training_shift=2.0,
@@ -84,14 +85,17 @@ _EXPERTS = (
     Expert("low", "dit_low", (0.0, BOUNDARY), cfg_scale=2.0),
 )
 
+def _flavor(name: str, about: str, arch: StrangeArch, task: str, **more: Any) -> Flavor:
+    return Flavor(name, about, arch, arch.num_heads, _LATENT, cond_fields(arch), (task,), _DEFAULTS, **more)
+
+
 FLAVORS = {
-    "plain": Flavor(
-        "plain", "text to video", _PLAIN, _PLAIN.num_heads, _LATENT, cond_fields(_PLAIN), ("t2v",), _DEFAULTS
-    ),
-    "pair": Flavor(
-        "pair", "an image goes on, two experts", _PAIR, _PAIR.num_heads, _LATENT, cond_fields(_PAIR), ("go-on",), _DEFAULTS,
-        experts=_EXPERTS,
-    ),
+    flavor.name: flavor
+    for flavor in (
+        _flavor("plain", "text to video", _PLAIN, "t2v"),
+        _flavor("further", "goes on from an image", _FURTHER, "go-on"),
+        _flavor("pair", "the same by two experts", replace(_FURTHER, num_layers=2), "go-on", experts=_EXPERTS),
+    )
 }
 
 

@@ -1,0 +1,161 @@
+"""What a video is conditioned on: prompts through the text encoders, images through the VAE and encoders of the model's own.
+
+All encoders live on rank 0 only, one kind at a time, and not for long; the others are sent what they make.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvtrain.config import ModelConfig
+from hvtrain.encode.media import read_frames
+from hvtrain.errors import CheckpointError, ConfigError, DataError
+from hvtrain.generate.check import on_main
+from hvtrain.generate.requests import Request
+from hvtrain.models.conditions import batch_of_one
+from hvtrain.models.parts import keys_of, open_column, open_text, open_vae
+from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.context import ParallelContext
+
+Cond = Mapping[str, Tensor]  # a flavor's condition fields, batched
+
+
+@dataclass(frozen=True)
+class Begin:
+    """An image at a size: what a video begins with."""
+
+    image: str
+    width: int
+    height: int
+    frames: int
+
+    @classmethod
+    def of(cls, request: Request) -> Begin | None:
+        return None if request.image is None else cls(request.image, request.width, request.height, request.frames)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Of all requests, each a batch of one on the CPU."""
+
+    texts: Mapping[str, Cond]
+    images: Mapping[Begin, Cond]
+
+    def of(self, request: Request) -> Cond:
+        return self._with_image(request, request.prompt)
+
+    def negative(self, request: Request) -> Cond:
+        return self._with_image(request, request.negative_prompt)
+
+    def _with_image(self, request: Request, text: str) -> Cond:
+        begin = Begin.of(request)
+        return {**self.texts[text], **(self.images[begin] if begin else {})}
+
+
+def encode_requests(
+    requests: Sequence[Request], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext
+) -> Conditions:
+    """Raises CheckpointError for encoders of another model, DataError for an image that cannot be read. Collective."""
+    texts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.guided]
+    texts = list(dict.fromkeys(texts))
+    begins = list(dict.fromkeys(begin for r in requests if (begin := Begin.of(r))))
+
+    def encode() -> list[list[dict[str, Tensor]]]:
+        found = _encode_texts(texts, spec, flavor, model, ctx.device)
+        images = _encode_images(begins, spec, flavor, model, ctx.device) if begins else []
+        free(ctx.device)
+        of_images = [batch_of_one(sample, flavor.cond) for sample in images]
+        check_conds(of_images, spec, flavor)
+        return [found, of_images]
+
+    of_texts, of_images = on_main(ctx, encode)
+    return Conditions(dict(zip(texts, of_texts, strict=True)), dict(zip(begins, of_images, strict=True)))
+
+
+def encode_texts(
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext
+) -> list[dict[str, Tensor]]:
+    """Each text's conditions as a batch of one, on the CPU. Collective."""
+    return on_main(ctx, lambda: _encode_texts(texts, spec, flavor, model, ctx.device))
+
+
+def _encode_texts(
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
+) -> list[dict[str, Tensor]]:
+    found = open_text(spec, model, device).encode(texts) if texts else []
+    free(device)
+    conds = [batch_of_one(sample, flavor.cond) for sample in found]
+    check_conds(conds, spec, flavor)
+    return conds
+
+
+def _encode_images(
+    begins: Sequence[Begin], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
+) -> list[dict[str, Tensor]]:
+    assert spec.image_conditions is not None
+    vae = open_vae(spec, model, device)
+    encoders = {name: open_column(spec, model, name, device) for name in own_columns(spec, flavor)}
+    found = []
+    for begin in begins:
+        image = read_image(begin.image, width=begin.width, height=begin.height).to(device)
+        shape = flavor.latent.shape(frames=begin.frames, height=begin.height, width=begin.width)
+        fields = {name: value.cpu() for name, value in spec.image_conditions(vae, encoders, image, shape).items()}
+        if broken := [name for name, value in fields.items() if value.is_floating_point() and not value.isfinite().all()]:
+            raise DataError(f"image: '{broken[0]}' of {begin.image} is not finite; use model.vae_dtype float32")
+        found.append(fields)
+    return found
+
+
+def read_image(path: str, *, width: int, height: int) -> Tensor:
+    """[3 H W] in [-1, 1], as people see it: turned as its file says, scaled to cover the size, cropped in the middle. As training
+    data is read. Raises DataError."""
+    try:
+        pixels = read_frames(Path(path), [0], size=(width, height))[0]
+    except DataError as error:
+        raise DataError(f"image: {str(error).split(';')[0]}; give another picture") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def own_columns(spec: ModelSpec, flavor: Flavor) -> list[str]:
+    """Columns with encoders of the model's own that the flavor is conditioned on."""
+    return [name for name in flavor.columns if spec.column(name) is not None]
+
+
+def check_own_columns(spec: ModelSpec, flavor: Flavor, model: ModelConfig) -> dict[str, str]:
+    """column -> its encoder's fingerprint, from headers. Raises ConfigError for a file that is not given, CheckpointError."""
+    if flavor.beyond_text and spec.image_conditions is None:
+        raise ConfigError(f"model.flavor: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, which no image gives")
+    found = {}
+    for name in own_columns(spec, flavor):
+        needed = [n for n, part in spec.parts.items() if name in part.makes and not part.optional]
+        if missing := [n for n in needed if model.file(n) is None]:
+            raise ConfigError(f"model.{missing[0]} is not set; '{flavor.name}' needs it ({spec.parts[missing[0]].about})")
+        found[name] = open_column(spec, model, name, torch.device("meta")).fingerprint
+    return found
+
+
+def check_conds(conds: Sequence[Cond], spec: ModelSpec, flavor: Flavor) -> None:
+    """Encoders of another model make conditions of other widths."""
+    for cond in conds:
+        for field in flavor.cond:
+            if field.name not in cond:
+                continue
+            found = list(cond[field.name].shape[1:])
+            if not field.fits(found):
+                raise CheckpointError(
+                    f"{keys_of(spec, field.column)}: the encoders make '{field.name}' of shape {found}, {flavor.name} expects "
+                    f"{field}: they belong to another model"
+                )
+
+
+def free(device: torch.device) -> None:
+    """Give what is no longer used back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
