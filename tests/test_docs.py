@@ -59,7 +59,8 @@ NAMES = {
         "FILE": "a.safetensors", "OUT": "out-{n}.safetensors", "TUNED": "tuned.safetensors", "BASE": "model.safetensors",
         "A": "a.safetensors", "B": "b.safetensors",
         "runs/a/lora-step00000100.safetensors": "runs/a/my_lora-step00000001.safetensors",
-        "runs/b": "runs/a", "data/general": "data/shards", "--device cuda": "cpu", "--plan ...": "plan/plan.json", "--slices ...": "runs/sliced", "[--rank": "--rank", "64]": "4", "64": "4", "1 3": "2",
+        "runs/b": "runs/a", "data/general": "data/shards", "--device cuda": "cpu",
+        "--plan ...": "plan/plan.json", "--slices ...": "runs/sliced", "[--rank": "--rank", "64]": "4", "64": "4", "1 3": "2",
     },
 }
 VALUES = {"--nproc": "2", "--gpus": "2", "--size": "64x64x9", "--n": "2", "parallel.ulysses": "2"}
