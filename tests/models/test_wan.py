@@ -207,7 +207,8 @@ def pair(name):
 
 @pytest.mark.parametrize(
     "spelling",
-    ["lora_unet_{_}.lora_down.weight lora_unet_{_}.lora_up.weight", "diffusion_model.{}.lora_A.weight diffusion_model.{}.lora_B.weight",
+    ["lora_unet_{_}.lora_down.weight lora_unet_{_}.lora_up.weight",
+     "diffusion_model.{}.lora_A.weight diffusion_model.{}.lora_B.weight",
      "{}.lora_A.default.weight {}.lora_B.default.weight", "transformer.{d}.lora_A.weight transformer.{d}.lora_B.weight"],
     ids=["musubi", "comfy", "diffsynth", "diffusers"],
 )

@@ -14,8 +14,8 @@ from torch import Tensor
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.wan.arch import WanArch
-from hvtrain.models.wan.clip import ANCHORS, ClipEncoder, vit
-from hvtrain.models.wan.encoder_weights import Source, fill
+from hvtrain.models.wan.clip import ANCHORS, ClipEncoder, clip_of
+from hvtrain.models.wan.encoder_weights import translated
 from hvtrain.models.wan.images import image_conditions
 from hvtrain.models.wan.inputs import WanInput, given_frames
 from hvtrain.models.wan.text import load_umt5
@@ -128,17 +128,15 @@ def _is_clip(reference: Reference) -> bool:
     return "weights.cls_embedding" in reference.tensors
 
 
-def clip_of(reference: Reference) -> ClipEncoder:
+def clip_in(reference: Reference) -> ClipEncoder:
     with tempfile.TemporaryDirectory() as folder:
-        source = Source(opened(reference, Path(folder)), anchors=ANCHORS, what="a tower")
-        model = vit(source, n_heads=reference.config["num_heads"], patch=reference.config["patch_size"])
-        fill(model, source, dtype=torch.float32, device="cpu")
-    return ClipEncoder(model)
+        source = translated(opened(reference, Path(folder)), ANCHORS, what="a tower")
+        return clip_of(source, n_heads=reference.config["num_heads"])
 
 
 @torch.no_grad()
 def _check_clip(reference: Reference) -> Iterator[tuple[str, float]]:
-    yield "output", relative(clip_of(reference).model(reference.tensors["input.pixels"]), reference.tensors["output"])
+    yield "output", relative(clip_in(reference).model(reference.tensors["input.pixels"]), reference.tensors["output"])
 
 
 def _is_condition(reference: Reference) -> bool:
@@ -148,7 +146,7 @@ def _is_condition(reference: Reference) -> bool:
 def _check_condition(reference: Reference) -> Iterator[tuple[str, float]]:
     """Of VAE and CLIP in the same folder."""
     folder, c, i = Path(reference.path).parent, reference.config, reference.part("input.")
-    clip = clip_of(read(str(folder / "wan21_clip_visual.safetensors")))
+    clip = clip_in(read(str(folder / "wan21_clip_visual.safetensors")))
     with tempfile.TemporaryDirectory() as temporary:
         vae = open_vae(opened(read(str(folder / "wan21_vae.safetensors")), Path(temporary)))
     images = torch.stack([i[name].permute(2, 0, 1) for name in ("image", "last_image") if name in i]) / 127.5 - 1

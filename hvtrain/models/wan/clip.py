@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
+from hvtrain.models.identify import count
 from hvtrain.models.precision import without_autocast
 from hvtrain.models.spec import Parts
-from hvtrain.models.wan.encoder_weights import Source, fill
+from hvtrain.models.wan.encoder_weights import compare, translated
 from hvtrain.weights.containers import fingerprint
 from hvtrain.weights.keymap import KeyMap, Rule
+from hvtrain.weights.source import Source
 
 HEAD_DIM = 80  # of ViT-H; the number of heads is in no tensor's shape
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -120,19 +122,21 @@ ANCHORS = {"cls_embedding": KeyMap((), passthrough=True), "embeddings.class_embe
 def open_clip(parts: Parts, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ClipEncoder:
     """An official .pth (its other tower is left alone), a transformers directory or a ComfyUI file. `dtype` is for others."""
     path = Path(parts["clip"])
-    source = Source(path, anchors=ANCHORS, what="a CLIP picture tower")
-    dim, _, patch, _ = source.shape("patch_embedding.weight")
+    source = translated(path, ANCHORS, what="a CLIP picture tower")
+    dim = source.shape("patch_embedding.weight")[0]
     if dim % HEAD_DIM:
         raise CheckpointError(f"{path}: a CLIP picture tower of width {dim}, expected ViT-H's 1280")
-    model = vit(source, n_heads=dim // HEAD_DIM, patch=patch)
-    fill(model, source, dtype=torch.float32, device=device)
-    return ClipEncoder(model, fingerprint=fingerprint(source.weights))
+    return clip_of(source, n_heads=dim // HEAD_DIM, device=device)
 
 
-def vit(source: Source, *, n_heads: int, patch: int) -> Vit:
-    """On the meta device, of the file's sizes, without its last block."""
+def clip_of(source: Source, *, n_heads: int, device: torch.device | str = "cpu") -> ClipEncoder:
+    """Of the file's sizes, without its last block."""
     with torch.device("meta"):
-        return Vit(
+        model = Vit(
             dim=source.shape("pre_norm.weight")[0], mlp=source.shape("transformer.0.mlp.0.weight")[0], n_heads=n_heads,
-            n_layers=source.count("transformer") - 1, n_tokens=source.shape("pos_embedding")[-2], patch=patch,
+            n_layers=count(source.sources, r"transformer\.(\d+)\.") - 1, n_tokens=source.shape("pos_embedding")[-2],
+            patch=source.shape("patch_embedding.weight")[-1],
         )
+    compare(source, model, what="a CLIP picture tower")
+    source.fill(model, dtype=torch.float32, device=device)
+    return ClipEncoder(model.eval().requires_grad_(False), fingerprint=fingerprint(source.weights))

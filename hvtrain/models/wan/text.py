@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.errors import CheckpointError
+from hvtrain.models.identify import count
 from hvtrain.models.layers import RMSNorm
 from hvtrain.models.spec import Parts
-from hvtrain.models.wan.encoder_weights import Source, fill
+from hvtrain.models.tokens import check_vocabulary, open_tokenizer, tokenizer_folder
+from hvtrain.models.wan.encoder_weights import compare, translated
 from hvtrain.weights.containers import fingerprint, open_weights
 from hvtrain.weights.keymap import KeyMap, Rule
 
@@ -153,16 +155,18 @@ def load_umt5(
     path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
 ) -> tuple[Umt5, str]:
     """The encoder of an official .pth, a transformers directory or a ComfyUI file, and its fingerprint."""
-    source = Source(path, anchors=ANCHORS, what="a UMT5 text encoder")
+    source = translated(path, ANCHORS, what="a UMT5 text encoder")
     vocabulary, dim = source.shape("token_embedding.weight")
     with torch.device("meta"):
         model = Umt5(
             vocabulary=vocabulary, dim=dim, inner=source.shape("blocks.0.attn.q.weight")[0],
-            mlp=source.shape("blocks.0.ffn.fc1.weight")[0], n_layers=source.count("blocks"),
+            mlp=source.shape("blocks.0.ffn.fc1.weight")[0], n_layers=count(source.sources, r"blocks\.(\d+)\."),
             n_heads=source.shape("blocks.0.pos_embedding.embedding.weight")[1],
         )
-    fill(model, source, dtype=dtype, device=device, fp8=fp8)
-    return model, fingerprint(source.weights)
+    compare(source, model, what="a UMT5 text encoder")
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if fp8 else []
+    source.fill(model, dtype=dtype, device=device, eight_bit=linear, how="fp8_rows")
+    return model.eval().requires_grad_(False), fingerprint(source.weights)
 
 
 class TextEncoders:
@@ -189,14 +193,9 @@ def open_text(
     parts: Parts, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", fp8: bool = False
 ) -> TextEncoders:
     """`fp8` stores the linear layers as float8: half the memory; states differ by a few percent."""
-    tokenizer = open_tokenizer(tokenizer_folder(parts))
+    tokenizer = open_t5_tokenizer(t5_tokenizer_folder(parts))
     model, weights = load_umt5(parts["t5"], dtype=dtype, device=device, fp8=fp8)
-    rows = model.token_embedding.num_embeddings
-    if tokenizer.get_vocab_size() > rows:  # it would index past the embedding table, on CUDA with an unreadable error
-        raise CheckpointError(
-            f"{parts['t5']}: its embedding has {rows} rows but the tokenizer has {tokenizer.get_vocab_size()} tokens: "
-            "the tokenizer belongs to another model"
-        )
+    check_vocabulary(parts["t5"], tokenizer, model.token_embedding.num_embeddings)
     return TextEncoders(model, tokenizer, fingerprint=_joined(weights, fp8))
 
 
@@ -210,33 +209,21 @@ def _joined(weights: str, fp8: bool) -> str:
     return hashlib.sha256(f"{weights}/{'fp8' if fp8 else ''}".encode()).hexdigest()
 
 
-def open_tokenizer(folder: Path) -> Any:
+def open_t5_tokenizer(folder: Path) -> Any:
     """Ends each text with </s>, cuts it to 512 tokens with that one, pads nothing."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises bare Exception for whatever is wrong in the file
-        raise CheckpointError(f"{path}: not a tokenizer file: {e}") from e
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(folder)
     end = tokenizer.token_to_id("</s>")
     if end is None or tokenizer.encode("").ids != [end]:
-        raise CheckpointError(f"{path}: not a T5 tokenizer: it does not end a text with </s>")
+        raise CheckpointError(f"{folder}: not a T5 tokenizer: it does not end a text with </s>")
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
 
 
-def tokenizer_folder(parts: Parts) -> Path:
-    if "t5_tokenizer" in parts:
-        folder = Path(parts["t5_tokenizer"])
-        folder = folder.parent if folder.is_file() else folder
-        if not (folder / "tokenizer.json").is_file():
-            raise CheckpointError(f"{folder}: no tokenizer.json in it (option t5_tokenizer)")
-        return folder
+def t5_tokenizer_folder(parts: Parts) -> Path:
+    """What t5_tokenizer says, else where official and diffusers' directories have it."""
     path = Path(parts["t5"])
-    for place in TOKENIZERS:
+    for place in () if "t5_tokenizer" in parts else TOKENIZERS:
         folder = (path if path.is_dir() else path.parent) / place
         if (folder / "tokenizer.json").is_file():
             return folder
-    raise ConfigError(f"{path}: no tokenizer beside it (google/umt5-xxl/tokenizer.json); set t5_tokenizer to its directory")
+    return tokenizer_folder(parts, "t5")
