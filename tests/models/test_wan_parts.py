@@ -11,12 +11,12 @@ from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.models import find
 from hvtrain.models.wan.clip import ANCHORS as CLIP_ANCHORS
 from hvtrain.models.wan.clip import open_clip
-from hvtrain.models.wan.encoder_weights import Source
 from hvtrain.models.wan.flavors import NEGATIVE_PROMPT
 from hvtrain.models.wan.images import image_conditions
 from hvtrain.models.wan.text import Umt5, cleaned, load_umt5, open_text, text_fingerprints
 from hvtrain.models.wan.vae import build_vae, config_of, official_name, open_vae
 from hvtrain.weights.float8 import Fp8Linear
+from hvtrain.weights.source import anchored
 from tests.oracles.check import LIMIT, errors
 
 DATA = Path(__file__).parents[1] / "data"
@@ -233,7 +233,7 @@ def test_full_size_clip_keys_are_read_from_the_official_file(tmp_path):
     """From the file with both towers; what is not needed is not asked for."""
     tiny = {n: torch.zeros(1) for n in shapes_in("wan21_clip_visual")}
     save_file({**tiny, "textual.model.embeddings.word_embeddings.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
-    source = Source(tmp_path / "a.safetensors", anchors=CLIP_ANCHORS, what="a tower")
+    source = anchored(tmp_path / "a.safetensors", CLIP_ANCHORS, what="a tower")
     assert source.prefix == "visual." and source.count("transformer") == 32
     from hvtrain.models.wan.clip import Vit
 
