@@ -5,6 +5,7 @@ import dataclasses
 import math
 import random
 import typing
+from collections.abc import Mapping
 
 import pytest
 import yaml
@@ -61,7 +62,8 @@ def floats(cls, prefix=""):
         if dataclasses.is_dataclass(kind):
             yield from floats(kind, f"{prefix}{name}.")
         elif float in kinds:
-            yield prefix + name, typing.get_origin(kind) is tuple, kind
+            many = typing.get_origin(kind)
+            yield prefix + name + (".any" if many is Mapping else ""), many is tuple, kind
 
 
 @pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
