@@ -175,6 +175,8 @@ def check_encode(cfg: EncodeConfig) -> None:
 
 
 def check_generate(cfg: GenerateConfig) -> None:
+    if cfg.model.expert is not None:
+        raise ConfigError(f"model.expert is '{cfg.model.expert}': it is for training, sampling takes all of them; leave it out")
     if cfg.slices is not None:
         _exists(cfg.slices, "slices")
     elif cfg.loraid or cfg.lora_multiplier:

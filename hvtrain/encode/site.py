@@ -55,7 +55,8 @@ def claim(site: Site, columns: Iterable[str]) -> None:
     """Refuse a directory that holds other things; remove what a killed run left half-written."""
     problem, root = None, site.root
     if site.ctx.is_main:
-        known = {MANIFEST, EMPTY_TEXT, REJECTED, *columns}
+        old = Known(root).manifest
+        known = {MANIFEST, EMPTY_TEXT, REJECTED, *columns, *(old.columns if old else ())}
         if root.exists() and not root.is_dir():
             problem = f"output: {root} is a file; give a directory"
         here = [p.name for p in root.iterdir()] if root.is_dir() else []

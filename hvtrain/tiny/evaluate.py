@@ -7,6 +7,7 @@ Renders the 24 colour x shape x motion combinations that training never shows an
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hvtrain.tiny.clips import BACKGROUNDS, Clip, combinations
 from hvtrain.tiny.score import CONFIGS, look, read_video
 
 
-def evaluate(folder: Path, cfg: GenerateConfig) -> dict[str, float]:
+def evaluate(folder: Path, keys: Sequence[str]) -> dict[str, float]:
     """{"color": share right, "motion": share right} over the held-out combinations; videos stay in `folder`."""
     from hvtrain.generate.run import run
 
@@ -24,6 +25,7 @@ def evaluate(folder: Path, cfg: GenerateConfig) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(clip.caption for clip in wanted) + "\n")
+    cfg = load(GenerateConfig, CONFIGS / "generate.yaml", keys)
     files = run(replace(cfg, prompt=None, prompt_file=str(prompts), output=str(folder)))
     right = {"color": 0, "motion": 0}
     for clip, path in zip(wanted, files):
@@ -36,7 +38,7 @@ def evaluate(folder: Path, cfg: GenerateConfig) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    shares = evaluate(Path(argv[0]), load(GenerateConfig, CONFIGS / "generate.yaml", argv[1:]))
+    shares = evaluate(Path(argv[0]), argv[1:])
     print("  ".join(f"{name} right {share:.0%}" for name, share in shares.items()))
 
 

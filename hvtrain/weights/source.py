@@ -7,6 +7,7 @@ factors beside. Every DiT, VAE and text encoder is loaded this way.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.weights.containers import Weights, open_weights
-from hvtrain.weights.float8 import DTYPE, dequantize, quantize, replace_linear
+from hvtrain.weights.float8 import DTYPE, dequantize, quantize, replace_linear, use_matmul
 from hvtrain.weights.keymap import Fused, KeyMap
 
 SCALES = ("scale_weight", "weight_scale")  # the factors of a float8 weight: ComfyUI's and musubi-tuner's word, others'
@@ -90,6 +91,21 @@ class Source:
             if scale is not None:
                 state[f"{module}.scale_weight"] = scale
         model.load_state_dict(state, assign=True)
+
+    def load(
+        self, model: nn.Module, *, what: str, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: str | None = None,
+        used: re.Pattern[str] | None = None,
+    ) -> None:
+        """Compare and fill a frozen encoder; `fp8`: how its Linear layers are quantised. What the file holds beside is another
+        part's, except parameters that `used` matches: those are refused. Raises CheckpointError."""
+        wanted = shapes_of(model)
+        beside = {n for n in self.sources if used and used.match(n) and n.endswith((".weight", ".bias"))}
+        mine = {n: shape for n, shape in self.shapes.items() if n in wanted or n in beside}
+        check(self.path, wanted, mine, what=f"not {what}", hint="", ones=True)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.fill(model, dtype=dtype, device=device, eight_bit=linear if fp8 else (), how=fp8 or "")
+        use_matmul(model, False)  # what is encoded does not depend on the machine
+        model.eval().requires_grad_(False)
 
     def _eight_bit(
         self, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None

@@ -12,7 +12,7 @@ GROUPS["data"] = "look at a dataset before encoding: what it yields, what is wro
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="dataset file (TOML or YAML)")
-    parser.add_argument("--model", metavar="NAME", help="architecture, for frame rate and latent sizes (default: the first)")
+    parser.add_argument("--model", metavar="NAME", help="architecture, for frame rate and sizes (default: that of configs)")
     parser.add_argument("--flavor", metavar="NAME", help="its flavor (default: the first)")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="files that are looked at together (default: 8)")
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import random
 import typing
+from collections.abc import Mapping
 
 import pytest
 import yaml
@@ -61,7 +62,7 @@ def floats(cls, prefix=""):
         if dataclasses.is_dataclass(kind):
             yield from floats(kind, f"{prefix}{name}.")
         elif float in kinds:
-            yield prefix + name, typing.get_origin(kind) is tuple, kind
+            yield prefix + name, typing.get_origin(kind), kind
 
 
 @pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
@@ -69,9 +70,10 @@ def floats(cls, prefix=""):
 def test_no_float_of_any_config_takes_nan_or_infinity(root, value):
     keys = list(floats(root))
     assert len(keys) >= (0 if root.__name__ == "EncodeConfig" else 1)
-    for key, many, kind in keys:
+    for key, origin, kind in keys:
         n = 1 if Ellipsis in typing.get_args(kind) else max(1, len(typing.get_args(kind)))
-        text = f"[{', '.join([value] * n)}]" if many else value
+        text = f"[{', '.join([value] * n)}]" if origin is tuple else value
+        text = f"{{a: {value}}}" if origin is Mapping else text
         with pytest.raises(ConfigError, match="expected a finite number"):
             load(root, None, [f"{key}={text}"])
 

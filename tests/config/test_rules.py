@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hvtrain.config import TrainConfig, load
-from hvtrain.config.rules import check_train
+from hvtrain.config import GenerateConfig, TrainConfig, load
+from hvtrain.config.rules import check_generate, check_train
 from hvtrain.errors import ConfigError
 
 
@@ -21,3 +21,14 @@ def test_sets_to_evaluate_on_may_lie_under_addresses(tmp_path) -> None:
         check_train(cfg)
         with pytest.raises(ConfigError, match=f"{key}.*missing"):
             check_train(replace(cfg, **{key.split(".")[0]: replace(getattr(cfg, key.split(".")[0]), shards=("missing",))}))
+
+
+def test_sampling_takes_all_experts() -> None:
+    with pytest.raises(ConfigError, match="model.expert is 'low': it is for training, sampling takes all of them"):
+        check_generate(load(GenerateConfig, None, ["model.expert=low"]))
+
+
+def test_the_numbers_of_a_run() -> None:
+    for key, value in (("run.grad_accum", 0), ("run.save_every_steps", -1), ("run.steps", 0)):
+        with pytest.raises(ConfigError, match=f"{key} is {value}, expected"):
+            check_train(load(TrainConfig, None, ["data.shards=s3://a/b", "run.output_dir=x", "run.steps=1", f"{key}={value}"]))

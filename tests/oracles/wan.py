@@ -15,11 +15,11 @@ from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.wan.arch import WanArch
 from hvtrain.models.wan.clip import ANCHORS, ClipEncoder, vit
-from hvtrain.models.wan.encoder_weights import Source, fill
 from hvtrain.models.wan.images import image_conditions
 from hvtrain.models.wan.inputs import WanInput, given_frames
 from hvtrain.models.wan.text import load_umt5
 from hvtrain.models.wan.vae import open_vae
+from hvtrain.weights.source import anchored
 from tests.oracles.check import Reference, read, relative
 
 # --- DiT --------------------------------------------------------------------------------------------------------------
@@ -100,13 +100,14 @@ def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
         if f"video{end}" in i:
             latents = vae.encode(i[f"video{end}"])
             yield f"latents_normalised{end}", relative(latents, wanted[f"latents_normalised{end}"])
-            yield f"latents_mean{end}", relative(latents * std + mean, wanted[f"latents_mean{end}"])
+            if f"latents_mean{end}" in wanted:
+                yield f"latents_mean{end}", relative(latents * std + mean, wanted[f"latents_mean{end}"])
         if f"latents{end}" in i:
             latents = i[f"latents{end}"]
             video = vae.decode(latents, clamp=False)
             yield f"video_from_normalised{end}", relative(video, wanted[f"video_from_normalised{end}"])
-            video = vae.decode((latents - mean) / std, clamp=False)
-            yield f"video{end}", relative(video, wanted[f"video{end}"])
+            if f"video{end}" in wanted:
+                yield f"video{end}", relative(vae.decode((latents - mean) / std, clamp=False), wanted[f"video{end}"])
 
 
 def _is_text(reference: Reference) -> bool:
@@ -129,9 +130,9 @@ def _is_clip(reference: Reference) -> bool:
 
 def clip_of(reference: Reference) -> ClipEncoder:
     with tempfile.TemporaryDirectory() as folder:
-        source = Source(opened(reference, Path(folder)), anchors=ANCHORS, what="a tower")
+        source = anchored(opened(reference, Path(folder)), ANCHORS, what="a tower")
         model = vit(source, n_heads=reference.config["num_heads"], patch=reference.config["patch_size"])
-        fill(model, source, dtype=torch.float32, device="cpu")
+        source.load(model, what="a tower", dtype=torch.float32)
     return ClipEncoder(model)
 
 

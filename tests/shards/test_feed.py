@@ -19,6 +19,7 @@ import shards
 from shards import ShardError, open_set
 from shards.remote import Remote
 from shards.schema import save_manifest
+from tests.bench import serve
 from tests.shards.sets import make_set
 
 
@@ -116,6 +117,23 @@ def test_a_url_is_one_request_a_tar(tmp_path, monkeypatch):
     memory.rm("/feed/set/text/000001.tar")
     with pytest.raises(ShardError, match=r"memory://feed/set/text/000001\.tar: no such file"):
         list(shards.pipeline("memory://feed/set", columns=("text",)))
+
+
+def test_over_http(tmp_path):
+    """fsspec's own client, told to stream: a whole tar without asking for its size."""
+    pytest.importorskip("aiohttp", reason="fsspec reads http:// with the package aiohttp")
+    make_set(tmp_path)
+    command = [sys.executable, str(Path(serve.__file__)), str(tmp_path), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+            here, there = (list(shards.pipeline(root, batch_size=2, seed=3)) for root in (tmp_path, address))
+            assert keys(here) == keys(there) and all(torch.equal(a["text"], b["text"]) for a, b in zip(here, there))
+            assert open_set(address).get(1).tensors["latents"].equal(open_set(tmp_path).get(1).tensors["latents"])
+            with pytest.raises(ShardError, match=rf"{address}/nowhere/manifest.json: no such file"):
+                open_set(f"{address}/nowhere")
+        finally:
+            server.kill()
 
 
 def test_a_sample_of_a_url_is_one_request_a_column(tmp_path, monkeypatch):

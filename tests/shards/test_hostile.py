@@ -44,6 +44,15 @@ def put(name, value):
     return lambda raw: raw.__setitem__(name, value)
 
 
+def made(**row):
+    whole = {"fingerprint": "", "model": "", "parts": [], "fields": {}, **row}
+    return lambda raw: raw.__setitem__("made", {"text": whole})
+
+
+def old(**changes):
+    return lambda raw: raw.update(version=2, **changes)
+
+
 MANIFESTS = {
     "key out": (key("../../../PWN"), "sample key '../../../PWN'"),
     "key absolute": (key("/tmp/PWN"), "sample key '/tmp/PWN'"),
@@ -92,8 +101,17 @@ MANIFESTS = {
     "dropout above one": (chunk("caption_dropout", 2), "caption_dropout is 2"),
     "dropout NaN": (chunk("caption_dropout", float("nan")), "caption_dropout is nan"),
     "dropout true": (chunk("caption_dropout", True), "caption_dropout is True"),
-    "encoder that steers a terminal": (put("encoders", {"text": "\x1b[2J"}), r"'\x1b[2J'"),
-    "encoder of a column out": (put("encoders", {"../x": "a"}), "column '../x'"),
+    "encoder that steers a terminal": (made(fingerprint="\x1b[2J"), r"'\x1b[2J'"),
+    "model that steers a terminal": (made(model="\x1b[2J"), r"'\x1b[2J'"),
+    "part a number": (made(parts=[5]), "a fingerprint or name is 5"),
+    "parts a text": (made(parts="vae"), "expected a list, found 'vae'"),
+    "field out": (made(fields={"../x": {"dims": [], "dtype": "float32"}}), "field '../x'"),
+    "fields a list": (made(fields=[1]), "damaged manifest"),
+    "size of a field a text": (made(fields={"x": {"dims": ["\x1b"], "dtype": "float32"}}), r"a field's size is '\x1b'"),
+    "made of a column out": (lambda raw: made()(raw) or raw["made"].update({"../x": raw["made"]["text"]}), "column '../x'"),
+    "encoder of version 2 that steers a terminal": (old(encoders={"text": "\x1b[2J"}), r"'\x1b[2J'"),
+    "encoder of version 2 of a column out": (old(encoders={"../x": "a"}), "column '../x'"),
+    "encoders of version 2 a list": (old(encoders=["a"]), "damaged manifest"),
     "data set a list": (put("dataset", []), "a fingerprint is []"),
     "chunks an object": (put("chunks", {"a": 1}), "expected a list"),
     "chunk a number": (put("chunks", [5]), "damaged manifest"),
@@ -131,12 +149,14 @@ def test_what_a_manifest_may_hold(tmp_path, sound):
         raw["chunks"][0]["keys"][0] = "A" * 200
         raw["chunks"][0]["tars"]["text"]["path"] = "a b/é-(1).v2.tar"
         raw["chunks"][0]["tars"]["text"]["skeleton"] = ""
-        raw["encoders"] = {"text": "imported: musubi-tuner é"}
+        made(fingerprint="imported: musubi-tuner é", fields={"a.b": {"dims": [None, 0], "dtype": "float8_e4m3fn"}})(raw)
 
     raw = copy.deepcopy(sound)
     change(raw)
     (tmp_path / "manifest.json").write_text(json.dumps(raw))
-    first = load_manifest(tmp_path).chunks[0]
+    found = load_manifest(tmp_path)
+    assert found.made["text"].imported and found.made["text"].fields["a.b"].ragged
+    first = found.chunks[0]
     assert (first.bucket, first.repeats, first.caption_dropout) == ("33x544x960+272x480", 1_000_000, 1)
     assert first.keys[0] == "A" * 200 and first.tars["text"].path == "a b/é-(1).v2.tar"
 

@@ -18,9 +18,8 @@ from torch import nn
 from hvtrain.errors import CheckpointError
 from hvtrain.models.identify import count
 from hvtrain.weights.containers import fingerprint
-from hvtrain.weights.float8 import use_matmul
 from hvtrain.weights.keymap import OWN_NAMES
-from hvtrain.weights.source import Source, anchored, check, config_of, shapes_of
+from hvtrain.weights.source import Source, anchored, config_of
 
 METADATA_KEY = "hvtrain.config"  # safetensors metadata of a single file: the encoder's config.json
 SKIPPED_LAYERS = 2  # the DiT reads the third hidden state from the end: two layers and the norm are dropped
@@ -52,10 +51,7 @@ def load_llm(
         model = LlamaModel(config)
     model.norm = nn.Identity()  # type: ignore[assignment]
     used = re.compile(rf"layers\.({'|'.join(map(str, range(config.num_hidden_layers)))})\.")
-    _check(model, source, used, what="a Llama text encoder")
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    source.fill(model, dtype=dtype, device=device, eight_bit=linear if fp8 else (), how="fp8_rows")
-    use_matmul(model, False)  # the fingerprint does not tell on which machine it was computed
+    source.load(model, what="a Llama text encoder", dtype=dtype, device=device, fp8="fp8_rows" if fp8 else None, used=used)
     model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)  # its buffer is computed, not stored
     return LoadedEncoder(model.eval().requires_grad_(False), fingerprint(source.weights))
 
@@ -67,19 +63,11 @@ def load_clip(path: str | Path, *, dtype: torch.dtype, device: torch.device | st
     config = _clip_config(source)
     with torch.device("meta"):
         model = CLIPTextModel(config)
-    _check(model, source, re.compile(r"embeddings\.|encoder\.|final_layer_norm\."), what="a CLIP text encoder")
-    source.fill(model, dtype=dtype, device=device)
+    used = re.compile(r"embeddings\.|encoder\.|final_layer_norm\.")
+    source.load(model, what="a CLIP text encoder", dtype=dtype, device=device, used=used)
     positions = torch.arange(config.max_position_embeddings, device=device)[None]
     model.embeddings.register_buffer("position_ids", positions, persistent=False)  # computed, not stored
     return LoadedEncoder(model.eval().requires_grad_(False), fingerprint(source.weights))
-
-
-def _check(model: nn.Module, source: Source, used: re.Pattern[str], *, what: str) -> None:
-    """Refuse missing keys, wrong shapes, and parameters in the used part that the architecture lacks."""
-    wanted = shapes_of(model)
-    read = {n for n in source.sources if n in wanted or (used.match(n) and n.endswith((".weight", ".bias")))}
-    mine = {n: shape for n, shape in source.shapes.items() if n in read}
-    check(source.path, wanted, mine, what=f"not {what}", hint="")
 
 
 def _config(source: Source) -> Mapping[str, Any]:

@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from hvtrain.models.later import later
 from hvtrain.models.spec import Column, ModelSpec
 from hvtrain.models.wan.arch import WanArch
 from hvtrain.models.wan.flavors import FLAVORS, fitted, sizes_from, told_by
 from hvtrain.models.wan.inputs import make_input
 from hvtrain.models.wan.keys import KEY_MAPS, owns
 from hvtrain.models.wan.model import Wan, init_weights
-
-
-def _open_vae(*args: Any, **options: Any) -> Any:
-    from hvtrain.models.wan.vae import open_vae  # diffusers takes seconds to import
-
-    return open_vae(*args, **options)
-
-
-def _open_text(*args: Any, **options: Any) -> Any:
-    from hvtrain.models.wan.text import open_text  # so does transformers
-
-    return open_text(*args, **options)
-
-
-def _text_fingerprints(*args: Any) -> tuple[str, ...]:
-    from hvtrain.models.wan.text import text_fingerprints
-
-    return text_fingerprints(*args)
-
-
-def _open_clip(*args: Any, **options: Any) -> Any:
-    from hvtrain.models.wan.clip import open_clip
-
-    return open_clip(*args, **options)
-
-
-def _image_conditions(*args: Any) -> dict[str, Any]:
-    from hvtrain.models.wan.images import image_conditions
-
-    return image_conditions(*args)
-
 
 SPEC = ModelSpec(
     name="wan",
@@ -54,13 +22,13 @@ SPEC = ModelSpec(
     build=Wan,
     init_weights=init_weights,
     make_input=make_input,
-    open_vae=_open_vae,
-    open_text=_open_text,
-    text_fingerprints=_text_fingerprints,
+    open_vae=later(f"{__name__}.vae", "open_vae"),
+    open_text=later(f"{__name__}.text", "open_text"),
+    text_fingerprints=later(f"{__name__}.text", "text_fingerprints"),
     key_maps=KEY_MAPS,
     is_lora_target=lambda name: True,  # every Linear of a block: 10, or 12 where a picture is cross-attended
     unseen=("text_len",),
-    columns=(Column("clip", "CLIP's tokens of the image", ("clip",), _open_clip),),
-    image_conditions=_image_conditions,
+    columns=(Column("clip", "CLIP's tokens of the image", ("clip",), later(f"{__name__}.clip", "open_clip")),),
+    image_conditions=later(f"{__name__}.images", "image_conditions"),
     sizes=((832, 480), (480, 832), (1280, 720), (720, 1280), (1280, 704), (704, 1280)),
 )

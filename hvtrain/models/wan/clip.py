@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
+from hvtrain.models.identify import count
 from hvtrain.models.precision import without_autocast
 from hvtrain.models.spec import Parts
-from hvtrain.models.wan.encoder_weights import Source, fill
 from hvtrain.weights.containers import fingerprint
-from hvtrain.weights.keymap import KeyMap, Rule
+from hvtrain.weights.keymap import OWN_NAMES, KeyMap, Rule
+from hvtrain.weights.source import Source, anchored
 
 HEAD_DIM = 80  # of ViT-H; the number of heads is in no tensor's shape
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -114,18 +115,18 @@ def _library() -> Iterator[Rule]:
     yield Rule(f"{here}.mlp.2", (f"{there}.mlp.fc2",))
 
 
-ANCHORS = {"cls_embedding": KeyMap((), passthrough=True), "embeddings.class_embedding": KeyMap(_library())}
+ANCHORS = {"cls_embedding": OWN_NAMES, "embeddings.class_embedding": KeyMap(_library())}
 
 
 def open_clip(parts: Parts, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ClipEncoder:
     """An official .pth (its other tower is left alone), a transformers directory or a ComfyUI file. `dtype` is for others."""
     path = Path(parts["clip"])
-    source = Source(path, anchors=ANCHORS, what="a CLIP picture tower")
+    source = anchored(path, ANCHORS, what="a CLIP picture tower")
     dim, _, patch, _ = source.shape("patch_embedding.weight")
     if dim % HEAD_DIM:
         raise CheckpointError(f"{path}: a CLIP picture tower of width {dim}, expected ViT-H's 1280")
     model = vit(source, n_heads=dim // HEAD_DIM, patch=patch)
-    fill(model, source, dtype=torch.float32, device=device)
+    source.load(model, what="a CLIP picture tower", dtype=torch.float32, device=device)
     return ClipEncoder(model, fingerprint=fingerprint(source.weights))
 
 
@@ -134,5 +135,5 @@ def vit(source: Source, *, n_heads: int, patch: int) -> Vit:
     with torch.device("meta"):
         return Vit(
             dim=source.shape("pre_norm.weight")[0], mlp=source.shape("transformer.0.mlp.0.weight")[0], n_heads=n_heads,
-            n_layers=source.count("transformer") - 1, n_tokens=source.shape("pos_embedding")[-2], patch=patch,
+            n_layers=count(source.sources, r"transformer\.(\d+)\.") - 1, n_tokens=source.shape("pos_embedding")[-2], patch=patch,
         )

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.models.identify import count
 from hvtrain.models.layers import RMSNorm
 from hvtrain.models.spec import Parts
-from hvtrain.models.wan.encoder_weights import Source, fill
+from hvtrain.models.tokens import check_vocabulary, open_tokenizer
 from hvtrain.weights.containers import fingerprint, open_weights
-from hvtrain.weights.keymap import KeyMap, Rule
+from hvtrain.weights.keymap import OWN_NAMES, KeyMap, Rule
+from hvtrain.weights.source import anchored
 
 MAX_TOKENS = 512
 BUCKETS, FARTHEST = 32, 128  # of relative positions
@@ -146,32 +148,32 @@ def _library() -> Iterator[Rule]:
         yield Rule(f"{here}.ffn.{name}", (f"{there}.1.DenseReluDense.{other}",))
 
 
-ANCHORS = {"token_embedding.weight": KeyMap((), passthrough=True), "shared.weight": KeyMap(_library())}
+ANCHORS = {"token_embedding.weight": OWN_NAMES, "shared.weight": KeyMap(_library())}
 
 
 def load_umt5(
     path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
 ) -> tuple[Umt5, str]:
     """The encoder of an official .pth, a transformers directory or a ComfyUI file, and its fingerprint."""
-    source = Source(path, anchors=ANCHORS, what="a UMT5 text encoder")
+    source = anchored(path, ANCHORS, what="a UMT5 text encoder")
     vocabulary, dim = source.shape("token_embedding.weight")
     with torch.device("meta"):
         model = Umt5(
             vocabulary=vocabulary, dim=dim, inner=source.shape("blocks.0.attn.q.weight")[0],
-            mlp=source.shape("blocks.0.ffn.fc1.weight")[0], n_layers=source.count("blocks"),
+            mlp=source.shape("blocks.0.ffn.fc1.weight")[0], n_layers=count(source.sources, r"blocks\.(\d+)\."),
             n_heads=source.shape("blocks.0.pos_embedding.embedding.weight")[1],
         )
-    fill(model, source, dtype=dtype, device=device, fp8=fp8)
+    source.load(model, what="a UMT5 text encoder", dtype=dtype, device=device, fp8="fp8_scaled" if fp8 else None)
     return model, fingerprint(source.weights)
 
 
-class TextEncoders:
+class Umt5Encoder:
     """Prompts to what the DiT reads."""
 
     def __init__(self, model: Umt5, tokenizer: Any, *, fingerprint: str = "") -> None:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
 
-    def to(self, device: torch.device | str) -> TextEncoders:
+    def to(self, device: torch.device | str) -> Umt5Encoder:
         self.model.to(device)
         return self
 
@@ -187,17 +189,12 @@ class TextEncoders:
 
 def open_text(
     parts: Parts, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", fp8: bool = False
-) -> TextEncoders:
+) -> Umt5Encoder:
     """`fp8` stores the linear layers as float8: half the memory; states differ by a few percent."""
-    tokenizer = open_tokenizer(tokenizer_folder(parts))
+    tokenizer = open_t5_tokenizer(tokenizer_folder(parts))
     model, weights = load_umt5(parts["t5"], dtype=dtype, device=device, fp8=fp8)
-    rows = model.token_embedding.num_embeddings
-    if tokenizer.get_vocab_size() > rows:  # it would index past the embedding table, on CUDA with an unreadable error
-        raise CheckpointError(
-            f"{parts['t5']}: its embedding has {rows} rows but the tokenizer has {tokenizer.get_vocab_size()} tokens: "
-            "the tokenizer belongs to another model"
-        )
-    return TextEncoders(model, tokenizer, fingerprint=_joined(weights, fp8))
+    check_vocabulary(parts["t5"], tokenizer, model.token_embedding.num_embeddings)
+    return Umt5Encoder(model, tokenizer, fingerprint=_joined(weights, fp8))
 
 
 def text_fingerprints(parts: Parts) -> tuple[str, ...]:
@@ -210,19 +207,12 @@ def _joined(weights: str, fp8: bool) -> str:
     return hashlib.sha256(f"{weights}/{'fp8' if fp8 else ''}".encode()).hexdigest()
 
 
-def open_tokenizer(folder: Path) -> Any:
+def open_t5_tokenizer(folder: Path) -> Any:
     """Ends each text with </s>, cuts it to 512 tokens with that one, pads nothing."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises bare Exception for whatever is wrong in the file
-        raise CheckpointError(f"{path}: not a tokenizer file: {e}") from e
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(folder)
     end = tokenizer.token_to_id("</s>")
     if end is None or tokenizer.encode("").ids != [end]:
-        raise CheckpointError(f"{path}: not a T5 tokenizer: it does not end a text with </s>")
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: not a T5 tokenizer: it does not end a text with </s>")
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""The video VAEs of 2.1 and 2.2: diffusers' AutoencoderKLWan behind a small class, read from any layout they ship in.
+"""The video VAEs of 2.1 and 2.2: diffusers' AutoencoderKLWan, read from any layout they ship in.
 
 Outside this file latents are NORMALISED: (mean of the posterior - MEAN) / STD, as the DiT sees them. They are causal in
 time and run frame by frame (4 frames to a latent frame, the first alone), which is part of what they compute, not a way to
@@ -9,18 +9,20 @@ is conditioned on it. Official code never tiles them, and neither does this.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvtrain.errors import CheckpointError, DataError
+from hvtrain.errors import CheckpointError
 from hvtrain.models.foreign import looks_like
-from hvtrain.models.load import check
 from hvtrain.models.precision import autocast, without_autocast
+from hvtrain.models.video_vae import VideoVae
 from hvtrain.weights.containers import fingerprint, open_weights
+from hvtrain.weights.keymap import Fused
+from hvtrain.weights.source import Source, check, shapes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,75 +50,34 @@ STD_22 = (
 STATISTICS = {16: (MEAN_21, STD_21), 48: (MEAN_22, STD_22)}
 
 
-class VideoVae:
-    """Video in [-1, 1] to normalised latents and back, without gradients. `decoding`: what the decoder multiplies in."""
+def vae_of(model: Any, *, fingerprint: str = "", decoding: torch.dtype = torch.float32) -> VideoVae:
+    """The library's model as the program uses it. `decoding`: what the decoder multiplies in. Always the posterior's mode, as
+    everybody encodes for this model: a generator has no influence."""
+    channels, patch = model.config.z_dim, model.config.patch_size or 1
+    if channels not in STATISTICS:
+        raise CheckpointError(f"a VAE of {channels} latent channels; known: 16 (2.1) and 48 (2.2)")
+    mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in STATISTICS[channels])
+    half = torch.bfloat16 if decoding == torch.float32 else decoding
 
-    def __init__(self, model: Any, *, fingerprint: str = "", decoding: torch.dtype = torch.float32) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.fingerprint, self.decoding = fingerprint, decoding
-        config = model.config
-        self.channels: int = config.z_dim
-        self.patch: int = config.patch_size or 1
-        self.stride = (FRAMES, 8 * self.patch, 8 * self.patch)
-        if self.channels not in STATISTICS:
-            raise CheckpointError(f"a VAE of {self.channels} latent channels; known: 16 (2.1) and 48 (2.2)")
-        self.mean, self.std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in STATISTICS[self.channels])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def to(self, device: torch.device | str) -> VideoVae:
-        self.model.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, video: Tensor, *, generator: Any = None) -> Tensor:
-        """[B 3 F H W] in [-1, 1] -> normalised latents [B C T h w], float32; F = 4n+1 gives T = n+1. Always the posterior's
-        mode, as everybody encodes for this model: a generator has no influence."""
-        self._check_video(video)
-        model, x = self.model, _patchified(video.to(self.device, torch.float32), self.patch)
-        cache = _cache(model.encoder)
+    def encode(video: Tensor) -> tuple[Tensor, None]:
+        x, cache = _patchified(video.float(), patch), _cache(model.encoder)
         with without_autocast(x.device.type):
             outs = [model.encoder(part, feat_cache=cache, feat_idx=[0]) for part in _chunks(x)]
-            mean = model.quant_conv(torch.cat(outs, dim=2)).chunk(2, dim=1)[0]
-        return (mean - self.mean.to(mean)) / self.std.to(mean)
+            return model.quant_conv(torch.cat(outs, dim=2)).chunk(2, dim=1)[0], None
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
-        """Normalised latents [B C T h w] -> video [B 3 4T-3 H W] in [-1, 1], float32."""
-        if latents.ndim != 5 or latents.shape[1] != self.channels:
-            raise DataError(f"latents of shape {list(latents.shape)}: expected [B, {self.channels}, T, h, w]")
-        z = latents.to(self.device, torch.float32)
-        z = z * self.std.to(z) + self.mean.to(z)
-        with autocast(z.device.type, enabled=self.decoding != torch.float32, dtype=self._half):
-            video = torch.cat(list(self._decoded(z)), dim=2)
-        return video.clamp(-1, 1) if clamp else video
-
-    @property
-    def _half(self) -> torch.dtype:
-        return torch.bfloat16 if self.decoding == torch.float32 else self.decoding
-
-    def _decoded(self, z: Tensor) -> Iterator[Tensor]:
+    def decode(z: Tensor) -> Tensor:
         """One frame, then four at a time."""
-        x, cache = self.model.post_quant_conv(z), _cache(self.model.decoder)
-        for i in range(x.shape[2]):
-            out = self.model.decoder(x[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
-            yield _unpatchified(out, self.patch).float()
+        with autocast(z.device.type, enabled=decoding != torch.float32, dtype=half):
+            x, cache, out = model.post_quant_conv(z), _cache(model.decoder), []
+            for i in range(x.shape[2]):
+                frames = model.decoder(x[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+                out.append(_unpatchified(frames, patch).float())
+        return torch.cat(out, dim=2)
 
-    def _check_video(self, video: Tensor) -> None:
-        st, sh, sw = self.stride
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise DataError(f"video of shape {list(video.shape)}: expected [B, 3, F, H, W]")
-        frames, height, width = video.shape[2:]
-        if (frames - 1) % st:
-            raise DataError(f"a clip of {frames} frames cannot be encoded: the frame count must be {st}n+1")
-        if height % sh or width % sw:
-            raise DataError(f"a clip of {width}x{height} pixels cannot be encoded: use multiples of {sh}")
+    return VideoVae(
+        model, encode, decode, channels=channels, stride=(FRAMES, 8 * patch, 8 * patch), scale=1 / std, shift=mean,
+        fingerprint=fingerprint,
+    )
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
@@ -153,20 +114,14 @@ def open_vae(
     config = config_of(shapes, path)
     with torch.device("meta"):
         model = build_vae(config)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    sources = {}
+    wanted, known = shapes_of(model), {}
     for name in wanted:
         official = official_name(name, config["num_res_blocks"], by_stage=config["is_residual"])
-        sources[name] = official if official in shapes else name
-    known = {file: name for name, file in sources.items()}
-    check(Path(path), wanted, {known.get(file, file): shape for file, shape in shapes.items()})
-    state = {}
-    for name, file in sources.items():  # one at a time out of the memory map: the peak is one copy
-        mapped = weights.get(file)
-        state[name] = mapped.to(device=device, dtype=torch.float32, copy=True)
-        weights.release(mapped)
-    model.load_state_dict(state, assign=True)
-    return VideoVae(model, fingerprint=fingerprint(weights), decoding=dtype)
+        known[official if official in shapes else name] = name
+    source = Source(weights, {known.get(file, file): Fused((file,)) for file in shapes})
+    check(path, wanted, source.shapes)
+    source.fill(model, dtype=torch.float32, device=device)
+    return vae_of(model, fingerprint=fingerprint(weights), decoding=dtype)
 
 
 def build_vae(config: Mapping[str, Any]) -> Any:
