@@ -26,7 +26,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Attention(nn.Module):
+class VitAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -38,11 +38,11 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Layer(nn.Module):
+class VitLayer(nn.Module):
     def __init__(self, dim: int, mlp: int, n_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn = Attention(dim, n_heads)
+        self.attn = VitAttention(dim, n_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp), nn.GELU(), nn.Linear(mlp, dim))
 
@@ -58,7 +58,7 @@ class Vit(nn.Module):
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.zeros(1, n_tokens, dim))
         self.pre_norm = nn.LayerNorm(dim, eps=1e-5)
-        self.transformer = nn.ModuleList(Layer(dim, mlp, n_heads) for _ in range(n_layers))
+        self.transformer = nn.ModuleList(VitLayer(dim, mlp, n_heads) for _ in range(n_layers))
 
     @property
     def side(self) -> int:

@@ -74,7 +74,7 @@ class RelativePositions(nn.Module):
         return self.embedding(bucket + (distance > 0) * half).permute(2, 0, 1)[None]
 
 
-class Attention(nn.Module):
+class Umt5Attention(nn.Module):
     """Without the usual scale, which the weights have learnt."""
 
     def __init__(self, dim: int, inner: int, n_heads: int) -> None:
@@ -102,11 +102,11 @@ class GatedMlp(nn.Module):
         return self.fc2(self.fc1(x) * self.gate(x))
 
 
-class Layer(nn.Module):
+class Umt5Layer(nn.Module):
     def __init__(self, dim: int, inner: int, mlp: int, n_heads: int) -> None:
         super().__init__()
         self.norm1 = RMSNorm(dim)
-        self.attn = Attention(dim, inner, n_heads)
+        self.attn = Umt5Attention(dim, inner, n_heads)
         self.norm2 = RMSNorm(dim)
         self.ffn = GatedMlp(dim, mlp)
         self.pos_embedding = RelativePositions(n_heads)
@@ -120,7 +120,7 @@ class Umt5(nn.Module):
     def __init__(self, *, vocabulary: int, dim: int, inner: int, mlp: int, n_heads: int, n_layers: int) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, dim)
-        self.blocks = nn.ModuleList(Layer(dim, inner, mlp, n_heads) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(Umt5Layer(dim, inner, mlp, n_heads) for _ in range(n_layers))
         self.norm = RMSNorm(dim)
 
     def forward(self, ids: Tensor) -> Tensor:
