@@ -50,7 +50,7 @@ NOT_RUN = {
 NAMES = {
     "docs/shards.md": {
         "SET": "data/shards", "A": "parts/01", "B": "parts/02", "AB": "merged-{n}", "PARTS": "split-{n}",
-        "export DIR": "exported-{n}", "index DIR": "tars",
+        "export DIR": "exported-{n}", "index DIR": "tars", "--keep 64": "1",
     },
     "docs/slurm.md": {
         "data.shards=/data/shards": "data.shards=data/shards", "run.output_dir=/data/runs/a": "run.output_dir=runs/b",
@@ -59,6 +59,7 @@ NAMES = {
         "FILE": "a.safetensors", "OUT": "out-{n}.safetensors", "TUNED": "tuned.safetensors", "BASE": "model.safetensors",
         "A": "a.safetensors", "B": "b.safetensors",
         "runs/a/lora-step00000100.safetensors": "runs/a/my_lora-step00000001.safetensors",
+        "runs/b": "runs/a", "data/general": "data/shards", "--device cuda": "cpu",
         "--plan ...": "plan/plan.json", "--slices ...": "runs/sliced", "[--rank": "--rank", "64]": "4", "64": "4", "1 3": "2",
     },
 }
@@ -70,6 +71,7 @@ ADDED = {
     "generate": ["steps=1"],
     "slices run": ["run.steps=1", "optim.warmup_steps=0", "preview.every_steps=0", "data.batch_size=1", "zero.engine=torch",
                    "zero.offload_optimizer=none"],
+    "merge": ["reconcile.steps=2", "reconcile.states=4", "reconcile.held_out=1", "reconcile.allow_lost=true"],
     "doctor": ["--nproc", "1"],
 }
 

@@ -34,7 +34,7 @@ class EntryYield:
 
 
 @dataclass(frozen=True)
-class Report:
+class DatasetReport:
     model: str
     flavor: Flavor
     entries: tuple[EntryYield, ...]
@@ -54,7 +54,7 @@ class Enlarged:
     size: tuple[int, int]
 
 
-def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> Report:
+def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> DatasetReport:
     """Open every file of the dataset; of each only the first frame is decoded."""
     spec = find(model or ModelConfig.name, key="--model")
     chosen = spec.flavor(flavor)
@@ -72,7 +72,7 @@ def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> R
         enlarged += [e for rows in found for s in rows[:1] if isinstance(s, PlannedSample) and (e := _enlarged(s, probes))]
     d, geometry = chosen.defaults, chosen.latent
     listed = [geometry.shape(frames=d.frames, height=h, width=w) for w, h in (*spec.sizes, (d.width, d.height))]
-    return Report(
+    return DatasetReport(
         spec.name, chosen, tuple(entries), tuple(without_doubles(samples)), tuple(refused), tuple(enlarged),
         max(map(geometry.n_tokens, listed)),
     )
@@ -98,7 +98,7 @@ def _frames(clip: Clip | Rejected, probes: Probes) -> int:
     return row[3] if row else 0
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: DatasetReport) -> Iterator[str]:
     d = report.flavor.defaults
     yield f"as {report.model} {report.flavor.name} sees it ({d.fps} frames a second)"
     for number, e in enumerate(report.entries, start=1):
@@ -126,7 +126,7 @@ def lines(report: Report) -> Iterator[str]:
         yield f"  and {len(report.refused) - SHOWN} more"
 
 
-def _warnings(report: Report) -> Iterator[str]:
+def _warnings(report: DatasetReport) -> Iterator[str]:
     empty = [s for s in report.samples if not all(s.captions)]
     if empty:
         yield f"{n_of(len(empty), 'sample')} with an empty caption, first {shown(empty[0].clip.path)}"
@@ -152,7 +152,7 @@ def n_of(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _sizes(report: Report) -> Iterator[str]:
+def _sizes(report: DatasetReport) -> Iterator[str]:
     """Latents exactly, embeddings by a guess at the caption's tokens; both bfloat16."""
     latents = text = tokens = 0
     for s in report.samples:
@@ -180,6 +180,6 @@ def _text_tokens(flavor: Flavor) -> int | None:
     return None if None in longest else max((n for n in longest if n), default=None)
 
 
-def _latent_shape(report: Report, s: PlannedSample) -> tuple[int, int, int, int]:
+def _latent_shape(report: DatasetReport, s: PlannedSample) -> tuple[int, int, int, int]:
     w, h = s.clip.size
     return report.flavor.latent.shape(frames=len(s.clip.frames), height=h, width=w)

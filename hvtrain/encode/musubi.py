@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvtrain.encode.clips import Rejected
 from hvtrain.encode.columns import kind_of
-from hvtrain.encode.site import stored
+from hvtrain.encode.folder import stored
 from hvtrain.encode.writer import REJECTED
 from hvtrain.errors import DataError
 from hvtrain.models import all_specs, find

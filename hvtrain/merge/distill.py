@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hvtrain.config import ReconcileConfig
 from hvtrain.flow.loss import squared_error
 from hvtrain.merge.changes import Changes, LowRank
-from hvtrain.merge.states import Clips, State, Task, batches, told_shares
+from hvtrain.merge.states import Clips, NoisyClip, Task, batches, told_shares
 from hvtrain.merge.stream import placed
 from hvtrain.models.load import Identified, load_dit
 from hvtrain.models.precision import autocast
@@ -39,7 +39,7 @@ class Draw:
     tasks: Sequence[Task]
     seed: int
 
-    def __call__(self, step: int) -> list[tuple[State, float]]:
+    def __call__(self, step: int) -> list[tuple[NoisyClip, float]]:
         own = [t for t in self.tasks if t.teacher is not None]
         kept = [t for t in self.tasks if t.teacher is None]
         whole, n = sum(t.weight for t in self.tasks), _A_SLICE * len(own)

@@ -54,7 +54,7 @@ TAUGHT, MERGED = 0, 1
 
 
 @dataclass(frozen=True)
-class Target:
+class Segment:
     """Rows of a layer to solve, the LoRAs that change all of them, and the rank that is kept (None: the whole matrix)."""
 
     begin: int
@@ -72,14 +72,14 @@ class Target:
         return self.parts[0].owner if len(self.parts) == 1 else ""
 
 
-def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> list[Target]:
+def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> list[Segment]:
     """The rows that LoRAs change, cut where one begins or ends: what a slice owns stays its own. `rank`: from ranks' sum."""
     edges = sorted({edge for p in parts for edge in (p.begin, p.begin + len(p.up))})
     found = []
     for begin, end in pairwise(edges):
         own = tuple(p for p in parts if p.begin <= begin and end <= p.begin + len(p.up))
         if own:
-            found.append(Target(begin, end, own, rank(sum(len(p.down) for p in own))))
+            found.append(Segment(begin, end, own, rank(sum(len(p.down) for p in own))))
     return found
 
 
@@ -99,7 +99,7 @@ def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor
 
 
 def fit_block(
-    model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Target]], found: Sequence[Stream], ridge: float
+    model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Segment]], found: Sequence[Stream], ridge: float
 ) -> dict[str, list[Change]]:
     """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards."""
     solved: dict[str, list[Change]] = {}
@@ -116,6 +116,18 @@ def fit_block(
     return solved
 
 
+def device_bytes(model: Streamed, layers: Mapping[str, Sequence[object]]) -> int:
+    """The most that a block takes beside one clip's activations: its weights, G and C of its layers in float32, and of the
+    largest of them G, its root and C in double precision while it is solved."""
+    most = 0
+    for block, names in zip(model.model.blocks, model.layers, strict=True):
+        shapes = [model.model.get_parameter(f"{name}.weight").shape for name in names if name in layers]
+        sums = [width * (width + out) for out, width in shapes]
+        weights = sum(p.numel() for p in block.parameters()) * model.dtype.itemsize
+        most = max(most, weights + 4 * sum(sums) + 16 * max(sums, default=0))
+    return most
+
+
 def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
     """All streams through a solved block."""
     for stream in found:
@@ -126,7 +138,7 @@ def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
 class _Sums:
     """G and C of one layer, float32, on the device."""
 
-    def __init__(self, layer: nn.Module, targets: Sequence[Target], device: torch.device) -> None:
+    def __init__(self, layer: nn.Module, targets: Sequence[Segment], device: torch.device) -> None:
         width = targets[0].parts[0].down.shape[1]
         self.rows = slice(targets[0].begin, targets[-1].end)
         self.g = torch.zeros(width, width, device=device)
@@ -142,7 +154,7 @@ class _Sums:
             self.g.addmm_(x.T, x)
             self.c.addmm_(error.T, x)
 
-    def solve(self, targets: Sequence[Target], ridge: float) -> list[Change]:
+    def solve(self, targets: Sequence[Segment], ridge: float) -> list[Change]:
         g = self.g.double()
         del self.g
         shift = ridge * g.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -156,7 +168,7 @@ class _Sums:
         return solved
 
 
-def _cut(matrix: Tensor, root: Tensor, target: Target) -> LowRank:
+def _cut(matrix: Tensor, root: Tensor, target: Segment) -> LowRank:
     """The best of this rank for the outputs: what G's inputs (root root' = G) make of it, not the matrix itself, is kept."""
     rank = min(target.rank or 0, *matrix.shape)
     basis = torch.linalg.qr(factor(matrix @ root, rank=rank).pair.up).Q  # [rows, rank]

@@ -21,12 +21,12 @@ from hvtrain.lorafiles.runs import CONFIG
 from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
 from hvtrain.merge.distill import Draw, distill
 from hvtrain.merge.evaluate import compute_dtype
-from hvtrain.merge.fit import STUDENT, fit_block, push, streams, targets_of
+from hvtrain.merge.fit import STUDENT, device_bytes, fit_block, push, streams, targets_of
 from hvtrain.merge.inputs import Inputs
 from hvtrain.merge.journal import Journal
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.merge.report import Report
-from hvtrain.merge.states import Clips, State, Task, batches, fidelity, leak, measure, spread
+from hvtrain.merge.states import Clips, NoisyClip, Task, batches, fidelity, leak, measure, spread
 from hvtrain.merge.stream import Streamed
 from hvtrain.merge.write import signature
 from hvtrain.models.load import Identified, identify
@@ -132,6 +132,9 @@ def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
     if c.own_states:
         clips.own_states(model.velocities, tasks, c.batch_size)
     measure(clips, model.velocities, tasks, c.batch_size)
+    for task in tasks:
+        if task.teacher is not None and not any(s.told for s in (*task.states, *task.held)):
+            raise CheckpointError(f"{task.name}: changes nothing on its samples, so there is nothing to keep; leave it out")
     report.summed = fidelity(clips, model.velocities, tasks, SUM, c.batch_size)
     report.leak = leak(clips, model.velocities, tasks)
     journal = Journal(Path(cfg.output), _signature(cfg, found, inputs))
@@ -179,7 +182,7 @@ def _kept(
         task.states, task.held = clips.states_of(open_shards(sets, clips.flavor, key="--keep"), KEEP, n=n)
     if prompts:
         blank = torch.zeros_like(tasks[0].states[0].clean)
-        made = [State(blank, blank, 1.0, prompts[i % len(prompts)]) for i in range(n + clips.n_held)]
+        made = [NoisyClip(blank, blank, 1.0, prompts[i % len(prompts)]) for i in range(n + clips.n_held)]
         own = Task(f"{KEEP} captions", None, 0.0, made[clips.n_held :], made[: clips.n_held])
         clips.own_states(model.velocities, [own], c.batch_size)
         task.states, task.held = task.states + own.states, task.held + own.held
@@ -210,8 +213,8 @@ def _fit(
     ]
     running = streams(model, jobs, journal.folder / "states")
     there, gone = (sum(s.n_bytes for s in running if (s.folder is None) == here) / 1e9 for here in (True, False))
-    said = f"{there:.2g} GB of states in memory, {gone:.2g} GB on the disk, one block of the model on {model.ctx.device.type}"
-    print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}", flush=True)
+    said = f"{there:.2g} GB of states in memory, {gone:.2g} GB on the disk, up to {device_bytes(model, layers) / 1e9:.2g} GB for "
+    print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}a block's weights and sums", flush=True)
     solved: dict[str, list[Change]] = {}
     began = time.monotonic()
     for number, names in enumerate(model.layers):

@@ -27,7 +27,7 @@ from shards.reader import Sample
 
 
 @dataclass
-class State:
+class NoisyClip:
     """One noisy clip; what the teacher says of it is filled in by `measure`."""
 
     x: Tensor  # [C T H W] float32
@@ -52,8 +52,8 @@ class Task:
     name: str
     teacher: Hashable  # its set of changes; None: the base, whose words are to be kept
     weight: float
-    states: list[State]
-    held: list[State]
+    states: list[NoisyClip]
+    held: list[NoisyClip]
 
 
 SILENT = 0.05  # of what a LoRA changes at most: where it changes less there is nothing of it to keep
@@ -70,7 +70,7 @@ class Clips:
     n_held: int
     seed: int
 
-    def input(self, states: Sequence[State]) -> ModelInput:
+    def input(self, states: Sequence[NoisyClip]) -> ModelInput:
         """States of one form as a batch."""
         cond = {name: torch.cat([s.cond[name] for s in states]) for name in states[0].cond}
         sigma = torch.tensor([s.sigma for s in states], dtype=torch.float32)
@@ -78,7 +78,7 @@ class Clips:
         task, guidance = self.flavor.tasks[0], self.flavor.defaults.guidance
         return self.spec.make_input(x, sigma, cond, task=task, guidance=guidance, x0=x0)
 
-    def states_of(self, sets: Sequence[ShardSet], name: str, n: int | None = None) -> tuple[list[State], list[State]]:
+    def states_of(self, sets: Sequence[ShardSet], name: str, n: int | None = None) -> tuple[list[NoisyClip], list[NoisyClip]]:
         """(to merge by, held out): clips spread over the sets, noised at levels spread over the sampling schedule. A clip is
         taken again, with other noise, only where there are too few; held-out ones are never used for both."""
         chosen, held = self._chosen(sets, n or self.n)
@@ -95,7 +95,7 @@ class Clips:
         read = [[found.get(i, columns) for found, i in part] for part in (used, [places[i] for i in sorted(held)])]
         return read[0], read[1]
 
-    def _noised(self, samples: Sequence[Sample], stream: str, n: int) -> list[State]:
+    def _noised(self, samples: Sequence[Sample], stream: str, n: int) -> list[NoisyClip]:
         levels = torch.arange(n, dtype=torch.float64).add(0.5).div(n)
         levels = levels[torch.randperm(n, generator=generator(self.seed, stream=f"levels/{stream}"))]
         shift = self.flavor.defaults.shift
@@ -105,7 +105,7 @@ class Clips:
             x0 = cond.pop("latents")
             sigma = shift * u / (1 + (shift - 1) * u)
             noise = torch.randn(x0.shape, generator=generator(self.seed, step=number, stream=f"noise/{stream}"))
-            found.append(State(add_noise(x0, noise, torch.tensor([sigma]))[0], x0[0], sigma, cond))
+            found.append(NoisyClip(add_noise(x0, noise, torch.tensor([sigma]))[0], x0[0], sigma, cond))
         return found
 
     def own_states(self, forward: Forward, tasks: Sequence[Task], batch_size: int, *, steps: int = 10) -> None:
@@ -135,9 +135,9 @@ def _conditions(sample: Sample, flavor: Flavor) -> dict[str, Tensor]:
     return {name: v.float() if v.is_floating_point() else v for name, v in one.items()}
 
 
-def batches(entries: Sequence[tuple[Any, State]], size: int) -> list[list[tuple[Any, State]]]:
+def batches(entries: Sequence[tuple[Any, NoisyClip]], size: int) -> list[list[tuple[Any, NoisyClip]]]:
     """Entries (key, state) in batches of one key and one form."""
-    groups: dict[tuple, list[tuple[Any, State]]] = defaultdict(list)
+    groups: dict[tuple, list[tuple[Any, NoisyClip]]] = defaultdict(list)
     for key, state in entries:
         groups[(key, state.form)].append((key, state))
     return [own[i : i + size] for own in groups.values() for i in range(0, len(own), size)]
@@ -194,7 +194,7 @@ def leak(clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = 2) -> d
     return {name: {other: v / max(told[name], 1e-12) for other, v in row.items()} for name, row in found.items()}
 
 
-def spread(tasks: Sequence[Task]) -> Iterator[tuple[Task, State, float]]:
+def spread(tasks: Sequence[Task]) -> Iterator[tuple[Task, NoisyClip, float]]:
     """Every state to merge by, with what it counts: a task's weight, shared out by how much its teacher changes there. Clips
     that a slice was trained with but learnt nothing of (old words among its own data) then count for little."""
     for task in tasks:

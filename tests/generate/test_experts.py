@@ -28,6 +28,7 @@ from hvtrain.models.spec import Expert, Flavor
 from hvtrain.parallel.context import ParallelContext
 from tests.generate.models import SIZE, random_cond, random_dit, spec_and_flavor, write_dit
 from tests.generate.test_run import write_lora
+from tests.parallel.ranks import run_ranks
 
 SPEC, TINY = spec_and_flavor()
 TWO = replace(TINY, experts=(Expert("low", "dit_low", (0.0, 0.6)), Expert("high", "dit", (0.6, 1.0), cfg_scale=2.0)))
@@ -142,6 +143,17 @@ def test_one_expert_at_a_time_and_each_once(folder: Path, whole: list, tmp_path:
     assert about["expert_cfg_scale"] == {"low": 1.0, "high": 2.0}
     swapped = make(folder, tmp_path / "swapped", blocks_to_swap=2)
     assert same(latents(swapped), whole)
+
+
+def make_on_a_rank(folder: Path, output: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        two.__wrapped__(patch)
+        make(folder, output, prompt_file=None, prompt="a red circle moves left", **{"parallel.ulysses": 2})
+
+
+def test_two_ranks_hand_a_video_from_expert_to_expert(folder: Path, whole: list, tmp_path: Path) -> None:
+    run_ranks(2, make_on_a_rank, folder, tmp_path / "shared.mp4")
+    assert same(latents([tmp_path / "shared.mp4"]), whole[:1])
 
 
 @pytest.mark.parametrize("after", [2, 3, 5, 7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hvtrain.flow.solvers import SOLVERS
 from hvtrain.generate import conditions, sample
 from hvtrain.generate import run as generate
 from hvtrain.generate.conditions import Shown, encode_requests, read_image
-from hvtrain.generate.requests import Request
+from hvtrain.generate.requests import Request, single_job
 from hvtrain.generate.sample import sample_latents
 from hvtrain.generate.spool import visible
 from hvtrain.generate.video import read_metadata
@@ -29,6 +30,7 @@ from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from tests.generate.models import SIZE, random_cond, spec_and_flavor, write_dit
 from tests.generate.test_run import pixels
+from tests.parallel.ranks import run_ranks
 
 SPEC, TINY = spec_and_flavor()
 
@@ -164,6 +166,37 @@ def test_a_video_begins_with_its_image(folder: Path) -> None:
         assert corner.argmax() in ((1,) if channel == 1 else (0, 2)), corner
         assert read_metadata(path)["image"] == name
     assert make(folder, "i2v", **common) == files
+
+
+def test_two_ranks_make_the_video_of_one(folder: Path, tmp_path: Path) -> None:
+    """Rank 0 alone reads the image."""
+    common = {"image": folder / "green.png", "seed": 3}
+    (alone,) = make(folder, "i2v", **common, output=tmp_path / "alone.mp4")
+    run_ranks(2, partial(make, folder, "i2v", **common, output=tmp_path / "both.mp4", **{"parallel.ulysses": 2}))
+    both = load_file(str(visible(tmp_path / "both.mp4")))["latents"]
+    assert (both - load_file(str(visible(alone)))["latents"]).abs().max() < 1e-4
+
+
+def test_first_and_last_frame_are_both_shown(folder: Path, monkeypatch) -> None:
+    """Of a flavor that is given two frames the model is handed both, in this order; each of them is needed."""
+    flavor, seen = replace(flavor_of("i2v"), given=(0, -1)), []
+    green, violet = (str(folder / name) for name in ("green.png", "violet.png"))
+    with pytest.raises(ConfigError, match=r"end_image: 'i2v' is told by an image; give end_image=FILE, or --ei FILE"):
+        single_job(flavor, {"image": green}, prompt="a ring", output="x.mp4")
+    with pytest.raises(ConfigError, match=r"end_image is .*, but 'i2v' takes none"):
+        Request.of(flavor_of("i2v"), image=green, end_image=violet)
+    job = single_job(flavor, {"image": green, "end_image": violet, **SIZE}, prompt="a ring", output="x.mp4")
+
+    def conditions_of(vae, encoders, images, shape) -> dict[str, torch.Tensor]:
+        seen.append((images, tuple(shape)))
+        return {"image_latents": torch.zeros(16, 1, 6, 10)}
+
+    model = ModelConfig(vae="tiny:vae.safetensors", parts={"llm": "tiny:llm", "clip": "tiny:clip"}, vae_dtype="float32")
+    encode_requests([job.request], replace(SPEC, image_conditions=conditions_of), flavor, model, ParallelContext())
+    ((images, shape),) = seen
+    assert shape == (16, 3, 6, 10) and images.shape == (2, 3, 48, 80)
+    assert torch.equal(images[0], read_image(green, width=80, height=48))
+    assert torch.equal(images[1], read_image(violet, width=80, height=48))
 
 
 def test_another_picture_under_the_same_name_is_another_video(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

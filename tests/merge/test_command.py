@@ -175,7 +175,7 @@ def test_what_the_writer_is_told(small, tmp_path, monkeypatch, capsys):
     same = signature([dit, small / "a.safetensors"], repr(cfg))
     assert told == [Target(out, torch.float16, 5_000_000_000, "cpu", same)]
     assert f"{out}: 1 of {len(build().state_dict())} tensors changed in 2 files" in capsys.readouterr().out
-    assert "'wan'" in refusal(ConfigError, merge.run, replace(cfg, model="wan"))
+    assert "'wann'" in refusal(ConfigError, merge.run, replace(cfg, model="wann"))
 
 
 def test_the_evaluation_sees_what_was_combined_by_seed_and_density(small, tmp_path):

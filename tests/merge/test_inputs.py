@@ -8,9 +8,9 @@ import torch
 
 from hvtrain.config import LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles import runs
 from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.pairs import LoraPair
-from hvtrain.merge import inputs
 from hvtrain.merge.inputs import (
     Inputs,
     check_slots,
@@ -204,4 +204,4 @@ def test_owners():
 
 
 def test_inputs_are_a_record():
-    assert Inputs([], None).missing == () and inputs.CONFIG == "config.yaml"
+    assert Inputs([], None).missing == () and runs.CONFIG == "config.yaml"

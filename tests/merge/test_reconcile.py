@@ -252,6 +252,14 @@ def test_what_makes_no_sense_is_refused_before_anything_is_read(place, tmp_path,
         merge.run(replace(config(place, tmp_path / "m.safetensors", 1, 2, how="fit"), **changes))
 
 
+def test_a_lora_that_does_nothing_is_named(place, tmp_path):
+    idle = lora(tmp_path / "x" / "lora.safetensors", seed=1, layers=TEXT, size=0.0)
+    make_shards(idle.parent / "calibration", n=8)
+    cfg = config(place, tmp_path / "m.safetensors", 1, how="distill")
+    with pytest.raises(CheckpointError, match=r"x/lora\.safetensors: changes nothing on its samples"):
+        merge.run(replace(cfg, lora=(*cfg.lora, LoraFileConfig(str(idle)))))
+
+
 def test_a_lora_without_samples_is_named(place, tmp_path):
     alone = lora(tmp_path / "x" / "lora.safetensors", seed=1)
     cfg = replace(config(place, tmp_path / "m.safetensors", how="fit"), lora=(LoraFileConfig(str(alone)),))
@@ -289,6 +297,7 @@ def test_what_the_host_does_not_hold_lies_on_the_disk(place, tmp_path, capsys):
         merge.run(config(place, tmp_path / f"{name}.safetensors", 1, 2, how="fit", host_gb=share))
     said = [line for line in capsys.readouterr().out.splitlines() if "of states in memory" in line]
     assert " 0 GB on the disk" in said[0] and " 0 GB of states in memory" in said[1]
+    assert "up to 0.015 GB for a block's weights and sums" in said[0]
     a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
     assert all(torch.equal(a[n], b[n]) for n in a)
 

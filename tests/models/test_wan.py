@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvtrain.adapters.attach import linear_shapes
+from hvtrain.config import EncodeConfig, GenerateConfig, TrainConfig, load
 from hvtrain.errors import CheckpointError, DataError
 from hvtrain.lorafiles.files import read_lora
 from hvtrain.models import find
@@ -22,7 +23,8 @@ from hvtrain.models.wan.inputs import WanInput
 from tests.oracles.check import LIMIT, errors
 
 SPEC = find("wan")
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
 ARCH = replace(
     SPEC.flavor("tiny").arch, dim=72, ffn_dim=128, n_heads=3, n_layers=2, freq_dim=32, text_dim=24, text_len=512
 )
@@ -342,3 +344,31 @@ def test_experts_share_the_noise_levels():
         assert (high.part, low.part) == ("dit", "dit_low") and (high.cfg_scale, low.cfg_scale) == scales
         assert [flavor.expert(s).name for s in (1.0, boundary, boundary - 1e-4, 0.0)] == ["high", "high", "low", "low"]
     assert SPEC.flavor("t2v-14b").expert(0.5) is None
+
+
+def test_flavors_are_sampled_as_officially():
+    """steps, shift, scale, solver, frames, size and the beginning of the negative prompt, from the official configurations."""
+    for name, *want in (
+        ("t2v-1.3b", 50, 5, 6, 81, 16, "832x480", "色调"), ("t2v-14b", 50, 5, 5, 81, 16, "1280x720", "色调"),
+        ("i2v-14b-480p", 40, 3, 5, 81, 16, "832x480", "镜头晃动，色调"),
+        ("i2v-14b-720p", 40, 5, 5, 81, 16, "1280x720", "镜头晃动，"),
+        ("flf2v-14b", 50, 16, 5, 81, 16, "1280x720", "镜头切换，镜头晃动，色调"),
+        ("t2v-a14b", 40, 12, 4, 81, 16, "1280x720", "色调"),
+        ("i2v-a14b", 40, 5, 3.5, 81, 16, "1280x720", "色调"), ("ti2v-5b", 50, 5, 5, 121, 24, "1280x704", "色调"),
+    ):
+        flavor = SPEC.flavor(name)
+        d = flavor.defaults
+        assert [d.steps, d.shift, d.cfg_scale, d.frames, d.fps, f"{d.width}x{d.height}"] == want[:-1], name
+        assert d.negative_prompt.startswith(want[-1]) and d.solver == "unipc" and d.guidance is None
+        shape = flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)
+        tokens = {"832x480": 32760, "1280x720": 75600, "1280x704": 27280}[want[-2]]
+        assert flavor.latent.n_tokens(shape) == tokens
+
+
+def test_its_configs_are_sound():
+    for name, kind in (
+        ("lora", TrainConfig), ("loraid", TrainConfig), ("encode", EncodeConfig), ("generate", GenerateConfig)
+    ):
+        cfg = load(kind, ROOT / "configs" / "wan" / f"{name}.yaml")
+        assert cfg.model.name == "wan" and set(cfg.model.parts) <= set(SPEC.parts)
+        assert SPEC.flavor(cfg.model.flavor).experts

@@ -62,7 +62,9 @@ def _flavor(
     )
 
 
-_IMAGE = replace(_480P, steps=40)
+_SHAKING = "镜头晃动，" + NEGATIVE_PROMPT
+_IMAGE = replace(_480P, steps=40, shift=3.0, negative_prompt=_SHAKING)
+_CUTTING = replace(_720P, shift=16.0, negative_prompt="镜头切换，" + _SHAKING)
 _TI2V = ("ti2v", "t2v", "i2v-frame")
 # Where no weight tells flavors apart, the first is taken unless the user or the file's path says another.
 FLAVORS = {
@@ -70,11 +72,13 @@ FLAVORS = {
     for flavor in (
         _flavor("t2v-14b", "2.1 text to video 14B", _14B, _720P),
         _flavor("t2v-1.3b", "2.1 text to video 1.3B", _1_3B, replace(_480P, cfg_scale=6.0)),
-        _flavor("i2v-14b-480p", "2.1 image to video 14B", _CLIP, replace(_IMAGE, shift=3.0), tasks=("i2v",)),
-        _flavor("i2v-14b-720p", "2.1 image to video 14B", _CLIP, replace(_720P, steps=40), tasks=("i2v",)),
+        _flavor("i2v-14b-480p", "2.1 image to video 14B", _CLIP, _IMAGE, tasks=("i2v",)),
+        _flavor(
+            "i2v-14b-720p", "2.1 image to video 14B", _CLIP, replace(_720P, steps=40, negative_prompt=_SHAKING), tasks=("i2v",)
+        ),
         _flavor(
             "flf2v-14b", "2.1 first and last frame to video 14B", replace(_CLIP, n_clip=2 * CLIP_TOKENS),
-            replace(_720P, shift=16.0), tasks=("flf2v",),
+            _CUTTING, tasks=("flf2v",),
         ),
         _flavor(
             "t2v-a14b", "2.2 text to video, two experts of 14B", _14B, replace(_720P, steps=40, shift=12.0, cfg_scale=4.0),

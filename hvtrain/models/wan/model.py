@@ -161,6 +161,7 @@ class PictureEmbedder(nn.Module):
 
 class Wan(DiT):
     arch: WanArch
+    blocks: nn.ModuleList  # type: ignore[assignment]
 
     def __init__(self, arch: WanArch) -> None:
         super().__init__()

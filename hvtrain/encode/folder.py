@@ -24,7 +24,7 @@ from shards.writer import remove_tar
 
 
 @dataclass(frozen=True)
-class Site:
+class Folder:
     """The directory, and this rank among those that fill it."""
 
     root: Path
@@ -51,10 +51,10 @@ class Filled:
         }
 
 
-def claim(site: Site, columns: Iterable[str]) -> None:
+def claim(folder: Folder, columns: Iterable[str]) -> None:
     """Refuse a directory that holds other things; remove what a killed run left half-written."""
-    problem, root = None, site.root
-    if site.ctx.is_main:
+    problem, root = None, folder.root
+    if folder.ctx.is_main:
         old = Known(root).manifest
         known = {MANIFEST, EMPTY_TEXT, REJECTED, *columns, *(old.columns if old else ())}
         if root.exists() and not root.is_dir():
@@ -70,7 +70,7 @@ def claim(site: Site, columns: Iterable[str]) -> None:
                     left.unlink()
             except OSError as error:
                 problem = f"output: {root} cannot be written ({error.strerror})"
-    problem = site.ctx.gather_objects(problem)[0]
+    problem = folder.ctx.gather_objects(problem)[0]
     if problem:
         raise DataError(problem)
 
@@ -88,13 +88,13 @@ def carried(root: Path, manifest: Manifest | None, asked: Iterable[str], spec: M
 
 
 def finish(
-    site: Site, filled: Sequence[Filled], chunks: Sequence[PlannedChunk], refused: Sequence[Rejected]
+    folder: Folder, filled: Sequence[Filled], chunks: Sequence[PlannedChunk], refused: Sequence[Rejected]
 ) -> int:
     """Collective: leave out what a column could not make, write the manifest and the list of the refused, then remove the tars
     that only the runs before made. Returns the samples of an epoch, on rank 0."""
-    ctx, root = site.ctx, site.root
+    ctx, root = folder.ctx, folder.root
     own = [
-        {n: shrink(f.kind, root, f.made.fingerprint, row, chunks[n], site.file(JOURNAL)) for n, row in f.rows.items()}
+        {n: shrink(f.kind, root, f.made.fingerprint, row, chunks[n], folder.file(JOURNAL)) for n, row in f.rows.items()}
         for f in filled
     ]
     shares = ctx.gather_objects(own)
