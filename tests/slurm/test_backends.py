@@ -175,7 +175,7 @@ def test_slices_run_so_many_at_a_time_each_with_gpus_of_its_own(machine, run, ca
     assert backends.run_here(run, plan, [1, 2, 3, 4]) == 0
     assert machine.log == [
         (0, "start", "01", "0,1"), (0, "start", "02", "2,3"), (1, "start", "03", "2,3"), (3, "start", "04", "2,3"),
-        (5, "start", "merge", None),
+        (5, "start", "merge", "0,1,2,3"),  # which a merge that reconciles computes on
     ]
     assert capsys.readouterr().out.splitlines() == [
         "slice 1: started on GPU 0,1", "slice 2: started on GPU 2,3", "slice 2: done", "slice 3: started on GPU 2,3",
