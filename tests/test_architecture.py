@@ -227,14 +227,8 @@ def test_facts_of_architectures_stay_in_their_folders() -> None:
 WHOLE = ("TrainConfig", "EncodeConfig", "GenerateConfig", "MergeConfig")
 # Functions that still take a command's whole config below its run.py.
 WHOLE_LEFT: set[str] = {
-    "hvtrain/generate/check.py:check_parts", "hvtrain/generate/identity.py:sources_of", "hvtrain/generate/loras.py:_slices",
-    "hvtrain/generate/loras.py:open_loras", "hvtrain/generate/plan.py:_check_placing", "hvtrain/generate/plan.py:make_plan",
-    "hvtrain/generate/requests.py:_single_output", "hvtrain/generate/requests.py:plan_jobs",
-    "hvtrain/generate/sample.py:keep_lot", "hvtrain/generate/sample.py:open_dit", "hvtrain/generate/sample.py:sample_lots",
-    "hvtrain/generate/write.py:__init__", "hvtrain/generate/write.py:parameters",
     "hvtrain/merge/evaluate.py:_loss", "hvtrain/merge/evaluate.py:losses_of", "hvtrain/merge/inputs.py:open_inputs",
     "hvtrain/merge/reconcile.py:_signature", "hvtrain/merge/reconcile.py:reconcile",
-    "hvtrain/tiny/evaluate.py:evaluate", "hvtrain/train/preview.py:__init__",
 }  # fmt: skip
 
 
