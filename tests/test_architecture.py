@@ -229,6 +229,7 @@ WHOLE = ("TrainConfig", "EncodeConfig", "GenerateConfig", "MergeConfig")
 WHOLE_LEFT: set[str] = {
     "hvtrain/merge/evaluate.py:_loss", "hvtrain/merge/evaluate.py:losses_of", "hvtrain/merge/inputs.py:open_inputs",
     "hvtrain/merge/reconcile.py:_signature", "hvtrain/merge/reconcile.py:reconcile",
+    "hvtrain/tiny/evaluate.py:evaluate",
 }  # fmt: skip
 
 
