@@ -25,7 +25,7 @@ class Sampling:
     height: int = option("h")
     """Pixels, as width"""
     frames: int = option("f")
-    """4n + 1 for most flavors"""
+    """One more than a multiple of the latents' step in time, 4 for most flavors"""
     fps: int = option(above=0, most=1000, alike=False)
     """Frames a second of the file"""
     steps: int = option("s", above=0, most=10_000)

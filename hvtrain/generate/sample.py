@@ -7,7 +7,7 @@ and never two of them are in memory. In between, the solver's state of each vide
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,8 +80,7 @@ def sample_latents(
         def under(which: int) -> Velocity:
             return lambda x, sigma: model(given(x, sigma, which))
 
-        velocity = under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
-        return lambda x, sigma: held.still(velocity(x, sigma))
+        return under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
 
     if begin is None:
         shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
@@ -89,32 +88,23 @@ def sample_latents(
         noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds]).to(ctx.device)
         begin = State(noise if spec.start is None else spec.start(noise, conds[0], task=task, x0=x0))
     x = begin.x.to(ctx.device)
-    held = _Held.of(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
-    state = State(held.put(x), begin.step, tuple(h.to(ctx.device) for h in begin.history))
+    hold = _holding(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
+    state = State(x, begin.step, tuple(h.to(ctx.device) for h in begin.history))
     while state.step < (request.steps if until is None else until):
         state = solver.step(velocity_at(float(schedule[state.step])), state, schedule)
-        state = replace(state, x=held.put(state.x))  # a solver's arithmetic would move it by a rounding error
+        state = replace(state, x=hold(state.x))
         if on_step is not None:
             on_step(state)
     return state.x
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Cells of the latents that a model's input gives and its loss leaves out, as an image in the first frame: they stay."""
-
-    where: Tensor | None = None  # [B 1 T 1 1]
-    value: Tensor | None = None  # [B C T H W]
-
-    @classmethod
-    def of(cls, inp: ModelInput, *, channels: int) -> _Held:
-        return cls() if inp.loss_mask is None else cls(inp.loss_mask == 0, inp.x[:, :channels])
-
-    def put(self, x: Tensor) -> Tensor:
-        return x if self.where is None or self.value is None else torch.where(self.where, self.value, x)
-
-    def still(self, velocity: Tensor) -> Tensor:
-        return velocity if self.where is None else velocity.masked_fill(self.where, 0)
+def _holding(inp: ModelInput, *, channels: int) -> Callable[[Tensor], Tensor]:
+    """Puts back the cells of the latents that a model's input gives and its loss leaves out, as an image in the first frame: the
+    solver moves them too."""
+    if inp.loss_mask is None:
+        return lambda x: x
+    where, value = inp.loss_mask == 0, inp.x[:, :channels]  # [B 1 T 1 1], [B C T H W]
+    return lambda x: torch.where(where, value, x)
 
 
 def _placed(cond: Cond, device: torch.device) -> dict[str, Tensor]:
