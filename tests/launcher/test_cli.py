@@ -84,7 +84,8 @@ def test_the_committed_reference_is_the_code() -> None:
 
 RECIPES = ("clips", "forgetting", "vae")  # of hvtrain.tiny's own programs
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.stem not in RECIPES]
-READ_BY = {"encode": "encode", "lora": "train", "full": "train", "dit": "train", "generate": "generate", "model": "train"}
+TRAINED = ("lora", "loraid", "full", "dit", "model")
+READ_BY = {"encode": "encode", "generate": "generate", **dict.fromkeys(TRAINED, "train")}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
