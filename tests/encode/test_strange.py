@@ -169,7 +169,7 @@ def test_what_flavors_take_differently_needs_a_flavor(strange):
     spec = dataclasses.replace(strange, flavors={**strange.flavors, "whole": whole})
     plain = spec.flavor(None)
     assert plain.name == "plain" and kind_of("image", strange, plain).fields[0].name == "still"  # one flavor takes it
-    with pytest.raises(ConfigError, match="'image' is not the same for all of pair, whole"):
+    with pytest.raises(ConfigError, match="'image' is not the same for all of .*pair, whole"):
         kind_of("image", spec, plain)
     assert kind_of("image", spec, pair).given == () and kind_of("image", spec, whole).given == (0, -1)
     with pytest.raises(ConfigError, match="no column 'control'; choose from latents, image, vision, text"):
