@@ -73,7 +73,10 @@ FLAVORS = {
         _flavor("t2v-14b", "2.1 text to video 14B", _14B, _720P),
         _flavor("t2v-1.3b", "2.1 text to video 1.3B", _1_3B, replace(_480P, cfg_scale=6.0)),
         _flavor("i2v-14b-480p", "2.1 image to video 14B", _CLIP, _IMAGE, tasks=("i2v",)),
-        _flavor("i2v-14b-720p", "2.1 image to video 14B", _CLIP, replace(_720P, steps=40, negative_prompt=_SHAKING), tasks=("i2v",)),
+        _flavor(
+            "i2v-14b-720p", "2.1 image to video 14B", _CLIP, replace(_720P, steps=40, negative_prompt=_SHAKING),
+            tasks=("i2v",),
+        ),
         _flavor(
             "flf2v-14b", "2.1 first and last frame to video 14B", replace(_CLIP, n_clip=2 * CLIP_TOKENS),
             _CUTTING, tasks=("flf2v",),
