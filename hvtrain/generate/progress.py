@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvtrain.progress import Bar
 
 
-class Sampling(Bar):
+class StepsBar(Bar):
     """Counts the steps of all videos of this rank."""
 
     def __init__(self, total_steps: int, *, show: bool) -> None:

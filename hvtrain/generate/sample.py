@@ -19,7 +19,7 @@ from hvtrain.flow.solvers import SOLVERS, State, Velocity
 from hvtrain.generate.conditions import Cond, Conditions, free
 from hvtrain.generate.loras import on_expert
 from hvtrain.generate.plan import DIT, Lot, Plan, last_step, phases
-from hvtrain.generate.progress import Sampling
+from hvtrain.generate.progress import StepsBar
 from hvtrain.generate.requests import Request
 from hvtrain.generate.spool import find, keep
 from hvtrain.generate.stop import Stop, Stopped
@@ -122,7 +122,7 @@ def sample_lots(
     if not lots:
         return
     lots = list(lots)
-    with Sampling(sum(lot.n_left for lot in lots), show=ctx.is_main) as progress:
+    with StepsBar(sum(lot.n_left for lot in lots), show=ctx.is_main) as progress:
         for expert in phases(plan.flavor):
             ends = [last_step(lot.jobs[0].request, expert) for lot in lots]
             if all(end <= lot.step for end, lot in zip(ends, lots, strict=True)):
@@ -140,7 +140,7 @@ def sample_lots(
 
 
 def _sample(
-    model: DiT, plan: Plan, lot: Lot, until: int, conds: Conditions, *, ctx: ParallelContext, stop: Stop, progress: Sampling
+    model: DiT, plan: Plan, lot: Lot, until: int, conds: Conditions, *, ctx: ParallelContext, stop: Stop, progress: StepsBar
 ) -> None:
     """A lot's next steps, to the disk."""
     requests, fields = [job.request for job in lot.jobs], plan.flavor.cond
