@@ -255,7 +255,7 @@ def test_a_whole_config_stays_with_its_command() -> None:
 
 
 # Names that two records still share.
-HOMES_LEFT: set[str] = {"Part", "Sampling", "Clip", "Sample", "Rule"}
+HOMES_LEFT: set[str] = {"Part", "Clip", "Sample", "Rule"}
 
 
 def test_a_class_has_one_home() -> None:
