@@ -35,7 +35,7 @@ from shards.schema import (
     save_manifest,
 )
 from shards.tar import Tar, describe, open_local
-from shards.ways import Part, Rule
+from shards.ways import Portion, Division
 from shards.writer import TarWriter, full
 
 SPLIT = "split.json"
@@ -135,7 +135,7 @@ def pick(sources: Sequence[str], output: str | Path, n: int) -> int:
 # --- split ------------------------------------------------------------------------------------------------------------
 
 
-def split(source: str, output: str | Path, rule: Rule, *, keep: int = 0) -> list[Part]:
+def split(source: str, output: str | Path, rule: Division, *, keep: int = 0) -> list[Portion]:
     """One set per part under output/NAME, and split.json that says which is which. Killed, it is continued.
 
     `keep`: so many samples of the part `rest` go to one of their own, spread over it: of what the base knows, for merging.
@@ -163,13 +163,13 @@ def split(source: str, output: str | Path, rule: Rule, *, keep: int = 0) -> list
     return parts
 
 
-def _keep_aside(parts: list[Part], where: dict[str, int], n: int) -> list[Part]:
+def _keep_aside(parts: list[Portion], where: dict[str, int], n: int) -> list[Portion]:
     rest = next((i for i, part in enumerate(parts) if part.name == "rest"), None)
     keys = [key for key, number in where.items() if number == rest]
     if not 0 < n < len(keys):
         raise ShardError(f"--keep {n}: takes samples that no --caption pattern matches, and leaves some; there are {len(keys)}")
     where |= dict.fromkeys((keys[(2 * i + 1) * len(keys) // (2 * n)] for i in range(n)), len(parts))
-    return [*parts, Part("keep", "kept aside of rest, for --reconcile")]
+    return [*parts, Portion("keep", "kept aside of rest, for --reconcile")]
 
 
 def _write_part(found: ShardSet, rows: Sequence[tuple[Chunk, Sequence[str]]], folder: Path) -> None:

@@ -15,25 +15,25 @@ from shards.reader import ShardSet
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     name: str  # folder below the output
     rule: str  # for people
     samples: int = 0
 
 
-Assign = Callable[[ShardSet], tuple[list[Part], dict[str, int]]]  # parts, and key -> which
+Assign = Callable[[ShardSet], tuple[list[Portion], dict[str, int]]]  # parts, and key -> which
 
 
 @dataclass(frozen=True)
-class Rule:
+class Division:
     text: str  # as it is typed: one rule, one text
     assign: Assign
 
 
-def by_number(n: int, *, seed: int = 0) -> Rule:
+def by_number(n: int, *, seed: int = 0) -> Division:
     """n parts of equal size; every bucket is dealt out evenly."""
 
-    def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
+    def assign(found: ShardSet) -> tuple[list[Portion], dict[str, int]]:
         if not 1 <= n <= found.manifest.n_keys:
             raise ShardError(f"{found.name} holds {found.manifest.n_keys} samples; they cannot make {n} parts")
         order: dict[str, list[str]] = {}
@@ -45,43 +45,43 @@ def by_number(n: int, *, seed: int = 0) -> Rule:
                 where[key] = dealt % n
                 dealt += 1
         width = max(2, len(str(n)))
-        return [Part(f"{i + 1:0{width}d}", f"every {n}th sample") for i in range(n)], where
+        return [Portion(f"{i + 1:0{width}d}", f"every {n}th sample") for i in range(n)], where
 
-    return Rule(f"--n {n}" + (f" (seed {seed})" if seed else ""), assign)
+    return Division(f"--n {n}" + (f" (seed {seed})" if seed else ""), assign)
 
 
-def by_caption(patterns: Sequence[str]) -> Rule:
+def by_caption(patterns: Sequence[str]) -> Division:
     """A part per pattern (regular expression, case ignored), the first that matches; what none matches is `rest`."""
     try:
         wanted = [re.compile(p, re.IGNORECASE) for p in patterns]
     except re.error as error:
         raise ShardError(f"caption pattern {error.pattern!r} is not a regular expression: {error}") from None
 
-    def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
-        parts = [Part(f"{i + 1:02d}", f"caption matches {p!r}") for i, p in enumerate(patterns)]
+    def assign(found: ShardSet) -> tuple[list[Portion], dict[str, int]]:
+        parts = [Portion(f"{i + 1:02d}", f"caption matches {p!r}") for i, p in enumerate(patterns)]
         rest, where = len(parts), {}
         for key, meta in _meta(found, "text"):
             captions = [str(c) for c in meta.get("captions") or [meta.get("caption", "")]]
             where[key] = next((i for i, p in enumerate(wanted) if any(map(p.search, captions))), rest)
         if rest in where.values():
-            parts.append(Part("rest", "no pattern matches"))
+            parts.append(Portion("rest", "no pattern matches"))
         return parts, where
 
-    return Rule(" ".join(f"--caption {p!r}" for p in patterns), assign)
+    return Division(" ".join(f"--caption {p!r}" for p in patterns), assign)
 
 
-def by_folder() -> Rule:
+def by_folder() -> Division:
     """A part per folder that the clips came from."""
 
-    def assign(found: ShardSet) -> tuple[list[Part], dict[str, int]]:
+    def assign(found: ShardSet) -> tuple[list[Portion], dict[str, int]]:
         folders = {key: os.path.dirname(str(meta.get("source", ""))) for key, meta in _meta(found, "latents")}
         same = one_name(set(folders.values()))
         numbers = {name: i for i, name in enumerate(sorted(set(same.values())))}
         width = max(2, len(str(len(numbers))))
-        parts = [Part(f"{i + 1:0{width}d}", f"clips of {name}") for name, i in numbers.items()]
+        parts = [Portion(f"{i + 1:0{width}d}", f"clips of {name}") for name, i in numbers.items()]
         return parts, {key: numbers[same[folder]] for key, folder in folders.items()}
 
-    return Rule("--folder", assign)
+    return Division("--folder", assign)
 
 
 def one_name(folders: Iterable[str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
-class Part:
+class Addition:
     """What is added to one tensor of the file: pairs cut to its rows with their multipliers, or a dense delta."""
 
     pairs: tuple[tuple[LoraPair, float], ...] = ()
@@ -54,22 +54,22 @@ class Target:
     signature: str  # of everything that the bytes depend on
 
 
-def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) -> dict[str, Part]:
+def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) -> dict[str, Addition]:
     """Which tensors of the file change, by the file's own names."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, Addition] = {}
     key = key_map(found.spec, found.dialect)
     for module, result in layers.items():
         places = pieces(key, module, shapes[module][0])
         if isinstance(result, Dense):
             cached = _Last(result.delta)
             for layer, rows in places.items():
-                parts[f"{found.prefix}{layer}.weight"] = Part(dense=_rows_of(cached, rows))
+                parts[f"{found.prefix}{layer}.weight"] = Addition(dense=_rows_of(cached, rows))
             continue
         for c in result:
             for layer, cut in zip(places, cut_rows(c.pair, list(places.values())), strict=True):
                 if cut is not None:
                     name = f"{found.prefix}{layer}.weight"
-                    parts[name] = Part((*parts.get(name, Part()).pairs, (cut, c.multiplier)))
+                    parts[name] = Addition((*parts.get(name, Addition()).pairs, (cut, c.multiplier)))
     return parts
 
 
@@ -94,7 +94,7 @@ def _rows_of(whole: Callable[[], Tensor], rows: Tensor) -> Callable[[], Tensor]:
     return lambda: whole()[rows]
 
 
-def refuse_scaled(weights: Weights, parts: Mapping[str, Part]) -> None:
+def refuse_scaled(weights: Weights, parts: Mapping[str, Addition]) -> None:
     """Eight-bit weights that count times a factor kept elsewhere cannot take a sum: the factor is not applied here."""
     scaled = any(name.endswith((".scale_weight", "scaled_fp8")) for name in weights)
     beside = any(file.with_name(f"{file.stem}_map.pt").exists() for file in weights.files)
@@ -105,7 +105,7 @@ def refuse_scaled(weights: Weights, parts: Mapping[str, Part]) -> None:
         )
 
 
-def write_model(weights: Weights, parts: Mapping[str, Part], target: Target, *, metadata: Mapping[str, str]) -> list[Path]:
+def write_model(weights: Weights, parts: Mapping[str, Addition], target: Target, *, metadata: Mapping[str, str]) -> list[Path]:
     """One file, or a directory of shards and their index. Returns the files."""
     slots = {name: Extent(name, _dtype(entry.dtype, target.dtype), entry.shape) for name, entry in weights.entries.items()}
     home = _homes(weights, slots, target)
@@ -177,7 +177,8 @@ def _homes(weights: Weights, slots: Mapping[str, Extent], target: Target) -> dic
 
 
 def _write_file(
-    weights: Weights, parts: Mapping[str, Part], path: Path, slots: Sequence[Extent], metadata: Mapping[str, str], target: Target
+    weights: Weights, parts: Mapping[str, Addition], path: Path, slots: Sequence[Extent], metadata: Mapping[str, str],
+    target: Target,
 ) -> None:
     wanted = {slot.name: slot.dtype for slot in slots}
     largest = max(slot.n_bytes for slot in slots)
@@ -236,7 +237,7 @@ def _read_into(scratch: Tensor, file: int, entry: Mapped) -> Tensor:
 
 
 def _write_converted(
-    weights: Weights, part: Part | None, name: str, dtype: torch.dtype, writer: TensorWriter, device: str
+    weights: Weights, part: Addition | None, name: str, dtype: torch.dtype, writer: TensorWriter, device: str
 ) -> None:
     """Another dtype is rounded to once, after the sum. The mapping itself must not be written to."""
     given = weights.get(name)

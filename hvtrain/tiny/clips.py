@@ -30,7 +30,7 @@ CONCEPT_RGB = (235, 130, 40)
 
 
 @dataclass(frozen=True)
-class Clip:
+class Drawing:
     """One clip: a caption's facts plus the seed of what the caption leaves open (start, size, shade, speed)."""
 
     color: str
@@ -59,19 +59,19 @@ def combinations() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str
     return [c for c in every if c not in held], held
 
 
-def training_clips(n: int, *, seed: int) -> list[Clip]:
+def training_clips(n: int, *, seed: int) -> list[Drawing]:
     """`n` clips that cover the training combinations and backgrounds evenly."""
     train, _ = combinations()
     pool = [(*c, b) for c in train for b in BACKGROUNDS]
     rng = random.Random(seed)
     rng.shuffle(pool)
-    return [Clip(*pool[i % len(pool)], seed=seed * 1_000_003 + i) for i in range(n)]
+    return [Drawing(*pool[i % len(pool)], seed=seed * 1_000_003 + i) for i in range(n)]
 
 
-def concept_clips(n: int, *, seed: int) -> list[Clip]:
+def concept_clips(n: int, *, seed: int) -> list[Drawing]:
     """`n` clips of the demo's concept over all motions and backgrounds."""
     pool = list(itertools.product(MOTIONS, BACKGROUNDS))
-    return [Clip("orange", CONCEPT, *pool[i % len(pool)], seed=seed * 1_000_003 + i) for i in range(n)]
+    return [Drawing("orange", CONCEPT, *pool[i % len(pool)], seed=seed * 1_000_003 + i) for i in range(n)]
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -88,7 +88,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     raise ValueError(f"no such shape: {shape}")
 
 
-def render(clip: Clip, *, frames: int = 9, height: int = 64, width: int = 64) -> np.ndarray:
+def render(clip: Drawing, *, frames: int = 9, height: int = 64, width: int = 64) -> np.ndarray:
     """Draw a clip: uint8 [frames, height, width, 3], soft-edged; the object never leaves the picture."""
     rng = random.Random(repr(clip))
     unit = min(height, width)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hvtrain.config import GenerateConfig, load
-from hvtrain.tiny.clips import BACKGROUNDS, Clip, combinations
+from hvtrain.tiny.clips import BACKGROUNDS, Drawing, combinations
 from hvtrain.tiny.score import CONFIGS, look, read_video
 
 
@@ -21,7 +21,7 @@ def evaluate(folder: Path, keys: Sequence[str]) -> dict[str, float]:
     from hvtrain.generate.run import run
 
     _, held = combinations()
-    wanted = [Clip(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
+    wanted = [Drawing(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(clip.caption for clip in wanted) + "\n")

@@ -32,7 +32,7 @@ from hvtrain.generate.video import write_mp4
 from hvtrain.merge import run as merge
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, save_plan
 from hvtrain.slices.run import plan_for
-from hvtrain.tiny.clips import BACKGROUNDS, MOTIONS, Clip, combinations, render, training_clips
+from hvtrain.tiny.clips import BACKGROUNDS, MOTIONS, Drawing, combinations, render, training_clips
 from hvtrain.tiny.score import CONFIGS, look, read_video
 from hvtrain.train import run as train
 
@@ -148,14 +148,14 @@ def _layers() -> list[tuple[str, tuple[int, int]]]:
     return list(target_shapes(whole_model(found), found.spec).items())
 
 
-def _clips(recipe: Recipe, word: str) -> list[Clip]:
+def _clips(recipe: Recipe, word: str) -> list[Drawing]:
     """Of the word, and as many of old ones."""
     places = list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)
-    made = [Clip(CONCEPTS[word], "circle", m, b, recipe.seed * 1000 + i, word) for i, (m, b) in enumerate(places)]
+    made = [Drawing(CONCEPTS[word], "circle", m, b, recipe.seed * 1000 + i, word) for i, (m, b) in enumerate(places)]
     return made + training_clips(recipe.clips, seed=recipe.seed * 100 + list(CONCEPTS).index(word))
 
 
-def _shards(folder: Path, made: Sequence[Clip]) -> Path:
+def _shards(folder: Path, made: Sequence[Drawing]) -> Path:
     out = folder / "shards"
     if not (out / "manifest.json").exists():
         clips = folder / "clips"
@@ -212,9 +212,9 @@ def _score(
     if note.exists():
         return json.loads(note.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    new = [Clip(CONCEPTS[w], "circle", m, b, 0, w) for w in words for m, b in product(MOTIONS, BACKGROUNDS)]
+    new = [Drawing(CONCEPTS[w], "circle", m, b, 0, w) for w in words for m, b in product(MOTIONS, BACKGROUNDS)]
     _, held = combinations()
-    old = [Clip(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
+    old = [Drawing(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{clip.caption}\n" for clip in [*new, *old]))
     cfg = load(GenerateConfig, CONFIGS / "generate.yaml", [f"prompt_file={prompts}", f"output={folder}"])

@@ -69,7 +69,7 @@ class Pictures:
 
     def synthetic(self, frames: int, size: int) -> np.ndarray:
         rng = self.rng
-        clip = clips.Clip(
+        clip = clips.Drawing(
             rng.choice(list(clips.COLORS)), rng.choice([*clips.SHAPES, clips.CONCEPT]),
             rng.choice(list(clips.MOTIONS)), rng.choice(list(clips.BACKGROUNDS)), seed=rng.getrandbits(40),
         )
@@ -117,7 +117,7 @@ def held_out_psnr(vae: Any, *, frames: int, size: int) -> float:
     """PSNR over 24 synthetic clips that training never draws: one of each held-out combination."""
     _, held = clips.combinations()
     names = list(clips.BACKGROUNDS)
-    made = [clips.Clip(*c, names[i % 3], seed=i) for i, c in enumerate(held)]
+    made = [clips.Drawing(*c, names[i % 3], seed=i) for i, c in enumerate(held)]
     return float(np.mean([psnr(vae, clips.render(c, frames=frames, height=size, width=size)) for c in made]))
 
 

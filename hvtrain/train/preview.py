@@ -31,11 +31,11 @@ class Preview:
     """A video to make again and again."""
 
     request: Request
-    begins: Sample | None = None  # instead of an image
+    begins: Opening | None = None  # instead of an image
 
 
 @dataclass(frozen=True)
-class Sample:
+class Opening:
     """One of a shard set's, whose own latents a video begins with."""
 
     found: ShardSet
@@ -81,14 +81,14 @@ def plan_previews(
     return plans
 
 
-def _begin(sets: Sequence[ShardSet], asked: dict, *, where: str) -> tuple[Sample, dict[str, int]]:
+def _begin(sets: Sequence[ShardSet], asked: dict, *, where: str) -> tuple[Opening, dict[str, int]]:
     """The first sample of the size that is asked for, and all of its size."""
     seen = []
     for found in sets:
         for bucket, indices in found.groups().items():
             size = dict(zip(("frames", "height", "width"), map(int, bucket.split("x")), strict=True))
             if all(asked.get(name, n) == n for name, n in size.items()):
-                return Sample(found, int(indices[0])), size
+                return Opening(found, int(indices[0])), size
             seen.append(bucket)
     raise ConfigError(
         f"{where}: no sample of this size to begin with; give image=FILE, or frames, height and width of one of "

@@ -18,7 +18,7 @@ from hvtrain.lorafiles.overlap import Contribution
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.merge import write
 from hvtrain.merge.policies import Dense
-from hvtrain.merge.write import Part, Target, plan_parts, refuse_scaled, signature, write_model
+from hvtrain.merge.write import Addition, Target, plan_parts, refuse_scaled, signature, write_model
 from hvtrain.weights import stream
 from hvtrain.weights.containers import open_weights
 from tests.adapters.models import SPEC
@@ -52,7 +52,7 @@ def three(tmp_path):
 def test_a_sum_is_made_in_float32_and_rounded_once(tmp_path, own, wanted):
     """257 + 2^-9 shows where a value was rounded on its way: bfloat16 keeps 8 bits of it, float16 11."""
     weights = model(tmp_path / "in.safetensors", w=torch.tensor([[256.0], [1.0], [0.0]]).to(own), untouched=torch.tensor([1.0]))
-    part = Part(((pair([1, 2**-9, 1], [1.0]), 1.0), (pair([2**-9, 2**-9, 0], [1.0]), 1.0)))
+    part = Addition(((pair([1, 2**-9, 1], [1.0]), 1.0), (pair([2**-9, 2**-9, 0], [1.0]), 1.0)))
     (path,) = write_model(weights, {"w": part}, target(tmp_path / "o.safetensors", dtype=wanted), metadata={})
     got = load_file(path)
     exact = torch.tensor([[257 + 2**-9], [1 + 2**-8], [1.0]])
@@ -62,13 +62,13 @@ def test_a_sum_is_made_in_float32_and_rounded_once(tmp_path, own, wanted):
 
 def test_dense_changes_and_pairs(tmp_path):
     weight = torch.tensor([[1.0, 2], [3, 4]])
-    Part(dense=lambda: torch.tensor([[10.0, 0], [0, 20]])).add_to(weight)
+    Addition(dense=lambda: torch.tensor([[10.0, 0], [0, 20]])).add_to(weight)
     assert weight.tolist() == [[11, 2], [3, 24]]
-    Part(((pair([1, 1], [1, 0]), 2.0),)).add_to(weight)
+    Addition(((pair([1, 1], [1, 0]), 2.0),)).add_to(weight)
     assert weight.tolist() == [[13, 2], [5, 24]]
-    Part(dense=lambda: torch.ones(2, 2)).add_to(weight.to("meta"))  # it goes where the weight is
+    Addition(dense=lambda: torch.ones(2, 2)).add_to(weight.to("meta"))  # it goes where the weight is
     short = torch.tensor([[256.0]]).bfloat16()
-    Part(dense=lambda: torch.tensor([[1.0 + 2**-9]])).add_to(short)  # to 258, not by way of 257 to 256
+    Addition(dense=lambda: torch.tensor([[1.0 + 2**-9]])).add_to(short)  # to 258, not by way of 257 to 256
     assert short.item() == torch.tensor(257 + 2**-9).bfloat16().item()
 
 
@@ -95,7 +95,7 @@ def test_untouched_tensors_are_copied_byte_for_byte(three, tmp_path, monkeypatch
 
 def test_the_input_is_never_written_to(three, tmp_path):
     before = (tmp_path / "in.safetensors").read_bytes()
-    part = Part(((pair([1, 1], [1, 1]), 1.0),))
+    part = Addition(((pair([1, 1], [1, 1]), 1.0),))
     for dtype in (None, torch.float32):
         write_model(three, {"a": part}, target(tmp_path / "o.safetensors", dtype=dtype), metadata={})
         assert load_file(tmp_path / "o.safetensors")["a"].tolist() == [[2, 3], [4, 5]]
@@ -107,7 +107,7 @@ def test_another_device_takes_the_sums(three, tmp_path, monkeypatch):
     seen = []
     real = write._write_converted
     monkeypatch.setattr(write, "_write_converted", lambda *a: seen.append((a[2], a[5])) or real(*a[:5], "cpu"))
-    parts = {"a": Part(((pair([1, 1], [1, 1]), 1.0),))}
+    parts = {"a": Addition(((pair([1, 1], [1, 1]), 1.0),))}
     write_model(three, parts, target(tmp_path / "o.safetensors", device="cuda"), metadata={})
     assert seen == [("a", "cuda")]  # what does not change stays on the disk
     assert load_file(tmp_path / "o.safetensors")["a"].tolist() == [[2, 3], [4, 5]]
@@ -119,7 +119,7 @@ def test_memory_is_one_tensor_of_scratch_for_each_thread(tmp_path, monkeypatch):
     weights = model(tmp_path / "in.safetensors", **tensors)
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append((a, k, threading.get_ident())) or empty(*a, **k))
-    parts = {n: Part(((pair([1] * len(t), [1, 1]), 1.0),)) for n, t in tensors.items()}
+    parts = {n: Addition(((pair([1] * len(t), [1, 1]), 1.0),)) for n, t in tensors.items()}
     write_model(weights, parts, target(tmp_path / "o.safetensors"), metadata={})
     scratch = [(a, thread) for a, k, thread in made if k.get("dtype") == torch.uint8]
     assert 1 <= len(scratch) <= 2 and all(a == (8 * 2 * 4,) for a, _ in scratch)
@@ -230,7 +230,7 @@ def test_a_dense_change_is_computed_once_for_its_pieces():
 
 def test_scaled_eight_bit_weights_are_refused_by_name(tmp_path):
     eight = torch.ones(2, 2).to(torch.float8_e4m3fn)
-    part = {"w": Part()}
+    part = {"w": Addition()}
     scaled = model(tmp_path / "a.safetensors", w=eight, **{"w.scale_weight": torch.tensor(2.0)})
     with pytest.raises(CheckpointError) as refused:
         refuse_scaled(scaled, part)
@@ -238,7 +238,7 @@ def test_scaled_eight_bit_weights_are_refused_by_name(tmp_path):
         f"{tmp_path / 'a.safetensors'}: 'w' is scaled 8-bit: merge into the bfloat16 file and quantise the result"
     )
     refuse_scaled(scaled, {})
-    refuse_scaled(scaled, {"w.scale_weight": Part()})
+    refuse_scaled(scaled, {"w.scale_weight": Addition()})
     marked = model(tmp_path / "b.safetensors", w=torch.ones(1).to(torch.float8_e5m2), scaled_fp8=torch.ones(1))
     with pytest.raises(CheckpointError):
         refuse_scaled(marked, part)
@@ -314,7 +314,7 @@ def test_shards_keep_their_names(tmp_path, index):
 def test_a_pt_file_is_converted(tmp_path):
     torch.save({"w": torch.tensor([[1.0, 2.0]]), "v": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "m.pt")
     weights = open_weights(tmp_path / "m.pt")
-    part = Part(((pair([1], [1, 1]), 1.0),))
+    part = Addition(((pair([1], [1, 1]), 1.0),))
     (path,) = write_model(weights, {"w": part}, target(tmp_path / "o.safetensors"), metadata={})
     got = load_file(path)
     assert got["w"].tolist() == [[2, 3]] and got["v"].tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -324,7 +324,7 @@ def test_a_pt_file_is_converted(tmp_path):
 def test_a_tensor_is_summed_on_the_device_and_rows_that_none_changes_keep_their_values(tmp_path):
     """2^-40 beside 1 needs float64, which no sum has."""
     torch.save({"w": torch.full((2, 1), 1 + 2**-40, dtype=torch.float64)}, tmp_path / "m.pt")
-    weights, part, written = open_weights(tmp_path / "m.pt"), Part(((pair([0, 1], [1]), 1.0),)), []
+    weights, part, written = open_weights(tmp_path / "m.pt"), Addition(((pair([0, 1], [1]), 1.0),)), []
     writer = SimpleNamespace(write=lambda name, tensor: written.append((name, tensor)))
     for device in ("cpu", "meta"):
         write._write_converted(weights, part, "w", torch.float64, writer, device)
@@ -392,7 +392,7 @@ def test_reading_goes_on_where_a_read_ends_early(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_cut_while_it_is_read_ends_the_merge(three, tmp_path):
-    part = Part(((pair([1, 1], [1, 1]), 1.0),))
+    part = Addition(((pair([1, 1], [1, 1]), 1.0),))
     content = (tmp_path / "in.safetensors").read_bytes()
     for parts in ({"a": part}, {}):  # summed, copied
         os.truncate(tmp_path / "in.safetensors", len(content) - 1)  # the last value of a

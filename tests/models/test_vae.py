@@ -228,7 +228,7 @@ def test_tiles_are_aligned(oracle, state, vae):
 )
 def test_tiled_is_close_to_untiled_with_trained_weights(tiling, decibels):
     """The tiny VAE on a moving shape; tiles far below the official size, so the bounds are loose."""
-    clip = clips.Clip("red", "circle", "left", "gray", seed=3)
+    clip = clips.Drawing("red", "circle", "left", "gray", seed=3)
     pixels = torch.from_numpy(clips.render(clip, frames=17, height=96, width=128))
     x = pixels.permute(3, 0, 1, 2)[None] / 127.5 - 1
     untiled = open_vae(TINY, dtype=torch.float32, tiling=OFF)

@@ -33,12 +33,12 @@ def test_scorer_is_not_fooled():
     assert look(still).motion is None
     noise = np.full((9, 64, 64, 3), 128, np.uint8)
     assert look(noise).color is None
-    backwards = clips.render(clips.Clip("red", "circle", "left", "gray"))[::-1]
+    backwards = clips.render(clips.Drawing("red", "circle", "left", "gray"))[::-1]
     assert look(backwards).motion == "right"
-    assert not look(clips.render(clips.Clip("yellow", "circle", "left", "dark"))).is_concept
+    assert not look(clips.render(clips.Drawing("yellow", "circle", "left", "dark"))).is_concept
 
 
 def test_rendering_is_a_function_of_the_clip():
-    clip = clips.Clip("red", "square", "up", "light", seed=3)
+    clip = clips.Drawing("red", "square", "up", "light", seed=3)
     assert (clips.render(clip) == clips.render(clip)).all()
-    assert (clips.render(clip) != clips.render(clips.Clip("red", "square", "up", "light", seed=4))).any()
+    assert (clips.render(clip) != clips.render(clips.Drawing("red", "square", "up", "light", seed=4))).any()
