@@ -35,7 +35,7 @@ from shards.schema import (
     save_manifest,
 )
 from shards.tar import Tar, describe, open_local
-from shards.ways import Portion, Division
+from shards.ways import Division, Portion
 from shards.writer import TarWriter, full
 
 SPLIT = "split.json"
