@@ -51,7 +51,7 @@ LINES = (
     "lora extract tiny:dit.safetensors tiny:dit.safetensors --rank 1 --output e.safetensors",
     "lora average @lora.safetensors@ @lora.safetensors@ --weight 1 --weight 2 --output v.safetensors",
     "lora ema @lora.safetensors@ @lora.safetensors@ --beta 0.9 --output v.safetensors",
-    "plan @train.yaml@ --gpus 1,2 --memory 80 --size 64x64x5",
+    "fit @train.yaml@ --gpus 1,2 --memory 80 --size 64x64x5",
     "models keys hunyuan-video --flavor tiny",
     "config train",
 )

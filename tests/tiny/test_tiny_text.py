@@ -20,8 +20,7 @@ PROMPTED = (
 
 @pytest.fixture(scope="module")
 def encoders():
-    folders = recipe.ASSETS / "llm", recipe.ASSETS / "clip"
-    return open_text(folders[0], folders[0], folders[1], folders[1], dtype=torch.float32)
+    return open_text({name: str(recipe.ASSETS / name) for name in ("llm", "clip")}, dtype=torch.float32)
 
 
 def test_the_recipe_makes_the_shipped_files(tmp_path):
