@@ -44,9 +44,9 @@ InactiveLimit=0
 KillWait=30
 MinJobAge=600
 PropagateResourceLimits=NONE
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={one} CPUs=4 RealMemory=2000 JobState=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={two} CPUs=4 RealMemory=2000 JobState=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE JobState=UP
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={one} CPUs=4 RealMemory=2000 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={two} CPUs=4 RealMemory=2000 State=UNKNOWN
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
