@@ -167,7 +167,7 @@ VALUES = st.recursive(
 MODEL = {"dit": "tiny:dit.safetensors", "vae": "tiny:vae.safetensors", "llm": "tiny:llm", "clip": "tiny:clip", "dtype": "float32"}
 GOOD = {  # so that one odd value is met by the rule for it, not by the first of all
     "train": {"model": MODEL, "data": {"shards": ["."]}, "run": {"steps": 3, "output_dir": "x"}},
-    "encode": {"model": MODEL, "dataset": "pyproject.toml", "output": "x"},
+    "encode": {"model": MODEL, "dataset": __file__, "output": "x"},
     "generate": {"model": MODEL, "prompt": "a", "output": "x.mp4"},
     "merge": {},
 }
