@@ -120,6 +120,11 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
     x = reference.tensors["input.x"].clone().requires_grad_()
     output = model(model_input(reference, x))
     yield "output", relative(output.detach(), reference.tensors["output"])
+    yield from gradients(reference, model, x, output)
+
+
+def gradients(reference: Reference, model: DiT, x: Tensor, output: Tensor) -> Iterator[tuple[str, float]]:
+    """Of the output's mean square, by the input and by each parameter; one that gets none has a gradient of zero."""
     output.pow(2).mean().backward()
     assert x.grad is not None
     yield "grad_x", relative(x.grad, reference.tensors["grad_x"])

@@ -20,7 +20,7 @@ from hvtrain.models.wan.inputs import WanInput, given_frames
 from hvtrain.models.wan.text import load_umt5
 from hvtrain.models.wan.vae import open_vae
 from hvtrain.weights.source import anchored
-from tests.oracles.check import Reference, read, relative
+from tests.oracles.check import Reference, gradients, read, relative
 
 # --- DiT --------------------------------------------------------------------------------------------------------------
 
@@ -69,13 +69,7 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
         last = reference.config["model_type"] == "flf2v"
         mask = given_frames(i["y"].shape[1], last=last, device=x.device)[:, :, None, None]
         yield "mask", relative(mask.float().expand_as(i["y"][:4]), i["y"][:4])
-    output.pow(2).mean().backward()
-    assert x.grad is not None
-    yield "grad_x", relative(x.grad, reference.tensors["grad_x"])
-    parameters = dict(model.named_parameters())
-    for name, wanted in reference.part("grad.").items():
-        found = parameters[name].grad
-        yield f"grad.{name}", relative(torch.zeros_like(wanted) if found is None else found, wanted)
+    yield from gradients(reference, model, x, output)
 
 
 # --- what a model is made of besides ----------------------------------------------------------------------------------
