@@ -15,7 +15,8 @@ from hvtrain.merge import run as merge
 from hvtrain.merge.evaluate import losses_of
 from hvtrain.models import find
 from hvtrain.models.hunyuan_video import inputs
-from hvtrain.models.load import save_dit
+from hvtrain.models.load import identify, save_dit
+from hvtrain.parallel.context import start
 from hvtrain.train import run as train
 from hvtrain.train import setup
 from hvtrain.train.setup import flow_of
@@ -86,7 +87,7 @@ def test_a_run_takes_the_flavors_own(shards, small, told, tmp_path, capfd):
         dit=str(dit), lora=(LoraFileConfig(str(run / "lora.safetensors")),), output=str(tmp_path / "m.safetensors"),
         evaluate=(str(shards),),
     )
-    merge.run(wanted, losses_of(wanted))
+    merge.run(wanted)
     assert told and {scale for scale, _ in told} == {1.0}
     assert any(s == pytest.approx(0.875) for _, sigma in told for s in sigma.tolist())
 
@@ -94,8 +95,7 @@ def test_a_run_takes_the_flavors_own(shards, small, told, tmp_path, capfd):
 def test_the_flavor_that_a_merge_is_told(shards, small, told, tmp_path):
     """Weights of equal shapes do not tell SkyReels from HunyuanVideo: `flavor` does."""
     dit = small("t2v")
-    loss = losses_of(MergeConfig(dit=str(dit), flavor="tiny", evaluate=(str(shards),)))
-    loss(merge.Inputs([], None), {})
+    losses_of(identify(dit, flavor="tiny"), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert any(s == pytest.approx(0.75) for _, sigma in told for s in sigma.tolist())  # tiny's shift of 3
 
 
@@ -150,7 +150,7 @@ def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name,
     dit = small(name)
     held = (f"eval.shards=[{shards}]", "eval.every_steps=1", "eval.quantiles=[0.5]", "eval.max_batches=1", "data.workers=0")
     assert train.run(config(shards, tmp_path / "run", f"model.dit={dit}", "run.steps=1", *held)) == 0
-    losses_of(MergeConfig(dit=str(dit), evaluate=(str(shards),)))(merge.Inputs([], None), {})
+    losses_of(identify(dit), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert len(read) > 3
     assert all(set(batch.tensors) == {"latents", "text", "text_len", "pooled"} | wanted for batch in read)
 
