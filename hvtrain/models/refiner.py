@@ -65,10 +65,12 @@ class TokenRefiner(nn.Module):
 class TextEmbedder(nn.Module):
     """A language model's states [B L dim] to the text stream [B L E], refined knowing t and the mean of the states."""
 
-    def __init__(self, dim: int, width: int, *, n_heads: int, mlp_dim: int, depth: int) -> None:
+    def __init__(
+        self, dim: int, width: int, *, n_heads: int, mlp_dim: int, depth: int, clock: type[TimeEmbedder] = ClockEmbedder
+    ) -> None:
         super().__init__()
         self.input_embedder = nn.Linear(dim, width)
-        self.t_embedder = ClockEmbedder(width)
+        self.t_embedder = clock(width)
         self.c_embedder = ContextEmbedder(dim, width)
         self.individual_token_refiner = TokenRefiner(width, n_heads=n_heads, mlp_dim=mlp_dim, depth=depth)
 
