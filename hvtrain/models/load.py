@@ -70,6 +70,8 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
             arch = arch_of(spec, shapes, weights.metadata)
             likely = spec.told_by(path) if spec.told_by else None
             chosen = flavor_of(spec, arch, flavor, hint=weights.metadata.get(FLAVOR_KEY), likely=likely)
+            if flavor and likely and spec.flavor(likely).tasks[0] != chosen.tasks[0]:
+                raise CheckpointError(f"its name or config says '{likely}', which does another task than flavor '{flavor}'")
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _refuse_integers(weights, sources)

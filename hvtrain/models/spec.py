@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -184,6 +184,7 @@ class Flavor:
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
     image_optional: bool = False  # of one that takes an image: it also makes videos without
+    unguided: bool = False  # distilled so far that classifier-free guidance breaks it
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
 
     @property
@@ -251,6 +252,7 @@ class ModelSpec:
     text_fingerprints: Callable[[Parts], tuple[str, ...]]  # what open_text's may be, from headers and single values
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
+    lora_keys: Mapping[str, str] = field(default_factory=dict)  # dialect of LoRAs -> key map, where it is not the dialect's own
     unseen: tuple[str, ...] = ()  # fields of `arch` that no weight shows: the flavor tells them
     told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ

@@ -10,9 +10,10 @@ from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from
 from hvtrain.models.hunyuan_video.inputs import image_conditions, make_input, start
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
-from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
+from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
 from hvtrain.models.later import later
+from hvtrain.models.refiner import init_weights
 from hvtrain.models.spec import ModelSpec, TinyParts
 
 
