@@ -72,7 +72,9 @@ def _check_fields(
             )
 
 
-def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec) -> None:
+def check_encoders(
+    groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec, flavor: Flavor | None = None
+) -> None:
     """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each
     other. Raises DataError."""
     for column in columns:
@@ -81,7 +83,7 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
         others = [(key, s, by) for key, s, by in every if by.model not in ("", spec.name)]
         if not made and not others:
             continue
-        part, own = _own(column, model, spec)
+        part, own = _own(column, model, spec, flavor)
         for key, found, by in others:  # models may share an encoder
             if by.encoder not in own:
                 raise DataError(
@@ -101,10 +103,10 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
                 )
 
 
-def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+def _own(column: str, m: ModelConfig, spec: ModelSpec, flavor: Flavor | None) -> tuple[str, tuple[str, ...]]:
     """The config's keys, and what the fingerprint may be; empty where they are not set."""
     if column == "text":
-        return keys_of(spec, column), text_fingerprints(spec, m)
+        return keys_of(spec, column), text_fingerprints(spec, m, flavor)
     if spec.column(column) is not None:
         return keys_of(spec, column), ()
     return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()

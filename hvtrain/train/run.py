@@ -131,7 +131,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     )
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
-        data.check_encoders(groups, flavor.columns, cfg.model, base.spec)
+        data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
     per_step = ctx.dp * cfg.data.batch_size * cfg.run.grad_accum

@@ -21,6 +21,7 @@ from hvtrain.train import run as train
 from hvtrain.train import setup
 from hvtrain.train.setup import flow_of
 from shards.loader import BatchLoader
+from tests.models.sight import save_sight
 from tests.train.shardset import config, make_shards
 
 SPEC = find("hunyuan-video")
@@ -101,7 +102,7 @@ def test_the_flavor_that_a_merge_is_told(shards, small, told, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "shift", "guidance"),
-    [("t2v", 7.0, 6.0), ("i2v", 7.0, 6.0), ("skyreels-v1-t2v", 7.0, 1.0), ("skyreels-v1-i2v", 7.0, 1.0), ("tiny", 3.0, 6.0)],
+    [("t2v", 7.0, 6.0), ("i2v", 7.0, 6.0), ("i2v-dynamic", 7.0, 6.0), ("i2v-concat", 7.0, None), ("skyreels-v1-t2v", 7.0, 1.0), ("skyreels-v1-i2v", 7.0, 1.0), ("tiny", 3.0, 6.0)],
 )
 def test_values_of_the_flavors(name, shift, guidance):
     found = flow_of(FlowConfig(), SPEC.flavors[name])
@@ -144,7 +145,8 @@ def test_numbers_that_equal_the_flavors_are_the_same_run(shards, tmp_path, capfd
 @pytest.mark.parametrize(("name", "wanted"), [("t2v", set()), ("i2v", {"image_latents"})])
 def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name, wanted):
     """In training, held-out loss and merge; `control` is read by no model."""
-    shards = make_shards(tmp_path / "set", more=("image", "control"))
+    words = "seen_text" if SPEC.flavors[name].sees else "text"
+    shards = make_shards(tmp_path / "set", more=("image", "control"), words=words)
     read, real = [], BatchLoader.read
     monkeypatch.setattr(BatchLoader, "read", lambda self, turn: read.append(real(self, turn)) or read[-1])
     dit = small(name)
@@ -152,7 +154,7 @@ def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name,
     assert train.run(config(shards, tmp_path / "run", f"model.dit={dit}", "run.steps=1", *held)) == 0
     losses_of(identify(dit), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert len(read) > 3
-    assert all(set(batch.tensors) == {"latents", "text", "text_len", "pooled"} | wanted for batch in read)
+    assert all(set(batch.tensors) == {"latents", words, f"{words}_len", "pooled"} | wanted for batch in read)
 
 
 def test_a_fit_is_traced_with_the_flavors_own(told):
@@ -163,10 +165,13 @@ def test_a_fit_is_traced_with_the_flavors_own(told):
 @pytest.mark.parametrize("name", ["i2v", "skyreels-v1-i2v"])
 def test_image_to_video_makes_previews(shards, small, tmp_path, monkeypatch, name):
     """Of a sample's own first frame; a size that no sample has is refused before the model is read."""
-    dit, run = small(name), tmp_path / "run"
-    assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1", *PARTS, *PREVIEW)) == 0
+    dit, run, parts = small(name), tmp_path / "run", PARTS
+    if SPEC.flavors[name].sees:
+        shards = make_shards(tmp_path / "set", words="seen_text")
+        parts = (*PARTS, f"model.llm_vision={save_sight(tmp_path / 'vision.safetensors')}")
+    assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1", *parts, *PREVIEW)) == 0
     assert (run / "previews" / "step00000001_0.mp4").exists()
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
     with pytest.raises(ConfigError, match=r"preview.prompts\[0\]: no sample of this size to begin with; give image=FILE, or"):
-        train.run(config(shards, tmp_path / "other", f"model.dit={dit}", *PARTS, PREVIEW[0], PREVIEW[1].replace("32", "48")))
+        train.run(config(shards, tmp_path / "other", f"model.dit={dit}", *parts, PREVIEW[0], PREVIEW[1].replace("32", "48")))
     assert not (tmp_path / "other").exists()
