@@ -12,7 +12,9 @@ import torch
 from hvtrain.config import MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
+from hvtrain.lorafiles.experts import number_of
 from hvtrain.lorafiles.files import LoraFile, read_lora
+from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
@@ -29,10 +31,12 @@ def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str 
     """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint, if there is a model."""
     plan = load_plan(cfg.plan) if cfg.plan is not None else None
     missing: list[int] = []
-    paths: list[tuple[Path, float]] = [(lora_in(entry.path), entry.multiplier) for entry in cfg.lora]
+    paths: list[tuple[Path, float]] = [(lora_in(entry.path, cfg.expert), entry.multiplier) for entry in cfg.lora]
+    number = number_of(spec, cfg.expert, key="--expert")
     if plan is not None:
-        check_fits(plan, model=spec.name, shapes=shapes, base=None if cfg.any_base else base, where=cfg.plan)
-        found, gaps = slices_of(plan, Path(cfg.slices or Path(str(cfg.plan)).parent))
+        one_for_all = cfg.any_base or cfg.expert is not None  # a plan is every expert's; each LoRA knows its own weights
+        check_fits(plan, model=spec.name, shapes=shapes, base=None if one_for_all else base, where=cfg.plan)
+        found, gaps = slices_of(plan, Path(cfg.slices or Path(str(cfg.plan)).parent), cfg.expert)
         missing = list(gaps)
         if gaps and not cfg.allow_missing:
             listed = "; ".join(f"LORAID {i}: {reason}" for i, reason in gaps.items())
@@ -40,7 +44,8 @@ def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str 
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    loras = [(read_lora(path, shapes, spec=spec), multiplier) for path, multiplier in paths]
+    loras = [(read_lora(path, shapes, spec=spec, expert=number), multiplier) for path, multiplier in paths]
+    _check_experts([lora for lora, _ in loras], cfg.expert)
     for lora, _ in loras:
         _check_base(lora, base, any_base=cfg.any_base)
     if plan is not None:
@@ -49,7 +54,17 @@ def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str 
     return Inputs(loras, plan, tuple(missing))
 
 
-def slices_of(plan: SlicePlan, folder: Path) -> tuple[dict[int, Path], dict[int, str]]:
+def _check_experts(loras: Sequence[LoraFile], wanted: str | None) -> None:
+    """Those of two experts have the same layers, and nothing to do with each other."""
+    said = {lora.path: lora.metadata[EXPERT_KEY] for lora in loras if EXPERT_KEY in lora.metadata}
+    first = wanted or next(iter(said.values()), None)
+    for path, name in said.items():
+        if name != first:
+            what = f"--expert {wanted}" if wanted else f"{next(iter(said))} as '{first}'"
+            raise CheckpointError(f"{path}: was trained as the expert '{name}', {what}; a merge is into one expert")
+
+
+def slices_of(plan: SlicePlan, folder: Path, expert: str | None = None) -> tuple[dict[int, Path], dict[int, str]]:
     """LORAID -> LoRA file, and LORAID -> why there is none. Slice 3 is in folder/3, folder/03 or folder/slices/03."""
     found: dict[int, Path] = {}
     gaps: dict[int, str] = {}
@@ -57,7 +72,7 @@ def slices_of(plan: SlicePlan, folder: Path) -> tuple[dict[int, Path], dict[int,
         names = [f"{s.loraid:0{width}d}" for width in (1, 2, 3, 4)]
         places = [folder / part / name for part in ("", "slices") for name in names]
         place = next((p for p in places if p.is_dir()), None)
-        result = finished(place) if place else f"no folder {folder / f'{s.loraid:02d}'}"
+        result = finished(place, expert) if place else f"no folder {folder / f'{s.loraid:02d}'}"
         if isinstance(result, str):
             gaps[s.loraid] = result
         else:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hvtrain.config import TrainConfig
 from hvtrain.errors import ConfigError
-from hvtrain.flow.timesteps import quantile_function
+from hvtrain.flow.timesteps import quantile_function, share
 from hvtrain.models import find
 from hvtrain.models.load import save_dit
 from hvtrain.parallel.context import start
@@ -92,17 +92,16 @@ def test_two_files_and_the_whole_distribution(folder: Path, monkeypatch: pytest.
     made = experts.Team.__init__
     monkeypatch.setattr(experts.Team, "__init__", lambda self, *a, **k: (made(self, *a, **k), now.append(self))[0])
     monkeypatch.setattr(Objective, "compare", compared)
-    items = ("run.steps=60", "flow.shift=5", "data.batch_size=4", "adapter.rank=1")
+    items = ("run.steps=48", "flow.shift=5", "data.batch_size=5", "adapter.rank=1")
     cfg = pair_config(folder, "both", *items)
     assert train.run(cfg) == 0
     said = capfd.readouterr().out
     assert "experts high and low for 37 % and 63 % of the steps" in said and "both/lora-high.safetensors" in said
-    assert all((s >= BOUNDARY) == (key == "high") for key, s in seen) and len(seen) == 60 * 4
-    levels = torch.tensor(sorted(s for _, s in seen), dtype=torch.float64)
+    assert all((s >= BOUNDARY) == (key == "high") for key, s in seen) and len(seen) == 48 * 5
     flow = setup.flow_of(cfg.flow, FLAVOR)
-    u = (torch.arange(240, dtype=torch.float64) + 0.5) / 240
-    expected = quantile_function(flow.timestep_sampling, flow)(u)
-    assert (levels - expected).abs().max() < 0.04  # each expert's own strata; a draw of 240 would be off by some 0.09
+    quantile = quantile_function(flow.timestep_sampling, flow)
+    below = torch.tensor(sorted(share(quantile, 0.0, s) for _, s in seen))  # uniform, if it is the flavor's distribution
+    assert (below - (torch.arange(240) + 0.5) / 240).abs().max() < 0.04  # 0.088 is what 240 draws keep to in 95 of 100 cases
     for name, begin, end in (("high", 875, 1000), ("low", 0, 875)):
         with safe_open(folder / f"both/lora-{name}.safetensors", "pt") as file:
             about = file.metadata()
@@ -187,6 +186,7 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[float, torch.nn.Module] = {}
+        monkeypatch.setattr(train, "check_train", lambda cfg: None)  # it asks for the files that make a video of a prompt
         monkeypatch.setattr(train, "plan_previews", lambda *a, **k: ["a"])
         monkeypatch.setattr(train, "Previews", lambda *a, **k: self)
 
@@ -268,36 +268,41 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch, items: tuple[st
 
 
 MACHINES = {
-    "zero0": ("zero.engine=deepspeed", "zero.stage=0"),
-    "zero1-ulysses": ("zero.engine=deepspeed", "zero.stage=1", "parallel.ulysses=2"),
-    "zero2-ring": ("zero.engine=deepspeed", "zero.stage=2", "parallel.ring=2"),
-    "zero3": ("zero.engine=deepspeed", "zero.stage=3"),
-    "full3-ulysses": ("zero.engine=deepspeed", "zero.stage=3", "parallel.ulysses=2", "adapter.type=none", "optim.lr=1e-4"),
+    "zero0": ("zero.stage=0",),
+    "zero1-ulysses": ("zero.stage=1", "parallel.ulysses=2"),
+    "zero2-ring": ("zero.stage=2", "parallel.ring=2", "run.idle_expert=host"),
+    "full3-ulysses": ("zero.stage=3", "parallel.ulysses=2", "adapter.type=none", "optim.lr=1e-4"),
+    "zero3": ("zero.stage=3",),
 }
 
 
+def _config(folder: Path, name: str, *items: str) -> TrainConfig:
+    size = 2 if "parallel" in "".join(MACHINES[name]) else 1
+    common = ("zero.engine=deepspeed", f"data.batch_size={size}", "run.seed=3")
+    return pair_config(folder, name, *common, *MACHINES[name], *items)
+
+
 def _on_ranks(folder: Path) -> None:
-    for name, items in MACHINES.items():
-        size = 2 if "parallel" in "".join(items) else 1
-        cfg = pair_config(folder, name, *items, f"data.batch_size={size}", "run.steps=4")
+    for name in MACHINES:
+        cfg = _config(folder, name, "run.steps=4")
         ctx = start(cfg.parallel.ulysses, cfg.parallel.ring)
-        assert train.run(pair_config(folder, name, *items, f"data.batch_size={size}", "run.steps=2"), ctx) == 0
-        assert train.run(cfg, ctx) == 0  # the state of both is put together and cut again
+        if name in ("zero2-ring", "zero3"):  # the state of both is put together and cut again
+            assert train.run(_config(folder, name, "run.steps=2"), ctx) == 0
+        assert train.run(cfg, ctx) == 0
 
 
 @pytest.mark.timeout(300)
 def test_two_ranks_train_what_one_does(folder: Path) -> None:
-    """ZeRO 0 to 3, data and sequence parallel, stopped half-way; also all weights of both."""
+    """ZeRO 0 to 3, sequence and data parallel, also stopped half-way, also all weights of both. (Ranks of their own samples draw
+    their own noise: those are compared with each other.) Each half has steps of both: seed 3 draws high, low, low, high."""
     run_ranks(2, _on_ranks, folder, timeout_s=240)
-    assert train.run(pair_config(folder, "one", "run.steps=4")) == 0
-    assert train.run(pair_config(folder, "full", "run.steps=4", "adapter.type=none", "optim.lr=1e-4")) == 0
-    for name in MACHINES:
-        alone = "full" if name.startswith("full") else "one"
+    one = ("run.steps=4", "run.seed=3")
+    assert train.run(pair_config(folder, "one", *one)) == 0
+    assert train.run(pair_config(folder, "full", *one, "adapter.type=none", "optim.lr=1e-4")) == 0
+    for name, other in (("zero1-ulysses", "one"), ("zero2-ring", "one"), ("full3-ulysses", "full"), ("zero3", "zero0")):
         rows = [[json.loads(row)["train/loss"] for row in (folder / run / "metrics.jsonl").read_text().splitlines()]
-                for run in (name, alone)]  # fmt: skip
+                for run in (name, other)]  # fmt: skip
         assert len(rows[0]) == 4 and rows[0] == pytest.approx(rows[1], rel=1e-4), name
         for key in ("high", "low"):
-            a, b = (lora(folder / run / f"lora-{key}.safetensors") for run in (name, alone))
+            a, b = (lora(folder / run / f"lora-{key}.safetensors") for run in (name, other))
             assert a.keys() == b.keys() and all((a[n].float() - b[n].float()).abs().max() < 2e-3 for n in a), (name, key)
-
-
