@@ -62,6 +62,8 @@ class MergeConfig:
     """Directory with the slices' runs, 01, 02, ...; null: the plan's own"""
     allow_missing: bool = False
     """Merge the finished slices of a plan, though some are not there"""
+    expert: str | None = None
+    """Of a model of several: whose LoRAs are meant, where a file or a run holds one for each; all of a merge are one expert's"""
     any_base: bool = False
     """Accept LoRAs that were trained on other weights"""
     output: str = ""

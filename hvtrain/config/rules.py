@@ -19,6 +19,7 @@ from hvtrain.config import (
     TrainConfig,
     asset,
 )
+from hvtrain.config.model import EXPERT
 from hvtrain.config.parts import parts_of
 from hvtrain.config.sampling import check_limits
 from hvtrain.errors import ConfigError
@@ -57,6 +58,7 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
         "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.rank": cfg.adapter.rank,
         "adapter.alpha": cfg.adapter.alpha, "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
+        "run.expert_turn": run.expert_turn,
     }.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}, expected more than 0")
@@ -81,14 +83,14 @@ def _check_subject(cfg: TrainConfig) -> None:
     """What is trained, and in which precision."""
     model, adapter = cfg.model, cfg.adapter
     _files(model)
-    if adapter.type != "none" and model.dit is None and model.expert is None:
+    if adapter.type != "none" and model.dit is None and model.experts is None:
         raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
     if adapter.type == "none" and model.dit is None and model.flavor is None:
         raise ConfigError("model.flavor: training from scratch (model.dit: null) needs the flavor to build")
     if adapter.type == "none" and adapter.init_from is not None:
         raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
     _check_slice(adapter)
-    if adapter.init_from is not None:
+    if adapter.init_from is not None and (EXPERT not in adapter.init_from or model.experts is None):
         _exists(adapter.init_from, "adapter.init_from")
     if cfg.run.precision == "fp32" and adapter.type != "none" and model.dtype != "float32":
         raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {model.dtype}")
@@ -113,6 +115,12 @@ def _check_memory(cfg: TrainConfig) -> None:
             raise ConfigError("model.quantize: a full fine-tune cannot train float8 weights; use model.quantize=none")
         if stage3:
             raise ConfigError("model.quantize: ZeRO-3 does not cut float8 weights up; use zero.stage 0, 1 or 2")
+    if cfg.run.idle_expert == "host":
+        if whole or stage3:
+            what = "a full fine-tune changes all weights" if whole else "ZeRO-3 cuts the weights up"
+            raise ConfigError(f"run.idle_expert: {what}, so none is kept aside; use zero.stage=3 with zero.offload_param")
+        if cfg.model.experts is None:
+            raise ConfigError("run.idle_expert: is for a run of several experts; set model.experts, or leave it auto")
     for key, path in {"zero.deepspeed": cfg.zero.deepspeed, "zero.nvme_path": cfg.zero.nvme_path}.items():
         if path is not None:
             _exists(path, key)
@@ -177,8 +185,8 @@ def check_encode(cfg: EncodeConfig) -> None:
 
 
 def check_generate(cfg: GenerateConfig) -> None:
-    if cfg.model.expert is not None:
-        raise ConfigError(f"model.expert is '{cfg.model.expert}': it is for training, sampling takes all of them; leave it out")
+    if cfg.model.experts is not None:
+        raise ConfigError(f"model.experts is '{cfg.model.experts}': it is for training, sampling takes all of them; leave it out")
     if cfg.slices is not None:
         _exists(cfg.slices, "slices")
     elif cfg.loraid or cfg.lora_multiplier:

@@ -49,7 +49,7 @@ class AdapterConfig:
     exclude: tuple[str, ...] = ()
     """Patterns of module names to leave out"""
     init_from: str | None = None
-    """LoRA file to start from"""
+    """LoRA file to start from; {expert} in its name stands for each expert's, where a run trains several"""
     plan: str | None = None
     """For loraid: the plan.json that `hvtrain slices plan` wrote"""
     loraid: int | None = None
@@ -147,6 +147,11 @@ class RunSettings:
     full with the blocks' inputs in host memory"""
     blocks_to_swap: int = 0
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
+    expert_turn: int = 1
+    """Where a run trains several experts: steps of one before the next is drawn, each by its share of the noise levels"""
+    idle_expert: Literal["auto", "device", "host"] = "auto"
+    """Where the frozen weights wait of an expert that is not computed with; auto: in host memory if the device has no room for
+    all, and always the whole of them in half of it"""
     ema_decay: float = 0.0
     """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
     save_every_steps: int | None = None

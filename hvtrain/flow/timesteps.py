@@ -72,6 +72,11 @@ def quantile_function(name: str, settings: Any) -> Quantile:
     return lambda u: plain(u_low + (u_high - u_low) * u).clamp(low, high)
 
 
+def share(quantile: Quantile, low: float, high: float) -> float:
+    """Of the distribution, what lies between two noise levels."""
+    return _inverse(quantile, high) - _inverse(quantile, low)
+
+
 def _inverse(quantile: Quantile, sigma: float) -> float:
     """The share of the distribution below sigma, by bisection (quantile functions do not decrease)."""
     low, high = 0.0, 1.0

@@ -79,4 +79,5 @@ def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext) -> float
         compute_dtype(ctx.device) != torch.float32,
     )
     held = HeldOut(open_shards(sets, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
-    return held_out_loss(loaded.model.eval(), objective, held, ctx=ctx)["eval/loss"]
+    model = loaded.model.eval()
+    return held_out_loss(lambda sigma: model, objective, held, ctx=ctx)["eval/loss"]

@@ -15,7 +15,7 @@ from hvtrain.config.rules import check_merge
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink
-from hvtrain.lorafiles.metadata import lora_metadata
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
@@ -55,7 +55,8 @@ def run(cfg: MergeConfig) -> None:
     ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
-    inputs = open_inputs(cfg.lora, plan, base.shapes, spec, base=None if cfg.any_base else base.fingerprint)
+    known = None if cfg.any_base else base.fingerprint
+    inputs = open_inputs(cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert)
     layers = by_layer(inputs.loras)
     combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
@@ -122,10 +123,10 @@ def _check(cfg: MergeConfig) -> None:
 
 def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
     if not cfg.dit:
-        first = lora_in(cfg.lora[0].path) if cfg.lora else None
+        first = lora_in(cfg.lora[0].path, cfg.expert) if cfg.lora else None
         if first is None:
             raise ConfigError("dit: the model that the plan's slices were trained on is needed to read them")
-        known = open_any(first)
+        known = open_any(first, expert=cfg.expert)
         return Base(None, dict(known.shapes), None), known.spec
     found = identify(Path(asset(cfg.dit)), model=cfg.model, flavor=cfg.flavor)
     shapes = linear_shapes(whole_model(found))
@@ -181,7 +182,7 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    said = ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name", "modelspec.resolution")
+    said = ("hvtrain.base", "hvtrain.plan", EXPERT_KEY, "ss_sd_model_name", "modelspec.resolution")
     given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids

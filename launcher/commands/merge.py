@@ -21,6 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE", help="plan.json: all its slices")
     add("--slices", metavar="DIR", help="where the slices' runs are: 01, 02, ... (default: beside the plan)")
     add("--allow-missing", action="store_true", default=None, help="merge the slices that are finished")
+    add("--expert", metavar="NAME", help="of a model of several: whose LoRAs, where a file or a run holds one for each")
     add("--any-base", action="store_true", default=None, help="accept LoRAs that were trained on other weights")
     add("--output", metavar="PATH", help="the .safetensors file to write; a directory for a sharded model")
     add("--as", dest="target", metavar="KIND", help="model (default), or lora: one LoRA of all")
