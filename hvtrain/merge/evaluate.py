@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from hvtrain.config import EvalConfig, FlowConfig, MergeConfig, asset
-from hvtrain.flow.timesteps import quantile_function
 from hvtrain.lorafiles.overlap import by_layer, labels
 from hvtrain.lorafiles.pairs import add_pairs
 from hvtrain.merge.inputs import Inputs
@@ -22,7 +21,7 @@ from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.train.data import open_shards
 from hvtrain.train.evaluate import HeldOut, held_out_loss
-from hvtrain.train.objective import Objective
+from hvtrain.train.objective import objective_of
 from hvtrain.train.setup import flow_of
 
 MAX_BATCHES = 32
@@ -78,9 +77,7 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
 def _loss(cfg: MergeConfig, loaded: LoadedDit, ctx: ParallelContext) -> float:
     flavor, fixed = loaded.flavor, EvalConfig()
     flow = flow_of(FlowConfig(), flavor)
-    objective = Objective(
-        loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device,
-        compute_dtype(ctx.device) != torch.float32,
-    )
+    autocast = compute_dtype(ctx.device) != torch.float32
+    objective = objective_of(flow, loaded.spec, flavor, device=ctx.device, autocast=autocast)
     held = HeldOut(open_shards(cfg.evaluate, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
     return held_out_loss(loaded.model.eval(), objective, held, ctx=ctx)["eval/loss"]

@@ -185,6 +185,8 @@ class Flavor:
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
     image_optional: bool = False  # of one that takes an image: it also makes videos without
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
+    # Where the training shift follows a clip's size: two points (image tokens of all its frames, log of the shift) of a line
+    shift_by_tokens: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:

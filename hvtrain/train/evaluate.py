@@ -40,7 +40,8 @@ def held_out_loss(model: nn.Module, objective: Objective, held: HeldOut, *, ctx:
     for index in range(n_batches):
         batch = next(stream).tensors
         for q in held.quantiles:
-            sigma = objective.quantile(torch.full((len(batch["latents"]),), q, dtype=torch.float64))
+            u = torch.full((len(batch["latents"]),), q, dtype=torch.float64)
+            sigma = objective.quantile(u, batch["latents"].shape)
             draw = generator(0, step=index, dp_rank=ctx.dp_rank, stream=f"held-out-{q}")
             sums[q] += objective.compare(model, batch, sigma=sigma, draw=draw).loss.item()
     model.train(training)

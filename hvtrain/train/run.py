@@ -12,7 +12,6 @@ import torch
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
-from hvtrain.flow.timesteps import quantile_function
 from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
@@ -25,7 +24,7 @@ from hvtrain.train.engine import Step, build_engine
 from hvtrain.train.evaluate import HeldOut
 from hvtrain.train.files import RunFiles, is_finished, results_of
 from hvtrain.train.loop import Cadence
-from hvtrain.train.objective import Objective
+from hvtrain.train.objective import objective_of
 from hvtrain.train.optim import build_optimizer, build_schedule
 from hvtrain.train.prepare import (
     check_adapter,
@@ -117,17 +116,18 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     base = setup.find_base(cfg.model, scratch=whole and cfg.model.dit is None)
     flavor, name = base.flavor, setup.named_after(cfg.run.name, base.expert)
     cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor, base.expert), run=replace(cfg.run, name=name))
-    quantile_function(cfg.flow.timestep_sampling, cfg.flow)
+    objective_of(cfg.flow, base.spec, flavor, device=ctx.device, autocast=False)
     check_heads(flavor.n_heads, ctx.ulysses)
     plan = setup.open_plan(base, cfg.adapter) if cfg.adapter.type == "loraid" else None
     n_bytes = 4 if whole else 1 if cfg.model.quantize != "none" else getattr(torch, cfg.model.dtype).itemsize
     check_weights(base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap)
     if not whole:
         check_adapter(base, cfg.adapter, plan)
-    sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
-    held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
+    sets = data.open_shards(cfg.data.shards, flavor, key="data.shards", masked=cfg.flow.masked)
+    held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards", masked=cfg.flow.masked)
     previews = plan_previews(
-        cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets]
+        cfg.preview, cfg.model, base.spec, flavor, sets=[*held_out, *sets],
+        guidance=flavor.defaults.guidance if cfg.flow.raw_guidance else cfg.flow.guidance,
     )
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
@@ -167,8 +167,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
         dtype=torch.bfloat16 if autocast else torch.float32, swap=subject.swap,
     )
-    quantile = quantile_function(cfg.flow.timestep_sampling, cfg.flow)
-    objective = Objective(base.spec, base.flavor.tasks[0], cfg.flow.guidance, quantile, ctx.device, autocast)
+    objective = objective_of(cfg.flow, base.spec, base.flavor, device=ctx.device, autocast=autocast)
     previews = Previews(  # encodes its prompts before the engine takes memory
         ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
         precision=cfg.run.precision,
@@ -178,15 +177,14 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         schedule=build_schedule(cfg.optim, total_steps=steps),
         step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm),
     )
+    columns = (*base.flavor.columns, "mask") if cfg.flow.masked else base.flavor.columns
     start, ema, note = restore(engine, subject.trainable, found, averaged=cfg.run.ema_decay > 0)
     loader = BatchLoader(
         sets, batch_size=cfg.data.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=cfg.run.seed,
         cursor=start.cursor, workers=cfg.data.workers, worker_type=cfg.data.worker_type,
-        on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=base.flavor.columns,
+        on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=columns,
     )
-    held = HeldOut(
-        ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, base.flavor.columns
-    )
+    held = HeldOut(ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, columns)
     return Session(
         run=cfg.run, ctx=ctx, subject=subject, objective=objective, engine=engine, loader=loader,
         previews=previews, held=held,
@@ -216,6 +214,7 @@ def _about(ready: Prepared, ctx: ParallelContext, subject: Subject, kernel: str,
     if c.adapter.type != "none":
         kind = kind_of(c.adapter.type).LABEL if ready.plan is None else f"LORAID {c.adapter.loraid}"
         what = f"{kind} rank {c.adapter.rank}"
+    shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
     expert = "" if base.expert is None else f", expert {base.expert.name}"
     zero = f"ZeRO-{c.zero.stage}" if c.zero.engine == "deepspeed" else "plain PyTorch"
     offload = f", optimizer on the {c.zero.offload_optimizer}" if c.zero.offload_optimizer != "none" else ""
@@ -227,7 +226,7 @@ def _about(ready: Prepared, ctx: ParallelContext, subject: Subject, kernel: str,
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
-        f"levels, shift {c.flow.shift:g}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
+        f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each "
         f"(fewer where a bucket ends){saves}; TensorBoard: tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
@@ -250,6 +249,7 @@ def _metadata(ready: Prepared) -> dict[str, object]:
         "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
         "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
         "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
+        "ss_logit_std": c.flow.logit_std, "ss_mode_scale": c.flow.mode_scale, "ss_weighting_scheme": c.flow.weighting,
         "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
