@@ -58,7 +58,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
         "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.rank": cfg.adapter.rank,
         "adapter.alpha": cfg.adapter.alpha, "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
-        "run.expert_turn": run.expert_turn,
+        "run.expert_turn": run.expert_turn, "flow.logit_std": flow.logit_std, "flow.huber_c": flow.huber_c,
+        "flow.snr_gamma": flow.snr_gamma,
     }.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}, expected more than 0")
@@ -69,9 +70,12 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.blocks_to_swap": run.blocks_to_swap, "run.hang_timeout_s": run.hang_timeout_s,
         "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
+        "flow.noise_offset": flow.noise_offset,
     }.items():
         if not value >= 0:
             raise ConfigError(f"{key} is {value}, expected 0 or more")
+    if not -1 <= flow.mode_scale <= 1.75:
+        raise ConfigError(f"flow.mode_scale is {flow.mode_scale}, expected -1 to 1.75: beyond that it is no distribution")
     for key, value in {
         "data.caption_dropout": cfg.data.caption_dropout, "run.ema_decay": run.ema_decay,
         "optim.betas[0]": optim.betas[0], "optim.betas[1]": optim.betas[1],

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from hvtrain.config import EvalConfig, FlowConfig
-from hvtrain.flow.timesteps import quantile_function
 from hvtrain.lorafiles.overlap import by_layer, labels
 from hvtrain.lorafiles.pairs import add_pairs
 from hvtrain.merge.inputs import Inputs
@@ -22,7 +21,7 @@ from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train.data import open_shards
 from hvtrain.train.evaluate import HeldOut, held_out_loss
-from hvtrain.train.objective import Objective
+from hvtrain.train.objective import objective_of
 from hvtrain.train.setup import flow_of
 
 MAX_BATCHES = 32
@@ -74,10 +73,8 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
 def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext) -> float:
     flavor, fixed = loaded.flavor, EvalConfig()
     flow = flow_of(FlowConfig(), flavor)
-    objective = Objective(
-        loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device,
-        compute_dtype(ctx.device) != torch.float32,
-    )
+    autocast = compute_dtype(ctx.device) != torch.float32
+    objective = objective_of(flow, loaded.spec, flavor, device=ctx.device, autocast=autocast)
     held = HeldOut(open_shards(sets, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
     model = loaded.model.eval()
     return held_out_loss(lambda sigma: model, objective, held, ctx=ctx)["eval/loss"]

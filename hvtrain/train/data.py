@@ -22,8 +22,9 @@ ANYWAY = "set data.allow_foreign=true if you know that they are the same weights
 Groups = Mapping[str, Sequence[ShardSet]]  # by the config's key that names them
 
 
-def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[ShardSet]:
-    """Open shard sets and compare a sample of each with what the model needs. Raises DataError and ShardError."""
+def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str, masked: bool = False) -> list[ShardSet]:
+    """Open shard sets and compare a sample of each with what the model needs; `masked`: and the loss, a mask of the latents'
+    cells. Raises DataError and ShardError."""
     sets = [open_set(path) for path in paths]
     for found in sets:
         if not len(found):
@@ -35,6 +36,12 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
             raise DataError(
                 f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor "
                 f"'{flavor.name}' takes {flavor.latent.channels}; encode the clips with this model's VAE"
+            )
+        cells = (1, *tensors["latents"].shape[1:])
+        if masked and ("mask" not in tensors or tuple(tensors["mask"].shape) != cells):
+            held = f"holds one of shape {tuple(tensors['mask'].shape)}" if "mask" in tensors else "lacks it"
+            raise DataError(
+                f"{key}: flow.masked needs the field 'mask' of shape {cells}, {found.name} {held}; encode column 'mask'"
             )
         optional = {field.name for field in flavor.cond if field.optional}
         _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)

@@ -12,7 +12,6 @@ import torch
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
-from hvtrain.flow.timesteps import quantile_function
 from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
@@ -27,7 +26,7 @@ from hvtrain.train.evaluate import HeldOut
 from hvtrain.train.experts import Team, Trainee
 from hvtrain.train.files import Product, RunFiles, is_finished, results_of
 from hvtrain.train.loop import Cadence
-from hvtrain.train.objective import Objective
+from hvtrain.train.objective import Objective, objective_of
 from hvtrain.train.optim import build_optimizer, build_schedule
 from hvtrain.train.prepare import (
     check_adapter,
@@ -132,6 +131,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     if len(members) == 1:  # what the run writes of itself says which, and on which noise levels
         cfg = replace(cfg, flow=members[0].flow, run=replace(cfg.run, name=members[0].name))
     cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor))
+    objective_of(cfg.flow, base.spec, flavor, device=ctx.device, autocast=False)
     check_heads(flavor.n_heads, ctx.ulysses)
     plan = setup.open_plan(base, cfg.adapter, others=bases[1:]) if cfg.adapter.type == "loraid" else None
     n_bytes = 4 if whole else 1 if cfg.model.quantize != "none" else getattr(torch, cfg.model.dtype).itemsize
@@ -142,10 +142,11 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     )
     for one in () if whole else bases:
         check_adapter(one, setup.adapter_of(cfg.adapter, one.expert), plan)
-    sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
-    held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
+    sets = data.open_shards(cfg.data.shards, flavor, key="data.shards", masked=cfg.flow.masked)
+    held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards", masked=cfg.flow.masked)
     previews = plan_previews(
-        cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets]
+        cfg.preview, cfg.model, base.spec, flavor, sets=[*held_out, *sets],
+        guidance=flavor.defaults.guidance if cfg.flow.raw_guidance else cfg.flow.guidance,
     )
     others = find_others(cfg.model, bases) if previews else {}
     if not cfg.data.allow_foreign:
@@ -180,20 +181,17 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
         precision=cfg.run.precision,
     )
-    objective = Objective(
-        base.spec, base.flavor.tasks[0], cfg.flow.guidance, quantile_function(cfg.flow.timestep_sampling, cfg.flow),
-        ctx.device, cfg.run.precision == "bf16",
-    )
+    autocast = cfg.run.precision == "bf16"
+    objective = objective_of(cfg.flow, base.spec, base.flavor, device=ctx.device, autocast=autocast)
     team = _team(ready, ctx, objective)
+    columns = (*base.flavor.columns, "mask") if cfg.flow.masked else base.flavor.columns
     start, ema, note = restore(team, team.trainable, found, averaged=cfg.run.ema_decay > 0)
     loader = BatchLoader(
         sets, batch_size=cfg.data.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=cfg.run.seed,
         cursor=start.cursor, workers=cfg.data.workers, worker_type=cfg.data.worker_type,
-        on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=base.flavor.columns,
+        on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=columns,
     )
-    held = HeldOut(
-        ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, base.flavor.columns
-    )
+    held = HeldOut(ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, columns)
     products = [
         Product(one.member.name, one.subject, _metadata(ready, one.member), team.prefixes[key])
         for key, one in team.trainees.items()
@@ -225,7 +223,7 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             schedule=build_schedule(cfg.optim, total_steps=ready.steps),
             step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm),
         )
-        own = replace(whole, quantile=quantile_function(member.flow.timestep_sampling, member.flow))
+        own = objective_of(member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast)
         trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)
     return Team(
         trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
@@ -252,6 +250,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     if c.adapter.type != "none":
         kind = kind_of(c.adapter.type).LABEL if ready.plan is None else f"LORAID {c.adapter.loraid}"
         what = f"{kind} rank {c.adapter.rank}"
+    shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
     keys, n = [key for key in team.shares if key], sum(one.subject.n_parameters for one in team.trainees.values())
     expert = f", expert{'s' * (len(keys) > 1)} {' and '.join(keys)}" if keys else ""
     if len(keys) > 1:
@@ -267,7 +266,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
-        f"levels, shift {c.flow.shift:g}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
+        f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each "
         f"(fewer where a bucket ends){saves}; TensorBoard: tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
@@ -290,6 +289,7 @@ def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
         "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
         "ss_timestep_sampling": flow.timestep_sampling, "ss_discrete_flow_shift": flow.shift,
         "ss_sigmoid_scale": flow.sigmoid_scale, "ss_logit_mean": flow.logit_mean,
+        "ss_logit_std": flow.logit_std, "ss_mode_scale": flow.mode_scale, "ss_weighting_scheme": flow.weighting,
         "ss_guidance_scale": flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * flow.min_sigma), "ss_max_timestep": round(1000 * flow.max_sigma),

@@ -15,7 +15,7 @@ from hvtrain.adapters.attach import add_adapter, linear_shapes
 from hvtrain.config import AdapterConfig, FlowConfig, ModelConfig, asset
 from hvtrain.config.model import BOTH, EXPERT
 from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.flow.timesteps import quantile_function, share
+from hvtrain.flow.timesteps import parameters, quantile_function, share_within
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify, load_dit, whole_model
@@ -180,14 +180,16 @@ def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
 
 def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Member]:
     """Each with its part of the noise levels, and for as many steps as are in it. Raises ConfigError as `flow_of`."""
-    whole = flow_of(flow, bases[0].flavor)
-    quantile = quantile_function(whole.timestep_sampling, whole)
+    flavor, d = bases[0].flavor, bases[0].flavor.defaults
+    whole = flow_of(flow, flavor)
+    quantile = quantile_function(whole.timestep_sampling, whole, flavor)
+    usual = flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)
     found = []
     for base in bases:
         own, part = flow_of(flow, base.flavor, base.expert), 1.0
-        quantile_function(own.timestep_sampling, own)  # refused where there is nothing in its range
+        quantile_function(own.timestep_sampling, own, flavor)  # refused where there is nothing in its range
         if len(bases) > 1 and base.expert is not None:
-            part = share(quantile, *base.expert.sigmas)
+            part = share_within(quantile, *base.expert.sigmas, usual)
         found.append(Member(base, own, named_after(name, base.expert), part))
     return found
 
@@ -195,17 +197,26 @@ def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Mem
 def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> FlowConfig:
     """With the flavor's own values where the config has null, and the part of the noise levels that is the
     expert's. Raises ConfigError for a value that the flavor does not use."""
-    own = flavor.defaults
+    own, takes = flavor.defaults, parameters(flow.timestep_sampling)
+    for key in ("shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale"):
+        if key not in takes and getattr(flow, key) != getattr(FlowConfig, key):
+            legal = ", ".join(f"flow.{name}" for name in takes if hasattr(flow, name)) or "nothing"
+            raise ConfigError(
+                f"flow.{key} is {getattr(flow, key):g}, but flow.timestep_sampling {flow.timestep_sampling} takes {legal}: "
+                f"leave flow.{key} away"
+            )
     if own.guidance is None and flow.guidance is not None:
         raise ConfigError(
             f"flow.guidance is {flow.guidance:g}, but this '{flavor.name}' embeds no guidance: "
             "leave flow.guidance null"
         )
+    if flow.raw_guidance and flow.guidance is None:
+        what = "give flow.guidance" if own.guidance is not None else f"this '{flavor.name}' embeds none; leave it away"
+        raise ConfigError(f"flow.raw_guidance is for a guidance of your own: {what}")
     shift = own.shift if own.training_shift is None else own.training_shift
-    flow = replace(
-        flow, shift=shift if flow.shift is None else flow.shift,
-        guidance=own.guidance if flow.guidance is None else flow.guidance,
-    )
+    if flow.shift is None and "shift" in takes and flavor.shift_by_tokens is None:
+        flow = replace(flow, shift=shift)
+    flow = replace(flow, guidance=own.guidance if flow.guidance is None else flow.guidance)
     if expert is None:
         return flow
     low, high = max(flow.min_sigma, expert.sigmas[0]), min(flow.max_sigma, expert.sigmas[1])
