@@ -35,6 +35,7 @@ LAYERS = [
     ("hvtrain.slices", 4),
     ("hvtrain.lorafiles", 4),
     ("hvtrain.generate", 5),
+    ("hvtrain.elsewhere", 5),
     ("hvtrain.encode", 5),
     ("hvtrain.train", 6),
     ("hvtrain.merge", 6),

@@ -209,7 +209,16 @@ class PreviewConfig(Sampling):
     """Videos made while training. What a prompt leaves out is taken from here; guidance is flow.guidance, where neither says."""
 
     every_steps: int = 0
-    """Steps between previews; 0 makes none"""
+    """Steps between previews; 0: not by steps"""
+    every_epochs: float = 0.0
+    """Epochs between previews; 0: not by epochs"""
+    at_start: bool = False
+    """Also before the first step: what the base makes"""
+    ema: bool = False
+    """Of the moving averages (run.ema_decay) instead of the weights as they are"""
+    prompt_file: str | None = None
+    """A file of prompts, besides those in prompts: text with one a line, which may end with options of its own, as for `hvtrain
+    generate`; or YAML, a list with the keys of prompts"""
     prompts: tuple[SamplePrompt, ...] = ()
     """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a sample's own is taken: of
     eval.shards, else of data.shards"""
