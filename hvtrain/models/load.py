@@ -89,7 +89,16 @@ def load_dit(
 
     `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is loaded.
     """
-    found = identify(path, model=model, flavor=flavor)
+    return load_found(
+        identify(path, model=model, flavor=flavor), dtype=dtype, device=device, quantize_to=quantize_to, edit=edit
+    )
+
+
+def load_found(
+    found: Identified, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
+    edit: Edit | None = None,
+) -> LoadedDit:
+    """The same, of a file whose header was read already."""
     empty = whole_model(found)
     eight_bit = set(found.spec.lora_targets(empty)) if quantize_to != "none" else set()
     found.fill(empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit)
