@@ -34,7 +34,7 @@ from hvtrain.train.data import open_shards
 from shards.collate import collate
 from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, Stored, save_manifest
 from shards.writer import write_tar
-from tests.models.any_model import an_input, batch, meta, random_model, smallest
+from tests.models.any_model import an_input, batch, meta, n_parameters, random_model, smallest
 from tests.parallel.any_model import gradients, of_layouts
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny_run import Case, relative_errors
@@ -53,7 +53,7 @@ def found():
 
 
 def is_small(spec: ModelSpec, flavor: str) -> bool:
-    return sum(p.numel() for p in meta(spec, spec.flavor(flavor)).parameters()) < 10_000_000
+    return n_parameters(spec, spec.flavor(flavor)) < 10_000_000
 
 
 def text_of(flavor: Flavor, cond: Mapping[str, torch.Tensor]) -> list[str]:
