@@ -52,9 +52,9 @@ def read(path: str) -> Reference:
 def errors(path: str) -> dict[str, float]:
     """Relative error of every output and gradient in the file."""
     reference = read(path)
-    from tests.oracles import hunyuan15, wan
+    from tests.oracles import hunyuan15, hunyuan15_vae, wan
 
-    for fits, compare in (*KINDS, *wan.KINDS, *hunyuan15.KINDS):
+    for fits, compare in (*hunyuan15_vae.KINDS, *KINDS, *wan.KINDS, *hunyuan15.KINDS):
         if fits(reference):
             return dict(compare(reference))
     known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1; HunyuanVideo 1.5; Wan"
