@@ -1,4 +1,4 @@
-"""Wan's memory: 14B at full size on 1 to 64 GPUs by arithmetic, a small one against what training really allocated, two experts."""
+"""Wan's memory: 14B at full size on 1 to 64 GPUs by arithmetic, a small one against real training, two experts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def test_two_experts_take_turns() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
     """A slice of both experts by the number of its blocks, without a plan's file."""
-    keys = ("model.name=wan", "model.flavor=tiny-a14b", "model.experts=both", "adapter.type=loraid", "adapter.blocks_per_loraid=2")
+    model = ("model.name=wan", "model.flavor=tiny-a14b", "model.experts=both")
+    keys = (*model, "adapter.type=loraid", "adapter.blocks_per_loraid=2")
     more = ("adapter.loraid=2", "adapter.rank=4", "data.shards=[x]", "run.output_dir=y", "run.steps=1")
     assert cli.main(["fit", *keys, *more, "--gpus", "1"]) == 0
     assert "wan tiny-a14b, 64 x 64 x 9 frames" in capsys.readouterr().out
