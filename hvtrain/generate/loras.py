@@ -45,7 +45,7 @@ def open_loras(
             raise ConfigError(f"lora.expert of {w.path}: '{flavor.name}' has no expert '{w.expert}'; {hint}")
     loras = []
     for w in wanted:
-        lora = read_lora(asset(w.path), shapes, spec=spec)
+        lora = read_lora(asset(w.path), shapes, spec=spec, decomposed=True)
         own = lora.metadata.get(EXPERT_KEY)  # whose it was trained as
         loras.append(Applied(lora, w.multiplier, w.expert or (own if own in names else None)))
     if not quiet:

@@ -40,7 +40,8 @@ def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str 
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    loras = [(read_lora(path, shapes, spec=spec), multiplier) for path, multiplier in paths]
+    decomposed = cfg.target == "model" and cfg.reconcile.how == "none"
+    loras = [(read_lora(path, shapes, spec=spec, decomposed=decomposed), multiplier) for path, multiplier in paths]
     for lora, _ in loras:
         _check_base(lora, base, any_base=cfg.any_base)
     if plan is not None:
