@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from hvtrain.adapters.attach import add_adapter, linear_shapes
+from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
 from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
@@ -149,10 +149,15 @@ def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
 
 def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
-        return _empty(about, torch.float32).train()
+        whole = _empty(about, torch.float32).train()
+        names = set(trained([n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze))
+        for name, p in whole.named_parameters():
+            p.requires_grad_(name in names)
+        return whole
     model = _empty(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
-    add_adapter(model, about.spec, replace(cfg.adapter, init_from=None), _plan(cfg, about, model), seed=cfg.run.seed)
+    adapter = replace(cfg.adapter, init_from=None, init="zero")
+    add_adapter(model, about.spec, adapter, _plan(cfg, about, model), seed=cfg.run.seed)
     return model.train()
 
 

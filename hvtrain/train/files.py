@@ -184,7 +184,9 @@ class RunFiles:
             return
         with torch.device("meta"):
             whole = subject.spec.build(subject.flavor.arch)
-        whole.load_state_dict({n: t.to(torch.bfloat16) for n, t in params.items()}, assign=True)
+        frozen = (n for n, _ in whole.named_parameters() if n not in params)
+        state = {n: t.to(torch.bfloat16) for n, t in (*params.items(), *((n, subject.base_weight(n)) for n in frozen))}
+        whole.load_state_dict(state, assign=True)
         about = {key: str(value) for key, value in (extra or {}).items()}
         save_dit(whole, path, flavor=subject.flavor, spec=subject.spec, extra=about)
 
