@@ -94,7 +94,7 @@ def _check_subject(cfg: TrainConfig) -> None:
     if adapter.type == "none" and adapter.init_from is not None:
         raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
     _check_slice(adapter)
-    _check_adapter(adapter, scratch=model.dit is None and model.expert is None)
+    _check_adapter(adapter, scratch=model.dit is None and model.experts is None)
     if adapter.init_from is not None and (EXPERT not in adapter.init_from or model.experts is None):
         _exists(adapter.init_from, "adapter.init_from")
     if cfg.run.precision == "fp32" and adapter.type != "none" and model.dtype != "float32":
