@@ -44,7 +44,7 @@ def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str 
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    loras = [(read_lora(path, shapes, spec=spec, expert=number), multiplier) for path, multiplier in paths]
+    loras = [(read_lora(path, shapes, spec=spec, expert=number, foreign=True), multiplier) for path, multiplier in paths]
     _check_experts([lora for lora, _ in loras], cfg.expert)
     for lora, _ in loras:
         _check_base(lora, base, any_base=cfg.any_base)
