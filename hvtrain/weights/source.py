@@ -70,7 +70,8 @@ class Source:
         """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
 
         The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
-        float8 itself. `edit` changes a Linear's weight before. On the meta device only the dtype is set.
+        float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
+        meta device only the dtype is set.
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
@@ -82,8 +83,8 @@ class Source:
             change = edit if module in linear and module != name else None
             if module == name or module not in eight_bit:
                 state[name] = self.read(name, dtype=dtype, device=device).reshape(wanted.shape)
-                if change is not None:
-                    change(module, state[name])
+                if edit is not None:
+                    edit(module if change else name, state[name])
                 continue
             values, scale = self._eight_bit(name, how, dtype, device, change)
             replace_linear(model, module, values, scale)
