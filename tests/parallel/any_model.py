@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from hvtrain.adapters.attach import inject
 from hvtrain.config import ZeroConfig
 from hvtrain.models import find
 from hvtrain.models.dit import ModelInput
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.rng import generator
 from hvtrain.train.engine import Step, build_engine
-from tests.models.any_model import an_input, batch, random_model
+from tests.models.any_model import an_input, batch, random_model, smallest
 from tests.parallel.tiny_run import Case
 
 Inputs = Callable[..., ModelInput]  # (spec, flavor, seed=number of the micro-batch)
@@ -24,10 +27,15 @@ RATE = 2.0**14  # so large that the parameter's own rounding vanishes
 def gradients(
     spec: ModelSpec, flavor: Flavor, case: Case, ctx: ParallelContext, inputs: Inputs = an_input
 ) -> dict[str, Tensor]:
-    """Every parameter's gradient as the optimizer gets it, of two micro-batches of random samples: one step of SGD."""
+    """Every trained parameter's gradient as the optimizer gets it, of two micro-batches of random samples: one step of SGD."""
     model = random_model(spec, flavor).train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    params = dict(model.named_parameters())
+    if case.lora:
+        inject(model, spec.lora_targets(model), rank=3, alpha=6.0, seed=0)
+        for name, p in model.named_parameters():
+            if p.requires_grad:  # the up-projections are zero at first
+                p.data.normal_(generator=generator(0, stream=name)).mul_(0.1)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in params.items()}
     parallelize(model, ctx, recompute=case.recompute)
     mine = range(ctx.dp_rank, case.micro, ctx.dp)
     zero, step = ZeroConfig(case.engine, case.stage, case.offload), Step(len(mine), 0.0)
@@ -37,6 +45,36 @@ def gradients(
         inp, target = inputs(spec, flavor, seed=micro), batch(flavor, seed=10 + micro)[0]
         engine.accumulate((engine.model(inp) - target).square().mean(), last=micro == mine[-1])
     return {name: (before[name] - p) / RATE for name, p in engine.export_params().items()}
+
+
+def shrunk(spec: ModelSpec, flavor: Flavor) -> Flavor:
+    """At the size of the smallest flavor of the architecture, with all that makes this one another model: what it takes in and
+    what the smallest does not have."""
+    small = smallest(spec).arch
+    own = {
+        f.name: getattr(flavor.arch, f.name) for f in fields(small)
+        if f.name in spec.kind or isinstance(getattr(small, f.name), bool) or getattr(small, f.name) in (0, None)
+    }
+    return spec.fitted(flavor, replace(small, **own))
+
+
+def architectures(specs: Sequence[ModelSpec]) -> list[tuple[str, str]]:
+    """(model, flavor) of each that computes otherwise than those before it."""
+    found: dict[object, tuple[str, str]] = {}
+    for spec in specs:
+        for flavor in map(spec.flavor, spec.flavors):
+            found.setdefault((spec.name, shrunk(spec, flavor).arch, flavor.tasks[0]), (spec.name, flavor.name))
+    return list(found.values())
+
+
+def of_pairs(pairs: Sequence[tuple[tuple[str, str], Case]]) -> list[dict[str, Tensor]]:
+    """On each of several ranks; an architecture's sizes are the smallest."""
+    found = []
+    for (name, flavor), case in pairs:
+        spec = find(name)
+        ctx = ParallelContext() if case.engine == "torch" else start(case.ulysses, case.ring)
+        found.append(gradients(spec, shrunk(spec, spec.flavor(flavor)), case, ctx))
+    return found
 
 
 def of_layouts(
