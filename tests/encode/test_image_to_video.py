@@ -84,7 +84,7 @@ def test_each_caption_is_read_beside_its_image(folder, tmp_path, capsys):
     (folder / "l2.toml").write_text((folder / "l.toml").read_text().replace("l.jsonl", "l2.jsonl"))
     run(folder, "l2.toml", tmp_path / "out", "columns=[latents,image,text]")
     said = capsys.readouterr().out
-    assert "image: 1 encoded, 1 copied, 0 kept; text: 1 encoded" in said
+    assert "image: 1 encoded, 0 copied, 1 kept; text: 1 encoded, 0 copied, 1 kept" in said
 
 
 def test_what_is_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch):

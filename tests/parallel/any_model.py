@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -47,24 +47,43 @@ def gradients(
     return {name: (before[name] - p) / RATE for name, p in engine.export_params().items()}
 
 
+# Smaller than any flavor: a matrix of layouts is long. An architecture that is not named here takes its smallest flavor's.
+SIZES: Mapping[str, Mapping[str, object]] = {
+    "hunyuan-video": {
+        "hidden_size": 48, "heads_num": 4, "double": 1, "single": 2, "rope_dims": (4, 4, 4), "text_dim": 20, "pooled_dim": 12,
+        "refiner_depth": 1,
+    },
+    "wan": {
+        "dim": 48, "ffn_dim": 80, "n_heads": 4, "n_layers": 2, "text_dim": 20, "freq_dim": 32, "text_len": 16, "clip_dim": 24,
+    },
+}
+
+
 def shrunk(spec: ModelSpec, flavor: Flavor) -> Flavor:
-    """At the size of the smallest flavor of the architecture, with all that makes this one another model: what it takes in and
-    what the smallest does not have."""
-    small = smallest(spec).arch
+    """Small, with all that makes this one another model: what it takes in, and what the smallest flavor does not have."""
+    small, sizes = smallest(spec).arch, SIZES.get(spec.name, {})
     own = {
         f.name: getattr(flavor.arch, f.name) for f in fields(small)
         if f.name in spec.kind or isinstance(getattr(small, f.name), bool) or getattr(small, f.name) in (0, None)
     }
-    return spec.fitted(flavor, replace(small, **own))
+    smaller = {name: size for name, size in sizes.items() if getattr(flavor.arch, name)}
+    return spec.fitted(flavor, replace(small, **{**own, **smaller}))
 
 
 def architectures(specs: Sequence[ModelSpec]) -> list[tuple[str, str]]:
-    """(model, flavor) of each that computes otherwise than those before it."""
+    """(model, flavor) of each that computes otherwise than those before it: of other sizes, or on other inputs."""
     found: dict[object, tuple[str, str]] = {}
     for spec in specs:
-        for flavor in map(spec.flavor, spec.flavors):
-            found.setdefault((spec.name, shrunk(spec, flavor).arch, flavor.tasks[0]), (spec.name, flavor.name))
+        for flavor in (shrunk(spec, spec.flavor(name)) for name in spec.flavors):
+            seen = [(f.name, _outline(getattr(inp, f.name))) for inp in [an_input(spec, flavor)] for f in fields(inp)]
+            found.setdefault((spec.name, flavor.arch, str(seen)), (spec.name, flavor.name))
     return list(found.values())
+
+
+def _outline(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _outline(one) for name, one in sorted(value.items())}
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 def of_pairs(pairs: Sequence[tuple[tuple[str, str], Case]]) -> list[dict[str, Tensor]]:
