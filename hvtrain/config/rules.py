@@ -81,6 +81,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "optim.betas[0]": optim.betas[0], "optim.betas[1]": optim.betas[1],
     }.items():
         _share(value, key)
+    if cfg.data.image_share is not None and not 0 <= cfg.data.image_share <= 1:
+        raise ConfigError(f"data.image_share is {cfg.data.image_share}, expected a number from 0 to 1")
 
 
 def _check_subject(cfg: TrainConfig) -> None:

@@ -27,6 +27,8 @@ class DataConfig:
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    image_share: float | None = None
+    """Share of samples that are trained with their image, of a flavor that makes videos with an image or without; null: all"""
     calibration: int = 64
     """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False

@@ -155,6 +155,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
+    data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
     per_step = ctx.dp * cfg.data.batch_size * cfg.run.grad_accum
@@ -203,6 +204,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         run=cfg.run, ctx=ctx, flavor=base.flavor, objective=objective, team=team, loader=loader, previews=previews,
         held=held, files=RunFiles(cfg.run, cfg.adapter, products, ready.steps, lock, saved=start.step),
         cadence=_cadence(ready), start=start, ema=ema, caption_dropout=cfg.data.caption_dropout,
+        image_share=cfg.data.image_share,
         config=shown(dump(cfg)), found=found, about=note + _about(ready, ctx, team, start.step),
     )
 

@@ -75,6 +75,7 @@ class Session:
     caption_dropout: float
     config: str  # all of it, for TensorBoard
     about: str  # said at the start
+    image_share: float | None = None
     found: Path | None = None  # the checkpoint that it goes on from
 
     def __post_init__(self) -> None:
@@ -150,6 +151,9 @@ class Session:
             batch.tensors, self.loader.sets[0].empty_text if any(shares) else {}, shares=shares,
             draw=generator(where.seed, stream="caption-dropout", **place), fields=self.flavor.cond,
         )
+        if self.image_share is not None:
+            draw = generator(where.seed, stream="image-share", **place)
+            tensors["image_given"] = torch.rand(len(shares), generator=draw) < self.image_share
         a = self.files.adapter
         if a.dropout or a.rank_dropout or a.module_dropout:
             seed_dropout(now.subject.model, where.seed, **place)
