@@ -24,9 +24,12 @@ from hvtrain.train.checkpoint import step_of
 from hvtrain.train.engine import Step, build_engine
 from hvtrain.train.evaluate import HeldOut
 from hvtrain.train.files import RunFiles, is_finished, results_of
+from hvtrain.train.gradients import parts_of
 from hvtrain.train.loop import Cadence
+from hvtrain.train.mfu import Work, peak_of, work_of
+from hvtrain.train.mixture import Curriculum, plan_data
 from hvtrain.train.objective import Objective
-from hvtrain.train.optim import build_optimizer, build_schedule
+from hvtrain.train.optim import build_optimizer
 from hvtrain.train.prepare import (
     check_adapter,
     check_machinery,
@@ -38,6 +41,7 @@ from hvtrain.train.prepare import (
 from hvtrain.train.preview import Preview, Previews, plan_previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
+from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
 from hvtrain.train.setup import Origin, Subject
 from shards import ShardSet
@@ -55,13 +59,14 @@ class Prepared:
     base: Origin
     plan: SlicePlan | None  # of a LORAID slice
     sets: list[ShardSet]
+    curriculum: Curriculum
     held_out: list[ShardSet]
     steps: int  # of the whole run
     previews: list[Preview]
 
     @property
     def n_samples(self) -> int:
-        return sum(len(s) for s in self.sets)
+        return self.curriculum.n_samples
 
 
 def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
@@ -73,8 +78,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     ready = on_all(ctx, lambda: prepare(cfg, ctx))
     cfg, steps = ready.cfg, ready.steps
     identity = setup.identity(
-        ready.base, cfg.adapter, ready.plan, cfg.flow, ready.sets, batch_size=cfg.data.batch_size,
-        seed=cfg.run.seed, name=cfg.run.name,
+        ready.base, cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
+        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name,
     )
     output, results = Path(cfg.run.output_dir), results_of(cfg.run)
     try:
@@ -124,7 +129,8 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     check_weights(base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap)
     if not whole:
         check_adapter(base, cfg.adapter, plan)
-    sets = data.open_shards(cfg.data.shards, flavor, key="data.shards")
+    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards")
+    curriculum = plan_data(cfg.data, sets, flavor.latent, seed=cfg.run.seed)
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
     previews = plan_previews(
         cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets]
@@ -134,10 +140,10 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
-    per_step = ctx.dp * cfg.data.batch_size * cfg.run.grad_accum
-    steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, sum(len(s) for s in sets), per_step=per_step)
+    per_step = ctx.dp * curriculum.per_batch * cfg.run.grad_accum
+    steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, curriculum.n_samples, per_step=per_step)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(cfg, base, plan, sets, held_out, steps, previews)
+    return Prepared(cfg, base, plan, sets, curriculum, held_out, steps, previews)
 
 
 def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> bool:
@@ -176,13 +182,14 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
     engine = build_engine(
         subject.model, subject.trainable, cfg.zero, ctx, optimizer=build_optimizer(subject.trainable, cfg.optim),
         schedule=build_schedule(cfg.optim, total_steps=steps),
-        step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm),
+        step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable)),
     )
     start, ema, note = restore(engine, subject.trainable, found, averaged=cfg.run.ema_decay > 0)
     loader = BatchLoader(
         sets, batch_size=cfg.data.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=cfg.run.seed,
         cursor=start.cursor, workers=cfg.data.workers, worker_type=cfg.data.worker_type,
         on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=base.flavor.columns,
+        phases=ready.curriculum.phases, step=start.step, per_step=cfg.run.grad_accum,
     )
     held = HeldOut(
         ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, base.flavor.columns
@@ -192,9 +199,16 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         previews=previews, held=held,
         files=RunFiles(cfg.run, cfg.adapter, subject, _metadata(ready), steps, lock, saved=start.step),
         cadence=_cadence(ready), start=start, ema=ema, caption_dropout=cfg.data.caption_dropout,
-        config=shown(dump(cfg)), found=found,
+        config=shown(dump(cfg)), found=found, work=_work(ready, ctx),
         about=note + _about(ready, ctx, subject, kernel.name, start.step),
     )
+
+
+def _work(ready: Prepared, ctx: ParallelContext) -> Work | None:
+    """What the MFU is counted by. Collective: one rank finds it out."""
+    c, base, peak = ready.cfg, ready.base, peak_of(ctx.device_name, ready.cfg.run.peak_tflops)
+    mine = peak and ctx.is_main and work_of(base.spec, base.flavor, c.model, c.adapter, c.run, peak=peak)
+    return ctx.gather_objects(mine or None)[0]
 
 
 def _cadence(ready: Prepared) -> Cadence:
@@ -228,8 +242,8 @@ def _about(ready: Prepared, ctx: ParallelContext, subject: Subject, kernel: str,
         f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
         f"levels, shift {c.flow.shift:g}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
-        f"steps {step + 1} to {ready.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each "
-        f"(fewer where a bucket ends){saves}; TensorBoard: tensorboard --logdir "
+        f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "
+        f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
     )
 
@@ -251,7 +265,7 @@ def _metadata(ready: Prepared) -> dict[str, object]:
         "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
         "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
         "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
-        "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
+        "ss_datasets": [shown(entry.path) for entry in c.data.sets], "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
         **of_flavor(base.flavor), "hvtrain.base": base.fingerprint,
         EXPERT_KEY: base.expert and base.expert.name,

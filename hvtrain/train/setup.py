@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hvtrain.adapters.attach import add_adapter, linear_shapes
-from hvtrain.config import AdapterConfig, FlowConfig, ModelConfig, asset
+from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
@@ -172,14 +172,14 @@ def open_plan(base: Origin, adapter: AdapterConfig) -> SlicePlan:
     return make_plan(layers, cut, model=spec.name, flavor=base.flavor.name, base=base.fingerprint)
 
 
-def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: int) -> int:
+def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: float) -> int:
     """Optimizer steps of the run; epochs are counted in samples."""
     return steps if steps is not None else max(1, math.ceil((epochs or 0) * n_samples / per_step))
 
 
 def identity(
     base: Origin, adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
-    batch_size: int, seed: int, name: str,
+    data: DataConfig, optimizer: str, seed: int, name: str,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
     shards lie may change; not their samples, because the cursor counts them."""
@@ -190,7 +190,9 @@ def identity(
         "weights": base.fingerprint,
         **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices,
         **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
-        "data.shards": [_content(s) for s in sets], "data.batch_size": batch_size,
+        "data.shards": [_content(s) for s in sets], "data.batch_size": data.batch_size,
+        "data.mixture": [asdict(replace(e, path="")) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
+        "optim.name": optimizer,
         "run.seed": seed, "run.name": name,
     }
 
