@@ -44,6 +44,7 @@ from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
 from hvtrain.train.setup import Origin, Subject
+from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
 from shards.remote import shown
@@ -92,7 +93,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
         if ctx.is_main:
             say(f"{error}; asking Slurm to start this job again later")
         return REQUEUE
-    with lock:
+    with lock, told(output, steps=steps, main=ctx.is_main) as tell:
         over = found is not None and on_all(
             ctx, lambda: ctx.is_main and is_finished(results, found, steps=steps)
         )
@@ -108,6 +109,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
                 torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
         if finished and ctx.is_main and cfg.adapter.type != "none":
             leave_calibration(output, ready.sets, cfg.data.calibration)
+        tell(FINISHED if finished else STOPPED)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
