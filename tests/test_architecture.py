@@ -40,6 +40,7 @@ LAYERS = [
     ("hvtrain.train", 6),
     ("hvtrain.merge", 6),
     ("hvtrain.fit", 6),
+    ("hvtrain.runs", 6),
     ("hvtrain.tiny", 7),
     ("hvtrain", 0),
 ]

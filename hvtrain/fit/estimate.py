@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
@@ -18,6 +19,7 @@ from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
 from hvtrain.train.setup import part_of
@@ -122,6 +124,13 @@ def of_sampling(
         trace = trace_step(dit.eval(), inp, ctx=ctx, training=False)
         layout = Layout(world=gpus, freed_by_swap=_freed(dit, blocks_to_swap))
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
+
+
+def flops_of_sample(cfg: Training, about: Candidate, shape: Shape) -> int:
+    """Forward and backward on one device with nothing recomputed; also inside a job, whose ranks it does not touch."""
+    with FakeTensorMode():
+        model = _build(replace(cfg, model=replace(cfg.model, quantize="none")), about)
+        return trace_step(model, fake_input(about.spec, about.flavor, shape), ctx=ParallelContext()).flops
 
 
 def shape_of(

@@ -90,7 +90,7 @@ def check_machinery(
 ) -> None:
     """What a run computes with, whatever the model."""
     check_engine(zero)
-    check_optimizer(optim)
+    check_optimizer(optim, zero)
     pick_policy(recompute)
     if parallel.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=True)

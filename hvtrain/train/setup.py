@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.adapters.attach import add_adapter, first_match, linear_shapes, merging, trained
-from hvtrain.config import AdapterConfig, FlowConfig, ModelConfig, asset
+from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, asset
 from hvtrain.config.model import BOTH, EXPERT
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.flow.timesteps import parameters, quantile_function, share_within
@@ -280,7 +280,7 @@ def open_plan(base: Origin, adapter: AdapterConfig, *, others: Sequence[Origin] 
     return make_plan(layers, cut, model=spec.name, flavor=base.flavor.name, base=base.fingerprint)
 
 
-def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: int) -> int:
+def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: float) -> int:
     """Optimizer steps of the run; epochs are counted in samples."""
     return steps if steps is not None else max(1, math.ceil((epochs or 0) * n_samples / per_step))
 
@@ -294,7 +294,7 @@ _OF_ADAPTER = (
 
 def identity(
     bases: Sequence[Origin], adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
-    batch_size: int, seed: int, name: str, turn: int = 1,
+    data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
     shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the next."""
@@ -310,7 +310,9 @@ def identity(
         "weights": " ".join(one.fingerprint for one in bases), **({"run.expert_turn": turn} if several else {}),
         **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices, "adapter.base_lora": merged,
         **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
-        "data.shards": [_content(s) for s in sets], "data.batch_size": batch_size,
+        "data.shards": [_content(s) for s in sets], "data.batch_size": data.batch_size,
+        "data.mixture": [asdict(replace(e, path="")) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
+        "optim.name": optimizer,
         "run.seed": seed, "run.name": name,
     }
 
