@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -38,6 +38,13 @@ class Grads(NamedTuple):
     v: Tensor
 
 
+_NUMBERED: list[Kernel] = []
+
+
+def numbered(number: int) -> Kernel:
+    return _NUMBERED[number]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of softmax(q k' / sqrt(D)) v; every tensor is [B S N D]."""
@@ -47,6 +54,11 @@ class Kernel:
     partial: Callable[[Tensor, Tensor, Tensor], Partial]  # not differentiable
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Partial], Grads] | None  # (dout, q, k, v, merged result)
     missing: Callable[[torch.device, torch.dtype], str | None]  # why it cannot run there, or None
+    number: int = field(init=False, compare=False, repr=False)  # by which an operator, whose arguments are numbers, names it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", len(_NUMBERED))
+        _NUMBERED.append(self)
 
     @property
     def trains(self) -> bool:

@@ -9,16 +9,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from hvtrain.models.attention import keeping
+from hvtrain.models import attend_op
 from hvtrain.models.dit import Tokens, run_plain
-from hvtrain.models.kernels import Partial
 from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.registry import Registry
 
 Block = Callable[[Tokens], Tokens]
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
+KEPT = [attend_op.OP.default]  # operators whose results `selective` keeps; usp.py adds the ring
 
 
 def _full(block: Block, tokens: Tokens) -> Tokens:
@@ -30,12 +30,11 @@ def _full(block: Block, tokens: Tokens) -> Tokens:
 def _selective(block: Block, tokens: Tokens) -> Tokens:
     """As full, but attention's output and log-sum-exp are kept too: all but the part whose cost is quadratic is computed
     again. Around a ring the keys and values then travel once, not twice, before the backward."""
-    kept: list[list[Partial]] = []
+    return checkpoint(block, tokens, use_reentrant=False, context_fn=_keeping_attention)
 
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return keeping(kept, replay=False), keeping(kept, replay=True)
 
-    return checkpoint(block, tokens, use_reentrant=False, context_fn=contexts)
+def _keeping_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return create_selective_checkpoint_contexts(KEPT)
 
 
 class Offload:

@@ -24,8 +24,10 @@ from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.registry import Registry
+from hvtrain.train.parts import Piece
 
 Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
+States = Mapping[str, Mapping[str, Tensor]]  # an OptimizerState, perhaps one that is read from a file when asked
 OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
 
 ENGINES = Registry("engine", dict.fromkeys(("deepspeed", "torch")))
@@ -64,7 +66,11 @@ class Engine(Protocol):
         """Optimizer state per parameter. Collective; for rank 0. Empty before the first step."""
         ...
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        """Of parameters and optimizer state, what this rank has: for a full fine-tune under ZeRO-3. Empty: export it whole."""
+        ...
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         """Continue from exported state, whatever engine, stage or number of ranks exported it. Every rank passes it."""
         ...
 
@@ -227,7 +233,10 @@ class TorchEngine:
     def export_optimizer(self) -> OptimizerState:
         return export_plain_state(self.optimizer, self.params)
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         load_plain_state(self.optimizer, self.params, params, optimizer)
         self.n_steps = n_steps
 
@@ -288,7 +297,7 @@ def load_plain_state(
     optimizer: Optimizer,
     params: Mapping[str, nn.Parameter],
     values: Mapping[str, Tensor],
-    state: OptimizerState,
+    state: States,
 ) -> None:
     with torch.no_grad():
         for name, p in params.items():

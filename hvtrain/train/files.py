@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.load import save_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.parts import Written, open_parts
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Subject
 from hvtrain.weights.containers import open_weights
@@ -83,9 +86,32 @@ class RunFiles:
         them again. Raises CheckpointError at once where the disk has no room."""
         self.background.wait()
         self.lock.check()
+        results = self._result_bytes(snapshot, last=snapshot.progress.step >= self.steps)
+        checkpoint.check_room(self.checkpoints, snapshot, results=results)
+        self._save(snapshot, note, partial(checkpoint.save, self.checkpoints, snapshot))
+
+    def begin_parts(self, step: int) -> Path:
+        """Before every rank writes its part (session.py): three fp32 values of each parameter, and then the result in bf16."""
+        self.background.wait()
+        self.lock.check()
+        checkpoint.check_free(self.checkpoints, step, self.subject.n_parameters * (3 * 4 + 2) + (1 << 20))
+        return checkpoint.begin(self.checkpoints, step)
+
+    def save_parts(
+        self, folder: Path, progress: Progress, parts: Sequence[Written], note: Callable[[str], None], *,
+        best: float | None = None,
+    ) -> None:
+        """As `save`, of what all ranks have written in `folder`: the user's file is made of that, tensor by tensor. `best`: as
+        `save_best`, of this loss."""
+        params, optimizer = open_parts(folder)
+        if best is not None:
+            self.save_best(params, progress, best, then=partial(shutil.rmtree, folder))
+            return
+        self._save(Snapshot(progress, params, optimizer), note, partial(checkpoint.finish, folder, progress, parts))
+
+    def _save(self, snapshot: Snapshot, note: Callable[[str], None], keep: Callable[..., Path]) -> None:
         progress = snapshot.progress
         last = progress.step >= self.steps
-        checkpoint.check_room(self.checkpoints, snapshot, results=self._result_bytes(snapshot, last=last))
         name = self.run.name if last else f"{self.run.name}-step{progress.step:08d}"
 
         def write() -> None:
@@ -93,8 +119,7 @@ class RunFiles:
                 self.export(self.output / f"{name}.safetensors", snapshot.params, progress)
                 if snapshot.ema and last:
                     self.export(self.output / f"{name}-ema.safetensors", snapshot.ema, progress)
-                results = self.results if last else ()
-                checkpoint.save(self.checkpoints, snapshot, keep_last=self.run.keep_last, results=results)
+                keep(keep_last=self.run.keep_last, results=self.results if last else ())
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: "
@@ -147,9 +172,15 @@ class RunFiles:
             return float("inf")
         return float(open_weights(self.best).metadata.get(BEST_LOSS, "inf"))
 
-    def save_best(self, params: Mapping[str, Tensor], progress: Progress, loss: float) -> None:
+    def save_best(
+        self, params: Mapping[str, Tensor], progress: Progress, loss: float, then: Callable[[], object] = lambda: None
+    ) -> None:
+        def write() -> None:
+            self.export(self.best, params, progress, {BEST_LOSS: loss})
+            then()
+
         self.lock.check()
-        self.background.start(lambda: self.export(self.best, params, progress, {BEST_LOSS: loss}))
+        self.background.start(write)
 
     def export(
         self, path: Path, params: Mapping[str, Tensor], progress: Progress,
@@ -165,9 +196,10 @@ class RunFiles:
             return
         with torch.device("meta"):
             whole = subject.spec.build(subject.flavor.arch)
-        whole.load_state_dict({n: t.to(torch.bfloat16) for n, t in params.items()}, assign=True)
         about = {key: str(value) for key, value in (extra or {}).items()}
-        save_dit(whole, path, flavor=subject.flavor, spec=subject.spec, extra=about)
+        save_dit(
+            whole, path, flavor=subject.flavor, spec=subject.spec, dtype=torch.bfloat16, extra=about, values=params
+        )
 
     def _now(self, progress: Progress) -> dict[str, object]:
         now = time.time()

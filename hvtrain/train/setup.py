@@ -19,6 +19,7 @@ from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify, load_dit, whole_model
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.spread import spread_weights
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from hvtrain.slices.plan import Cut, SlicePlan, check_fits, load_plan, make_plan
@@ -112,10 +113,12 @@ def open_subject(
         base.spec.init_weights(dit, generator(seed, stream="init"))
     else:
         dtype = torch.float32 if whole else getattr(torch, model.dtype)
-        loaded = load_dit(
-            base.path, model=model.name, flavor=model.flavor, dtype=dtype, quantize_to=model.quantize
-        )
-        dit = loaded.model
+        place = ctx.device if move and not blocks_to_swap else torch.device("cpu")
+        with spread_weights(ctx, device=place, frozen=not whole, cut=not move) as spread:
+            dit = load_dit(
+                base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place, quantize_to=model.quantize,
+                spread=spread,
+            ).model
     use_matmul(dit, model.fp8_matmul)
     if whole:
         dit.requires_grad_(True)
