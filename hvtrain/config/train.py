@@ -49,7 +49,7 @@ class AdapterConfig:
     exclude: tuple[str, ...] = ()
     """Patterns of module names to leave out"""
     init_from: str | None = None
-    """LoRA file to start from"""
+    """LoRA file to start from; {expert} in its name stands for each expert's, where a run trains several"""
     plan: str | None = None
     """For loraid: the plan.json that `hvtrain slices plan` wrote"""
     loraid: int | None = None
@@ -60,22 +60,45 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Which noise levels are trained."""
+    """Which noise levels are trained, and what an error at them counts."""
 
     timestep_sampling: str = "shift"
-    """Distribution of sigma: shift, uniform, sigmoid or logit_normal"""
+    """Distribution of sigma: uniform, sigmoid, logit_normal, mode, shift, flux_shift, qwen_shift, logsnr, qinglong_flux,
+    qinglong_qwen or sigma; `hvtrain train CONFIG --show-timesteps` draws it"""
     shift: float | None = None
     """Shift towards noise, for shift; null: the flavor's own"""
     sigmoid_scale: float = 1.0
-    """Width, for shift, sigmoid and logit_normal"""
+    """Width, for sigmoid and what is a shift (also in the qinglong mixtures)"""
     logit_mean: float = 0.0
-    """Mean of the logit, for logit_normal"""
+    """Mean of the logit, for logit_normal; of log SNR, for logsnr and qinglong_flux"""
+    logit_std: float = 1.0
+    """Width of the same"""
+    mode_scale: float = 1.29
+    """For mode: -1 to 1.75, above 0 favours the middle"""
     min_sigma: float = 0.0
-    """Smallest sigma; the distribution is cut, not squeezed"""
+    """Smallest sigma"""
     max_sigma: float = 1.0
     """Largest sigma"""
+    range: Literal["cut", "squeeze"] = "cut"
+    """How a distribution comes between them: cut keeps its shape, squeeze maps all of it into the range"""
+    weighting: str = "none"
+    """What an error at sigma counts: none (all the same), sigma_sqrt (1 / sigma^2), cosmap or min_snr"""
+    snr_gamma: float = 5.0
+    """For min_snr: where the signal-to-noise ratio is cut"""
+    loss: str = "mse"
+    """mse, huber or pseudo_huber: the latter two are 2 c |error| beyond c, and so bear outliers"""
+    huber_c: float = 0.1
+    """For huber and pseudo_huber: c"""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
+    """How c depends on sigma: not; exponential, from 1 without noise to c in pure noise; snr, to c faster"""
+    masked: bool = False
+    """Weigh the error by the shards' column `mask`: 1 where it counts, 0 where not"""
+    noise_offset: float = 0.0
+    """Add so much noise that is equal over all cells of a channel: for very dark and very bright videos; 0.05 is much"""
     guidance: float | None = None
     """Embedded guidance that the model is told, as in generation; null: the flavor's own"""
+    raw_guidance: bool = False
+    """Tell the model flow.guidance itself instead of 1000 times it, as musubi-tuner trains; previews are as in generation"""
 
 
 @dataclass(frozen=True)
@@ -145,8 +168,16 @@ class RunSettings:
     recompute: Literal["none", "full", "selective", "offload"] = "full"
     """Activation checkpointing: full recomputes each block in the backward pass, selective all but its attention; offload is
     full with the blocks' inputs in host memory"""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile of each block, which fuses what is between the matrix products; minutes in the first steps, and once
+    more for every new size of clips"""
     blocks_to_swap: int = 0
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
+    expert_turn: int = 1
+    """Where a run trains several experts: steps of one before the next is drawn, each by its share of the noise levels"""
+    idle_expert: Literal["auto", "device", "host"] = "auto"
+    """Where the frozen weights wait of an expert that is not computed with; auto: in host memory if the device has no room for
+    all, and always the whole of them in half of it"""
     ema_decay: float = 0.0
     """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
     save_every_steps: int | None = None
@@ -181,7 +212,16 @@ class PreviewConfig(Sampling):
     """Videos made while training. What a prompt leaves out is taken from here; guidance is flow.guidance, where neither says."""
 
     every_steps: int = 0
-    """Steps between previews; 0 makes none"""
+    """Steps between previews; 0: not by steps"""
+    every_epochs: float = 0.0
+    """Epochs between previews; 0: not by epochs"""
+    at_start: bool = False
+    """Also before the first step: what the base makes"""
+    ema: bool = False
+    """Of the moving averages (run.ema_decay) instead of the weights as they are"""
+    prompt_file: str | None = None
+    """A file of prompts, besides those in prompts: text with one a line, which may end with options of its own, as for `hvtrain
+    generate`; or YAML, a list with the keys of prompts"""
     prompts: tuple[SamplePrompt, ...] = ()
     """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a sample's own is taken: of
     eval.shards, else of data.shards"""

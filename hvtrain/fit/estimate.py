@@ -55,7 +55,7 @@ def candidate(model: ModelConfig) -> Candidate:
     """The flavor that a config means; of the weights only the headers are read, if there are any. Of several experts the one
     that is named, which is trained, else the largest: one is resident at a time."""
     spec = find(model.name)
-    parts = {part_of(model)} if model.expert else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
+    parts = {part_of(model)} if model.experts else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
     paths = [path for part in sorted(parts) if (path := model.file(part))]
     if not paths:
         return Candidate(spec, spec.flavor(model.flavor))

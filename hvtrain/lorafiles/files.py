@@ -21,7 +21,7 @@ from hvtrain.adapters.layer import Delta
 from hvtrain.adapters.lora import LoraLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Shapes, gather, known_names, same_layer
+from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Dialect, Shapes, gather, known_names, same_layer
 from hvtrain.lorafiles.metadata import (
     SD_SUM_KEY,
     SUM_KEY,
@@ -252,13 +252,31 @@ def _group(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[st
 def _of_expert(path: Path, stems: dict[str, dict[str, torch.Tensor]], expert: int | None) -> dict[str, dict[str, torch.Tensor]]:
     """Those of one expert, where the file holds the LoRAs of several."""
     for dialect in DIALECTS.values():
-        held = [prefix for prefix in dialect.prefixes if any(stem.startswith(prefix) for stem in stems)]
+        held = _prefixes(dialect, stems)
         if len(held) < 2:
             continue
         if expert is None or dialect.prefixes[expert : expert + 1] not in [(prefix,) for prefix in held]:
             raise CheckpointError(f"{path}: holds LoRAs of {len(held)} experts ({', '.join(held)}); say which one is meant")
         return {stem: tensors for stem, tensors in stems.items() if stem.startswith(dialect.prefixes[expert])}
     return stems
+
+
+def _prefixes(dialect: Dialect, stems: Iterable[str]) -> list[str]:
+    """Of those that tell experts apart, which occur."""
+    stems = list(stems)
+    return [prefix for prefix in dialect.prefixes if any(stem.startswith(prefix) for stem in stems)]
+
+
+def prefix_number(path: Path) -> int | None:
+    """Whose LoRA the file is by its tensors' prefix, where that is an expert's own: its number; -1 for those of several."""
+    stems = {split_ending(name)[0] for name in open_weights(path)}
+    for dialect in DIALECTS.values():
+        held = _prefixes(dialect, stems)
+        if len(held) > 1:
+            return -1
+        if held and held[0] != dialect.prefixes[0]:
+            return dialect.prefixes.index(held[0])
+    return None
 
 
 def _resolve(

@@ -78,7 +78,8 @@ def _(dout: Any, q: Any, k: Any, *args: Any, **options: Any) -> int:
 
 def attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B S N D], differentiable. Where nothing is learnt, the kernel's own way, which need not give a log-sum-exp."""
-    if not (kernel.trains and torch.is_grad_enabled()):
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not (kernel.trains and learns):
         return kernel.attend(q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))

@@ -22,8 +22,9 @@ ANYWAY = "set data.allow_foreign=true if you know that they are the same weights
 Groups = Mapping[str, Sequence[ShardSet]]  # by the config's key that names them
 
 
-def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[ShardSet]:
-    """Open shard sets and compare a sample of each with what the model needs. Raises DataError and ShardError."""
+def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str, masked: bool = False) -> list[ShardSet]:
+    """Open shard sets and compare a sample of each with what the model needs; `masked`: and the loss, a mask of the latents'
+    cells. Raises DataError and ShardError."""
     sets = [open_set(path) for path in paths]
     for found in sets:
         if not len(found):
@@ -35,6 +36,12 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
             raise DataError(
                 f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor "
                 f"'{flavor.name}' takes {flavor.latent.channels}; encode the clips with this model's VAE"
+            )
+        cells = (1, *tensors["latents"].shape[1:])
+        if masked and ("mask" not in tensors or tuple(tensors["mask"].shape) != cells):
+            held = f"holds one of shape {tuple(tensors['mask'].shape)}" if "mask" in tensors else "lacks it"
+            raise DataError(
+                f"{key}: flow.masked needs the field 'mask' of shape {cells}, {found.name} {held}; encode column 'mask'"
             )
         optional = {field.name for field in flavor.cond if field.optional}
         _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)
@@ -72,7 +79,9 @@ def _check_fields(
             )
 
 
-def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec) -> None:
+def check_encoders(
+    groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec, flavor: Flavor | None = None
+) -> None:
     """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each
     other. Raises DataError."""
     for column in columns:
@@ -81,7 +90,7 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
         others = [(key, s, by) for key, s, by in every if by.model not in ("", spec.name)]
         if not made and not others:
             continue
-        part, own = _own(column, model, spec)
+        part, own = _own(column, model, spec, flavor)
         for key, found, by in others:  # models may share an encoder
             if by.encoder not in own:
                 raise DataError(
@@ -101,10 +110,10 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
                 )
 
 
-def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+def _own(column: str, m: ModelConfig, spec: ModelSpec, flavor: Flavor | None) -> tuple[str, tuple[str, ...]]:
     """The config's keys, and what the fingerprint may be; empty where they are not set."""
     if column == "text":
-        return keys_of(spec, column), text_fingerprints(spec, m)
+        return keys_of(spec, column), text_fingerprints(spec, m, flavor)
     if spec.column(column) is not None:
         return keys_of(spec, column), ()
     return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()

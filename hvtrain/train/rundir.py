@@ -105,6 +105,8 @@ def _by_key(run: dict[str, Any]) -> dict[str, Any]:
     for section, names in _LISTS.items():
         if isinstance(values := run.pop(section, None), list):
             run |= {f"{section}.{name}": value for name, value in zip(names, values)}
+    if "model.experts" in run:
+        run["model.experts"] = run.pop("model.experts")
     if isinstance(plan := run.get("adapter.plan"), str):
         run["adapter.plan"] = plan.removeprefix("plan ")
     if isinstance(loraid := run.get("adapter.loraid"), str):

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from hvtrain.adapters.attach import seed_dropout
 from hvtrain.config import RunSettings
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.engine import Engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
+from hvtrain.train.experts import Models, Team
 from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import Cadence, Hooks, StepReport, train
 from hvtrain.train.metrics import Metrics, loss_by_sigma
@@ -30,7 +32,6 @@ from hvtrain.train.prepare import on_all
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
 from hvtrain.train.rundir import cut_metrics
-from hvtrain.train.setup import Subject
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
 
@@ -62,9 +63,9 @@ class Session:
 
     run: RunSettings
     ctx: ParallelContext
-    subject: Subject
-    objective: Objective
-    engine: Engine
+    flavor: Flavor
+    objective: Objective  # of the held-out loss: on all noise levels of the run
+    team: Team
     loader: BatchLoader
     previews: Previews
     held: HeldOut
@@ -102,7 +103,7 @@ class Session:
         try:
             with self.watch:
                 finished = train(
-                    self.engine, iter(self.loader), hooks, cadence=self.cadence, start=self.start, seed=self.run.seed,
+                    self.team, iter(self.loader), hooks, cadence=self.cadence, start=self.start, seed=self.run.seed,
                     ctx=self.ctx, folder=self.output,
                 )
                 self.watch.at(self.steps, "waiting for the last files", writing=self.ctx.is_main)
@@ -117,13 +118,16 @@ class Session:
             self.line.close()
             self.metrics.close()
         if self.ctx.is_main:
-            end = f"done: {self.files.results[0]}" if finished else (
+            made = " ".join(map(str, self.files.results[: len(self.team.trainees)]))
+            end = f"done: {made}" if finished else (
                 f"stopped on request; start again to continue from step {self.files.saved} of {self.steps}"
             )
             print(end, flush=True)
             if finished and self.files.adapter.type != "none":
-                there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
-                print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
+                for key in self.team.trainees:
+                    of = f" --expert {key}" if len(self.team.trainees) > 1 else ""
+                    there = f"{shlex.quote(str(self.output))}{of} --to comfyui --output comfyui{key and f'-{key}'}.safetensors"
+                    print(f"for ComfyUI, which skips layers under these names: hvtrain lora convert {there}", flush=True)
         return finished
 
     def _finish(self, found: Path) -> None:
@@ -140,19 +144,19 @@ class Session:
             print(text, flush=True)
 
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
-        place = {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
+        now, place = self.team.at_step(where.step), {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
         self._count_bad(batch)
         shares = [m.get("caption_dropout", self.caption_dropout) for m in batch.meta]
         tensors = drop_captions(
             batch.tensors, self.loader.sets[0].empty_text if any(shares) else {}, shares=shares,
-            draw=generator(where.seed, stream="caption-dropout", **place), fields=self.subject.flavor.cond,
+            draw=generator(where.seed, stream="caption-dropout", **place), fields=self.flavor.cond,
         )
         if self.files.adapter.dropout:
-            seed_dropout(self.subject.model, where.seed, **place)
+            seed_dropout(now.subject.model, where.seed, **place)
         latents = tensors["latents"]
         self.latents = tuple(latents.shape)
-        n_tokens = len(latents) * self.subject.flavor.latent.n_tokens(latents.shape)
-        return self.objective(self.engine.model, tensors, where), n_tokens
+        n_tokens = len(latents) * self.flavor.latent.n_tokens(latents.shape)
+        return now.objective(now.engine.model, tensors, where), n_tokens
 
     def _count_bad(self, batch: Batch) -> None:
         for message in batch.bad:
@@ -162,8 +166,8 @@ class Session:
 
     def _after_update(self) -> None:
         if self.ema:
-            averages = list(self.ema.values())
-            values = [self.subject.trainable[n].detach() for n in self.ema]
+            trained = self.team.trained
+            averages, values = [self.ema[n] for n in trained], [p.detach() for p in trained.values()]
             torch._foreach_lerp_(averages, values, 1 - self.run.ema_decay)
 
     def _log(self, r: StepReport) -> None:
@@ -188,44 +192,41 @@ class Session:
         self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
 
     def _evaluate(self, progress: Progress) -> None:
-        with self._beating(progress.step, "evaluating"):
-            values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
+        with self._beating(progress.step, "evaluating") as models:
+            values = held_out_loss(models, self.objective, self.held, ctx=self.ctx)
         self.metrics.scalars(progress.step, values)
         self.line.note(f"step {progress.step}: held-out loss {values['eval/loss']:.4f}")
         self._save_if_best(progress, values["eval/loss"])
 
     def previews_at(self, step: int) -> None:
-        with self._beating(step, "making previews"):
-            for name, frames, fps in self.previews.make(self.engine.model, step):
+        with self._beating(step, "making previews") as models:
+            for name, frames, fps in self.previews.make(models, step):
                 self.metrics.video(name, step, frames, fps=fps)
                 self.watch.at(step, f"making previews, {name} written")
 
     @contextmanager
-    def _beating(self, step: int, phase: str) -> Iterator[None]:
+    def _beating(self, step: int, phase: str) -> Iterator[Models]:
         """Long work of many forward passes: each is a sign of life."""
         passes = 0
 
-        def beat(*_: object) -> None:
+        def beat() -> None:
             nonlocal passes
             passes += 1
             self.watch.at(step, f"{phase}, forward pass {passes}")
 
         self.watch.at(step, phase)
-        handle = self.engine.model.register_forward_hook(beat)
-        try:
-            yield
-        finally:
-            handle.remove()
+        with self.team.evaluating(beat) as models:
+            yield models
 
     # --- files ------------------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
         """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host, or, what ZeRO-3
         trains whole, is on the disk."""
-        if pieces := self.engine.pieces():
+        if pieces := self.team.pieces():
             self._save_parts(progress, pieces)
             return
-        params, optimizer = self._export(progress.step), self.engine.export_optimizer()
+        params, optimizer = self._export(progress.step), self.team.export_optimizer()
         if self.ctx.is_main:
             ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
             self.watch.at(progress.step, "waiting for the disk", writing=True)
@@ -251,15 +252,14 @@ class Session:
         if not self.run.keep_best or not loss < self.best:
             return
         self.best = loss
-        if pieces := self.engine.pieces():
+        if pieces := self.team.pieces():
             self._save_parts(progress, pieces, best=loss)
-            self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
-            return
-        params = self._export(progress.step)
-        if self.ctx.is_main:
-            self.watch.at(progress.step, "waiting for the disk", writing=True)
-            self.files.save_best(params, progress, loss)
-        self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
+        else:
+            params = self._export(progress.step)
+            if self.ctx.is_main:
+                self.watch.at(progress.step, "waiting for the disk", writing=True)
+                self.files.save_best(params, progress, loss)
+        self.line.note(f"step {progress.step}: best held-out loss so far, {', '.join(path.name for path in self.files.best)}")
 
     def _export(self, step: int) -> dict[str, Tensor]:
         """The engine's export_params, when the save before is written: of a 13B model a host has room for one copy."""
@@ -267,7 +267,7 @@ class Session:
             self.watch.at(step, "waiting for the files of the save before", writing=True)
             self.files.background.wait()
         self.watch.at(step, "copying for a checkpoint")
-        return self.engine.export_params()
+        return self.team.export_params()
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,12 @@ class Source:
         kept = len(source.parts) == 1 and not source.swap and self.weights.dtype(part) == DTYPE
         if kept and (edit is None or not edit(module, None)):
             mapped, scale = self.weights.get(part), self._scale(part)
-            values = mapped.to(device, copy=True)
+            values = source.own_rows(mapped.to(device, copy=True))
             self.weights.release(mapped)
-            return values, None if scale is None else scale.to(device, copy=True)
+            if scale is None:
+                return values, None
+            rows = len(scale) == mapped.shape[0] if scale.ndim > 1 else False
+            return values, source.own_rows(scale.to(device, copy=True)) if rows else scale.to(device, copy=True)
         weight = self.read(name, dtype=dtype, device=device)
         if edit is not None:
             edit(module, weight)
@@ -159,7 +162,7 @@ def anchored(path: str | Path, anchors: Mapping[str, KeyMap], *, what: str) -> S
     prefix = key.removesuffix(anchor)
     names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix) and not name.endswith(SCALES)]
     own = anchors[anchor].read(names)
-    return Source(weights, {name: Fused(tuple(prefix + part for part in f.parts), f.swap) for name, f in own.items()})
+    return Source(weights, {name: replace(f, parts=tuple(prefix + part for part in f.parts)) for name, f in own.items()})
 
 
 def check(

@@ -24,12 +24,13 @@ from hvtrain.generate.requests import Request, single_job
 from hvtrain.generate.sample import sample_latents
 from hvtrain.generate.spool import visible
 from hvtrain.generate.video import read_metadata
-from hvtrain.models.parts import open_vae
+from hvtrain.models.parts import open_text, open_vae
 from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from tests.generate.models import SIZE, random_cond, spec_and_flavor, write_dit
 from tests.generate.test_run import pixels
+from tests.models.sight import save_sight
 from tests.parallel.ranks import run_ranks
 
 SPEC, TINY = spec_and_flavor()
@@ -122,6 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_dit(folder / f"{name}.safetensors", name)
     picture(folder / "green.png", (40, 200, 60))
     picture(folder / "violet.png", (200, 40, 200))
+    save_sight(folder / "vision.safetensors")
     return folder
 
 
@@ -130,14 +132,19 @@ def make(folder: Path, name: str, **changes: object) -> list[Path]:
         "model.dit": folder / f"{name}.safetensors", "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm",
         "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32",
         "prompt": "a red circle moves left", "output": folder / f"{name}.mp4", "steps": 2, "cfg_scale": 1, "save_latents": True,
-        **SIZE, **changes,
+        "model.llm_vision": folder / "vision.safetensors" if name.startswith("i2v") else None, **SIZE, **changes,
     }
     items = [f"{key}={value}" for key, value in values.items() if value is not None]
     return generate.run(config.load(GenerateConfig, None, items))
 
 
+def with_sight(folder: Path) -> ModelConfig:
+    parts = {"llm": "tiny:llm", "clip": "tiny:clip", "llm_vision": str(folder / "vision.safetensors")}
+    return ModelConfig(vae="tiny:vae.safetensors", parts=parts, vae_dtype="float32", dtype="float32")
+
+
 def test_a_condition_is_the_mode_of_the_posterior(folder: Path) -> None:
-    model = ModelConfig(vae="tiny:vae.safetensors", parts={"llm": "tiny:llm", "clip": "tiny:clip"}, vae_dtype="float32")
+    model = with_sight(folder)
     flavor, path = flavor_of("i2v"), str(folder / "green.png")
     request = Request.of(flavor, prompt="a ring", image=path, **SIZE)
     found = encode_requests([request], SPEC, flavor, model, ParallelContext())
@@ -145,7 +152,8 @@ def test_a_condition_is_the_mode_of_the_posterior(folder: Path) -> None:
     assert latents.shape == (1, 16, 1, 6, 10) and Shown.of(request) == Shown((path,), 80, 48, 9)
     image = read_image(path, width=80, height=48)
     assert torch.equal(latents, open_vae(SPEC, model, "cpu").encode(image[None, :, None]))
-    assert torch.equal(found.texts["a ring"]["text"], found.of(request)["text"])
+    tiny = open_text(SPEC, model, "cpu", flavor)
+    assert torch.equal(found.of(request)["seen_text"][0], tiny.encode(["a ring"], [image])[0]["seen_text"])
 
 
 def test_a_video_begins_with_its_image(folder: Path) -> None:
@@ -191,8 +199,7 @@ def test_first_and_last_frame_are_both_shown(folder: Path, monkeypatch) -> None:
         seen.append((images, tuple(shape)))
         return {"image_latents": torch.zeros(16, 1, 6, 10)}
 
-    model = ModelConfig(vae="tiny:vae.safetensors", parts={"llm": "tiny:llm", "clip": "tiny:clip"}, vae_dtype="float32")
-    encode_requests([job.request], replace(SPEC, image_conditions=conditions_of), flavor, model, ParallelContext())
+    encode_requests([job.request], replace(SPEC, image_conditions=conditions_of), flavor, with_sight(folder), ParallelContext())
     ((images, shape),) = seen
     assert shape == (16, 3, 6, 10) and images.shape == (2, 3, 48, 80)
     assert torch.equal(images[0], read_image(green, width=80, height=48))

@@ -52,12 +52,12 @@ def read(path: str) -> Reference:
 def errors(path: str) -> dict[str, float]:
     """Relative error of every output and gradient in the file."""
     reference = read(path)
-    from tests.oracles import wan
+    from tests.oracles import hunyuan15, wan
 
-    for fits, compare in (*KINDS, *wan.KINDS):
+    for fits, compare in (*KINDS, *wan.KINDS, *hunyuan15.KINDS):
         if fits(reference):
             return dict(compare(reference))
-    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1; Wan"
+    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1; HunyuanVideo 1.5; Wan"
     raise CheckpointError(f"{path}: its weights are of no architecture checked here ({known})")
 
 

@@ -90,7 +90,7 @@ def _llama_config(source: Source) -> Any:
     n_layers = given.get("num_hidden_layers") or count(source.sources, r"layers\.(\d+)\.")
     if n_layers <= SKIPPED_LAYERS:
         raise CheckpointError(f"{source.path}: {n_layers} layers: need more than {SKIPPED_LAYERS}")
-    heads = given.get("num_attention_heads") or _heads(source, hidden, LLAMA_HEAD_DIM)
+    heads = given.get("num_attention_heads") or heads_of(source, hidden, LLAMA_HEAD_DIM)
     head_dim = source.shape("layers.0.self_attn.q_proj.weight")[0] // heads
     sizes = {
         "vocab_size": vocabulary,
@@ -116,12 +116,12 @@ def _clip_config(source: Source) -> Any:
         "max_position_embeddings": source.shape("embeddings.position_embedding.weight")[0],
         "num_hidden_layers": count(source.sources, r"encoder\.layers\.(\d+)\."),
         "intermediate_size": source.shape("encoder.layers.0.mlp.fc1.weight")[0],
-        "num_attention_heads": given.get("num_attention_heads") or _heads(source, hidden, CLIP_HEAD_DIM),
+        "num_attention_heads": given.get("num_attention_heads") or heads_of(source, hidden, CLIP_HEAD_DIM),
     }
     return CLIPTextConfig(**{**CLIP_FACTS, **given, **sizes})
 
 
-def _heads(source: Source, hidden: int, head_dim: int) -> int:
+def heads_of(source: Source, hidden: int, head_dim: int) -> int:
     """The number of heads leaves no trace in shapes: the official head size, for large widths only."""
     if hidden % head_dim or hidden < 6 * head_dim:
         raise CheckpointError(
