@@ -94,12 +94,49 @@ def _check_subject(cfg: TrainConfig) -> None:
     if adapter.type == "none" and adapter.init_from is not None:
         raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
     _check_slice(adapter)
+    _check_adapter(adapter, scratch=model.dit is None and model.expert is None)
     if adapter.init_from is not None and (EXPERT not in adapter.init_from or model.experts is None):
         _exists(adapter.init_from, "adapter.init_from")
     if cfg.run.precision == "fp32" and adapter.type != "none" and model.dtype != "float32":
         raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {model.dtype}")
     if model.dtype == "float16":
         raise ConfigError("model.dtype float16 is not for training: gradients would underflow; use bfloat16 or float32")
+
+
+_LORA_S_OWN = (
+    "rank_stable", "ranks", "alphas", "dropout", "rank_dropout", "module_dropout", "scale_weight_norms", "include", "exclude",
+)  # fmt: skip
+
+
+def _check_adapter(a: AdapterConfig, *, scratch: bool) -> None:
+    """Keys of another kind of training, and numbers that mean nothing."""
+    for key in _LORA_S_OWN if a.type == "none" else ("train", "freeze"):
+        if getattr(a, key):
+            what = "a full fine-tune has no adapter" if a.type == "none" else f"it is for adapter.type none, it is {a.type}"
+            raise ConfigError(f"adapter.{key} is given, but {what}; leave it away")
+    if scratch and (a.train or a.freeze or a.base_lora):
+        raise ConfigError("adapter.train, freeze and base_lora need weights that are there already; give model.dit")
+    if a.init_balance and a.init_from is None:
+        raise ConfigError("adapter.init_balance is for adapter.init_from; give a file to start from")
+    if a.init_from is not None and a.init != "zero":
+        raise ConfigError(f"adapter.init {a.init} and adapter.init_from are two starts; keep one")
+    if a.slice_type != "lora" and a.type != "loraid":
+        raise ConfigError(f"adapter.slice_type is for adapter.type loraid, it is {a.type}; set adapter.type={a.slice_type}")
+    for key, share in {"dropout": a.dropout, "rank_dropout": a.rank_dropout, "module_dropout": a.module_dropout}.items():
+        _share(share, f"adapter.{key}")
+    numbers = [*((f"adapter.{key}[{pattern}]", value) for key in ("ranks", "alphas", "lr_ratios")
+                 for pattern, value in getattr(a, key).items())]  # fmt: skip
+    for key, value in numbers:
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{key} is {value}, expected more than 0")
+    if not 0 <= a.scale_weight_norms < math.inf:
+        raise ConfigError(f"adapter.scale_weight_norms is {a.scale_weight_norms}, expected 0 or more")
+    if a.factor != -1 and a.factor < 1:
+        raise ConfigError(f"adapter.factor is {a.factor}, expected -1 or a size from 1")
+    for one in a.base_lora:
+        _exists(one.path, "adapter.base_lora")
+        if not math.isfinite(one.multiplier):
+            raise ConfigError(f"adapter.base_lora: the multiplier of {one.path} is {one.multiplier}, expected a finite number")
 
 
 def _check_memory(cfg: TrainConfig) -> None:

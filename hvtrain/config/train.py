@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hvtrain.config.generate import LoraFileConfig
 from hvtrain.config.model import ModelConfig, ParallelConfig
 from hvtrain.config.sampling import Sampling
 
@@ -36,24 +38,55 @@ class AdapterConfig:
     """What is trained."""
 
     type: str = "lora"
-    """lora; loha: the product of two low-rank matrices, element by element; loraid: a LoRA that owns one slice of a plan; none:
-    every weight of the DiT (full fine-tune)"""
+    """lora; dora: a LoRA and the length of each output row; loha: the product of two low-rank matrices, element by element; lokr:
+    the Kronecker product of a small matrix and a large one; loraid: one of these that owns one slice of a plan; none: the
+    weights of the DiT themselves (full fine-tune)"""
     rank: int = 32
     """Rank of each pair"""
     alpha: float = 32.0
     """Scale: the pair counts alpha / rank"""
+    rank_stable: bool = False
+    """rsLoRA: the pair counts alpha / sqrt(rank)"""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Another rank for the layers whose name a pattern matches: {pattern: rank}; the first that matches"""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """Another alpha, in the same way"""
     dropout: float = 0.0
-    """Dropout between down and up"""
+    """Share of a LoRA's rank components that are dropped between down and up, for each sample anew"""
+    rank_dropout: float = 0.0
+    """The same for all samples of a micro-step together; of a LoHa or LoKr, the share of its output rows"""
+    module_dropout: float = 0.0
+    """Share of the layers that go without their adapter in a micro-step"""
+    scale_weight_norms: float = 0.0
+    """Above 0: what a layer's adapter adds to the weight counts less where its norm is more than this"""
+    init: str = "zero"
+    """Where a LoRA starts: zero; svd: zero too, but reading the directions that the weight answers to most; pissa: with the
+    weight's principal part, which is taken off the weight, so that the file has twice the rank"""
+    factor: int = -1
+    """For lokr: size of the small matrix; -1 makes both as equal as they can be"""
     include: tuple[str, ...] = ()
     """Patterns of module names to train besides the default ones"""
     exclude: tuple[str, ...] = ()
     """Patterns of module names to leave out"""
     init_from: str | None = None
     """LoRA file to start from; {expert} in its name stands for each expert's, where a run trains several"""
+    init_balance: bool = False
+    """Start from the singular vectors of what that file adds, at this run's rank: for one that merges or other ranks left"""
+    base_lora: tuple[LoraFileConfig, ...] = ()
+    """LoRA files to merge into the model before training"""
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate as a multiple of optim.lr for the parameters whose name a pattern matches: {pattern: ratio}; the first that
+    matches. LoRA+ is {'.*lora_up.*': 16}; 0 is refused, for that is what freeze and exclude are for"""
+    train: tuple[str, ...] = ()
+    """For none: patterns of the parameters to train; none: all"""
+    freeze: tuple[str, ...] = ()
+    """For none: patterns of the parameters to leave as they are"""
     plan: str | None = None
     """For loraid: the plan.json that `hvtrain slices plan` wrote"""
     loraid: int | None = None
     """For loraid: which slice of the plan, from 1"""
+    slice_type: str = "lora"
+    """For loraid: lora, dora, loha, or, where slices are whole layers, lokr"""
     blocks_per_loraid: int | None = None
     """For loraid instead of a plan: LORAID 1 owns the first so many blocks, LORAID 2 the next, and so on"""
 

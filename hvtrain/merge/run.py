@@ -56,7 +56,9 @@ def run(cfg: MergeConfig) -> None:
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
     known = None if cfg.any_base else base.fingerprint
-    inputs = open_inputs(cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert)
+    inputs = open_inputs(
+        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and how == "none"
+    )
     layers = by_layer(inputs.loras)
     combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)

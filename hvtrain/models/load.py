@@ -6,12 +6,13 @@ Official names, ComfyUI's and diffusers' are accepted, with the prefixes that al
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models import all_specs, find
@@ -116,11 +117,11 @@ def whole_model(found: Identified) -> DiT:
 
 def save_dit(
     model: DiT, path: str | Path, *, spec: ModelSpec, flavor: Flavor, dtype: torch.dtype | None = None,
-    extra: Mapping[str, str] | None = None, values: Mapping[str, torch.Tensor] | None = None,
+    extra: Mapping[str, str] | None = None, value: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic.
 
-    `values`: of a model on the meta device; each is asked for when it is written."""
+    `value`: gives a tensor of a model on the meta device when it is written."""
     state = model.state_dict()
     slots = [Extent(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
     metadata = {
@@ -129,8 +130,8 @@ def save_dit(
     }
     with open_writer(path, slots, metadata=metadata) as writer:
         for name in writer.waiting:
-            value = (values or state)[name].detach()
-            writer.write(name, value.to("cpu", dtype or state[name].dtype))
+            tensor = state[name] if value is None else value(name)
+            writer.write(name, tensor.detach().to("cpu", dtype or state[name].dtype))
 
 
 def strip_prefix(weights: Weights) -> tuple[str, Weights]:

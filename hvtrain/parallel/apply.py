@@ -60,12 +60,8 @@ def parallelize(
         if hasattr(module, "attend"):
             setattr(module, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
     run_block = pick_policy(recompute)
-    if compiler and recompute == "selective":
-        # What is kept of a block and what is computed again is the compiler's to divide, so it has to see both.
-        run_block = torch.compile(run_block, backend=compiler)
-    elif compiler:
-        for block in model.blocks:
-            block.compile(backend=compiler)
+    for block in model.blocks if compiler else ():
+        block.compile(backend=compiler)
     model.run_block = run_block if swap is None else swap.wrap(model.blocks, run_block)
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)

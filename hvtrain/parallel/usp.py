@@ -150,7 +150,7 @@ def _ring(
     out = stack_rows([split(r.out, n_img=n_q, pad_img=shard, pad_txt=pad) for r in results])
     lse = [split(r.lse.transpose(1, 2).unsqueeze(-1), n_img=n_q, pad_img=shard, pad_txt=pad) for r in results]
     joined = torch.cat([torch.cat([part.img, part.txt], dim=1) for part in lse]).squeeze(-1).transpose(1, 2)
-    return out.img.contiguous(), out.txt.contiguous(), joined.contiguous()
+    return out.img.contiguous(), out.txt.clone(), joined.contiguous()  # no two of one tensor's memory
 
 
 def _ring_backward(
@@ -197,7 +197,7 @@ def _ring_backward(
     d_comm.wait()
     dq = stack_rows([split(d, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for d in d_q])
     grads = (dq.img, *arriving, dq.txt, *d_kv_txt)
-    return [g.to(q_img.dtype, copy=True, memory_format=torch.contiguous_format) for g in grads]
+    return [g.to(q_img.dtype, memory_format=torch.contiguous_format, copy=True) for g in grads]
 
 
 ring = torch.library.custom_op("hvtrain::ring", _ring, mutates_args=())

@@ -218,7 +218,8 @@ class RunFiles:
             whole = subject.spec.build(subject.flavor.arch)
         about = {key: str(value) for key, value in (extra or {}).items()}
         save_dit(
-            whole, path, flavor=subject.flavor, spec=subject.spec, dtype=torch.bfloat16, extra=about, values=params
+            whole, path, flavor=subject.flavor, spec=subject.spec, dtype=torch.bfloat16, extra=about,
+            value=lambda name: params[name] if name in params else subject.base_weight(name),
         )
 
     def _now(self, progress: Progress) -> dict[str, object]:

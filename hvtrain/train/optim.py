@@ -44,17 +44,19 @@ def cosine(x: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x))
 
 
-def build_optimizer(params: Mapping[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms."""
+def build_optimizer(
+    params: Mapping[str, nn.Parameter], cfg: OptimConfig, ratios: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms. `ratios`: the rates of
+    single parameters, as multiples of the common one."""
     check_optimizer(cfg)
-    matrices = [p for p in params.values() if p.ndim >= 2]
-    vectors = [p for p in params.values() if p.ndim < 2]
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((matrices, cfg.weight_decay), (vectors, 0.0))
-        if members
-    ]
-    return OPTIMIZERS[cfg.name](groups, cfg)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in params.items():
+        groups.setdefault((p.ndim >= 2, (ratios or {}).get(name, 1.0)), []).append(p)
+    order = sorted(groups, key=lambda key: (key[1] != 1.0, not key[0]))  # the common rate is the one that is logged
+    return OPTIMIZERS[cfg.name](
+        [{"params": groups[key], "weight_decay": cfg.weight_decay * key[0], "lr": cfg.lr * key[1]} for key in order], cfg
+    )
 
 
 def check_optimizer(cfg: OptimConfig) -> None:

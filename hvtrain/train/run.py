@@ -32,6 +32,7 @@ from hvtrain.train.prepare import (
     check_adapter,
     check_machinery,
     check_weights,
+    check_whole,
     find_others,
     idle_on_host,
     on_all,
@@ -140,8 +141,10 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap,
         n_models=1 if wait else len(bases),
     )
-    for one in () if whole else bases:
-        check_adapter(one, setup.adapter_of(cfg.adapter, one.expert), plan)
+    for one in bases:
+        own = setup.adapter_of(cfg.adapter, one.expert)
+        check_whole(one, own) if whole else check_adapter(one, own, plan)
+        setup.open_base_loras(one, own)
     sets = data.open_shards(cfg.data.shards, flavor, key="data.shards", masked=cfg.flow.masked)
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards", masked=cfg.flow.masked)
     previews = plan_previews(
@@ -220,7 +223,8 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             compiler="inductor" if cfg.run.compile == "blocks" else None,
         )
         engine = build_engine(
-            subject.model, subject.trainable, cfg.zero, ctx, optimizer=build_optimizer(subject.trainable, cfg.optim),
+            subject.model, subject.trainable, cfg.zero, ctx,
+            optimizer=build_optimizer(subject.trainable, cfg.optim, setup.rates(cfg.adapter, subject.trainable)),
             schedule=build_schedule(cfg.optim, total_steps=ready.steps),
             step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm),
         )
@@ -247,9 +251,10 @@ def _cadence(ready: Prepared) -> Cadence:
 def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     """What the run says of itself at its start."""
     c, base, cadence = ready.cfg, ready.base, _cadence(ready)
-    what = "all weights"
+    what = "some weights" if c.adapter.train or c.adapter.freeze else "all weights"
     if c.adapter.type != "none":
-        kind = kind_of(c.adapter.type).LABEL if ready.plan is None else f"LORAID {c.adapter.loraid}"
+        kind = kind_of(c.adapter.type, c.adapter.slice_type).LABEL
+        kind = kind if ready.plan is None else f"LORAID {c.adapter.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
         what = f"{kind} rank {c.adapter.rank}"
     shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
     keys, n = [key for key in team.shares if key], sum(one.subject.n_parameters for one in team.trainees.values())
@@ -277,11 +282,17 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
 def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
     c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
-    owner = {} if plan is None else {
-        "ss_loraid": c.adapter.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n,
-        "ss_network_args": {"loraid": c.adapter.loraid, "granularity": plan.granularity, "order": plan.order},
-    }
-    return owner | {
+    owner: dict[str, object] = {}
+    a = c.adapter
+    told: dict[str, object] = {} if a.factor == -1 else {"factor": a.factor}
+    told |= {key: getattr(a, key) for key in ("rank_dropout", "module_dropout", "ranks", "alphas") if getattr(a, key)}
+    if plan is not None:
+        owner = {"ss_loraid": a.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n}
+        told |= {"loraid": a.loraid, "granularity": plan.granularity, "order": plan.order}
+    if a.base_lora:
+        merged = [{"file": Path(one.path).name, "multiplier": one.multiplier} for one in a.base_lora]
+        owner |= {"hvtrain.base_lora": merged}
+    return owner | {"ss_network_args": told, "ss_scale_weight_norms": a.scale_weight_norms or None} | {
         "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
         "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
         "ss_max_train_steps": ready.steps, "ss_num_train_items": ready.n_samples, "ss_seed": c.run.seed,

@@ -130,7 +130,8 @@ def _tell_changes(path: Path, config: str, say: Callable[[str], None]) -> None:
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        section = isinstance(value, Mapping) and value  # an empty one is a value, as of a table of patterns
+        found |= _flat(value, f"{prefix}{key}.") if section else {f"{prefix}{key}": value}
     return found
 
 

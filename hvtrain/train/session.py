@@ -151,7 +151,8 @@ class Session:
             batch.tensors, self.loader.sets[0].empty_text if any(shares) else {}, shares=shares,
             draw=generator(where.seed, stream="caption-dropout", **place), fields=self.flavor.cond,
         )
-        if self.files.adapter.dropout:
+        a = self.files.adapter
+        if a.dropout or a.rank_dropout or a.module_dropout:
             seed_dropout(now.subject.model, where.seed, **place)
         latents = tensors["latents"]
         self.latents = tuple(latents.shape)

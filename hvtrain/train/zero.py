@@ -163,6 +163,9 @@ class DeepSpeedEngine:
         optimizer: Optimizer,
         schedule: Schedule,
     ) -> None:
+        # A LoRA is small: one file of all is as good, and is written behind the training.
+        n_trained = sum(p.numel() for p in params.values())
+        self.parted = cfg.stage == 3 and 2 * n_trained > sum(p.numel() for p in model.parameters())
         solo_group(ctx)
         if "nvme" in (cfg.offload_optimizer, cfg.offload_param):
             _check_nvme(str(cfg.nvme_path))
@@ -183,8 +186,6 @@ class DeepSpeedEngine:
         self.model: nn.Module = _Outside(self.engine, ctx.device.type)
         self.params, self.cfg, self.how, self.ctx = dict(params), cfg, step, ctx
         self.rate, self.n_steps = LearningRate(self.basic, schedule), 0
-        # A LoRA is small: one file of all is as good, and is written behind the training.
-        self.parted = cfg.stage == 3 and all(p.requires_grad for p in model.parameters())
 
     @property
     def basic(self) -> Optimizer:

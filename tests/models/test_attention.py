@@ -22,7 +22,7 @@ from hvtrain.models.attention import (
 )
 from hvtrain.models.dit import Joint
 from hvtrain.models.kernels import KERNELS, Grads, Kernel, pick_kernel
-from hvtrain.parallel.recompute import _keeping_attention
+from hvtrain.parallel.recompute import keeping_attention
 from hvtrain.rng import generator
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_the_operator_is_computed_once_where_it_is_kept_and_has_its_gradients():
 
     plain = torch.autograd.grad(twice(*leaves), leaves, d_out)
     assert calls == [torch.float32] * 2
-    kept = checkpoint(twice, *leaves, use_reentrant=False, context_fn=_keeping_attention)
+    kept = checkpoint(twice, *leaves, use_reentrant=False, context_fn=keeping_attention)
     for have, ref in zip(torch.autograd.grad(kept, leaves, d_out), plain, strict=True):
         assert torch.equal(have, ref)
     assert calls == [torch.float32] * 4, "computed again in the backward"

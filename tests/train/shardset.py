@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hvtrain.config import TrainConfig, load
-from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, save_manifest
+from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, Stored, save_manifest
 from shards.writer import write_tar
 
 
@@ -33,6 +33,8 @@ def make_shards(
         rows = [(k, {f"{column}_latents": latents[k][:, :1].clone()}, {}) for k in keys]
         tars[column] = write_tar(root, f"{column}/0.tar", rows)
     made = {column: Made(name) for column, name in (encoders or {}).items()}
+    if words != "text":
+        made["text"] = Made(fields={words: Stored((None, 64), "float32"), "pooled": Stored((64,), "float32")})
     save_manifest(root, Manifest(tuple(tars), (Chunk("5x32x32", keys, tars),), made))
     save_file({words: torch.zeros(1, 64), "pooled": torch.zeros(64)}, str(root / EMPTY_TEXT))
     return root
