@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS, spelling
+from hvtrain.lorafiles.experts import names_of, number_of
 from hvtrain.lorafiles.files import (
     FOLDED_KEY,
     PARTS_KEY,
@@ -54,14 +55,14 @@ def open_any(
 
     Raises CheckpointError with the reason of the nearest architecture.
     """
-    path = lora_of(path)
+    path = lora_of(path, expert)
     candidates = [(spec, f.arch, f.name) for spec in all_specs() for f in spec.flavors.values()]
     if dit is not None:
         found = identify(asset(dit))
         candidates = [(found.spec, found.arch, str(dit))]
     if expert is not None:
-        known = {name for spec, _, _ in candidates for name in _experts(spec)}
-        candidates = [c for c in candidates if expert in _experts(c[0])]
+        known = {name for spec, _, _ in candidates for name in names_of(spec)}
+        candidates = [c for c in candidates if expert in names_of(c[0])]
         if not candidates:
             raise ConfigError(f"--expert {expert}: no model has such an expert; {suggest(expert, known)}")
     tried: list[tuple[str, Mapping]] = []
@@ -73,7 +74,7 @@ def open_any(
             continue
         tried.append((spec.name, shapes))
         try:
-            number = None if expert is None else _experts(spec).index(expert)
+            number = number_of(spec, expert, key="--expert")
             lora = read_lora(path, shapes, spec=spec, edited=edited, expert=number, decomposed=decomposed)
             return Recognised(lora, spec, sizes, shapes)
         except CheckpointError as error:
@@ -81,14 +82,9 @@ def open_any(
     raise refusal or CheckpointError(f"{path}: no architecture is known")
 
 
-def _experts(spec: ModelSpec) -> list[str]:
-    """In the order of the prefixes that they have in files."""
-    return list(dict.fromkeys(expert.name for flavor in spec.flavors.values() for expert in flavor.experts))
-
-
-def lora_of(path: str | Path) -> Path:
+def lora_of(path: str | Path, expert: str | None = None) -> Path:
     """The file itself, or the result of a finished run's directory."""
-    return lora_in(path) if Path(path, CONFIG).is_file() else Path(path)
+    return lora_in(path, expert) if Path(path, CONFIG).is_file() else Path(path)
 
 
 # --- info -----------------------------------------------------------------------------------------------------------
@@ -169,11 +165,15 @@ def convert(
     dialect = DIALECTS.find(target, key="--to")
     if dialect.alpha == "rank" and fold is False:
         raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
-    check_output(output, lora_of(path))
+    check_output(output, lora_of(path, expert))
     known = open_any(path, dit=dit, edited=edited, expert=expert)
-    expert, experts = expert or known.lora.metadata.get(EXPERT_KEY), _experts(known.spec)
+    said, experts = known.lora.metadata.get(EXPERT_KEY), names_of(known.spec)
+    if expert is not None and said not in (None, expert):
+        raise ConfigError(f"--expert {expert}: {path} was trained as '{said}'; leave the option out")
+    expert = expert or said
     number = experts.index(expert) if expert in experts else 0
-    converted(known.lora, known.spec, dialect, fold=fold, expert=number).save(output)
+    lora = replace(known.lora, metadata={**known.lora.metadata, **({EXPERT_KEY: expert} if expert else {})})
+    converted(lora, known.spec, dialect, fold=fold, expert=number).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 
@@ -187,7 +187,7 @@ def resize(
         raise ConfigError(f"--rank {rank}: expected 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy}: expected a share, more than 0 and at most 1")
-    check_output(output, lora_of(path))
+    check_output(output, lora_of(path, expert))
     lora = open_any(path, dit=dit, expert=expert).lora
     cuts = {
         name: shrink([(pair, 1.0)], rank=rank if rank is not None else rank_for(singular_values(pair), energy or 1.0))

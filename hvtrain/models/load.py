@@ -70,6 +70,8 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
             arch = arch_of(spec, shapes, weights.metadata)
             likely = spec.told_by(path) if spec.told_by else None
             chosen = flavor_of(spec, arch, flavor, hint=weights.metadata.get(FLAVOR_KEY), likely=likely)
+            if flavor and likely and spec.flavor(likely).tasks[0] != chosen.tasks[0]:
+                raise CheckpointError(f"its name or config says '{likely}', which does another task than flavor '{flavor}'")
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _refuse_integers(weights, sources)
@@ -87,7 +89,16 @@ def load_dit(
 
     `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is loaded.
     """
-    found = identify(path, model=model, flavor=flavor)
+    return load_found(
+        identify(path, model=model, flavor=flavor), dtype=dtype, device=device, quantize_to=quantize_to, edit=edit
+    )
+
+
+def load_found(
+    found: Identified, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
+    edit: Edit | None = None,
+) -> LoadedDit:
+    """The same, of a file whose header was read already."""
     empty = whole_model(found)
     eight_bit = set(found.spec.lora_targets(empty)) if quantize_to != "none" else set()
     found.fill(empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError
-from hvtrain.train.engine import OptimizerState
+from hvtrain.train.optstate import OptimizerState
 from shards.atomic import sync, write_text
 
 COMPLETE = "COMPLETE"

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from hvtrain.config import ModelConfig, asset
-from hvtrain.errors import DataError
+from hvtrain.errors import ConfigError, DataError
 from hvtrain.models.parts import keys_of, text_fingerprints
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import fingerprint, open_weights
@@ -55,6 +55,18 @@ def check_empty_text(sets: Sequence[ShardSet], flavor: Flavor) -> None:
     _check_fields(sets[0].empty_text, flavor, where, columns=("text",), may_lack=optional)
 
 
+def check_image_share(share: float | None, sets: Sequence[ShardSet], flavor: Flavor) -> None:
+    """Raises ConfigError for a flavor that has no choice, DataError for a set without images."""
+    if share is None:
+        return
+    if not flavor.image_optional:
+        why = "is always told by an image" if flavor.beyond_text else "takes none"
+        raise ConfigError(f"data.image_share is {share:g}, but '{flavor.name}' {why}: leave it null")
+    for found in sets if share else ():
+        if lacking := [c for c in flavor.columns if c not in found.manifest.columns]:
+            raise DataError(f"data.image_share is {share:g}, but {found.name} has no column '{lacking[0]}'; encode it, or give 0")
+
+
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
     """Whether any sample's caption may be dropped: a set can say so of its own."""
     own = [chunk.caption_dropout for found in sets for chunk in found.manifest.chunks]
@@ -79,7 +91,9 @@ def _check_fields(
             )
 
 
-def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec) -> None:
+def check_encoders(
+    groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec, flavor: Flavor | None = None
+) -> None:
     """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each
     other. Raises DataError."""
     for column in columns:
@@ -88,7 +102,7 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
         others = [(key, s, by) for key, s, by in every if by.model not in ("", spec.name)]
         if not made and not others:
             continue
-        part, own = _own(column, model, spec)
+        part, own = _own(column, model, spec, flavor)
         for key, found, by in others:  # models may share an encoder
             if by.encoder not in own:
                 raise DataError(
@@ -108,10 +122,10 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
                 )
 
 
-def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+def _own(column: str, m: ModelConfig, spec: ModelSpec, flavor: Flavor | None) -> tuple[str, tuple[str, ...]]:
     """The config's keys, and what the fingerprint may be; empty where they are not set."""
     if column == "text":
-        return keys_of(spec, column), text_fingerprints(spec, m)
+        return keys_of(spec, column), text_fingerprints(spec, m, flavor)
     if spec.column(column) is not None:
         return keys_of(spec, column), ()
     return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()

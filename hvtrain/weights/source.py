@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Source:
         """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
 
         The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
-        float8 itself. `edit` changes a Linear's weight before. On the meta device only the dtype is set.
+        float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
+        meta device only the dtype is set.
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
@@ -82,8 +83,8 @@ class Source:
             change = edit if module in linear and module != name else None
             if module == name or module not in eight_bit:
                 state[name] = self.read(name, dtype=dtype, device=device).reshape(wanted.shape)
-                if change is not None:
-                    change(module, state[name])
+                if edit is not None:
+                    edit(module if change else name, state[name])
                 continue
             values, scale = self._eight_bit(name, how, dtype, device, change)
             replace_linear(model, module, values, scale)
@@ -116,9 +117,12 @@ class Source:
         kept = len(source.parts) == 1 and not source.swap and self.weights.dtype(part) == DTYPE
         if kept and (edit is None or not edit(module, None)):
             mapped, scale = self.weights.get(part), self._scale(part)
-            values = mapped.to(device, copy=True)
+            values = source.own_rows(mapped.to(device, copy=True))
             self.weights.release(mapped)
-            return values, None if scale is None else scale.to(device, copy=True)
+            if scale is None:
+                return values, None
+            rows = len(scale) == mapped.shape[0] if scale.ndim > 1 else False
+            return values, source.own_rows(scale.to(device, copy=True)) if rows else scale.to(device, copy=True)
         weight = self.read(name, dtype=dtype, device=device)
         if edit is not None:
             edit(module, weight)
@@ -149,7 +153,7 @@ def anchored(path: str | Path, anchors: Mapping[str, KeyMap], *, what: str) -> S
     prefix = key.removesuffix(anchor)
     names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix) and not name.endswith(SCALES)]
     own = anchors[anchor].read(names)
-    return Source(weights, {name: Fused(tuple(prefix + part for part in f.parts), f.swap) for name, f in own.items()})
+    return Source(weights, {name: replace(f, parts=tuple(prefix + part for part in f.parts)) for name, f in own.items()})
 
 
 def check(
