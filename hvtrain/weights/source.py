@@ -113,7 +113,7 @@ class Source:
 
     def _whole(
         self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str,
-        edit: Callable[[Tensor], None] | None,
+        edit: Callable[[Tensor], object] | None,
     ) -> tuple[Tensor]:
         value = self.read(name, dtype=dtype, device=device).reshape(shape)
         if edit is not None:
