@@ -345,7 +345,7 @@ def _check_reconcile(cfg: MergeConfig) -> None:
 
 def _check_sampling(values: Sampling, prefix: str = "") -> None:
     check_limits(values, prefix=prefix)
-    for key, path in {"image": values.image, "end_image": values.end_image}.items():
+    for key, path in {"image": values.image, "end_image": values.end_image, "video": values.video}.items():
         if path is not None:
             _exists(path, prefix + key)
 
