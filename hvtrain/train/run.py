@@ -230,7 +230,8 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
         )
         kernel = parallelize(
-            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, swap=subject.swap
+            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, swap=subject.swap,
+            compiler="inductor" if cfg.run.compile == "blocks" else None,
         )
         engine = build_engine(
             subject.model, subject.trainable, cfg.zero, ctx,

@@ -22,6 +22,7 @@ from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify, load_dit, whole_model
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.spread import spread_weights
 from hvtrain.parallel.swap import BlockSwap, ModelSwap
 from hvtrain.rng import generator
 from hvtrain.slices.plan import Cut, SlicePlan, check_fits, load_plan, make_plan
@@ -166,10 +167,12 @@ def open_subject(
         dtype = torch.float32 if whole else getattr(torch, model.dtype)
         if adapter.base_lora:
             edit = merging(linear_shapes(base.outline), open_base_loras(base, adapter))
-        loaded = load_dit(
-            base.path, model=model.name, flavor=model.flavor, dtype=dtype, quantize_to=model.quantize, edit=edit
-        )
-        dit = loaded.model
+        place = ctx.device if move and not blocks_to_swap and idle is None else torch.device("cpu")
+        with spread_weights(ctx, device=place, frozen=not whole, cut=not move) as spread:
+            dit = load_dit(
+                base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place, quantize_to=model.quantize,
+                edit=edit, spread=spread,
+            ).model
     use_matmul(dit, model.fp8_matmul)
     if whole:
         names = set(trained([n for n, _ in dit.named_parameters()], train=adapter.train, freeze=adapter.freeze))
