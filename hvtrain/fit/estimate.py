@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hvtrain.adapters.attach import add_adapter, linear_shapes
+from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
 from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
@@ -18,6 +19,7 @@ from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
 from hvtrain.train.setup import part_of
@@ -124,6 +126,13 @@ def of_sampling(
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
 
 
+def flops_of_sample(cfg: Training, about: Candidate, shape: Shape) -> int:
+    """Forward and backward on one device with nothing recomputed; also inside a job, whose ranks it does not touch."""
+    with FakeTensorMode():
+        model = _build(replace(cfg, model=replace(cfg.model, quantize="none")), about)
+        return trace_step(model, fake_input(about.spec, about.flavor, shape), ctx=ParallelContext()).flops
+
+
 def shape_of(
     flavor: Flavor, *, width: int | None = None, height: int | None = None, frames: int | None = None, batch: int = 1
 ) -> Shape:
@@ -149,10 +158,15 @@ def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
 
 def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
-        return _empty(about, torch.float32).train()
+        whole = _empty(about, torch.float32).train()
+        names = set(trained([n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze))
+        for name, p in whole.named_parameters():
+            p.requires_grad_(name in names)
+        return whole
     model = _empty(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
-    add_adapter(model, about.spec, replace(cfg.adapter, init_from=None), _plan(cfg, about, model), seed=cfg.run.seed)
+    adapter = replace(cfg.adapter, init_from=None, init="zero")
+    add_adapter(model, about.spec, adapter, _plan(cfg, about, model), seed=cfg.run.seed)
     return model.train()
 
 

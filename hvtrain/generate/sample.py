@@ -72,14 +72,16 @@ def sample_latents(
     solver = SOLVERS[request.solver]
     schedule = solver.schedule(request.steps, shift=request.shift)
 
-    def given(x: Tensor, sigma: Tensor, which: int = 0) -> ModelInput:
-        return spec.make_input(x, sigma, conds[which], task=task, guidance=request.guidance, x0=x0)
+    def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0) -> ModelInput:
+        cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}  # some are told where a step ends
+        return spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0)
 
-    def velocity_at(level: float) -> Velocity:
+    def velocity_at(step: int) -> Velocity:
+        level, until = (float(sigma) for sigma in schedule[step : step + 2])
         model, scale = models(level), request.scale(flavor.expert(level))
 
         def under(which: int) -> Velocity:
-            return lambda x, sigma: model(given(x, sigma, which))
+            return lambda x, sigma: model(given(x, sigma, which, until))
 
         return under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
 
@@ -92,7 +94,7 @@ def sample_latents(
     hold = _holding(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
     state = State(x, begin.step, tuple(h.to(ctx.device) for h in begin.history))
     while state.step < (request.steps if until is None else until):
-        state = solver.step(velocity_at(float(schedule[state.step])), state, schedule)
+        state = solver.step(velocity_at(state.step), state, schedule)
         state = replace(state, x=hold(state.x))
         if on_step is not None:
             on_step(state)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.config import MergeConfig
+from hvtrain.config import LoraFileConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.experts import number_of
@@ -27,29 +27,44 @@ class Inputs:
     missing: tuple[int, ...] = ()  # LORAIDs of the plan that are left out, by the user's leave
 
 
-def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str | None) -> Inputs:
-    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint, if there is a model."""
-    plan = load_plan(cfg.plan) if cfg.plan is not None else None
+@dataclass(frozen=True)
+class PlanSlices:
+    """All slices of a plan."""
+
+    plan: Path
+    folder: Path | None = None  # with the slices' runs; None: beside the plan
+    allow_missing: bool = False
+
+
+def open_inputs(
+    entries: Sequence[LoraFileConfig], slices: PlanSlices | None, shapes: Shapes, spec: ModelSpec, *, base: str | None,
+    expert: str | None = None, decomposed: bool = False,
+) -> Inputs:
+    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint; None: any will do.
+    `expert`: whose LoRAs, of a model of several. `decomposed`: also those that scale the weights' columns (DoRA)."""
+    plan: SlicePlan | None = None
     missing: list[int] = []
-    paths: list[tuple[Path, float]] = [(lora_in(entry.path, cfg.expert), entry.multiplier) for entry in cfg.lora]
-    number = number_of(spec, cfg.expert, key="--expert")
-    if plan is not None:
-        one_for_all = cfg.any_base or cfg.expert is not None  # a plan is every expert's; each LoRA knows its own weights
-        check_fits(plan, model=spec.name, shapes=shapes, base=None if one_for_all else base, where=cfg.plan)
-        found, gaps = slices_of(plan, Path(cfg.slices or Path(str(cfg.plan)).parent), cfg.expert)
+    paths: list[tuple[Path, float]] = [(lora_in(entry.path, expert), entry.multiplier) for entry in entries]
+    number = number_of(spec, expert, key="--expert")
+    if slices is not None:
+        plan = load_plan(slices.plan)
+        # a plan is every expert's; each LoRA knows its own weights
+        check_fits(plan, model=spec.name, shapes=shapes, base=base if expert is None else None, where=slices.plan)
+        found, gaps = slices_of(plan, slices.folder or slices.plan.parent, expert)
         missing = list(gaps)
-        if gaps and not cfg.allow_missing:
+        if gaps and not slices.allow_missing:
             listed = "; ".join(f"LORAID {i}: {reason}" for i, reason in gaps.items())
             raise CheckpointError(f"{len(gaps)} of {plan.n} slices are not there: {listed}. Finish them, or --allow-missing")
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    loras = [(read_lora(path, shapes, spec=spec, expert=number, foreign=True), multiplier) for path, multiplier in paths]
-    _check_experts([lora for lora, _ in loras], cfg.expert)
+    own = [read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed, foreign=True) for path, _ in paths]
+    loras = [(lora, multiplier) for lora, (_, multiplier) in zip(own, paths, strict=True)]
+    _check_experts(own, expert)
     for lora, _ in loras:
-        _check_base(lora, base, any_base=cfg.any_base)
+        _check_base(lora, base)
     if plan is not None:
-        for lora, _ in loras[len(cfg.lora) :]:
+        for lora, _ in loras[len(entries) :]:
             check_slots(lora, plan)
     return Inputs(loras, plan, tuple(missing))
 
@@ -99,9 +114,9 @@ def check_slots(lora: LoraFile, plan: SlicePlan) -> None:
             )
 
 
-def _check_base(lora: LoraFile, base: str | None, *, any_base: bool) -> None:
+def _check_base(lora: LoraFile, base: str | None) -> None:
     own = lora.metadata.get("hvtrain.base")
-    if any_base or base is None or own in (None, "scratch", base):
+    if base is None or own in (None, "scratch", base):
         return
     raise CheckpointError(
         f"{lora.path}: trained on other weights ({own[:16]}) than this model's ({base[:16]}); give the model it was trained "

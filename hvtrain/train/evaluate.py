@@ -41,7 +41,8 @@ def held_out_loss(
     for index in range(n_batches):
         batch = next(stream).tensors
         for q in held.quantiles:
-            sigma = objective.quantile(torch.full((len(batch["latents"]),), q, dtype=torch.float64))
+            u = torch.full((len(batch["latents"]),), q, dtype=torch.float64)
+            sigma = objective.quantile(u, batch["latents"].shape)
             draw = generator(0, step=index, dp_rank=ctx.dp_rank, stream=f"held-out-{q}")
             sums[q] += objective.compare(models(float(sigma[0])), batch, sigma=sigma, draw=draw).loss.item()
     means = {f"eval/loss_q{q:g}": ctx.all_reduce_mean(total / n_batches) for q, total in sums.items()}

@@ -43,18 +43,22 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="report the held-out loss on this shard set: base, each LoRA alone, merged")
 
 
+def _check(args: argparse.Namespace) -> None:
+    from hvtrain.config.rules import check_merge
+
+    cfg = _config(args)
+    if cfg.reconcile.how == "none" and not cfg.evaluate:
+        raise ConfigError("launch: without --reconcile or --evaluate a merge computes nothing to share: leave `launch` away")
+    check_merge(cfg)
+
+
 @command("merge", "LoRAs or all slices of a plan into a model or one LoRA, and the proof that none overwrote another",
-         options=_options)
+         options=_options, check=_check)
 def _merge(args: argparse.Namespace) -> None:
     cfg = _config(args)
     from hvtrain.merge import run as merge
 
-    evaluate = None
-    if cfg.evaluate:
-        from hvtrain.merge.evaluate import losses_of
-
-        evaluate = losses_of(cfg)
-    merge.run(cfg, evaluate)
+    merge.run(cfg)
 
 
 def _config(args: argparse.Namespace):

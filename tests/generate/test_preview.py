@@ -18,6 +18,7 @@ from hvtrain.train.preview import Previews, plan_previews
 from shards import ShardSet, open_set
 from tests.generate.models import random_dit, spec_and_flavor
 from tests.generate.test_image import picture
+from tests.models.sight import save_sight
 from tests.train.shardset import make_shards
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
@@ -56,6 +57,7 @@ def image_to_video(name: str, folder: Path, *, sets: list[ShardSet], **preview: 
     arch = replace(tiny.arch, in_channels=own.arch.in_channels, token_replace=own.arch.token_replace)
     flavor = spec.fitted(replace(own, defaults=tiny.defaults), arch)
     items = [f"preview.{key}={value}" for key, value in {"every_steps": "1", "steps": "2", **preview}.items()]
+    items.append(f"model.llm_vision={save_sight(folder / 'vision.safetensors')}")
     cfg = load(TrainConfig, CONFIGS / "model.yaml", [*items, "preview.prompts=[{prompt: a ring}]"])
     plans = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=6.0, sets=sets)
     return Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=folder, precision="fp32")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvtrain.config import AdapterConfig, FlowConfig
+from hvtrain.config import AdapterConfig, DataConfig, FlowConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.train import checkpoint, setup
 from hvtrain.train import run as train
@@ -272,15 +272,15 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 def test_another_run_is_told_key_by_key(run, shards):
     with pytest.raises(ConfigError) as caught:
-        again(shards, run, "adapter.rank=8", "flow.logit_mean=0.5", "run.seed=9")
+        again(shards, run, "adapter.rank=8", "flow.sigmoid_scale=0.5", "run.seed=9")
     text = str(caught.value)
-    assert "adapter.rank is 4 there, 8 here; flow.logit_mean is 0.0 there, 0.5 here; run.seed is 0 there, 9 here; " in text
+    assert "adapter.rank is 4 there, 8 here; flow.sigmoid_scale is 1.0 there, 0.5 here; run.seed is 0 there, 9 here; " in text
     assert "alpha" not in text and "\n" not in text
 
 
 def test_every_key_of_the_noise_levels_is_part_of_a_run(shards):
     base = find_base(config(shards, Path("x")).model)
-    found = identity(base, AdapterConfig(), None, FlowConfig(), [], batch_size=1, seed=0, name="lora")
+    found = identity(base, AdapterConfig(), None, FlowConfig(), [], data=DataConfig(), optimizer="adamw", seed=0, name="lora")
     assert {f"flow.{f.name}" for f in fields(FlowConfig)} <= set(found)
 
 
