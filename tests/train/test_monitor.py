@@ -229,3 +229,11 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="run.wandb: the package wandb is not installed: pip install wandb"):
         train.run(config(shards, tmp_path / "run", "run.wandb=project"))
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_cost_no_memory_and_logging_them_little(tmp_path):
+    from tests.bench.bench_soak import soak
+
+    found = soak(tmp_path, 1000)
+    assert found.growth_mib < 16 and found.overhead < 0.03, found
