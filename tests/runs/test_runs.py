@@ -60,7 +60,7 @@ def test_runs_are_found_at_any_depth_and_their_state_told(root):
     assert [run.name for run in find_runs([str(root / "done")])] == ["done"]
     text = list(lines(list(found.values())))
     assert len(text) == 6 and text[0].split() == " ".join(HEAD).split()
-    assert len({line.index(cell) for line, cell in zip(text, ("status", "failed", "finished", "killed", "?", "running"))}) == 1
+    assert len({line.rindex(cell) for line, cell in zip(text, ("status", "failed", "finished", "killed", "?", "running"))}) == 1
 
 
 def test_a_row_that_was_written_again_counts_once(root):
