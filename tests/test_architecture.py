@@ -35,6 +35,7 @@ LAYERS = [
     ("hvtrain.slices", 4),
     ("hvtrain.lorafiles", 4),
     ("hvtrain.generate", 5),
+    ("hvtrain.elsewhere", 5),
     ("hvtrain.encode", 5),
     ("hvtrain.train", 6),
     ("hvtrain.merge", 6),
@@ -205,6 +206,9 @@ FACTS = re.compile(
 # Where such a word is left, with how often. An entry that is more than there is fails too: the list shrinks.
 FACTS_LEFT: dict[str, int] = {
     "hvtrain/encode/dataset.py": 2,  # keys of another program's dataset files
+    "hvtrain/flow/timesteps.py": 9,  # names of distributions that a model gave its name, for any model
+    "hvtrain/config/train.py": 2,  # the same
+    "hvtrain/models/language.py": 1,  # a word of transformers
 }
 
 
@@ -226,10 +230,7 @@ def test_facts_of_architectures_stay_in_their_folders() -> None:
 
 WHOLE = ("TrainConfig", "EncodeConfig", "GenerateConfig", "MergeConfig")
 # Functions that still take a command's whole config below its run.py.
-WHOLE_LEFT: set[str] = {
-    "hvtrain/merge/evaluate.py:_loss", "hvtrain/merge/evaluate.py:losses_of", "hvtrain/merge/inputs.py:open_inputs",
-    "hvtrain/merge/reconcile.py:_signature", "hvtrain/merge/reconcile.py:reconcile",
-}  # fmt: skip
+WHOLE_LEFT: set[str] = set()
 
 
 def takes_whole_config(path: Path) -> Iterator[str]:

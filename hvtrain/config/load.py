@@ -103,7 +103,7 @@ def _with_rest(cls: type, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values, as YAML and JSON can hold them: what `load` reads back."""
-    return _plain(dataclasses.asdict(config))
+    return plain(dataclasses.asdict(config))
 
 
 def dump(config: Any) -> str:
@@ -127,7 +127,7 @@ def _reference(cls: type, *, depth: int) -> list[str]:
         if get_origin(kind) is Literal:
             note += " (" + " | ".join(str(a) for a in get_args(kind)) + ")"
         default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
-        shown = yaml.safe_dump(_plain(default), default_flow_style=True, width=10_000).splitlines()[0]
+        shown = yaml.safe_dump(plain(default), default_flow_style=True, width=10_000).splitlines()[0]
         lines += [f"{pad}# {part}" for part in textwrap.wrap(note, 110 - len(pad))]
         lines.append(f"{pad}{f.name}: {shown}")
     return lines
@@ -349,11 +349,12 @@ def _shown(value: Any) -> str:
     return " ".join(short.repr(value).split())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Of records and tuples: what YAML and JSON hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvtrain.config.generate import LoraFileConfig
-from hvtrain.config.model import DType, ModelConfig
+from hvtrain.config.model import DType, ModelConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class ReconcileConfig:
     batch_size: int = 1
     """Noisy clips of equal shape that are computed together"""
     host_gb: float = 64.0
-    """Host memory for states between blocks; more of them lie on the disk beside the output, or are computed in rounds"""
+    """Host memory of a process for states between blocks; what it does not hold lies on the disk beside the output, or is
+    computed in rounds"""
     lost: float = 0.7
     """A LoRA is lost where the merge is so far from it, as a share of the base's distance (0: as it alone; 1: as the base)"""
     allow_lost: bool = False
@@ -61,6 +62,8 @@ class MergeConfig:
     """Directory with the slices' runs, 01, 02, ...; null: the plan's own"""
     allow_missing: bool = False
     """Merge the finished slices of a plan, though some are not there"""
+    expert: str | None = None
+    """Of a model of several: whose LoRAs are meant, where a file or a run holds one for each; all of a merge are one expert's"""
     any_base: bool = False
     """Accept LoRAs that were trained on other weights"""
     output: str = ""
@@ -83,6 +86,9 @@ class MergeConfig:
     """Cut the merged model into files of at most so many GB (output is then a directory); null: as the input"""
     device: str = "cpu"
     """Where sums are computed: cpu or cuda"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """For reconcile on several processes (hvtrain launch --nproc N merge ...): how many share one clip in distill; in fit, and
+    otherwise, each has clips of its own"""
     evaluate: tuple[str, ...] = ()
     """Shard sets: report the held-out loss of the base, of each LoRA alone and of the merge"""
     model: str | None = None

@@ -11,6 +11,8 @@ from hvtrain.config.parts import list_of
 from hvtrain.errors import ConfigError, suggest
 
 TINY = "tiny:"
+BOTH = "both"  # of the experts; however many there are
+EXPERT = "{expert}"  # in a path: an expert's name
 DType = Literal["bfloat16", "float16", "float32"]
 
 
@@ -45,9 +47,9 @@ class ModelConfig:
     """Flavor of the architecture; null reads it from the DiT file"""
     dit: str | None = None
     """DiT weights: .safetensors, .pt, a sharded index or a directory; null in training starts from scratch"""
-    expert: str | None = None
-    """In training, of a flavor that is made of several DiTs: which one is trained, on its own noise levels; its file is the part
-    that `hvtrain models` names"""
+    experts: str | None = None
+    """In training, of a flavor that is made of several DiTs: which one is trained, on its own noise levels, or both, in turns;
+    the files are the parts that `hvtrain models` names"""
     vae: str | None = None
     """VAE weights: file or diffusers directory"""
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class ModelConfig:
         """What keys of older configs are called now."""
         name = raw.get("name", ModelConfig.name)
         name = getattr(name, "value", name)
-        return list_of(name).renamed if isinstance(name, str) else {}  # another kind of value is refused soon
+        own = list_of(name).renamed if isinstance(name, str) else {}  # another kind of value is refused soon
+        return {"expert": "experts", **own}
 
     def file(self, name: str) -> str | None:
         """A part's path as it is in the config; None: not given."""
@@ -102,4 +105,4 @@ class ParallelConfig:
     ring: int = 1
     """Ring degree: ranks that pass keys and values around"""
     kernel: str = "auto"
-    """Attention kernel: auto, sdpa, flash2, flash3, sage (sampling only) or xfuser (sampling on several GPUs only)"""
+    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, sage (sampling only) or xfuser (sampling on several GPUs only)"""

@@ -6,6 +6,7 @@ No torch here, so that `hvtrain launch` refuses a bad config before it starts a 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from hvtrain.config import (
     DataConfig,
     EncodeConfig,
     GenerateConfig,
+    MergeConfig,
     ModelConfig,
     Sampling,
     TrainConfig,
     asset,
 )
+from hvtrain.config.model import EXPERT
 from hvtrain.config.parts import parts_of
 from hvtrain.config.sampling import check_limits
 from hvtrain.errors import ConfigError
@@ -82,7 +85,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.rank": cfg.adapter.rank,
         "data.batch_tokens": cfg.data.batch_tokens,
         "adapter.alpha": cfg.adapter.alpha, "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
-        "run.peak_tflops": run.peak_tflops,
+        "run.expert_turn": run.expert_turn, "flow.logit_std": flow.logit_std, "flow.huber_c": flow.huber_c,
+        "flow.snr_gamma": flow.snr_gamma, "run.peak_tflops": run.peak_tflops,
     }.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}, expected more than 0")
@@ -94,28 +98,34 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.max_bad_steps": run.max_bad_steps, "run.profile_every": run.profile_every,
         "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
+        "flow.noise_offset": flow.noise_offset,
     }.items():
         if not value >= 0:
             raise ConfigError(f"{key} is {value}, expected 0 or more")
+    if not -1 <= flow.mode_scale <= 1.75:
+        raise ConfigError(f"flow.mode_scale is {flow.mode_scale}, expected -1 to 1.75: beyond that it is no distribution")
     for key, value in {
         "data.caption_dropout": cfg.data.caption_dropout, "run.ema_decay": run.ema_decay,
         "optim.betas[0]": optim.betas[0], "optim.betas[1]": optim.betas[1],
     }.items():
         _share(value, key)
+    if cfg.data.image_share is not None and not 0 <= cfg.data.image_share <= 1:
+        raise ConfigError(f"data.image_share is {cfg.data.image_share}, expected a number from 0 to 1")
 
 
 def _check_subject(cfg: TrainConfig) -> None:
     """What is trained, and in which precision."""
     model, adapter = cfg.model, cfg.adapter
     _files(model)
-    if adapter.type != "none" and model.dit is None and model.expert is None:
+    if adapter.type != "none" and model.dit is None and model.experts is None:
         raise ConfigError("model.dit: a LoRA needs the weights it adapts; give the DiT's file")
     if adapter.type == "none" and model.dit is None and model.flavor is None:
         raise ConfigError("model.flavor: training from scratch (model.dit: null) needs the flavor to build")
     if adapter.type == "none" and adapter.init_from is not None:
         raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
     _check_slice(adapter)
-    if adapter.init_from is not None:
+    _check_adapter(adapter, scratch=model.dit is None and model.experts is None)
+    if adapter.init_from is not None and (EXPERT not in adapter.init_from or model.experts is None):
         _exists(adapter.init_from, "adapter.init_from")
     if cfg.run.precision == "fp32" and adapter.type != "none" and model.dtype != "float32":
         raise ConfigError(f"run.precision fp32 needs model.dtype float32, it is {model.dtype}")
@@ -123,9 +133,49 @@ def _check_subject(cfg: TrainConfig) -> None:
         raise ConfigError("model.dtype float16 is not for training: gradients would underflow; use bfloat16 or float32")
 
 
+_LORA_S_OWN = (
+    "rank_stable", "ranks", "alphas", "dropout", "rank_dropout", "module_dropout", "scale_weight_norms", "include", "exclude",
+)  # fmt: skip
+
+
+def _check_adapter(a: AdapterConfig, *, scratch: bool) -> None:
+    """Keys of another kind of training, and numbers that mean nothing."""
+    for key in _LORA_S_OWN if a.type == "none" else ("train", "freeze"):
+        if getattr(a, key):
+            what = "a full fine-tune has no adapter" if a.type == "none" else f"it is for adapter.type none, it is {a.type}"
+            raise ConfigError(f"adapter.{key} is given, but {what}; leave it away")
+    if scratch and (a.train or a.freeze or a.base_lora):
+        raise ConfigError("adapter.train, freeze and base_lora need weights that are there already; give model.dit")
+    if a.init_balance and a.init_from is None:
+        raise ConfigError("adapter.init_balance is for adapter.init_from; give a file to start from")
+    if a.init_from is not None and a.init != "zero":
+        raise ConfigError(f"adapter.init {a.init} and adapter.init_from are two starts; keep one")
+    if a.slice_type != "lora" and a.type != "loraid":
+        raise ConfigError(f"adapter.slice_type is for adapter.type loraid, it is {a.type}; set adapter.type={a.slice_type}")
+    for key, share in {"dropout": a.dropout, "rank_dropout": a.rank_dropout, "module_dropout": a.module_dropout}.items():
+        _share(share, f"adapter.{key}")
+    numbers = [*((f"adapter.{key}[{pattern}]", value) for key in ("ranks", "alphas", "lr_ratios")
+                 for pattern, value in getattr(a, key).items())]  # fmt: skip
+    for key, value in numbers:
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{key} is {value}, expected more than 0")
+    if not 0 <= a.scale_weight_norms < math.inf:
+        raise ConfigError(f"adapter.scale_weight_norms is {a.scale_weight_norms}, expected 0 or more")
+    if a.factor != -1 and a.factor < 1:
+        raise ConfigError(f"adapter.factor is {a.factor}, expected -1 or a size from 1")
+    for one in a.base_lora:
+        _exists(one.path, "adapter.base_lora")
+        if not math.isfinite(one.multiplier):
+            raise ConfigError(f"adapter.base_lora: the multiplier of {one.path} is {one.multiplier}, expected a finite number")
+
+
 def _check_memory(cfg: TrainConfig) -> None:
     """Savers of memory that do not go together, and what to use instead."""
     whole, stage3 = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+    if cfg.run.compile != "none" and stage3:
+        raise ConfigError("run.compile: ZeRO-3 gathers a block's weights in the middle of it; use zero.stage 0 to 2, or none")
+    if cfg.run.compile != "none" and cfg.adapter.dropout:
+        raise ConfigError("run.compile: what adapter.dropout draws cannot be compiled; use adapter.dropout=0, or none")
     if cfg.run.blocks_to_swap:
         if whole:
             raise ConfigError("run.blocks_to_swap: a full fine-tune changes all weights; use zero.offload_param")
@@ -140,6 +190,12 @@ def _check_memory(cfg: TrainConfig) -> None:
             raise ConfigError("model.quantize: a full fine-tune cannot train float8 weights; use model.quantize=none")
         if stage3:
             raise ConfigError("model.quantize: ZeRO-3 does not cut float8 weights up; use zero.stage 0, 1 or 2")
+    if cfg.run.idle_expert == "host":
+        if whole or stage3:
+            what = "a full fine-tune changes all weights" if whole else "ZeRO-3 cuts the weights up"
+            raise ConfigError(f"run.idle_expert: {what}, so none is kept aside; use zero.stage=3 with zero.offload_param")
+        if cfg.model.experts is None:
+            raise ConfigError("run.idle_expert: is for a run of several experts; set model.experts, or leave it auto")
     for key, path in {"zero.deepspeed": cfg.zero.deepspeed, "zero.nvme_path": cfg.zero.nvme_path}.items():
         if path is not None:
             _exists(path, key)
@@ -204,8 +260,8 @@ def check_encode(cfg: EncodeConfig) -> None:
 
 
 def check_generate(cfg: GenerateConfig) -> None:
-    if cfg.model.expert is not None:
-        raise ConfigError(f"model.expert is '{cfg.model.expert}': it is for training, sampling takes all of them; leave it out")
+    if cfg.model.experts is not None:
+        raise ConfigError(f"model.experts is '{cfg.model.experts}': it is for training, sampling takes all of them; leave it out")
     if cfg.slices is not None:
         _exists(cfg.slices, "slices")
     elif cfg.loraid or cfg.lora_multiplier:
@@ -227,6 +283,64 @@ def check_generate(cfg: GenerateConfig) -> None:
     if cfg.batch_size <= 0:
         raise ConfigError(f"batch_size is {cfg.batch_size}, expected more than 0")
     _check_sampling(cfg)
+
+
+def check_merge(cfg: MergeConfig) -> None:
+    if cfg.target not in ("model", "lora"):
+        raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
+    if cfg.target == "model" and not cfg.dit:
+        raise ConfigError("dit: the model to merge into; or give target=lora for one LoRA of all")
+    if cfg.target == "model" and cfg.rank is not None:
+        raise ConfigError("rank is for target lora; a model takes the whole change")
+    if cfg.target == "lora" and (cfg.dtype or cfg.max_shard_gb):
+        raise ConfigError("dtype and max_shard_gb are for target model")
+    if cfg.rank is not None and cfg.rank < 1:
+        raise ConfigError(f"rank is {cfg.rank}, expected 1 or more")
+    if cfg.density is not None and not 0 < cfg.density <= 1:
+        raise ConfigError(f"density is {cfg.density}, expected a share, more than 0 and at most 1")
+    if cfg.max_shard_gb is not None and not 0 < cfg.max_shard_gb < math.inf:
+        raise ConfigError(f"max_shard_gb is {cfg.max_shard_gb}, expected more than 0")
+    for number, entry in enumerate(cfg.lora):
+        if not math.isfinite(entry.multiplier):
+            raise ConfigError(f"lora[{number}].multiplier is {entry.multiplier}, expected a finite number")
+    if cfg.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: '{cfg.device}', expected cpu or cuda")
+    if not cfg.output:
+        raise ConfigError("output is required: the file to write")
+    if not cfg.lora and cfg.plan is None:
+        raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
+    for key, places in (("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)):
+        for place in places:
+            if not Path(place).is_dir() and not (key == "keep" and Path(place).is_file()):
+                raise ConfigError(f"{key}: {place}: no such shard set{' or file of captions' if key == 'keep' else ''}")
+    _check_reconcile(cfg)
+    output = Path(cfg.output)
+    for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise ConfigError(f"output: {output} is one of the inputs; choose another name")
+    if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
+        raise ConfigError(f"output: {output} must end in .safetensors (or name a directory, for a sharded model)")
+
+
+def _check_reconcile(cfg: MergeConfig) -> None:
+    c = cfg.reconcile
+    if c.how == "none":
+        if c.samples or c.keep:
+            raise ConfigError(f"{'samples' if c.samples else 'keep'} is for --reconcile fit, distill or fit+distill")
+        return
+    if cfg.on_overlap != "error" or cfg.density is not None:
+        raise ConfigError(f"--reconcile {c.how} decides what becomes of shared rows: leave --on-overlap and --density away")
+    if not cfg.dit:
+        raise ConfigError(f"dit: --reconcile {c.how} compares with the model; give it, also for --as lora")
+    if off := [entry.path for entry in cfg.lora if entry.multiplier == 0]:
+        raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
+    if cfg.rank is not None and c.how == "distill":
+        raise ConfigError("rank: distill trains the LoRAs' own pairs, whose ranks add up; use fit+distill to have fewer")
+    for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
+        if not getattr(c, key) > 0:
+            raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
+    if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):
+        raise ConfigError(f"reconcile: keep_weight {c.keep_weight} and lr {c.lr}, expected 0 or more, and more than 0")
 
 
 def _check_sampling(values: Sampling, prefix: str = "") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hvtrain.config.generate import LoraFileConfig
 from hvtrain.config.model import ModelConfig, ParallelConfig
 from hvtrain.config.sampling import Sampling
 
@@ -46,6 +47,8 @@ class DataConfig:
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    image_share: float | None = None
+    """Share of samples that are trained with their image, of a flavor that makes videos with an image or without; null: all"""
     calibration: int = 64
     """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
@@ -62,46 +65,100 @@ class AdapterConfig:
     """What is trained."""
 
     type: str = "lora"
-    """lora; loha: the product of two low-rank matrices, element by element; loraid: a LoRA that owns one slice of a plan; none:
-    every weight of the DiT (full fine-tune)"""
+    """lora; dora: a LoRA and the length of each output row; loha: the product of two low-rank matrices, element by element; lokr:
+    the Kronecker product of a small matrix and a large one; loraid: one of these that owns one slice of a plan; none: the
+    weights of the DiT themselves (full fine-tune)"""
     rank: int = 32
     """Rank of each pair"""
     alpha: float = 32.0
     """Scale: the pair counts alpha / rank"""
+    rank_stable: bool = False
+    """rsLoRA: the pair counts alpha / sqrt(rank)"""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Another rank for the layers whose name a pattern matches: {pattern: rank}; the first that matches"""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """Another alpha, in the same way"""
     dropout: float = 0.0
-    """Dropout between down and up"""
+    """Share of a LoRA's rank components that are dropped between down and up, for each sample anew"""
+    rank_dropout: float = 0.0
+    """The same for all samples of a micro-step together; of a LoHa or LoKr, the share of its output rows"""
+    module_dropout: float = 0.0
+    """Share of the layers that go without their adapter in a micro-step"""
+    scale_weight_norms: float = 0.0
+    """Above 0: what a layer's adapter adds to the weight counts less where its norm is more than this"""
+    init: str = "zero"
+    """Where a LoRA starts: zero; svd: zero too, but reading the directions that the weight answers to most; pissa: with the
+    weight's principal part, which is taken off the weight, so that the file has twice the rank"""
+    factor: int = -1
+    """For lokr: size of the small matrix; -1 makes both as equal as they can be"""
     include: tuple[str, ...] = ()
     """Patterns of module names to train besides the default ones"""
     exclude: tuple[str, ...] = ()
     """Patterns of module names to leave out"""
     init_from: str | None = None
-    """LoRA file to start from"""
+    """LoRA file to start from; {expert} in its name stands for each expert's, where a run trains several"""
+    init_balance: bool = False
+    """Start from the singular vectors of what that file adds, at this run's rank: for one that merges or other ranks left"""
+    base_lora: tuple[LoraFileConfig, ...] = ()
+    """LoRA files to merge into the model before training"""
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate as a multiple of optim.lr for the parameters whose name a pattern matches: {pattern: ratio}; the first that
+    matches. LoRA+ is {'.*lora_up.*': 16}; 0 is refused, for that is what freeze and exclude are for"""
+    train: tuple[str, ...] = ()
+    """For none: patterns of the parameters to train; none: all"""
+    freeze: tuple[str, ...] = ()
+    """For none: patterns of the parameters to leave as they are"""
     plan: str | None = None
     """For loraid: the plan.json that `hvtrain slices plan` wrote"""
     loraid: int | None = None
     """For loraid: which slice of the plan, from 1"""
+    slice_type: str = "lora"
+    """For loraid: lora, dora, loha, or, where slices are whole layers, lokr"""
     blocks_per_loraid: int | None = None
     """For loraid instead of a plan: LORAID 1 owns the first so many blocks, LORAID 2 the next, and so on"""
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Which noise levels are trained."""
+    """Which noise levels are trained, and what an error at them counts."""
 
     timestep_sampling: str = "shift"
-    """Distribution of sigma: shift, uniform, sigmoid or logit_normal"""
+    """Distribution of sigma: uniform, sigmoid, logit_normal, mode, shift, flux_shift, qwen_shift, logsnr, qinglong_flux,
+    qinglong_qwen or sigma; `hvtrain train CONFIG --show-timesteps` draws it"""
     shift: float | None = None
     """Shift towards noise, for shift; null: the flavor's own"""
     sigmoid_scale: float = 1.0
-    """Width, for shift, sigmoid and logit_normal"""
+    """Width, for sigmoid and what is a shift (also in the qinglong mixtures)"""
     logit_mean: float = 0.0
-    """Mean of the logit, for logit_normal"""
+    """Mean of the logit, for logit_normal; of log SNR, for logsnr and qinglong_flux"""
+    logit_std: float = 1.0
+    """Width of the same"""
+    mode_scale: float = 1.29
+    """For mode: -1 to 1.75, above 0 favours the middle"""
     min_sigma: float = 0.0
-    """Smallest sigma; the distribution is cut, not squeezed"""
+    """Smallest sigma"""
     max_sigma: float = 1.0
     """Largest sigma"""
+    range: Literal["cut", "squeeze"] = "cut"
+    """How a distribution comes between them: cut keeps its shape, squeeze maps all of it into the range"""
+    weighting: str = "none"
+    """What an error at sigma counts: none (all the same), sigma_sqrt (1 / sigma^2), cosmap or min_snr"""
+    snr_gamma: float = 5.0
+    """For min_snr: where the signal-to-noise ratio is cut"""
+    loss: str = "mse"
+    """mse, huber or pseudo_huber: the latter two are 2 c |error| beyond c, and so bear outliers"""
+    huber_c: float = 0.1
+    """For huber and pseudo_huber: c"""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
+    """How c depends on sigma: not; exponential, from 1 without noise to c in pure noise; snr, to c faster"""
+    masked: bool = False
+    """Weigh the error by the shards' column `mask`: 1 where it counts, 0 where not"""
+    noise_offset: float = 0.0
+    """Add so much noise that is equal over all cells of a channel: for very dark and very bright videos; 0.05 is much"""
     guidance: float | None = None
     """Embedded guidance that the model is told, as in generation; null: the flavor's own"""
+    raw_guidance: bool = False
+    """Tell the model flow.guidance itself instead of 1000 times it, as musubi-tuner trains; previews are as in generation"""
 
 
 @dataclass(frozen=True)
@@ -186,8 +243,16 @@ class RunSettings:
     recompute: Literal["none", "full", "selective", "offload"] = "full"
     """Activation checkpointing: full recomputes each block in the backward pass, selective all but its attention; offload is
     full with the blocks' inputs in host memory"""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile of each block, which fuses what is between the matrix products; minutes in the first steps, and once
+    more for every new size of clips"""
     blocks_to_swap: int = 0
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
+    expert_turn: int = 1
+    """Where a run trains several experts: steps of one before the next is drawn, each by its share of the noise levels"""
+    idle_expert: Literal["auto", "device", "host"] = "auto"
+    """Where the frozen weights wait of an expert that is not computed with; auto: in host memory if the device has no room for
+    all, and always the whole of them in half of it"""
     ema_decay: float = 0.0
     """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
     save_every_steps: int | None = None
@@ -228,7 +293,16 @@ class PreviewConfig(Sampling):
     """Videos made while training. What a prompt leaves out is taken from here; guidance is flow.guidance, where neither says."""
 
     every_steps: int = 0
-    """Steps between previews; 0 makes none"""
+    """Steps between previews; 0: not by steps"""
+    every_epochs: float = 0.0
+    """Epochs between previews; 0: not by epochs"""
+    at_start: bool = False
+    """Also before the first step: what the base makes"""
+    ema: bool = False
+    """Of the moving averages (run.ema_decay) instead of the weights as they are"""
+    prompt_file: str | None = None
+    """A file of prompts, besides those in prompts: text with one a line, which may end with options of its own, as for `hvtrain
+    generate`; or YAML, a list with the keys of prompts"""
     prompts: tuple[SamplePrompt, ...] = ()
     """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a sample's own is taken: of
     eval.shards, else of data.shards"""

@@ -15,15 +15,18 @@ from hvtrain.encode.media import IMAGES, VIDEOS
 from hvtrain.encode.places import brief, place, shown, sound
 from hvtrain.errors import DataError
 
+IMAGE_KEY = "image_path"  # of a line of videos: what it begins with; of a line of images the image itself
+
 
 @dataclass(frozen=True)
 class Clip:
-    """A source file, its captions (one is drawn per epoch) and what controls it."""
+    """A source file, its captions (one is drawn per epoch), what controls it, and the image that it is told by."""
 
     path: Path
     captions: tuple[str, ...]
     dataset: Dataset = field(repr=False)
     controls: tuple[Path, ...] = ()
+    image: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,11 @@ def _beside_its_caption(path: Path, dataset: Dataset) -> Clip | Rejected:
         sound(path)
         if not caption.is_file():
             raise DataError(f"{path}: has no caption; write it to {caption.name} beside it")
-        return Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset))
+        return Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset), _image_of(path, dataset))
     except DataError as error:
         return Rejected(str(path), str(error))
     except OSError as error:
-        return Rejected(str(path), f"{path}: its caption or control cannot be read ({error.strerror})")
+        return Rejected(str(path), f"{path}: its caption, control or image cannot be read ({error.strerror})")
 
 
 def _captions(path: Path, dataset: Dataset) -> tuple[str, ...]:
@@ -141,7 +144,7 @@ def _json(text: str) -> Any:
 
 
 def _dressed(captions: list[str], dataset: Dataset) -> tuple[str, ...]:
-    whole = [dataset.caption_prefix + c.strip() + dataset.caption_suffix for c in captions]
+    whole = [dataset.prefixed(c.strip()) + dataset.caption_suffix for c in captions]
     for caption in whole:
         try:
             caption.encode()
@@ -187,24 +190,27 @@ def _from_jsonl(dataset: Dataset) -> Iterator[Clip | Rejected]:
 def _of_line(row: dict[str, Any], name: str, folder: Path, dataset: Dataset) -> Clip:
     captions = _dressed(_caption_list(row), dataset)
     keys = sorted((k for k in row if re.fullmatch(r"control_path(_\d+)?", k)), key=lambda k: (len(k), k))
-    for key in keys:
+    images = [IMAGE_KEY] if dataset.is_video and IMAGE_KEY in row else []
+    for key in (*keys, *images):
         if not isinstance(row[key], str):
             raise ValueError(f"its {key} is {brief(row[key])}, expected a path")
     path = place(name, folder)
     try:
-        return Clip(path, captions, dataset, tuple(place(row[key], folder) for key in keys))
+        controls = tuple(place(row[key], folder) for key in keys)
     except DataError as error:
         raise DataError(f"its control {error}") from None
+    try:
+        return Clip(path, captions, dataset, controls, *(place(row[key], folder) for key in images))
+    except DataError as error:
+        raise DataError(f"its image {error}") from None
 
 
 def _controls_of(path: Path, dataset: Dataset) -> tuple[Path, ...]:
     """Of a clip in a directory: the same name; for images also stem_0, stem_1, ...; for videos another extension or a
     folder of images called like the stem."""
-    folder = dataset.control.directory
-    if folder is None:
+    if dataset.control.directory is None:
         return ()
-    if dataset.recursive:
-        folder = folder / path.parent.relative_to(dataset.path)
+    folder = _mirrored(dataset.control.directory, path, dataset)
     legal = (*VIDEOS, *IMAGES) if dataset.is_video else IMAGES
     near = [p for p in folder.glob(f"{_literal(path.stem)}*") if p.suffix.lower() in legal or p.is_dir()]
     exact = [p for p in near if p.stem == path.stem or (p.is_dir() and p.name == path.stem and dataset.is_video)]
@@ -215,6 +221,22 @@ def _controls_of(path: Path, dataset: Dataset) -> tuple[Path, ...]:
     if not numbered:
         raise DataError(f"{path}: has no control in {folder}; expected a file called {path.stem}.*")
     return tuple(sorted(numbered, key=lambda p: int(p.stem.rsplit("_", 1)[1])))
+
+
+def _image_of(path: Path, dataset: Dataset) -> Path | None:
+    """Of a clip in a directory: the image of the same name."""
+    if dataset.image_directory is None:
+        return None
+    folder = _mirrored(dataset.image_directory, path, dataset)
+    found = sorted(p for p in folder.glob(f"{_literal(path.stem)}.*") if p.suffix.lower() in IMAGES and p.stem == path.stem)
+    if not found:
+        raise DataError(f"{path}: has no image in {folder}; expected {path.stem}.png or another picture of that name")
+    return found[0]
+
+
+def _mirrored(folder: Path, path: Path, dataset: Dataset) -> Path:
+    """Where what belongs to a clip is: below, as the clip is below its own directory."""
+    return folder / path.parent.relative_to(dataset.path) if dataset.recursive else folder
 
 
 def _literal(stem: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from hvtrain.config import ModelConfig
 from hvtrain.encode.encoders import Encode, Fields, Latents, Looks, PixelEncoder, TextEncoder
 from hvtrain.encode.samples import Picture, PlannedChunk, PlannedSample, hashed
-from hvtrain.errors import ConfigError
+from hvtrain.errors import ConfigError, DataError
 from hvtrain.models.parts import keys_of, open_column, open_text, open_vae
 from hvtrain.models.spec import Field, Flavor, ModelSpec
 
@@ -52,10 +52,12 @@ class ColumnKind:
     settings: Callable[[Tools], tuple]  # what its tensors depend on besides the encoder's files
     open: Callable[[ColumnKind, Tools], Encoder]
     given: tuple[int, ...] = ()  # latents of a clip of the sample's length that is grey but for these frames
+    seen: Pictures | None = None  # beside captions
 
     def digest(self, s: PlannedSample, encoder: str) -> str:
         """What the tensors of a sample are a function of."""
-        sources = s.captions if self.pictures is None else [p.identity for p in self.pictures(s)]
+        pictures = self.pictures or self.seen
+        sources = [*(s.captions if self.pictures is None else ()), *(p.identity for p in (pictures(s) if pictures else ()))]
         return hashed(*sources, *([f"{len(s.clip.frames)} frames"] if self.given else []), encoder)
 
     def tar_name(self, chunk: PlannedChunk, encoder: str) -> str:
@@ -78,12 +80,13 @@ def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
     taker = _taker(name, spec, flavor)
     every = [f for one in (taker, *spec.flavors.values()) for f in one.cond if f.column == name]
     fields = tuple({f.name: f for f in reversed(every)}.values())[::-1]
-    if name == "text":
-        return ColumnKind(name, fields, None, _captions, _text_settings, _open_text)
 
     def given(s: PlannedSample) -> tuple[Picture, ...]:
-        return (replace(s.clip, frames=tuple(s.clip.frames[i] for i in taker.given)),)
+        return (s.image or replace(s.clip, frames=tuple(s.clip.frames[i] for i in taker.given)),)
 
+    if name == "text":
+        seen = given if flavor.sees else None
+        return ColumnKind(name, fields, None, _captions, _text_settings, _open_text, seen=seen)
     if spec.column(name) is not None:
         return ColumnKind(name, fields, given, _window, _look_settings, _open_own)
     if not fields:  # no condition
@@ -97,7 +100,7 @@ def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
 def _taker(name: str, spec: ModelSpec, flavor: Flavor) -> Flavor:
     """Whose column this is."""
     takers = [f for f in spec.flavors.values() if any(c.column == name for c in f.cond)]
-    if flavor in takers or not takers:
+    if flavor in takers or not takers or name == "text":
         return flavor
     if len({(f.given, *((c.name, *(d is None for d in c.dims)) for c in f.cond if c.column == name)) for f in takers}) > 1:
         names = ", ".join(f.name for f in takers)
@@ -105,13 +108,25 @@ def _taker(name: str, spec: ModelSpec, flavor: Flavor) -> Flavor:
     return takers[0]
 
 
+def check_images(samples: Sequence[PlannedSample], flavor: Flavor, columns: Container[str]) -> None:
+    """Of samples that come with an image nothing is left aside. Raises DataError."""
+    first = next((s for s in samples if s.image), None)
+    made = [c for c in flavor.columns if c not in ("latents", "text") and c not in columns]
+    if first and first.image and made:
+        raise DataError(
+            f"{first.clip.path}: comes with {first.image.path}, of which column '{made[0]}' is made: encode it too, "
+            f"columns=[..., {made[0]}]"
+        )
+
+
 # --- what of a sample ---------------------------------------------------------------------------------------------------
 
 
 def _window(s: PlannedSample) -> dict[str, Any]:
     frames, (width, height) = s.clip.frames, s.clip.size
+    image = {"image": str(s.image.path)} if s.image else {}
     return {
-        "source": str(s.clip.path), "frames": [frames[0], frames[-1], len(frames)], "width": width, "height": height,
+        "source": str(s.clip.path), **image, "frames": [frames[0], frames[-1], len(frames)], "width": width, "height": height,
         "bucket": s.bucket,
     }
 
@@ -163,10 +178,10 @@ def _pixels(kind: ColumnKind, make: Latents | Looks, t: Tools) -> PixelEncoder:
 
 
 def _text_settings(t: Tools) -> tuple:
-    return t.model.fp8_text, t.model.dtype, t.dtype
+    return t.model.fp8_text, t.model.dtype, t.dtype, *([t.flavor.sees] if t.flavor.sees else [])
 
 
 def _open_text(kind: ColumnKind, t: Tools) -> Encoder:
-    text = open_text(t.spec, t.model, t.device)
-    encode = TextEncoder(text, getattr(torch, t.dtype))
+    text = open_text(t.spec, t.model, t.device, t.flavor)
+    encode = TextEncoder(text, getattr(torch, t.dtype), kind.seen, t.workers)
     return Encoder(encode, f"{text.fingerprint}/{t.dtype}", lambda: encode.stored(text.encode([""])[0], ""))

@@ -73,8 +73,10 @@ class Dataset:
     bucket: BucketRule
     frames: FrameRule
     control: ControlRule
+    image_directory: Path | None = None  # of videos: what each begins with, instead of its own first frame
     caption_extension: str = ".txt"
-    caption_prefix: str = ""
+    caption_prefix: str | None = None
+    prompt_prefix: str = ""  # the model's
     caption_suffix: str = ""
     caption_dropout: float | None = None  # None: what training says
     num_repeats: int = 1
@@ -84,6 +86,11 @@ class Dataset:
     @property
     def is_video(self) -> bool:
         return self.source.startswith("video")
+
+    def prefixed(self, caption: str) -> str:
+        """With the dataset's own prefix; without one, as prompts of the model begin."""
+        model = "" if caption.startswith(self.prompt_prefix) else self.prompt_prefix
+        return (model if self.caption_prefix is None else self.caption_prefix) + caption
 
 
 def read_dataset_file(path: str | Path, flavor: Flavor) -> list[Dataset]:
@@ -151,6 +158,8 @@ def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) ->
     table = {OLD_NAMES.get(key, key): value for key, value in table.items()}
     _check(table, KEYS, where)
     given = [s for s in SOURCES if s in table]
+    images = "image_directory" in table and "video_directory" in table  # beside the clips, not a source
+    given = [s for s in given if not (images and s == "image_directory")]
     if len(given) != 1:
         raise DataError(f"{where}: {len(given)} sources given; give exactly one of {', '.join(SOURCES)}")
     source = given[0]
@@ -158,6 +167,8 @@ def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) ->
         raise DataError(f"{where}: '{odd[0]}' is for videos, this entry has {source}")
     if source.startswith("video") and (odd := [k for k in IMAGE if k in table]):
         raise DataError(f"{where}: '{odd[0]}' is for images, this entry has {source}; a control video takes the clip's size")
+    if images and len(flavor.given) > 1:
+        raise DataError(f"{where}: image_directory: '{flavor.name}' takes first and last frame, those of the clip; remove it")
     rule = FrameRule(
         latent.stride_t, target_frames=tuple(table.get("target_frames", [1])),
         extraction=table.get("frame_extraction", "head"), stride=table.get("frame_stride", 1),
@@ -175,7 +186,8 @@ def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) ->
             table.get("enable_bucket", False), table.get("bucket_no_upscale", False),
         ),
         control=_control(table, where, folder, unit),
-        caption_extension=extension, caption_prefix=table.get("caption_prefix", ""),
+        image_directory=_directory(table, "image_directory", where, folder) if images else None,
+        caption_extension=extension, caption_prefix=table.get("caption_prefix"), prompt_prefix=flavor.defaults.prompt_prefix,
         caption_suffix=table.get("caption_suffix", ""), num_repeats=table.get("num_repeats", 1),
         caption_dropout=float(table["caption_dropout"]) if "caption_dropout" in table else None,
         recursive=table.get("recursive", False),
@@ -190,10 +202,15 @@ def _placed(table: Mapping[str, Any], key: str, where: str, folder: Path) -> Pat
         raise DataError(f"{where}: {key} = {error}") from None
 
 
+def _directory(table: Mapping[str, Any], key: str, where: str, folder: Path) -> Path:
+    found = _placed(table, key, where, folder)
+    if not found.is_dir():
+        raise DataError(f"{where}: {key} = '{shown(found)}' is not a directory")
+    return found
+
+
 def _control(table: Mapping[str, Any], where: str, folder: Path, unit: Size) -> ControlRule:
-    directory = _placed(table, "control_directory", where, folder) if "control_directory" in table else None
-    if directory is not None and not directory.is_dir():
-        raise DataError(f"{where}: control_directory = '{shown(directory)}' is not a directory")
+    directory = _directory(table, "control_directory", where, folder) if "control_directory" in table else None
     if directory is not None and "jsonl" in next(s for s in SOURCES if s in table):
         raise DataError(f"{where}: control_directory goes with a directory of clips; in JSONL give \"control_path\" per line")
     if table.get("no_resize_control") and "control_resolution" in table:

@@ -176,31 +176,51 @@ def _decode(unit: Sequence[Shot]) -> list[np.ndarray | str]:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Captions through the text encoders; windows of one clip share theirs."""
+    """Captions through the text encoders; windows of one clip share theirs, unless the encoders see each one's picture."""
 
     text: TextEncoders
     dtype: torch.dtype
-    cache: OrderedDict[str, Fields | str] = field(default_factory=OrderedDict)
+    seen: Callable[[PlannedSample], Sequence[Picture]] | None = None
+    workers: int = 1
+    cache: OrderedDict[tuple[str, Picture | None], Fields | str] = field(default_factory=OrderedDict)
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[PlannedSample]) -> Iterator[Outcome]:
         for i in range(0, len(samples), CAPTIONS):
-            part = samples[i : i + CAPTIONS]
-            self._encode(list(dict.fromkeys(c for s in part for c in s.captions)))
-            for s in part:
-                found = [self.cache[c] for c in s.captions]
+            part = [(s, self.seen(s)[0] if self.seen else None) for s in samples[i : i + CAPTIONS]]
+            self._encode(list(dict.fromkeys((c, picture) for s, picture in part for c in s.captions)))
+            for s, picture in part:
+                found = [self.cache[c, picture] for c in s.captions]
                 faults = [f for f in found if isinstance(f, str)]
                 yield s, f"{s.clip.path}: {faults[0]}" if faults else _numbered([f for f in found if not isinstance(f, str)])
 
-    def _encode(self, captions: Sequence[str]) -> None:
+    def _encode(self, captions: Sequence[tuple[str, Picture | None]]) -> None:
         """Make sure that these are in the cache, which otherwise keeps the last ones only."""
         new = [c for c in captions if c not in self.cache]
-        for caption, fields in zip(new, self.text.encode(new) if new else []):
-            self.cache[caption] = self.stored(fields, caption)
-        for caption in captions:
-            self.cache.move_to_end(caption)
+        pixels = self._decoded([picture for _, picture in new if picture is not None])
+        self.cache.update({(c, p): why for c, p in new if isinstance(why := pixels.get(p), str)})
+        new = [(c, p) for c, p in new if not isinstance(pixels.get(p), str)]
+        shown = ([pixels[p] for _, p in new],) if self.seen else ()
+        for one, fields in zip(new, self.text.encode([c for c, _ in new], *shown) if new else []):
+            self.cache[one] = self.stored(fields, one[0])
+        for one in captions:
+            self.cache.move_to_end(one)
         while len(self.cache) > max(2 * CAPTIONS, len(captions)):
             self.cache.popitem(last=False)
+
+    def _decoded(self, pictures: Sequence[Picture]) -> dict[Picture | None, Tensor | str]:
+        """[3 H W] in [-1, 1] of each, or why there is none."""
+
+        def read(picture: Picture) -> Tensor | str:
+            try:
+                (pixels,) = read_windows(picture.path, [picture.frames[:1]], size=picture.size)
+            except DataError as error:
+                return str(error)
+            return _signed(torch.from_numpy(pixels[None]))[0, :, 0]
+
+        unique = list(dict.fromkeys(pictures))
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            return dict(zip(unique, pool.map(read, unique)))
 
     def stored(self, fields: Mapping[str, Tensor], caption: str) -> Fields | str:
         if not all(t.isfinite().all() for t in fields.values()):

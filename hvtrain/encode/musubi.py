@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from hvtrain.encode.folder import stored
 from hvtrain.encode.writer import REJECTED
 from hvtrain.errors import DataError
 from hvtrain.models import all_specs, find
-from hvtrain.models.spec import ModelSpec
+from hvtrain.models.spec import Flavor, ModelSpec
 from shards.atomic import write_text
 from shards.schema import IMPORTED, Chunk, Made, Manifest, save_manifest
 from shards.writer import TarWriter
@@ -39,9 +39,9 @@ class _Pair:
 
 
 def run(
-    caches: Sequence[str], output: str, *, model: str | None, samples_per_tar: int, strict: bool
+    caches: Sequence[str], output: str, *, model: str | None, samples_per_tar: int, strict: bool, flavor: str | None = None
 ) -> Iterator[str]:
-    """Yields what to print."""
+    """Yields what to print. `flavor`: whose columns these are; None: the first that reads all of them."""
     root = Path(output)
     if root.exists() and any(root.iterdir()):
         raise DataError(f"output: {root} holds something already; choose a new or empty directory")
@@ -56,14 +56,13 @@ def run(
         refused.append(Rejected(str(path), f"{path}: {reason}"))
 
     buckets: dict[str, list[_Pair]] = {}
-    flavor = next(iter(spec.flavors.values()))
+    g = spec.flavor(flavor).latent
     for pair in _pairs(caches, spec.musubi.short, refuse):
         try:
             shape = _latent_shape(pair.latents)
         except DataError as error:
             refuse(pair.latents, str(error))
             continue
-        g = flavor.latent
         bucket = f"{(shape[0] - 1) * g.stride_t + 1}x{shape[1] * g.stride_h}x{shape[2] * g.stride_w}"
         buckets.setdefault(bucket, []).append(pair)
     rows: list[Chunk] = []
@@ -72,13 +71,14 @@ def run(
             rows += _chunk(root, bucket, pairs[i : i + samples_per_tar], spec, tuple(rows[0].tars) if rows else (), refuse)
     if not rows:
         raise DataError(f"nothing could be imported; first: {refused[0].reason if refused else 'no cache files'}")
+    whose = spec.flavor(flavor) if flavor else _flavor_of(spec, rows[0].tars)
     made_by = f"{IMPORTED}musubi-tuner {spec.musubi.full}"
     made = {
-        column: Made(made_by, spec.name, fields=stored(root, column, kind_of(column, spec, flavor).fields, rows))
+        column: Made(made_by, spec.name, fields=stored(root, column, kind_of(column, spec, whose).fields, rows))
         for column in rows[0].tars
     }
     save_manifest(root, Manifest(tuple(made), tuple(rows), made))
-    yield f"{root}: {sum(len(r.keys) for r in rows)} samples of {spec.name} in {len(rows)} tars a column"
+    yield f"{root}: {sum(len(r.keys) for r in rows)} samples of {spec.name} {whose.name} in {len(rows)} tars a column"
     yield "the caches hold no empty caption: data.caption_dropout needs column 'text' encoded by hvtrain"
     if refused:
         write_text(root / REJECTED, "".join(row.row() + "\n" for row in refused))
@@ -101,6 +101,12 @@ def _model_of(caches: Sequence[str]) -> ModelSpec:
             "give the right directory, or --model"
         )
     return shorts[known[0]]
+
+
+def _flavor_of(spec: ModelSpec, columns: Collection[str]) -> Flavor:
+    """The first whose columns these are, or that reads all of them."""
+    order = sorted(spec.flavors.values(), key=lambda flavor: set(flavor.columns) != set(columns))
+    return next((flavor for flavor in order if set(flavor.columns) >= set(columns)), order[0])
 
 
 def _pairs(caches: Sequence[str], short: str, refuse: Callable[[Path, str], None]) -> Iterator[_Pair]:

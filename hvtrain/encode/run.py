@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from hvtrain.config import EncodeConfig
 from hvtrain.config.rules import check_encode
 from hvtrain.encode.clips import Rejected, find_clips
-from hvtrain.encode.columns import ColumnKind, Tools, columns_of, kind_of
+from hvtrain.encode.columns import ColumnKind, Tools, check_images, columns_of, kind_of
 from hvtrain.encode.dataset import Dataset, read_dataset_file
 from hvtrain.encode.encoders import Encode, Fields
 from hvtrain.encode.folder import Filled, Folder, carried, claim, finish
@@ -31,7 +31,7 @@ from hvtrain.encode.samples import (
 from hvtrain.encode.writer import JOURNAL, REJECTED, ColumnWriter, Known, copier, note, read_rejected
 from hvtrain.errors import DataError
 from hvtrain.models import find
-from hvtrain.models.parts import files_of
+from hvtrain.models.parts import files_of, open_text
 from hvtrain.parallel.context import ParallelContext, shutdown, start
 from shards.atomic import atomic_path, write_text
 from shards.schema import EMPTY_TEXT, Made
@@ -45,6 +45,8 @@ def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
     order = columns_of(spec)
     asked = {name: kind_of(name, spec, flavor) for name in cfg.columns}
     datasets = read_dataset_file(cfg.dataset, flavor)
+    if flavor.sees and "text" in asked:
+        open_text(spec, cfg.model, "meta", flavor)  # its vision tower may be missing
     own = ctx is None
     ctx = ctx or start()
     folder = Folder(Path(cfg.output), ctx)
@@ -55,6 +57,7 @@ def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
     kept = {name: kind_of(name, spec, flavor) for name in carried(folder.root, known.manifest, asked, spec)}
     found = _look(folder, datasets, fps=flavor.defaults.fps, workers=cfg.workers)
     samples, refused = _usable(found, folder.root, needs_control="control" in asked, strict=cfg.strict)
+    check_images(samples, flavor, asked | kept)
     # Cut before the hopeless leave: one that turns out bad later does not move the others to other tars.
     hopeless = {row.digest for row in refused if row.digest}
     chunks = [

@@ -50,6 +50,7 @@ class PlannedSample:
     repeats: int = 1
     caption_dropout: float | None = None
     controls: tuple[Picture, ...] = ()
+    image: Picture | None = None  # that it comes with, instead of its own first frame
 
     @property
     def bucket(self) -> str:
@@ -64,8 +65,9 @@ class PlannedSample:
 
     @property
     def state(self) -> str:
-        """Another one if its file, window, captions or controls change."""
-        parts = ([self.clip.identity], self.captions, [c.identity for c in self.controls])
+        """Another one if its file, window, captions, controls or image change."""
+        beside = [*self.controls, *([self.image] if self.image else [])]
+        parts = ([self.clip.identity], self.captions, [c.identity for c in beside])
         return "/".join([self.key, *(hashed(*part, "")[:16] for part in parts)])
 
 
@@ -124,6 +126,7 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
     try:
         seen, state = probes.look(clip.path)
         controls = [(path, *probes.look(path)) for path in clip.controls]
+        look = probes.look(clip.image)[1] if clip.image else ""
         kept = _kept(seen, source_fps=dataset.source_fps, target_fps=target_fps)
     except (DataError, OSError) as error:
         return [Rejected(str(clip.path), _named(clip.path, error))]
@@ -136,7 +139,8 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
     for start, length in windows:
         frames = tuple(kept[start : start + length])
         # The path is in the hash: equal stems in different folders are different samples.
-        tail = hashed(str(clip.path.resolve()), repr(frames), repr(size))[:12]
+        own = [str(clip.image.resolve())] if clip.image else []
+        tail = hashed(str(clip.path.resolve()), repr(frames), repr(size), *own)[:12]
         pictures = tuple(
             Picture(
                 path, its, tuple(min(i, found.frames - 1) for i in frames),
@@ -146,7 +150,7 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
         )
         made.append(PlannedSample(
             f"{stem}-{tail}", Picture(clip.path, state, frames, size), clip.captions, dataset.num_repeats,
-            dataset.caption_dropout, pictures,
+            dataset.caption_dropout, pictures, Picture(clip.image, look, (0,), size) if clip.image else None,
         ))
     return made
 

@@ -51,7 +51,7 @@ def check_parts(model: ModelConfig, spec: ModelSpec, flavor: Flavor) -> dict[str
             f"model.vae: {model.vae} has latents of {vae.channels} channels, {' x '.join(map(str, vae.stride))} smaller than the "
             f"video; those of {flavor.name} have {flavor.latent.channels}, {' x '.join(map(str, own))} smaller"
         )
-    return {"vae": vae.fingerprint, "text": open_text(spec, model, nowhere).fingerprint}
+    return {"vae": vae.fingerprint, "text": open_text(spec, model, nowhere, flavor).fingerprint}
 
 
 def least_bytes(

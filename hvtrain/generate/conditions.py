@@ -40,35 +40,57 @@ class Shown:
         images = tuple(request.images.values())
         return cls(images, request.width, request.height, request.frames) if images else None
 
+    @property
+    def first(self) -> Tensor:
+        return read_image(self.images[0], width=self.width, height=self.height)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text as the encoders read it, and what they see beside it, if they do: nothing beside a negative prompt."""
+
+    text: str
+    seen: Shown | int | None = None  # the number of a request that begins with something else than an image file
+
 
 @dataclass(frozen=True)
 class Conditions:
     """Of all requests, each a batch of one on the CPU."""
 
-    texts: Mapping[str, Cond]
+    flavor: Flavor
+    texts: Mapping[Said, Cond]
     images: Mapping[Shown, Cond]
 
-    def of(self, request: Request) -> Cond:
-        return self._with_image(request, request.prompt)
+    def of(self, request: Request, number: int | None = None) -> Cond:
+        return self._with_image(request, prompt_of(request, self.flavor, number))
 
     def negative(self, request: Request) -> Cond:
-        return self._with_image(request, request.negative_prompt)
+        return self._with_image(request, Said(request.negative_prompt))
 
-    def _with_image(self, request: Request, text: str) -> Cond:
+    def _with_image(self, request: Request, said: Said) -> Cond:
         shown = Shown.of(request)
-        return {**self.texts[text], **(self.images[shown] if shown else {})}
+        return {**self.texts[said], **(self.images[shown] if shown else {})}
+
+
+def prompt_of(request: Request, flavor: Flavor, number: int | None = None) -> Said:
+    text = flavor.defaults.prompted(request.prompt)
+    return Said(text, (number if number is not None else Shown.of(request)) if flavor.sees else None)
 
 
 def encode_requests(
-    requests: Sequence[Request], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext
+    requests: Sequence[Request], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext, *,
+    pictures: Mapping[int, Tensor] | None = None,
 ) -> Conditions:
-    """Raises CheckpointError for encoders of another model, DataError for an image that cannot be read. Collective."""
-    texts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.guided]
-    texts = list(dict.fromkeys(texts))
+    """`pictures` [3 H W] in [-1, 1]: by number, what requests without an image begin with. Raises CheckpointError for encoders
+    of another model, DataError for an image that cannot be read. Collective."""
+    given = pictures or {}
+    texts = [prompt_of(r, flavor, i if i in given else None) for i, r in enumerate(requests)]
+    texts = list(dict.fromkeys([*texts, *(Said(r.negative_prompt) for r in requests if r.guided)]))
     shown = list(dict.fromkeys(one for r in requests if (one := Shown.of(r))))
 
     def encode() -> list[list[dict[str, Tensor]]]:
-        found = _encode_texts(texts, spec, flavor, model, ctx.device)
+        seen = [given[s.seen] if isinstance(s.seen, int) else s.seen.first if s.seen else None for s in texts]
+        found = _encode_texts([s.text for s in texts], spec, flavor, model, ctx.device, seen)
         images = _encode_images(shown, spec, flavor, model, ctx.device) if shown else []
         free(ctx.device)
         of_images = [batch_of_one(sample, flavor.cond) for sample in images]
@@ -76,7 +98,7 @@ def encode_requests(
         return [found, of_images]
 
     of_texts, of_images = on_main(ctx, encode)
-    return Conditions(dict(zip(texts, of_texts, strict=True)), dict(zip(shown, of_images, strict=True)))
+    return Conditions(flavor, dict(zip(texts, of_texts, strict=True)), dict(zip(shown, of_images, strict=True)))
 
 
 def encode_texts(
@@ -87,9 +109,15 @@ def encode_texts(
 
 
 def _encode_texts(
-    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
+    texts: Sequence[str], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device,
+    seen: Sequence[Tensor | None] = (),
 ) -> list[dict[str, Tensor]]:
-    found = open_text(spec, model, device).encode(texts) if texts else []
+    """`seen`: beside each text, for encoders that see."""
+    found = []
+    if texts:
+        encoders = open_text(spec, model, device, flavor)
+        found = encoders.encode(texts, seen) if flavor.sees else encoders.encode(texts)
+        del encoders
     free(device)
     conds = [batch_of_one(sample, flavor.cond) for sample in found]
     check_conds(conds, spec, flavor)

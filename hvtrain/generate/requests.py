@@ -31,7 +31,12 @@ class Request(Sampling):
         own = {f.name: getattr(flavor.defaults, f.name) for f in fields(Sampling)}
         request = cls(prompt=prompt, **own | chosen)
         request.check(flavor)
-        return replace(request, expert_cfg_scale=_expert_scales(flavor, chosen))
+        request = replace(request, expert_cfg_scale=_expert_scales(flavor, chosen))
+        if flavor.unguided and request.guided:
+            raise ConfigError(
+                f"cfg_scale is {request.cfg_scale:g}, but '{flavor.name}' is distilled to be sampled without it: leave it out"
+            )
+        return request
 
     def check(self, flavor: Flavor) -> None:
         flavor.latent.check_size(width=self.width, height=self.height, frames=self.frames)

@@ -33,6 +33,7 @@ from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import Writer
 from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
+from hvtrain.weights.containers import fingerprint
 
 
 def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
@@ -84,8 +85,11 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
     grouped = batches(jobs, size)
     check_memory(grouped, flavor, dits.layers, n_bytes=compute.dtype.itemsize, ctx=ctx)
-    wanted = [*cfg.lora, *(of_slices(Path(cfg.slices), cfg.loraid, cfg.lora_multiplier) if cfg.slices is not None else ())]
-    loras = open_loras(wanted, dits.layers, dits.spec, flavor, quiet=not ctx.is_main)
+    wanted, names = list(cfg.lora), [expert.name for expert in flavor.experts]
+    if cfg.slices is not None:
+        wanted += of_slices(Path(cfg.slices), cfg.loraid, cfg.lora_multiplier, names)
+    bases = {expert.name: fingerprint(dits.files[expert.part].weights) for expert in flavor.experts}
+    loras = open_loras(wanted, dits.layers, dits.spec, flavor, quiet=not ctx.is_main, bases=bases)
     sources = on_main(ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision))
     lots = on_main(ctx, lambda: remaining(grouped, sources, save_latents=cfg.save_latents))
     left = [job for lot in lots for job in lot.jobs]

@@ -24,6 +24,7 @@ from hvtrain.generate.requests import Request
 from hvtrain.generate.spool import find, keep
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import parameters
+from hvtrain.lorafiles.whole import editing, summed
 from hvtrain.models.conditions import stack
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.load import load_dit
@@ -71,14 +72,16 @@ def sample_latents(
     solver = SOLVERS[request.solver]
     schedule = solver.schedule(request.steps, shift=request.shift)
 
-    def given(x: Tensor, sigma: Tensor, which: int = 0) -> ModelInput:
-        return spec.make_input(x, sigma, conds[which], task=task, guidance=request.guidance, x0=x0)
+    def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0) -> ModelInput:
+        cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}  # some are told where a step ends
+        return spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0)
 
-    def velocity_at(level: float) -> Velocity:
+    def velocity_at(step: int) -> Velocity:
+        level, until = (float(sigma) for sigma in schedule[step : step + 2])
         model, scale = models(level), request.scale(flavor.expert(level))
 
         def under(which: int) -> Velocity:
-            return lambda x, sigma: model(given(x, sigma, which))
+            return lambda x, sigma: model(given(x, sigma, which, until))
 
         return under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
 
@@ -91,7 +94,7 @@ def sample_latents(
     hold = _holding(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
     state = State(x, begin.step, tuple(h.to(ctx.device) for h in begin.history))
     while state.step < (request.steps if until is None else until):
-        state = solver.step(velocity_at(float(schedule[state.step])), state, schedule)
+        state = solver.step(velocity_at(state.step), state, schedule)
         state = replace(state, x=hold(state.x))
         if on_step is not None:
             on_step(state)
@@ -206,7 +209,8 @@ def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
 
 def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     """With the LoRAs in it."""
-    m, n_swapped = plan.model, plan.compute.blocks_to_swap
+    m, n_swapped, loras = plan.model, plan.compute.blocks_to_swap, on_expert(plan.loras, expert)
+    whole = summed(loras, {name: p.shape for name, p in plan.dits.empty.named_parameters()}, once=False)
     loaded = load_dit(
         plan.dits.files[DIT if expert is None else expert.part].path,
         model=plan.spec.name,
@@ -214,7 +218,7 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
         dtype=getattr(torch, m.dtype),
         device="cpu" if n_swapped else ctx.device,  # what is to be swapped must not fill the device first
         quantize_to=m.quantize,
-        edit=merging(plan.dits.layers, on_expert(plan.loras, expert)),
+        edit=editing(merging(plan.dits.layers, loras), whole) if loras else None,
     )
     model = loaded.model.eval().requires_grad_(False)
     use_matmul(model, m.fp8_matmul)

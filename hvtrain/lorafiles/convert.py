@@ -34,7 +34,7 @@ def converted(lora: LoraFile, spec: ModelSpec, to: Dialect, *, fold: bool | None
     With `fold` (default: as the dialect likes it), alpha / rank is multiplied into the up-projection, which is exact where
     the scale is a power of two. `expert`: whose LoRA it is, of a model of several.
     """
-    pairs = spread(lora.pairs, key_map(spec, to.keys))
+    pairs = spread(lora.pairs, key_map(spec, spec.lora_keys.get(to.name, to.keys)))
     metadata = kept(lora.about_pairs, FOLDED_KEY, PEFT_KEY, PARTS_KEY) | parts_entry(pairs)
     if to.alpha == "rank" or (to.folds if fold is None else fold):
         metadata[FOLDED_KEY] = json.dumps({name: pair.alpha for name, pair in pairs.items() if pair.scale != 1.0})

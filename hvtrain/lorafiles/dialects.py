@@ -72,7 +72,8 @@ def key_map(spec: ModelSpec, dialect: str) -> KeyMap:
 
 
 def pieces(key: KeyMap, module: str, n_out: int) -> dict[str, torch.Tensor]:
-    """The dialect's layers that make up an official one, each with its rows' places among the n_out official rows."""
+    """The dialect's layers that make up an official one, each with its rows' places among the n_out official rows; one that is a
+    fusion of several official layers has these rows among its own (weights.keymap.Rule.share)."""
     rule = key.rule_of_official(module)
     if rule is None:
         if not key.passthrough:
@@ -92,12 +93,26 @@ def spread(pairs: Mapping[str, LoraPair], key: KeyMap) -> dict[str, LoraPair]:
     """Official layers' pairs as pairs of the dialect's layers. Undone exactly by `gather`."""
     if not key.rules:
         return dict(pairs)
-    out = {}
+    out: dict[str, LoraPair] = {}
+    fused: dict[str, dict[tuple[int, int], LoraPair]] = {}
     for module, pair in pairs.items():
+        rule = key.rule_of_official(module)
+        if rule and rule.share:
+            fused.setdefault(rule.dialect[0], {})[rule.share] = pair
+            continue
         places = pieces(key, module, pair.up.shape[0])
         parts = cut_rows(pair, list(places.values()))
         out.update({name: part for name, part in zip(places, parts, strict=True) if part is not None})
+    for name, held in fused.items():
+        n = next(iter(held))[1]
+        parts = [held.get((i, n)) for i in range(n)]
+        out[name] = join_rows(parts, _blocks(n, len(next(iter(held.values())).up)))
     return out
+
+
+def _blocks(n: int, n_out: int) -> list[torch.Tensor]:
+    """The rows of n official layers of n_out rows each in their fusion."""
+    return list(torch.arange(n * n_out).chunk(n))
 
 
 def gather(
@@ -105,24 +120,50 @@ def gather(
 ) -> dict[str, LoraPair]:
     """Pairs of any dialects' layers as pairs of official ones, in the order of `shapes`."""
     keys = list(spec.key_maps.values()) if spec else []
-    left, out = dict(pairs), {}
+    left, out = _unfused(path, pairs, keys, shapes), {}
     for module, shape in shapes.items():
         if module in left:
             out[module] = left.pop(module)
             continue
         for key in keys:
-            places = pieces(key, module, shape[0]) if key.rule_of_official(module) else {}
+            rule = key.rule_of_official(module)
+            places = pieces(key, module, shape[0]) if rule and not rule.share else {}
             if not any(name in left for name in places):
                 continue
             parts = [left.pop(name, None) for name in places]
             for (name, rows), part in zip(places.items(), parts, strict=True):
                 if part is not None:
                     part.check_shape(path, name, (len(rows), shape[1]))
-            out[module] = join_rows(parts, list(places.values()))
+            try:
+                out[module] = join_rows(parts, list(places.values()))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: '{module}' {error}") from None
             break
     if left:
         raise CheckpointError(f"{path}: adapts '{next(iter(left))}' twice, under names of two dialects")
     return out
+
+
+def _unfused(
+    path: Path, pairs: Mapping[str, LoraPair], keys: Iterable[KeyMap], shapes: Shapes
+) -> dict[str, LoraPair]:
+    """With layers that are fusions of several official ones cut into these."""
+    left, fusions = dict(pairs), {}
+    for key in keys:
+        for module, shape in shapes.items():
+            rule = key.rule_of_official(module)
+            if not (rule and rule.share and rule.dialect[0] in pairs):
+                continue
+            i, n = rule.share
+            name = rule.dialect[0]
+            if name not in fusions:
+                left.pop(name).check_shape(path, name, (n * shape[0], shape[1]))
+                fusions[name] = cut_rows(pairs[name], _blocks(n, shape[0]))
+            if module in left:
+                raise CheckpointError(f"{path}: adapts '{module}' twice, under names of two dialects")
+            if (part := fusions[name][i]) is not None:
+                left[module] = part
+    return left
 
 
 def same_layer(module: str, n_out: int, held: Container[str], spec: ModelSpec | None) -> str | None:
@@ -130,7 +171,8 @@ def same_layer(module: str, n_out: int, held: Container[str], spec: ModelSpec | 
     if module in held:
         return module
     for key in spec.key_maps.values() if spec else ():
-        places = pieces(key, module, n_out) if key.rule_of_official(module) else {}
+        rule = key.rule_of_official(module)
+        places = pieces(key, module, n_out) if rule and not rule.share else {}
         for name, rows in places.items():
             if name in held and torch.equal(rows, torch.arange(n_out)):
                 return name

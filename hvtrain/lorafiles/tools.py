@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS, spelling
+from hvtrain.lorafiles.experts import names_of, number_of
 from hvtrain.lorafiles.files import (
     FOLDED_KEY,
     PARTS_KEY,
@@ -45,20 +46,23 @@ class Recognised:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # [out, in] of its Linear layers
 
 
-def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None) -> Recognised:
-    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` as in `read_lora`.
+def open_any(
+    path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None, decomposed: bool = False
+) -> Recognised:
+    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` and `decomposed` as in
+    `read_lora`.
     The directory of a finished run stands for its result; `expert` names whose LoRA is meant in a file of several.
 
     Raises CheckpointError with the reason of the nearest architecture.
     """
-    path = lora_of(path)
+    path = lora_of(path, expert)
     candidates = [(spec, f.arch, f.name) for spec in all_specs() for f in spec.flavors.values()]
     if dit is not None:
         found = identify(asset(dit))
         candidates = [(found.spec, found.arch, str(dit))]
     if expert is not None:
-        known = {name for spec, _, _ in candidates for name in _experts(spec)}
-        candidates = [c for c in candidates if expert in _experts(c[0])]
+        known = {name for spec, _, _ in candidates for name in names_of(spec)}
+        candidates = [c for c in candidates if expert in names_of(c[0])]
         if not candidates:
             raise ConfigError(f"--expert {expert}: no model has such an expert; {suggest(expert, known)}")
     tried: list[tuple[str, Mapping]] = []
@@ -70,21 +74,17 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, 
             continue
         tried.append((spec.name, shapes))
         try:
-            number = None if expert is None else _experts(spec).index(expert)
-            return Recognised(read_lora(path, shapes, spec=spec, edited=edited, expert=number), spec, sizes, shapes)
+            number = number_of(spec, expert, key="--expert")
+            lora = read_lora(path, shapes, spec=spec, edited=edited, expert=number, decomposed=decomposed)
+            return Recognised(lora, spec, sizes, shapes)
         except CheckpointError as error:
             refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
 
 
-def _experts(spec: ModelSpec) -> list[str]:
-    """In the order of the prefixes that they have in files."""
-    return list(dict.fromkeys(expert.name for flavor in spec.flavors.values() for expert in flavor.experts))
-
-
-def lora_of(path: str | Path) -> Path:
+def lora_of(path: str | Path, expert: str | None = None) -> Path:
     """The file itself, or the result of a finished run's directory."""
-    return lora_in(path) if Path(path, CONFIG).is_file() else Path(path)
+    return lora_in(path, expert) if Path(path, CONFIG).is_file() else Path(path)
 
 
 # --- info -----------------------------------------------------------------------------------------------------------
@@ -98,10 +98,11 @@ def dialect_of(path: str | Path) -> str:
 
 def info(path: str | Path, *, dit: str | None = None, expert: str | None = None) -> Iterator[str]:
     """What a file is: dialect, layers, rank, alpha, blocks, LORAID, norms."""
-    known = open_any(path, dit=dit, expert=expert)
+    known = open_any(path, dit=dit, expert=expert, decomposed=True)
     lora, meta = known.lora, known.lora.metadata
     path = lora.path
-    yield f"{path}: LoRA for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
+    kind = " and ".join(sorted({delta.kind.LABEL for delta in map(lora.delta, lora.pairs)}))
+    yield f"{path}: {kind} for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
     ranks = Counter(pair.rank for pair in lora.pairs.values())
     alphas = Counter(round(pair.alpha, 6) for pair in lora.pairs.values())
     yield f"{len(lora.pairs)} layers, rank {_counted(ranks)}, alpha {_counted(alphas)}"
@@ -116,7 +117,8 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
     norms = {name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()}
     largest = sorted(norms, key=lambda n: -norms[n])[:3]
     total = sum(n * n for n in norms.values()) ** 0.5
-    yield f"norm of all deltas {total:.4g}; largest: " + ", ".join(f"{n} {norms[n]:.3g}" for n in largest)
+    of = "deltas, before the lengths of their rows," if kind == "DoRA" else "deltas"
+    yield f"norm of all {of} {total:.4g}; largest: " + ", ".join(f"{n} {norms[n]:.3g}" for n in largest)
     for key in ("ss_output_name", "ss_steps", "ss_epoch", "ss_learning_rate", "ss_training_comment", "modelspec.date"):
         if meta.get(key):
             yield f"{key}: {meta[key]}"
@@ -163,11 +165,15 @@ def convert(
     dialect = DIALECTS.find(target, key="--to")
     if dialect.alpha == "rank" and fold is False:
         raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
-    check_output(output, lora_of(path))
+    check_output(output, lora_of(path, expert))
     known = open_any(path, dit=dit, edited=edited, expert=expert)
-    expert, experts = expert or known.lora.metadata.get(EXPERT_KEY), _experts(known.spec)
+    said, experts = known.lora.metadata.get(EXPERT_KEY), names_of(known.spec)
+    if expert is not None and said not in (None, expert):
+        raise ConfigError(f"--expert {expert}: {path} was trained as '{said}'; leave the option out")
+    expert = expert or said
     number = experts.index(expert) if expert in experts else 0
-    converted(known.lora, known.spec, dialect, fold=fold, expert=number).save(output)
+    lora = replace(known.lora, metadata={**known.lora.metadata, **({EXPERT_KEY: expert} if expert else {})})
+    converted(lora, known.spec, dialect, fold=fold, expert=number).save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 
@@ -181,7 +187,7 @@ def resize(
         raise ConfigError(f"--rank {rank}: expected 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy}: expected a share, more than 0 and at most 1")
-    check_output(output, lora_of(path))
+    check_output(output, lora_of(path, expert))
     lora = open_any(path, dit=dit, expert=expert).lora
     cuts = {
         name: shrink([(pair, 1.0)], rank=rank if rank is not None else rank_for(singular_values(pair), energy or 1.0))

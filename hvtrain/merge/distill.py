@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from hvtrain.config import ReconcileConfig
 from hvtrain.flow.loss import squared_error
 from hvtrain.merge.changes import Changes, LowRank
+from hvtrain.merge.journal import Journal
 from hvtrain.merge.states import Clips, NoisyClip, Task, batches, told_shares
 from hvtrain.merge.stream import placed
-from hvtrain.models.load import Identified, load_dit
+from hvtrain.models.load import Identified, load_found
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
@@ -30,6 +31,8 @@ Pairs = Mapping[str, Sequence[LowRank]]
 STUDENT = "student"
 _A_SLICE = 2  # clips of each step for each LoRA, those of old words among them
 _WARMUP = 10
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_SAVED = 25  # steps between two notes of where it is
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,11 @@ class Draw:
 
 def distill(
     found: Identified, ctx: ParallelContext, dtype: torch.dtype, pairs: Pairs, draw: Draw, clips: Clips,
-    cfg: ReconcileConfig, *, lr: float,
+    cfg: ReconcileConfig, journal: Journal, *, lr: float,
 ) -> dict[str, list[LowRank]]:
-    """The trained pairs, on the CPU. Needs the whole model on the device, as training does."""
-    loaded = load_dit(
-        found.path, model=found.spec.name, flavor=found.flavor.name, dtype=dtype, device=ctx.device
-    )
+    """The trained pairs, on the CPU. Needs the whole model on the device, as training does. Collective: data-parallel ranks take
+    parts of a step's clips, sequence-parallel ones share each. Goes on at the last noted step."""
+    loaded = load_found(found, dtype=dtype, device=ctx.device)
     model = loaded.model.eval().requires_grad_(False)
     recompute = "full" if ctx.device.type == "cuda" else "none"
     parallelize(model, ctx, kernel="auto", recompute=recompute, dtype=dtype)
@@ -75,11 +77,12 @@ def distill(
     changes.put(STUDENT, student)
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    done = _restore(optimizer, weights, journal)
     began = time.monotonic()
-    for step in range(cfg.steps):
+    for step in range(done, cfg.steps):
         states = draw(step)
         loss, scales = 0.0, {id(s): scale for s, scale in states}
-        for job in batches([(None, s) for s, _ in states], cfg.batch_size):
+        for job in batches([(None, s) for s, _ in states], cfg.batch_size)[ctx.dp_rank :: ctx.dp]:
             batch = [s for _, s in job]
             wanted = torch.stack([s.taught for s in batch]).to(ctx.device)
             inp = placed(clips.input(batch), ctx.device)
@@ -89,14 +92,20 @@ def distill(
             error = (squared_error(velocity, wanted, inp.loss_mask) * counts).sum() / len(states)
             error.backward()
             loss += error.item()
+        _sum_gradients(weights, ctx)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr * _rate(step, cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
+        if (step + 1) % _SAVED == 0 and ctx.is_main:
+            moments = [optimizer.state[w][name] for w in weights for name in _MOMENTS]
+            journal.save_steps(step + 1, [*(w.detach() for w in weights), *moments])
         if (step + 1) % 10 == 0 or step + 1 == cfg.steps:
-            left = (time.monotonic() - began) / (step + 1) * (cfg.steps - step - 1)
-            print(f"distill: step {step + 1}/{cfg.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
+            loss = ctx.all_reduce_sum(loss) / ctx.sp
+            left = (time.monotonic() - began) / (step + 1 - done) * (cfg.steps - step - 1)
+            if ctx.is_main:
+                print(f"distill: step {step + 1}/{cfg.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
     return {
         name: [replace(p, down=p.down.detach().cpu(), up=p.up.detach().cpu()) for p in own] for name, own in student.items()
     }
@@ -104,6 +113,28 @@ def distill(
 
 def _parameter(value: Tensor, ctx: ParallelContext) -> nn.Parameter:
     return nn.Parameter(value.detach().to(ctx.device, torch.float32, copy=True))
+
+
+def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], journal: Journal) -> int:
+    """Steps that are done."""
+    done, tensors = journal.load_steps()
+    n = len(weights)
+    for number, weight in enumerate(weights if done else ()):
+        weight.data.copy_(tensors[number])
+        moments = dict(zip(_MOMENTS, tensors[n + 2 * number : n + 2 * number + 2], strict=True))
+        state = {name: t.to(weight.device) for name, t in moments.items()}
+        optimizer.state[weight] = {"step": torch.tensor(float(done)), **state}
+    return done
+
+
+def _sum_gradients(weights: Sequence[Tensor], ctx: ParallelContext) -> None:
+    """Over all ranks. Sequence-parallel peers each hand in their sample's whole loss, so theirs are too many by their number."""
+    if ctx.world == 1:
+        return
+    own = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    whole = ctx.sum_(torch.cat([g.flatten() for g in own])) / ctx.sp
+    for weight, grad in zip(weights, whole.split([w.numel() for w in weights]), strict=True):
+        weight.grad = grad.view_as(weight)
 
 
 def _rate(step: int, steps: int) -> float:

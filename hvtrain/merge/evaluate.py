@@ -6,45 +6,40 @@ LoRA touches is read from the model's file again, changed in float32 and rounded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from hvtrain.config import EvalConfig, FlowConfig, MergeConfig, asset
-from hvtrain.flow.timesteps import quantile_function
+from hvtrain.config import EvalConfig, FlowConfig
 from hvtrain.lorafiles.overlap import by_layer, labels
 from hvtrain.lorafiles.pairs import add_pairs
 from hvtrain.merge.inputs import Inputs
 from hvtrain.merge.policies import Dense, Result
-from hvtrain.models.load import Identified, LoadedDit, identify, load_dit
+from hvtrain.models.load import Identified, LoadedDit, load_found
 from hvtrain.parallel.apply import parallelize
-from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.train.data import open_shards
 from hvtrain.train.evaluate import HeldOut, held_out_loss
-from hvtrain.train.objective import Objective
+from hvtrain.train.objective import objective_of
 from hvtrain.train.setup import flow_of
 
 MAX_BATCHES = 32
 
 
-def losses_of(cfg: MergeConfig) -> Callable[[Inputs, Mapping[str, Result]], dict[str, float]]:
-    """For merge.run: name -> loss at fixed noise levels and seeds, all on the same samples."""
-
-    def measure(inputs: Inputs, combined: Mapping[str, Result]) -> dict[str, float]:
-        ctx = start(device=cfg.device)
-        dtype = compute_dtype(ctx.device)
-        found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
-        loaded = load_dit(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor, dtype=dtype, device=ctx.device)
-        parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
-        result = {"base": _loss(cfg, loaded, ctx)}
-        alone = {name: by_layer([one]) for name, one in zip(labels(inputs.loras), inputs.loras, strict=True)}
-        for name, changes in (*alone.items(), ("merged", combined)):
-            with changed(loaded, found, changes):
-                result[name] = _loss(cfg, loaded, ctx)
-        return result
-
-    return measure
+def losses_of(
+    found: Identified, inputs: Inputs, combined: Mapping[str, Result], sets: Sequence[str], ctx: ParallelContext
+) -> dict[str, float]:
+    """Name -> loss at fixed noise levels and seeds, all on the same samples of these shard sets."""
+    dtype = compute_dtype(ctx.device)
+    loaded = load_found(found, dtype=dtype, device=ctx.device)
+    parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
+    result = {"base": _loss(sets, loaded, ctx)}
+    alone = {name: by_layer([one]) for name, one in zip(labels(inputs.loras), inputs.loras, strict=True)}
+    for name, changes in (*alone.items(), ("merged", combined)):
+        with changed(loaded, found, changes):
+            result[name] = _loss(sets, loaded, ctx)
+    return result
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -75,12 +70,11 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
         there.copy_(weight)
 
 
-def _loss(cfg: MergeConfig, loaded: LoadedDit, ctx: ParallelContext) -> float:
+def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext) -> float:
     flavor, fixed = loaded.flavor, EvalConfig()
     flow = flow_of(FlowConfig(), flavor)
-    objective = Objective(
-        loaded.spec, flavor.tasks[0], flow.guidance, quantile_function(flow.timestep_sampling, flow), ctx.device,
-        compute_dtype(ctx.device) != torch.float32,
-    )
-    held = HeldOut(open_shards(cfg.evaluate, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
-    return held_out_loss(loaded.model.eval(), objective, held, ctx=ctx)["eval/loss"]
+    autocast = compute_dtype(ctx.device) != torch.float32
+    objective = objective_of(flow, loaded.spec, flavor, device=ctx.device, autocast=autocast)
+    held = HeldOut(open_shards(sets, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
+    model = loaded.model.eval()
+    return held_out_loss(lambda sigma: model, objective, held, ctx=ctx)["eval/loss"]

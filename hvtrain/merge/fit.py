@@ -84,13 +84,14 @@ def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> l
 
 
 def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]], folder: Path) -> list[Stream]:
-    """(input, teacher, weights [B]) before the first block. What the host's share does not hold lies in `folder`."""
+    """This rank's part of the (input, teacher, weights [B]), before the first block. What the host's share does not hold lies in
+    `folder`."""
     found, size = [], 0
-    for number, (inp, teacher, weights) in enumerate(inputs):
+    for number, (inp, teacher, weights) in enumerate(model.ctx.share(inputs)):
         tokens = model.enter(inp)
         own = 2 * n_bytes(tokens)
         size += own
-        place = folder / f"{number:05d}" if size > model.host_bytes else None
+        place = folder / f"{model.ctx.rank}-{number:05d}" if size > model.host_bytes else None
         stream = Stream(teacher, weights, [tokens, tokens], own, place)
         for which in (TAUGHT, MERGED):
             stream.put(which, tokens)
@@ -101,9 +102,12 @@ def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor
 def fit_block(
     model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Segment]], found: Sequence[Stream], ridge: float
 ) -> dict[str, list[Change]]:
-    """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards."""
+    """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards. Collective:
+    each rank sums over its streams, and all solve the same equations."""
     solved: dict[str, list[Change]] = {}
-    for stage in stages(model, block, list(targets), found[0].get(MERGED)):
+    order = stages(model, block, list(targets), found[0].get(MERGED)) if model.ctx.is_main else []
+    order, model.n_calls = model.ctx.gather_objects((order, model.n_calls))[0]  # another rank may have no stream to look at
+    for stage in order:
         layers = {name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage}
         for stream in found:
             wanted = _watched(model, block, stage, stream.get(TAUGHT), stream.teacher)
@@ -111,20 +115,23 @@ def fit_block(
             for name, sums in layers.items():
                 sums.add(seen[name], wanted[name], stream.weights.to(model.ctx.device))
         for name in stage:
-            solved[name] = layers.pop(name).solve(targets[name], ridge)
+            sums = layers.pop(name)
+            for part in (sums.g, sums.c):
+                model.ctx.sum_(part)
+            solved[name] = sums.solve(targets[name], ridge)
             model.changes.put(STUDENT, {name: solved[name]})
     return solved
 
 
 def device_bytes(model: Streamed, layers: Mapping[str, Sequence[object]]) -> int:
-    """The most that a block takes beside one clip's activations: its weights, G and C of its layers in float32, and of the
-    largest of them G, its root and C in double precision while it is solved."""
+    """The most that a block takes beside one clip's activations: its weights, G and C of its layers, and of the largest of them
+    G's root and the solution; all in double precision."""
     most = 0
     for block, names in zip(model.model.blocks, model.layers, strict=True):
         shapes = [model.model.get_parameter(f"{name}.weight").shape for name in names if name in layers]
         sums = [width * (width + out) for out, width in shapes]
         weights = sum(p.numel() for p in block.parameters()) * model.dtype.itemsize
-        most = max(most, weights + 4 * sum(sums) + 16 * max(sums, default=0))
+        most = max(most, weights + 8 * (sum(sums) + max(sums, default=0)))
     return most
 
 
@@ -136,13 +143,14 @@ def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
 
 
 class _Sums:
-    """G and C of one layer, float32, on the device."""
+    """G and C of one layer, on the device: products in float32, their sums in double precision, or the solution would depend on
+    the order of the clips, and so on the number of ranks."""
 
     def __init__(self, layer: nn.Module, targets: Sequence[Segment], device: torch.device) -> None:
         width = targets[0].parts[0].down.shape[1]
         self.rows = slice(targets[0].begin, targets[-1].end)
-        self.g = torch.zeros(width, width, device=device)
-        self.c = torch.zeros(self.rows.stop - self.rows.start, width, device=device)
+        self.g = torch.zeros(width, width, device=device, dtype=torch.float64)
+        self.c = torch.zeros(self.rows.stop - self.rows.start, width, device=device, dtype=torch.float64)
 
     def add(self, seen: list[_Call], wanted: list[_Call], weights: Tensor) -> None:
         """`seen`: in the merged model, where this layer has no change yet, so its output is X_S W'."""
@@ -151,18 +159,17 @@ class _Sums:
             root = (weights / n).sqrt().view(-1, *[1] * (mine.x.ndim - 1))
             x = (mine.x.float() * root).flatten(0, -2)
             error = ((theirs.out - mine.out)[..., self.rows].float() * root).flatten(0, -2)
-            self.g.addmm_(x.T, x)
-            self.c.addmm_(error.T, x)
+            self.g += x.T @ x
+            self.c += error.T @ x
 
     def solve(self, targets: Sequence[Segment], ridge: float) -> list[Change]:
-        g = self.g.double()
-        del self.g
+        g = self.g
         shift = ridge * g.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         g.diagonal().add_(shift)
         root = torch.linalg.cholesky(g)
         solved: list[Change] = []
         for target in targets:
-            c = self.c[target.begin - self.rows.start : target.end - self.rows.start].double()
+            c = self.c[target.begin - self.rows.start : target.end - self.rows.start]
             matrix = torch.cholesky_solve((c + shift * target.prior().to(c)).T, root).T.float()
             solved.append(Full(matrix.cpu, target.begin) if target.rank is None else _cut(matrix, root.float(), target))
         return solved

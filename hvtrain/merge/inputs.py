@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.config import MergeConfig
+from hvtrain.config import LoraFileConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
+from hvtrain.lorafiles.experts import number_of
 from hvtrain.lorafiles.files import LoraFile, read_lora
+from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
@@ -25,31 +27,59 @@ class Inputs:
     missing: tuple[int, ...] = ()  # LORAIDs of the plan that are left out, by the user's leave
 
 
-def open_inputs(cfg: MergeConfig, shapes: Shapes, spec: ModelSpec, *, base: str | None) -> Inputs:
-    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint, if there is a model."""
-    plan = load_plan(cfg.plan) if cfg.plan is not None else None
+@dataclass(frozen=True)
+class PlanSlices:
+    """All slices of a plan."""
+
+    plan: Path
+    folder: Path | None = None  # with the slices' runs; None: beside the plan
+    allow_missing: bool = False
+
+
+def open_inputs(
+    entries: Sequence[LoraFileConfig], slices: PlanSlices | None, shapes: Shapes, spec: ModelSpec, *, base: str | None,
+    expert: str | None = None, decomposed: bool = False,
+) -> Inputs:
+    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint; None: any will do.
+    `expert`: whose LoRAs, of a model of several. `decomposed`: also those that scale the weights' columns (DoRA)."""
+    plan: SlicePlan | None = None
     missing: list[int] = []
-    paths: list[tuple[Path, float]] = [(lora_in(entry.path), entry.multiplier) for entry in cfg.lora]
-    if plan is not None:
-        check_fits(plan, model=spec.name, shapes=shapes, base=None if cfg.any_base else base, where=cfg.plan)
-        found, gaps = slices_of(plan, Path(cfg.slices or Path(str(cfg.plan)).parent))
+    paths: list[tuple[Path, float]] = [(lora_in(entry.path, expert), entry.multiplier) for entry in entries]
+    number = number_of(spec, expert, key="--expert")
+    if slices is not None:
+        plan = load_plan(slices.plan)
+        # a plan is every expert's; each LoRA knows its own weights
+        check_fits(plan, model=spec.name, shapes=shapes, base=base if expert is None else None, where=slices.plan)
+        found, gaps = slices_of(plan, slices.folder or slices.plan.parent, expert)
         missing = list(gaps)
-        if gaps and not cfg.allow_missing:
+        if gaps and not slices.allow_missing:
             listed = "; ".join(f"LORAID {i}: {reason}" for i, reason in gaps.items())
             raise CheckpointError(f"{len(gaps)} of {plan.n} slices are not there: {listed}. Finish them, or --allow-missing")
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    loras = [(read_lora(path, shapes, spec=spec), multiplier) for path, multiplier in paths]
+    own = [read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed, foreign=True) for path, _ in paths]
+    loras = [(lora, multiplier) for lora, (_, multiplier) in zip(own, paths, strict=True)]
+    _check_experts(own, expert)
     for lora, _ in loras:
-        _check_base(lora, base, any_base=cfg.any_base)
+        _check_base(lora, base)
     if plan is not None:
-        for lora, _ in loras[len(cfg.lora) :]:
+        for lora, _ in loras[len(entries) :]:
             check_slots(lora, plan)
     return Inputs(loras, plan, tuple(missing))
 
 
-def slices_of(plan: SlicePlan, folder: Path) -> tuple[dict[int, Path], dict[int, str]]:
+def _check_experts(loras: Sequence[LoraFile], wanted: str | None) -> None:
+    """Those of two experts have the same layers, and nothing to do with each other."""
+    said = {lora.path: lora.metadata[EXPERT_KEY] for lora in loras if EXPERT_KEY in lora.metadata}
+    first = wanted or next(iter(said.values()), None)
+    for path, name in said.items():
+        if name != first:
+            what = f"--expert {wanted}" if wanted else f"{next(iter(said))} as '{first}'"
+            raise CheckpointError(f"{path}: was trained as the expert '{name}', {what}; a merge is into one expert")
+
+
+def slices_of(plan: SlicePlan, folder: Path, expert: str | None = None) -> tuple[dict[int, Path], dict[int, str]]:
     """LORAID -> LoRA file, and LORAID -> why there is none. Slice 3 is in folder/3, folder/03 or folder/slices/03."""
     found: dict[int, Path] = {}
     gaps: dict[int, str] = {}
@@ -57,7 +87,7 @@ def slices_of(plan: SlicePlan, folder: Path) -> tuple[dict[int, Path], dict[int,
         names = [f"{s.loraid:0{width}d}" for width in (1, 2, 3, 4)]
         places = [folder / part / name for part in ("", "slices") for name in names]
         place = next((p for p in places if p.is_dir()), None)
-        result = finished(place) if place else f"no folder {folder / f'{s.loraid:02d}'}"
+        result = finished(place, expert) if place else f"no folder {folder / f'{s.loraid:02d}'}"
         if isinstance(result, str):
             gaps[s.loraid] = result
         else:
@@ -84,9 +114,9 @@ def check_slots(lora: LoraFile, plan: SlicePlan) -> None:
             )
 
 
-def _check_base(lora: LoraFile, base: str | None, *, any_base: bool) -> None:
+def _check_base(lora: LoraFile, base: str | None) -> None:
     own = lora.metadata.get("hvtrain.base")
-    if any_base or base is None or own in (None, "scratch", base):
+    if base is None or own in (None, "scratch", base):
         return
     raise CheckpointError(
         f"{lora.path}: trained on other weights ({own[:16]}) than this model's ({base[:16]}); give the model it was trained "

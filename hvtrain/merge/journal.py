@@ -17,7 +17,7 @@ from hvtrain.merge.changes import Change, Full, LowRank
 from hvtrain.weights.outputs import writing
 from shards.atomic import atomic_path
 
-_KEY = "hvtrain.reconcile"
+_KEY, _STEPS = "hvtrain.reconcile", "steps.safetensors"
 
 
 class Journal:
@@ -57,6 +57,23 @@ class Journal:
                 part = LowRank(read("down"), read("up"), begin, owner)
             found.setdefault(module, []).append(part)
         return found
+
+    def save_steps(self, done: int, tensors: Sequence[Tensor]) -> None:
+        note = {_KEY: json.dumps({"signature": self.signature, "steps": done})}
+        own = {f"{i:06d}": t.contiguous() for i, t in enumerate(tensors)}
+        with writing(path := self.folder / _STEPS), atomic_path(path) as temporary:
+            save_file(own, str(temporary), metadata=note)
+
+    def load_steps(self) -> tuple[int, list[Tensor]]:
+        """Optimizer steps that are done, and what was saved after them."""
+        path = self.folder / _STEPS
+        if not path.is_file():
+            return 0, []
+        with safe_open(str(path), "pt") as file:
+            note = json.loads(file.metadata()[_KEY])
+            if note["signature"] != self.signature:
+                return 0, []
+            return note["steps"], [file.get_tensor(name) for name in sorted(file.keys())]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvtrain.config import MergeConfig, ReconcileConfig, asset
+from hvtrain.config import ReconcileConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.generate.conditions import encode_texts
 from hvtrain.lorafiles.files import STALE, write_lora
@@ -29,8 +29,8 @@ from hvtrain.merge.report import Report
 from hvtrain.merge.states import Clips, NoisyClip, Task, batches, fidelity, leak, measure, spread
 from hvtrain.merge.stream import Streamed
 from hvtrain.merge.write import signature
-from hvtrain.models.load import Identified, identify
-from hvtrain.parallel.context import start
+from hvtrain.models.load import Identified
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.slices.plan import FILE, save_plan
 from hvtrain.train.calibration import CALIBRATION
 from hvtrain.train.data import open_shards
@@ -105,6 +105,17 @@ def _captions(files: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What the merge is to become."""
+
+    output: Path
+    whole: bool  # matrices, not pairs
+    rank: int | None  # of the pairs; None: ranks add up
+    seed: int
+    about: str  # whatever else makes it another merge than one that was begun before
+
+
+@dataclass(frozen=True)
 class Reconciled:
     """The changes by layer, and what is on the disk of them until the output is written."""
 
@@ -112,13 +123,12 @@ class Reconciled:
     journal: Journal
 
 
-def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
-    """The merge's changes; `report` gets the distances. Raises CheckpointError if a LoRA is lost."""
-    c = cfg.reconcile
-    ctx = start(device=cfg.device)
+def reconcile(
+    c: ReconcileConfig, inputs: Inputs, report: Report, found: Identified, ctx: ParallelContext, wanted: Wanted
+) -> Reconciled:
+    """The merge's changes; `report` gets the distances. Collective. Raises CheckpointError if a LoRA is lost."""
     dtype = compute_dtype(ctx.device)
-    found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
-    clips = Clips(found.spec, found.flavor, c.states, c.held_out, cfg.seed)
+    clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed)
     sets, files = _sets_and_files(kept_sets(c, inputs))
     prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
     model = Streamed(found, ctx, dtype, host_bytes=c.host_gb * 1e9)
@@ -135,24 +145,43 @@ def reconcile(cfg: MergeConfig, inputs: Inputs, report: Report) -> Reconciled:
     for task in tasks:
         if task.teacher is not None and not any(s.told for s in (*task.states, *task.held)):
             raise CheckpointError(f"{task.name}: changes nothing on its samples, so there is nothing to keep; leave it out")
-    report.summed = fidelity(clips, model.velocities, tasks, SUM, c.batch_size)
+    report.summed = report.fidelity = fidelity(clips, model.velocities, tasks, SUM, c.batch_size)
     report.leak = leak(clips, model.velocities, tasks)
-    journal = Journal(Path(cfg.output), _signature(cfg, found, inputs))
+    journal = Journal(wanted.output, _signature(c, inputs, found, wanted.about))
+
+    def judge() -> None:
+        model.changes.sets[STUDENT] = {}
+        model.changes.put(STUDENT, solved)
+        report.fidelity = fidelity(clips, model.velocities, tasks, STUDENT, c.batch_size)
+
     if c.how in ("fit", "fit+distill"):
-        whole = c.how == "fit" and cfg.target == "model"
-        rank = (lambda n: None) if whole else (lambda n: min(n, cfg.rank or n))
+        rank = (lambda n: None) if c.how == "fit" and wanted.whole else (lambda n: min(n, wanted.rank or n))
         solved = {**solved, **_fit(c, model, solved, tasks, clips, rank, journal)}
+        judge()
     if c.how in ("distill", "fit+distill"):
         lr = c.lr or min(_rate_of(lora.metadata) for lora, _ in inputs.loras)
         pairs = {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
-        solved = distill(found, ctx, dtype, pairs, Draw(tasks, cfg.seed), clips, c, lr=lr)
-    model.changes.sets[STUDENT] = {}
-    model.changes.put(STUDENT, solved)
-    report.fidelity = fidelity(clips, model.velocities, tasks, STUDENT, c.batch_size)
-    for line in report.kept():
+        before = _mean(report)
+        solved = distill(found, ctx, dtype, pairs, Draw(tasks, wanted.seed), clips, c, journal, lr=lr)
+        judge()
+        _refuse_worse(before, _mean(report), lr)
+    for line in report.kept() if ctx.is_main else ():
         print(line, flush=True)
     _refuse_lost(c, report)
     return Reconciled({name: _result(own, len(layers[name][0].pair.up)) for name, own in solved.items()}, journal)
+
+
+def _mean(report: Report) -> float:
+    away = [away for name, away in report.fidelity.items() if name != KEEP]
+    return sum(away) / len(away)
+
+
+def _refuse_worse(before: float, after: float, lr: float) -> None:
+    if not after <= 2 * before:
+        raise CheckpointError(
+            f"distill took the merge further from its LoRAs (mean distance {after:.3g}, {before:.3g} before it): its rate of "
+            f"{lr:g} is too high; give reconcile.lr={lr / 4:g}; nothing was written"
+        )
 
 
 def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
@@ -189,11 +218,11 @@ def _kept(
     return [task] if task.states else []
 
 
-def _signature(cfg: MergeConfig, found: Identified, inputs: Inputs) -> str:
-    sets = [place for _, _, own in sources(cfg.reconcile, inputs) for place in own] + kept_sets(cfg.reconcile, inputs)
+def _signature(c: ReconcileConfig, inputs: Inputs, found: Identified, about: str) -> str:
+    sets = [place for _, _, own in sources(c, inputs) for place in own] + kept_sets(c, inputs)
     places = [Path(place) / "manifest.json" if Path(place).is_dir() else Path(place) for place in sets]
     files = [*found.weights.files, *(lora.path for lora, _ in inputs.loras), *places]
-    return signature(files, repr(cfg))
+    return signature(files, about)
 
 
 def _changes(layers: Mapping[str, Sequence[Contribution]]) -> dict[str, list[LowRank]]:
@@ -211,10 +240,13 @@ def _fit(
         (clips.input([s for _, s in job]), job[0][0], torch.tensor([counts[id(s)][2] for _, s in job]))
         for job in batches([(teacher, s) for teacher, s, _ in counts.values()], c.batch_size)
     ]
+    ctx = model.ctx
     running = streams(model, jobs, journal.folder / "states")
     there, gone = (sum(s.n_bytes for s in running if (s.folder is None) == here) / 1e9 for here in (True, False))
     said = f"{there:.2g} GB of states in memory, {gone:.2g} GB on the disk, up to {device_bytes(model, layers) / 1e9:.2g} GB for "
-    print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}a block's weights and sums", flush=True)
+    if ctx.is_main:
+        each = f" of each of {ctx.world} processes" if ctx.world > 1 else ""
+        print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}a block's weights and sums{each}", flush=True)
     solved: dict[str, list[Change]] = {}
     began = time.monotonic()
     for number, names in enumerate(model.layers):
@@ -223,13 +255,17 @@ def _fit(
         known = journal.load(number)
         with model.block(number) as block:
             if known is None and targets:
-                journal.save(number, fit_block(model, block, targets, running, c.ridge))
+                found = fit_block(model, block, targets, running, c.ridge)
+                if ctx.is_main:
+                    journal.save(number, found)
+                ctx.barrier()
             solved |= (own := journal.load(number) or {})
             model.changes.put(STUDENT, own)
             push(model, block, running)
         left = (time.monotonic() - began) / (number + 1) * (len(model.layers) - number - 1)
         done = "done before" if known else f"{len(targets)} layers"
-        print(f"fit: block {number + 1} of {len(model.layers)}, {done}, {left:.0f} s left", flush=True)
+        if ctx.is_main:
+            print(f"fit: block {number + 1} of {len(model.layers)}, {done}, {left:.0f} s left", flush=True)
     return solved
 
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hvtrain.adapters.attach import linear_shapes
-from hvtrain.config import MergeConfig, asset
+from hvtrain.config import MergeConfig, ParallelConfig, asset
+from hvtrain.config.rules import check_merge
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.lowrank import factor, shrink
-from hvtrain.lorafiles.metadata import lora_metadata
+from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
-from hvtrain.merge.inputs import Inputs, lora_in, open_inputs, owners_note
+from hvtrain.lorafiles.whole import summed
+from hvtrain.merge.inputs import Inputs, PlanSlices, lora_in, open_inputs, owners_note
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
-from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
+from hvtrain.merge.write import Target, plan_parts, plan_whole, refuse_scaled, signature, write_model
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import ModelSpec
+from hvtrain.parallel.context import ParallelContext, shutdown, start
 from hvtrain.registry import Registry
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.outputs import check_place
@@ -33,8 +35,6 @@ MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, ol
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
 RECONCILERS: Registry[None] = Registry("way", dict.fromkeys(("none", "fit", "distill", "fit+distill")))
 _DTYPES = Registry("dtype", {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")})
-
-Evaluate = Callable[[Inputs, Mapping[str, Result]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -46,116 +46,98 @@ class Base:
     fingerprint: str | None
 
 
-def run(cfg: MergeConfig, evaluate: Evaluate | None = None) -> None:
-    """Check, combine, write, report. A merged model has the input's names, layout, dtypes and metadata, as safetensors."""
-    _check(cfg)
-    base, spec = _open_base(cfg)
-    inputs = open_inputs(cfg, base.shapes, spec, base=base.fingerprint)
-    layers = by_layer(inputs.loras)
-    how = cfg.reconcile.how
-    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
-    for lora, multiplier in inputs.loras:
-        print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
-    report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
-    for line in report.lines():
-        print(line)
-    if how != "none":
-        from hvtrain.merge.reconcile import leave_calibration, reconcile, write_slices
+def run(cfg: MergeConfig) -> None:
+    """Check, combine, write, report. A merged model has the input's names, layout, dtypes and metadata, as safetensors.
 
-        reconciled = reconcile(cfg, inputs, report)
+    Collective where samples are looked at (--reconcile, --evaluate); rank 0 writes.
+    """
+    _check(cfg)
+    how, computes = cfg.reconcile.how, cfg.reconcile.how != "none" or bool(cfg.evaluate)
+    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
+    base, spec = _open_base(cfg)
+    plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
+    known = None if cfg.any_base else base.fingerprint
+    inputs = open_inputs(
+        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and how == "none"
+    )
+    whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
+    if whole is not None and (cfg.target == "lora" or computes):
+        raise ConfigError(
+            f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge it into a model, "
+            "without --reconcile and --evaluate"
+        )
+    layers = by_layer(inputs.loras)
+    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
+    report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
+    if ctx.is_main:
+        for lora, multiplier in inputs.loras:
+            print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
+        for line in report.lines():
+            print(line)
+    if how != "none":
+        from hvtrain.merge.reconcile import Wanted, reconcile
+
+        assert base.found is not None
+        about = repr(replace(cfg, parallel=ParallelConfig()))
+        wanted = Wanted(Path(cfg.output), cfg.target == "model", cfg.rank, cfg.seed, about)
+        reconciled = reconcile(cfg.reconcile, inputs, report, base.found, ctx, wanted)
         combined = reconciled.changes
+    if ctx.is_main:
+        _write(cfg, base, spec, inputs, combined, report)
+    ctx.barrier()
+    if how != "none" and ctx.is_main:
+        reconciled.journal.remove()
+    if cfg.evaluate:
+        from hvtrain.merge.evaluate import losses_of
+
+        assert base.found is not None
+        report.losses = losses_of(base.found, inputs, combined, cfg.evaluate, ctx)
+        for name, loss in report.losses.items() if ctx.is_main else ():
+            print(f"held-out loss {loss:.5f}  {name}")
+    for path in save_report(report, Path(cfg.output)) if ctx.is_main else ():
+        print(f"report: {path}")
+    if ctx.world > 1:
+        shutdown()
+
+
+def _write(
+    cfg: MergeConfig, base: Base, spec: ModelSpec, inputs: Inputs, combined: Mapping[str, Result], report: Report
+) -> None:
     if cfg.target == "lora":
         report.errors = _write_lora(cfg, inputs, combined, spec.name)
-        if how != "none":
-            print(f"{leave_calibration(cfg.reconcile, inputs, Path(cfg.output))}: to add LoRAs to this merge later")
     else:
         assert base.found is not None
         _write_model(cfg, base.found, inputs, combined, base.shapes)
-    if how != "none":
-        if folder := write_slices(Path(cfg.output), inputs, combined):
-            print(f"{folder}: the slices as they are in this merge (generate slices={folder} --loraid ...)")
-        reconciled.journal.remove()
-    if evaluate is not None:
-        report.losses = evaluate(inputs, combined)
-        for name, loss in report.losses.items():
-            print(f"held-out loss {loss:.5f}  {name}")
-    for path in save_report(report, Path(cfg.output)):
-        print(f"report: {path}")
+    if cfg.reconcile.how == "none":
+        return
+    from hvtrain.merge.reconcile import leave_calibration, write_slices
+
+    if cfg.target == "lora":
+        print(f"{leave_calibration(cfg.reconcile, inputs, Path(cfg.output))}: to add LoRAs to this merge later")
+    if folder := write_slices(Path(cfg.output), inputs, combined):
+        print(f"{folder}: the slices as they are in this merge (generate slices={folder} --loraid ...)")
 
 
 def _check(cfg: MergeConfig) -> None:
+    """What the rules cannot see without torch, then the rules."""
     POLICIES.find(cfg.on_overlap, key="on_overlap")
+    RECONCILERS.find(cfg.reconcile.how, key="reconcile")
     if cfg.dtype is not None:
         _DTYPES.find(cfg.dtype, key="dtype")
-    if cfg.target not in ("model", "lora"):
-        raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
-    if cfg.target == "model" and not cfg.dit:
-        raise ConfigError("dit: the model to merge into; or give target=lora for one LoRA of all")
-    if cfg.target == "model" and cfg.rank is not None:
-        raise ConfigError("rank is for target lora; a model takes the whole change")
-    if cfg.target == "lora" and (cfg.dtype or cfg.max_shard_gb):
-        raise ConfigError("dtype and max_shard_gb are for target model")
-    if cfg.rank is not None and cfg.rank < 1:
-        raise ConfigError(f"rank is {cfg.rank}, expected 1 or more")
-    if cfg.density is not None and not 0 < cfg.density <= 1:
-        raise ConfigError(f"density is {cfg.density}, expected a share, more than 0 and at most 1")
-    if cfg.max_shard_gb is not None and not 0 < cfg.max_shard_gb < math.inf:
-        raise ConfigError(f"max_shard_gb is {cfg.max_shard_gb}, expected more than 0")
-    for number, entry in enumerate(cfg.lora):
-        if not math.isfinite(entry.multiplier):
-            raise ConfigError(f"lora[{number}].multiplier is {entry.multiplier}, expected a finite number")
+    check_merge(cfg)
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: there is no CUDA device here; use cpu")
-    if cfg.device not in ("cpu", "cuda"):
-        raise ConfigError(f"device: '{cfg.device}', expected cpu or cuda")
-    if not cfg.output:
-        raise ConfigError("output is required: the file to write")
-    if not cfg.lora and cfg.plan is None:
-        raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
-    for key, places in (("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)):
-        for place in places:
-            if not Path(place).is_dir() and not (key == "keep" and Path(place).is_file()):
-                raise ConfigError(f"{key}: {place}: no such shard set{' or file of captions' if key == 'keep' else ''}")
-    _check_reconcile(cfg)
-    output = Path(cfg.output)
-    for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise ConfigError(f"output: {output} is one of the inputs; choose another name")
-    if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
-        raise ConfigError(f"output: {output} must end in .safetensors (or name a directory, for a sharded model)")
-    check_place(output)
-
-
-def _check_reconcile(cfg: MergeConfig) -> None:
-    c = cfg.reconcile
-    RECONCILERS.find(c.how, key="reconcile")
-    if c.how == "none":
-        if c.samples or c.keep:
-            raise ConfigError(f"{'samples' if c.samples else 'keep'} is for --reconcile fit, distill or fit+distill")
-        return
-    if cfg.on_overlap != "error" or cfg.density is not None:
-        raise ConfigError(f"--reconcile {c.how} decides what becomes of shared rows: leave --on-overlap and --density away")
-    if not cfg.dit:
-        raise ConfigError(f"dit: --reconcile {c.how} compares with the model; give it, also for --as lora")
-    if off := [entry.path for entry in cfg.lora if entry.multiplier == 0]:
-        raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
-    if cfg.rank is not None and c.how == "distill":
-        raise ConfigError("rank: distill trains the LoRAs' own pairs, whose ranks add up; use fit+distill to have fewer")
-    for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
-        if not getattr(c, key) > 0:
-            raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
-    if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):
-        raise ConfigError(f"reconcile: keep_weight {c.keep_weight} and lr {c.lr}, expected 0 or more, and more than 0")
+    check_place(Path(cfg.output))
 
 
 def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
     if not cfg.dit:
-        first = lora_in(cfg.lora[0].path) if cfg.lora else None
+        first = lora_in(cfg.lora[0].path, cfg.expert) if cfg.lora else None
         if first is None:
             raise ConfigError("dit: the model that the plan's slices were trained on is needed to read them")
-        known = open_any(first)
+        known = open_any(first, expert=cfg.expert)
         return Base(None, dict(known.shapes), None), known.spec
-    found = identify(Path(asset(cfg.dit)), model=cfg.model)
+    found = identify(Path(asset(cfg.dit)), model=cfg.model, flavor=cfg.flavor)
     shapes = linear_shapes(whole_model(found))
     return Base(found, shapes, fingerprint(found.weights)), found.spec
 
@@ -166,7 +148,8 @@ def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
 def _write_model(
     cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    parts = plan_parts(found, combined, shapes)
+    added = summed(inputs.loras, found.shapes, once=cfg.on_overlap == "error")
+    parts = plan_whole(found, added, plan_parts(found, combined, shapes))
     weights = open_weights(Path(asset(cfg.dit)))  # every tensor under the file's own name, also those that are not the DiT's
     refuse_scaled(weights, parts)
     target = Target(
@@ -209,7 +192,7 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    said = ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name", "modelspec.resolution")
+    said = ("hvtrain.base", "hvtrain.plan", EXPERT_KEY, "ss_sd_model_name", "modelspec.resolution")
     given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids

@@ -40,7 +40,7 @@ class Streamed:
         self.model = whole_model(found).eval().requires_grad_(False)
         self.changes = Changes(self.model)
         self.n_calls: dict[str, int] = {}  # of a layer in one pass, where it is not 1
-        parallelize(self.model, ctx, kernel="auto", recompute="none", dtype=dtype, training=False)
+        parallelize(self.model, ctx.apart, kernel="auto", recompute="none", dtype=dtype, training=False)
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._of_block = [{names[id(p)]: name for name, p in block.named_parameters()} for block in self.model.blocks]
         inside = {name for block in self._of_block for name in block}
@@ -89,18 +89,18 @@ class Streamed:
 
     def velocities(self, inputs: Sequence[tuple[ModelInput, Sequence[Hashable]]]) -> list[list[Tensor]]:
         """Of each input, its velocity [B C T H W] under each of these sets of changes (None: the base). In rounds, each of as
-        many as the host's share holds."""
+        many as the host's share holds. Collective: each rank takes a part of the inputs, and all have all results."""
         found: list[list[Tensor]] = []
         states: list[list[tuple[Hashable, Tokens]]] = []
         size = 0
-        for inp, keys in inputs:
+        for inp, keys in self.ctx.share(inputs):
             entered = self.enter(inp)
             states.append([(key, entered) for key in keys])
             size += n_bytes(entered) * len(keys)
             if size >= self.host_bytes:
                 found += self._through(states)
                 states, size = [], 0
-        return found + self._through(states)
+        return self.ctx.unshare(found + self._through(states))
 
     def _through(self, states: list[list[tuple[Hashable, Tokens]]]) -> list[list[Tensor]]:
         if not states:

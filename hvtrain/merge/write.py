@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from hvtrain.lorafiles.pairs import LoraPair, add_pairs, cut_rows
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.models.load import Identified
 from hvtrain.weights.containers import Mapped, Weights
+from hvtrain.weights.keymap import Rule
 from hvtrain.weights.outputs import disk_bytes, free_bytes, size_text, writing
 from hvtrain.weights.stream import TensorWriter, lay_out, open_resumable, partial_of
 from shards.atomic import write_text
@@ -59,18 +60,33 @@ def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) 
     parts: dict[str, Addition] = {}
     key = key_map(found.spec, found.dialect)
     for module, result in layers.items():
-        places = pieces(key, module, shapes[module][0])
+        places, rule = pieces(key, module, shapes[module][0]), key.rule_of_official(module)
+        names = [f"{found.prefix}{layer}.weight" for layer in places]
         if isinstance(result, Dense):
             cached = _Last(result.delta)
-            for layer, rows in places.items():
-                parts[f"{found.prefix}{layer}.weight"] = Addition(dense=_rows_of(cached, rows))
+            for name, rows in zip(names, places.values(), strict=True):
+                before = parts.get(name, Addition())  # of other layers that are fused in it
+                parts[name] = replace(before, dense=_rows_of(cached, rows, rule, before.dense))
             continue
         for c in result:
-            for layer, cut in zip(places, cut_rows(c.pair, list(places.values())), strict=True):
+            for name, cut in zip(names, cut_rows(c.pair, list(places.values())), strict=True):
                 if cut is not None:
-                    name = f"{found.prefix}{layer}.weight"
-                    parts[name] = Addition((*parts.get(name, Addition()).pairs, (cut, c.multiplier)))
+                    mine = replace(cut, up=rule.place(cut.up), parts=None) if rule else cut
+                    before = parts.get(name, Addition())
+                    parts[name] = replace(before, pairs=(*before.pairs, (mine, c.multiplier)))
     return parts
+
+
+def plan_whole(found: Identified, added: Mapping[str, Tensor], parts: Mapping[str, Addition]) -> dict[str, Addition]:
+    """`parts`, and what is added to whole parameters (`added`, by official names)."""
+    more = {}
+    for name, value in added.items():
+        source = found.sources[name]
+        if len(source.parts) > 1 or source.swap:
+            raise CheckpointError(f"{found.path}: '{name}' is cut otherwise in this file; merge into the official one")
+        own = f"{found.prefix}{source.parts[0]}"
+        more[own] = Addition(parts.get(own, Addition()).pairs, lambda value=value: value)  # type: ignore[misc]
+    return {**parts, **more}
 
 
 class _Last:
@@ -90,8 +106,13 @@ class _Last:
             return _Last.kept[1]
 
 
-def _rows_of(whole: Callable[[], Tensor], rows: Tensor) -> Callable[[], Tensor]:
-    return lambda: whole()[rows]
+def _rows_of(
+    whole: Callable[[], Tensor], rows: Tensor, rule: Rule | None, also: Callable[[], Tensor] | None
+) -> Callable[[], Tensor]:
+    """`also`: what is added to another share of the same tensor."""
+    if rule is None or rule.share is None:
+        return lambda: whole()[rows]
+    return lambda: rule.place(whole()[rows]) + (also() if also else 0)
 
 
 def refuse_scaled(weights: Weights, parts: Mapping[str, Addition]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvtrain.config.model import ModelConfig, asset
-from hvtrain.models.spec import ModelSpec, PictureEncoder, TextEncoders, Vae
+from hvtrain.models.spec import Flavor, ModelSpec, PictureEncoder, TextEncoders, Vae
 
 Device = torch.device | str
 
@@ -16,8 +16,9 @@ def open_vae(spec: ModelSpec, model: ModelConfig, device: Device) -> Vae:
     return spec.open_vae(asset(str(model.vae)), dtype=dtype, device=device, tiling=model.vae_tiling)
 
 
-def open_text(spec: ModelSpec, model: ModelConfig, device: Device) -> TextEncoders:
-    return spec.open_text(model.files, dtype=getattr(torch, model.dtype), device=device, fp8=model.fp8_text)
+def open_text(spec: ModelSpec, model: ModelConfig, device: Device, flavor: Flavor) -> TextEncoders:
+    dtype, sees = getattr(torch, model.dtype), _sees(flavor)
+    return spec.open_text(model.files, dtype=dtype, device=device, fp8=model.fp8_text, **sees)
 
 
 def open_column(spec: ModelSpec, model: ModelConfig, name: str, device: Device) -> PictureEncoder:
@@ -27,10 +28,14 @@ def open_column(spec: ModelSpec, model: ModelConfig, name: str, device: Device) 
     return column.open(model.files, dtype=getattr(torch, model.dtype), device=device)
 
 
-def text_fingerprints(spec: ModelSpec, model: ModelConfig) -> tuple[str, ...]:
+def text_fingerprints(spec: ModelSpec, model: ModelConfig, flavor: Flavor | None) -> tuple[str, ...]:
     """What the text encoders' fingerprint may be; empty where not all of their files are given."""
     needed = [name for name, part in spec.parts.items() if "text" in part.makes and not part.optional]
-    return spec.text_fingerprints(model.files) if all(name in model.parts for name in needed) else ()
+    return spec.text_fingerprints(model.files, **_sees(flavor)) if all(name in model.parts for name in needed) else ()
+
+
+def _sees(flavor: Flavor | None) -> dict[str, int]:
+    return {"sees": flavor.sees} if flavor and flavor.sees else {}
 
 
 def keys_of(spec: ModelSpec, column: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -115,13 +115,16 @@ class Vae(Protocol):
 
 
 class TextEncoders(Protocol):
-    """Prompts to the fields of column "text", one by one at their own length, so that no prompt depends on its batch."""
+    """Prompts to the fields of column "text", one by one at their own length, so that no prompt depends on its batch.
+
+    Those of a flavor that `sees` take the picture of each prompt too, [3 H W] in [-1, 1]; none is what stands in for it where
+    a prompt is dropped or negative: `encode(prompts, pictures)`."""
 
     fingerprint: str
 
     def to(self, device: torch.device | str) -> TextEncoders: ...
 
-    def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+    def encode(self, prompts: Sequence[str], *pictures: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
         """Per prompt its fields without the batch, on the CPU."""
         ...
 
@@ -168,6 +171,11 @@ class Defaults(Sampling):
     solver: str = "euler"
     negative_prompt: str = ""
     training_shift: float | None = None  # where it is not the one of sampling
+    prompt_prefix: str = ""  # every prompt and caption begins so
+
+    def prompted(self, prompt: str) -> str:
+        """As the text encoders read it."""
+        return prompt if prompt.startswith(self.prompt_prefix) else self.prompt_prefix + prompt
 
 
 @dataclass(frozen=True)
@@ -183,8 +191,12 @@ class Flavor:
     tasks: tuple[str, ...]  # the first is what it is trained on
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
-    image_optional: bool = False  # of one that takes an image: it also makes videos without
+    unguided: bool = False  # distilled so far that classifier-free guidance breaks it
+    image_optional: bool = False  # of one that takes an image: it also makes videos without; cond["image_given"] [B] bool tells
+    sees: int = 0  # above 0 its text encoders see the image too, every n-th token of which the DiT reads
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
+    # Where the training shift follows a clip's size: two points (image tokens of all its frames, log of the shift) of a line
+    shift_by_tokens: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -247,10 +259,13 @@ class ModelSpec:
     init_weights: Callable[[DiT, torch.Generator], None]  # for training from scratch
     make_input: MakeInput
     open_vae: Callable[..., Vae]  # (path, *, dtype, device, tiling)
-    open_text: Callable[..., TextEncoders]  # (parts, *, dtype, device, fp8)
-    text_fingerprints: Callable[[Parts], tuple[str, ...]]  # what open_text's may be, from headers and single values
+    # (parts, *, dtype, device, fp8), and `sees` for a flavor that does
+    open_text: Callable[..., TextEncoders]
+    text_fingerprints: Callable[..., tuple[str, ...]]  # (parts), `sees` too: what open_text's may be, from headers and values
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
+    lora_about: Mapping[str, str] = field(default_factory=dict)  # metadata of LoRAs as others write them, where not its name
+    lora_keys: Mapping[str, str] = field(default_factory=dict)  # dialect of LoRAs -> key map, where it is not the dialect's own
     unseen: tuple[str, ...] = ()  # fields of `arch` that no weight shows: the flavor tells them
     told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ

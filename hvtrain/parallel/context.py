@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hvtrain.errors import ConfigError, LaunchError
 
+T = TypeVar("T")
 DEVICE = "HVTRAIN_DEVICE"  # cpu or cuda: what processes compute on where no one says; unset: a GPU if there is one
 TIMEOUT = timedelta(hours=2)  # later than the watchdog of a run (train/watchdog.py), which can say who hangs
 
@@ -70,6 +72,14 @@ class ParallelContext:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def apart(self) -> ParallelContext:
+        """The same processes, each with whole samples of its own."""
+        return replace(
+            self, dp=self.world, dp_rank=self.rank, ulysses=1, ring=1, sp_rank=0, ulysses_group=None, ring_group=None,
+            sp_group=None,
+        )
+
     def barrier(self) -> None:
         if self.world > 1:
             self.all_reduce_sum(0.0)  # unlike dist.barrier, never guesses a device
@@ -95,6 +105,21 @@ class ParallelContext:
         values: list = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In place, over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """What of them this rank does on its own."""
+        return items[self.rank :: self.world]
+
+    def unshare(self, own: Sequence[T]) -> list[T]:
+        """From every rank's results of its `share`, all in the order of the items, on every rank."""
+        every = self.gather_objects(list(own))
+        return [every[i % self.world][i // self.world] for i in range(sum(map(len, every)))]
 
     def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> float:
         if self.world == 1:

@@ -149,6 +149,40 @@ class BlockSwap:
         return slot
 
 
+class ModelSwap:
+    """Keeps the frozen weights of several models of equal size in host memory, and those of one at a time on the device too.
+    Nothing is copied back. What a BlockSwap has already taken of a model stays with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.homes = device, dict[str, _Home]()
+        self.buffer: Tensor | None = None
+        self.now: str | None = None
+
+    def add(self, key: str, model: nn.Module) -> None:
+        """When all that is to be trained requires grad, and before the model is moved."""
+        frozen = [(owner, name, t) for owner, name, t in _frozen(model) if t.numel()]
+        self.homes[key] = _pack(frozen, pinned=self.device.type == "cuda")
+        self._point(key, None)
+
+    def enter(self, key: str) -> None:
+        """Have this model's weights on the device, and no other's."""
+        if key == self.now:
+            return
+        if self.now is not None:
+            self._point(self.now, None)
+        if self.buffer is None:
+            room = max(home.host.numel() for home in self.homes.values())
+            self.buffer = torch.empty(room, dtype=torch.uint8, device=self.device)
+        host = self.homes[key].host
+        self.buffer[: host.numel()].copy_(host, non_blocking=True)  # behind all that still uses the buffer
+        self._point(key, self.buffer)
+        self.now = key
+
+    def _point(self, key: str, buffer: Tensor | None) -> None:
+        for piece in self.homes[key].pieces:
+            piece.point_at(buffer, self.device)
+
+
 def resident_bytes(model: nn.Module, swap: BlockSwap | None = None) -> int:
     """Bytes of the model's weights on its device, and of the slots."""
     slots = [slot.buffer for slot in swap.slots] if swap is not None else []

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from hvtrain.config import ModelConfig, asset
-from hvtrain.errors import DataError
+from hvtrain.errors import ConfigError, DataError
 from hvtrain.models.parts import keys_of, text_fingerprints
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import fingerprint, open_weights
@@ -22,8 +22,9 @@ ANYWAY = "set data.allow_foreign=true if you know that they are the same weights
 Groups = Mapping[str, Sequence[ShardSet]]  # by the config's key that names them
 
 
-def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[ShardSet]:
-    """Open shard sets and compare a sample of each with what the model needs. Raises DataError and ShardError."""
+def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str, masked: bool = False) -> list[ShardSet]:
+    """Open shard sets and compare a sample of each with what the model needs; `masked`: and the loss, a mask of the latents'
+    cells. Raises DataError and ShardError."""
     sets = [open_set(path) for path in paths]
     for found in sets:
         if not len(found):
@@ -36,6 +37,12 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str) -> list[Shard
                 f"{key}: {found.name} holds latents of {tensors['latents'].shape[0]} channels, flavor "
                 f"'{flavor.name}' takes {flavor.latent.channels}; encode the clips with this model's VAE"
             )
+        cells = (1, *tensors["latents"].shape[1:])
+        if masked and ("mask" not in tensors or tuple(tensors["mask"].shape) != cells):
+            held = f"holds one of shape {tuple(tensors['mask'].shape)}" if "mask" in tensors else "lacks it"
+            raise DataError(
+                f"{key}: flow.masked needs the field 'mask' of shape {cells}, {found.name} {held}; encode column 'mask'"
+            )
         optional = {field.name for field in flavor.cond if field.optional}
         _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)
     return sets
@@ -46,6 +53,18 @@ def check_empty_text(sets: Sequence[ShardSet], flavor: Flavor) -> None:
     where, held = f"{sets[0].name}: its empty caption", sets[0].some().tensors
     optional = {field.name for field in flavor.cond if field.optional and field.name not in held}
     _check_fields(sets[0].empty_text, flavor, where, columns=("text",), may_lack=optional)
+
+
+def check_image_share(share: float | None, sets: Sequence[ShardSet], flavor: Flavor) -> None:
+    """Raises ConfigError for a flavor that has no choice, DataError for a set without images."""
+    if share is None:
+        return
+    if not flavor.image_optional:
+        why = "is always told by an image" if flavor.beyond_text else "takes none"
+        raise ConfigError(f"data.image_share is {share:g}, but '{flavor.name}' {why}: leave it null")
+    for found in sets if share else ():
+        if lacking := [c for c in flavor.columns if c not in found.manifest.columns]:
+            raise DataError(f"data.image_share is {share:g}, but {found.name} has no column '{lacking[0]}'; encode it, or give 0")
 
 
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
@@ -72,7 +91,9 @@ def _check_fields(
             )
 
 
-def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec) -> None:
+def check_encoders(
+    groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec, flavor: Flavor | None = None
+) -> None:
     """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each
     other. Raises DataError."""
     for column in columns:
@@ -81,7 +102,7 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
         others = [(key, s, by) for key, s, by in every if by.model not in ("", spec.name)]
         if not made and not others:
             continue
-        part, own = _own(column, model, spec)
+        part, own = _own(column, model, spec, flavor)
         for key, found, by in others:  # models may share an encoder
             if by.encoder not in own:
                 raise DataError(
@@ -101,10 +122,10 @@ def check_encoders(groups: Groups, columns: Iterable[str], model: ModelConfig, s
                 )
 
 
-def _own(column: str, m: ModelConfig, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+def _own(column: str, m: ModelConfig, spec: ModelSpec, flavor: Flavor | None) -> tuple[str, tuple[str, ...]]:
     """The config's keys, and what the fingerprint may be; empty where they are not set."""
     if column == "text":
-        return keys_of(spec, column), text_fingerprints(spec, m)
+        return keys_of(spec, column), text_fingerprints(spec, m, flavor)
     if spec.column(column) is not None:
         return keys_of(spec, column), ()
     return "model.vae", (fingerprint(open_weights(asset(m.vae))),) if m.vae else ()

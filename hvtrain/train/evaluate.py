@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,11 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, objective: Objective, held: HeldOut, *, ctx: ParallelContext) -> dict[str, float]:
-    """{"eval/loss": mean, "eval/loss_q0.1": ...}; the same on all ranks. Collective."""
+def held_out_loss(
+    models: Callable[[float], nn.Module], objective: Objective, held: HeldOut, *, ctx: ParallelContext
+) -> dict[str, float]:
+    """{"eval/loss": mean, "eval/loss_q0.1": ...}; the same on all ranks. Collective. `models`: who predicts at a noise level, in
+    evaluation mode."""
     loader = BatchLoader(
         list(held.sets), batch_size=held.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=0, workers=0,
         columns=held.columns,
@@ -34,15 +37,13 @@ def held_out_loss(model: nn.Module, objective: Objective, held: HeldOut, *, ctx:
     per_epoch = -(-sum(len(s) for s in held.sets) // (held.batch_size * ctx.dp))
     n_batches = max(1, min(held.max_batches, per_epoch))
     sums = dict.fromkeys(held.quantiles, 0.0)
-    training = model.training
-    model.eval()
     stream = iter(loader)
     for index in range(n_batches):
         batch = next(stream).tensors
         for q in held.quantiles:
-            sigma = objective.quantile(torch.full((len(batch["latents"]),), q, dtype=torch.float64))
+            u = torch.full((len(batch["latents"]),), q, dtype=torch.float64)
+            sigma = objective.quantile(u, batch["latents"].shape)
             draw = generator(0, step=index, dp_rank=ctx.dp_rank, stream=f"held-out-{q}")
-            sums[q] += objective.compare(model, batch, sigma=sigma, draw=draw).loss.item()
-    model.train(training)
+            sums[q] += objective.compare(models(float(sigma[0])), batch, sigma=sigma, draw=draw).loss.item()
     means = {f"eval/loss_q{q:g}": ctx.all_reduce_mean(total / n_batches) for q, total in sums.items()}
     return {"eval/loss": sum(means.values()) / len(means), **means}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.load import save_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.parts import Written, open_parts
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Subject
 from hvtrain.weights.containers import open_weights
@@ -48,10 +51,20 @@ class Background:
         self._pool.shutdown(wait=True)
 
 
-def results_of(run: RunSettings) -> list[Path]:
-    """What a finished run leaves for the user."""
+@dataclass(frozen=True)
+class Product:
+    """What a run leaves of one DiT."""
+
+    name: str  # of the file
+    subject: Subject
+    about: Mapping[str, object]  # metadata of the file, what stays the same through the run
+    prefix: str = ""  # of its parameters' names in the run
+
+
+def results_of(run: RunSettings, names: Sequence[str]) -> list[Path]:
+    """What a finished run leaves for the user, `names`: of its products."""
     endings = ("", "-ema") if run.ema_decay else ("",)
-    return [Path(run.output_dir, f"{run.name}{ending}.safetensors") for ending in endings]
+    return [Path(run.output_dir, f"{name}{ending}.safetensors") for ending in endings for name in names]
 
 
 def is_finished(results: Sequence[Path], found: Path, *, steps: int) -> bool:
@@ -66,8 +79,7 @@ class RunFiles:
 
     run: RunSettings
     adapter: AdapterConfig
-    subject: Subject
-    about: Mapping[str, object]  # metadata of the files, what stays the same through the run
+    products: Sequence[Product]
     steps: int
     lock: RunLock
     started: float = field(default_factory=time.time)
@@ -83,25 +95,48 @@ class RunFiles:
         them again. Raises CheckpointError at once where the disk has no room."""
         self.background.wait()
         self.lock.check()
+        results = self._result_bytes(snapshot, last=snapshot.progress.step >= self.steps)
+        checkpoint.check_room(self.checkpoints, snapshot, results=results)
+        self._save(snapshot, note, partial(checkpoint.save, self.checkpoints, snapshot))
+
+    def begin_parts(self, step: int) -> Path:
+        """Before every rank writes its part (session.py): three fp32 values of each parameter, and then the result in bf16."""
+        self.background.wait()
+        self.lock.check()
+        n_parameters = sum(p.subject.n_parameters for p in self.products)
+        checkpoint.check_free(self.checkpoints, step, n_parameters * (3 * 4 + 2) + (1 << 20))
+        return checkpoint.begin(self.checkpoints, step)
+
+    def save_parts(
+        self, folder: Path, progress: Progress, parts: Sequence[Written], note: Callable[[str], None], *,
+        best: float | None = None,
+    ) -> None:
+        """As `save`, of what all ranks have written in `folder`: the user's file is made of that, tensor by tensor. `best`: as
+        `save_best`, of this loss."""
+        params, optimizer = open_parts(folder)
+        if best is not None:
+            self.save_best(params, progress, best, then=partial(shutil.rmtree, folder))
+            return
+        self._save(Snapshot(progress, params, optimizer), note, partial(checkpoint.finish, folder, progress, parts))
+
+    def _save(self, snapshot: Snapshot, note: Callable[[str], None], keep: Callable[..., Path]) -> None:
         progress = snapshot.progress
         last = progress.step >= self.steps
-        checkpoint.check_room(self.checkpoints, snapshot, results=self._result_bytes(snapshot, last=last))
-        name = self.run.name if last else f"{self.run.name}-step{progress.step:08d}"
+        ending = "" if last else f"-step{progress.step:08d}"
 
         def write() -> None:
             try:
-                self.export(self.output / f"{name}.safetensors", snapshot.params, progress)
+                self.export(ending, snapshot.params, progress)
                 if snapshot.ema and last:
-                    self.export(self.output / f"{name}-ema.safetensors", snapshot.ema, progress)
-                results = self.results if last else ()
-                checkpoint.save(self.checkpoints, snapshot, keep_last=self.run.keep_last, results=results)
+                    self.export("-ema", snapshot.ema, progress)
+                keep(keep_last=self.run.keep_last, results=self.results if last else ())
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: "
                     "the run continues from the checkpoint before"
                 ) from error
             self.saved = progress.step
-            note(f"step {progress.step}: saved {name}.safetensors")
+            note(f"step {progress.step}: saved {', '.join(f'{p.name}{ending}.safetensors' for p in self.products)}")
 
         self.background.start(write)
 
@@ -111,7 +146,7 @@ class RunFiles:
 
     @property
     def results(self) -> list[Path]:
-        return results_of(self.run)
+        return results_of(self.run, [product.name for product in self.products])
 
     def mend_results(self, found: Path) -> list[str]:
         """Write those results of the finished run again, from its last checkpoint, that are gone or not what was
@@ -121,53 +156,71 @@ class RunFiles:
             return []
         self.lock.check()
         snapshot = checkpoint.load(found)
-        tensors = dict(zip(self.results, (snapshot.params, snapshot.ema)))
         for path in lost:
-            if not tensors[path]:
+            averaged = path in self.results[len(self.products) :]
+            if averaged and not snapshot.ema:
                 raise CheckpointError(
                     f"{path} is lost, and {found} holds no moving average to make it from; set run.ema_decay=0"
                 )
-            self.export(path, tensors[path], snapshot.progress)
+            product = self.products[self.results.index(path) % len(self.products)]
+            self._write(path, product, snapshot.ema if averaged else snapshot.params, snapshot.progress)
         checkpoint.seal_results(found, self.results)
         return [path.name for path in lost]
 
     def _result_bytes(self, snapshot: Snapshot, *, last: bool) -> int:
         lora = self.adapter.type != "none"
-        params = whole_rows(self.subject.model, dict(snapshot.params)) if lora else snapshot.params
-        size = sum(t.numel() for t in params.values()) * (4 if lora else 2) + (1 << 20)
+        size = 0
+        for product in self.products:
+            own = _own(product, snapshot.params)
+            params = whole_rows(product.subject.model, dict(own)) if lora else own
+            size += sum(t.numel() for t in params.values()) * (4 if lora else 2) + (1 << 20)
         return size * (2 if snapshot.ema and last else 1)
 
     @property
-    def best(self) -> Path:
-        return self.output / f"{self.run.name}-best.safetensors"
+    def best(self) -> list[Path]:
+        return [self.output / f"{product.name}-best.safetensors" for product in self.products]
 
     def best_loss(self) -> float:
-        """Of the best weights so far, which their file itself tells; infinite if there is none."""
-        if not self.best.exists():
+        """Of the best weights so far, which their files themselves tell; infinite if there are none."""
+        if not all(path.exists() for path in self.best):
             return float("inf")
-        return float(open_weights(self.best).metadata.get(BEST_LOSS, "inf"))
+        return max(float(open_weights(path).metadata.get(BEST_LOSS, "inf")) for path in self.best)
 
-    def save_best(self, params: Mapping[str, Tensor], progress: Progress, loss: float) -> None:
+    def save_best(
+        self, params: Mapping[str, Tensor], progress: Progress, loss: float, then: Callable[[], object] = lambda: None
+    ) -> None:
+        def write() -> None:
+            self.export("-best", params, progress, {BEST_LOSS: loss})
+            then()
+
         self.lock.check()
-        self.background.start(lambda: self.export(self.best, params, progress, {BEST_LOSS: loss}))
+        self.background.start(write)
 
     def export(
-        self, path: Path, params: Mapping[str, Tensor], progress: Progress,
+        self, ending: str, params: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object] | None = None
+    ) -> None:
+        """One file of each product, which ends so."""
+        for product in self.products:
+            self._write(self.output / f"{product.name}{ending}.safetensors", product, params, progress, extra)
+
+    def _write(
+        self, path: Path, product: Product, params: Mapping[str, Tensor], progress: Progress,
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        a, subject = self.adapter, self.subject
+        a, subject, params = self.adapter, product.subject, _own(product, params)
         if a.type != "none":
             save_lora(
-                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha,
-                architecture=subject.spec.name,
-                metadata={**self.about, **self._now(progress), **(extra or {})},
+                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha, architecture=subject.spec.name,
+                metadata={**product.about, **self._now(progress), **(extra or {})},
             )
             return
         with torch.device("meta"):
             whole = subject.spec.build(subject.flavor.arch)
-        whole.load_state_dict({n: t.to(torch.bfloat16) for n, t in params.items()}, assign=True)
         about = {key: str(value) for key, value in (extra or {}).items()}
-        save_dit(whole, path, flavor=subject.flavor, spec=subject.spec, extra=about)
+        save_dit(
+            whole, path, flavor=subject.flavor, spec=subject.spec, dtype=torch.bfloat16, extra=about,
+            value=lambda name: params[name] if name in params else subject.base_weight(name),
+        )
 
     def _now(self, progress: Progress) -> dict[str, object]:
         now = time.time()
@@ -176,3 +229,11 @@ class RunFiles:
             "ss_training_started_at": self.started, "ss_training_finished_at": now,
             "modelspec.date": datetime.fromtimestamp(now).isoformat(timespec="seconds"),
         }
+
+
+def _own(product: Product, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A product's parameters among those of the run."""
+    start = product.prefix
+    if not start:
+        return params
+    return {name.removeprefix(start): t for name, t in params.items() if name.startswith(start)}

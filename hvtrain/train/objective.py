@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hvtrain.flow.loss import add_noise, squared_error, target
-from hvtrain.flow.timesteps import Quantile, stratified
+from hvtrain.config import FlowConfig
+from hvtrain.flow.loss import Measure, add_noise, target
+from hvtrain.flow.timesteps import Quantile, quantile_function, stratified
 from hvtrain.models.conditions import drop
 from hvtrain.models.precision import autocast
-from hvtrain.models.spec import Field, ModelSpec
+from hvtrain.models.spec import Field, Flavor, ModelSpec
 from hvtrain.rng import generator
 
 
@@ -45,35 +46,59 @@ class Objective:
     quantile: Quantile
     device: torch.device
     autocast: bool
+    measure: Measure = field(default_factory=Measure)
+    noise_offset: float = 0.0
+    masked: bool = False  # by the batch's `mask` [B 1 T h w]
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], where: Where) -> MicroResult:
         """Draw sigma and noise for this place in the run, and compare velocities. `batch`: see shards.loader."""
         part, n_parts = where.micro * where.dp + where.dp_rank, where.n_micro * where.dp
         u = stratified(len(batch["latents"]), seed=where.seed, step=where.step, part=part, n_parts=n_parts)
         draw = generator(where.seed, step=where.step, micro=where.micro, dp_rank=where.dp_rank, stream="noise")
-        return self.compare(model, batch, sigma=self.quantile(u), draw=draw)
+        return self.compare(model, batch, sigma=self.quantile(u, batch["latents"].shape), draw=draw)
 
     def compare(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, sigma: Tensor, draw: torch.Generator
     ) -> MicroResult:
         """The loss at given noise levels [B]; also what the held-out loss uses."""
         latents = batch["latents"]
-        noise = torch.randn(latents.shape, generator=draw).to(self.device)
+        noise = torch.randn(latents.shape, generator=draw)
+        if self.noise_offset:
+            noise += self.noise_offset * torch.randn(*latents.shape[:2], 1, 1, 1, generator=draw)
+        noise = noise.to(self.device)
         x0 = latents.to(self.device, non_blocking=True).float()  # pinned batches are copied while the GPU computes
         sigma = sigma.to(self.device, torch.float32)
         # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
-        cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n != "latents"}
+        cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n not in ("latents", "mask")}
         noised = add_noise(x0, noise, sigma)
         inp = self.spec.make_input(noised, sigma, cond, task=self.task, guidance=self.guidance, x0=x0)
         with autocast(self.device.type, enabled=self.autocast):
             velocity = model(inp)
-        errors = squared_error(velocity, target(x0, noise), inp.loss_mask)
+        mask = inp.loss_mask
+        if self.masked:
+            own = self._placed(batch["mask"])
+            mask = own if mask is None else own * mask
+        errors = self.measure(velocity, target(x0, noise), sigma, mask)
         return MicroResult(errors.mean(), errors.detach(), sigma)
 
     def _placed(self, value: Tensor) -> Tensor:
         """Stored in bf16, computed from float32: without autocast a bf16 input would not meet float32 weights."""
         there = value.to(self.device, non_blocking=True)
         return there.float() if there.is_floating_point() else there
+
+
+def objective_of(
+    flow: FlowConfig, spec: ModelSpec, flavor: Flavor, *, device: torch.device, autocast: bool
+) -> Objective:
+    """As a config has it, whose nulls are filled in (`setup.flow_of`). Raises ConfigError."""
+    guidance = flow.guidance
+    if flow.raw_guidance and guidance is not None:
+        guidance = guidance / 1000  # the model multiplies it by that
+    measure = Measure(flow.loss, flow.huber_c, flow.huber_schedule, flow.weighting, flow.snr_gamma)
+    quantile = quantile_function(flow.timestep_sampling, flow, flavor)
+    return Objective(
+        spec, flavor.tasks[0], guidance, quantile, device, autocast, measure, flow.noise_offset, flow.masked
+    )
 
 
 def drop_captions(

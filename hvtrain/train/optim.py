@@ -130,17 +130,21 @@ class Together(Optimizer):
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(params: Mapping[str, nn.Parameter], cfg: OptimConfig) -> Optimizer:
-    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms."""
+def build_optimizer(
+    params: Mapping[str, nn.Parameter], cfg: OptimConfig, ratios: Mapping[str, float] | None = None
+) -> Optimizer:
+    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms. `ratios`: the rates of
+    single parameters, as multiples of the common one."""
     kind = _kind(cfg)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, float], list[nn.Parameter]] = {}
     for name, p in params.items():
         hidden = kind.matrices and p.ndim == 2 and HIDDEN.search(name) is not None
-        groups.setdefault((not hidden, p.ndim < 2), []).append(p)
+        ratio = (ratios or {}).get(name, 1.0)
+        groups.setdefault((not hidden, ratio != 1.0, p.ndim < 2, ratio), []).append(p)  # the common rate, which is logged, first
     made: Groups = [
-        {"params": members, "weight_decay": 0.0 if vectors else cfg.weight_decay}
+        {"params": members, "weight_decay": 0.0 if vectors else cfg.weight_decay, "lr": cfg.lr * ratio}
         | ({"hidden": not rest} if kind.matrices else {})
-        for (rest, vectors), members in sorted(groups.items(), key=lambda item: item[0])
+        for (rest, _, vectors, ratio), members in sorted(groups.items(), key=lambda item: item[0])
     ]
     optimizer = kind.make(made, cfg)
     if hasattr(optimizer, "train"):

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from hvtrain.adapters.attach import add_adapter, check_dropout, linear_shapes
+from hvtrain.adapters.attach import (
+    add_adapter,
+    check_kind,
+    check_patterns,
+    check_rows,
+    how_of,
+    linear_shapes,
+    ranks_of,
+    trained,
+)
+from hvtrain.adapters.lokr import LokrLinear
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import AdapterConfig, OptimConfig, ParallelConfig, ZeroConfig
+from hvtrain.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
+from hvtrain.lorafiles.metadata import EXPERT_KEY
+from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
+from hvtrain.models.load import load_dit
 from hvtrain.parallel import xfuser_path
+from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.parallel.swap import swap_savings
@@ -23,7 +37,9 @@ from hvtrain.train import checkpoint
 from hvtrain.train.engine import check_engine
 from hvtrain.train.optim import check_optimizer
 from hvtrain.train.runlock import RunLock
-from hvtrain.train.setup import Origin
+from hvtrain.train.setup import Origin, find_idle
+from hvtrain.weights.containers import open_weights
+from hvtrain.weights.float8 import use_matmul
 from shards import ShardError
 
 T = TypeVar("T")
@@ -83,14 +99,16 @@ def check_machinery(
 
 
 def check_weights(
-    base: Origin, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0
+    base: Origin, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0,
+    n_models: int = 1,
 ) -> None:
-    """Whether the weights can lie where they are to, `n_bytes` a value, and with `whole` their gradients. What else a
-    run needs, `hvtrain fit` tells. Raises ConfigError."""
+    """Whether the weights of `n_models` like this can lie where they are to, `n_bytes` a value, and with `whole` their gradients.
+    What else a run needs, `hvtrain fit` tells. Raises ConfigError."""
     model = base.outline.requires_grad_(False)
     least = n_bytes * sum(p.numel() for p in model.parameters())
     if blocks_to_swap:
         least -= swap_savings(model.blocks, blocks_to_swap) * n_bytes // 4  # the outline is float32
+    least *= n_models
     gradients = least if whole else 0
     if zero.engine == "deepspeed":
         if zero.stage == 3:
@@ -105,20 +123,65 @@ def check_weights(
         )
 
 
+def idle_on_host(
+    bases: Sequence[Origin], where: str, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int
+) -> bool:
+    """Whether the frozen weights of an expert that is not computed with are in host memory."""
+    if len(bases) == 1 or whole or (zero.engine == "deepspeed" and zero.stage == 3):
+        return False
+    n = sum(p.numel() for base in bases for p in base.outline.parameters())
+    return where == "host" or (where == "auto" and ctx.device.type != "cpu" and n * n_bytes > ctx.memory_bytes / 2)
+
+
+def find_others(model: ModelConfig, bases: Sequence[Origin]) -> dict[str, Origin]:
+    """The experts that a run does not train, by name: its previews are made with all. Raises ConfigError."""
+    try:
+        return find_idle(model, bases)
+    except ConfigError as error:
+        name = bases[0].flavor.name
+        raise ConfigError(f"preview.every_steps: '{name}' makes videos with all experts: {error}, or set it to 0") from None
+
+
+def open_idle(base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel: str, dtype: torch.dtype) -> DiT:
+    """A DiT that only makes videos, whole on every rank. Collective."""
+    dit = load_dit(
+        str(base.path), model=model.name, flavor=model.flavor, dtype=getattr(torch, model.dtype), device=ctx.device,
+        quantize_to=model.quantize,
+    ).model.eval().requires_grad_(False)
+    use_matmul(dit, model.fp8_matmul)
+    parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False)
+    return dit
+def check_whole(base: Origin, a: AdapterConfig) -> None:
+    """Of a full fine-tune: which weights."""
+    names = trained([n for n, _ in base.outline.named_parameters()], train=a.train, freeze=a.freeze)
+    check_patterns({"adapter.lr_ratios": a.lr_ratios}, names)
+
+
 def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> None:
     """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file
     to start from is read, and tried on the model without weights."""
-    check_dropout(kind_of(a.type), a.dropout)
+    kind, shapes = kind_of(a.type, a.slice_type), linear_shapes(base.outline)
+    check_kind(kind, a.dropout, how_of(a))
     names = base.spec.lora_targets(base.outline, include=a.include, exclude=a.exclude)
     if plan is not None:
-        names = [s.module for s in plan.slice(a.loraid or 0).slots]
-    shapes = linear_shapes(base.outline)
+        slots = plan.slice(a.loraid or 0).slots
+        names = [s.module for s in slots]
+        for s in slots:
+            check_rows(kind, s.module, (s.begin, s.end), shapes[s.module][0])
+    check_patterns({"adapter.lr_ratios": a.lr_ratios}, [f"{name}.{part}" for name in names for part in kind.PARTS.values()])
+    rank = max(rank for rank, _ in ranks_of(a, names).values())
     largest = max(names, key=lambda name: min(shapes[name]))
     bound, (n_out, n_in) = min(shapes[largest]), shapes[largest]
-    if a.rank > bound:
+    if rank > bound and kind is not LokrLinear:  # a high rank of a LoKr says that its large matrix is whole
         raise ConfigError(
-            f"adapter.rank is {a.rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no "
+            f"adapter.rank is {rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no "
             f"more than {bound}; expected 1 to {bound}, as a rule 8 to 128"
         )
     if a.init_from is not None:
         add_adapter(base.outline, base.spec, a, plan, seed=0)
+        said = open_weights(Path(a.init_from)).metadata.get(EXPERT_KEY)
+        if base.expert is not None and said not in (None, base.expert.name):
+            raise ConfigError(
+                f"adapter.init_from: {a.init_from} was trained as the expert '{said}', this is '{base.expert.name}', for other "
+                "noise levels; give that expert's ({expert} in the name stands for it)"
+            )

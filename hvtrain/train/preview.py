@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvtrain.config import ModelConfig, PreviewConfig
 from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError
 from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
 from hvtrain.generate.requests import Request, lacks
-from hvtrain.generate.sample import sample_latents
+from hvtrain.generate.sample import Models, sample_latents
 from hvtrain.generate.video import write_mp4
 from hvtrain.generate.write import decode
 from hvtrain.models.conditions import batch_of_one
-from hvtrain.models.parts import open_vae
+from hvtrain.models.parts import open_text, open_vae
 from hvtrain.models.precision import autocast
 from hvtrain.models.spec import Flavor, ModelSpec, Vae
 from hvtrain.parallel.context import ParallelContext
@@ -56,13 +56,9 @@ def plan_previews(
     """What to make, refused before any weights are read. `sets`: where an image is taken from that a prompt does not give."""
     if not preview.every_steps:
         return []
-    if flavor.experts:
-        names = ", ".join(expert.name for expert in flavor.experts)
-        raise ConfigError(
-            f"preview.every_steps: '{flavor.name}' is sampled with several models ({names}), of which a run trains one; set it "
-            "to 0 and use `hvtrain generate` on the run's files"
-        )
     plans = []
+    if flavor.sees:
+        open_text(spec, model, "meta", flavor)  # its vision tower may be missing
     for i, prompt in enumerate(preview.prompts):
         asked = {"guidance": guidance, **given(preview), **given(prompt)}
         begins = None
@@ -105,33 +101,42 @@ class Previews:
     ) -> None:
         self.plans, self.model_cfg, self.spec, self.flavor, self.ctx = plans, model, spec, flavor, ctx
         self.folder, self.autocast = folder, precision == "bf16"
-        self.conds = encode_requests([p.request for p in plans], spec, flavor, model, ctx) if plans else None
         self.vae: Vae | None = None
+        pictures = {i: self._opening(p.begins) for i, p in enumerate(plans) if p.begins and flavor.sees}
+        self.conds = encode_requests([p.request for p in plans], spec, flavor, model, ctx, pictures=pictures) if plans else None
 
     @torch.no_grad()
-    def make(self, model: nn.Module, step: int) -> Iterator[tuple[str, np.ndarray, int]]:
+    def make(self, models: Models, step: int) -> Iterator[tuple[str, np.ndarray, int]]:
         """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0; the files are written too. Collective."""
-        training = model.training
-        model.eval()
         for i, plan in enumerate(self.plans):
-            latents, request = self._sample(model, plan), plan.request
+            latents, request = self._sample(models, plan, i), plan.request
             if self.ctx.is_main:
-                self.vae = self.vae or open_vae(self.spec, self.model_cfg, self.ctx.device)
-                frames = decode(self.vae, latents)[0]
+                frames = decode(self._vae(), latents)[0]
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_mp4(
                     self.folder / f"step{step:08d}_{i}.mp4", frames, fps=request.fps, metadata={**request.values, "step": step}
                 )
                 yield f"preview/{i}", frames, request.fps
-        model.train(training)
         self.ctx.barrier()
 
-    def _sample(self, model: nn.Module, plan: Preview) -> Tensor:
+    def _vae(self) -> Vae:
+        self.vae = self.vae or open_vae(self.spec, self.model_cfg, self.ctx.device)
+        return self.vae
+
+    def _opening(self, begins: Opening) -> Tensor:
+        """[3 H W]: what text encoders that see, on rank 0, are shown of a sample: its first frame."""
+        if not self.ctx.is_main:
+            return torch.empty(0)
+        latents = begins.fields(self.flavor, self.ctx.device)[1]
+        return self._vae().decode(latents[:, :, :1])[0, :, 0].cpu()
+
+    def _sample(self, models: Models, plan: Preview, number: int) -> Tensor:
         assert self.conds is not None
+        seen = number if plan.begins and self.flavor.sees else None
         fields, x0 = plan.begins.fields(self.flavor, self.ctx.device) if plan.begins else ({}, None)
         own, request = batch_of_one(fields, self.flavor.cond), plan.request
         with autocast(self.ctx.device.type, enabled=self.autocast):
             return sample_latents(
-                lambda sigma: model, self.spec, self.flavor, {**self.conds.of(request), **own}, request=request, ctx=self.ctx,
+                models, self.spec, self.flavor, {**self.conds.of(request, seen), **own}, request=request, ctx=self.ctx,
                 uncond={**self.conds.negative(request), **own} if request.guided else None, x0=x0,
             )

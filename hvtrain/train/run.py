@@ -12,10 +12,10 @@ import torch
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
-from hvtrain.flow.timesteps import quantile_function
 from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
+from hvtrain.parallel.swap import ModelSwap
 from hvtrain.slices.plan import SlicePlan
 from hvtrain.stopping import REQUEUE
 from hvtrain.train import data, setup
@@ -23,18 +23,23 @@ from hvtrain.train.calibration import leave_calibration
 from hvtrain.train.checkpoint import step_of
 from hvtrain.train.engine import Step, build_engine
 from hvtrain.train.evaluate import HeldOut
-from hvtrain.train.files import RunFiles, is_finished, results_of
+from hvtrain.train.experts import Team, Trainee
+from hvtrain.train.files import Product, RunFiles, is_finished, results_of
 from hvtrain.train.gradients import parts_of
 from hvtrain.train.loop import Cadence
 from hvtrain.train.mfu import Work, peak_of, work_of
 from hvtrain.train.mixture import Curriculum, plan_data
-from hvtrain.train.objective import Objective
+from hvtrain.train.objective import Objective, objective_of
 from hvtrain.train.optim import build_optimizer
 from hvtrain.train.prepare import (
     check_adapter,
     check_machinery,
     check_weights,
+    check_whole,
+    find_others,
+    idle_on_host,
     on_all,
+    open_idle,
     say,
     take,
 )
@@ -43,7 +48,7 @@ from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Origin, Subject
+from hvtrain.train.setup import Member, Origin
 from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
@@ -57,13 +62,20 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    base: Origin
+    members: list[Member]
+    others: dict[str, Origin]  # experts that are not trained, but make videos
+    idle_on_host: bool  # an expert that is not computed with
     plan: SlicePlan | None  # of a LORAID slice
     sets: list[ShardSet]
     curriculum: Curriculum
     held_out: list[ShardSet]
     steps: int  # of the whole run
     previews: list[Preview]
+
+    @property
+    def base(self) -> Origin:
+        """Whose flavor it is."""
+        return self.members[0].base
 
     @property
     def n_samples(self) -> int:
@@ -79,10 +91,10 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     ready = on_all(ctx, lambda: prepare(cfg, ctx))
     cfg, steps = ready.cfg, ready.steps
     identity = setup.identity(
-        ready.base, cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
-        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name,
+        [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
+        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn,
     )
-    output, results = Path(cfg.run.output_dir), results_of(cfg.run)
+    output, results = Path(cfg.run.output_dir), results_of(cfg.run, [member.name for member in ready.members])
     try:
         lock, found = take(output, lambda: claim(cfg.run, shown(dump(cfg)), identity, ctx, say), ctx)
     except Busy as error:
@@ -121,31 +133,43 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
     whole = cfg.adapter.type == "none"
-    base = setup.find_base(cfg.model, scratch=whole and cfg.model.dit is None)
-    flavor, name = base.flavor, setup.named_after(cfg.run.name, base.expert)
-    cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor, base.expert), run=replace(cfg.run, name=name))
-    quantile_function(cfg.flow.timestep_sampling, cfg.flow)
+    bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
+    base, flavor = bases[0], bases[0].flavor
+    members = setup.members_of(bases, cfg.flow, cfg.run.name)
+    if len(members) == 1:  # what the run writes of itself says which, and on which noise levels
+        cfg = replace(cfg, flow=members[0].flow, run=replace(cfg.run, name=members[0].name))
+    cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor))
+    objective_of(cfg.flow, base.spec, flavor, device=ctx.device, autocast=False)
     check_heads(flavor.n_heads, ctx.ulysses)
-    plan = setup.open_plan(base, cfg.adapter) if cfg.adapter.type == "loraid" else None
+    plan = setup.open_plan(base, cfg.adapter, others=bases[1:]) if cfg.adapter.type == "loraid" else None
     n_bytes = 4 if whole else 1 if cfg.model.quantize != "none" else getattr(torch, cfg.model.dtype).itemsize
-    check_weights(base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap)
-    if not whole:
-        check_adapter(base, cfg.adapter, plan)
-    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards")
-    curriculum = plan_data(cfg.data, sets, flavor.latent, seed=cfg.run.seed)
-    held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards")
-    previews = plan_previews(
-        cfg.preview, cfg.model, base.spec, flavor, guidance=cfg.flow.guidance, sets=[*held_out, *sets]
+    wait = idle_on_host(bases, cfg.run.idle_expert, cfg.zero, ctx, whole=whole, n_bytes=n_bytes)
+    check_weights(
+        base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap,
+        n_models=1 if wait else len(bases),
     )
+    for one in bases:
+        own = setup.adapter_of(cfg.adapter, one.expert)
+        check_whole(one, own) if whole else check_adapter(one, own, plan)
+        setup.open_base_loras(one, own)
+    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards", masked=cfg.flow.masked)
+    curriculum = plan_data(cfg.data, sets, flavor.latent, seed=cfg.run.seed)
+    held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards", masked=cfg.flow.masked)
+    previews = plan_previews(
+        cfg.preview, cfg.model, base.spec, flavor, sets=[*held_out, *sets],
+        guidance=flavor.defaults.guidance if cfg.flow.raw_guidance else cfg.flow.guidance,
+    )
+    others = find_others(cfg.model, bases) if previews else {}
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
-        data.check_encoders(groups, flavor.columns, cfg.model, base.spec)
+        data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
+    data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
     per_step = ctx.dp * curriculum.per_batch * cfg.run.grad_accum
     steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, curriculum.n_samples, per_step=per_step)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(cfg, base, plan, sets, curriculum, held_out, steps, previews)
+    return Prepared(cfg, members, others, wait, plan, sets, curriculum, held_out, steps, previews)
 
 
 def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> bool:
@@ -164,45 +188,62 @@ def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | N
 
 def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> Session:
     """Everything that the run holds, in the order in which it takes memory."""
-    cfg, base, sets, steps = ready.cfg, ready.base, ready.sets, ready.steps
-    stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
-    subject = setup.open_subject(
-        base, cfg.model, cfg.adapter, ready.plan, ctx, seed=cfg.run.seed,
-        blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3,
-    )
-    autocast = cfg.run.precision == "bf16"
-    kernel = parallelize(
-        subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute,
-        dtype=torch.bfloat16 if autocast else torch.float32, swap=subject.swap,
-    )
-    quantile = quantile_function(cfg.flow.timestep_sampling, cfg.flow)
-    objective = Objective(base.spec, base.flavor.tasks[0], cfg.flow.guidance, quantile, ctx.device, autocast)
-    previews = Previews(  # encodes its prompts before the engine takes memory
+    cfg, base, sets = ready.cfg, ready.base, ready.sets
+    previews = Previews(  # encodes its prompts before all else takes memory
         ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
         precision=cfg.run.precision,
     )
-    engine = build_engine(
-        subject.model, subject.trainable, cfg.zero, ctx, optimizer=build_optimizer(subject.trainable, cfg.optim),
-        schedule=build_schedule(cfg.optim, total_steps=steps),
-        step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable)),
-    )
-    start, ema, note = restore(engine, subject.trainable, found, averaged=cfg.run.ema_decay > 0)
+    autocast = cfg.run.precision == "bf16"
+    objective = objective_of(cfg.flow, base.spec, base.flavor, device=ctx.device, autocast=autocast)
+    team = _team(ready, ctx, objective)
+    columns = (*base.flavor.columns, "mask") if cfg.flow.masked else base.flavor.columns
+    start, ema, note = restore(team, team.trainable, found, averaged=cfg.run.ema_decay > 0)
     loader = BatchLoader(
         sets, batch_size=cfg.data.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=cfg.run.seed,
         cursor=start.cursor, workers=cfg.data.workers, worker_type=cfg.data.worker_type,
-        on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=base.flavor.columns,
+        on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=columns,
         phases=ready.curriculum.phases, step=start.step, per_step=cfg.run.grad_accum,
     )
-    held = HeldOut(
-        ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, base.flavor.columns
-    )
+    held = HeldOut(ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, columns)
+    products = [
+        Product(one.member.name, one.subject, _metadata(ready, one.member), team.prefixes[key])
+        for key, one in team.trainees.items()
+    ]
     return Session(
-        run=cfg.run, ctx=ctx, subject=subject, objective=objective, engine=engine, loader=loader,
-        previews=previews, held=held,
-        files=RunFiles(cfg.run, cfg.adapter, subject, _metadata(ready), steps, lock, saved=start.step),
+        run=cfg.run, ctx=ctx, flavor=base.flavor, objective=objective, team=team, loader=loader, previews=previews,
+        held=held, files=RunFiles(cfg.run, cfg.adapter, products, ready.steps, lock, saved=start.step),
         cadence=_cadence(ready), start=start, ema=ema, caption_dropout=cfg.data.caption_dropout,
-        config=shown(dump(cfg)), found=found, work=_work(ready, ctx),
-        about=note + _about(ready, ctx, subject, kernel.name, start.step),
+        image_share=cfg.data.image_share,
+        config=shown(dump(cfg)), found=found, work=_work(ready, ctx), about=note + _about(ready, ctx, team, start.step),
+    )
+
+
+def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
+    """The DiTs that are trained, each with its engine; `whole`: the objective on all noise levels of the run."""
+    cfg = ready.cfg
+    stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+    dtype = torch.bfloat16 if whole.autocast else torch.float32
+    idle, trainees = ModelSwap(ctx.device) if ready.idle_on_host else None, {}
+    for member in ready.members:
+        subject = setup.open_subject(
+            member.base, cfg.model, cfg.adapter, ready.plan, ctx, seed=cfg.run.seed,
+            blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
+        )
+        kernel = parallelize(
+            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, swap=subject.swap,
+            compiler="inductor" if cfg.run.compile == "blocks" else None,
+        )
+        engine = build_engine(
+            subject.model, subject.trainable, cfg.zero, ctx,
+            optimizer=build_optimizer(subject.trainable, cfg.optim, setup.rates(cfg.adapter, subject.trainable)),
+            schedule=build_schedule(cfg.optim, total_steps=ready.steps),
+            step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable)),
+        )
+        own = objective_of(member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast)
+        trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)
+    return Team(
+        trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
+        open_idle=lambda expert: open_idle(ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype),
     )
 
 
@@ -225,50 +266,63 @@ def _cadence(ready: Prepared) -> Cadence:
     )
 
 
-def _about(ready: Prepared, ctx: ParallelContext, subject: Subject, kernel: str, step: int) -> str:
+def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     """What the run says of itself at its start."""
     c, base, cadence = ready.cfg, ready.base, _cadence(ready)
-    what = "all weights"
+    what = "some weights" if c.adapter.train or c.adapter.freeze else "all weights"
     if c.adapter.type != "none":
-        kind = kind_of(c.adapter.type).LABEL if ready.plan is None else f"LORAID {c.adapter.loraid}"
+        kind = kind_of(c.adapter.type, c.adapter.slice_type).LABEL
+        kind = kind if ready.plan is None else f"LORAID {c.adapter.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
         what = f"{kind} rank {c.adapter.rank}"
-    expert = "" if base.expert is None else f", expert {base.expert.name}"
+    shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
+    keys, n = [key for key in team.shares if key], sum(one.subject.n_parameters for one in team.trainees.values())
+    expert = f", expert{'s' * (len(keys) > 1)} {' and '.join(keys)}" if keys else ""
+    if len(keys) > 1:
+        parts = " and ".join(f"{100 * share:.0f} %" for share in team.shares.values())
+        expert += f" for {parts} of the steps{', the idle one in host memory' * ready.idle_on_host}"
     zero = f"ZeRO-{c.zero.stage}" if c.zero.engine == "deepspeed" else "plain PyTorch"
     offload = f", optimizer on the {c.zero.offload_optimizer}" if c.zero.offload_optimizer != "none" else ""
     saves = "" if cadence.save or cadence.save_samples else (
         "; no checkpoint before the last step (run.save_every_steps): what breaks the run costs all of it"
     )
     return (
-        f"{base.spec.name} {base.flavor.name}{expert}: training {what} ({subject.n_parameters:,} parameters) "
+        f"{base.spec.name} {base.flavor.name}{expert}: training {what} ({n:,} parameters) "
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
-        f"{ctx.ring}, {zero}{offload}, {kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
-        f"levels, shift {c.flow.shift:g}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
+        f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
+        f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "
         f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
     )
 
 
-def _metadata(ready: Prepared) -> dict[str, object]:
+def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
-    c, plan, base = ready.cfg, ready.plan, ready.base
-    owner = {} if plan is None else {
-        "ss_loraid": c.adapter.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n,
-        "ss_network_args": {"loraid": c.adapter.loraid, "granularity": plan.granularity, "order": plan.order},
-    }
-    return owner | {
+    c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
+    owner: dict[str, object] = {}
+    a = c.adapter
+    told: dict[str, object] = {} if a.factor == -1 else {"factor": a.factor}
+    told |= {key: getattr(a, key) for key in ("rank_dropout", "module_dropout", "ranks", "alphas") if getattr(a, key)}
+    if plan is not None:
+        owner = {"ss_loraid": a.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n}
+        told |= {"loraid": a.loraid, "granularity": plan.granularity, "order": plan.order}
+    if a.base_lora:
+        merged = [{"file": Path(one.path).name, "multiplier": one.multiplier} for one in a.base_lora]
+        owner |= {"hvtrain.base_lora": merged}
+    return owner | {"ss_network_args": told, "ss_scale_weight_norms": a.scale_weight_norms or None} | {
         "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
         "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
         "ss_max_train_steps": ready.steps, "ss_num_train_items": ready.n_samples, "ss_seed": c.run.seed,
         "ss_gradient_accumulation_steps": c.run.grad_accum,
         "ss_gradient_checkpointing": c.run.recompute != "none",
         "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
-        "ss_timestep_sampling": c.flow.timestep_sampling, "ss_discrete_flow_shift": c.flow.shift,
-        "ss_sigmoid_scale": c.flow.sigmoid_scale, "ss_logit_mean": c.flow.logit_mean,
-        "ss_guidance_scale": c.flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
+        "ss_timestep_sampling": flow.timestep_sampling, "ss_discrete_flow_shift": flow.shift,
+        "ss_sigmoid_scale": flow.sigmoid_scale, "ss_logit_mean": flow.logit_mean,
+        "ss_logit_std": flow.logit_std, "ss_mode_scale": flow.mode_scale, "ss_weighting_scheme": flow.weighting,
+        "ss_guidance_scale": flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
         "ss_datasets": [shown(entry.path) for entry in c.data.sets], "ss_fp8_base": c.model.quantize != "none",
-        "ss_min_timestep": round(1000 * c.flow.min_sigma), "ss_max_timestep": round(1000 * c.flow.max_sigma),
+        "ss_min_timestep": round(1000 * flow.min_sigma), "ss_max_timestep": round(1000 * flow.max_sigma),
         **of_flavor(base.flavor), "hvtrain.base": base.fingerprint,
         EXPERT_KEY: base.expert and base.expert.name,
     }

@@ -106,6 +106,8 @@ def _by_key(run: dict[str, Any]) -> dict[str, Any]:
     for section, names in _LISTS.items():
         if isinstance(values := run.pop(section, None), list):
             run |= {f"{section}.{name}": value for name, value in zip(names, values)}
+    if "model.experts" in run:
+        run["model.experts"] = run.pop("model.experts")
     if isinstance(plan := run.get("adapter.plan"), str):
         run["adapter.plan"] = plan.removeprefix("plan ")
     if isinstance(loraid := run.get("adapter.loraid"), str):
@@ -129,7 +131,8 @@ def _tell_changes(path: Path, config: str, say: Callable[[str], None]) -> None:
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        section = isinstance(value, Mapping) and value  # an empty one is a value, as of a table of patterns
+        found |= _flat(value, f"{prefix}{key}.") if section else {f"{prefix}{key}": value}
     return found
 
 

@@ -14,23 +14,25 @@ from torch import Tensor, nn
 
 from hvtrain.adapters.attach import seed_dropout
 from hvtrain.config import RunSettings
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
 from hvtrain.train.engine import Engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
+from hvtrain.train.experts import Models, Team
 from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import Cadence, Hooks, train
 from hvtrain.train.metrics import Metrics, names_of
 from hvtrain.train.mfu import Work
 from hvtrain.train.monitor import Monitor
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+from hvtrain.train.parts import SEPARATOR, Piece, write_part
 from hvtrain.train.prepare import on_all
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
 from hvtrain.train.rundir import cut_metrics
-from hvtrain.train.setup import Subject
 from hvtrain.train.watchdog import Watchdog
 from shards.loader import Batch, BatchLoader
 
@@ -62,9 +64,9 @@ class Session:
 
     run: RunSettings
     ctx: ParallelContext
-    subject: Subject
-    objective: Objective
-    engine: Engine
+    flavor: Flavor
+    objective: Objective  # of the held-out loss: on all noise levels of the run
+    team: Team
     loader: BatchLoader
     previews: Previews
     held: HeldOut
@@ -75,6 +77,7 @@ class Session:
     caption_dropout: float
     config: str  # all of it, for TensorBoard
     about: str  # said at the start
+    image_share: float | None = None
     found: Path | None = None  # the checkpoint that it goes on from
     work: Work | None = None  # of a sample, if the device's speed is known
 
@@ -109,7 +112,7 @@ class Session:
         try:
             with self.watch:
                 finished = train(
-                    self.engine, iter(self.loader), hooks, cadence=self.cadence, start=self.start, seed=self.run.seed,
+                    self.team, iter(self.loader), hooks, cadence=self.cadence, start=self.start, seed=self.run.seed,
                     ctx=self.ctx, folder=self.output,
                 )
                 self.watch.at(self.steps, "waiting for the last files", writing=self.ctx.is_main)
@@ -124,13 +127,16 @@ class Session:
             self.line.close()
             self.metrics.close()
         if self.ctx.is_main:
-            end = f"done: {self.files.results[0]}" if finished else (
+            made = " ".join(map(str, self.files.results[: len(self.team.trainees)]))
+            end = f"done: {made}" if finished else (
                 f"stopped on request; start again to continue from step {self.files.saved} of {self.steps}"
             )
             print(end, flush=True)
             if finished and self.files.adapter.type != "none":
-                there = f"hvtrain lora convert {shlex.quote(str(self.output))} --to comfyui --output comfyui.safetensors"
-                print(f"for ComfyUI, which skips layers under these names: {there}", flush=True)
+                for key in self.team.trainees:
+                    of = f" --expert {key}" if len(self.team.trainees) > 1 else ""
+                    there = f"{shlex.quote(str(self.output))}{of} --to comfyui --output comfyui{key and f'-{key}'}.safetensors"
+                    print(f"for ComfyUI, which skips layers under these names: hvtrain lora convert {there}", flush=True)
         return finished
 
     def _finish(self, found: Path) -> None:
@@ -147,19 +153,23 @@ class Session:
             print(text, flush=True)
 
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
-        place = {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
+        now, place = self.team.at_step(where.step), {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
         self._count_bad(batch)
         shares = [m.get("caption_dropout", self.caption_dropout) for m in batch.meta]
         tensors = drop_captions(
             batch.tensors, self.loader.sets[0].empty_text if any(shares) else {}, shares=shares,
-            draw=generator(where.seed, stream="caption-dropout", **place), fields=self.subject.flavor.cond,
+            draw=generator(where.seed, stream="caption-dropout", **place), fields=self.flavor.cond,
         )
-        if self.files.adapter.dropout:
-            seed_dropout(self.subject.model, where.seed, **place)
+        if self.image_share is not None:
+            draw = generator(where.seed, stream="image-share", **place)
+            tensors["image_given"] = torch.rand(len(shares), generator=draw) < self.image_share
+        a = self.files.adapter
+        if a.dropout or a.rank_dropout or a.module_dropout:
+            seed_dropout(now.subject.model, where.seed, **place)
         latents = tensors["latents"]
         self.latents = tuple(latents.shape)
-        n_tokens = len(latents) * self.subject.flavor.latent.n_tokens(latents.shape)
-        return self.objective(self.engine.model, tensors, where), n_tokens
+        n_tokens = len(latents) * self.flavor.latent.n_tokens(latents.shape)
+        return now.objective(now.engine.model, tensors, where), n_tokens
 
     def _count_bad(self, batch: Batch) -> None:
         for message in batch.bad:
@@ -169,62 +179,80 @@ class Session:
 
     def _after_update(self) -> None:
         if self.ema:
-            averages = list(self.ema.values())
-            values = [self.subject.trainable[n].detach() for n in self.ema]
+            trained = self.team.trained
+            averages, values = [self.ema[n] for n in trained], [p.detach() for p in trained.values()]
             torch._foreach_lerp_(averages, values, 1 - self.run.ema_decay)
 
     def _evaluate(self, progress: Progress) -> None:
-        with self._beating(progress.step, "evaluating"), self.engine.settled():
-            values = held_out_loss(self.engine.model, self.objective, self.held, ctx=self.ctx)
+        with self._beating(progress.step, "evaluating") as models:
+            values = held_out_loss(models, self.objective, self.held, ctx=self.ctx)
         self.metrics.scalars(progress.step, values)
         self.line.note(f"step {progress.step}: held-out loss {values['eval/loss']:.4f}")
         self._save_if_best(progress, values["eval/loss"])
 
     def previews_at(self, step: int) -> None:
-        with self._beating(step, "making previews"), self.engine.settled():
-            for name, frames, fps in self.previews.make(self.engine.model, step):
+        with self._beating(step, "making previews") as models:
+            for name, frames, fps in self.previews.make(models, step):
                 self.metrics.video(name, step, frames, fps=fps)
                 self.watch.at(step, f"making previews, {name} written")
 
     @contextmanager
-    def _beating(self, step: int, phase: str) -> Iterator[None]:
+    def _beating(self, step: int, phase: str) -> Iterator[Models]:
         """Long work of many forward passes: each is a sign of life."""
         passes = 0
 
-        def beat(*_: object) -> None:
+        def beat() -> None:
             nonlocal passes
             passes += 1
             self.watch.at(step, f"{phase}, forward pass {passes}")
 
         self.watch.at(step, phase)
-        handle = self.engine.model.register_forward_hook(beat)
-        try:
-            yield
-        finally:
-            handle.remove()
+        with self.team.evaluating(beat) as models:
+            yield models
 
     # --- files ------------------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
-        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host."""
+        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host, or, what ZeRO-3
+        trains whole, is on the disk."""
         with self.monitor.spending("save"):
-            params, optimizer = self._export(progress.step), self.engine.export_optimizer()
+            if pieces := self.team.pieces():
+                self._save_parts(progress, pieces)
+                return
+            params, optimizer = self._export(progress.step), self.team.export_optimizer()
             if self.ctx.is_main:
                 ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
                 self.watch.at(progress.step, "waiting for the disk", writing=True)
                 self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
             self.ctx.barrier()
 
+    def _save_parts(self, progress: Progress, pieces: list[Piece], best: float | None = None) -> None:
+        """Every rank writes its own; rank 0 makes the user's file of them, behind the training. `best`: only that file, of the
+        weights with this held-out loss."""
+        step, ctx = progress.step, self.ctx
+        self.watch.at(step, "waiting for the files of the save before", writing=ctx.is_main)
+        folder = on_all(ctx, lambda: self.files.begin_parts(step) if ctx.is_main else None)
+        folder = ctx.gather_objects(folder)[0]
+        self.watch.at(step, "writing its part of a checkpoint", writing=True)
+        mine = pieces if best is None else [p for p in pieces if SEPARATOR not in p.key]
+        written = on_all(ctx, lambda: write_part(folder, mine, rank=ctx.rank))
+        parts = ctx.gather_objects(written)
+        if ctx.is_main:
+            self.files.save_parts(folder, progress, parts, self.line.note, best=best)
+
     def _save_if_best(self, progress: Progress, loss: float) -> None:
         """Collective: the loss is the same on all ranks."""
         if not self.run.keep_best or not loss < self.best:
             return
         self.best = loss
-        params = self._export(progress.step)
-        if self.ctx.is_main:
-            self.watch.at(progress.step, "waiting for the disk", writing=True)
-            self.files.save_best(params, progress, loss)
-        self.line.note(f"step {progress.step}: best held-out loss so far, {self.files.best.name}")
+        if pieces := self.team.pieces():
+            self._save_parts(progress, pieces, best=loss)
+        else:
+            params = self._export(progress.step)
+            if self.ctx.is_main:
+                self.watch.at(progress.step, "waiting for the disk", writing=True)
+                self.files.save_best(params, progress, loss)
+        self.line.note(f"step {progress.step}: best held-out loss so far, {', '.join(path.name for path in self.files.best)}")
 
     def _export(self, step: int) -> dict[str, Tensor]:
         """The engine's export_params, when the save before is written: of a 13B model a host has room for one copy."""
@@ -232,4 +260,4 @@ class Session:
             self.watch.at(step, "waiting for the files of the save before", writing=True)
             self.files.background.wait()
         self.watch.at(step, "copying for a checkpoint")
-        return self.engine.export_params()
+        return self.team.export_params()

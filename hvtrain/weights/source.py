@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SHOWN = 3  # differences named in an error
 Shapes = Mapping[str, tuple[int, ...]]
 # (module, its weight or None) -> whether it changes this layer; with a weight, in place
 Edit = Callable[[str, Tensor | None], bool]
+Spread = Callable[[Callable[[], tuple]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,29 @@ class Source:
 
     def fill(
         self, model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu", eight_bit: Collection[str] = (),
-        how: str = "fp8", edit: Edit | None = None,
+        how: str = "fp8", edit: Edit | None = None, spread: Spread | None = None,
     ) -> None:
         """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
 
         The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
-        float8 itself. `edit` changes a Linear's weight before. On the meta device only the dtype is set.
+        float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
+        meta device only the dtype is set. `spread` gets what reads a tensor and gives the tensor, perhaps one that another process
+        has read (parallel/spread.py).
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
             return
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        spread = spread or (lambda make: make())
         state = {}
         for name, wanted in model.state_dict().items():
             module = name.removesuffix(".weight")
             change = edit if module in linear and module != name else None
             if module == name or module not in eight_bit:
-                state[name] = self.read(name, dtype=dtype, device=device).reshape(wanted.shape)
-                if change is not None:
-                    change(module, state[name])
+                whole = None if edit is None else partial(edit, module if change else name)
+                (state[name],) = spread(partial(self._whole, name, wanted.shape, dtype, device, whole))
                 continue
-            values, scale = self._eight_bit(name, how, dtype, device, change)
+            values, scale = spread(partial(self._eight_bit, name, how, dtype, device, change))
             replace_linear(model, module, values, scale)
             state[name] = values
             if scale is not None:
@@ -107,6 +111,15 @@ class Source:
         use_matmul(model, False)  # what is encoded does not depend on the machine
         model.eval().requires_grad_(False)
 
+    def _whole(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str,
+        edit: Callable[[Tensor], object] | None,
+    ) -> tuple[Tensor]:
+        value = self.read(name, dtype=dtype, device=device).reshape(shape)
+        if edit is not None:
+            edit(value)
+        return (value,)
+
     def _eight_bit(
         self, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -116,9 +129,12 @@ class Source:
         kept = len(source.parts) == 1 and not source.swap and self.weights.dtype(part) == DTYPE
         if kept and (edit is None or not edit(module, None)):
             mapped, scale = self.weights.get(part), self._scale(part)
-            values = mapped.to(device, copy=True)
+            values = source.own_rows(mapped.to(device, copy=True))
             self.weights.release(mapped)
-            return values, None if scale is None else scale.to(device, copy=True)
+            if scale is None:
+                return values, None
+            rows = len(scale) == mapped.shape[0] if scale.ndim > 1 else False
+            return values, source.own_rows(scale.to(device, copy=True)) if rows else scale.to(device, copy=True)
         weight = self.read(name, dtype=dtype, device=device)
         if edit is not None:
             edit(module, weight)
@@ -149,7 +165,7 @@ def anchored(path: str | Path, anchors: Mapping[str, KeyMap], *, what: str) -> S
     prefix = key.removesuffix(anchor)
     names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix) and not name.endswith(SCALES)]
     own = anchors[anchor].read(names)
-    return Source(weights, {name: Fused(tuple(prefix + part for part in f.parts), f.swap) for name, f in own.items()})
+    return Source(weights, {name: replace(f, parts=tuple(prefix + part for part in f.parts)) for name, f in own.items()})
 
 
 def check(

@@ -21,6 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE", help="plan.json: all its slices")
     add("--slices", metavar="DIR", help="where the slices' runs are: 01, 02, ... (default: beside the plan)")
     add("--allow-missing", action="store_true", default=None, help="merge the slices that are finished")
+    add("--expert", metavar="NAME", help="of a model of several: whose LoRAs, where a file or a run holds one for each")
     add("--any-base", action="store_true", default=None, help="accept LoRAs that were trained on other weights")
     add("--output", metavar="PATH", help="the .safetensors file to write; a directory for a sharded model")
     add("--as", dest="target", metavar="KIND", help="model (default), or lora: one LoRA of all")
@@ -42,18 +43,22 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="report the held-out loss on this shard set: base, each LoRA alone, merged")
 
 
+def _check(args: argparse.Namespace) -> None:
+    from hvtrain.config.rules import check_merge
+
+    cfg = _config(args)
+    if cfg.reconcile.how == "none" and not cfg.evaluate:
+        raise ConfigError("launch: without --reconcile or --evaluate a merge computes nothing to share: leave `launch` away")
+    check_merge(cfg)
+
+
 @command("merge", "LoRAs or all slices of a plan into a model or one LoRA, and the proof that none overwrote another",
-         options=_options)
+         options=_options, check=_check)
 def _merge(args: argparse.Namespace) -> None:
     cfg = _config(args)
     from hvtrain.merge import run as merge
 
-    evaluate = None
-    if cfg.evaluate:
-        from hvtrain.merge.evaluate import losses_of
-
-        evaluate = losses_of(cfg)
-    merge.run(cfg, evaluate)
+    merge.run(cfg)
 
 
 def _config(args: argparse.Namespace):

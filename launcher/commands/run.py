@@ -52,7 +52,10 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
     add("--lora", action="append", default=[], metavar="FILE", help="a LoRA file; may be repeated")
-    add("--loraid", nargs="+", action="append", default=[], metavar="N", help="slices of slices=DIR to apply: --loraid 1 2 3")
+    add("--loraid", "--LORAID", nargs="+", action="append", default=[], metavar="N",
+        help="slices of slices=DIR to apply: --loraid 1 2 3")
+    add("--lora_expert", "--lora-expert", nargs="+", action="append", default=[], metavar="NAME",
+        help="of a model of several: whose each --lora is, in order, or one for all (default: what each file says)")
     add("--lora_multiplier", "--lora-multiplier", nargs="+", action="append", default=[], metavar="X",
         help="one for each --lora or --loraid, in order, or one for all; 0 switches one off completely")
 
@@ -60,27 +63,34 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 def _generate_items(args: argparse.Namespace) -> None:
     """The options as overrides. An option that takes several values also swallows what follows it: that is given back."""
     numbers: dict[str, list[str]] = {}
-    for key in ("loraid", "lora_multiplier"):
+    for key, fits in {"loraid": _is_number, "lora_multiplier": _is_number, "lora_expert": str.isidentifier}.items():
         values = [v for group in getattr(args, key) for v in group]
-        numbers[key] = [v for v in values if _is_number(v)]
-        args.items += [v for v in values if not _is_number(v)]
+        numbers[key] = [v for v in values if fits(v)]
+        args.items += [v for v in values if not fits(v)]
         setattr(args, key, [])
+    experts = numbers.pop("lora_expert")
     if args.lora:
-        args.items.append(_lora_item(args, numbers.pop("lora_multiplier"), slices=bool(numbers["loraid"])))
+        args.items.append(_lora_item(args, numbers.pop("lora_multiplier"), experts, slices=bool(numbers["loraid"])))
         args.lora = []
+    elif experts:
+        raise ConfigError("--lora_expert says whose a --lora is; give that, or lora=[{path: FILE, expert: NAME}]")
     args.items += [f"{key}=[{', '.join(found)}]" for key, found in numbers.items() if found]
 
 
-def _lora_item(args: argparse.Namespace, factors: list[str], *, slices: bool) -> str:
+def _lora_item(args: argparse.Namespace, factors: list[str], experts: list[str], *, slices: bool) -> str:
     if slices and factors:
         raise ConfigError("--lora_multiplier: of --lora or of --loraid? give the files as lora=[{path: FILE, multiplier: X}]")
     if any(item.startswith("lora=") for item in args.items):
         raise ConfigError("--lora and lora=...: both give LoRA files; give all of them in one way")
-    if len(factors) not in (0, 1, len(args.lora)):
-        numbers = f"{len(args.lora)} --lora but {len(factors)} --lora_multiplier"
-        raise ConfigError(f"{numbers}; give one for each, in order, or one for all")
+    for option, given in {"--lora_multiplier": factors, "--lora_expert": experts}.items():
+        if len(given) not in (0, 1, len(args.lora)):
+            numbers = f"{len(args.lora)} --lora but {len(given)} {option}"
+            raise ConfigError(f"{numbers}; give one for each, in order, or one for all")
     factors = factors * len(args.lora) if len(factors) == 1 else factors or ["1.0"] * len(args.lora)
-    return override("lora", [{"path": p, "multiplier": float(x)} for p, x in zip(args.lora, factors, strict=True)])
+    whose = [{"expert": name} for name in experts * (len(args.lora) if len(experts) == 1 else 1)] or [{}] * len(args.lora)
+    return override(
+        "lora", [{"path": p, "multiplier": float(x), **of} for p, x, of in zip(args.lora, factors, whose, strict=True)]
+    )
 
 
 def _is_number(text: str) -> bool:

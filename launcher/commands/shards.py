@@ -124,6 +124,7 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
     add("caches", nargs="+", metavar="DIR", help="musubi-tuner cache directories (latents and text encoder outputs)")
     add("--output", required=True, metavar="DIR", help="the set to make")
     add("--model", default=None, metavar="NAME", help="architecture (default: what the files say)")
+    add("--flavor", default=None, metavar="NAME", help="its flavor (default: the first that reads all columns of the caches)")
     add("--samples-per-tar", type=int, default=512, metavar="N", help="samples after which a tar is closed (default: 512)")
     add("--strict", action="store_true", help="stop at the first cache file that cannot be used")
 
@@ -135,6 +136,6 @@ def _import(args: argparse.Namespace) -> None:
     if args.samples_per_tar < 1:
         raise ConfigError(f"--samples-per-tar {args.samples_per_tar}: expected 1 or more")
     for line in musubi.run(
-        args.caches, args.output, model=args.model, samples_per_tar=args.samples_per_tar, strict=args.strict
+        args.caches, args.output, model=args.model, flavor=args.flavor, samples_per_tar=args.samples_per_tar, strict=args.strict
     ):
         print(line)

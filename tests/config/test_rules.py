@@ -24,8 +24,8 @@ def test_sets_to_evaluate_on_may_lie_under_addresses(tmp_path) -> None:
 
 
 def test_sampling_takes_all_experts() -> None:
-    with pytest.raises(ConfigError, match="model.expert is 'low': it is for training, sampling takes all of them"):
-        check_generate(load(GenerateConfig, None, ["model.expert=low"]))
+    with pytest.raises(ConfigError, match="model.experts is 'low': it is for training, sampling takes all of them"):
+        check_generate(load(GenerateConfig, None, ["model.experts=low"]))
 
 
 def test_the_numbers_of_a_run() -> None:

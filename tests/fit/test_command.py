@@ -116,9 +116,9 @@ def test_of_several_experts_the_largest_counts(tmp_path):
     dit, low = paths["dit"], {"dit_low": paths["dit_low"]}
     assert candidate(ModelConfig("wan", dit=dit)).flavor.arch.n_layers == 1
     assert candidate(ModelConfig("wan", dit=dit, parts=low)).flavor.arch.n_layers == 3
-    assert candidate(ModelConfig("wan", dit=dit, parts=low, expert="high")).flavor.arch.n_layers == 1  # it is trained
+    assert candidate(ModelConfig("wan", dit=dit, parts=low, experts="high")).flavor.arch.n_layers == 1  # it is trained
     with pytest.raises(ConfigError, match="did you mean 'high'"):
-        candidate(ModelConfig("wan", dit=dit, expert="hihg"))
+        candidate(ModelConfig("wan", dit=dit, experts="hihg"))
 
 
 def test_the_command(tmp_path, capsys):

@@ -8,20 +8,22 @@ from hvtrain.errors import ConfigError
 from hvtrain.flow.loss import add_noise, squared_error, target
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.timesteps import SAMPLERS, quantile_function, stratified
+from hvtrain.models import find
 
+FLAVOR, SHAPE = find("hunyuan-video").flavor(None), (1, 16, 5, 60, 104)
 GRID = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_is_a_quantile_function(name):
-    sigma = quantile_function(name, FlowConfig(shift=7.0))(GRID)
+    sigma = quantile_function(name, FlowConfig(shift=7.0), FLAVOR)(GRID, SHAPE)
     assert (sigma.diff() >= 0).all() and sigma.min() >= 0 and sigma.max() <= 1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_truncation_keeps_the_shape(name):
-    whole = quantile_function(name, FlowConfig(shift=7.0))(GRID)
-    cut = quantile_function(name, FlowConfig(shift=7.0, min_sigma=0.4, max_sigma=0.9))(GRID)
+    whole = quantile_function(name, FlowConfig(shift=7.0), FLAVOR)(GRID, SHAPE)
+    cut = quantile_function(name, FlowConfig(shift=7.0, min_sigma=0.4, max_sigma=0.9), FLAVOR)(GRID, SHAPE)
     assert cut.min() >= 0.4 and cut.max() <= 0.9
     inside = whole[(whole > 0.4) & (whole < 0.9)]
     assert abs(inside.median() - cut.median()) < 0.01 and abs(inside.std() - cut.std()) < 0.01

@@ -35,7 +35,7 @@ def normal(u: float) -> float:
     [
         (FlowConfig("uniform"), lambda u: u),
         (FlowConfig("sigmoid", sigmoid_scale=1.5), lambda u: logistic(1.5 * normal(u))),
-        (FlowConfig("logit_normal", logit_mean=0.7, sigmoid_scale=0.6), lambda u: logistic(0.7 + 0.6 * normal(u))),
+        (FlowConfig("logit_normal", logit_mean=0.7, logit_std=0.6), lambda u: logistic(0.7 + 0.6 * normal(u))),
         (FlowConfig("shift", shift=5.0, sigmoid_scale=0.8),
          lambda u: 5 * logistic(0.8 * normal(u)) / (1 + 4 * logistic(0.8 * normal(u)))),
     ],
@@ -64,7 +64,7 @@ def test_a_cut_distribution_is_the_whole_one_between_its_ends(name, low, high):
 def test_the_whole_distribution_is_not_cut_and_an_empty_one_is_refused():
     whole = torch.tensor([0.0, 1e-30, 0.5, 1.0], dtype=torch.float64)
     assert torch.equal(quantile_function("uniform", FlowConfig("uniform", min_sigma=0.0, max_sigma=1.0))(whole), whole)
-    narrow = FlowConfig("logit_normal", logit_mean=-9.0, sigmoid_scale=0.1, min_sigma=0.9, max_sigma=0.95)
+    narrow = FlowConfig("logit_normal", logit_mean=-9.0, logit_std=0.1, min_sigma=0.9, max_sigma=0.95)
     with pytest.raises(ConfigError, match=r"'logit_normal' has nothing between flow.min_sigma 0.9 and flow.max_sigma 0.95"):
         quantile_function("logit_normal", narrow)
     for low, high in ((-0.1, 1.0), (0.5, 0.5), (0.0, 1.1)):

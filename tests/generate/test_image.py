@@ -24,12 +24,13 @@ from hvtrain.generate.requests import Request, single_job
 from hvtrain.generate.sample import sample_latents
 from hvtrain.generate.spool import visible
 from hvtrain.generate.video import read_metadata
-from hvtrain.models.parts import open_vae
+from hvtrain.models.parts import open_text, open_vae
 from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from tests.generate.models import SIZE, random_cond, spec_and_flavor, write_dit
 from tests.generate.test_run import pixels
+from tests.models.sight import save_sight
 from tests.parallel.ranks import run_ranks
 
 SPEC, TINY = spec_and_flavor()
@@ -37,7 +38,8 @@ SPEC, TINY = spec_and_flavor()
 
 def flavor_of(name: str) -> Flavor:
     own = SPEC.flavors[name]
-    arch = replace(TINY.arch, in_channels=own.arch.in_channels, token_replace=own.arch.token_replace)
+    kind = {key: getattr(own.arch, key) for key in ("in_channels", "token_replace", "guidance_embed")}
+    arch = replace(TINY.arch, **kind)
     return SPEC.fitted(own, arch)
 
 
@@ -122,6 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_dit(folder / f"{name}.safetensors", name)
     picture(folder / "green.png", (40, 200, 60))
     picture(folder / "violet.png", (200, 40, 200))
+    save_sight(folder / "vision.safetensors")
     return folder
 
 
@@ -130,14 +133,19 @@ def make(folder: Path, name: str, **changes: object) -> list[Path]:
         "model.dit": folder / f"{name}.safetensors", "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm",
         "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32",
         "prompt": "a red circle moves left", "output": folder / f"{name}.mp4", "steps": 2, "cfg_scale": 1, "save_latents": True,
-        **SIZE, **changes,
+        "model.llm_vision": folder / "vision.safetensors" if name.startswith("i2v") else None, **SIZE, **changes,
     }
     items = [f"{key}={value}" for key, value in values.items() if value is not None]
     return generate.run(config.load(GenerateConfig, None, items))
 
 
+def with_sight(folder: Path) -> ModelConfig:
+    parts = {"llm": "tiny:llm", "clip": "tiny:clip", "llm_vision": str(folder / "vision.safetensors")}
+    return ModelConfig(vae="tiny:vae.safetensors", parts=parts, vae_dtype="float32", dtype="float32")
+
+
 def test_a_condition_is_the_mode_of_the_posterior(folder: Path) -> None:
-    model = ModelConfig(vae="tiny:vae.safetensors", parts={"llm": "tiny:llm", "clip": "tiny:clip"}, vae_dtype="float32")
+    model = with_sight(folder)
     flavor, path = flavor_of("i2v"), str(folder / "green.png")
     request = Request.of(flavor, prompt="a ring", image=path, **SIZE)
     found = encode_requests([request], SPEC, flavor, model, ParallelContext())
@@ -145,7 +153,8 @@ def test_a_condition_is_the_mode_of_the_posterior(folder: Path) -> None:
     assert latents.shape == (1, 16, 1, 6, 10) and Shown.of(request) == Shown((path,), 80, 48, 9)
     image = read_image(path, width=80, height=48)
     assert torch.equal(latents, open_vae(SPEC, model, "cpu").encode(image[None, :, None]))
-    assert torch.equal(found.texts["a ring"]["text"], found.of(request)["text"])
+    tiny = open_text(SPEC, model, "cpu", flavor)
+    assert torch.equal(found.of(request)["seen_text"][0], tiny.encode(["a ring"], [image])[0]["seen_text"])
 
 
 def test_a_video_begins_with_its_image(folder: Path) -> None:
@@ -191,8 +200,7 @@ def test_first_and_last_frame_are_both_shown(folder: Path, monkeypatch) -> None:
         seen.append((images, tuple(shape)))
         return {"image_latents": torch.zeros(16, 1, 6, 10)}
 
-    model = ModelConfig(vae="tiny:vae.safetensors", parts={"llm": "tiny:llm", "clip": "tiny:clip"}, vae_dtype="float32")
-    encode_requests([job.request], replace(SPEC, image_conditions=conditions_of), flavor, model, ParallelContext())
+    encode_requests([job.request], replace(SPEC, image_conditions=conditions_of), flavor, with_sight(folder), ParallelContext())
     ((images, shape),) = seen
     assert shape == (16, 3, 6, 10) and images.shape == (2, 3, 48, 80)
     assert torch.equal(images[0], read_image(green, width=80, height=48))
@@ -239,3 +247,43 @@ def test_a_line_without_its_image_is_named(folder: Path) -> None:
     lines.write_text("a ring --i nowhere.png\n")
     with pytest.raises(ConfigError, match=r"lines.txt:1: image: nowhere.png does not exist"):
         make(folder, "i2v", prompt=None, prompt_file=lines, output=folder / "never")
+
+
+def test_skyreels_prompts_begin_with_its_prefix(folder: Path) -> None:
+    """The negative prompt does not; it is HunyuanVideo's, at a true guidance of 6 beside an embedded one of 1."""
+    flavor = flavor_of("skyreels-v1-i2v")
+    request = Request.of(flavor, prompt="a ring", image=str(folder / "green.png"), **SIZE)
+    assert (request.guidance, request.cfg_scale, request.steps, request.shift) == (1.0, 6.0, 30, 7.0) and request.guided
+    found = encode_requests([request], SPEC, flavor, with_sight(folder), ParallelContext())
+    tiny = open_text(SPEC, with_sight(folder), "cpu", flavor)
+    negative = SPEC.flavor("t2v").defaults.negative_prompt
+    for cond, text in ((found.of(request), "FPS-24, a ring"), (found.negative(request), negative)):
+        wanted = tiny.encode([text])[0]
+        assert torch.equal(cond["text"][0], wanted["text"]) and torch.equal(cond["pooled"][0], wanted["pooled"])
+        assert cond["image_latents"].shape == (1, 16, 1, 6, 10)
+    again = Request.of(flavor, prompt="FPS-24, a ring", image=str(folder / "green.png"), **SIZE)
+    assert torch.equal(encode_requests([again], SPEC, flavor, with_sight(folder), ParallelContext()).of(again)["text"][0],
+                       tiny.encode(["FPS-24, a ring"])[0]["text"])
+
+
+def test_a_negative_prompt_is_read_beside_a_black_image(folder: Path) -> None:
+    flavor, image = flavor_of("i2v"), str(folder / "green.png")
+    request = Request.of(flavor, prompt="a ring", image=image, cfg_scale=3.0, **SIZE)
+    found = encode_requests([request], SPEC, flavor, with_sight(folder), ParallelContext())
+    tiny = open_text(SPEC, with_sight(folder), "cpu", flavor)
+    black = torch.full((3, 48, 80), -1.0)
+    assert torch.equal(found.negative(request)["seen_text"][0], tiny.encode([request.negative_prompt], [black])[0]["seen_text"])
+    assert request.negative_prompt.startswith("deformation, a poor composition and deformed video")
+
+
+def test_modes_of_image_to_video_begin_otherwise() -> None:
+    """Steady: a trace of the image in every frame, also in the model of 33 channels; dynamic: noise alone. Shift 7, 7 and 17."""
+    for name, trace, shift in (("i2v", 0.001, 7.0), ("i2v-concat", 0.001, 7.0), ("i2v-dynamic", 0.0, 17.0)):
+        seen, _, image, noise = inputs_seen(name, "euler")
+        assert SPEC.flavors[name].defaults.shift == shift
+        begin = (1 - trace) * noise + trace * image
+        assert torch.equal(seen[0].x[:, :16, 1:], begin[:, :, 1:]), name
+        if name == "i2v-concat":
+            assert seen[0].x.shape[1] == 33 and torch.equal(seen[0].x[:, 16:32, :1], image) and "guidance" not in seen[0].cond
+            assert seen[0].x[:, 32].amax((2, 3)).tolist() == [[1, 0, 0]] * 2
+            assert torch.equal(seen[0].x[:, :16, :1], begin[:, :, :1])

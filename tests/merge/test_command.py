@@ -13,6 +13,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import read_lora, write_lora
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.merge import evaluate
 from hvtrain.merge import run as merge
 from hvtrain.merge.policies import POLICIES, Options
 from hvtrain.merge.write import Target, signature
@@ -140,7 +141,7 @@ def metadata_of(path):
         return file.metadata()
 
 
-def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys):
+def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys, monkeypatch):
     out = tmp_path / "one.safetensors"
     merge.run(MergeConfig(dit=str(small / "dit.safetensors"), lora=entries(small, 0.5), output=str(out)))
     said = capsys.readouterr().out.splitlines()
@@ -155,8 +156,10 @@ def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys):
     assert json.loads(found.pop("hvtrain.merged")) == [first]
     assert found == {k: v for k, v in metadata_of(small / "dit.safetensors").items() if k != "sshs_x"}
     again = tmp_path / "two.safetensors"  # onto the merged one: the history goes on
-    cfg = MergeConfig(dit=str(out), lora=entries(small, 0.0, 2.0)[1:], output=str(again), any_base=True)
-    merge.run(cfg, evaluate=lambda inputs, combined: {"base": 1.5, "merged": 0.25})
+    sets = (str(tmp_path),)
+    cfg = MergeConfig(dit=str(out), lora=entries(small, 0.0, 2.0)[1:], output=str(again), any_base=True, evaluate=sets)
+    monkeypatch.setattr(evaluate, "losses_of", lambda *given: {"base": 1.5, "merged": 0.25})
+    merge.run(cfg)
     history = json.loads(metadata_of(again)["hvtrain.merged"])
     assert history[0] == first and [h["file"] for h in history] == ["a.safetensors", "b.safetensors"]
     assert history[1]["multiplier"] == 2.0
@@ -178,14 +181,16 @@ def test_what_the_writer_is_told(small, tmp_path, monkeypatch, capsys):
     assert "'wann'" in refusal(ConfigError, merge.run, replace(cfg, model="wann"))
 
 
-def test_the_evaluation_sees_what_was_combined_by_seed_and_density(small, tmp_path):
+def test_the_evaluation_sees_what_was_combined_by_seed_and_density(small, tmp_path, monkeypatch):
     seen = []
     cfg = MergeConfig(
         dit=str(small / "dit.safetensors"), lora=entries(small, 1.0, 1.0), output=str(tmp_path / "x.safetensors"),
-        on_overlap="dare", density=0.25, seed=5,
+        on_overlap="dare", density=0.25, seed=5, evaluate=(str(tmp_path),),
     )
-    merge.run(cfg, evaluate=lambda inputs, combined: seen.append((inputs, combined)) or {})
-    ((inputs, combined),) = seen
+    monkeypatch.setattr(evaluate, "losses_of", lambda *given: seen.append(given) or {})
+    merge.run(cfg)
+    ((_, inputs, combined, sets, _),) = seen
+    assert sets == (str(tmp_path),)
     assert [m for _, m in inputs.loras] == [1.0, 1.0]
     ((layer, found),) = by_layer(inputs.loras).items()
     assert list(combined) == [layer]
@@ -267,7 +272,7 @@ def test_without_a_model(tmp_path, capsys):
 def test_config_file_keys_and_options_say_the_same(tmp_path, monkeypatch):
     """`hvtrain config merge` prints what `hvtrain merge CONFIG.yaml` loads; keys win over the file, options over both."""
     seen = []
-    monkeypatch.setattr(merge, "run", lambda cfg, evaluate: seen.append(cfg))
+    monkeypatch.setattr(merge, "run", lambda cfg: seen.append(cfg))
 
     def asked(*arguments):
         assert cli.main(["merge", *map(str, arguments)]) == 0

@@ -12,7 +12,8 @@ from hvtrain.lorafiles.files import write_lora
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.merge import evaluate
 from hvtrain.merge import run as merge
-from hvtrain.models.load import save_dit
+from hvtrain.models.load import identify, save_dit
+from hvtrain.parallel.context import start
 from tests.adapters.models import SPEC, build
 
 SHARED, OWN = "double_blocks.0.img_attn_qkv", "single_blocks.1.linear2"
@@ -39,16 +40,17 @@ def files(tmp_path):
 def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, policy, dtype):
     base = load_file(files / "dit.safetensors")
     entries = tuple(LoraFileConfig(str(files / n / "lora.safetensors"), m) for n, m in (("a", 0.5), ("b", -2.0)))
-    cfg = MergeConfig(dit=str(files / "dit.safetensors"), lora=entries, output=str(files / "m.safetensors"), on_overlap=policy)
+    cfg = MergeConfig(dit=str(files / "dit.safetensors"), lora=entries, output=str(files / "m.safetensors"), on_overlap=policy,
+                      evaluate=(str(files),))
     seen = []
 
-    def loss(cfg, loaded, ctx):
+    def loss(sets, loaded, ctx):
         seen.append({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
         return float(len(seen))
 
     monkeypatch.setattr(evaluate, "_loss", loss)
     monkeypatch.setattr(evaluate, "compute_dtype", lambda device: dtype)
-    merge.run(cfg, evaluate.losses_of(cfg))
+    merge.run(cfg)
     report = json.loads((files / "m-merge.json").read_text())
     assert report["losses"] == {"base": 1.0, "a/lora.safetensors": 2.0, "b/lora.safetensors": 3.0, "merged": 4.0}
     merged = load_file(files / "m.safetensors")
@@ -86,31 +88,30 @@ def test_a_gpu_holds_the_model_once_in_bfloat16(files, monkeypatch):
     assert evaluate.compute_dtype(torch.device("cpu")) == torch.float32
     assert evaluate.compute_dtype(torch.device("cuda", 0)) == torch.bfloat16
     asked, objectives = {}, []
-    load, objective = evaluate.load_dit, evaluate.Objective
+    load, objective = evaluate.load_found, evaluate.Objective
     monkeypatch.setattr(evaluate, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(evaluate, "load_dit", lambda *a, **k: asked.update(k) or load(*a, **k))
+    monkeypatch.setattr(evaluate, "load_found", lambda *a, **k: asked.update(k) or load(*a, **k))
     monkeypatch.setattr(evaluate, "Objective", lambda *a: objectives.append(a) or objective(*a))
     monkeypatch.setattr(evaluate, "open_shards", lambda *a, **k: [])
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *a, **k: {"eval/loss": 1.0})
     clones = []
     monkeypatch.setattr(torch.Tensor, "clone", lambda t, *a, **k: clones.append(t) or t.detach().contiguous())
     entries = (LoraFileConfig(str(files / "a" / "lora.safetensors")),)
-    cfg = MergeConfig(dit=str(files / "dit.safetensors"), lora=entries, output="x", evaluate=("set",))
-    lora, multiplier = merge.open_inputs(cfg, *shapes_and_spec(), base=None).loras[0]
-    inputs = merge.Inputs([(lora, multiplier)], None)
-    evaluate.losses_of(cfg)(inputs, merge.by_layer(inputs.loras))
+    inputs = merge.open_inputs(entries, None, *shapes_and_spec(), base=None)
+    evaluate.losses_of(identify(files / "dit.safetensors"), inputs, merge.by_layer(inputs.loras), ["set"], start(device="cpu"))
     assert asked["dtype"] == torch.bfloat16
     assert all(arguments[-1] is True for arguments in objectives) and len(objectives) == 3
     assert not clones
 
 
-def test_the_cpu_never_stands_in_for_a_gpu(monkeypatch):
+def test_the_cpu_never_stands_in_for_a_gpu(monkeypatch, tmp_path):
     """--device cuda where the environment has the runs on the CPU: hours for what takes minutes."""
     monkeypatch.setenv("HVTRAIN_DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    cfg = MergeConfig(dit="gone.safetensors", output="x", evaluate=("set",), device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg = MergeConfig(dit="gone", lora=(LoraFileConfig("gone"),), output="x", evaluate=(str(tmp_path),), device="cuda")
     with pytest.raises(LaunchError, match="has no GPU: PyTorch sees 0"):
-        evaluate.losses_of(cfg)(merge.Inputs([], None), {})
+        merge.run(cfg)
 
 
 def shapes_and_spec():

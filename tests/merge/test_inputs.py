@@ -13,6 +13,7 @@ from hvtrain.lorafiles.files import LoraFile, write_lora
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.merge.inputs import (
     Inputs,
+    PlanSlices,
     check_slots,
     finished,
     lora_in,
@@ -47,6 +48,11 @@ def run_of(folder, name="lora", **given):
 
 def config(*paths, **given):
     return MergeConfig(lora=tuple(LoraFileConfig(str(p)) for p in paths), output="m.safetensors", **given)
+
+
+def opened(cfg, shapes, spec, *, base):
+    slices = None if cfg.plan is None else PlanSlices(Path(cfg.plan), cfg.slices and Path(cfg.slices), cfg.allow_missing)
+    return open_inputs(cfg.lora, slices, shapes, spec, base=None if cfg.any_base else base)
 
 
 def refusal(error, function, *arguments, **given):
@@ -139,47 +145,47 @@ def test_rows_of_a_slice(tmp_path):
 def test_inputs_of_a_plan(plan, tmp_path):
     paths = [run_of(tmp_path / f"0{i}", layers=layers_of(plan, i), ss_loraid=str(i)) for i in (1, 2)]
     cfg = config(plan=str(tmp_path / "plan.json"))
-    found = open_inputs(cfg, SHAPES, SPEC, base=None)
+    found = opened(cfg, SHAPES, SPEC, base=None)
     assert [(x.path, m) for x, m in found.loras] == [(p, 1.0) for p in paths]
     assert found.plan == plan and found.missing == ()
     extra = lora(tmp_path / "extra.safetensors")  # an ordinary LoRA beside them is no slice
     both = replace(cfg, lora=(LoraFileConfig(str(extra), 0.5),))
-    assert [(x.path, m) for x, m in open_inputs(both, SHAPES, SPEC, base=None).loras] == [
+    assert [(x.path, m) for x, m in opened(both, SHAPES, SPEC, base=None).loras] == [
         (extra, 0.5), (paths[0], 1.0), (paths[1], 1.0),
     ]  # fmt: skip
     paths[1].unlink()
     why = f"{tmp_path / '02'} is not finished (no lora.safetensors yet)"
-    assert refusal(CheckpointError, open_inputs, cfg, SHAPES, SPEC, base=None) == (
+    assert refusal(CheckpointError, opened, cfg, SHAPES, SPEC, base=None) == (
         f"1 of 2 slices are not there: LORAID 2: {why}. Finish them, or --allow-missing"
     )
-    assert open_inputs(replace(cfg, allow_missing=True), SHAPES, SPEC, base=None).missing == (2,)
+    assert opened(replace(cfg, allow_missing=True), SHAPES, SPEC, base=None).missing == (2,)
     moved = tmp_path / "elsewhere"
     run_of(moved / "01", layers=layers_of(plan, 2), ss_loraid="1")  # trespasses
     run_of(moved / "02", layers=layers_of(plan, 2), ss_loraid="2")
     there = replace(cfg, slices=str(moved))
-    assert "it owns none of that layer" in refusal(CheckpointError, open_inputs, there, SHAPES, SPEC, base=None)
+    assert "it owns none of that layer" in refusal(CheckpointError, opened, there, SHAPES, SPEC, base=None)
     for name in ("01", "02"):
         (moved / name / "lora.safetensors").unlink()
-    both_gone = refusal(CheckpointError, open_inputs, there, SHAPES, SPEC, base=None)
+    both_gone = refusal(CheckpointError, opened, there, SHAPES, SPEC, base=None)
     assert both_gone.startswith("2 of 2 slices are not there: LORAID 1: ") and "; LORAID 2: " in both_gone
     nothing = replace(there, allow_missing=True)
-    assert refusal(ConfigError, open_inputs, nothing, SHAPES, SPEC, base=None) == (
+    assert refusal(ConfigError, opened, nothing, SHAPES, SPEC, base=None) == (
         "lora: nothing to merge; give at least one LoRA file, or a plan with finished slices"
     )
 
 
 def test_base_weights_are_compared(tmp_path):
     path = lora(tmp_path / "a.safetensors", **{"hvtrain.base": "a" * 64})
-    wrong = refusal(CheckpointError, open_inputs, config(path), SHAPES, SPEC, base="b" * 64)
+    wrong = refusal(CheckpointError, opened, config(path), SHAPES, SPEC, base="b" * 64)
     assert wrong == (
         f"{path}: trained on other weights ({'a' * 16}) than this model's ({'b' * 16}); give the model it was trained on, or "
         "--any-base if it is meant to go onto this one"
     )
     for base in ("a" * 64, None):
-        open_inputs(config(path), SHAPES, SPEC, base=base)
-    open_inputs(config(path, any_base=True), SHAPES, SPEC, base="b" * 64)
+        opened(config(path), SHAPES, SPEC, base=base)
+    opened(config(path, any_base=True), SHAPES, SPEC, base="b" * 64)
     for said in ({}, {"hvtrain.base": "scratch"}):
-        open_inputs(config(lora(tmp_path / "b.safetensors", **said)), SHAPES, SPEC, base="b" * 64)
+        opened(config(lora(tmp_path / "b.safetensors", **said)), SHAPES, SPEC, base="b" * 64)
 
 
 def test_a_plan_must_fit_the_base_too(tmp_path):
@@ -188,11 +194,11 @@ def test_a_plan_must_fit_the_base_too(tmp_path):
     for i in (1, 2):
         run_of(tmp_path / f"0{i}", layers=layers_of(plan, i), ss_loraid=str(i))
     cfg = config(plan=str(tmp_path / "plan.json"))
-    open_inputs(cfg, SHAPES, SPEC, base="a" * 64)
-    assert str(tmp_path / "plan.json") in refusal(CheckpointError, open_inputs, cfg, SHAPES, SPEC, base="b" * 64)
-    open_inputs(replace(cfg, any_base=True), SHAPES, SPEC, base="b" * 64)
+    opened(cfg, SHAPES, SPEC, base="a" * 64)
+    assert str(tmp_path / "plan.json") in refusal(CheckpointError, opened, cfg, SHAPES, SPEC, base="b" * 64)
+    opened(replace(cfg, any_base=True), SHAPES, SPEC, base="b" * 64)
     other = dict.fromkeys(SHAPES, (16, 4))
-    refusal(CheckpointError, open_inputs, cfg, other, SPEC, base=None)
+    refusal(CheckpointError, opened, cfg, other, SPEC, base=None)
 
 
 def test_owners():

@@ -52,7 +52,7 @@ def play(tmp_path: Path, text: str, ends_with: int) -> tuple[int, list[str], str
 
 @pytest.mark.parametrize(
     ("ends_with", "requeued", "starts"),
-    [(0, "", 1), (75, "31234", 1), (2, "", 1), (130, "", 1), (143, "", 1), (1, "", 3), (137, "", 3), (138, "", 3)],
+    [(0, "", 1), (75, "31234", 1), (2, "", 1), (130, "", 1), (143, "", 1), (1, "", 3), (137, "", 3), (138, "31234", 1)],
 )
 def test_a_job_starts_on_every_node_again_when_one_dies_and_is_requeued_when_it_has_saved(
     tmp_path, ends_with, requeued, starts

@@ -272,9 +272,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 def test_another_run_is_told_key_by_key(run, shards):
     with pytest.raises(ConfigError) as caught:
-        again(shards, run, "adapter.rank=8", "flow.logit_mean=0.5", "run.seed=9")
+        again(shards, run, "adapter.rank=8", "flow.sigmoid_scale=0.5", "run.seed=9")
     text = str(caught.value)
-    assert "adapter.rank is 4 there, 8 here; flow.logit_mean is 0.0 there, 0.5 here; run.seed is 0 there, 9 here; " in text
+    assert "adapter.rank is 4 there, 8 here; flow.sigmoid_scale is 1.0 there, 0.5 here; run.seed is 0 there, 9 here; " in text
     assert "alpha" not in text and "\n" not in text
 
 

@@ -57,12 +57,12 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("items", "says"),
     [
-        ((), r"model.expert: 'tiny' is made of several DiTs, .*: high \(sigma 0.875 to 1\), low \(sigma 0 to 0.875\)"),
-        (("model.expert=lwo",), "model.expert: hunyuan-video has no expert 'lwo'; did you mean 'low'"),
-        (("model.expert=low",), "model.dit_low is not set; the expert 'low' is in that file"),
-        (("model.expert=low", "model.dit=null"), "model.dit_low is not set; the expert 'low' is in that file"),
-        (("model.expert=high", "flow.max_sigma=0.5"), "flow.min_sigma 0 to flow.max_sigma 0.5 are not .* 'high', 0.875 to 1"),
-        (("model.expert=low", "model.flavor=t2v"), "flavor 't2v' has no expert 'low'; it has no experts"),
+        ((), r"model.experts: 'tiny' is made of several DiTs, .*: high \(sigma 0.875 to 1\), low \(sigma 0 to 0.875\)"),
+        (("model.experts=lwo",), "model.experts: hunyuan-video has no expert 'lwo'; did you mean 'low'"),
+        (("model.experts=low",), "model.dit_low is not set; the expert 'low' is in that file"),
+        (("model.experts=low", "model.dit=null"), "model.dit_low is not set; the expert 'low' is in that file"),
+        (("model.experts=high", "flow.max_sigma=0.5"), "flow.min_sigma 0 to flow.max_sigma 0.5 are not .* 'high', 0.875 to 1"),
+        (("model.experts=low", "model.flavor=t2v"), "flavor 't2v' has no expert 'low'; it has no experts"),
     ],
 )
 def test_which_is_asked_for_before_weights_are_read(shards, tmp_path, no_weights, items, says):
@@ -73,8 +73,8 @@ def test_which_is_asked_for_before_weights_are_read(shards, tmp_path, no_weights
 
 def test_an_expert_of_a_flavor_without(shards, tmp_path, no_weights, monkeypatch):
     monkeypatch.setitem(SPEC.flavors, "tiny", replace(SPEC.flavors["tiny"], experts=()))
-    with pytest.raises(ConfigError, match="hunyuan-video has no expert 'low'; it has no experts; leave model.expert null"):
-        train.run(config(shards, tmp_path / "run", "model.expert=low"))
+    with pytest.raises(ConfigError, match="hunyuan-video has no expert 'low'; it has no experts; leave model.experts null"):
+        train.run(config(shards, tmp_path / "run", "model.experts=low"))
 
 
 @pytest.mark.parametrize("expert", [HIGH, LOW], ids=lambda e: e.name)
@@ -101,7 +101,7 @@ def test_a_run_trains_one(shards, low, tmp_path, monkeypatch, name, capfd):
 
     monkeypatch.setattr(Objective, "compare", compared)
     run = tmp_path / "run"
-    items = (f"model.expert={name}", low, "run.steps=4", f"eval.shards=[{shards}]", "eval.every_steps=4", "eval.max_batches=1")
+    items = (f"model.experts={name}", low, "run.steps=4", f"eval.shards=[{shards}]", "eval.every_steps=4", "eval.max_batches=1")
     assert train.run(config(shards, run, *items)) == 0
     assert opened == [str(tmp_path / "low.safetensors") if name == "low" else asset("tiny:dit.safetensors")]
     low_end, high_end = {"high": HIGH, "low": LOW}[name].sigmas
@@ -110,7 +110,7 @@ def test_a_run_trains_one(shards, low, tmp_path, monkeypatch, name, capfd):
         metadata = file.metadata()
     assert metadata["hvtrain.expert"] == name and metadata["ss_output_name"] == f"lora-{name}"
     about = json.loads((run / "run.json").read_text())
-    assert (about["model.expert"], about["run.name"]) == (name, f"lora-{name}")
+    assert (about["model.experts"], about["run.name"]) == (name, f"lora-{name}")
     assert f"expert {name}" in capfd.readouterr().out
     # What the run wrote of itself is the same run; the other expert is not.
     kept = yaml.safe_load((run / "config.yaml").read_text())
@@ -119,12 +119,12 @@ def test_a_run_trains_one(shards, low, tmp_path, monkeypatch, name, capfd):
     assert "nothing to do" in capfd.readouterr().out
     other = "high" if name == "low" else "low"
     shutil.copy(run / f"lora-{name}.safetensors", tmp_path / "kept.safetensors")
-    with pytest.raises(ConfigError, match=f"model.expert is \"{name}\" there, \"{other}\" here"):
-        train.run(config(shards, run, *items, f"model.expert={other}"))
+    with pytest.raises(ConfigError, match=f"model.experts is \"{name}\" there, \"{other}\" here"):
+        train.run(config(shards, run, *items, f"model.experts={other}"))
 
 
 def test_from_scratch(shards, tmp_path):
     """The expert's file is not needed where no weights are."""
-    items = ("model.dit=null", "model.flavor=tiny", "model.expert=low", "adapter.type=none", "run.steps=1")
+    items = ("model.dit=null", "model.flavor=tiny", "model.experts=low", "adapter.type=none", "run.steps=1")
     assert train.run(config(shards, tmp_path / "run", *items)) == 0
     assert (tmp_path / "run/lora-low.safetensors").exists()

@@ -15,11 +15,13 @@ from hvtrain.merge import run as merge
 from hvtrain.merge.evaluate import losses_of
 from hvtrain.models import find
 from hvtrain.models.hunyuan_video import inputs
-from hvtrain.models.load import save_dit
+from hvtrain.models.load import identify, save_dit
+from hvtrain.parallel.context import start
 from hvtrain.train import run as train
 from hvtrain.train import setup
 from hvtrain.train.setup import flow_of
 from shards.loader import BatchLoader
+from tests.models.sight import save_sight
 from tests.train.shardset import config, make_shards
 
 SPEC = find("hunyuan-video")
@@ -86,7 +88,7 @@ def test_a_run_takes_the_flavors_own(shards, small, told, tmp_path, capfd):
         dit=str(dit), lora=(LoraFileConfig(str(run / "lora.safetensors")),), output=str(tmp_path / "m.safetensors"),
         evaluate=(str(shards),),
     )
-    merge.run(wanted, losses_of(wanted))
+    merge.run(wanted)
     assert told and {scale for scale, _ in told} == {1.0}
     assert any(s == pytest.approx(0.875) for _, sigma in told for s in sigma.tolist())
 
@@ -94,14 +96,14 @@ def test_a_run_takes_the_flavors_own(shards, small, told, tmp_path, capfd):
 def test_the_flavor_that_a_merge_is_told(shards, small, told, tmp_path):
     """Weights of equal shapes do not tell SkyReels from HunyuanVideo: `flavor` does."""
     dit = small("t2v")
-    loss = losses_of(MergeConfig(dit=str(dit), flavor="tiny", evaluate=(str(shards),)))
-    loss(merge.Inputs([], None), {})
+    losses_of(identify(dit, flavor="tiny"), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert any(s == pytest.approx(0.75) for _, sigma in told for s in sigma.tolist())  # tiny's shift of 3
 
 
 @pytest.mark.parametrize(
     ("name", "shift", "guidance"),
-    [("t2v", 7.0, 6.0), ("i2v", 7.0, 6.0), ("skyreels-v1-t2v", 7.0, 1.0), ("skyreels-v1-i2v", 7.0, 1.0), ("tiny", 3.0, 6.0)],
+    [("t2v", 7.0, 6.0), ("i2v", 7.0, 6.0), ("i2v-dynamic", 7.0, 6.0), ("skyreels-v1-t2v", 7.0, 1.0),
+     ("skyreels-v1-i2v", 7.0, 1.0), ("tiny", 3.0, 6.0)],
 )
 def test_values_of_the_flavors(name, shift, guidance):
     found = flow_of(FlowConfig(), SPEC.flavors[name])
@@ -144,15 +146,16 @@ def test_numbers_that_equal_the_flavors_are_the_same_run(shards, tmp_path, capfd
 @pytest.mark.parametrize(("name", "wanted"), [("t2v", set()), ("i2v", {"image_latents"})])
 def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name, wanted):
     """In training, held-out loss and merge; `control` is read by no model."""
-    shards = make_shards(tmp_path / "set", more=("image", "control"))
+    words = "seen_text" if SPEC.flavors[name].sees else "text"
+    shards = make_shards(tmp_path / "set", more=("image", "control"), words=words)
     read, real = [], BatchLoader.read
     monkeypatch.setattr(BatchLoader, "read", lambda self, turn: read.append(real(self, turn)) or read[-1])
     dit = small(name)
     held = (f"eval.shards=[{shards}]", "eval.every_steps=1", "eval.quantiles=[0.5]", "eval.max_batches=1", "data.workers=0")
     assert train.run(config(shards, tmp_path / "run", f"model.dit={dit}", "run.steps=1", *held)) == 0
-    losses_of(MergeConfig(dit=str(dit), evaluate=(str(shards),)))(merge.Inputs([], None), {})
+    losses_of(identify(dit), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert len(read) > 3
-    assert all(set(batch.tensors) == {"latents", "text", "text_len", "pooled"} | wanted for batch in read)
+    assert all(set(batch.tensors) == {"latents", words, f"{words}_len", "pooled"} | wanted for batch in read)
 
 
 def test_a_fit_is_traced_with_the_flavors_own(told):
@@ -163,10 +166,13 @@ def test_a_fit_is_traced_with_the_flavors_own(told):
 @pytest.mark.parametrize("name", ["i2v", "skyreels-v1-i2v"])
 def test_image_to_video_makes_previews(shards, small, tmp_path, monkeypatch, name):
     """Of a sample's own first frame; a size that no sample has is refused before the model is read."""
-    dit, run = small(name), tmp_path / "run"
-    assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1", *PARTS, *PREVIEW)) == 0
+    dit, run, parts = small(name), tmp_path / "run", PARTS
+    if SPEC.flavors[name].sees:
+        shards = make_shards(tmp_path / "set", words="seen_text")
+        parts = (*PARTS, f"model.llm_vision={save_sight(tmp_path / 'vision.safetensors')}")
+    assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1", *parts, *PREVIEW)) == 0
     assert (run / "previews" / "step00000001_0.mp4").exists()
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
     with pytest.raises(ConfigError, match=r"preview.prompts\[0\]: no sample of this size to begin with; give image=FILE, or"):
-        train.run(config(shards, tmp_path / "other", f"model.dit={dit}", *PARTS, PREVIEW[0], PREVIEW[1].replace("32", "48")))
+        train.run(config(shards, tmp_path / "other", f"model.dit={dit}", *parts, PREVIEW[0], PREVIEW[1].replace("32", "48")))
     assert not (tmp_path / "other").exists()

@@ -14,7 +14,8 @@ from hvtrain.flow.timesteps import quantile_function, stratified
 from hvtrain.models import find
 from hvtrain.models.dit import ModelInput
 from hvtrain.rng import generator
-from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions, objective_of
+from hvtrain.train.setup import flow_of
 
 SHAPE = (2, 3, 4, 2, 2)  # [B C T H W]
 QUANTILE = quantile_function("shift", FlowConfig(shift=5.0))
@@ -201,3 +202,54 @@ def test_how_often_captions_are_dropped():
     assert gone[2000:].mean().item() == pytest.approx(0.6, abs=0.05)
     draw = torch.rand(4000, generator=generator(1))
     assert torch.equal(gone.bool(), draw < torch.tensor(shares))
+
+
+# --- options of the loss ----------------------------------------------------------------------------------------------
+
+
+def test_a_mask_column_weighs_the_cells_and_is_no_condition():
+    mask = torch.zeros(2, 1, 4, 2, 2)
+    mask[:, :, :, :, 0] = 0.5
+    data, far = {**batch(), "mask": mask}, torch.zeros(SHAPE)
+    far[..., 1] = 1e3
+    masked = replace(BASE, masked=True)
+    found = masked(Recorder(far), data, HERE)
+    torch.testing.assert_close(found.per_sample, masked(Recorder(), data, HERE).per_sample)
+    model = Recorder()
+    plain = BASE(model, data, HERE)
+    assert "mask" not in model.seen[0].cond and "mask" not in model.seen[0].lengths
+    error = (noise_at(HERE) - data["latents"].float())[..., 0]
+    torch.testing.assert_close(found.per_sample, error.pow(2).flatten(1).mean(1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found.per_sample, plain.per_sample)
+    both = replace(masked, task="i2v")  # with the frame that is given: neither it nor what is masked is learnt
+    far[:, :, 0] = 1e3
+    torch.testing.assert_close(
+        both(Recorder(far), data, HERE).per_sample, both(Recorder(), data, HERE).per_sample
+    )
+
+
+def test_noise_offset_is_one_number_for_a_channel_and_leaves_the_noise_as_it_was():
+    offset = noise_at(HERE, replace(BASE, noise_offset=0.5)) - noise_at(HERE)
+    assert (offset - offset[:, :, :1, :1, :1]).abs().max() < 1e-5
+    many = replace(BASE, noise_offset=0.5)
+    found = []
+    for step in range(400):
+        found.append((noise_at(replace(HERE, step=step), many) - noise_at(replace(HERE, step=step)))[:, :, 0, 0, 0])
+    values = torch.stack(found)
+    assert values.std().item() == pytest.approx(0.5, abs=0.04) and abs(values.mean().item()) < 0.05
+
+
+def test_a_config_s_objective():
+    spec = BASE.spec
+    flavor = spec.flavor(None)
+    flow = flow_of(FlowConfig(loss="huber", huber_c=0.2, weighting="cosmap", guidance=1.0, raw_guidance=True), flavor)
+    objective = objective_of(flow, spec, flavor, device=torch.device("cpu"), autocast=False)
+    model = Recorder()
+    found = objective(model, batch(), HERE)
+    assert model.seen[0].cond["guidance"].tolist() == [1.0, 1.0]  # musubi's: not times 1000
+    error = (noise_at(HERE) - batch()["latents"].float()).abs()
+    want = torch.where(error < 0.2, error**2, 0.4 * error - 0.04).flatten(1).mean(1)
+    s = found.sigma
+    torch.testing.assert_close(found.per_sample, want * 2 / (torch.pi * (1 - 2 * s + 2 * s * s)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(s, quantile_function("shift", FlowConfig(shift=7.0))(
+        stratified(2, seed=1, step=4, part=0, n_parts=4)).float())

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
-from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from
+from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from, told_by
 from hvtrain.models.hunyuan_video.inputs import image_conditions, make_input, start
 from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
-from hvtrain.models.hunyuan_video.model import HunyuanVideo, init_weights
+from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
 from hvtrain.models.later import later
+from hvtrain.models.refiner import init_weights
 from hvtrain.models.spec import ModelSpec, TinyParts
 
 
@@ -61,6 +62,7 @@ SPEC = ModelSpec(
     kind=("in_channels",),
     signature=owns,
     sizes_from=sizes_from,
+    told_by=told_by,
     fitted=fitted,
     build=HunyuanVideo,
     init_weights=init_weights,

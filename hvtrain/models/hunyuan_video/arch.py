@@ -12,7 +12,7 @@ from hvtrain.models.spec import Shapes
 
 # How a head is divided among t, h and w is in no tensor's shape; these are the divisions in use.
 _ROPE_DIMS = {128: (16, 56, 56), 96: (12, 42, 42)}
-_KNOWN_IN_CHANNELS = (16, 32)
+_KNOWN_IN_CHANNELS = (16, 32, 33)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def infer_arch(shapes: Shapes) -> HunyuanVideoArch:
     hidden, patch = proj[0], (proj[2], proj[3], proj[4])
     if proj[1] not in _KNOWN_IN_CHANNELS and proj[1] > 16:
         raise CheckpointError(
-            f"img_in.proj.weight takes {proj[1]} input channels; supported: 16 (text to video, token replace) and 32 "
-            "(image latents beside the noisy ones); 33 is the withdrawn latent-concat model, use token replace"
+            f"img_in.proj.weight takes {proj[1]} input channels; supported: 16 (text to video, token replace), 32 "
+            "(image latents beside the noisy ones) and 33 (these and a mask)"
         )
     return HunyuanVideoArch(
         in_channels=proj[1],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,7 @@ from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch, has_guidance, in
 from hvtrain.models.spec import Defaults, Field, Flavor, LatentGeometry, Shapes
 
 MAX_TOKENS = 256  # of a prompt
+PICTURE_TOKENS = 576  # of an image in the LLM, of which the DiT reads every n-th
 NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -48,34 +51,52 @@ _OFFICIAL = Defaults(
     width=1280,
     negative_prompt=NEGATIVE_PROMPT,
 )
+_IMAGE = replace(_OFFICIAL, negative_prompt="deformation, a poor composition and deformed video, bad teeth, bad eyes, bad limbs")
 # Trained with an embedded guidance of 1 and sampled with true classifier-free guidance.
-_SKYREELS = replace(_OFFICIAL, steps=30, guidance=1.0, frames=97, height=544, width=960, cfg_scale=6.0)
+_SKYREELS = replace(
+    _OFFICIAL, steps=30, guidance=1.0, frames=97, height=544, width=960, cfg_scale=6.0, prompt_prefix="FPS-24, "
+)
 _SMALL = replace(_OFFICIAL, steps=20, shift=3.0, fps=8, frames=9, height=64, width=64, negative_prompt="")
 
 
-def cond_fields(arch: HunyuanVideoArch, task: str) -> tuple[Field, ...]:
-    text = Field("text", (None, arch.text_dim), torch.bfloat16, "text", longest=MAX_TOKENS)
+def cond_fields(arch: HunyuanVideoArch, task: str, sees: int = 0) -> tuple[Field, ...]:
+    """States that have seen the image go by another name: no one takes plain ones for them."""
+    longest = MAX_TOKENS + (-(-PICTURE_TOKENS // sees) if sees else 0)
+    text = Field("seen_text" if sees else "text", (None, arch.text_dim), torch.bfloat16, "text", longest=longest)
     pooled = Field("pooled", (arch.pooled_dim,), torch.bfloat16, "text")
     # Optional in shards: without the column, the image is the clip's own first latent frame.
     image = Field("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)
     return (text, pooled) if task == "t2v" else (text, pooled, image)
 
 
-def _flavor(name: str, about: str, arch: HunyuanVideoArch, *, task: str, defaults: Defaults) -> Flavor:
+def _flavor(name: str, about: str, arch: HunyuanVideoArch, *, task: str, defaults: Defaults, sees: int = 0) -> Flavor:
     latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=8, stride_w=8, patch=arch.patch)
-    return Flavor(name, about, arch, arch.heads_num, latent, cond_fields(arch, task), (task,), defaults)
+    return Flavor(name, about, arch, arch.heads_num, latent, cond_fields(arch, task, sees), (task,), defaults, sees=sees)
+
+
+_REPLACED = replace(_FULL, token_replace=True)
 
 
 FLAVORS = {
     flavor.name: flavor
     for flavor in (
         _flavor("t2v", "text to video 13B, guidance-distilled", _FULL, task="t2v", defaults=_OFFICIAL),
+        _flavor("i2v", "image to video 13B, first frame replaced, steady", _REPLACED, task="i2v", defaults=_IMAGE, sees=4),
         _flavor(
-            "i2v",
-            "image to video 13B, first frame replaced",
-            replace(_FULL, token_replace=True),
-            task="i2v",
-            defaults=_OFFICIAL,
+            "i2v-dynamic",
+            "the same weights, sampled for more motion",
+            _REPLACED,
+            task="i2v-dynamic",
+            defaults=replace(_IMAGE, shift=17.0, training_shift=7.0),
+            sees=4,
+        ),
+        _flavor(
+            "i2v-concat",
+            "image to video 13B, the first release: image and mask in extra channels",
+            replace(_FULL, in_channels=33, guidance_embed=False),
+            task="i2v-mask",
+            defaults=replace(_IMAGE, guidance=None),
+            sees=2,
         ),
         _flavor("skyreels-v1-t2v", "SkyReels V1 text to video 13B", _FULL, task="t2v", defaults=_SKYREELS),
         _flavor(
@@ -103,7 +124,21 @@ def sizes_from(shapes: Shapes) -> HunyuanVideoArch:
 def fitted(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
     """The flavor with exactly these sizes."""
     latent = replace(flavor.latent, channels=arch.out_channels, patch=arch.patch)
-    defaults = flavor.defaults if arch.guidance_embed else replace(flavor.defaults, guidance=None)
+    own = flavor.defaults.guidance
+    guidance = (_OFFICIAL.guidance if own is None else own) if arch.guidance_embed else None
+    cond = cond_fields(arch, flavor.tasks[0], flavor.sees)
     return replace(
-        flavor, arch=arch, n_heads=arch.heads_num, latent=latent, cond=cond_fields(arch, flavor.tasks[0]), defaults=defaults
+        flavor, arch=arch, n_heads=arch.heads_num, latent=latent, cond=cond, defaults=replace(flavor.defaults, guidance=guidance)
     )
+
+
+def told_by(path: Path) -> str | None:
+    """The flavor that a file's name, or its directory's, speaks of; None: it does not say."""
+    for part in (path.name, path.parent.name, path.parent.parent.name):
+        name = part.lower()
+        image = re.search(r"i2v|image[._-]?to[._-]?video", name)
+        if "skyreels" in name:
+            return "skyreels-v1-i2v" if image else "skyreels-v1-t2v"
+        if image or re.search(r"t2v|text[._-]?to[._-]?video", name):
+            return "i2v" if image else "t2v"
+    return None

@@ -19,7 +19,8 @@ IMAGE_SHARE = 0.001  # of the noise that an image-to-video sampling begins with
 
 @dataclass(frozen=True)
 class HunyuanInput(ModelInput):
-    """cond: "text" [B L E], "pooled" [B P], and "guidance" [B] (times 1000) where it is embedded; t: 0..1000."""
+    """cond: "text" [B L E], with an image's tokens before the prompt's where the LLM saw one, "pooled" [B P], and "guidance" [B]
+    (times 1000) where it is embedded; t: 0..1000."""
 
     token_replace: bool = False  # the first latent frame is clean: its tokens take the modulation of t = 0
 
@@ -34,12 +35,13 @@ def make_input(
     """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; guidance is the embedded scale, if any.
     x0: the clean latents, whose first frame is the image where the conditions hold none."""
     add_condition = TASKS.find(task, key="task")
+    words = "seen_text" if "seen_text" in cond else "text"
     told = {} if guidance is None else {"guidance": embedded_guidance(guidance, sigma)}
     plain = HunyuanInput(
         x=x_sigma,
         t=1000.0 * sigma.float(),
-        cond={"text": cond["text"], "pooled": cond["pooled"], **told},
-        lengths={"text": tuple(cond["text_len"].tolist())},
+        cond={"text": cond[words], "pooled": cond["pooled"], **told},
+        lengths={"text": tuple(cond[f"{words}_len"].tolist())},
     )
     image = cond.get("image_latents", x0)
     return add_condition(plain, image)
@@ -57,6 +59,7 @@ def _text_to_video(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
 
 
 @TASKS.add("i2v")
+@TASKS.add("i2v-dynamic")
 def _token_replace(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     """Latent frame 0 is the given image, clean at every step; the loss leaves it out."""
     first = _image_latents(image, inp.x)
@@ -69,8 +72,20 @@ def _token_replace(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
 @TASKS.add("i2v-concat")
 def _channel_concat(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
     """The image's latents in frame 0 of as many extra channels, zeros in the other frames, no mask channel."""
-    first = F.pad(_image_latents(image, inp.x), (0, 0, 0, 0, 0, inp.x.shape[2] - 1))
-    return replace(inp, x=torch.cat([inp.x, first], dim=1))
+    return replace(inp, x=torch.cat([inp.x, _first_frame(image, inp.x)], dim=1))
+
+
+@TASKS.add("i2v-mask")
+def _channel_concat_with_mask(inp: HunyuanInput, image: Tensor | None) -> HunyuanInput:
+    """The same, then a channel that is 1 in frame 0."""
+    mask = torch.zeros_like(inp.x[:, :1])
+    mask[:, :, 0] = 1.0
+    return replace(inp, x=torch.cat([inp.x, _first_frame(image, inp.x), mask], dim=1))
+
+
+def _first_frame(image: Tensor | None, x: Tensor) -> Tensor:
+    """[B C T H W], zeros but for frame 0."""
+    return F.pad(_image_latents(image, x), (0, 0, 0, 0, 0, x.shape[2] - 1))
 
 
 def _image_latents(image: Tensor | None, x: Tensor) -> Tensor:
@@ -89,8 +104,8 @@ def image_conditions(vae: Vae, encoders: Mapping[str, object], image: Tensor, sh
 
 
 def start(noise: Tensor, cond: Mapping[str, Tensor], *, task: str, x0: Tensor | None = None) -> Tensor:
-    """Where sampling begins [B C T H W]: with token replace, every frame holds a trace of the image, as in the official sampler
-    ("stability mode") and in diffusers; it keeps the video still at its beginning."""
-    if task != "i2v":
+    """Where sampling begins [B C T H W]: every frame holds a trace of the image, as in the official sampler ("stability mode")
+    and in diffusers; it keeps the video steady. Not in its dynamic mode, and not in SkyReels'."""
+    if task not in ("i2v", "i2v-mask"):
         return noise
     return (1 - IMAGE_SHARE) * noise + IMAGE_SHARE * _image_latents(cond.get("image_latents", x0), noise)

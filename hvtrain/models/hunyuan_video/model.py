@@ -20,7 +20,8 @@ from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
-from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, TimeEmbedder, modulate, plain_norm
+from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, modulate, plain_norm
+from hvtrain.models.refiner import ClockEmbedder, FinalLayer, TextEmbedder
 from hvtrain.models.rope import grid_rope, rotate
 
 
@@ -33,16 +34,6 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
-class ClockEmbedder(TimeEmbedder):
-    """A time or guidance to a vector. Of a near-tie in the frequency table, the released code's outputs (tests/oracles) tell
-    that it has the other neighbour; on GPUs the last bit is as arbitrary."""
-
-    def table(self, device: torch.device) -> Tensor:
-        table = super().table(device)
-        table[13] = 0.3924189805984497
-        return table
-
-
 class PooledEmbedder(nn.Module):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -51,68 +42,6 @@ class PooledEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
-
-
-class ContextEmbedder(nn.Module):
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class RefinerBlock(nn.Module):
-    """Self-attention of the text among itself; modulated by gates only. No q/k norm, no rotary embedding."""
-
-    def __init__(self, width: int, n_heads: int, mlp_dim: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.attend: Attend = Attention()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.self_attn_qkv = nn.Linear(width, 3 * width)
-        self.self_attn_proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_dim, nn.SiLU())
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, c: Tensor, txt_len: tuple[int, ...]) -> Tensor:
-        gate_attn, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        q, k, v = rearrange(self.self_attn_qkv(self.norm1(x)), "b l (k n d) -> k b l n d", k=3, n=self.n_heads)
-        # The official mask lets padding attend to token 0, which no valid token ever sees: dropping it is equal.
-        attended = self.attend.cross(q, k, v, lengths=txt_len).flatten(2)
-        x = x + self.self_attn_proj(attended) * gate_attn
-        return x + self.mlp(self.norm2(x)) * gate_mlp
-
-
-class TokenRefiner(nn.Module):
-    def __init__(self, arch: HunyuanVideoArch) -> None:
-        super().__init__()
-        width = arch.hidden_size
-        blocks = (RefinerBlock(width, arch.heads_num, arch.mlp_dim) for _ in range(arch.refiner_depth))
-        self.blocks = nn.ModuleList(blocks)
-
-
-class TextEmbedder(nn.Module):
-    """LLM states [B L text_dim] to the text stream [B L E], refined knowing t and the mean of the states."""
-
-    def __init__(self, arch: HunyuanVideoArch) -> None:
-        super().__init__()
-        self.input_embedder = nn.Linear(arch.text_dim, arch.hidden_size)
-        self.t_embedder = ClockEmbedder(arch.hidden_size)
-        self.c_embedder = ContextEmbedder(arch.text_dim, arch.hidden_size)
-        self.individual_token_refiner = TokenRefiner(arch)
-
-    def forward(self, text: Tensor, t: Tensor, txt_len: tuple[int, ...]) -> Tensor:
-        n = torch.tensor(txt_len, device=text.device)
-        valid = (torch.arange(text.shape[1], device=text.device) < n[:, None]).float()  # [B L]
-        mean = (text * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
-        c = self.t_embedder(t) + self.c_embedder(mean)
-        x = self.input_embedder(text)
-        for block in self.individual_token_refiner.blocks:
-            x = block(x, c, txt_len)
-        return x
 
 
 class DoubleBlock(nn.Module):
@@ -197,17 +126,6 @@ def per_token(mod: nn.Module, tokens: Tokens, n: int) -> Sequence[Tensor]:
     return [torch.where(chosen, a, b) for a, b in zip(clean, main, strict=True)]
 
 
-class FinalLayer(nn.Module):
-    def __init__(self, arch: HunyuanVideoArch) -> None:
-        super().__init__()
-        self.linear = nn.Linear(arch.hidden_size, arch.out_channels * arch.patch_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.hidden_size, 2 * arch.hidden_size))
-
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(plain_norm(x), shift=shift, scale=scale))
-
-
 class HunyuanVideo(DiT):
     arch: HunyuanVideoArch
 
@@ -215,14 +133,15 @@ class HunyuanVideo(DiT):
         super().__init__()
         self.arch = arch
         self.img_in = PatchEmbed(arch)
-        self.txt_in = TextEmbedder(arch)
+        width, text = arch.hidden_size, arch.text_dim
+        self.txt_in = TextEmbedder(text, width, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim, depth=arch.refiner_depth)
         self.time_in = ClockEmbedder(arch.hidden_size)
         self.vector_in = PooledEmbedder(arch.pooled_dim, arch.hidden_size)
         if arch.guidance_embed:
             self.guidance_in = ClockEmbedder(arch.hidden_size)
         self.double_blocks = nn.ModuleList(DoubleBlock(arch) for _ in range(arch.double))
         self.single_blocks = nn.ModuleList(SingleBlock(arch) for _ in range(arch.single))
-        self.final_layer = FinalLayer(arch)
+        self.final_layer = FinalLayer(arch.hidden_size, arch.out_channels * arch.patch_size)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:  # type: ignore[override]  # two lists by their official names
@@ -267,24 +186,3 @@ class HunyuanVideo(DiT):
         pt, ph, pw = self.arch.patch
         pattern = "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)"
         return rearrange(patches, pattern, t=grid.t, h=grid.h, w=grid.w, pt=pt, ph=ph, pw=pw)
-
-
-def init_weights(model: DiT, generator: torch.Generator) -> None:
-    """Weights for training from scratch, as in DiT (arXiv:2212.09748): every block starts as the identity and the
-    velocity as zero, because modulation, gates and the last layer are zero."""
-    zero = ("_mod.linear", "modulation.linear", "adaLN_modulation.1", "final_layer.linear")
-    embedder = ("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder.")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
-            if name.endswith(zero):
-                nn.init.zeros_(module.weight)
-            elif name.startswith(embedder):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
-            else:
-                nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm | nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm):
-                nn.init.zeros_(module.bias)

@@ -9,6 +9,7 @@ from hvtrain.models.wan.flavors import FLAVORS, fitted, sizes_from, told_by
 from hvtrain.models.wan.inputs import make_input
 from hvtrain.models.wan.keys import KEY_MAPS, owns
 from hvtrain.models.wan.model import Wan, init_weights
+from hvtrain.models.wan.musubi import MUSUBI
 
 SPEC = ModelSpec(
     name="wan",
@@ -31,4 +32,5 @@ SPEC = ModelSpec(
     columns=(Column("clip", "CLIP's tokens of the image", ("clip",), later(f"{__name__}.clip", "open_clip")),),
     image_conditions=later(f"{__name__}.images", "image_conditions"),
     sizes=((832, 480), (480, 832), (1280, 720), (720, 1280), (1280, 704), (704, 1280)),
+    musubi=MUSUBI,
 )

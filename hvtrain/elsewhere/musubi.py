@@ -1,0 +1,76 @@
+"""musubi-tuner: command lines (of caching and of training), its config TOML, or a file with a command line in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvtrain.elsewhere.source import Source, Words, command_line, is_file, read_file, scalar, words_of
+from hvtrain.errors import ConfigError
+
+_LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")  # of KEY=VALUE
+_DATASETS = "batch_size"
+
+
+def read(given: Sequence[str]) -> Source:
+    options: dict[str, Any] = {}
+    called: list[str] = []
+    gpus = 1
+    for part in map(_words, given):
+        if "config_file" in part.options:
+            name = str(part.options.pop("config_file"))
+            part.options = _config(name if Path(name).suffix == ".toml" else f"{name}.toml") | part.options
+        if "num_processes" in part.launcher:
+            gpus = int(part.launcher.pop("num_processes"))
+        options |= {f"accelerate.{key}": value for key, value in part.launcher.items()} | part.options
+        called.append(part.program)
+    called.append(str(options.get("network_module", "")))
+    for name in _LISTS:
+        options |= _pairs(name, options.pop(name, []))
+    warmup = options.get("lr_warmup_steps")
+    if isinstance(warmup, float) or str(warmup).endswith("%"):
+        options["lr_warmup_steps.share"] = scalar(str(options.pop("lr_warmup_steps")).rstrip("%"))
+        options["lr_warmup_steps.share"] /= 100 if str(warmup).endswith("%") else 1
+    if "dataset_config" in options:
+        options |= _of_dataset(str(options["dataset_config"]))
+    return Source(options, called, dash="--", gpus=gpus)
+
+
+def _words(given: str) -> Words:
+    if is_file(given) and given.endswith(".toml"):
+        return Words(options=_config(given))
+    if is_file(given):
+        return command_line(words_of(Path(given).read_text(encoding="utf-8-sig", errors="replace")))
+    if given.endswith((".toml", ".txt", ".sh", ".args")) and len(given.split()) == 1:
+        raise ConfigError(f"{given}: no such file")
+    return command_line(words_of(given))
+
+
+def _config(path: str) -> dict[str, Any]:
+    """Sections are only for the eye."""
+    found: dict[str, Any] = {}
+    for key, value in read_file(path).items():
+        found |= value if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def _pairs(name: str, given: Any) -> dict[str, Any]:
+    found = {}
+    for item in given if isinstance(given, list) else [given]:
+        key, sign, text = str(item).partition("=")
+        if not sign:
+            raise ConfigError(f"--{name} {item}: expected KEY=VALUE")
+        text = text.strip("[]()") if key == "betas" else text
+        found[f"{name}.{key}"] = [scalar(part.strip()) for part in text.split(",")] if "," in text else scalar(text)
+    return found
+
+
+def _of_dataset(path: str) -> dict[str, Any]:
+    """What the dataset file says that is of training here. Our encode reads the rest of it."""
+    if not is_file(path):
+        return {}
+    raw = read_file(path)
+    tables = [raw.get("general", {}), *raw.get("datasets", [])]
+    sizes = [t[_DATASETS] for t in tables if isinstance(t, Mapping) and isinstance(t.get(_DATASETS), int)]
+    return {f"dataset_config.{_DATASETS}": max(sizes)} if sizes else {}

