@@ -30,6 +30,7 @@ class Kind:
     make: Callable[[Groups, OptimConfig], Optimizer]
     whole: str = ""  # why it needs whole parameters on a rank
     least_lr: float = 0.0  # a smaller rate is a misunderstanding
+    one_rate: bool = False  # takes the first group's for all
     matrices: bool = False  # groups marked "hidden" hold the blocks' matrices
 
 
@@ -83,7 +84,7 @@ def came(groups: Groups, cfg: OptimConfig) -> Optimizer:
     return _other("CAME")(groups, lr=cfg.lr, betas=(*cfg.betas, 0.9999), **cfg.args)
 
 
-@optimizer("prodigy", whole="finds one rate for all parameters together", least_lr=0.01)
+@optimizer("prodigy", whole="finds one rate for all parameters together", least_lr=0.01, one_rate=True)
 def prodigy(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Finds its rate d; optim.lr is a factor on it. arXiv 2306.06101"""
     return _other("Prodigy")(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **cfg.args)
@@ -152,13 +153,15 @@ def build_optimizer(
     return optimizer
 
 
-def check_optimizer(cfg: OptimConfig, zero: ZeroConfig | None = None) -> None:
-    """What a run optimizes with, tried on two small parameters. Raises ConfigError for what is unknown, not installed, told
-    what it does not take, or not itself on ZeRO's pieces."""
+def check_optimizer(cfg: OptimConfig, zero: ZeroConfig | None = None, *, ratios: bool = False) -> None:
+    """What a run optimizes with, tried on two small parameters; `ratios`: these are to have rates of their own. Raises
+    ConfigError for what is unknown, not installed, told what it does not take, or not itself on ZeRO's pieces."""
     check_schedule(cfg)
     kind = _kind(cfg)
     if cfg.lr < kind.least_lr:
         raise ConfigError(f"optim.lr is {cfg.lr:g}: {cfg.name} finds its rate, and this is a factor on it; use optim.lr=1")
+    if ratios and kind.one_rate:
+        raise ConfigError(f"adapter.lr_ratios: {cfg.name} has one rate for all parameters; leave them out, or use adamw")
     try:
         made = build_optimizer({"blocks.0.w": nn.Parameter(torch.ones(4, 2)), "b": nn.Parameter(torch.ones(2))}, cfg)
         if unknown := sorted(set(cfg.args) - settings_of(made)):  # some take and forget whatever they are given

@@ -193,7 +193,7 @@ def test_operations_are_counted_once_and_known_of_every_size(kind, low, high):
     assert work.flops(n) == pytest.approx(flops_of_sample(cfg, about, shape), rel=1e-3)
     with torch.device("meta"):
         layers = {n: m for n, m in spec.build(flavor.arch).named_modules() if isinstance(m, torch.nn.Linear) and "mod" not in n}
-    blocks = sum(m.weight.numel() for n, m in layers.items() if "single_blocks" in n or "double_blocks" in n and ".img_" in n)
+    blocks = sum(m.weight.numel() for n, m in layers.items() if "single_blocks" in n or ("double_blocks" in n and ".img_" in n))
     assert low < work.b / blocks < high and work.c > 0
 
 

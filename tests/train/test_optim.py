@@ -136,6 +136,13 @@ def test_prodigy_begins_small_and_finds_its_rate():
     assert near.abs().max() < 1e-4 < 0.1 < far.abs().min() and (far.sign() == -GRADIENT.sign()).all()
 
 
+def test_prodigy_takes_no_rates_of_single_parameters():
+    """It would silently use the first group's."""
+    check_optimizer(OptimConfig("adamw"), ratios=True)
+    with pytest.raises(ConfigError, match="adapter.lr_ratios: prodigy has one rate for all parameters; leave them out"):
+        check_optimizer(OptimConfig("prodigy", lr=1.0), ratios=True)
+
+
 def test_the_rate_that_is_shown_of_prodigy_is_what_it_found():
     p = nn.Parameter(START.clone())
     optimizer = build_optimizer({"w": p}, OptimConfig("prodigy", lr=1.0))
