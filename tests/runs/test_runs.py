@@ -55,7 +55,7 @@ def test_runs_are_found_at_any_depth_and_their_state_told(root):
     assert {name: run.state for name, run in found.items()} == {
         "deep/er/failed": "failed", "done": "finished", "killed": "killed", "old": "?", "running": "running"}
     average = sum(1 / i for i in range(11, 31)) / 20
-    assert row(found["done"]) == ("done", "finished", "30/40", f"{average:.4f}", "0.2500", "0.50", "1.2e+03", "", "")
+    assert row(found["done"]) == ("done", "finished", "30/40", f"{average:.4f}", "0.2500", "0.50", "1,200", "", "")
     assert row(found["deep/er/failed"])[-1] == "step 3: 5 steps in a row had no finite gradient" and row(found["old"])[2] == "1/?"
     os.utime(root / "running/.lock", (0, time.time() - 60))
     assert {run.state for run in find_runs([str(root / "running")])} == {"killed"}

@@ -110,10 +110,10 @@ def test_every_cell_learns(tmp_path):
 def test_every_optimizer_trains_both_experts_of_a_model(name, tmp_path):
     """Each expert has one of its own; a run that continues has both states back."""
     folder = write_pair(tmp_path)
-    items = (f"optim.name={name}", f"optim.lr={RATES[name]}", "run.steps=30", f"eval.shards={folder / 'set'}", "eval.every_steps=10",
-             "eval.max_batches=2", "data.calibration=0")
-    assert train.run(pair_config(folder, "whole", "optim.lr=0", *items[2:3], "run.steps=1", "eval.every_steps=1", items[3])) == 0
-    before = held_out(folder / "whole")
+    look = (f"eval.shards={folder / 'set'}", "eval.every_steps=10", "eval.max_batches=2", "data.calibration=0")
+    items = (f"optim.name={name}", f"optim.lr={RATES[name]}", "run.steps=30", *look)
+    assert train.run(pair_config(folder, "before", "optim.lr=0", *look, "run.steps=1", "eval.every_steps=1")) == 0
+    before = held_out(folder / "before")
     assert train.run(pair_config(folder, "run", *items)) == 0
     assert held_out(folder / "run") < 0.97 * before
     for steps in (13, 30):
