@@ -177,7 +177,8 @@ def test_bad_input(tmp_path, state):
         save_file({k: v for k, v in state.items() if k != "decoder.mid.attn_1.k.bias"}, tmp_path / "part.safetensors")
         open_vae(tmp_path / "part.safetensors")
     # HunyuanVideo's has the same names.
-    other = {k.removeprefix("weights."): v for k, v in load_file(DATA / "hunyuan_video_vae.safetensors").items() if "weights." in k}
+    tensors = load_file(DATA / "hunyuan_video_vae.safetensors")
+    other = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
     with pytest.raises(CheckpointError, match="not a VAE of this architecture"):
         save_file(other, tmp_path / "other.safetensors")
         open_vae(tmp_path / "other.safetensors")
