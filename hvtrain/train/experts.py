@@ -21,7 +21,7 @@ from hvtrain.rng import generator
 from hvtrain.train.engine import Engine, OptimizerState, States, StepResult
 from hvtrain.train.objective import Objective
 from hvtrain.train.parts import Piece
-from hvtrain.train.setup import Course, Subject
+from hvtrain.train.setup import TeamMember, Subject
 
 Models = Callable[[float], nn.Module]  # noise level -> the model that predicts there
 _GOLDEN = (5**0.5 - 1) / 2
@@ -37,9 +37,9 @@ def drawn(shares: Mapping[str, float], *, seed: int, turn: int) -> str:
 
 @dataclass(frozen=True)
 class Trainee:
-    """A course with all that training it takes."""
+    """A member with all that training it takes."""
 
-    course: Course
+    member: TeamMember
     subject: Subject
     engine: Engine
     objective: Objective  # on its noise levels
@@ -55,7 +55,7 @@ class Team:
         open_idle: Callable[[Expert], nn.Module] | None = None,
     ) -> None:
         self.trainees, self.seed, self.turn, self.idle, self.open_idle = trainees, seed, turn, idle, open_idle
-        self.shares = {key: one.course.share for key, one in trainees.items()}
+        self.shares = {key: one.member.share for key, one in trainees.items()}
         self.prefixes = {key: f"{key}." if len(trainees) > 1 else "" for key in trainees}
         self.n_steps = 0
         self.now = self._enter(next(iter(trainees)))
@@ -74,7 +74,7 @@ class Team:
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What the step at hand changes."""
-        return self._named({self.now.course.key: self.now.subject.trainable})
+        return self._named({self.now.member.key: self.now.subject.trainable})
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -48,7 +48,7 @@ from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Course, Origin
+from hvtrain.train.setup import TeamMember, Origin
 from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
@@ -62,7 +62,7 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    courses: list[Course]
+    members: list[TeamMember]
     others: dict[str, Origin]  # experts that are not trained, but make videos
     idle_on_host: bool  # an expert that is not computed with
     plan: SlicePlan | None  # of a LORAID slice
@@ -75,7 +75,7 @@ class Prepared:
     @property
     def base(self) -> Origin:
         """Whose flavor it is."""
-        return self.courses[0].base
+        return self.members[0].base
 
     @property
     def n_samples(self) -> int:
@@ -91,10 +91,10 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     ready = on_all(ctx, lambda: prepare(cfg, ctx))
     cfg, steps = ready.cfg, ready.steps
     identity = setup.identity(
-        [course.base for course in ready.courses], cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
+        [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
         optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn,
     )
-    output, results = Path(cfg.run.output_dir), results_of(cfg.run, [course.name for course in ready.courses])
+    output, results = Path(cfg.run.output_dir), results_of(cfg.run, [member.name for member in ready.members])
     try:
         lock, found = take(output, lambda: claim(cfg.run, shown(dump(cfg)), identity, ctx, say), ctx)
     except Busy as error:
@@ -135,9 +135,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
     base, flavor = bases[0], bases[0].flavor
-    courses = setup.courses_of(bases, cfg.flow, cfg.run.name)
-    if len(courses) == 1:  # what the run writes of itself says which, and on which noise levels
-        cfg = replace(cfg, flow=courses[0].flow, run=replace(cfg.run, name=courses[0].name))
+    members = setup.members_of(bases, cfg.flow, cfg.run.name)
+    if len(members) == 1:  # what the run writes of itself says which, and on which noise levels
+        cfg = replace(cfg, flow=members[0].flow, run=replace(cfg.run, name=members[0].name))
     cfg = replace(cfg, flow=setup.flow_of(cfg.flow, flavor))
     objective_of(cfg.flow, base.spec, flavor, device=ctx.device, autocast=False)
     check_heads(flavor.n_heads, ctx.ulysses)
@@ -169,7 +169,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     per_step = ctx.dp * curriculum.per_batch * cfg.run.grad_accum
     steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, curriculum.n_samples, per_step=per_step)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(cfg, courses, others, wait, plan, sets, curriculum, held_out, steps, previews)
+    return Prepared(cfg, members, others, wait, plan, sets, curriculum, held_out, steps, previews)
 
 
 def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> bool:
@@ -206,7 +206,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
     )
     held = HeldOut(ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, columns)
     products = [
-        Product(one.course.name, one.subject, _metadata(ready, one.course), team.prefixes[key])
+        Product(one.member.name, one.subject, _metadata(ready, one.member), team.prefixes[key])
         for key, one in team.trainees.items()
     ]
     return Session(
@@ -224,9 +224,9 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
     stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
     dtype = torch.bfloat16 if whole.autocast else torch.float32
     idle, trainees = ModelSwap(ctx.device) if ready.idle_on_host else None, {}
-    for course in ready.courses:
+    for member in ready.members:
         subject = setup.open_subject(
-            course.base, cfg.model, cfg.adapter, ready.plan, ctx, seed=cfg.run.seed,
+            member.base, cfg.model, cfg.adapter, ready.plan, ctx, seed=cfg.run.seed,
             blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
         )
         kernel = parallelize(
@@ -239,8 +239,8 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             schedule=build_schedule(cfg.optim, total_steps=ready.steps),
             step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable)),
         )
-        own = objective_of(course.flow, whole.spec, course.base.flavor, device=ctx.device, autocast=whole.autocast)
-        trainees[course.key] = Trainee(course, subject, engine, own, kernel.name)
+        own = objective_of(member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast)
+        trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)
     return Team(
         trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
         open_idle=lambda expert: open_idle(ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype),
@@ -297,9 +297,9 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     )
 
 
-def _metadata(ready: Prepared, course: Course) -> dict[str, object]:
+def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
-    c, plan, base, flow = ready.cfg, ready.plan, course.base, course.flow
+    c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
     owner: dict[str, object] = {}
     a = c.adapter
     told: dict[str, object] = {} if a.factor == -1 else {"factor": a.factor}

@@ -85,7 +85,7 @@ def test_two_files_and_the_whole_distribution(folder: Path, monkeypatch: pytest.
     compare = Objective.compare
 
     def compared(self, model, batch, *, sigma, draw):
-        seen.extend((now[0].now.course.key, s) for s in sigma.tolist())
+        seen.extend((now[0].now.member.key, s) for s in sigma.tolist())
         return compare(self, model, batch, sigma=sigma, draw=draw)
 
     now: list[experts.Team] = []
@@ -171,7 +171,7 @@ def test_the_frozen_weights_leave_the_device(folder: Path, monkeypatch: pytest.M
     def measured(self, where):
         one = step(self, where)
         sizes.append({key: sum(p.numel() for p in t.subject.model.parameters() if not p.requires_grad)
-                      for key, t in self.trainees.items()} | {"now": one.course.key})
+                      for key, t in self.trainees.items()} | {"now": one.member.key})
         return one
 
     monkeypatch.setattr(experts.Team, "at_step", measured)
