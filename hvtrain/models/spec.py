@@ -194,7 +194,8 @@ class Flavor:
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
     unguided: bool = False  # distilled so far that classifier-free guidance breaks it
-    image_optional: bool = False  # of one that takes an image: it also makes videos without; cond["image_given"] [B] bool tells
+    image_optional: bool = False  # of one that takes an image: it also makes videos without
+    mixes: bool = False  # it can be trained with and without, as those can: cond["image_given"] [B] bool tells
     sees: int = 0  # above 0 its text encoders see the image too, every n-th token of which the DiT reads
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
     # Where the training shift follows a clip's size: two points (image tokens of all its frames, log of the shift) of a line

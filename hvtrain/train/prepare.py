@@ -88,11 +88,11 @@ def say(text: str) -> None:
 
 def check_machinery(
     zero: ZeroConfig, optim: OptimConfig, parallel: ParallelConfig, ctx: ParallelContext, *, recompute: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype, ratios: bool = False,
 ) -> None:
     """What a run computes with, whatever the model."""
     check_engine(zero)
-    check_optimizer(optim, zero)
+    check_optimizer(optim, zero, ratios=ratios)
     pick_policy(recompute)
     if parallel.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=True)

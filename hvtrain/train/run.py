@@ -48,7 +48,7 @@ from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import TeamMember, Origin
+from hvtrain.train.setup import Origin, TeamMember
 from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
@@ -131,7 +131,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before weights are read: from headers, names and
     manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
-    check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
+    check_machinery(
+        cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype, ratios=bool(cfg.adapter.lr_ratios),
+    )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
     base, flavor = bases[0], bases[0].flavor
