@@ -22,7 +22,7 @@ from hvtrain.config import (
     asset,
 )
 from hvtrain.config.model import EXPERT
-from hvtrain.config.parts import parts_of
+from hvtrain.config.parts import MASK, parts_of
 from hvtrain.config.sampling import check_limits
 from hvtrain.errors import ConfigError
 
@@ -248,7 +248,7 @@ def check_encode(cfg: EncodeConfig) -> None:
     _required(cfg.dataset, "dataset", "a dataset file (TOML or YAML)")
     _exists(cfg.dataset, "dataset")
     _required(cfg.output, "output", "a directory for the shard set")
-    legal = list(dict.fromkeys(c for part in parts_of(cfg.model.name).values() for c in part.makes))
+    legal = list(dict.fromkeys([*(c for part in parts_of(cfg.model.name).values() for c in part.makes), MASK]))
     if not cfg.columns or len(set(cfg.columns)) < len(cfg.columns):
         raise ConfigError(f"columns is {list(cfg.columns)}, expected some of {', '.join(legal)}, each once")
     for column in cfg.columns:
