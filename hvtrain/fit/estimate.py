@@ -97,7 +97,7 @@ def placed(cfg: Training, about: Candidate, memory: int) -> Training:
     whole, stage3 = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
     if cfg.run.idle_expert != "auto" or cfg.model.experts != BOTH or whole or stage3:
         return cfg
-    with torch.device("meta"):
+    with simulated(world=1, ulysses=1, ring=1):
         model = _build(cfg, about)
     host = 2 * byte_counts(model)["frozen"] * len(about.flavor.experts) > memory
     return replace(cfg, run=replace(cfg.run, idle_expert="host" if host else "device"))
