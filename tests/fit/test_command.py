@@ -88,7 +88,8 @@ def test_an_optimizer_counts_with_what_it_keeps_and_a_batch_with_its_tokens():
         kept[name] = of_training(cfg, about, shape, 1).budget.optimizer
     assert kept["adamw"] == 2 * kept["lion"] == kept["prodigy"] / 2 > 0
     data = DataConfig(batch_tokens=100)
-    assert _batch(data, about, shape).batch == 3 and _batch(replace(data, batch_tokens=1), about, shape).batch == 1  # 32 tokens each
+    assert _batch(data, about, shape).batch == 3  # of 32 tokens each
+    assert _batch(replace(data, batch_tokens=1), about, shape).batch == 1
     assert _batch(DataConfig(), about, shape) == shape
 
 
