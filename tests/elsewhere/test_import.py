@@ -319,10 +319,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
             "run.blocks_to_swap=0", "model.vae=null", "preview.every_steps=0", "preview.at_start=false", "optim.warmup_steps=0"]
     none = dict.fromkeys(("llm", "clip", "t5", "t5_tokenizer", "dit_low"), "null")
     return {
-        "hunyuan-video": [*once, "model.flavor=null", "model.dit=tiny:dit.safetensors", f"data.shards={make_shards(folder / 'hv')}",
-                          *(f"model.{k}=null" for k in ("llm", "clip"))],
-        "wan": [*once, f"model.dit={folder / 'wan.safetensors'}", f"data.shards={root}", "model.flavor=null", "model.expert=null",
-                *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],
+        "hunyuan-video": [*once, "model.flavor=null", "model.dit=tiny:dit.safetensors",
+                          f"data.shards={make_shards(folder / 'hv')}", *(f"model.{k}=null" for k in ("llm", "clip"))],
+        "wan": [*once, f"model.dit={folder / 'wan.safetensors'}", f"data.shards={root}", "model.flavor=null",
+                "model.expert=null", *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],
     }  # fmt: skip
 
 
