@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ from hvtrain.train.data import open_shards
 from shards.collate import collate
 from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, Stored, save_manifest
 from shards.writer import write_tar
-from tests.models.any_model import an_input, batch, meta, random_model, smallest
+from tests.models.any_model import an_input, batch, meta, n_parameters, random_model, smallest
 from tests.parallel.any_model import gradients, of_layouts
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny_run import Case, relative_errors
@@ -53,7 +53,7 @@ def found():
 
 
 def is_small(spec: ModelSpec, flavor: str) -> bool:
-    return sum(p.numel() for p in meta(spec, spec.flavor(flavor)).parameters()) < 10_000_000
+    return n_parameters(spec, spec.flavor(flavor)) < 10_000_000
 
 
 def text_of(flavor: Flavor, cond: Mapping[str, torch.Tensor]) -> list[str]:
@@ -181,11 +181,25 @@ def test_gradients_over_ranks_are_those_of_one_process(world, cases):
     for name, flavor in which:
         spec = find(name)
         want = gradients(spec, spec.flavor(flavor), Case(engine="torch", stage=0), ParallelContext())
-        assert all(g.abs().max() > 1e-6 for g in want.values()), "a gradient vanishes: the comparison is blind to it"
+        blind = [n for n, g in want.items() if g.abs().max() < 1e-6]
+        assert len(blind) < len(want) / 4 and without_a_say(spec, spec.flavor(flavor), blind), (
+            f"a gradient vanishes, the comparison is blind to it: {blind}"
+        )
         for case in cases:
             errors = relative_errors(results[f"{name}-{flavor}", case], want)
             wrong += [f"{name}-{flavor} {case}: {n} differs by {e:.1e}" for n, e in errors.items() if not e < 1e-4]
     assert not wrong, "\n".join(wrong[:20])
+
+
+@torch.no_grad()
+def without_a_say(spec: ModelSpec, flavor: Flavor, names: Collection[str]) -> bool:
+    """Whether a model gives the same velocity whatever the values of these parameters are: their gradient has to be zero."""
+    model, inp = random_model(spec, flavor), an_input(spec, flavor)
+    before = model(inp)
+    for name, p in model.named_parameters():
+        if name in names:
+            p.add_(torch.randn(p.shape, generator=generator(3)))
+    return torch.equal(model(inp), before)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -234,7 +248,7 @@ def test_key_maps_invert(spec):
     state = random_model(spec).state_dict()
     for dialect, keys in spec.key_maps.items():
         cuts = keys.write(state)
-        theirs = {name: cut.take(state[cut.source]) for name, cut in cuts.items()}
+        theirs = {name: cut.of(state) for name, cut in cuts.items()}
         assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in state.values()), dialect
         read = keys.read(theirs)
         assert read.keys() == state.keys(), dialect
@@ -250,7 +264,9 @@ def test_lora_targets_have_a_name_in_every_dialect(spec):
     targets, shapes = spec.lora_targets(model), linear_shapes(model)
     assert targets and len(targets) == len(set(targets)) and shapes.keys() >= set(targets)
     for dialect in spec.key_maps:
-        names = [n for t in targets for n in pieces(key_map(spec, dialect), t, shapes[t][0])]
+        key = key_map(spec, dialect)
+        shares = {t: rule.share for t in targets if (rule := key.rule_of_official(t))}
+        names = [(n, shares.get(t)) for t in targets for n in pieces(key, t, shapes[t][0])]
         assert len(names) == len(set(names)) >= len(targets), dialect
 
 

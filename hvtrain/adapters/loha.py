@@ -30,7 +30,8 @@ class LohaLinear(AdaptedLinear):
     hada_w2_b: nn.Parameter
     LABEL = "LoHa"
     PARTS: ClassVar = {part: f"hada_{part}" for part in _STARTS}
-    ROWS, RANK = ("w1_a", "w2_a"), "w1_b"
+    ROWS: ClassVar = ("w1_a", "w2_a")
+    RANK = "w1_b"
     METADATA: ClassVar = {"ss_network_module": "lycoris.kohya", "ss_network_args": {"algo": "loha"}}
     DROPS = False  # of what? A rank component is no sum's term here
 
@@ -41,11 +42,16 @@ class LohaLinear(AdaptedLinear):
             start = torch.randn(shape, generator=draw) * std
             self.register_parameter(f"hada_{part}", nn.Parameter(start.to(device)))
 
-    def delta(self, x: Tensor, scale: float) -> Tensor:
+    def delta(self, x: Tensor, scale: float | Tensor) -> Tensor:
         return F.linear(x, (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b) * scale)
 
     @staticmethod
-    def pair(parts: Parts, alpha: float) -> LoraPair:
+    def norm(parts: Parts) -> Tensor:
+        a1, b1, a2, b2 = (parts[part].float() for part in _STARTS)
+        return torch.linalg.matrix_norm((a1 @ b1) * (a2 @ b2))
+
+    @classmethod
+    def pair(cls, parts: Parts, alpha: float) -> LoraPair:
         """Of rank², for a product of two terms of rank 1 has rank 1: (a1 b1) ∘ (a2 b2) = (a1 ∘ a2)(b1 ∘
         b2)."""
         a1, b1, a2, b2 = (parts[part].float() for part in _STARTS)

@@ -6,14 +6,19 @@ arXiv 2106.09685; initialisation and scaling as in sd-scripts and musubi-tuner, 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hvtrain.adapters.layer import AdaptedLinear, Parts
+from hvtrain.errors import ConfigError
+from hvtrain.lorafiles.lowrank import factor
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.registry import Registry
 from hvtrain.rng import generator
+from hvtrain.weights.float8 import dequantize
 
 
 class LoraLinear(AdaptedLinear):
@@ -21,7 +26,10 @@ class LoraLinear(AdaptedLinear):
 
     LABEL = "LoRA"
     PARTS: ClassVar = {"down": "lora_down.weight", "up": "lora_up.weight"}
-    ROWS, RANK = ("up",), "down"
+    ROWS: ClassVar[tuple[str, ...]] = ("up",)
+    start_down: Tensor
+    start_up: Tensor
+    RANK = "down"
     ENDINGS: ClassVar = {
         ".lora_A.weight": "down", ".lora_A.default.weight": "down",
         ".lora_B.weight": "up", ".lora_B.default.weight": "up",
@@ -29,29 +37,103 @@ class LoraLinear(AdaptedLinear):
     METADATA: ClassVar = {"ss_network_module": "networks.lora"}
 
     def make(self, n_rows: int, seed: int, device: torch.device | str) -> None:
-        down = torch.empty(self.rank, self.in_features)
-        draw = generator(seed, stream=f"lora-init/{self.name}")
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=draw)
+        start = STARTS[self.how.start](self, n_rows, seed)
         # Modules, not bare parameters: ZeRO-3 gathers a module's own parameters around its forward.
-        self.lora_down = _linear(down, device)
-        self.lora_up = _linear(torch.zeros(n_rows, self.rank), device)
+        self.lora_down = _linear(start.down, device)
+        self.lora_up = _linear(torch.zeros(n_rows, self.rank) if start.up is None else start.up, device)
+        # What a start adds to the weight is taken off again, by factors that stay: the layer begins as it was, its base is
+        # nobody's but the model's, and the file is a LoRA of that. Buffers: ZeRO-3 cuts frozen parameters up.
+        self.taken = start.up is not None
+        if self.taken:
+            self.register_buffer("start_down", start.down.clone().to(device), persistent=False)
+            self.register_buffer("start_up", self.lora_up.weight.detach().clone(), persistent=False)
 
-    def delta(self, x: Tensor, scale: float) -> Tensor:
+    def delta(self, x: Tensor, scale: float | Tensor) -> Tensor:
         inner = self.lora_down(x) * scale  # [B ... rank]: far fewer numbers than come out
         if self.training and self.dropout > 0:
             inner = inner * self.kept(inner)
-        return self.lora_up(inner)
+        if self.training and self.how.rank_dropout > 0:
+            inner = inner * self.rank_kept(inner)
+        if not self.taken:
+            return self.lora_up(inner)
+        down, up = self.start_down.to(x), self.start_up.to(x)
+        return self.lora_up(inner) - nn.functional.linear(nn.functional.linear(x, down) * scale, up)
 
-    @staticmethod
-    def pair(parts: Parts, alpha: float) -> LoraPair:
+    def exported(self, parts: Parts) -> dict[str, Tensor]:
+        """Of a start that was taken off the weight, that too: twice the rank, and by `file_alpha` the same scale."""
+        if self.taken:
+            down, up = self.start_down.to(parts["down"]), self.start_up.to(parts["up"])
+            parts = {"down": torch.cat([parts["down"], down]), "up": torch.cat([parts["up"], -up], dim=1)}
+        return super().exported(parts)
+
+    @property
+    def file_alpha(self) -> float:
+        return self.alpha * (2 if self.taken else 1)
+
+    @classmethod
+    def pair(cls, parts: Parts, alpha: float) -> LoraPair:
         down, up = parts["down"], parts["up"]
         if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or len(down) == 0:
             shapes = f"{list(up.shape)} and {list(down.shape)}"
             raise ValueError(f"has up and down of shapes {shapes}, not [out, rank] and [rank, in]")
         return LoraPair(down, up, alpha)
 
+    @staticmethod
+    def norm(parts: Parts) -> Tensor:
+        up, down = parts["up"].float(), parts["down"].float()
+        return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()  # no larger than rank x rank
+
 
 def _linear(weight: Tensor, device: torch.device | str) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device))
     return layer
+
+
+# --- where it starts --------------------------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    down: Tensor  # [rank, in]
+    up: Tensor | None = None  # [rows, rank]; None: zeros
+
+
+STARTS: Registry[Callable[[LoraLinear, int, int], Start]] = Registry("start")
+
+
+@STARTS.add("zero")
+def zero(layer: LoraLinear, n_rows: int, seed: int) -> Start:
+    down = torch.empty(layer.rank, layer.in_features)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator(seed, stream=f"lora-init/{layer.name}"))
+    return Start(down)
+
+
+@STARTS.add("svd")
+def svd(layer: LoraLinear, n_rows: int, seed: int) -> Start:
+    """The input directions that the weight answers to most, as long as chance would have made them; up is zero."""
+    down = _principal(layer, n_rows).down
+    usual = (layer.in_features / (3 * layer.in_features)) ** 0.5  # expected length of a row of `zero`
+    return Start(down / down.norm(dim=1, keepdim=True).clamp(min=1e-12) * usual)
+
+
+@STARTS.add("pissa")
+def pissa(layer: LoraLinear, n_rows: int, seed: int) -> Start:
+    """The weight's principal part, arXiv 2404.02948: it is trained, and the rest stays."""
+    pair = _principal(layer, n_rows)
+    scale = layer.alpha / layer.rank
+    return Start(pair.down / scale**0.5, pair.up / scale**0.5)
+
+
+def _principal(layer: LoraLinear, n_rows: int) -> LoraPair:
+    begin, end = layer.rows
+    if layer.rank > min(n_rows, layer.in_features):
+        size = f"{layer.in_features} x {n_rows}"
+        raise ConfigError(
+            f"adapter.init {layer.how.start}: '{layer.name}' of {size} has no {layer.rank} directions; give it a lower rank "
+            "by adapter.ranks, or init zero"
+        )
+    if layer.weight.is_meta:
+        return LoraPair(torch.ones(layer.rank, layer.in_features), torch.ones(n_rows, layer.rank), layer.rank)
+    weight = dequantize(layer.weight.data, layer.scale_weight, torch.float32)[begin:end]
+    pair = factor(weight, rank=layer.rank).pair
+    return LoraPair(pair.down.cpu(), pair.up.cpu(), pair.alpha)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from hvtrain.config.generate import LoraFileConfig
 from hvtrain.config.model import ModelConfig, ParallelConfig
 from hvtrain.config.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """A shard set among others."""
+
+    path: str = ""
+    """Directory or URL, as in data.shards"""
+    weight: float | None = None
+    """Its share of the samples, relative to the other sets' weights; null for all of them: as many as each holds"""
+    buckets: tuple[str, ...] = ()
+    """Patterns of the buckets to take, frames x height x width, as in 1x* (images) or *x480x832; none: all"""
+    from_step: int = 0
+    """The optimizer step before which it is not read"""
+    until_step: int | None = None
+    """The step from which on it is not read any more; null: to the end"""
 
 
 @dataclass(frozen=True)
@@ -15,8 +33,12 @@ class DataConfig:
 
     shards: tuple[str, ...] = ()
     """Shard sets that hvtrain encode wrote: directories, or URLs that fsspec opens (s3://, gs://, https://)"""
+    mixture: tuple[ShardsConfig, ...] = ()
+    """Instead of shards: sets with weights, buckets and steps of their own, as in [{path: A, weight: 3}, {path: B, weight: 1}]"""
     batch_size: int = 1
     """Samples per data-parallel rank and micro-step"""
+    batch_tokens: int | None = None
+    """Instead of batch_size: image tokens per micro-step, so that each costs alike; of each bucket what fits, at least 1"""
     workers: int = 1
     """Threads or processes that read ahead; 0 reads when asked"""
     worker_type: Literal["thread", "process"] = "thread"
@@ -25,10 +47,17 @@ class DataConfig:
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    image_share: float | None = None
+    """Share of samples that are trained with their image, of a flavor that makes videos with an image or without; null: all"""
     calibration: int = 64
     """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
     """Train on shards that, by their fingerprints, other files made than those of this config, or several did"""
+
+    @property
+    def sets(self) -> tuple[ShardsConfig, ...]:
+        """However they are given."""
+        return self.mixture or tuple(map(ShardsConfig, self.shards))
 
 
 @dataclass(frozen=True)
@@ -36,24 +65,55 @@ class AdapterConfig:
     """What is trained."""
 
     type: str = "lora"
-    """lora; loha: the product of two low-rank matrices, element by element; loraid: a LoRA that owns one slice of a plan; none:
-    every weight of the DiT (full fine-tune)"""
+    """lora; dora: a LoRA and the length of each output row; loha: the product of two low-rank matrices, element by element; lokr:
+    the Kronecker product of a small matrix and a large one; loraid: one of these that owns one slice of a plan; none: the
+    weights of the DiT themselves (full fine-tune)"""
     rank: int = 32
     """Rank of each pair"""
     alpha: float = 32.0
     """Scale: the pair counts alpha / rank"""
+    rank_stable: bool = False
+    """rsLoRA: the pair counts alpha / sqrt(rank)"""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Another rank for the layers whose name a pattern matches: {pattern: rank}; the first that matches"""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """Another alpha, in the same way"""
     dropout: float = 0.0
-    """Dropout between down and up"""
+    """Share of a LoRA's rank components that are dropped between down and up, for each sample anew"""
+    rank_dropout: float = 0.0
+    """The same for all samples of a micro-step together; of a LoHa or LoKr, the share of its output rows"""
+    module_dropout: float = 0.0
+    """Share of the layers that go without their adapter in a micro-step"""
+    scale_weight_norms: float = 0.0
+    """Above 0: what a layer's adapter adds to the weight counts less where its norm is more than this"""
+    init: str = "zero"
+    """Where a LoRA starts: zero; svd: zero too, but reading the directions that the weight answers to most; pissa: with the
+    weight's principal part, which is taken off the weight, so that the file has twice the rank"""
+    factor: int = -1
+    """For lokr: size of the small matrix; -1 makes both as equal as they can be"""
     include: tuple[str, ...] = ()
     """Patterns of module names to train besides the default ones"""
     exclude: tuple[str, ...] = ()
     """Patterns of module names to leave out"""
     init_from: str | None = None
     """LoRA file to start from; {expert} in its name stands for each expert's, where a run trains several"""
+    init_balance: bool = False
+    """Start from the singular vectors of what that file adds, at this run's rank: for one that merges or other ranks left"""
+    base_lora: tuple[LoraFileConfig, ...] = ()
+    """LoRA files to merge into the model before training"""
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate as a multiple of optim.lr for the parameters whose name a pattern matches: {pattern: ratio}; the first that
+    matches. LoRA+ is {'.*lora_up.*': 16}; 0 is refused, for that is what freeze and exclude are for"""
+    train: tuple[str, ...] = ()
+    """For none: patterns of the parameters to train; none: all"""
+    freeze: tuple[str, ...] = ()
+    """For none: patterns of the parameters to leave as they are"""
     plan: str | None = None
     """For loraid: the plan.json that `hvtrain slices plan` wrote"""
     loraid: int | None = None
     """For loraid: which slice of the plan, from 1"""
+    slice_type: str = "lora"
+    """For loraid: lora, dora, loha, or, where slices are whole layers, lokr"""
     blocks_per_loraid: int | None = None
     """For loraid instead of a plan: LORAID 1 owns the first so many blocks, LORAID 2 the next, and so on"""
 
@@ -106,7 +166,8 @@ class OptimConfig:
     """How weights are updated."""
 
     name: str = "adamw"
-    """Optimizer: adamw or adam"""
+    """Optimizer: adamw, adam, adamw8bit, lion, adafactor, came, prodigy, schedulefree or muon (docs/optimizers.md), or a class by
+    its path, as in torch.optim.SGD"""
     lr: float = 1e-4
     """Learning rate at its peak"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -115,14 +176,28 @@ class OptimConfig:
     """Added to the denominator"""
     weight_decay: float = 0.01
     """Decoupled weight decay; matrices only"""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """More that the optimizer takes, by its own names, as in {momentum: 0.9}"""
     max_grad_norm: float = 1.0
     """Clip the gradient's norm to this; 0 does not"""
     schedule: str = "constant"
-    """After the warm-up: constant, linear or cosine"""
+    """After the warm-up: constant, linear, cosine, polynomial, inverse_sqrt, rex or wsd"""
     warmup_steps: int = 0
     """Steps from 0 up to lr"""
+    warmup_share: float = 0.0
+    """The same as a share of the run's steps"""
     min_lr_ratio: float = 0.0
-    """Where linear and cosine end, as a share of lr"""
+    """Where they end at the lowest, as a share of lr"""
+    cycles: float = 1.0
+    """cosine: how often it starts again from lr; 0.5 ends half way down"""
+    power: float = 1.0
+    """polynomial: of the share of steps that is left"""
+    timescale: int | None = None
+    """inverse_sqrt: after three times so many steps the rate is half; null: the warm-up's steps"""
+    rex: tuple[float, float] = (0.1, 0.9)
+    """rex: a and b of z / (a + b z), z the share of steps that is left"""
+    decay_share: float = 0.1
+    """wsd: the share of steps at the end in which it goes down"""
 
 
 @dataclass(frozen=True)
@@ -168,6 +243,9 @@ class RunSettings:
     recompute: Literal["none", "full", "selective", "offload"] = "full"
     """Activation checkpointing: full recomputes each block in the backward pass, selective all but its attention; offload is
     full with the blocks' inputs in host memory"""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile of each block, which fuses what is between the matrix products; minutes in the first steps, and once
+    more for every new size of clips"""
     blocks_to_swap: int = 0
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
     expert_turn: int = 1
@@ -186,6 +264,12 @@ class RunSettings:
     """Checkpoints to keep; 0 keeps all"""
     log_every: int = 1
     """Steps between entries in the log"""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases; needs the package wandb"""
+    peak_tflops: float | None = None
+    """What one device can do, for the MFU; null: of a GPU that hvtrain knows, its data sheet's dense bf16 figure"""
+    profile_every: int = 100
+    """Of several processes: steps between those whose time in collectives is measured; 0: none"""
     keep_best: bool = False
     """Also keep the weights with the lowest held-out loss, as NAME-best.safetensors; needs eval.every_steps"""
     hang_timeout_s: float = 1800.0

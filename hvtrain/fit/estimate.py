@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hvtrain.adapters.attach import add_adapter
+from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
+from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
-from hvtrain.fit.memory import Budget, Layout, budget
+from hvtrain.fit.memory import Budget, Layout, beside, budget
 from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import swap_savings
-from hvtrain.slices.plan import SlicePlan, load_plan
+from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
 from hvtrain.train.setup import part_of
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
 
@@ -53,9 +56,10 @@ class Estimate:
 
 def candidate(model: ModelConfig) -> Candidate:
     """The flavor that a config means; of the weights only the headers are read, if there are any. Of several experts the one
-    that is named, which is trained, else the largest: one is resident at a time."""
+    that is named, which is trained, else the largest: one is computed with at a time."""
     spec = find(model.name)
-    parts = {part_of(model)} if model.experts else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
+    one = model.experts not in (None, BOTH)
+    parts = {part_of(model)} if one else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
     paths = [path for part in sorted(parts) if (path := model.file(part))]
     if not paths:
         return Candidate(spec, spec.flavor(model.flavor))
@@ -79,7 +83,20 @@ def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Est
             model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
             autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients,
         )
-        return Estimate(budget(byte_counts(model), trace, layout), trace.flops, _n_tokens(about, shape))
+        counts, idle = byte_counts(model), len(about.flavor.experts) - 1 if cfg.model.experts == BOTH else 0
+        found = beside(budget(counts, trace, layout), counts, layout, n=idle, on_host=cfg.run.idle_expert == "host")
+        return Estimate(found, trace.flops, _n_tokens(about, shape))
+
+
+def placed(cfg: Training, about: Candidate, memory: int) -> Training:
+    """With what the run would make of idle_expert `auto` on a device of so many bytes."""
+    whole, stage3 = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+    if cfg.run.idle_expert != "auto" or cfg.model.experts != BOTH or whole or stage3:
+        return cfg
+    with torch.device("meta"):
+        model = _build(cfg, about)
+    host = 2 * byte_counts(model)["frozen"] * len(about.flavor.experts) > memory
+    return replace(cfg, run=replace(cfg.run, idle_expert="host" if host else "device"))
 
 
 def swap_for(cfg: Training, about: Candidate, excess: int) -> int | None:
@@ -109,6 +126,13 @@ def of_sampling(
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
 
 
+def flops_of_sample(cfg: Training, about: Candidate, shape: Shape) -> int:
+    """Forward and backward on one device with nothing recomputed; also inside a job, whose ranks it does not touch."""
+    with FakeTensorMode():
+        model = _build(replace(cfg, model=replace(cfg.model, quantize="none")), about)
+        return trace_step(model, fake_input(about.spec, about.flavor, shape), ctx=ParallelContext()).flops
+
+
 def shape_of(
     flavor: Flavor, *, width: int | None = None, height: int | None = None, frames: int | None = None, batch: int = 1
 ) -> Shape:
@@ -134,19 +158,29 @@ def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
 
 def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
-        return _empty(about, torch.float32).train()
+        whole = _empty(about, torch.float32).train()
+        names = set(trained([n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze))
+        for name, p in whole.named_parameters():
+            p.requires_grad_(name in names)
+        return whole
     model = _empty(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
-    add_adapter(model, about.spec, replace(cfg.adapter, init_from=None), _plan(cfg), seed=cfg.run.seed)
+    adapter = replace(cfg.adapter, init_from=None, init="zero")
+    add_adapter(model, about.spec, adapter, _plan(cfg, about, model), seed=cfg.run.seed)
     return model.train()
 
 
-def _plan(cfg: Training) -> SlicePlan | None:
-    if cfg.adapter.type != "loraid":
+def _plan(cfg: Training, about: Candidate, model: DiT) -> SlicePlan | None:
+    a = cfg.adapter
+    if a.type != "loraid":
         return None
-    if cfg.adapter.plan is None:
-        raise ConfigError("plan: a slice's size is in its plan; give adapter.plan (from `hvtrain slices plan`)")
-    return load_plan(cfg.adapter.plan)
+    if a.plan is not None:
+        return load_plan(a.plan)
+    if a.blocks_per_loraid is None:
+        raise ConfigError("plan: a slice's size is in its plan; give adapter.plan or adapter.blocks_per_loraid")
+    shapes = linear_shapes(model)
+    layers = {name: shapes[name] for name in about.spec.lora_targets(model, include=a.include, exclude=a.exclude)}
+    return make_plan(layers, Cut(blocks_per_loraid=a.blocks_per_loraid), model=about.spec.name, flavor=about.flavor.name)
 
 
 def _quantize(model: DiT, spec: ModelSpec, how: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hvtrain.config import ZeroConfig
 from hvtrain.fit.trace import Trace
@@ -58,6 +58,15 @@ def budget(counts: Mapping[str, int], trace: Trace, layout: Layout) -> Budget:
         peak = max(trace.peak_bytes, gradients + buffers)
         return Budget(weights, gradients, optimizer, activations, buffers, weights + optimizer + peak)
     return _sharded(n, trained, frozen, activations, trace, layout)
+
+
+def beside(one: Budget, counts: Mapping[str, int], layout: Layout, *, n: int, on_host: bool) -> Budget:
+    """With `n` more models like it that take turns: their weights, the frozen ones on the device or not, and optimizer state."""
+    held = counts["trained"] + (0 if on_host else counts["frozen"] - layout.freed_by_swap)
+    if layout.zero.engine == "deepspeed" and layout.zero.stage == 3:
+        held = 0 if layout.zero.offload_param != "none" else -(-held // layout.world)
+    more, state = n * held, n * one.optimizer
+    return replace(one, weights=one.weights + more, optimizer=one.optimizer + state, total=one.total + more + state)
 
 
 def _sharded(n: int, trained: int, frozen: int, activations: int, trace: Trace, layout: Layout) -> Budget:

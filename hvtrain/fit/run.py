@@ -20,6 +20,7 @@ from hvtrain.fit.estimate import (
     degrees,
     of_sampling,
     of_training,
+    placed,
     shape_of,
 )
 from hvtrain.fit.search import USABLE, fits, nearest
@@ -42,9 +43,9 @@ class Asked:
 
 
 def training(cfg: TrainConfig, asked: Asked) -> str:
-    about, sections = candidate(cfg.model), _sections(cfg)
-    shape = _shape(about, asked, batch=cfg.data.batch_size)
-    memory, own = memory_bytes(asked), cfg.parallel.ulysses * cfg.parallel.ring
+    about, memory = candidate(cfg.model), memory_bytes(asked)
+    sections, shape = placed(_sections(cfg), about, memory), _shape(about, asked, batch=cfg.data.batch_size)
+    own = cfg.parallel.ulysses * cfg.parallel.ring
     lines: list[str] = []
     for gpus in asked.gpus:
         if gpus % own:
@@ -124,7 +125,7 @@ def advice(cfg: TrainConfig, asked: Asked) -> str:
     """One line for a run that went out of memory: the nearest config whose prediction fits."""
     about = candidate(cfg.model)
     shape = _shape(about, asked, batch=cfg.data.batch_size)
-    found = nearest(_sections(cfg), about, shape, asked.gpus[0], memory_bytes(asked))
+    found = nearest(placed(_sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked))
     if found is None:
         return "no setting makes it fit: use more or larger GPUs, or smaller clips"
     if not found.changes:

@@ -134,7 +134,10 @@ def gather(
             for (name, rows), part in zip(places.items(), parts, strict=True):
                 if part is not None:
                     part.check_shape(path, name, (len(rows), shape[1]))
-            out[module] = join_rows(parts, list(places.values()))
+            try:
+                out[module] = join_rows(parts, list(places.values()))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: '{module}' {error}") from None
             break
     if left:
         raise CheckpointError(f"{path}: adapts '{next(iter(left))}' twice, under names of two dialects")

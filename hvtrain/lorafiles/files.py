@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from hvtrain.adapters.dora import DoraLinear
 from hvtrain.adapters.layer import Delta
 from hvtrain.adapters.lora import LoraLinear
-from hvtrain.adapters.table import ADAPTERS
+from hvtrain.adapters.table import ADAPTERS, kinds_of
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import DIALECTS, MUSUBI, Dialect, Shapes, gather, known_names, same_layer
 from hvtrain.lorafiles.metadata import (
@@ -33,6 +34,7 @@ from hvtrain.lorafiles.metadata import (
     other_architecture,
 )
 from hvtrain.lorafiles.pairs import LoraPair, unfold_alpha
+from hvtrain.lorafiles.whole import relatives, split, warn
 from hvtrain.models.foreign import lora_looks_like
 from hvtrain.models.spec import ModelSpec
 from hvtrain.weights.containers import Weights, open_weights
@@ -47,9 +49,9 @@ _ENDINGS = {".alpha": "alpha"} | {
     for kind in ADAPTERS.values()
     for ending, part in ({f".{name}": part for part, name in kind.PARTS.items()} | dict(kind.ENDINGS)).items()
 }
-_KIND_OF = {part: kind for kind in ADAPTERS.values() for part in kind.PARTS}
-_OTHER_KINDS = {"hada_t": "convolution LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
-                "lora_mid": "convolution LoRA", "diff": "full-difference"}  # fmt: skip
+_NAMES = {part: name for kind in ADAPTERS.values() for part, name in kind.PARTS.items()}
+_OTHER_KINDS = {"hada_t": "convolution LoHa", "lokr_t": "convolution LoKr", "lora_mid": "convolution LoRA",
+                "diff": "full-difference"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class LoraFile:
     pairs: dict[str, LoraPair]
     metadata: dict[str, str] = field(default_factory=dict)
     others: Mapping[str, Delta] = field(default_factory=dict)
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what is added to whole parameters, by official name
 
     def delta(self, name: str) -> Delta:
         """A layer's adapter as the file holds it."""
@@ -79,9 +82,10 @@ class LoraFile:
     def summary(self) -> str:
         deltas = [self.delta(name) for name in self.pairs]
         ranks = sorted({delta.rank for delta in deltas})
-        scales = sorted({round(delta.alpha / delta.rank, 6) for delta in deltas})
+        scales = sorted({round(delta.scale, 6) for delta in deltas})
         kinds = "".join(f"{label}, " for label in sorted({delta.kind.LABEL for delta in self.others.values()}))
-        return f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}"
+        whole = f", {len(self.whole)} whole tensors" if self.whole else ""
+        return f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}{whole}"
 
 
 def _span(values: list) -> str:
@@ -98,18 +102,22 @@ def save_lora(
     architecture: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write trained adapters of one kind: `tensors` under their parameter names (`X.lora_down.weight`, `X.hada_w1_a`)."""
+    """Write trained adapters of one kind: `tensors` under their parameter names (`X.lora_down.weight`, `X.hada_w1_a`), and
+    `X.alpha` where a layer's is not `alpha`."""
     found: dict[str, torch.Tensor] = {}
-    kinds = set()
+    parts = set()
     for name, tensor in tensors.items():
         module, part = split_ending(name)
-        if part not in _KIND_OF:
+        if part not in _NAMES and part != "alpha":
             raise ValueError(f"'{name}' is not an adapter's parameter")
         stem = f"lora_unet_{module.replace('.', '_')}"
-        kinds.add(_KIND_OF[part])
-        found[f"{stem}.{_KIND_OF[part].PARTS[part]}"] = tensor.to("cpu", dtype)
-        found[f"{stem}.alpha"] = torch.tensor(float(alpha or rank))
-    (kind,) = kinds
+        if part != "alpha":
+            parts.add(part)
+            found[f"{stem}.{_NAMES[part]}"] = tensor.to("cpu", dtype).contiguous()
+            found.setdefault(f"{stem}.alpha", torch.tensor(float(alpha or rank)))
+        else:
+            found[f"{stem}.alpha"] = tensor.float()
+    (kind,) = kinds_of(parts)
     path = Path(path)
     arguments: dict[str, object] = {}
     for about in (kind.METADATA, metadata):
@@ -186,22 +194,34 @@ def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> N
 
 
 def read_lora(
-    path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False, expert: int | None = None
+    path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False, expert: int | None = None,
+    decomposed: bool = False, foreign: bool = False,
 ) -> LoraFile:
     """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
 
     With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
-    `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one for each expert.
+    `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one for each expert. `decomposed`:
+    the caller has the weights that what a DoRA adds depends on; otherwise one is refused.
+    `foreign`: also take differences of whole tensors, as distilled ones hold, and leave out layers that only other flavors have.
     """
     path = Path(path)
-    weights = open_weights(path)
-    stems = _of_expert(path, _group(path, {name: weights.get(name) for name in weights}), expert)
-    found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
+    weights, names = open_weights(path), known_names(spec, shapes)
+    tensors = {name: weights.get(name) for name in weights}
+    tensors, whole = split(tensors) if foreign else (tensors, {})
+    stems = _of_expert(path, _group(path, tensors), expert)
+    if foreign and spec is not None:
+        stems = _without_relatives(path, stems, names, spec)
+    found = _resolve(path, stems, names, weights.metadata, spec)
     if not edited:
         check_sum(weights)
     folded = _folded_alphas(path, weights.metadata)
     peft = PeftAlpha.parse(path, weights.metadata, DIALECTS["diffusers"].prefix(expert or 0))
     deltas = {name: _delta(path, stem, stems[stem], peft) for name, stem in found.items()}
+    if not decomposed and any(delta.kind is DoraLinear for delta in deltas.values()):
+        raise CheckpointError(
+            f"{path}: is a DoRA: what it adds to a weight depends on the weight, so it cannot be cut, joined, averaged or "
+            "converted by itself; `hvtrain merge --dit MODEL` merges it, `hvtrain generate` and adapter.init_from take it"
+        )
     given = {name: _pair(path, found[name], delta) for name, delta in deltas.items()}
     given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
     pairs = gather(path, given, spec, shapes)
@@ -210,10 +230,10 @@ def read_lora(
         pair.check_shape(path, name, shapes[name])
         told = parts.get(name)
         if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):  # the tensors decide
-            pairs[name] = replace(pair, parts=tuple(told))
+            pairs[name] = replace(pair, parts=tuple(told))  # of other kinds none are told
     held = {name: same_layer(name, shapes[name][0], deltas, spec) for name in pairs}
     others = {name: deltas[own] for name, own in held.items() if own and deltas[own].kind is not LoraLinear}
-    return LoraFile(path, pairs, dict(weights.metadata), others)
+    return LoraFile(path, pairs, dict(weights.metadata), others, whole)
 
 
 def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
@@ -279,6 +299,25 @@ def prefix_number(path: Path) -> int | None:
     return None
 
 
+def _start(stem: str, names: Mapping[str, str]) -> int | None:
+    """Where in it a layer's name begins."""
+    starts = [0, *(i + 1 for i, letter in enumerate(stem) if letter in "._")]
+    return next((i for i in starts if stem[i:] in names), None)
+
+
+def _without_relatives(
+    path: Path, stems: dict[str, dict[str, torch.Tensor]], names: Mapping[str, str], spec: ModelSpec
+) -> dict[str, dict[str, torch.Tensor]]:
+    strange = [stem for stem in stems if _start(stem, names) is None]
+    if not strange or len(strange) == len(stems):
+        return stems
+    theirs = known_names(spec, relatives(spec.name))
+    left = [stem for stem in strange if _start(stem, theirs) is not None]
+    if left:
+        warn(path.name, left, "layers")
+    return {stem: tensors for stem, tensors in stems.items() if stem not in left}
+
+
 def _resolve(
     path: Path,
     stems: Iterable[str],
@@ -290,8 +329,7 @@ def _resolve(
     found, strange, prefixes = {}, [], set()
     stems = list(stems)
     for stem in stems:
-        starts = [0, *(i + 1 for i, letter in enumerate(stem) if letter in "._")]
-        start = next((i for i in starts if stem[i:] in names), None)
+        start = _start(stem, names)
         if start is None:
             strange.append(stem)
         else:
@@ -325,16 +363,20 @@ def _refusal(
 
 
 def _delta(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: PeftAlpha | None) -> Delta:
-    kinds = {_KIND_OF[part] for part in tensors if part != "alpha"} or {LoraLinear}
+    held = set(tensors) - {"alpha"}
+    kinds = kinds_of(held) or [LoraLinear]
     if len(kinds) > 1:
         raise CheckpointError(f"{path}: '{stem}' is a {' and a '.join(sorted(kind.LABEL for kind in kinds))} at once")
     (kind,) = kinds
-    missing = [part for part in kind.PARTS if part not in tensors]
-    if missing:
+    forms = kind.FORMS or (tuple(kind.PARTS),)
+    form = min(forms, key=lambda form: len(held ^ set(form)))
+    if missing := [part for part in form if part not in tensors]:
         raise CheckpointError(f"{path}: '{stem}' has no {missing[0]}-projection: the file is incomplete")
+    if held - set(form):
+        raise CheckpointError(f"{path}: '{stem}' has {', '.join(sorted(held))}: more than make one {kind.LABEL}")
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path}: '{stem}' holds values that are not finite: the training run diverged")
-    parts = {part: tensors[part] for part in kind.PARTS}
+    parts = {part: tensors[part] for part in form}
     delta = Delta(kind, parts, 0.0)
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:

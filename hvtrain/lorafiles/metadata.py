@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hvtrain.errors import CheckpointError
+from hvtrain.models import all_specs
 from hvtrain.models.spec import Flavor
 from hvtrain.weights.stream import lay_out, tensor_bytes
 from shards.tensors import Extent
@@ -41,10 +42,14 @@ def lora_metadata(
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
     }
+    own: Mapping[str, str] = {}
     if architecture:
         made["modelspec.architecture"] = f"{architecture}/lora"
         made["ss_base_model_version"] = architecture.replace("-", "_")
-    return {key: _text(value) for key, value in {**made, **given}.items() if value is not None}
+        own = next((spec.lora_about for spec in all_specs() if spec.name == architecture), {})
+    full = {**made, **given}
+    full |= {key: value for key, value in own.items() if full.get(key) == made[key]}  # another kind of adapter says so
+    return {key: _text(value) for key, value in full.items() if value is not None}
 
 
 def of_flavor(flavor: Flavor) -> dict[str, str]:

@@ -46,8 +46,11 @@ class Recognised:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # [out, in] of its Linear layers
 
 
-def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None) -> Recognised:
-    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` as in `read_lora`.
+def open_any(
+    path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None, decomposed: bool = False
+) -> Recognised:
+    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` and `decomposed` as in
+    `read_lora`.
     The directory of a finished run stands for its result; `expert` names whose LoRA is meant in a file of several.
 
     Raises CheckpointError with the reason of the nearest architecture.
@@ -72,7 +75,8 @@ def open_any(path: str | Path, *, dit: str | None = None, edited: bool = False, 
         tried.append((spec.name, shapes))
         try:
             number = number_of(spec, expert, key="--expert")
-            return Recognised(read_lora(path, shapes, spec=spec, edited=edited, expert=number), spec, sizes, shapes)
+            lora = read_lora(path, shapes, spec=spec, edited=edited, expert=number, decomposed=decomposed)
+            return Recognised(lora, spec, sizes, shapes)
         except CheckpointError as error:
             refusal = refusal or error
     raise refusal or CheckpointError(f"{path}: no architecture is known")
@@ -94,10 +98,11 @@ def dialect_of(path: str | Path) -> str:
 
 def info(path: str | Path, *, dit: str | None = None, expert: str | None = None) -> Iterator[str]:
     """What a file is: dialect, layers, rank, alpha, blocks, LORAID, norms."""
-    known = open_any(path, dit=dit, expert=expert)
+    known = open_any(path, dit=dit, expert=expert, decomposed=True)
     lora, meta = known.lora, known.lora.metadata
     path = lora.path
-    yield f"{path}: LoRA for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
+    kind = " and ".join(sorted({delta.kind.LABEL for delta in map(lora.delta, lora.pairs)}))
+    yield f"{path}: {kind} for {known.spec.name} (sizes of {known.sizes}), dialect {dialect_of(path)}"
     ranks = Counter(pair.rank for pair in lora.pairs.values())
     alphas = Counter(round(pair.alpha, 6) for pair in lora.pairs.values())
     yield f"{len(lora.pairs)} layers, rank {_counted(ranks)}, alpha {_counted(alphas)}"
@@ -112,7 +117,8 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
     norms = {name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()}
     largest = sorted(norms, key=lambda n: -norms[n])[:3]
     total = sum(n * n for n in norms.values()) ** 0.5
-    yield f"norm of all deltas {total:.4g}; largest: " + ", ".join(f"{n} {norms[n]:.3g}" for n in largest)
+    of = "deltas, before the lengths of their rows," if kind == "DoRA" else "deltas"
+    yield f"norm of all {of} {total:.4g}; largest: " + ", ".join(f"{n} {norms[n]:.3g}" for n in largest)
     for key in ("ss_output_name", "ss_steps", "ss_epoch", "ss_learning_rate", "ss_training_comment", "modelspec.date"):
         if meta.get(key):
             yield f"{key}: {meta[key]}"

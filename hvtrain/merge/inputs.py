@@ -38,10 +38,10 @@ class PlanSlices:
 
 def open_inputs(
     entries: Sequence[LoraFileConfig], slices: PlanSlices | None, shapes: Shapes, spec: ModelSpec, *, base: str | None,
-    expert: str | None = None,
+    expert: str | None = None, decomposed: bool = False,
 ) -> Inputs:
     """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint; None: any will do.
-    `expert`: whose LoRAs, of a model of several."""
+    `expert`: whose LoRAs, of a model of several. `decomposed`: also those that scale the weights' columns (DoRA)."""
     plan: SlicePlan | None = None
     missing: list[int] = []
     paths: list[tuple[Path, float]] = [(lora_in(entry.path, expert), entry.multiplier) for entry in entries]
@@ -58,8 +58,9 @@ def open_inputs(
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    loras = [(read_lora(path, shapes, spec=spec, expert=number), multiplier) for path, multiplier in paths]
-    _check_experts([lora for lora, _ in loras], expert)
+    own = [read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed, foreign=True) for path, _ in paths]
+    loras = [(lora, multiplier) for lora, (_, multiplier) in zip(own, paths, strict=True)]
+    _check_experts(own, expert)
     for lora, _ in loras:
         _check_base(lora, base)
     if plan is not None:

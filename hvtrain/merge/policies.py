@@ -160,5 +160,7 @@ def combine(layers: dict[str, list[Contribution]], policy: str, options: Options
     combined: dict[str, Result] = {}
     for module, found in layers.items():
         shared = any(True for _ in overlaps({module: found}))
+        if shared and policy not in ("error", "sum") and any(c.pair.magnitude is not None for c in found):
+            raise ConfigError(f"--on-overlap {policy}: '{module}' is changed by a DoRA, whose change no policy can cut; use sum")
         combined[module] = POLICIES[policy](found, module, options) if shared else list(found)
     return combined

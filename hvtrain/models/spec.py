@@ -264,6 +264,7 @@ class ModelSpec:
     text_fingerprints: Callable[..., tuple[str, ...]]  # (parts), `sees` too: what open_text's may be, from headers and values
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
+    lora_about: Mapping[str, str] = field(default_factory=dict)  # metadata of LoRAs as others write them, where not its name
     lora_keys: Mapping[str, str] = field(default_factory=dict)  # dialect of LoRAs -> key map, where it is not the dialect's own
     unseen: tuple[str, ...] = ()  # fields of `arch` that no weight shows: the flavor tells them
     told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any

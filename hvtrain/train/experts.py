@@ -8,7 +8,7 @@ it: its steps are those of a run of its own, at the places of this run that were
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from hvtrain.models.spec import Expert
 from hvtrain.parallel.swap import ModelSwap
 from hvtrain.rng import generator
-from hvtrain.train.engine import Engine, OptimizerState, StepResult
+from hvtrain.train.engine import Engine, OptimizerState, States, StepResult
 from hvtrain.train.objective import Objective
+from hvtrain.train.parts import Piece
 from hvtrain.train.setup import Member, Subject
 
 Models = Callable[[float], nn.Module]  # noise level -> the model that predicts there
@@ -95,13 +96,14 @@ class Team:
                 others[key] = self.open_idle(expert)
             return others[key]
 
-        for one in self.trainees.values():
-            one.engine.model.eval()
-        try:
-            yield at
-        finally:
+        with self.settled():
             for one in self.trainees.values():
-                one.engine.model.train()
+                one.engine.model.eval()
+            try:
+                yield at
+            finally:
+                for one in self.trainees.values():
+                    one.engine.model.train()
 
     # --- an engine ------------------------------------------------------------------------------------------------
 
@@ -110,14 +112,27 @@ class Team:
         self.n_steps += last
         return self.now.engine.accumulate(loss, last=last)
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in self.trainees.values():
+                stack.enter_context(one.engine.settled())
+            yield
+
     def export_params(self) -> dict[str, Tensor]:
         return self._named({key: one.engine.export_params() for key, one in self.trainees.items()})
 
     def export_optimizer(self) -> OptimizerState:
         return self._named({key: one.engine.export_optimizer() for key, one in self.trainees.items()})
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        return [p._replace(key=self.prefixes[key] + p.key) for key, one in self.trainees.items() for p in one.engine.pieces()]
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         for key, one in self.trainees.items():
+            if not self.prefixes[key]:  # of parts of a large model, no more is read than the engine asks for
+                one.engine.load_state(params, optimizer, n_steps=n_steps)
+                continue
             own = {name: self.prefixes[key] + name for name in one.subject.trainable}
             state = {name: optimizer[there] for name, there in own.items() if there in optimizer}
             one.engine.load_state({name: params[there] for name, there in own.items()}, state, n_steps=n_steps)

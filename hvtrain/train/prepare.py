@@ -9,7 +9,17 @@ from typing import TypeVar
 
 import torch
 
-from hvtrain.adapters.attach import add_adapter, check_dropout, linear_shapes
+from hvtrain.adapters.attach import (
+    add_adapter,
+    check_kind,
+    check_patterns,
+    check_rows,
+    how_of,
+    linear_shapes,
+    ranks_of,
+    trained,
+)
+from hvtrain.adapters.lokr import LokrLinear
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
@@ -80,7 +90,7 @@ def check_machinery(
 ) -> None:
     """What a run computes with, whatever the model."""
     check_engine(zero)
-    check_optimizer(optim)
+    check_optimizer(optim, zero)
     pick_policy(recompute)
     if parallel.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=True)
@@ -141,21 +151,30 @@ def open_idle(base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel:
     use_matmul(dit, model.fp8_matmul)
     parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False)
     return dit
+def check_whole(base: Origin, a: AdapterConfig) -> None:
+    """Of a full fine-tune: which weights."""
+    names = trained([n for n, _ in base.outline.named_parameters()], train=a.train, freeze=a.freeze)
+    check_patterns({"adapter.lr_ratios": a.lr_ratios}, names)
 
 
 def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> None:
     """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file
     to start from is read, and tried on the model without weights."""
-    check_dropout(kind_of(a.type), a.dropout)
+    kind, shapes = kind_of(a.type, a.slice_type), linear_shapes(base.outline)
+    check_kind(kind, a.dropout, how_of(a))
     names = base.spec.lora_targets(base.outline, include=a.include, exclude=a.exclude)
     if plan is not None:
-        names = [s.module for s in plan.slice(a.loraid or 0).slots]
-    shapes = linear_shapes(base.outline)
+        slots = plan.slice(a.loraid or 0).slots
+        names = [s.module for s in slots]
+        for s in slots:
+            check_rows(kind, s.module, (s.begin, s.end), shapes[s.module][0])
+    check_patterns({"adapter.lr_ratios": a.lr_ratios}, [f"{name}.{part}" for name in names for part in kind.PARTS.values()])
+    rank = max(rank for rank, _ in ranks_of(a, names).values())
     largest = max(names, key=lambda name: min(shapes[name]))
     bound, (n_out, n_in) = min(shapes[largest]), shapes[largest]
-    if a.rank > bound:
+    if rank > bound and kind is not LokrLinear:  # a high rank of a LoKr says that its large matrix is whole
         raise ConfigError(
-            f"adapter.rank is {a.rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no "
+            f"adapter.rank is {rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no "
             f"more than {bound}; expected 1 to {bound}, as a rule 8 to 128"
         )
     if a.init_from is not None:

@@ -5,27 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hvtrain.adapters.attach import add_adapter, linear_shapes
-from hvtrain.config import AdapterConfig, FlowConfig, ModelConfig, asset
+from hvtrain.adapters.attach import add_adapter, first_match, linear_shapes, merging, trained
+from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, asset
 from hvtrain.config.model import BOTH, EXPERT
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.flow.timesteps import parameters, quantile_function, share_within
+from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify, load_dit, whole_model
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.spread import spread_weights
 from hvtrain.parallel.swap import BlockSwap, ModelSwap
 from hvtrain.rng import generator
 from hvtrain.slices.plan import Cut, SlicePlan, check_fits, load_plan, make_plan
-from hvtrain.weights.containers import fingerprint
+from hvtrain.weights.containers import fingerprint, open_weights
 from hvtrain.weights.float8 import use_matmul
+from hvtrain.weights.source import Edit
 from shards import ShardSet
 
 
@@ -66,6 +69,15 @@ class Subject:
     plan: SlicePlan | None = None  # of a LORAID slice
     swap: BlockSwap | None = None
     n_parameters: int = 0  # that are trained; ZeRO-3 empties the tensors that could be counted
+    edit: Edit | None = None  # what was merged into the weights
+
+    def base_weight(self, name: str) -> Tensor:
+        """One that is not trained, float32: from the file, for ZeRO-3 has cut it up here."""
+        assert self.base.path is not None
+        weight = identify(self.base.path, model=self.spec.name).read(name, dtype=torch.float32)
+        if self.edit is not None and name.endswith(".weight"):
+            self.edit(name.removesuffix(".weight"), weight)
+        return weight
 
     @property
     def spec(self) -> ModelSpec:
@@ -146,21 +158,28 @@ def open_subject(
     """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of
     its slices. `move`: to the device at once; ZeRO-3 moves and cuts it itself, parameter by parameter. `idle`: takes the frozen
     weights, to have them on the device when they are computed with."""
-    whole = adapter.type == "none"
+    adapter = adapter_of(adapter, base.expert)
+    whole, edit = adapter.type == "none", None
     if base.path is None:
         dit = base.spec.build(base.flavor.arch)
         base.spec.init_weights(dit, generator(seed, stream="init"))
     else:
         dtype = torch.float32 if whole else getattr(torch, model.dtype)
-        loaded = load_dit(
-            base.path, model=model.name, flavor=model.flavor, dtype=dtype, quantize_to=model.quantize
-        )
-        dit = loaded.model
+        if adapter.base_lora:
+            edit = merging(linear_shapes(base.outline), open_base_loras(base, adapter))
+        place = ctx.device if move and not blocks_to_swap and idle is None else torch.device("cpu")
+        with spread_weights(ctx, device=place, frozen=not whole, cut=not move) as spread:
+            dit = load_dit(
+                base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place, quantize_to=model.quantize,
+                edit=edit, spread=spread,
+            ).model
     use_matmul(dit, model.fp8_matmul)
     if whole:
-        dit.requires_grad_(True)
+        names = set(trained([n for n, _ in dit.named_parameters()], train=adapter.train, freeze=adapter.freeze))
+        for name, p in dit.named_parameters():
+            p.requires_grad_(name in names)
     else:
-        add_adapter(dit, base.spec, adapter_of(adapter, base.expert), plan, seed=seed)
+        add_adapter(dit, base.spec, adapter, plan, seed=seed)
     swap = BlockSwap(dit.blocks, blocks_to_swap, ctx.device) if blocks_to_swap else None
     if idle is not None and base.expert is not None:
         idle.add(base.expert.name, dit)
@@ -168,14 +187,31 @@ def open_subject(
         dit.to(ctx.device)
     dit.train()
     trainable = {name: p for name, p in dit.named_parameters() if p.requires_grad}
-    return Subject(dit, base, trainable, plan, swap, sum(p.numel() for p in trainable.values()))
+    return Subject(dit, base, trainable, plan, swap, sum(p.numel() for p in trainable.values()), edit)
+
+
+def open_base_loras(base: Origin, adapter: AdapterConfig) -> list[tuple[LoraFile, float]]:
+    """What is merged into the model before training. Raises CheckpointError for one of another model."""
+    shapes = linear_shapes(base.outline)
+    return [
+        (read_lora(asset(one.path), shapes, spec=base.spec, decomposed=True), one.multiplier)
+        for one in adapter.base_lora
+    ]
+
+
+def rates(adapter: AdapterConfig, names: Iterable[str]) -> dict[str, float]:
+    """Each parameter's learning rate, as a multiple of the common one."""
+    return {name: first_match(adapter.lr_ratios, name, 1.0, key="adapter.lr_ratios") for name in names}
 
 
 def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
-    """With the file to start from that is this expert's."""
-    if a.init_from is None or expert is None:
+    """With the files to start from that are this expert's."""
+    if expert is None:
         return a
-    return replace(a, init_from=a.init_from.replace(EXPERT, expert.name))
+    start = None if a.init_from is None else a.init_from.replace(EXPERT, expert.name)
+    return replace(
+        a, init_from=start, base_lora=tuple(replace(one, path=one.path.replace(EXPERT, expert.name)) for one in a.base_lora)
+    )
 
 
 def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Member]:
@@ -247,26 +283,39 @@ def open_plan(base: Origin, adapter: AdapterConfig, *, others: Sequence[Origin] 
     return make_plan(layers, cut, model=spec.name, flavor=base.flavor.name, base=base.fingerprint)
 
 
-def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: int) -> int:
+def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: float) -> int:
     """Optimizer steps of the run; epochs are counted in samples."""
     return steps if steps is not None else max(1, math.ceil((epochs or 0) * n_samples / per_step))
 
 
+_OF_WHOLE = ("type", "train", "freeze")
+_OF_ADAPTER = (
+    "type", "rank", "alpha", "rank_stable", "ranks", "alphas", "dropout", "rank_dropout", "module_dropout",
+    "scale_weight_norms", "init", "factor", "include", "exclude", "slice_type",
+)
+
+
 def identity(
     bases: Sequence[Origin], adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
-    batch_size: int, seed: int, name: str, turn: int = 1,
+    data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
     shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the next."""
     base, several = bases[0], len(bases) > 1
-    names = ["type"] if adapter.type == "none" else ["type", "rank", "alpha", "dropout", "include", "exclude"]
+    names = _OF_WHOLE if adapter.type == "none" else _OF_ADAPTER
+    merged = [
+        [fingerprint(open_weights(asset(lora.path))), lora.multiplier]
+        for one in bases for lora in adapter_of(adapter, one.expert).base_lora
+    ]
     slices = {} if plan is None else {"adapter.plan": plan.hash[:12], "adapter.loraid": adapter.loraid}
     return {
         "model.name": base.spec.name, "model.experts": BOTH if several else base.expert and base.expert.name,
         "weights": " ".join(one.fingerprint for one in bases), **({"run.expert_turn": turn} if several else {}),
-        **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices,
+        **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices, "adapter.base_lora": merged,
         **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
-        "data.shards": [_content(s) for s in sets], "data.batch_size": batch_size,
+        "data.shards": [_content(s) for s in sets], "data.batch_size": data.batch_size,
+        "data.mixture": [asdict(replace(e, path="")) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
+        "optim.name": optimizer,
         "run.seed": seed, "run.name": name,
     }
 

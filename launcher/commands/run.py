@@ -52,7 +52,8 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
     add("--lora", action="append", default=[], metavar="FILE", help="a LoRA file; may be repeated")
-    add("--loraid", nargs="+", action="append", default=[], metavar="N", help="slices of slices=DIR to apply: --loraid 1 2 3")
+    add("--loraid", "--LORAID", nargs="+", action="append", default=[], metavar="N",
+        help="slices of slices=DIR to apply: --loraid 1 2 3")
     add("--lora_expert", "--lora-expert", nargs="+", action="append", default=[], metavar="NAME",
         help="of a model of several: whose each --lora is, in order, or one for all (default: what each file says)")
     add("--lora_multiplier", "--lora-multiplier", nargs="+", action="append", default=[], metavar="X",

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hvtrain.encode import check, contact
+from hvtrain.encode import check, contact, musubi
+from hvtrain.models import find
 from hvtrain.tiny.data import ClipsRecipe, write_clips
+from hvtrain.train.data import open_shards
 from shards import open_set
 from shards.verify import verify
 from tests.encode.test_view import corners, quarters, write_clip
@@ -161,6 +163,32 @@ def test_musubi_caches_become_shards(tmp_path):
     assert len(rejected) == 1
     done = hvtrain("shards", "import-musubi", folder, "--output", tmp_path / "strict", "--strict")
     assert done.returncode == 2 and "(strict)" in done.stderr
+
+
+@pytest.mark.parametrize(("image", "flavor"), [(False, "t2v-14b"), (True, "i2v-14b-480p")])
+def test_wan_s_caches_become_shards(tmp_path, image, flavor):
+    """Latents are the model's own already; of an image's, the mask comes first and is left out."""
+    folder, g = tmp_path / "cache", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    tensors = {"latents_3x8x8_bfloat16": torch.randn(16, 3, 8, 8, generator=g).bfloat16()}
+    if image:
+        tensors["latents_image_3x8x8_bfloat16"] = torch.randn(20, 3, 8, 8, generator=g).bfloat16()
+        tensors["clip_bfloat16"] = torch.randn(257, 1280, generator=g).half()
+    save_file(tensors, folder / "cat_00000-009_0064x0064_wan.safetensors", metadata={"architecture": "wan"})
+    words = {"varlen_t5_bfloat16": torch.randn(7, 4096, generator=g).bfloat16()}
+    save_file(words, folder / "cat_wan_te.safetensors", metadata={"architecture": "wan", "caption1": "a cat"})
+    said = "\n".join(musubi.run([str(folder)], str(tmp_path / "set"), model=None, samples_per_tar=4, strict=True))
+    found = open_set(tmp_path / "set")
+    assert f"1 samples of wan {flavor}" in said and found.manifest.chunks[0].bucket == "9x64x64"
+    sample = found.get(0).tensors
+    assert torch.equal(sample["latents"], tensors["latents_3x8x8_bfloat16"])
+    assert torch.equal(sample["text"], words["varlen_t5_bfloat16"])
+    if image:
+        assert torch.equal(sample["image_latents"], tensors["latents_image_3x8x8_bfloat16"][4:])
+        assert torch.equal(sample["clip"], tensors["clip_bfloat16"].bfloat16())
+        open_shards([str(tmp_path / "set")], find("wan").flavors[flavor], key="data.shards")  # what training compares
+        again = musubi.run([str(folder)], str(tmp_path / "b"), model="wan", samples_per_tar=4, strict=True, flavor="i2v-14b-720p")
+        assert "wan i2v-14b-720p" in "\n".join(again)
 
 
 def test_foreign_caches_are_refused_by_name(tmp_path):

@@ -126,6 +126,8 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["train", "configs/tiny/lora.yaml", "optim.lrr=1"], "error: command line: unknown key 'optim.lrr'"),
         (["generate", "--lora", "a", "--lora", "b", "--lora_multiplier", "1", "2", "3"], "2 --lora but 3 --lora_multiplier"),
         (["generate", "--lora", "a", "lora=[]"], "give all of them in one way"),
+        (["generate", "--lora", "a", "--lora", "b", "--lora_expert", "x", "y", "z"], "2 --lora but 3 --lora_expert; give one"),
+        (["generate", "--lora_expert", "low", "prompt=x"], "--lora_expert says whose a --lora is"),
         (["generate", "--lora", "a", "--loraid", "1", "--lora_multiplier", "1"], "--lora_multiplier: of --lora or of --loraid?"),
         (["train", "run.steps=1", "--bogus", "run.name=a"], "unknown option --bogus; see 'hvtrain train --help'"),
         (["encode", "a.yaml", "--strikt", "output=b"], "unknown option --strikt, did you mean '--strict'?; see 'hvtrain encode"),
@@ -170,6 +172,12 @@ def test_generate_takes_lora_files_as_merge_does() -> None:
     assert (found.prompt, found.steps) == ("x", 3)
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora] == [0.5, 0.5]
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b").lora] == [1.0, 1.0]
+    found = lora(*files, "--lora_expert", "high", "low", "steps=3")
+    assert [(one.expert, one.multiplier) for one in found.lora] == [("high", 1.0), ("low", 1.0)] and found.steps == 3
+    assert {one.expert for one in lora(*files, "--lora_expert", "low").lora} == {"low"}
+    assert lora("slices=runs", "--LORAID", "1", "--LORAID", "2", "prompt=x").loraid == (1, 2)
+    found = lora("slices=runs", "--LORAID", "1", "2", "3", "--lora_multiplier", "1.0", "0.7", "1", "prompt=x")
+    assert (found.loraid, found.lora_multiplier) == ((1, 2, 3), (1.0, 0.7, 1.0))
     found = lora("slices=runs", "--loraid", "1", "2", "prompt=x", "--lora_multiplier", "1.0", "0")
     assert (found.loraid, found.lora_multiplier, found.lora, found.prompt) == ((1, 2), (1.0, 0.0), (), "x")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 
 from hvtrain.models.conditions import example
@@ -15,8 +19,18 @@ def meta(spec: ModelSpec, flavor: Flavor) -> DiT:
         return spec.build(flavor.arch)
 
 
+@cache
+def _n_parameters(build: Callable[[Any], DiT], arch: Any) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(arch).parameters())
+
+
+def n_parameters(spec: ModelSpec, flavor: Flavor) -> int:
+    return _n_parameters(spec.build, flavor.arch)
+
+
 def smallest(spec: ModelSpec) -> Flavor:
-    return min(spec.flavors.values(), key=lambda f: sum(p.numel() for p in meta(spec, f).parameters()))
+    return min(spec.flavors.values(), key=lambda flavor: n_parameters(spec, flavor))
 
 
 def random_model(spec: ModelSpec, flavor: Flavor | None = None) -> DiT:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError, HvtrainError
+from hvtrain.flow.solvers import SOLVERS, State
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
@@ -52,12 +53,12 @@ def read(path: str) -> Reference:
 def errors(path: str) -> dict[str, float]:
     """Relative error of every output and gradient in the file."""
     reference = read(path)
-    from tests.oracles import hunyuan15, wan
+    from tests.oracles import hunyuan15, hunyuan15_vae, wan
 
-    for fits, compare in (*KINDS, *wan.KINDS, *hunyuan15.KINDS):
+    for fits, compare in (*hunyuan15_vae.KINDS, *KINDS, *wan.KINDS, *hunyuan15.KINDS):
         if fits(reference):
             return dict(compare(reference))
-    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1; HunyuanVideo 1.5; Wan"
+    known = "HunyuanVideo's DiT and VAE, HunyuanVideo-I2V, SkyReels V1, solvers; HunyuanVideo 1.5; Wan"
     raise CheckpointError(f"{path}: its weights are of no architecture checked here ({known})")
 
 
@@ -169,9 +170,40 @@ def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
         )
 
 
+# --- solvers ------------------------------------------------------------------------------------------------------
+
+
+def _is_solver(reference: Reference) -> bool:
+    return "cases" in reference.config and "input.A" in reference.tensors
+
+
+def _check_solver(reference: Reference) -> Iterator[tuple[str, float]]:
+    """No network: v = x A^T + b t / 1000. Where nothing is learnt the timestep told is compared, not the schedule alone."""
+    config, i = reference.config, reference.part("input.")
+    name = {"dpmpp": "dpm++"}.get(config["solver"], config["solver"])
+    solver, scale = SOLVERS.find(name, key=reference.path), config["num_train_timesteps"]
+    for case in [*config["cases"], *config.get("grids_only", [])]:
+        key, told, state = case["key"], [], State(i["x"])
+        wanted = reference.part(f"output.{key}.")
+        schedule = solver.schedule(case["steps"], shift=case["shift"])
+        yield f"{key}.sigmas", relative(schedule.float(), wanted["sigmas"])
+
+        def velocity(x: Tensor, sigma: Tensor, told: list = told) -> Tensor:
+            told.append((scale * sigma.double().item(), x @ i["A"].T + i["b"] * sigma[:, None]))
+            return told[-1][1]
+
+        while state.step < case["steps"]:
+            state = solver.step(velocity, state, schedule)
+            if "x" in wanted:
+                yield f"{key}.x {state.step}", relative(state.x[0], wanted["x"][state.step - 1])
+                yield f"{key}.v {state.step}", relative(told[-1][1][0], wanted["v"][state.step - 1])
+        yield f"{key}.timesteps", relative(torch.tensor([t for t, _ in told]), wanted["timesteps"])
+
+
 KINDS: tuple[tuple[Callable[[Reference], bool], Callable[[Reference], Iterator[tuple[str, float]]]], ...] = (
     (_is_dit, _check_dit),
     (_is_vae, _check_vae),
+    (_is_solver, _check_solver),
 )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hvtrain.config import TrainConfig
 from hvtrain.errors import ConfigError
-from hvtrain.flow.timesteps import quantile_function, share
+from hvtrain.flow.timesteps import quantile_function, share_within
 from hvtrain.models import find
 from hvtrain.models.load import save_dit
 from hvtrain.parallel.context import start
@@ -100,7 +100,7 @@ def test_two_files_and_the_whole_distribution(folder: Path, monkeypatch: pytest.
     assert all((s >= BOUNDARY) == (key == "high") for key, s in seen) and len(seen) == 48 * 5
     flow = setup.flow_of(cfg.flow, FLAVOR)
     quantile = quantile_function(flow.timestep_sampling, flow)
-    below = torch.tensor(sorted(share(quantile, 0.0, s) for _, s in seen))  # uniform, if it is the flavor's distribution
+    below = torch.tensor(sorted(share_within(quantile, 0.0, s) for _, s in seen))  # uniform, if it is the flavor's distribution
     assert (below - (torch.arange(240) + 0.5) / 240).abs().max() < 0.04  # 0.088 is what 240 draws keep to in 95 of 100 cases
     for name, begin, end in (("high", 875, 1000), ("low", 0, 875)):
         with safe_open(folder / f"both/lora-{name}.safetensors", "pt") as file:

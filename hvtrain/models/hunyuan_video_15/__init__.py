@@ -8,6 +8,7 @@ from hvtrain.models.hunyuan_video_15.images import image_conditions
 from hvtrain.models.hunyuan_video_15.inputs import make_input
 from hvtrain.models.hunyuan_video_15.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video_15.model import HunyuanVideo15
+from hvtrain.models.hunyuan_video_15.musubi import MUSUBI
 from hvtrain.models.later import later
 from hvtrain.models.refiner import init_weights
 from hvtrain.models.spec import Column, ModelSpec
@@ -16,7 +17,7 @@ SPEC = ModelSpec(
     name="hunyuan-video-15",
     flavors=FLAVORS,
     arch=HunyuanVideo15Arch,
-    kind=("in_channels", "out_channels", "meanflow"),
+    kind=("upscales", "meanflow"),
     signature=owns,
     sizes_from=sizes_from,
     fitted=fitted,
@@ -30,7 +31,12 @@ SPEC = ModelSpec(
     key_maps=KEY_MAPS,
     is_lora_target=lambda name: True,  # every Linear of a block, modulation too: 14
     lora_keys={"comfyui": "comfy"},
+    lora_about={
+        "ss_base_model_version": "hunyuan_video_1_5", "modelspec.architecture": "hunyuan-video-1.5/lora",
+        "ss_network_module": "networks.lora_hv_1_5",
+    },
     columns=(Column("vision", "what the first frame looks like", ("siglip",), later(f"{__name__}.vision", "open_vision")),),
     image_conditions=image_conditions,
     sizes=((848, 480), (480, 848), (1280, 720), (720, 1280), (1920, 1072), (960, 960), (640, 640)),
+    musubi=MUSUBI,
 )
