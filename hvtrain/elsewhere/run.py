@@ -27,7 +27,7 @@ READERS: Mapping[str, Callable[[Sequence[str]], Source]] = {
     "musubi": musubi.read, "diffusion-pipe": diffusion_pipe.read, "ai-toolkit": ai_toolkit.read,
 }
 FILE = "elsewhere.yaml"
-_NOT_FOR_ENCODING = ("dit", "expert", "quantize", "fp8_matmul")
+_NOT_FOR_ENCODING = ("dit", "experts", "quantize", "fp8_matmul")
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,19 @@ def _choose_expert(made: Made, flavor: Flavor) -> None:
     names = "|".join(expert.name for expert in flavor.experts)
     named = re.search(rf"({names})[._-]?noise", str(values.get("model.dit", "")))
     within = [e for e in flavor.experts if e.sigmas[0] <= low and high <= e.sigmas[1]]
-    if "model.expert" not in values and len(files) == len(flavor.experts):
-        made.put("model.expert", "both", "a LoRA for each, where one is trained for both there")
-    elif "model.expert" not in values and (named or len(within) == 1):
-        made.put("model.expert", named[1] if named else within[0].name, "by the file's name" if named else "by its noise levels")
-    if "model.expert" not in values:
+    if "model.experts" not in values and len(files) == len(flavor.experts):
+        made.put("model.experts", "both", "both files are given")
+        made.say("changed", "two experts", "model.experts: both", "a LoRA for each, in turns; there one is trained for both")
+    elif "model.experts" not in values and (named or len(within) == 1):
+        made.put("model.experts", named[1] if named else within[0].name, "by the file's name" if named else "by its noise levels")
+    if "model.experts" not in values:
         raise ConfigError(
             f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is {values.get('model.dit')}? Neither its "
             "name (..high_noise.., ..low_noise..) nor the range of timesteps says"
         )
-    own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.expert"]), None)
+    own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.experts"]), None)
     if own and own not in values and "model.dit" in values:
-        made.put(own, made.take("model.dit"), f"the expert '{values['model.expert']}'")
+        made.put(own, made.take("model.dit"), f"the expert '{values['model.experts']}'")
     previews = [key for key in values if key.startswith("preview.")]
     if previews and not all(f"model.{e.part}" in values for e in flavor.experts):
         for key in previews:

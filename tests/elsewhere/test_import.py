@@ -209,7 +209,7 @@ def test_unknown_options_and_values_are_named_and_secrets_are_not() -> None:
 )
 def test_experts_by_name_range_or_both_files(name: str, flavor: str, expert: str | None, files: dict) -> None:
     model = yaml.safe_load(convert("musubi", [MUSUBI[name]]).train)["model"]
-    assert (model["name"], model["flavor"], model.get("expert")) == ("wan", flavor, expert)
+    assert (model["name"], model["flavor"], model.get("experts")) == ("wan", flavor, expert)
     assert {key: model.get(key) for key in files} == files
 
 
@@ -322,7 +322,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "hunyuan-video": [*once, "model.flavor=null", "model.dit=tiny:dit.safetensors",
                           f"data.shards={make_shards(folder / 'hv')}", *(f"model.{k}=null" for k in ("llm", "clip"))],
         "wan": [*once, f"model.dit={folder / 'wan.safetensors'}", f"data.shards={root}", "model.flavor=null",
-                "model.expert=null", *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],
+                "model.experts=null", *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],
     }  # fmt: skip
 
 
