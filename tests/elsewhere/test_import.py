@@ -293,6 +293,12 @@ def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert load(EncodeConfig, "woman-encode.yaml").dataset == "woman-dataset.yaml" and Path("woman-dataset.yaml").exists()
     assert cli.main(["import", "ai-toolkit", "job.yaml", "--out", "woman.yaml"]) == 2  # never over what is there
     assert "woman.yaml exists" in capsys.readouterr().err
+    assert cli.main(["import", "musubi", *MUSUBI["hv"].split(), "--out=b.yaml", "--shards", "s"]) == 0  # without quotes
+    assert load(TrainConfig, "b.yaml").data.shards == ("s",) and load(EncodeConfig, "b-encode.yaml").output == "s"
+    assert "hvtrain train b.yaml" in capsys.readouterr().out
+    mistakes = (([], "give its command line"), (["x", "--out"], "--out: expected a value"), (["--out", "x", "y"], ".yaml"))
+    for words, says in mistakes:
+        assert cli.main(["import", "musubi", *words]) == 2 and says in capsys.readouterr().err
     assert cli.main(["import", "musubi", MUSUBI["hv"] + " --exotic"]) == 1
     both = capsys.readouterr()
     assert build(TrainConfig, yaml.safe_load(both.out), where="") and "unknown     --exotic" in both.err

@@ -18,7 +18,7 @@ from hvtrain.config import GenerateConfig, TrainConfig, load
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.generate import run as generate
 from hvtrain.generate.video import read_metadata
-from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.train import preview
 from hvtrain.train import run as train
 from hvtrain.train.preview import Previews, plan_previews
@@ -26,6 +26,7 @@ from shards import ShardSet, open_set
 from tests.generate.models import random_dit, spec_and_flavor
 from tests.generate.test_image import picture
 from tests.models.sight import save_sight
+from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
@@ -186,6 +187,24 @@ def test_previews_by_epochs_and_the_weights_stay(tmp_path: Path) -> None:
     for name in ("lora.safetensors", "lora-ema.safetensors"):
         one, two = (load_file(folder / name) for folder in (run, tmp_path / "plain"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def _two(folder: Path) -> int:
+    return train.run(config(
+        folder / "set", folder / "run", *PARTS, "zero.engine=deepspeed", "zero.stage=2", "parallel.ulysses=2", "run.steps=1",
+        "preview.at_start=true", "preview.ema=true", "run.ema_decay=0.5", "preview.seed=3",
+        f"preview.prompt_file={folder / 'prompts.txt'}",
+    ), start(2))  # fmt: skip
+
+
+def test_two_processes_share_a_preview(tmp_path: Path) -> None:
+    """Sequence-parallel under ZeRO, with the averages in the weights' place: the picture is that of one process."""
+    make_shards(tmp_path / "set")
+    (prompts := tmp_path / "prompts.txt").write_text("a blue ring --w 48 --h 32 --f 1 --s 2 --d 9\n")
+    assert run_ranks(2, _two, tmp_path) == [0, 0]
+    made = pixels(tmp_path / "run" / "previews" / "step00000000_0.png").astype(int)
+    (wanted,) = generated(prompts, tmp_path / "made", "model.dit=tiny:dit.safetensors")
+    assert np.abs(made - wanted).max() <= 1
 
 
 @pytest.mark.parametrize(
