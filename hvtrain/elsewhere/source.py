@@ -52,6 +52,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return raw
 
 
+def tables(value: Any, where: str) -> list[dict[str, Any]]:
+    """A list of sections, as it has to be; nothing is none."""
+    if not isinstance(value or [], list) or not all(isinstance(one, dict) for one in value or []):
+        raise ConfigError(f"{where}: expected a list of sections with keys and values")
+    return list(value or [])
+
+
+def number(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{where} is {value!r}, expected a whole number")
+    return value
+
+
 def is_file(word: str) -> bool:
     try:
         return Path(word).is_file()

@@ -24,6 +24,7 @@ class Rule:
     values: Mapping[str, Any] | None = None  # theirs, in small letters -> ours, or [ours, why]; null: there is nothing to set
     otherwise: Any = None  # [ours, why] for a value that is not among them; null: it is left out
     times: float | None = None
+    inside: str = ""  # ours is {inside: value}
     why: str = ""  # it is not quite the same here
     absent: Any = None  # what the tool takes where the option is not given, if we would take something else
     also: Mapping[str, Any] = field(default_factory=dict)  # set with it, where nothing else says
@@ -150,6 +151,7 @@ def _apply(rule: Rule, value: Any, shown: str, made: Made, *, weak: bool = False
         made.say("meaningless", shown, why=why)
     else:
         ours = ours if rule.times is None else _times(ours, rule)
+        ours = {rule.inside: ours} if rule.inside else ours
         if rule.to is not None:
             made.put(rule.to, ours, shown)
         result = f"{rule.to}: {brief(ours)}" if rule.to else ", ".join(rule.below)

@@ -179,6 +179,20 @@ def test_files_arguments_and_lists(tmp_path: Path) -> None:
     assert values(convert("musubi", [str(tmp_path / "run.sh")])) == cfg
 
 
+def test_adapters_base_loras_and_schedules() -> None:
+    more = ("--network_args loraplus_lr_ratio=4 rank_dropout=0.1 --base_weights a.safetensors b.safetensors "
+            "--base_weights_multiplier 0.5 --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3 --lr_warmup_steps 5% "
+            "--network_module networks.lokr --min_timestep 200 --weighting_scheme sigma_sqrt --compile --max_grad_norm 0.5")
+    line = MUSUBI["hv"].replace("--network_module networks.lora ", "") + " " + more
+    made = convert("musubi", [line])
+    cfg = values(made)
+    assert (dict(cfg.adapter.lr_ratios), cfg.adapter.rank_dropout, cfg.adapter.type) == ({".*lora_up.*": 4.0}, 0.1, "lokr")
+    assert [(b.path, b.multiplier) for b in cfg.adapter.base_lora] == [("a.safetensors", 0.5), ("b.safetensors", 1.0)]
+    assert (cfg.optim.schedule, cfg.optim.cycles, cfg.optim.warmup_share, cfg.optim.max_grad_norm) == ("cosine", 3.0, 0.05, 0.5)
+    assert (cfg.flow.min_sigma, cfg.flow.range, cfg.flow.weighting, cfg.flow.raw_guidance) == (0.2, "squeeze", "sigma_sqrt", True)
+    assert cfg.run.compile == "blocks" and not made.lost
+
+
 def test_caching_command_lines_tell_the_files() -> None:
     vae = "python src/musubi_tuner/cache_latents.py --dataset_config d.toml --vae v.pt --vae_tiling --skip_existing"
     text = "python src/musubi_tuner/cache_text_encoder_outputs.py --text_encoder1 L --text_encoder2 C --batch_size 16"
@@ -273,6 +287,28 @@ def test_the_datasets_are_what_encode_reads(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_one_line(tool: str, given: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         convert(tool, [given])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "says"),
+    [
+        ("ai-toolkit", "config: {process: 3}", "config.process: expected a list of sections"),
+        ("ai-toolkit", "config: {process: [{}, {}]}", "holds 2; a run here is one of them"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [x]}]}", "datasets: expected a list of sections"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, sample: {seed: many}}]}", "sample.seed is 'many'"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{folder_path: x, resolution: big}]}]}",
+         "resolution big"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{}]}]}", "an entry names no folder"),
+        ("diffusion-pipe", "model: {type: wan, text_encoders: [x]}", "model.text_encoders: expected a list of sections"),
+        ("diffusion-pipe", "model: 3", "nothing says which model it is"),
+        ("diffusion-pipe", "- 3", "expected keys and values"),
+    ],
+)
+def test_files_of_another_shape(tool: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        convert(tool, [str(tmp_path / "odd.yaml")])
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
