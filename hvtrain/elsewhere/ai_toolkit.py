@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvtrain.elsewhere.source import Source, number, read_file, tables
+from hvtrain.elsewhere.source import Foreign, number, read_file, tables
 from hvtrain.elsewhere.table import flat
 from hvtrain.errors import ConfigError
 
@@ -14,7 +14,7 @@ _SAMPLE = {"prompt": "prompt", "width": "width", "height": "height", "seed": "se
            "guidance_scale": "cfg_scale", "sample_steps": "steps", "fps": "fps", "num_frames": "frames", "ctrl_img": "image"}
 
 
-def read(given: Sequence[str]) -> Source:
+def read(given: Sequence[str]) -> Foreign:
     if len(given) != 1:
         raise ConfigError("ai-toolkit: give its config, as in `hvtrain import ai-toolkit FILE.yaml`")
     raw = read_file(given[0])
@@ -36,7 +36,7 @@ def read(given: Sequence[str]) -> Source:
         options["sample.prompts"] = prompts
     if not options.get("train.skip_first_sample"):
         options.setdefault("train.skip_first_sample", False)
-    return Source(options, [str(options.get("model.arch", ""))], datasets=datasets)
+    return Foreign(options, [str(options.get("model.arch", ""))], datasets=datasets)
 
 
 def _prompts(options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hvtrain.elsewhere.table import Made
+from hvtrain.elsewhere.table import Draft
 from hvtrain.errors import ConfigError
 
 
-def entries(made: Made, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
+def entries(made: Draft, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """One directory of theirs is one entry for each size, and for its videos and its pictures: here an entry holds one kind.
     `unit`: of which height and width are multiples."""
     own = dict(made.values)

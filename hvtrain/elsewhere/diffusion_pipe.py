@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvtrain.elsewhere.source import Source, command_line, is_file, number, read_file, tables, words_of
+from hvtrain.elsewhere.source import Foreign, command_line, is_file, number, read_file, tables, words_of
 from hvtrain.elsewhere.table import flat
 from hvtrain.errors import ConfigError
 
 
-def read(given: Sequence[str]) -> Source:
+def read(given: Sequence[str]) -> Foreign:
     if len(given) != 1:
         raise ConfigError("diffusion-pipe: give its config, as in `hvtrain import diffusion-pipe FILE.toml`")
     path, line, gpus = given[0], {}, 1
@@ -34,7 +34,7 @@ def read(given: Sequence[str]) -> Source:
     if named and file is None:
         options["dataset.missing"] = options.pop("dataset")
     datasets = _datasets(read_file(file)) if file else None
-    return Source(options | line, [str(options.get("model.type", ""))], gpus=gpus, datasets=datasets)
+    return Foreign(options | line, [str(options.get("model.type", ""))], gpus=gpus, datasets=datasets)
 
 
 def _datasets(raw: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hvtrain.elsewhere.source import (
-    Source,
+    Foreign,
     Words,
     command_line,
     is_file,
@@ -23,7 +23,7 @@ _LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")  # of KEY=VALUE
 _DATASETS = "batch_size"
 
 
-def read(given: Sequence[str]) -> Source:
+def read(given: Sequence[str]) -> Foreign:
     options: dict[str, Any] = {}
     called: list[str] = []
     gpus = 1
@@ -50,7 +50,7 @@ def read(given: Sequence[str]) -> Source:
         options["lr_warmup_steps.share"] /= 100 if str(warmup).endswith("%") else 1
     if "dataset_config" in options:
         options |= _of_dataset(str(options["dataset_config"]))
-    return Source(options, called, dash="--", gpus=gpus)
+    return Foreign(options, called, dash="--", gpus=gpus)
 
 
 def _words(given: str) -> Words:

@@ -22,7 +22,7 @@ PRIVATE = re.compile(r"(^|[._])token$|api_key|password", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Source:
+class Foreign:
     """One config of another tool, taken apart."""
 
     options: Mapping[str, Any]
