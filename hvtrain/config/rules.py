@@ -165,7 +165,8 @@ def _check_adapter(a: AdapterConfig, *, scratch: bool) -> None:
     if a.factor != -1 and a.factor < 1:
         raise ConfigError(f"adapter.factor is {a.factor}, expected -1 or a size from 1")
     for one in a.base_lora:
-        _exists(one.path, "adapter.base_lora")
+        if EXPERT not in one.path:
+            _exists(one.path, "adapter.base_lora")
         if not math.isfinite(one.multiplier):
             raise ConfigError(f"adapter.base_lora: the multiplier of {one.path} is {one.multiplier}, expected a finite number")
 

@@ -17,7 +17,7 @@ from hvtrain.config.write import commented, nested
 from hvtrain.elsewhere import ai_toolkit, diffusion_pipe, musubi
 from hvtrain.elsewhere.dataset import entries
 from hvtrain.elsewhere.source import Foreign
-from hvtrain.elsewhere.table import KINDS, NOT_CARRIED, Draft, Said, Table, apply
+from hvtrain.elsewhere.table import KINDS, NOT_CARRIED, Draft, Fate, Table, apply
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import all_specs, find
 from hvtrain.models.spec import Flavor, ModelSpec
@@ -37,11 +37,11 @@ class Imported:
     train: str
     encode: str | None  # None: no dataset is named
     dataset: str | None  # None: encode reads the tool's own file
-    lines: list[Said] = field(default_factory=list)
+    lines: list[Fate] = field(default_factory=list)
     gpus: int = 1
 
     @property
-    def lost(self) -> list[Said]:
+    def lost(self) -> list[Fate]:
         """What could not be carried over."""
         return [line for line in self.lines if line.kind in NOT_CARRIED]
 
@@ -191,6 +191,6 @@ def _refuse_one_by_one(cls: type, made: Draft) -> None:
             made.take(key)
 
 
-def _counted(lines: Sequence[Said]) -> str:
+def _counted(lines: Sequence[Fate]) -> str:
     n = Counter(line.kind for line in lines)
     return ", ".join(f"{n[kind]} {kind}" for kind in KINDS if n[kind])

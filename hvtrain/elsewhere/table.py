@@ -62,7 +62,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Said:
+class Fate:
     """What became of one option."""
 
     kind: str  # one of KINDS
@@ -81,7 +81,7 @@ class Draft:
 
     values: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    lines: list[Said] = field(default_factory=list)
+    lines: list[Fate] = field(default_factory=list)
 
     def put(self, key: str, value: Any, note: str, *, weak: bool = False) -> None:
         if not (weak and key in self.values):
@@ -93,7 +93,7 @@ class Draft:
         return self.values.pop(key, None)
 
     def say(self, kind: str, option: str, result: str = "", why: str = "") -> None:
-        self.lines.append(Said(kind, option, result, why))
+        self.lines.append(Fate(kind, option, result, why))
 
 
 def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], str], tool: str) -> Draft:

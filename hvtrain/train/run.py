@@ -131,7 +131,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before weights are read: from headers, names and
     manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
-    check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
+    check_machinery(
+        cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype, ratios=bool(cfg.adapter.lr_ratios),
+    )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
     base, flavor = bases[0], bases[0].flavor

@@ -118,6 +118,8 @@ def find_base(model: ModelConfig, *, scratch: bool = False) -> Origin:
             return Origin(spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.experts))
     found = identify(asset(path), model=model.name, flavor=model.flavor)
     expert = _expert(found.flavor, model.experts)
+    if expert is not None:
+        found.flavor.check_file(expert, asset(path))
     return Origin(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
 
 

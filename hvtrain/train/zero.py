@@ -225,15 +225,12 @@ class DeepSpeedEngine:
         return settled(self.basic, {} if self.cfg.stage else self.params)
 
     def export_params(self) -> dict[str, Tensor]:
-        with self.settled():
-            return self._export_params()
-
-    def _export_params(self) -> dict[str, Tensor]:
         values = {}
-        for name, p in self.params.items():  # one at a time: the whole never lies on a device
-            with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
-                if self.ctx.is_main:
-                    values[name] = to_cpu(p)
+        with self.settled():
+            for name, p in self.params.items():  # one at a time: the whole never lies on a device
+                with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
+                    if self.ctx.is_main:
+                        values[name] = to_cpu(p)
         return values
 
     def export_optimizer(self) -> OptimizerState:

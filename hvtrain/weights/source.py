@@ -73,8 +73,8 @@ class Source:
 
         The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
         float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
-        meta device only the dtype is set. `spread` gets what reads a tensor and gives the tensor, perhaps one that another process
-        has read (parallel/spread.py).
+        meta device only the dtype is set. `spread` gets what reads a tensor and gives the tensor, perhaps one that another
+        process has read (parallel/spread.py).
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
