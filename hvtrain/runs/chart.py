@@ -21,7 +21,7 @@ CHARTS = {  # what is compared: a title, a curve, and whether it is noise that w
 
 
 @dataclass(frozen=True)
-class Line:
+class CurveLine:
     run: int
     points: tuple[tuple[float, float], ...]  # pixels
 
@@ -35,7 +35,7 @@ class Tick:
 @dataclass(frozen=True)
 class Chart:
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[CurveLine, ...]
     x: tuple[Tick, ...]
     y: tuple[Tick, ...]
 
@@ -74,7 +74,7 @@ def _chart(title: str, curves: Mapping[int, Curve]) -> Chart:
         across, up = (step - x[0]) / (x[-1] - x[0]), (min(value, y[-1]) - y[0]) / (y[-1] - y[0])
         return round(LEFT + across * wide, 1), round(TOP + (1 - up) * high, 1)
 
-    lines = tuple(Line(i, tuple(place(*point) for point in _thinned(curve))) for i, curve in curves.items())
+    lines = tuple(CurveLine(i, tuple(place(*point) for point in _thinned(curve))) for i, curve in curves.items())
     return Chart(
         title, lines, tuple(Tick(place(v, y[0])[0], label(v)) for v in x), tuple(Tick(place(x[0], v)[1], label(v)) for v in y)
     )

@@ -21,7 +21,7 @@ from hvtrain.rng import generator
 from hvtrain.train.engine import Engine, OptimizerState, States, StepResult
 from hvtrain.train.objective import Objective
 from hvtrain.train.parts import Piece
-from hvtrain.train.setup import Member, Subject
+from hvtrain.train.setup import Subject, TeamMember
 
 Models = Callable[[float], nn.Module]  # noise level -> the model that predicts there
 _GOLDEN = (5**0.5 - 1) / 2
@@ -39,7 +39,7 @@ def drawn(shares: Mapping[str, float], *, seed: int, turn: int) -> str:
 class Trainee:
     """A member with all that training it takes."""
 
-    member: Member
+    member: TeamMember
     subject: Subject
     engine: Engine
     objective: Objective  # on its noise levels

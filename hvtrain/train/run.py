@@ -48,7 +48,7 @@ from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Member, Origin
+from hvtrain.train.setup import Origin, TeamMember
 from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
@@ -62,7 +62,7 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    members: list[Member]
+    members: list[TeamMember]
     others: dict[str, Origin]  # experts that are not trained, but make videos
     idle_on_host: bool  # an expert that is not computed with
     plan: SlicePlan | None  # of a LORAID slice
@@ -300,7 +300,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     )
 
 
-def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
+def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
     c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
     owner: dict[str, object] = {}

@@ -45,7 +45,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Member:
+class TeamMember:
     """What a run trains: one DiT, on which noise levels, for which share of the steps."""
 
     base: Origin
@@ -216,7 +216,7 @@ def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
     )
 
 
-def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Member]:
+def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[TeamMember]:
     """Each with its part of the noise levels, and for as many steps as are in it. Raises ConfigError as `flow_of`."""
     flavor, d = bases[0].flavor, bases[0].flavor.defaults
     whole = flow_of(flow, flavor)
@@ -228,7 +228,7 @@ def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Mem
         quantile_function(own.timestep_sampling, own, flavor)  # refused where there is nothing in its range
         if len(bases) > 1 and base.expert is not None:
             part = share_within(quantile, *base.expert.sigmas, usual)
-        found.append(Member(base, own, named_after(name, base.expert), part))
+        found.append(TeamMember(base, own, named_after(name, base.expert), part))
     return found
 
 
