@@ -52,7 +52,7 @@ def check_train(cfg: TrainConfig) -> None:
         raise ConfigError("run.keep_best: the best is told by the held-out loss; set eval.every_steps and eval.shards")
     if cfg.eval.every_steps:
         _check_eval(cfg)
-    if cfg.preview.every_steps:
+    if cfg.preview.wanted:
         _check_preview(cfg)
 
 
@@ -98,6 +98,7 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.max_bad_steps": run.max_bad_steps, "run.profile_every": run.profile_every,
         "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
+        "preview.every_epochs": cfg.preview.every_epochs,
         "flow.noise_offset": flow.noise_offset,
     }.items():
         if not value >= 0:
@@ -236,8 +237,12 @@ def _check_eval(cfg: TrainConfig) -> None:
 
 
 def _check_preview(cfg: TrainConfig) -> None:
-    if not cfg.preview.prompts:
-        raise ConfigError("preview.prompts is empty but preview.every_steps is set; give a prompt")
+    if not cfg.preview.prompts and cfg.preview.prompt_file is None:
+        raise ConfigError("preview.prompts is empty but previews are asked for; give a prompt, or preview.prompt_file")
+    if cfg.preview.prompt_file is not None:
+        _exists(cfg.preview.prompt_file, "preview.prompt_file")
+    if cfg.preview.ema and not cfg.run.ema_decay:
+        raise ConfigError("preview.ema: the run keeps no moving average; set run.ema_decay, as in 0.99")
     _files(cfg.model, columns=SAMPLED, needed_for="preview videos")
     _check_sampling(cfg.preview, "preview.")
     for i, prompt in enumerate(cfg.preview.prompts):

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hvtrain.config.sampling import Sampling, check_limits, line_options
+from hvtrain.config import SamplePrompt, build
+from hvtrain.config.load import parse_yaml
+from hvtrain.config.sampling import Sampling, check_limits, given, line_options
 from hvtrain.errors import ConfigError, DataError, suggest
 from hvtrain.flow.solvers import SOLVERS
 from hvtrain.models.spec import Expert, Flavor
@@ -177,17 +179,35 @@ def _ending(request: Request) -> str:
 
 
 def read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, values) of each prompt; empty lines and those that begin with # are comments."""
+    """(where, values) of each prompt: of text one a line, where empty lines and those that begin with # are comments; of YAML and
+    JSON a list with the keys of a prompt."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt_file: {path} cannot be read: {error}") from None
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        yield from _listed(path, text)
+        return
+    lines = text.splitlines()
     found = [(f"{path}:{n}", line.strip()) for n, line in enumerate(lines, start=1)]
     found = [(where, line) for where, line in found if line and not line.startswith("#")]
     if not found:
         raise DataError(f"prompt_file: {path} holds no prompt; write one on each line")
     for where, line in found:
         yield where, parse_line(line, where=where)
+
+
+def _listed(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        raw = parse_yaml(text)
+    except ValueError as error:
+        raise DataError(f"prompt_file: {path}: not YAML: {error}") from None
+    if not isinstance(raw, list) or not raw:
+        raise DataError(f"prompt_file: {path}: expected a list of prompts, as in `- {{prompt: a cat, seed: 7}}`")
+    for n, item in enumerate(raw, start=1):
+        where = f"{path}, prompt {n}"
+        one = build(SamplePrompt, item if isinstance(item, Mapping) else {"prompt": item}, where=where)
+        yield where, {"prompt": one.prompt, **given(one)}
 
 
 def parse_line(line: str, *, where: str) -> dict[str, Any]:

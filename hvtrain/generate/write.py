@@ -23,7 +23,8 @@ from hvtrain.parallel.context import ParallelContext
 
 def decode(vae: Any, latents: Tensor) -> list[np.ndarray]:
     """Each video's frames, uint8 [F H W 3]; one video at a time goes through the VAE."""
-    return [to_bytes(vae.decode(one)[0]) for one in latents.split(1)]
+    # Contiguous, as those that were on the disk are: another layout rounds otherwise, and H.264 makes much of it.
+    return [to_bytes(vae.decode(one.contiguous())[0]) for one in latents.split(1)]
 
 
 def to_bytes(video: Tensor) -> np.ndarray:

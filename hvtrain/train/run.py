@@ -218,7 +218,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
     cfg, base, sets = ready.cfg, ready.base, ready.sets
     previews = Previews(  # encodes its prompts before all else takes memory
         ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
-        precision=cfg.run.precision,
+        precision=cfg.run.precision, ema=cfg.preview.ema,
     )
     autocast = cfg.run.precision == "bf16"
     objective = objective_of(cfg.flow, base.spec, base.flavor, device=ctx.device, autocast=autocast)
@@ -289,7 +289,8 @@ def _cadence(ready: Prepared) -> Cadence:
         steps=ready.steps, grad_accum=run.grad_accum, save=every,
         save_samples=math.ceil(run.save_every_epochs * ready.n_samples),
         evaluate=cfg.eval.every_steps if ready.held_out else 0, preview=cfg.preview.every_steps,
-        max_bad_steps=run.max_bad_steps,
+        max_bad_steps=run.max_bad_steps, preview_first=cfg.preview.at_start,
+        preview_samples=math.ceil(cfg.preview.every_epochs * ready.n_samples),
     )
 
 
