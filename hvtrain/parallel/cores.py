@@ -15,7 +15,7 @@ SYSTEM = Path("/sys")
 def cores_of(mine: int, nodes: Sequence[int | None], allowed: set[int], cores: Mapping[int, set[int]]) -> set[int]:
     """Of rank `mine` among a machine's ranks, whose GPUs hang at these NUMA `nodes` (None: unknown); `cores` by node.
 
-    Ranks of one node share its cores without overlap; where a node has none for them, or is unknown, all share what is allowed."""
+    Ranks of one node share its cores without overlap; where a node has none for them, or is not known, all share alike."""
     node = nodes[mine]
     here = set() if node is None else allowed & cores.get(node, set())
     sharers = [rank for rank, node in enumerate(nodes) if node == nodes[mine]]
