@@ -1,4 +1,4 @@
-"""Which cores a rank gets, on machines that are not this one."""
+"""Which cores and which host memory a rank gets, on machines that are not this one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from hvtrain.parallel import cores
+from hvtrain.parallel import cores, hostcopy
 from hvtrain.parallel.cores import cores_of, node_cores, node_of
 
 TWO = {0: set(range(8)), 1: set(range(8, 16))}
@@ -59,3 +60,20 @@ def test_the_system_s_own_files(tmp_path, monkeypatch):
     masks[0] = set(range(8))  # somebody has given this rank its own
     cores.bind(gpu, 1, 2, system=root)
     assert len(bound) == 1
+
+
+@pytest.mark.parametrize("failed", [0, 712])
+def test_host_memory_is_locked_in_place_and_not_rounded_up(monkeypatch, caplog, failed):
+    asked = []
+
+    def register(pointer, size, flags):
+        asked.append((pointer, size, flags))
+        return failed
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    made = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: made(*size, **o).fill_(1 + pin_memory))
+    memory = hostcopy.page_locked(1000)
+    assert memory.shape == (1000,) and memory.dtype == torch.uint8 and int(memory[0]) == (2 if failed else 1)
+    assert [a[1:] for a in asked] == [(1000, 0)] and (failed or asked[0][0] == memory.data_ptr())
+    assert ("CUDA error 712" in caplog.text) == bool(failed)
