@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from torch import Tensor
 from shards.buffers import empty
 from shards.collate import New, choose_caption, collate
 from shards.errors import ShardError
-from shards.order import MicroBatch, count, stream
+from shards.order import BatchSize, MicroBatch, Mixture, mixture
 from shards.reader import Sample, ShardSet
 
 AHEAD = 2  # batches in flight per worker
@@ -40,7 +41,16 @@ class Batch:
     meta: tuple[Mapping[str, Any], ...]
     epoch: int  # whole epochs consumed by then, the same on every rank
     cursor: int  # samples consumed by all ranks once each has taken its micro-batch of this round
+    sets: tuple[int, ...] = ()  # of each sample: the number of its set
     bad: tuple[str, ...] = ()  # one message per sample that another one stands in for
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is read from a step on, until the next phase begins."""
+
+    begin: int
+    mixture: Mixture
 
 
 class BatchLoader:
@@ -48,14 +58,15 @@ class BatchLoader:
 
     on_bad_sample: "stop" raises the ShardError that names file and key; "skip" puts the bucket's next sound sample in the
     bad one's place and says so in Batch.bad. `pin`: batches in page-locked memory. `columns`: those of them that a set has are
-    read, and no others; None reads all.
+    read, and no others; None reads all. `phases`: instead of all samples, each once an epoch; a step is `per_step` micro-batches,
+    and the loader begins at `step`. A phase goes on in its own stream from where the cursor is: the cursor says all.
     """
 
     def __init__(
         self,
         sets: ShardSet | Sequence[ShardSet],
         *,
-        batch_size: int,
+        batch_size: BatchSize,
         dp_rank: int = 0,
         dp_size: int = 1,
         seed: int = 0,
@@ -65,6 +76,9 @@ class BatchLoader:
         on_bad_sample: Literal["stop", "skip"] = "stop",
         pin: bool = False,
         columns: Sequence[str] | None = None,
+        phases: Sequence[Phase] = (),
+        step: int = 0,
+        per_step: int = 1,
     ) -> None:
         self.sets = [sets] if isinstance(sets, ShardSet) else list(sets)
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
@@ -75,6 +89,8 @@ class BatchLoader:
         self.begins = np.cumsum([0, *map(len, self.sets)])
         self.groups = joined(s.groups(int(b)) for s, b in zip(self.sets, self.begins))
         self.ragged = frozenset().union(*(s.manifest.ragged for s in self.sets))
+        self.phases = list(phases) or [Phase(0, mixture([self.groups], batch_size=batch_size))]
+        self.step, self.per_step = step, per_step
         if not self.groups:
             raise ShardError(f"no samples in {', '.join(s.name for s in self.sets) or 'an empty list of shard sets'}")
 
@@ -99,12 +115,16 @@ class BatchLoader:
 
     def turns(self) -> Iterator[Turn]:
         """This rank's micro-batches."""
-        n = count(self.groups)
-        everyone = stream(self.groups, batch_size=self.batch_size, seed=self.seed, cursor=self.cursor)
-        while True:
-            around = list(islice(everyone, self.dp_size))
-            after = around[-1].begin + len(around[-1].samples)
-            yield Turn(around[self.dp_rank], after, after // n)
+        step, cursor = self.step, self.cursor
+        ends = [phase.begin for phase in self.phases[1:]]
+        for phase, end in zip(self.phases, [*ends, math.inf]):
+            everyone = phase.mixture.stream(seed=self.seed, cursor=cursor) if step < end else iter(())
+            while step < end:
+                for _ in range(self.per_step):
+                    around = list(islice(everyone, self.dp_size))
+                    cursor = around[-1].begin + len(around[-1].samples)
+                    yield Turn(around[self.dp_rank], cursor, cursor // phase.mixture.n)
+                step += 1
 
     def read(self, turn: Turn, place: Callable[[Sequence[Sample]], New] | None = None) -> Batch:
         """Both kinds of workers end here. `place`: where the memory for a batch of these samples comes from."""
@@ -114,6 +134,7 @@ class BatchLoader:
         return Batch(
             keys=tuple(s.key for s in samples), tensors=collate(samples, ragged=self.ragged, new=new),
             meta=tuple(s.meta for s in samples), epoch=turn.epoch, cursor=turn.cursor, bad=tuple(bad),
+            sets=tuple((np.searchsorted(self.begins, turn.micro.samples, side="right") - 1).tolist()),
         )
 
     def _sample(self, index: int, epoch: int, bad: list[str]) -> Sample:

@@ -107,9 +107,14 @@ class AdaptedLinear(nn.Linear):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Its parameters."""
-        own = dict(self.named_parameters())
-        return {part: own[name] for part, name in self.PARTS.items() if name in own}
+        """Its parameters, each by its attribute: that is how ZeRO-3 sees that they are needed here."""
+        found = {}
+        for part, name in self.PARTS.items():
+            owner, _, leaf = name.rpartition(".")
+            holder = getattr(self, owner) if owner else self
+            if leaf in holder._parameters:
+                found[part] = getattr(holder, leaf)
+        return found
 
     @property
     def kind_rank(self) -> int:

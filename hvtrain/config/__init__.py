@@ -17,6 +17,7 @@ from hvtrain.config.train import (
     PreviewConfig,
     RunSettings,
     SamplePrompt,
+    ShardsConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "SamplePrompt",
     "SampledLora",
     "Sampling",
+    "ShardsConfig",
     "TrainConfig",
     "VaeTilingConfig",
     "ZeroConfig",

@@ -264,6 +264,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if isinstance(value, _Given):
         value, where = value.meant(kind), COMMAND_LINE
     origin = get_origin(kind)
+    if kind is Any:
+        return _number(value) if isinstance(value, str) else value
     if origin in (Union, types.UnionType):
         return _optional(value, kind, where=where, key=key)
     if origin is Literal:
@@ -308,6 +310,14 @@ def _mapping(value: Any, kind: Any, *, where: str, key: str) -> dict[str, Any]:
         raise _wrong(value, "names with values", where=where, key=key)
     plain = {name: v.value if isinstance(v, _Given) and v.text in _NULL else v for name, v in value.items()}
     return {str(n): _convert(v, kind, where=where, key=f"{key}.{n}") for n, v in plain.items() if v is not None}
+
+
+def _number(text: str) -> float | str:
+    """YAML reads 1e-4 as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _scalar(value: Any, kind: Any, *, where: str, key: str) -> Any:

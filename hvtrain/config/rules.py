@@ -5,12 +5,14 @@ No torch here, so that `hvtrain launch` refuses a bad config before it starts a 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hvtrain.config import (
     AdapterConfig,
+    DataConfig,
     EncodeConfig,
     GenerateConfig,
     MergeConfig,
@@ -34,16 +36,18 @@ def check_train(cfg: TrainConfig) -> None:
         raise ConfigError(f"run.name is {run.name[:200]!r}, expected the name of a file without a directory, as in my-lora")
     if "\0" in run.output_dir:
         raise ConfigError(f"run.output_dir is {run.output_dir!r}, expected a path")
-    if not cfg.data.shards:
-        raise ConfigError("data.shards is empty: give the shard sets that `hvtrain encode` wrote")
-    _sets(cfg.data.shards, "data.shards")
+    _check_data(cfg.data)
     if (run.steps is None) == (run.epochs is None):
         raise ConfigError("run: give either run.steps or run.epochs")
+    if run.epochs is not None and any(e.from_step or e.until_step for e in cfg.data.mixture):
+        raise ConfigError("run.epochs: data.mixture changes with the steps, and its epochs too; give run.steps")
     _check_ranges(cfg)
     _check_subject(cfg)
     if run.ema_decay and cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
         raise ConfigError("run.ema_decay: ZeRO-3 keeps no whole weights to average; use zero.stage 0, 1 or 2")
     _check_memory(cfg)
+    if run.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("run.wandb: the package wandb is not installed: pip install wandb, or leave run.wandb out")
     if run.keep_best and not cfg.eval.every_steps:
         raise ConfigError("run.keep_best: the best is told by the held-out loss; set eval.every_steps and eval.shards")
     if cfg.eval.every_steps:
@@ -52,14 +56,37 @@ def check_train(cfg: TrainConfig) -> None:
         _check_preview(cfg)
 
 
+def _check_data(data: DataConfig) -> None:
+    if not data.sets:
+        raise ConfigError("data.shards is empty: give the shard sets that `hvtrain encode` wrote")
+    if data.shards and data.mixture:
+        raise ConfigError("data: give either data.shards or data.mixture")
+    if data.batch_tokens is not None and data.batch_size != 1:
+        raise ConfigError("data: give either data.batch_size or data.batch_tokens")
+    _sets(data.shards, "data.shards")
+    for i, entry in enumerate(data.mixture):
+        key = f"data.mixture[{i}]"
+        _required(entry.path, f"{key}.path", "a shard set")
+        _sets([entry.path], f"{key}.path")
+        if entry.weight is not None and not entry.weight > 0:
+            raise ConfigError(f"{key}.weight is {entry.weight}, expected more than 0")
+        if (entry.weight is None) != (data.mixture[0].weight is None):
+            raise ConfigError(f"{key}.weight: weights are relative to each other; give one for every set, or none")
+        if entry.from_step < 0:
+            raise ConfigError(f"{key}.from_step is {entry.from_step}, expected 0 or more")
+        if entry.until_step is not None and entry.until_step <= entry.from_step:
+            raise ConfigError(f"{key}.until_step is {entry.until_step}, expected more than its from_step, {entry.from_step}")
+
+
 def _check_ranges(cfg: TrainConfig) -> None:
     run, optim, flow = cfg.run, cfg.optim, cfg.flow
     for key, value in {
         "run.steps": run.steps, "run.epochs": run.epochs, "run.grad_accum": run.grad_accum,
         "run.log_every": run.log_every, "data.batch_size": cfg.data.batch_size, "adapter.rank": cfg.adapter.rank,
+        "data.batch_tokens": cfg.data.batch_tokens,
         "adapter.alpha": cfg.adapter.alpha, "flow.shift": flow.shift, "flow.sigmoid_scale": flow.sigmoid_scale,
         "run.expert_turn": run.expert_turn, "flow.logit_std": flow.logit_std, "flow.huber_c": flow.huber_c,
-        "flow.snr_gamma": flow.snr_gamma,
+        "flow.snr_gamma": flow.snr_gamma, "run.peak_tflops": run.peak_tflops,
     }.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}, expected more than 0")
@@ -68,7 +95,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "optim.max_grad_norm": optim.max_grad_norm, "run.save_every_steps": run.save_every_steps or 0,
         "run.save_every_epochs": run.save_every_epochs, "run.keep_last": run.keep_last,
         "run.blocks_to_swap": run.blocks_to_swap, "run.hang_timeout_s": run.hang_timeout_s,
-        "run.max_bad_steps": run.max_bad_steps, "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
+        "run.max_bad_steps": run.max_bad_steps, "run.profile_every": run.profile_every,
+        "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
         "flow.noise_offset": flow.noise_offset,
     }.items():
@@ -81,6 +109,8 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "optim.betas[0]": optim.betas[0], "optim.betas[1]": optim.betas[1],
     }.items():
         _share(value, key)
+    if cfg.data.image_share is not None and not 0 <= cfg.data.image_share <= 1:
+        raise ConfigError(f"data.image_share is {cfg.data.image_share}, expected a number from 0 to 1")
 
 
 def _check_subject(cfg: TrainConfig) -> None:
@@ -94,7 +124,7 @@ def _check_subject(cfg: TrainConfig) -> None:
     if adapter.type == "none" and adapter.init_from is not None:
         raise ConfigError("adapter.init_from: a full fine-tune has no adapter; give model.dit instead")
     _check_slice(adapter)
-    _check_adapter(adapter, scratch=model.dit is None and model.expert is None)
+    _check_adapter(adapter, scratch=model.dit is None and model.experts is None)
     if adapter.init_from is not None and (EXPERT not in adapter.init_from or model.experts is None):
         _exists(adapter.init_from, "adapter.init_from")
     if cfg.run.precision == "fp32" and adapter.type != "none" and model.dtype != "float32":
@@ -134,7 +164,8 @@ def _check_adapter(a: AdapterConfig, *, scratch: bool) -> None:
     if a.factor != -1 and a.factor < 1:
         raise ConfigError(f"adapter.factor is {a.factor}, expected -1 or a size from 1")
     for one in a.base_lora:
-        _exists(one.path, "adapter.base_lora")
+        if EXPERT not in one.path:
+            _exists(one.path, "adapter.base_lora")
         if not math.isfinite(one.multiplier):
             raise ConfigError(f"adapter.base_lora: the multiplier of {one.path} is {one.multiplier}, expected a finite number")
 

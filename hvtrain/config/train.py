@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hvtrain.config.generate import LoraFileConfig
 from hvtrain.config.model import ModelConfig, ParallelConfig
 from hvtrain.config.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """A shard set among others."""
+
+    path: str = ""
+    """Directory or URL, as in data.shards"""
+    weight: float | None = None
+    """Its share of the samples, relative to the other sets' weights; null for all of them: as many as each holds"""
+    buckets: tuple[str, ...] = ()
+    """Patterns of the buckets to take, frames x height x width, as in 1x* (images) or *x480x832; none: all"""
+    from_step: int = 0
+    """The optimizer step before which it is not read"""
+    until_step: int | None = None
+    """The step from which on it is not read any more; null: to the end"""
 
 
 @dataclass(frozen=True)
@@ -17,8 +33,12 @@ class DataConfig:
 
     shards: tuple[str, ...] = ()
     """Shard sets that hvtrain encode wrote: directories, or URLs that fsspec opens (s3://, gs://, https://)"""
+    mixture: tuple[ShardsConfig, ...] = ()
+    """Instead of shards: sets with weights, buckets and steps of their own, as in [{path: A, weight: 3}, {path: B, weight: 1}]"""
     batch_size: int = 1
     """Samples per data-parallel rank and micro-step"""
+    batch_tokens: int | None = None
+    """Instead of batch_size: image tokens per micro-step, so that each costs alike; of each bucket what fits, at least 1"""
     workers: int = 1
     """Threads or processes that read ahead; 0 reads when asked"""
     worker_type: Literal["thread", "process"] = "thread"
@@ -27,10 +47,17 @@ class DataConfig:
     """A damaged sample: stop and name it, or skip it (another of its bucket stands in) and count it"""
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
+    image_share: float | None = None
+    """Share of samples that are trained with their image, of a flavor that makes videos with an image or without; null: all"""
     calibration: int = 64
     """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
     allow_foreign: bool = False
     """Train on shards that, by their fingerprints, other files made than those of this config, or several did"""
+
+    @property
+    def sets(self) -> tuple[ShardsConfig, ...]:
+        """However they are given."""
+        return self.mixture or tuple(map(ShardsConfig, self.shards))
 
 
 @dataclass(frozen=True)
@@ -139,7 +166,8 @@ class OptimConfig:
     """How weights are updated."""
 
     name: str = "adamw"
-    """Optimizer: adamw or adam"""
+    """Optimizer: adamw, adam, adamw8bit, lion, adafactor, came, prodigy, schedulefree or muon (docs/optimizers.md), or a class by
+    its path, as in torch.optim.SGD"""
     lr: float = 1e-4
     """Learning rate at its peak"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -148,14 +176,28 @@ class OptimConfig:
     """Added to the denominator"""
     weight_decay: float = 0.01
     """Decoupled weight decay; matrices only"""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """More that the optimizer takes, by its own names, as in {momentum: 0.9}"""
     max_grad_norm: float = 1.0
     """Clip the gradient's norm to this; 0 does not"""
     schedule: str = "constant"
-    """After the warm-up: constant, linear or cosine"""
+    """After the warm-up: constant, linear, cosine, polynomial, inverse_sqrt, rex or wsd"""
     warmup_steps: int = 0
     """Steps from 0 up to lr"""
+    warmup_share: float = 0.0
+    """The same as a share of the run's steps"""
     min_lr_ratio: float = 0.0
-    """Where linear and cosine end, as a share of lr"""
+    """Where they end at the lowest, as a share of lr"""
+    cycles: float = 1.0
+    """cosine: how often it starts again from lr; 0.5 ends half way down"""
+    power: float = 1.0
+    """polynomial: of the share of steps that is left"""
+    timescale: int | None = None
+    """inverse_sqrt: after three times so many steps the rate is half; null: the warm-up's steps"""
+    rex: tuple[float, float] = (0.1, 0.9)
+    """rex: a and b of z / (a + b z), z the share of steps that is left"""
+    decay_share: float = 0.1
+    """wsd: the share of steps at the end in which it goes down"""
 
 
 @dataclass(frozen=True)
@@ -222,6 +264,12 @@ class RunSettings:
     """Checkpoints to keep; 0 keeps all"""
     log_every: int = 1
     """Steps between entries in the log"""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases; needs the package wandb"""
+    peak_tflops: float | None = None
+    """What one device can do, for the MFU; null: of a GPU that hvtrain knows, its data sheet's dense bf16 figure"""
+    profile_every: int = 100
+    """Of several processes: steps between those whose time in collectives is measured; 0: none"""
     keep_best: bool = False
     """Also keep the weights with the lowest held-out loss, as NAME-best.safetensors; needs eval.every_steps"""
     hang_timeout_s: float = 1800.0

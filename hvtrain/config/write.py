@@ -1,4 +1,4 @@
-"""A config as YAML with a comment beside each value: what `hvtrain import` and `hvtrain init` write, and `hvtrain config show`."""
+"""A config as YAML with a comment beside each value, for `hvtrain import`, `hvtrain init` and `hvtrain config show`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def commented(values: Mapping[str, Any], notes: Mapping[str, str], cls: type, *,
 
 def _lines(name: str, value: Any, notes: Mapping[str, str], *, path: str, depth: int) -> list[str]:
     pad, note = "  " * depth, " ".join(notes.get(path, "").split())
-    if isinstance(value, Mapping) and any(key == path or key.startswith(f"{path}.") for key in notes) and path not in notes:
-        below = [line for key, inner in value.items() for line in _lines(key, inner, notes, path=f"{path}.{key}", depth=depth + 1)]
-        return [f"{pad}{name}:", *below]
+    if isinstance(value, Mapping) and path not in notes and any(key.startswith(f"{path}.") for key in notes):
+        inner = [_lines(key, one, notes, path=f"{path}.{key}", depth=depth + 1) for key, one in value.items()]
+        return [f"{pad}{name}:", *(line for lines in inner for line in lines)]
     several = isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value)
     first = f"{pad}{name}:" if several else f"{pad}{name}: {_flow(value)}"
     return [f"{first:<{COLUMN}}  # {note}" if note else first, *(f"{pad}- {_flow(item)}" for item in (value if several else ()))]

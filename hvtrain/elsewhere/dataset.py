@@ -26,7 +26,8 @@ def entries(made: Made, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
     sized = [((w, h), [f]) for w, h, f in own.pop("size_buckets", None) or []]
     for size, frames in sized or [(size, lengths) for size in _sizes(own.pop("resolutions", None))]:
         for kind in _kinds(where, frames):
-            entry = {f"{kind}_directory": where, "resolution": [max(u, round(n / u) * u) for n, u in zip(size, unit[::-1])], **own}
+            sides = [max(u, round(n / u) * u) for n, u in zip(size, unit[::-1])]
+            entry = {f"{kind}_directory": where, "resolution": sides, **own}
             if kind == "video":
                 entry |= {"target_frames": [n for n in frames if n > 1] or [1], "frame_extraction": "head"}
             yield entry

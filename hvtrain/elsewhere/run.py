@@ -49,7 +49,9 @@ class Imported:
         return _counted(self.lines)
 
 
-def convert(tool: str, given: Sequence[str], *, model: str | None = None, shards: str | None = None, name: str = "lora") -> Imported:
+def convert(
+    tool: str, given: Sequence[str], *, model: str | None = None, shards: str | None = None, name: str = "lora"
+) -> Imported:
     """`given`: files or command lines; `name`: of the files that will hold it. Raises ConfigError for what cannot be read, or a
     model that is not here; a single option that has no equal is only said."""
     source = Registry("tool", READERS).find(tool, key="import")(given)
@@ -77,7 +79,8 @@ def convert(tool: str, given: Sequence[str], *, model: str | None = None, shards
 
 def _models() -> dict[str, dict[str, Any]]:
     """What the folder of every model that is there says of it elsewhere."""
-    found, there = {}, {spec.name for spec in all_specs()}
+    found: dict[str, dict[str, Any]] = {}
+    there = {spec.name for spec in all_specs()}
     for path in (path for folder in reversed(folders()) for path in sorted(folder.glob(f"*/{FILE}"))):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         found |= {raw["name"]: raw} if raw["name"] in there else {}
@@ -86,7 +89,8 @@ def _models() -> dict[str, dict[str, Any]]:
 
 def _model(tool: str, called: Sequence[str], asked: str | None, known: Mapping[str, Mapping[str, Any]]) -> str:
     if asked is not None:
-        return asked if asked in known else Registry("model", known).find(asked, key="--model")
+        Registry("model", known).find(asked, key="--model")
+        return asked
     names = {name: model for model, raw in known.items() for name in raw.get(tool, {}).get("called", [])}
     for name in filter(None, called):
         if name in names:
@@ -112,7 +116,8 @@ def _choose_expert(made: Made, flavor: Flavor) -> None:
         return
     values, files = made.values, [e for e in flavor.experts if f"model.{e.part}" in made.values]
     low, high = values.get("flow.min_sigma", 0.0), values.get("flow.max_sigma", 1.0)
-    named = re.search(rf"({'|'.join(e.name for e in flavor.experts)})[._-]?noise", str(values.get("model.dit", "")))
+    names = "|".join(expert.name for expert in flavor.experts)
+    named = re.search(rf"({names})[._-]?noise", str(values.get("model.dit", "")))
     within = [e for e in flavor.experts if e.sigmas[0] <= low and high <= e.sigmas[1]]
     if "model.expert" not in values and len(files) == len(flavor.experts):
         made.put("model.expert", "both", "a LoRA for each, where one is trained for both there")
@@ -120,8 +125,8 @@ def _choose_expert(made: Made, flavor: Flavor) -> None:
         made.put("model.expert", named[1] if named else within[0].name, "by the file's name" if named else "by its noise levels")
     if "model.expert" not in values:
         raise ConfigError(
-            f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is {values.get('model.dit')}? Neither its name "
-            "(..high_noise.., ..low_noise..) nor the range of timesteps says"
+            f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is {values.get('model.dit')}? Neither its "
+            "name (..high_noise.., ..low_noise..) nor the range of timesteps says"
         )
     own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.expert"]), None)
     if own and own not in values and "model.dit" in values:
@@ -170,7 +175,8 @@ def _encode(made: Made, spec: ModelSpec, flavor: Flavor, name: str) -> str | Non
         own.put("columns", list(flavor.columns), f"what {flavor.name} reads")
     _refuse_one_by_one(EncodeConfig, own)
     made.lines += own.lines
-    return commented(own.values, own.notes, EncodeConfig, head=[f"hvtrain encode {name}-encode.yaml, then hvtrain train {name}.yaml"])
+    head = [f"hvtrain encode {name}-encode.yaml, then hvtrain train {name}.yaml"]
+    return commented(own.values, own.notes, EncodeConfig, head=head)
 
 
 def _refuse_one_by_one(cls: type, made: Made) -> None:

@@ -28,7 +28,7 @@ class Rule:
     absent: Any = None  # what the tool takes where the option is not given, if we would take something else
     also: Mapping[str, Any] = field(default_factory=dict)  # set with it, where nothing else says
     instead: Mapping[str, Any] = field(default_factory=dict)  # another option -> the rule where that one is given too
-    below: Mapping[str, Any] = field(default_factory=dict)  # a folder: our key -> a path in it, or [path, what its name must hold]
+    below: Mapping[str, Any] = field(default_factory=dict)  # a folder: our key -> a path in it, or [path, what its name holds]
 
     @classmethod
     def of(cls, raw: Any) -> Rule:
@@ -51,7 +51,8 @@ class Table:
         parts: list[dict[str, Any]] = [{}, {}, {}]
         for one in raw:
             new = [one.get(name) or {} for name in ("options", "meaningless", "left_out")]
-            parts = [{k: v for k, v in old.items() if not any(k in n for n in new)} | n for old, n in zip(parts, new, strict=True)]
+            again = {name for part in new for name in part}
+            parts = [{k: v for k, v in old.items() if k not in again} | part for old, part in zip(parts, new, strict=True)]
         return cls({name: Rule.of(rule) for name, rule in parts[0].items()}, parts[1], parts[2])
 
     @property
@@ -69,7 +70,8 @@ class Line:
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind:<12}{self.option}" + (f"  ->  {self.result}" if self.result else "") + (f"  ({self.why})" if self.why else "")
+        result, why = f"  ->  {self.result}" * bool(self.result), f"  ({self.why})" * bool(self.why)
+        return f"{self.kind:<12}{self.option}{result}{why}"
 
 
 @dataclass
@@ -138,9 +140,10 @@ def _apply(rule: Rule, value: Any, shown: str, made: Made, *, weak: bool = False
             return made.say("mapped", shown, "off, as it is here")
         entry = known.get(str(value).lower(), rule.otherwise)
         if entry is None:
-            is_same = str(value).lower() in known
-            return made.say("mapped" if is_same else "left out", shown, "as it is here" if is_same else "", "" if is_same else
-                            f"no such {rule.to or 'value'} here; known: {', '.join(map(str, rule.values))}")
+            if str(value).lower() in known:
+                return made.say("mapped", shown, "as it is here")
+            legal = ", ".join(map(str, rule.values))
+            return made.say("left out", shown, why=f"no such {rule.to or 'value'} here; known: {legal}")
         ours, reason = entry if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else (entry, "")
         why = reason or why
     if rule.to is None and not rule.below:

@@ -66,7 +66,8 @@ def _applied(
     path, experts = Path(asset(w.path)), {expert.name: expert for expert in flavor.experts}
     both = w.expert is None and bool(experts) and prefix_number(path) == -1
     for wish in names_of(spec) if both else [w.expert]:
-        lora = read_lora(path, shapes, spec=spec, expert=number_of(spec, wish, key="lora.expert"), decomposed=True)
+        number = number_of(spec, wish, key="lora.expert")
+        lora = read_lora(path, shapes, spec=spec, expert=number, decomposed=True, foreign=True)
         own, sure = (wish, True) if both else whose(lora, flavor.experts, bases)
         if sure and wish is not None and own != wish:
             span = trained_range(lora.metadata)

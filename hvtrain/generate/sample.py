@@ -24,6 +24,7 @@ from hvtrain.generate.requests import Request
 from hvtrain.generate.spool import find, keep
 from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import parameters
+from hvtrain.lorafiles.whole import editing, summed
 from hvtrain.models.conditions import stack
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.load import load_dit
@@ -208,7 +209,8 @@ def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
 
 def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     """With the LoRAs in it."""
-    m, n_swapped = plan.model, plan.compute.blocks_to_swap
+    m, n_swapped, loras = plan.model, plan.compute.blocks_to_swap, on_expert(plan.loras, expert)
+    whole = summed(loras, {name: p.shape for name, p in plan.dits.empty.named_parameters()}, once=False)
     loaded = load_dit(
         plan.dits.files[DIT if expert is None else expert.part].path,
         model=plan.spec.name,
@@ -216,7 +218,7 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
         dtype=getattr(torch, m.dtype),
         device="cpu" if n_swapped else ctx.device,  # what is to be swapped must not fill the device first
         quantize_to=m.quantize,
-        edit=merging(plan.dits.layers, on_expert(plan.loras, expert)),
+        edit=editing(merging(plan.dits.layers, loras), whole) if loras else None,
     )
     model = loaded.model.eval().requires_grad_(False)
     use_matmul(model, m.fp8_matmul)

@@ -34,6 +34,7 @@ from hvtrain.lorafiles.metadata import (
     other_architecture,
 )
 from hvtrain.lorafiles.pairs import LoraPair, unfold_alpha
+from hvtrain.lorafiles.whole import relatives, split, warn
 from hvtrain.models.foreign import lora_looks_like
 from hvtrain.models.spec import ModelSpec
 from hvtrain.weights.containers import Weights, open_weights
@@ -62,6 +63,7 @@ class LoraFile:
     pairs: dict[str, LoraPair]
     metadata: dict[str, str] = field(default_factory=dict)
     others: Mapping[str, Delta] = field(default_factory=dict)
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what is added to whole parameters, by official name
 
     def delta(self, name: str) -> Delta:
         """A layer's adapter as the file holds it."""
@@ -82,7 +84,8 @@ class LoraFile:
         ranks = sorted({delta.rank for delta in deltas})
         scales = sorted({round(delta.scale, 6) for delta in deltas})
         kinds = "".join(f"{label}, " for label in sorted({delta.kind.LABEL for delta in self.others.values()}))
-        return f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}"
+        whole = f", {len(self.whole)} whole tensors" if self.whole else ""
+        return f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}{whole}"
 
 
 def _span(values: list) -> str:
@@ -192,18 +195,23 @@ def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> N
 
 def read_lora(
     path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False, expert: int | None = None,
-    decomposed: bool = False,
+    decomposed: bool = False, foreign: bool = False,
 ) -> LoraFile:
     """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
 
     With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
     `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one for each expert. `decomposed`:
     the caller has the weights that what a DoRA adds depends on; otherwise one is refused.
+    `foreign`: also take differences of whole tensors, as distilled ones hold, and leave out layers that only other flavors have.
     """
     path = Path(path)
-    weights = open_weights(path)
-    stems = _of_expert(path, _group(path, {name: weights.get(name) for name in weights}), expert)
-    found = _resolve(path, stems, known_names(spec, shapes), weights.metadata, spec)
+    weights, names = open_weights(path), known_names(spec, shapes)
+    tensors = {name: weights.get(name) for name in weights}
+    tensors, whole = split(tensors) if foreign else (tensors, {})
+    stems = _of_expert(path, _group(path, tensors), expert)
+    if foreign and spec is not None:
+        stems = _without_relatives(path, stems, names, spec)
+    found = _resolve(path, stems, names, weights.metadata, spec)
     if not edited:
         check_sum(weights)
     folded = _folded_alphas(path, weights.metadata)
@@ -225,7 +233,7 @@ def read_lora(
             pairs[name] = replace(pair, parts=tuple(told))  # of other kinds none are told
     held = {name: same_layer(name, shapes[name][0], deltas, spec) for name in pairs}
     others = {name: deltas[own] for name, own in held.items() if own and deltas[own].kind is not LoraLinear}
-    return LoraFile(path, pairs, dict(weights.metadata), others)
+    return LoraFile(path, pairs, dict(weights.metadata), others, whole)
 
 
 def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
@@ -291,6 +299,25 @@ def prefix_number(path: Path) -> int | None:
     return None
 
 
+def _start(stem: str, names: Mapping[str, str]) -> int | None:
+    """Where in it a layer's name begins."""
+    starts = [0, *(i + 1 for i, letter in enumerate(stem) if letter in "._")]
+    return next((i for i in starts if stem[i:] in names), None)
+
+
+def _without_relatives(
+    path: Path, stems: dict[str, dict[str, torch.Tensor]], names: Mapping[str, str], spec: ModelSpec
+) -> dict[str, dict[str, torch.Tensor]]:
+    strange = [stem for stem in stems if _start(stem, names) is None]
+    if not strange or len(strange) == len(stems):
+        return stems
+    theirs = known_names(spec, relatives(spec.name))
+    left = [stem for stem in strange if _start(stem, theirs) is not None]
+    if left:
+        warn(path.name, left, "layers")
+    return {stem: tensors for stem, tensors in stems.items() if stem not in left}
+
+
 def _resolve(
     path: Path,
     stems: Iterable[str],
@@ -302,8 +329,7 @@ def _resolve(
     found, strange, prefixes = {}, [], set()
     stems = list(stems)
     for stem in stems:
-        starts = [0, *(i + 1 for i, letter in enumerate(stem) if letter in "._")]
-        start = next((i for i in starts if stem[i:] in names), None)
+        start = _start(stem, names)
         if start is None:
             strange.append(stem)
         else:

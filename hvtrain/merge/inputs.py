@@ -58,7 +58,7 @@ def open_inputs(
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
         raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    own = [read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed) for path, _ in paths]
+    own = [read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed, foreign=True) for path, _ in paths]
     loras = [(lora, multiplier) for lora, (_, multiplier) in zip(own, paths, strict=True)]
     _check_experts(own, expert)
     for lora, _ in loras:

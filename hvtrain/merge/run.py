@@ -19,10 +19,11 @@ from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
+from hvtrain.lorafiles.whole import summed
 from hvtrain.merge.inputs import Inputs, PlanSlices, lora_in, open_inputs, owners_note
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
-from hvtrain.merge.write import Target, plan_parts, refuse_scaled, signature, write_model
+from hvtrain.merge.write import Target, plan_parts, plan_whole, refuse_scaled, signature, write_model
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import ModelSpec
 from hvtrain.parallel.context import ParallelContext, shutdown, start
@@ -59,6 +60,12 @@ def run(cfg: MergeConfig) -> None:
     inputs = open_inputs(
         cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and how == "none"
     )
+    whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
+    if whole is not None and (cfg.target == "lora" or computes):
+        raise ConfigError(
+            f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge it into a model, "
+            "without --reconcile and --evaluate"
+        )
     layers = by_layer(inputs.loras)
     combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
@@ -141,7 +148,8 @@ def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
 def _write_model(
     cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    parts = plan_parts(found, combined, shapes)
+    added = summed(inputs.loras, found.shapes, once=cfg.on_overlap == "error")
+    parts = plan_whole(found, added, plan_parts(found, combined, shapes))
     weights = open_weights(Path(asset(cfg.dit)))  # every tensor under the file's own name, also those that are not the DiT's
     refuse_scaled(weights, parts)
     target = Target(

@@ -77,6 +77,18 @@ def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) 
     return parts
 
 
+def plan_whole(found: Identified, added: Mapping[str, Tensor], parts: Mapping[str, Addition]) -> dict[str, Addition]:
+    """`parts`, and what is added to whole parameters (`added`, by official names)."""
+    more = {}
+    for name, value in added.items():
+        source = found.sources[name]
+        if len(source.parts) > 1 or source.swap:
+            raise CheckpointError(f"{found.path}: '{name}' is cut otherwise in this file; merge into the official one")
+        own = f"{found.prefix}{source.parts[0]}"
+        more[own] = Addition(parts.get(own, Addition()).pairs, lambda value=value: value)  # type: ignore[misc]
+    return {**parts, **more}
+
+
 class _Last:
     """A delta is computed once for the pieces that are written one after the other, and then dropped."""
 

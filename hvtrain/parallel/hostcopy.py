@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def page_locked(n_bytes: int) -> Tensor:
-    """Host memory that a GPU copies from at full speed, for good. Of just this size: PyTorch's own allocator rounds up to a power of
+    """Host memory that a GPU copies from at full speed, for good. Of this size: PyTorch's own allocator rounds up to a power of
     two, which of a block of 283 MB would be 512."""
     memory = torch.empty(n_bytes, dtype=torch.uint8)
     failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), n_bytes, 0))

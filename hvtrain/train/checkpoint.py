@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError
-from hvtrain.train.engine import OptimizerState
-from hvtrain.train.parts import SEPARATOR, PartFile, has_parts, open_parts
+from hvtrain.train.optstate import OptimizerState
+from hvtrain.train.parts import SEPARATOR, SealedFile, has_parts, open_parts
 from shards.atomic import sync, write_text
 
 COMPLETE = "COMPLETE"
@@ -55,7 +55,7 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int, results: Iterable[Pa
     temporary = begin(root, snapshot.progress.step)
     try:
         _write(temporary, snapshot)
-        written = [PartFile(p.name, seal(p)) for p in sorted(temporary.iterdir())]
+        written = [SealedFile(p.name, seal(p)) for p in sorted(temporary.iterdir())]
         return finish(temporary, snapshot.progress, written, keep_last=keep_last, results=results)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +71,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 def finish(
-    temporary: Path, progress: Progress, files: Sequence[PartFile], *, keep_last: int, results: Iterable[Path] = ()
+    temporary: Path, progress: Progress, files: Sequence[SealedFile], *, keep_last: int, results: Iterable[Path] = ()
 ) -> Path:
     """Seal what is written and give the directory its name. For one rank only."""
     root, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(".writing-"))

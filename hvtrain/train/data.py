@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from hvtrain.config import ModelConfig, asset
-from hvtrain.errors import DataError
+from hvtrain.errors import ConfigError, DataError
 from hvtrain.models.parts import keys_of, text_fingerprints
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import fingerprint, open_weights
@@ -53,6 +53,18 @@ def check_empty_text(sets: Sequence[ShardSet], flavor: Flavor) -> None:
     where, held = f"{sets[0].name}: its empty caption", sets[0].some().tensors
     optional = {field.name for field in flavor.cond if field.optional and field.name not in held}
     _check_fields(sets[0].empty_text, flavor, where, columns=("text",), may_lack=optional)
+
+
+def check_image_share(share: float | None, sets: Sequence[ShardSet], flavor: Flavor) -> None:
+    """Raises ConfigError for a flavor that has no choice, DataError for a set without images."""
+    if share is None:
+        return
+    if not (flavor.mixes or flavor.image_optional):
+        why = "is always told by an image" if flavor.beyond_text else "takes none"
+        raise ConfigError(f"data.image_share is {share:g}, but '{flavor.name}' {why}: leave it null")
+    for found in sets if share else ():
+        if lacking := [c for c in flavor.columns if c not in found.manifest.columns]:
+            raise DataError(f"data.image_share is {share:g}, but {found.name} has no column '{lacking[0]}'; encode it, or give 0")
 
 
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:

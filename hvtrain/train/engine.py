@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,18 @@ from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.registry import Registry
+from hvtrain.train.gradients import Parts, norms_of_parts
+from hvtrain.train.optstate import (
+    OptimizerState,
+    States,
+    export_plain_state,
+    load_plain_state,
+    settled,
+    to_cpu,
+)
 from hvtrain.train.parts import Piece
 
 Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
-States = Mapping[str, Mapping[str, Tensor]]  # an OptimizerState, perhaps one that is read from a file when asked
-OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
 
 ENGINES = Registry("engine", dict.fromkeys(("deepspeed", "torch")))
 PLACES = Registry("place", dict.fromkeys(("none", "cpu", "nvme")))
@@ -41,6 +49,7 @@ class Step:
 
     grad_accum: int = 1
     max_grad_norm: float = 1.0  # 0: no clipping
+    parts: Parts = field(default_factory=dict)  # whose norms are reported one by one
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class StepResult:
     grad_norm: float | None  # before clipping, over all parameters; not finite if the step was skipped
     lr: float  # of the first parameter group, in this step
     skipped: bool  # a gradient was not finite: parameters and optimizer state are untouched
+    norms: Mapping[str, float] = field(default_factory=dict)  # of Step.parts, before clipping
 
 
 class Engine(Protocol):
@@ -64,6 +74,10 @@ class Engine(Protocol):
 
     def export_optimizer(self) -> OptimizerState:
         """Optimizer state per parameter. Collective; for rank 0. Empty before the first step."""
+        ...
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Within, the model has the weights that its optimizer means to be used: an average, where it keeps one."""
         ...
 
     def pieces(self) -> list[Piece]:
@@ -191,11 +205,15 @@ class LearningRate:
         self.bases = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, n_steps: int) -> float:
-        """The first group's rate of step `n_steps`, after setting all."""
+        """The first group's rate of step `n_steps`, after setting all: times d, of an optimizer that finds it."""
         factor = self.schedule(n_steps)
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
-            group["lr"] = base * factor
-        return self.bases[0] * factor
+            if torch.is_tensor(group["lr"]):  # a compiled optimizer's
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+        first = self.optimizer.param_groups[0]
+        return self.bases[0] * factor * (first["d"] if "d_max" in first else 1.0)
 
 
 class TorchEngine:
@@ -219,16 +237,21 @@ class TorchEngine:
         lr = self.rate.set(self.n_steps)
         grads = filled_grads(self.params.values())
         _reduce(grads, self.ctx)
+        norms = norms_of_parts(dict(zip(self.params, grads, strict=True)), self.how.parts)
         norm = clip_(grads, self.how.max_grad_norm)
         skipped = not norm.isfinite().item()
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.n_steps += 1
-        return StepResult(norm.item(), lr, skipped)
+        return StepResult(norm.item(), lr, skipped, norms)
+
+    def settled(self) -> AbstractContextManager[None]:
+        return settled(self.optimizer, self.params)
 
     def export_params(self) -> dict[str, Tensor]:
-        return {name: to_cpu(p) for name, p in self.params.items()}
+        with self.settled():
+            return {name: to_cpu(p) for name, p in self.params.items()}
 
     def export_optimizer(self) -> OptimizerState:
         return export_plain_state(self.optimizer, self.params)
@@ -274,39 +297,3 @@ def _reduce(grads: list[Tensor], ctx: ParallelContext) -> None:
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(part.view_as(g))
             bucket = []
-
-
-# --- state of an optimizer that holds the model's own parameters --------------------------------------------------
-
-
-def to_cpu(x: Tensor) -> Tensor:
-    """An fp32 copy: the training goes on in the original."""
-    return x.detach().to("cpu", torch.float32, copy=True)
-
-
-def export_plain_state(optimizer: Optimizer, params: Mapping[str, nn.Parameter]) -> OptimizerState:
-    states = {name: optimizer.state.get(p) for name, p in params.items()}
-    return {
-        name: {key: to_cpu(torch.as_tensor(value)) for key, value in state.items()}
-        for name, state in states.items()
-        if state
-    }
-
-
-def load_plain_state(
-    optimizer: Optimizer,
-    params: Mapping[str, nn.Parameter],
-    values: Mapping[str, Tensor],
-    state: States,
-) -> None:
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(values[name])
-    names = {id(p): name for name, p in params.items()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    # Through the optimizer's own loader: it puts each tensor where that optimizer wants it (a fused one keeps "step"
-    # on the device, others on the CPU). It keeps what it is given, so give it copies.
-    copies = {name: {key: value.clone() for key, value in values.items()} for name, values in state.items()}
-    frame = optimizer.state_dict()
-    frame["state"] = {i: copies[name] for i, name in enumerate(order) if name in copies}
-    optimizer.load_state_dict(frame)

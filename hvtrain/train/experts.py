@@ -8,7 +8,7 @@ it: its steps are those of a run of its own, at the places of this run that were
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,7 +21,7 @@ from hvtrain.rng import generator
 from hvtrain.train.engine import Engine, OptimizerState, States, StepResult
 from hvtrain.train.objective import Objective
 from hvtrain.train.parts import Piece
-from hvtrain.train.setup import Member, Subject
+from hvtrain.train.setup import Subject, TeamMember
 
 Models = Callable[[float], nn.Module]  # noise level -> the model that predicts there
 _GOLDEN = (5**0.5 - 1) / 2
@@ -39,7 +39,7 @@ def drawn(shares: Mapping[str, float], *, seed: int, turn: int) -> str:
 class Trainee:
     """A member with all that training it takes."""
 
-    member: Member
+    member: TeamMember
     subject: Subject
     engine: Engine
     objective: Objective  # on its noise levels
@@ -96,13 +96,14 @@ class Team:
                 others[key] = self.open_idle(expert)
             return others[key]
 
-        for one in self.trainees.values():
-            one.engine.model.eval()
-        try:
-            yield at
-        finally:
+        with self.settled():
             for one in self.trainees.values():
-                one.engine.model.train()
+                one.engine.model.eval()
+            try:
+                yield at
+            finally:
+                for one in self.trainees.values():
+                    one.engine.model.train()
 
     # --- an engine ------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,13 @@ class Team:
         self.now.engine.n_steps = self.n_steps  # the schedule is the run's
         self.n_steps += last
         return self.now.engine.accumulate(loss, last=last)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in self.trainees.values():
+                stack.enter_context(one.engine.settled())
+            yield
 
     def export_params(self) -> dict[str, Tensor]:
         return self._named({key: one.engine.export_params() for key, one in self.trainees.items()})

@@ -22,7 +22,7 @@ from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.load import save_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
-from hvtrain.train.parts import PartFile, open_parts
+from hvtrain.train.parts import SealedFile, open_parts
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Subject
 from hvtrain.weights.containers import open_weights
@@ -108,7 +108,7 @@ class RunFiles:
         return checkpoint.begin(self.checkpoints, step)
 
     def save_parts(
-        self, folder: Path, progress: Progress, parts: Sequence[PartFile], note: Callable[[str], None], *,
+        self, folder: Path, progress: Progress, parts: Sequence[SealedFile], note: Callable[[str], None], *,
         best: float | None = None,
     ) -> None:
         """As `save`, of what all ranks have written in `folder`: the user's file is made of that, tensor by tensor. `best`: as

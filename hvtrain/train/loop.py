@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class StepReport:
     keys: tuple[str, ...]
     seconds: float
     waited: float  # of these, for data
+    sets: tuple[int, ...] = ()  # of each sample: the number of its shard set
+    work: tuple[tuple[int, int], ...] = ()  # of each micro-step: samples, and image tokens of one
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Hooks:
     evaluate: Callable[[Progress], None]
     preview: Callable[[int], None]
     at: Callable[[int, str], None] = lambda step, phase: None  # what this rank is doing, for whoever watches
+    measured: Callable[[int], AbstractContextManager] = lambda step: nullcontext()  # around a step
 
 
 def train(
@@ -68,7 +72,8 @@ def train(
     progress, bad_in_a_row = start, 0
     with StopFlag(folder, show=ctx.is_main) as stop:
         while progress.step < cadence.steps:
-            report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
+            with hooks.measured(progress.step + 1):
+                report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
             before, progress = progress, report.progress  # the same on all ranks
             bad_in_a_row = bad_in_a_row + 1 if report.result.skipped else 0
             hooks.after_update()
@@ -93,7 +98,7 @@ def _step(
     engine: Engine, batches: Iterator, hooks: Hooks, *, cadence: Cadence, progress: Progress, seed: int,
     ctx: ParallelContext,
 ) -> StepReport:
-    started, waited, results, keys, n_tokens = time.monotonic(), 0.0, [], [], 0
+    started, waited, results, keys, sets, work = time.monotonic(), 0.0, [], [], [], []
     outcome = None
     for micro in range(cadence.grad_accum):
         asked = time.monotonic()
@@ -107,7 +112,8 @@ def _step(
         outcome = engine.accumulate(result.loss, last=micro == cadence.grad_accum - 1)
         results.append(result)
         keys += list(batch.keys)
-        n_tokens += tokens
+        sets += list(batch.sets)
+        work.append((len(batch.keys), tokens // len(batch.keys)))
     assert outcome is not None
     losses = torch.cat([r.per_sample for r in results]).float().cpu().numpy()
     after = replace(
@@ -118,8 +124,8 @@ def _step(
     mean = ctx.all_reduce_mean(sum(r.loss.item() for r in results) / len(results))
     return StepReport(
         progress=after, result=outcome, loss=mean, sample_loss=losses,
-        sigma=torch.cat([r.sigma for r in results]).float().cpu().numpy(), n_tokens=n_tokens, keys=tuple(keys),
-        seconds=time.monotonic() - started, waited=waited,
+        sigma=torch.cat([r.sigma for r in results]).float().cpu().numpy(), n_tokens=sum(n * of_one for n, of_one in work),
+        keys=tuple(keys), seconds=time.monotonic() - started, waited=waited, sets=tuple(sets), work=tuple(work),
     )
 
 

@@ -1,72 +1,178 @@
-"""What a run reports: TensorBoard and the same numbers in metrics.jsonl, from one rank."""
+"""Where a run's numbers go, from one rank: TensorBoard, the same in metrics.jsonl, and Weights & Biases if it is asked for."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from shards import ShardSet
+
 N_BINS = 10
+WANDB_ID = "wandb.id"
+
+
+@dataclass(frozen=True)
+class Gif:
+    """An animation as TensorBoard and W&B play it without another package."""
+
+    data: bytes
+    height: int
+    width: int
+
+
+class Sink(Protocol):
+    """A place for numbers, texts and pictures. `step` is the optimizer step."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def text(self, name: str, text: str) -> None: ...
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None: ...
+
+    def video(self, name: str, step: int, gif: Gif) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """As one event: forty calls of add_scalar take longer than a small model's step allows."""
+        self._add(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
+
+    def text(self, name: str, text: str) -> None:
+        self.writer.add_text(name, f"```\n{text}\n```")
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        self.writer.add_histogram(name, values, step)
+
+    def video(self, name: str, step: int, gif: Gif) -> None:
+        image = {"height": gif.height, "width": gif.width, "colorspace": 3, "encoded_image_string": gif.data}
+        self._add(step, [{"tag": name, "image": image}])
+
+    def _add(self, step: int, values: Sequence[dict[str, Any]]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(**v) for v in values]), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class JsonLines:
+    """A row a step, for scripts and `hvtrain runs`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self.lines.flush()
+
+    def text(self, name: str, text: str) -> None: ...
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None: ...
+
+    def video(self, name: str, step: int, gif: Gif) -> None: ...
+
+    def close(self) -> None:
+        self.lines.close()
+
+
+class WeightsAndBiases:
+    """One run of theirs for one of ours, however often it is started again: its id lies beside the metrics."""
+
+    def __init__(self, folder: Path, project: str, name: str) -> None:
+        import wandb
+
+        self.wandb, known = wandb, folder / WANDB_ID
+        if not known.exists():
+            known.write_text(secrets.token_hex(8))
+        self.run = wandb.init(project=project, name=name, id=known.read_text(), resume="allow", dir=str(folder))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def text(self, name: str, text: str) -> None:
+        self.run.config.update({name: text}, allow_val_change=True)
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        self.run.log({name: self.wandb.Histogram(values)}, step=step)
+
+    def video(self, name: str, step: int, gif: Gif) -> None:
+        self.run.log({name: self.wandb.Video(io.BytesIO(gif.data), format="gif")}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 class Metrics:
-    """Scalars, texts, histograms and videos of one run; does nothing on the other ranks."""
+    """All sinks as one; does nothing on the other ranks (`folder` None)."""
 
-    def __init__(self, folder: Path | None, *, purge_step: int | None = None) -> None:
-        self.writer, self.lines = None, None
+    def __init__(
+        self, folder: Path | None, *, purge_step: int | None = None, wandb: str | None = None, name: str = ""
+    ) -> None:
+        self.sinks: list[Sink] = []
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-            self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self.sinks = [TensorBoard(folder, purge_step=purge_step), JsonLines(folder)]
+            self.sinks += [WeightsAndBiases(folder, wandb, name)] if wandb else []
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self.writer is None or self.lines is None:
-            return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        entry = {"step": step, "time": round(time.time(), 3), **finite}
-        self.lines.write(json.dumps(entry) + "\n")
-        self.lines.flush()
+        for sink in self.sinks:
+            sink.scalars(step, values)
 
     def text(self, name: str, text: str) -> None:
-        if self.writer is not None:
-            self.writer.add_text(name, f"```\n{text}\n```")
+        for sink in self.sinks:
+            sink.text(name, text)
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
-        if self.writer is not None:
-            self.writer.add_histogram(name, values, step)
+        for sink in self.sinks:
+            sink.histogram(name, step, values)
 
     def video(self, name: str, step: int, frames: np.ndarray, *, fps: int) -> None:
-        """uint8 [F H W 3], as an animated GIF: what TensorBoard plays (its own add_video needs one more package)."""
-        if self.writer is None:
+        """uint8 [F H W 3]"""
+        if not self.sinks:
             return
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        pictures = [Image.fromarray(frame) for frame in frames]
-        data = io.BytesIO()
-        pictures[0].save(
-            data, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-        )
-        _, height, width, _ = frames.shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data.getvalue())
-        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        data, pictures = io.BytesIO(), [Image.fromarray(frame) for frame in frames]
+        ms = round(1000 / fps)
+        pictures[0].save(data, format="GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0)
+        for sink in self.sinks:
+            sink.video(name, step, Gif(data.getvalue(), *frames.shape[1:3]))
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        if self.lines is not None:
-            self.lines.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def loss_by_sigma(sigma: np.ndarray, loss: np.ndarray) -> dict[str, float]:
     """Mean loss of each tenth of the noise range that has samples."""
     bins = np.minimum((sigma * N_BINS).astype(int), N_BINS - 1)
     return {f"loss_by_sigma/{b / N_BINS:.1f}": float(loss[bins == b].mean()) for b in sorted(set(bins.tolist()))}
+
+
+def names_of(sets: Sequence[ShardSet]) -> list[str]:
+    """The last part of each one's path; numbered where two are called the same."""
+    names = [found.name.rstrip("/").rpartition("/")[2] for found in sets]
+    return [name if names.count(name) == 1 else f"{i}-{name}" for i, name in enumerate(names)]
+
+
+def loss_by_set(names: Sequence[str], numbers: np.ndarray, loss: np.ndarray) -> dict[str, float]:
+    """Mean loss of each shard set that has samples; nothing where there is only one."""
+    present = sorted(set(numbers.tolist())) if len(names) > 1 else []
+    return {f"loss_by_set/{names[i]}": float(loss[numbers == i].mean()) for i in present}

@@ -35,14 +35,14 @@ class Piece(NamedTuple):
     read: Callable[[], Tensor]  # [n]
 
 
-class PartFile(NamedTuple):
+class SealedFile(NamedTuple):
     """A file, its size and checksum (checkpoint.seal)."""
 
     name: str
     seal: list
 
 
-def write_part(folder: Path, pieces: Sequence[Piece], *, rank: int) -> PartFile:
+def write_part(folder: Path, pieces: Sequence[Piece], *, rank: int) -> SealedFile:
     """This rank's file in `folder`. Sealed from what is written, not from what the disk gives back."""
     path = folder / f"part-{rank:05d}.safetensors"
     slots = [Extent(p.key, torch.float32, (p.n,)) for p in pieces]
@@ -54,7 +54,7 @@ def write_part(folder: Path, pieces: Sequence[Piece], *, rank: int) -> PartFile:
             data = tensor_bytes(piece.read().reshape(-1).to("cpu", torch.float32))
             writer.write_bytes(piece.key, data)
             digest.update(data)
-    return PartFile(path.name, [size, digest.hexdigest()])
+    return SealedFile(path.name, [size, digest.hexdigest()])
 
 
 class _Span(NamedTuple):

@@ -25,9 +25,12 @@ from hvtrain.train.engine import Step, build_engine
 from hvtrain.train.evaluate import HeldOut
 from hvtrain.train.experts import Team, Trainee
 from hvtrain.train.files import Product, RunFiles, is_finished, results_of
+from hvtrain.train.gradients import parts_of
 from hvtrain.train.loop import Cadence
+from hvtrain.train.mfu import Work, peak_of, work_of
+from hvtrain.train.mixture import Curriculum, plan_data
 from hvtrain.train.objective import Objective, objective_of
-from hvtrain.train.optim import build_optimizer, build_schedule
+from hvtrain.train.optim import build_optimizer
 from hvtrain.train.prepare import (
     check_adapter,
     check_machinery,
@@ -43,8 +46,10 @@ from hvtrain.train.prepare import (
 from hvtrain.train.preview import Preview, Previews, plan_previews
 from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
+from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Member, Origin
+from hvtrain.train.setup import Origin, TeamMember
+from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
 from shards.remote import shown
@@ -57,11 +62,12 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    members: list[Member]
+    members: list[TeamMember]
     others: dict[str, Origin]  # experts that are not trained, but make videos
     idle_on_host: bool  # an expert that is not computed with
     plan: SlicePlan | None  # of a LORAID slice
     sets: list[ShardSet]
+    curriculum: Curriculum
     held_out: list[ShardSet]
     steps: int  # of the whole run
     previews: list[Preview]
@@ -73,7 +79,7 @@ class Prepared:
 
     @property
     def n_samples(self) -> int:
-        return sum(len(s) for s in self.sets)
+        return self.curriculum.n_samples
 
 
 def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
@@ -85,8 +91,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     ready = on_all(ctx, lambda: prepare(cfg, ctx))
     cfg, steps = ready.cfg, ready.steps
     identity = setup.identity(
-        [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets,
-        batch_size=cfg.data.batch_size, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn,
+        [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
+        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn,
     )
     output, results = Path(cfg.run.output_dir), results_of(cfg.run, [member.name for member in ready.members])
     try:
@@ -99,7 +105,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
         if ctx.is_main:
             say(f"{error}; asking Slurm to start this job again later")
         return REQUEUE
-    with lock:
+    with lock, told(output, steps=steps, main=ctx.is_main) as tell:
         over = found is not None and on_all(
             ctx, lambda: ctx.is_main and is_finished(results, found, steps=steps)
         )
@@ -115,6 +121,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
                 torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
         if finished and ctx.is_main and cfg.adapter.type != "none":
             leave_calibration(output, ready.sets, cfg.data.calibration)
+        tell(FINISHED if finished else STOPPED)
     if own:
         shutdown()
     return 0 if finished else REQUEUE
@@ -124,7 +131,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before weights are read: from headers, names and
     manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
-    check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
+    check_machinery(
+        cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype, ratios=bool(cfg.adapter.lr_ratios),
+    )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
     base, flavor = bases[0], bases[0].flavor
@@ -145,7 +154,8 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         own = setup.adapter_of(cfg.adapter, one.expert)
         check_whole(one, own) if whole else check_adapter(one, own, plan)
         setup.open_base_loras(one, own)
-    sets = data.open_shards(cfg.data.shards, flavor, key="data.shards", masked=cfg.flow.masked)
+    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards", masked=cfg.flow.masked)
+    curriculum = plan_data(cfg.data, sets, flavor.latent, seed=cfg.run.seed)
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards", masked=cfg.flow.masked)
     previews = plan_previews(
         cfg.preview, cfg.model, base.spec, flavor, sets=[*held_out, *sets],
@@ -155,12 +165,13 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
+    data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
-    per_step = ctx.dp * cfg.data.batch_size * cfg.run.grad_accum
-    steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, sum(len(s) for s in sets), per_step=per_step)
+    per_step = ctx.dp * curriculum.per_batch * cfg.run.grad_accum
+    steps = setup.n_steps(cfg.run.steps, cfg.run.epochs, curriculum.n_samples, per_step=per_step)
     build_schedule(cfg.optim, total_steps=steps)
-    return Prepared(cfg, members, others, wait, plan, sets, held_out, steps, previews)
+    return Prepared(cfg, members, others, wait, plan, sets, curriculum, held_out, steps, previews)
 
 
 def _train(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | None) -> bool:
@@ -193,6 +204,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         sets, batch_size=cfg.data.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=cfg.run.seed,
         cursor=start.cursor, workers=cfg.data.workers, worker_type=cfg.data.worker_type,
         on_bad_sample=cfg.data.on_bad_sample, pin=ctx.device.type == "cuda", columns=columns,
+        phases=ready.curriculum.phases, step=start.step, per_step=cfg.run.grad_accum,
     )
     held = HeldOut(ready.held_out, cfg.data.batch_size, cfg.eval.quantiles, cfg.eval.max_batches, columns)
     products = [
@@ -203,7 +215,8 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         run=cfg.run, ctx=ctx, flavor=base.flavor, objective=objective, team=team, loader=loader, previews=previews,
         held=held, files=RunFiles(cfg.run, cfg.adapter, products, ready.steps, lock, saved=start.step),
         cadence=_cadence(ready), start=start, ema=ema, caption_dropout=cfg.data.caption_dropout,
-        config=shown(dump(cfg)), found=found, about=note + _about(ready, ctx, team, start.step),
+        image_share=cfg.data.image_share,
+        config=shown(dump(cfg)), found=found, work=_work(ready, ctx), about=note + _about(ready, ctx, team, start.step),
     )
 
 
@@ -226,7 +239,7 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             subject.model, subject.trainable, cfg.zero, ctx,
             optimizer=build_optimizer(subject.trainable, cfg.optim, setup.rates(cfg.adapter, subject.trainable)),
             schedule=build_schedule(cfg.optim, total_steps=ready.steps),
-            step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm),
+            step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable)),
         )
         own = objective_of(member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast)
         trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)
@@ -234,6 +247,13 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
         trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
         open_idle=lambda expert: open_idle(ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype),
     )
+
+
+def _work(ready: Prepared, ctx: ParallelContext) -> Work | None:
+    """What the MFU is counted by. Collective: one rank finds it out."""
+    c, base, peak = ready.cfg, ready.base, peak_of(ctx.device_name, ready.cfg.run.peak_tflops)
+    mine = peak and ctx.is_main and work_of(base.spec, base.flavor, c.model, c.adapter, c.run, peak=peak)
+    return ctx.gather_objects(mine or None)[0]
 
 
 def _cadence(ready: Prepared) -> Cadence:
@@ -273,13 +293,13 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
         f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
-        f"steps {step + 1} to {ready.steps}, {ctx.dp * c.data.batch_size * c.run.grad_accum} samples each "
-        f"(fewer where a bucket ends){saves}; TensorBoard: tensorboard --logdir "
+        f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "
+        f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
     )
 
 
-def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
+def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
     c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
     owner: dict[str, object] = {}
@@ -303,7 +323,7 @@ def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
         "ss_sigmoid_scale": flow.sigmoid_scale, "ss_logit_mean": flow.logit_mean,
         "ss_logit_std": flow.logit_std, "ss_mode_scale": flow.mode_scale, "ss_weighting_scheme": flow.weighting,
         "ss_guidance_scale": flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
-        "ss_datasets": list(map(shown, c.data.shards)), "ss_fp8_base": c.model.quantize != "none",
+        "ss_datasets": [shown(entry.path) for entry in c.data.sets], "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * flow.min_sigma), "ss_max_timestep": round(1000 * flow.max_sigma),
         **of_flavor(base.flavor), "hvtrain.base": base.fingerprint,
         EXPERT_KEY: base.expert and base.expert.name,

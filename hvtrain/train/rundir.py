@@ -17,6 +17,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train import runlock
 from hvtrain.train.runlock import RunLock
+from hvtrain.train.status import STATUS_FILE
 from shards.atomic import write_text
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
@@ -70,7 +71,7 @@ def clear_leftovers(output: Path, name: str) -> None:
     """What killed processes were writing. The lock is ours, so nobody writes these now, on whatever machine it was."""
     for folder in (output / "checkpoints").glob(".writing-step-*"):
         shutil.rmtree(folder, ignore_errors=True)
-    finals = "|".join(re.escape(n) for n in (RUN_FILE, CONFIG_FILE, METRICS_FILE, "COMPLETE"))
+    finals = "|".join(re.escape(n) for n in (RUN_FILE, CONFIG_FILE, METRICS_FILE, STATUS_FILE, "COMPLETE"))
     temporary = re.compile(rf"\.({finals}|{re.escape(name)}.*\.safetensors)\.([0-9a-f]+-)?\d+(-[0-9a-f]+)?\.tmp")
     for path in [*output.iterdir(), *output.glob("checkpoints/step-*/.COMPLETE.*")]:
         if temporary.fullmatch(path.name):

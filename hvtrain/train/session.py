@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +23,10 @@ from hvtrain.train.engine import Engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.experts import Models, Team
 from hvtrain.train.files import RunFiles
-from hvtrain.train.loop import Cadence, Hooks, StepReport, train
-from hvtrain.train.metrics import Metrics, loss_by_sigma
+from hvtrain.train.loop import Cadence, Hooks, train
+from hvtrain.train.metrics import Metrics, names_of
+from hvtrain.train.mfu import Work
+from hvtrain.train.monitor import Monitor
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
 from hvtrain.train.parts import SEPARATOR, Piece, write_part
 from hvtrain.train.prepare import on_all
@@ -76,18 +77,25 @@ class Session:
     caption_dropout: float
     config: str  # all of it, for TensorBoard
     about: str  # said at the start
+    image_share: float | None = None
     found: Path | None = None  # the checkpoint that it goes on from
+    work: Work | None = None  # of a sample, if the device's speed is known
 
     def __post_init__(self) -> None:
         ctx, self.output, self.steps = self.ctx, Path(self.run.output_dir), self.cadence.steps
         if ctx.is_main:
             cut_metrics(self.output, self.start.step)
-        self.metrics = Metrics(self.output if ctx.is_main else None, purge_step=self.start.step + 1)
+        self.metrics = Metrics(
+            self.output if ctx.is_main else None, purge_step=self.start.step + 1, wandb=self.run.wandb, name=self.run.name
+        )
         self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
+        self.monitor = Monitor(
+            ctx, self.metrics, self.line, self.steps, self.run.log_every, names_of(self.loader.sets), self.work,
+            self.run.profile_every,
+        )
         self.best = ctx.gather_objects(self.files.best_loss() if ctx.is_main else None)[0]
         self.watch = Watchdog(ctx, self.run.hang_timeout_s)
         self.latents: tuple[int, ...] = ()  # shape of the batch at hand
-        self.n_bad = 0  # samples that this rank skipped
 
     # --- the run ----------------------------------------------------------------------------------------------
 
@@ -98,7 +106,8 @@ class Session:
         self._say(self.about)
         self.metrics.text("config", self.config)
         hooks = Hooks(
-            self._micro_step, self._after_update, self._log, self._save, self._evaluate, self.previews_at, self.watch.at
+            self._micro_step, self._after_update, self.monitor.log, self._save, self._evaluate, self.previews_at,
+            self.watch.at, self.monitor.measured,
         )
         try:
             with self.watch:
@@ -151,6 +160,9 @@ class Session:
             batch.tensors, self.loader.sets[0].empty_text if any(shares) else {}, shares=shares,
             draw=generator(where.seed, stream="caption-dropout", **place), fields=self.flavor.cond,
         )
+        if self.image_share is not None:
+            draw = generator(where.seed, stream="image-share", **place)
+            tensors["image_given"] = torch.rand(len(shares), generator=draw) < self.image_share
         a = self.files.adapter
         if a.dropout or a.rank_dropout or a.module_dropout:
             seed_dropout(now.subject.model, where.seed, **place)
@@ -161,8 +173,8 @@ class Session:
 
     def _count_bad(self, batch: Batch) -> None:
         for message in batch.bad:
-            self.n_bad += 1
-            if self.n_bad <= 10:  # a damaged tar holds hundreds
+            self.monitor.n_bad += 1
+            if self.monitor.n_bad <= 10:  # a damaged tar holds hundreds
                 print(f"warning: skipped: {message}", file=sys.stderr, flush=True)
 
     def _after_update(self) -> None:
@@ -170,27 +182,6 @@ class Session:
             trained = self.team.trained
             averages, values = [self.ema[n] for n in trained], [p.detach() for p in trained.values()]
             torch._foreach_lerp_(averages, values, 1 - self.run.ema_decay)
-
-    def _log(self, r: StepReport) -> None:
-        step, ctx = r.progress.step, self.ctx
-        if step % self.run.log_every and step != self.steps:
-            return
-        slowest = ctx.all_reduce_max(r.seconds)
-        tokens = ctx.all_reduce_sum(r.n_tokens) / ctx.sp
-        everyone = ctx.gather_objects((r.sigma, r.sample_loss))[:: ctx.sp]  # sequence-parallel peers hold the same
-        sigma, sample_loss = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
-        values = {
-            "train/loss": r.loss, "train/lr": r.result.lr, "train/grad_norm": r.result.grad_norm or 0.0,
-            "train/epoch": float(r.progress.epoch), "train/samples": float(r.progress.cursor),
-            "train/bad_steps": float(r.progress.bad_steps), "run/restarts": float(ctx.restarts),
-            "data/bad_samples": ctx.all_reduce_sum(self.n_bad) / ctx.sp,
-            "speed/tokens_per_s": tokens / slowest, "speed/step_s": r.seconds, "speed/slowest_rank_s": slowest,
-            "speed/data_wait_s": r.waited, "speed/memory_gib": _memory_gib(ctx.device),
-            **{f"train/{k}": v for k, v in loss_by_sigma(sigma, sample_loss).items()},
-        }
-        self.metrics.scalars(step, values)
-        self.metrics.histogram("train/sigma", step, sigma)
-        self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=slowest)
 
     def _evaluate(self, progress: Progress) -> None:
         with self._beating(progress.step, "evaluating") as models:
@@ -224,15 +215,16 @@ class Session:
     def _save(self, progress: Progress) -> None:
         """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host, or, what ZeRO-3
         trains whole, is on the disk."""
-        if pieces := self.team.pieces():
-            self._save_parts(progress, pieces)
-            return
-        params, optimizer = self._export(progress.step), self.team.export_optimizer()
-        if self.ctx.is_main:
-            ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
-            self.watch.at(progress.step, "waiting for the disk", writing=True)
-            self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
-        self.ctx.barrier()
+        with self.monitor.spending("save"):
+            if pieces := self.team.pieces():
+                self._save_parts(progress, pieces)
+                return
+            params, optimizer = self._export(progress.step), self.team.export_optimizer()
+            if self.ctx.is_main:
+                ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
+                self.watch.at(progress.step, "waiting for the disk", writing=True)
+                self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
+            self.ctx.barrier()
 
     def _save_parts(self, progress: Progress, pieces: list[Piece], best: float | None = None) -> None:
         """Every rank writes its own; rank 0 makes the user's file of them, behind the training. `best`: only that file, of the
@@ -269,13 +261,3 @@ class Session:
             self.files.background.wait()
         self.watch.at(step, "copying for a checkpoint")
         return self.team.export_params()
-
-
-def _memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.adapters.attach import add_adapter, first_match, linear_shapes, merging, trained
-from hvtrain.config import AdapterConfig, FlowConfig, ModelConfig, asset
+from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, asset
 from hvtrain.config.model import BOTH, EXPERT
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.flow.timesteps import parameters, quantile_function, share_within
@@ -45,7 +45,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Member:
+class TeamMember:
     """What a run trains: one DiT, on which noise levels, for which share of the steps."""
 
     base: Origin
@@ -118,6 +118,8 @@ def find_base(model: ModelConfig, *, scratch: bool = False) -> Origin:
             return Origin(spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.experts))
     found = identify(asset(path), model=model.name, flavor=model.flavor)
     expert = _expert(found.flavor, model.experts)
+    if expert is not None:
+        found.flavor.check_file(expert, asset(path))
     return Origin(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
 
 
@@ -214,7 +216,7 @@ def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
     )
 
 
-def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Member]:
+def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[TeamMember]:
     """Each with its part of the noise levels, and for as many steps as are in it. Raises ConfigError as `flow_of`."""
     flavor, d = bases[0].flavor, bases[0].flavor.defaults
     whole = flow_of(flow, flavor)
@@ -226,7 +228,7 @@ def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Mem
         quantile_function(own.timestep_sampling, own, flavor)  # refused where there is nothing in its range
         if len(bases) > 1 and base.expert is not None:
             part = share_within(quantile, *base.expert.sigmas, usual)
-        found.append(Member(base, own, named_after(name, base.expert), part))
+        found.append(TeamMember(base, own, named_after(name, base.expert), part))
     return found
 
 
@@ -283,7 +285,7 @@ def open_plan(base: Origin, adapter: AdapterConfig, *, others: Sequence[Origin] 
     return make_plan(layers, cut, model=spec.name, flavor=base.flavor.name, base=base.fingerprint)
 
 
-def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: int) -> int:
+def n_steps(steps: int | None, epochs: float | None, n_samples: int, *, per_step: float) -> int:
     """Optimizer steps of the run; epochs are counted in samples."""
     return steps if steps is not None else max(1, math.ceil((epochs or 0) * n_samples / per_step))
 
@@ -297,7 +299,7 @@ _OF_ADAPTER = (
 
 def identity(
     bases: Sequence[Origin], adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
-    batch_size: int, seed: int, name: str, turn: int = 1,
+    data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
     shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the next."""
@@ -313,7 +315,9 @@ def identity(
         "weights": " ".join(one.fingerprint for one in bases), **({"run.expert_turn": turn} if several else {}),
         **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices, "adapter.base_lora": merged,
         **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
-        "data.shards": [_content(s) for s in sets], "data.batch_size": batch_size,
+        "data.shards": [_content(s) for s in sets], "data.batch_size": data.batch_size,
+        "data.mixture": [asdict(replace(e, path="")) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
+        "optim.name": optimizer,
         "run.seed": seed, "run.name": name,
     }
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
+    safe_get_local_grad,
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -43,18 +44,14 @@ from hvtrain.config import ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
-from hvtrain.train.engine import (
-    LearningRate,
+from hvtrain.train.engine import LearningRate, Schedule, Step, StepResult, clip_, filled_grads, own_settings
+from hvtrain.train.gradients import norms_of_parts
+from hvtrain.train.optstate import (
     OptimizerState,
-    Schedule,
     States,
-    Step,
-    StepResult,
-    clip_,
     export_plain_state,
-    filled_grads,
     load_plain_state,
-    own_settings,
+    settled,
     to_cpu,
 )
 from hvtrain.train.parts import SEPARATOR, Piece, shape_of, span_of
@@ -200,6 +197,7 @@ class DeepSpeedEngine:
             return None
         lr = self.rate.set(self.n_steps)
         self.n_steps += 1
+        norms = self._norms()
         if self.cfg.stage:
             self.engine.step()
             norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
@@ -211,14 +209,28 @@ class DeepSpeedEngine:
                 self.engine.zero_grad()
             else:
                 self.engine.step()
-        return StepResult(norm, lr, skipped)
+        return StepResult(norm, lr, skipped, norms)
+
+    def _norms(self) -> dict[str, float]:
+        """Of Step.parts: of the whole gradients, or of the pieces that this rank has, and then of all ranks'."""
+        if not self.how.parts:
+            return {}
+        if not self.cfg.stage:
+            grads = filled_grads(self.params.values())
+            return norms_of_parts(dict(zip(self.params, grads, strict=True)), self.how.parts)
+        pieces = {n: piece for n, p in self.params.items() if (piece := _piece_of_gradient(p, self.cfg.stage)) is not None}
+        return norms_of_parts(pieces, self.how.parts, total=deepspeed.comm.all_reduce)
+
+    def settled(self) -> AbstractContextManager[None]:
+        return settled(self.basic, {} if self.cfg.stage else self.params)
 
     def export_params(self) -> dict[str, Tensor]:
         values = {}
-        for name, p in self.params.items():  # one at a time: the whole never lies on a device
-            with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
-                if self.ctx.is_main:
-                    values[name] = to_cpu(p)
+        with self.settled():
+            for name, p in self.params.items():  # one at a time: the whole never lies on a device
+                with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
+                    if self.ctx.is_main:
+                        values[name] = to_cpu(p)
         return values
 
     def export_optimizer(self) -> OptimizerState:
@@ -342,6 +354,13 @@ class DeepSpeedEngine:
 
 def _shape(p: nn.Parameter) -> torch.Size:
     return getattr(p, "ds_shape", p.shape)  # a ZeRO-3 parameter is empty between uses
+
+
+def _piece_of_gradient(p: Any, stage: int) -> Tensor | None:
+    """This rank's part of it, whole steps' gradients averaged, between the backward and the step."""
+    if stage == 3:
+        return safe_get_local_grad(p)
+    return None if p._hp_mapping is None else p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
 
 def _first(n: int, read: Callable[[], Tensor]) -> Tensor:

@@ -72,8 +72,9 @@ class Source:
         """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
 
         The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
-        float8 itself. `edit` changes a Linear's weight before. On the meta device only the dtype is set. `spread` gets what reads
-        a tensor and gives the tensor, perhaps one that another process has read (parallel/spread.py).
+        float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
+        meta device only the dtype is set. `spread` gets what reads a tensor and gives the tensor, perhaps one that another
+        process has read (parallel/spread.py).
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
@@ -85,7 +86,8 @@ class Source:
             module = name.removesuffix(".weight")
             change = edit if module in linear and module != name else None
             if module == name or module not in eight_bit:
-                (state[name],) = spread(partial(self._whole, name, wanted.shape, dtype, device, change))
+                whole = None if edit is None else partial(edit, module if change else name)
+                (state[name],) = spread(partial(self._whole, name, wanted.shape, dtype, device, whole))
                 continue
             values, scale = spread(partial(self._eight_bit, name, how, dtype, device, change))
             replace_linear(model, module, values, scale)
@@ -110,11 +112,12 @@ class Source:
         model.eval().requires_grad_(False)
 
     def _whole(
-        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str, edit: Edit | None
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str,
+        edit: Callable[[Tensor], object] | None,
     ) -> tuple[Tensor]:
         value = self.read(name, dtype=dtype, device=device).reshape(shape)
         if edit is not None:
-            edit(name.removesuffix(".weight"), value)
+            edit(value)
         return (value,)
 
     def _eight_bit(

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvtrain.errors import ConfigError
-from launcher.table import GROUPS, command
+from hvtrain.registry import Registry
+from launcher.table import GROUPS, command, split_items
 
 GROUPS["import"] = "the config of another trainer in ours, with a line for every option"
 
 _TOOLS = {
     "musubi": ("musubi-tuner's command lines, each in quotes; or files with one, or its config TOML", "COMMAND | FILE"),
-    "diffusion-pipe": ("diffusion-pipe's config TOML, or the command line that names it; its dataset TOML goes along", "FILE.toml"),
+    "diffusion-pipe": ("diffusion-pipe's config TOML, or the command line that names it; with its dataset TOML", "FILE.toml"),
     "ai-toolkit": ("ai-toolkit's job YAML; its datasets go along", "FILE.yaml"),
 }
 
@@ -23,7 +24,8 @@ def _import_options(tool: str) -> Callable[[argparse.ArgumentParser], None]:
     def options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("sources", nargs="+", metavar=_TOOLS[tool][1], help=_TOOLS[tool][0])
-        add("--out", metavar="FILE.yaml", help="write it there, with FILE-encode.yaml (and FILE-dataset.yaml) beside it (default: print it)")
+        about = "write it there, with FILE-encode.yaml (and FILE-dataset.yaml) beside it (default: print it)"
+        add("--out", metavar="FILE.yaml", help=about)
         add("--model", metavar="NAME", help="which model it is, where nothing in the config says so (`hvtrain models`)")
         add("--shards", metavar="DIR", help="where the encoded clips are, or will be (default: in the output's folder)")
 
@@ -41,9 +43,9 @@ def _import(tool: str) -> Callable[[argparse.Namespace], int]:
         found = convert(tool, args.sources, model=args.model, shards=args.shards, name=name)
         if args.out is None:
             print(found.train, end="")
-            print(f"{found.summary()}{'' if found.encode is None else '; with --out FILE.yaml also the config of encoding'}", file=sys.stderr)
-            for line in found.lost:
-                print(line, file=sys.stderr)
+            more = "; with --out FILE.yaml also the config of encoding" if found.encode else ""
+            for said in (*found.lost, found.summary() + more):
+                print(said, file=sys.stderr)
         else:
             _write({args.out: found.train, f"{name}-encode.yaml": found.encode, f"{name}-dataset.yaml": found.dataset})
             for line in (*found.lines, f"{args.out}: {found.summary()}"):
@@ -73,3 +75,71 @@ def _write(files: dict[str, str | None]) -> None:
 for _tool in _TOOLS:
     command(f"import {_tool}", f"{_TOOLS[_tool][0]}; exit code 1 if something could not be carried over",
             options=_import_options(_tool))(_import(_tool))
+
+
+_CONFIG_WORDS = "[train | encode | generate | merge] | show NAME [CONFIG.yaml] [key=value ...] | schema [NAME]"
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar=_CONFIG_WORDS, help=(
+        "nothing or a command's name: every key with its default; show: the values that a config comes to, and where each is "
+        "from; schema: a JSON Schema for editors (default: of train)"
+    ))  # fmt: skip
+
+
+@command("config", "every key of a command's config; the values of a config and where each is from; a JSON Schema for editors",
+         options=_config_options, prints=True)
+def _config(args: argparse.Namespace) -> None:
+    first, *rest = args.words or [None]
+    if first == "show":
+        print(_shown(rest), end="")
+    elif first == "schema" and len(rest) < 2:
+        import json
+
+        from hvtrain.config.schema import schema
+
+        name = rest[0] if rest else "train"
+        print(json.dumps(schema(_root(name), title=f"hvtrain {name}"), indent=1, ensure_ascii=False))
+    elif rest:
+        raise ConfigError(f"config: '{rest[0]}' is too much; `hvtrain config show {first} {rest[0]}` shows a config's values")
+    else:
+        print(reference_text(first), end="")
+
+
+def _root(name: str) -> type:
+    from hvtrain import config
+
+    return Registry("config", config.ROOTS).find(name, key="hvtrain config")
+
+
+def reference_text(name: str | None = None) -> str:
+    """The keys of one command as YAML that loads, or of all as one YAML document each."""
+    from hvtrain import config
+
+    if name is not None:
+        return config.reference(_root(name))
+    head = "# Every key with its default and meaning. Generated: hvtrain config > configs/reference.yaml\n"
+    return head + "".join(f"--- # hvtrain {n}\n{config.reference(root)}" for n, root in config.ROOTS.items())
+
+
+def _shown(words: list[str]) -> str:
+    """YAML that loads: every key, with its origin behind it."""
+    if not words:
+        raise ConfigError("config show: of which command? As in `hvtrain config show train CONFIG.yaml optim.lr=1e-4`")
+    from hvtrain.config import ModelConfig
+    from hvtrain.config.origins import DEFAULT, effective
+    from hvtrain.config.write import commented
+
+    cls, (path, overrides) = _root(words[0]), split_items(words[1:])
+    found = effective(cls, path, overrides)
+    values, origins = dict(found.values), dict(found.origins)
+    head = []
+    if isinstance(getattr(found.config, "model", None), ModelConfig):
+        from hvtrain.fit.effective import of_model
+
+        own, which = of_model(found.config.model, values)
+        values |= own
+        origins |= dict.fromkeys(own, which)
+        head = [] if own else [f"null: {which}"]
+    given = sum(origin != DEFAULT for origin in origins.values())
+    return commented(values, origins, cls, head=[f"{given} of {len(values)} values are not the defaults", *head])

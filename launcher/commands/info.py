@@ -1,4 +1,4 @@
-"""models, config, demo: what there is."""
+"""models, demo: what there is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import os
 
 from hvtrain.errors import ConfigError
-from hvtrain.registry import Registry
 from launcher.table import command
 
 
@@ -29,26 +28,6 @@ def _models(args: argparse.Namespace) -> None:
         raise ConfigError("models keys: of which model? `hvtrain models` lists them")
     for line in listing.keys(args.name, args.flavor):
         print(line)
-
-
-def _config_command_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="train, encode, generate or merge (default: all of them)")
-
-
-@command("config", "print every key of a command's config with default and meaning", options=_config_command_options,
-         prints=True)
-def _config(args: argparse.Namespace) -> None:
-    print(reference_text(args.name), end="")
-
-
-def reference_text(name: str | None = None) -> str:
-    """The keys of one command as YAML that loads, or of all as one YAML document each."""
-    from hvtrain import config
-
-    if name is not None:
-        return config.reference(Registry("config", config.ROOTS).find(name, key="hvtrain config"))
-    head = "# Every key with its default and meaning. Generated: hvtrain config > configs/reference.yaml\n"
-    return head + "".join(f"--- # hvtrain {n}\n{config.reference(root)}" for n, root in config.ROOTS.items())
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:

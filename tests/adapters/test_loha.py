@@ -165,4 +165,4 @@ def test_a_run_trains_saves_and_resumes_one(tmp_path):
         train.run(config(shards, tmp_path / "c", *options, "adapter.dropout=0.1"))
     with pytest.raises(ConfigError, match="adapter.type: no adapter 'lohaa'; did you mean 'loha'"):
         train.run(config(shards, tmp_path / "c", "adapter.type=lohaa"))
-    assert set(ADAPTERS) == {"lora", "loha"}
+    assert set(ADAPTERS) == {"lora", "loha", "lokr", "dora"}

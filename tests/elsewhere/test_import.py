@@ -39,8 +39,9 @@ MUSUBI = {  # as musubi-tuner documents each model
     "wan22-both": f"{LAUNCH}wan_train_network.py --task t2v-A14B --dit low.safetensors --dit_high_noise high.safetensors "
                   f"--timestep_boundary 875 --offload_inactive_dit --network_module networks.lora_wan --discrete_flow_shift 12 "
                   f"--learning_rate 2e-4 {COMMON}",
-    "hv15": f"{LAUNCH}hv_1_5_train_network.py --dit dit.safetensors --vae vae.safetensors --text_encoder qwen --byt5 byt5 --task t2v "
-            f"--weighting_scheme none --discrete_flow_shift 2.0 --network_module networks.lora_hv_1_5 --learning_rate 1e-4 {COMMON}",
+    "hv15": f"{LAUNCH}hv_1_5_train_network.py --dit dit.safetensors --vae vae.safetensors --text_encoder qwen --byt5 byt5 "
+            f"--task t2v --weighting_scheme none --discrete_flow_shift 2.0 --network_module networks.lora_hv_1_5 "
+            f"--learning_rate 1e-4 {COMMON}",
 }
 HERE = {spec.name for spec in all_specs()}
 RECIPES = {name: line for name, line in MUSUBI.items() if name != "hv15" or "hunyuan-video-15" in HERE}
@@ -142,7 +143,8 @@ def from_toolkit(folder: Path, **process: object) -> Imported:
 def test_a_documented_command_line() -> None:
     made = convert("musubi", [MUSUBI["hv"]])
     cfg = values(made)
-    assert cfg.model.name == "hunyuan-video" and cfg.model.dit == "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt"
+    dit = "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt"
+    assert (cfg.model.name, cfg.model.dit) == ("hunyuan-video", dit)
     assert (cfg.adapter.rank, cfg.adapter.alpha, cfg.optim.lr, cfg.optim.betas) == (32, 1.0, 2e-4, (0.9, 0.999))
     assert (cfg.flow.timestep_sampling, cfg.flow.shift, cfg.flow.guidance) == ("shift", 7.0, 1.0)
     assert (cfg.model.quantize, cfg.run.recompute, cfg.parallel.kernel) == ("fp8", "full", "sdpa")
@@ -165,10 +167,12 @@ def test_what_a_tool_takes_where_nothing_is_said_is_written_down() -> None:
 
 
 def test_files_arguments_and_lists(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('dit = "d"\nnetwork_module = "networks.lora"\n[optimizer]\nlearning_rate = 1e-4\n[x]\nseed = 3\n')
+    text = 'dit = "d"\nnetwork_module = "networks.lora"\n[optimizer]\nlearning_rate = 1e-4\n[x]\nseed = 3\n'
+    (tmp_path / "c.toml").write_text(text)
     cfg = values(convert("musubi", [str(tmp_path / "c.toml")]))
     assert (cfg.model.dit, cfg.optim.lr, cfg.run.seed) == ("d", 1e-4, 3)
-    line = f"python hv_train_network.py --config_file {tmp_path / 'c'} --seed=7 \\\n --optimizer_args weight_decay=0.1 betas=0.9,0.95"
+    given = "--seed=7 \\\n --optimizer_args weight_decay=0.1 betas=0.9,0.95"
+    line = f"python hv_train_network.py --config_file {tmp_path / 'c'} {given}"
     cfg = values(convert("musubi", [line]))
     assert (cfg.run.seed, cfg.optim.weight_decay, cfg.optim.betas) == (7, 0.1, (0.9, 0.95))
     (tmp_path / "run.sh").write_text(f"# my run\n{line}\n")
@@ -273,8 +277,10 @@ def test_what_cannot_be_read_is_one_line(tool: str, given: str, says: str) -> No
 
 
 def test_words_of_a_shell() -> None:
-    words = command_line(words_of("uv run accelerate launch --a 1 \\\n -m musubi_tuner.hv_train_network --x 'a b' --y=2 --z -1 2.5"))
-    assert words.program == "hv_train_network" and words.options == {"x": "a b", "y": 2, "z": [-1, 2.5]} and words.launcher == {"a": 1}
+    line = "uv run accelerate launch --a 1 \\\n -m musubi_tuner.hv_train_network --x 'a b' --y=2 --z -1 2.5"
+    words = command_line(words_of(line))
+    assert words.program == "hv_train_network" and words.launcher == {"a": 1}
+    assert words.options == {"x": "a b", "y": 2, "z": [-1, 2.5]}
 
 
 def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,11 +315,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     tars = {"latents": write_tar(root, "latents/0.tar", [(k, {"latents": x}, {}) for k, x, _ in rows]),
             "text": write_tar(root, "text/0.tar", [(k, {"text": t.bfloat16()}, {}) for k, _, t in rows])}
     save_manifest(root, Manifest(tuple(tars), (Chunk("5x32x32", ("a", "b"), tars),), {}))
-    once = ["run.epochs=null", "run.steps=1", "adapter.rank=4", "parallel.kernel=auto", "zero.engine=torch", "run.blocks_to_swap=0",
-            "model.vae=null", "preview.every_steps=0", "preview.at_start=false", "optim.warmup_steps=0"]
+    once = ["run.epochs=null", "run.steps=1", "adapter.rank=4", "parallel.kernel=auto", "zero.engine=torch",
+            "run.blocks_to_swap=0", "model.vae=null", "preview.every_steps=0", "preview.at_start=false", "optim.warmup_steps=0"]
     none = dict.fromkeys(("llm", "clip", "t5", "t5_tokenizer", "dit_low"), "null")
     return {
-        "hunyuan-video": [*once, "model.dit=tiny:dit.safetensors", f"data.shards={make_shards(folder / 'hv')}",
+        "hunyuan-video": [*once, "model.flavor=null", "model.dit=tiny:dit.safetensors", f"data.shards={make_shards(folder / 'hv')}",
                           *(f"model.{k}=null" for k in ("llm", "clip"))],
         "wan": [*once, f"model.dit={folder / 'wan.safetensors'}", f"data.shards={root}", "model.flavor=null", "model.expert=null",
                 *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],

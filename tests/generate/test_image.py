@@ -38,7 +38,8 @@ SPEC, TINY = spec_and_flavor()
 
 def flavor_of(name: str) -> Flavor:
     own = SPEC.flavors[name]
-    arch = replace(TINY.arch, in_channels=own.arch.in_channels, token_replace=own.arch.token_replace)
+    kind = {key: getattr(own.arch, key) for key in ("in_channels", "token_replace", "guidance_embed")}
+    arch = replace(TINY.arch, **kind)
     return SPEC.fitted(own, arch)
 
 
@@ -246,3 +247,43 @@ def test_a_line_without_its_image_is_named(folder: Path) -> None:
     lines.write_text("a ring --i nowhere.png\n")
     with pytest.raises(ConfigError, match=r"lines.txt:1: image: nowhere.png does not exist"):
         make(folder, "i2v", prompt=None, prompt_file=lines, output=folder / "never")
+
+
+def test_skyreels_prompts_begin_with_its_prefix(folder: Path) -> None:
+    """The negative prompt does not; it is HunyuanVideo's, at a true guidance of 6 beside an embedded one of 1."""
+    flavor = flavor_of("skyreels-v1-i2v")
+    request = Request.of(flavor, prompt="a ring", image=str(folder / "green.png"), **SIZE)
+    assert (request.guidance, request.cfg_scale, request.steps, request.shift) == (1.0, 6.0, 30, 7.0) and request.guided
+    found = encode_requests([request], SPEC, flavor, with_sight(folder), ParallelContext())
+    tiny = open_text(SPEC, with_sight(folder), "cpu", flavor)
+    negative = SPEC.flavor("t2v").defaults.negative_prompt
+    for cond, text in ((found.of(request), "FPS-24, a ring"), (found.negative(request), negative)):
+        wanted = tiny.encode([text])[0]
+        assert torch.equal(cond["text"][0], wanted["text"]) and torch.equal(cond["pooled"][0], wanted["pooled"])
+        assert cond["image_latents"].shape == (1, 16, 1, 6, 10)
+    again = Request.of(flavor, prompt="FPS-24, a ring", image=str(folder / "green.png"), **SIZE)
+    assert torch.equal(encode_requests([again], SPEC, flavor, with_sight(folder), ParallelContext()).of(again)["text"][0],
+                       tiny.encode(["FPS-24, a ring"])[0]["text"])
+
+
+def test_a_negative_prompt_is_read_beside_a_black_image(folder: Path) -> None:
+    flavor, image = flavor_of("i2v"), str(folder / "green.png")
+    request = Request.of(flavor, prompt="a ring", image=image, cfg_scale=3.0, **SIZE)
+    found = encode_requests([request], SPEC, flavor, with_sight(folder), ParallelContext())
+    tiny = open_text(SPEC, with_sight(folder), "cpu", flavor)
+    black = torch.full((3, 48, 80), -1.0)
+    assert torch.equal(found.negative(request)["seen_text"][0], tiny.encode([request.negative_prompt], [black])[0]["seen_text"])
+    assert request.negative_prompt.startswith("deformation, a poor composition and deformed video")
+
+
+def test_modes_of_image_to_video_begin_otherwise() -> None:
+    """Steady: a trace of the image in every frame, also in the model of 33 channels; dynamic: noise alone. Shift 7, 7 and 17."""
+    for name, trace, shift in (("i2v", 0.001, 7.0), ("i2v-concat", 0.001, 7.0), ("i2v-dynamic", 0.0, 17.0)):
+        seen, _, image, noise = inputs_seen(name, "euler")
+        assert SPEC.flavors[name].defaults.shift == shift
+        begin = (1 - trace) * noise + trace * image
+        assert torch.equal(seen[0].x[:, :16, 1:], begin[:, :, 1:]), name
+        if name == "i2v-concat":
+            assert seen[0].x.shape[1] == 33 and torch.equal(seen[0].x[:, 16:32, :1], image) and "guidance" not in seen[0].cond
+            assert seen[0].x[:, 32].amax((2, 3)).tolist() == [[1, 0, 0]] * 2
+            assert torch.equal(seen[0].x[:, :16, :1], begin[:, :, :1])

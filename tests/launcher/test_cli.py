@@ -16,7 +16,7 @@ import pytest
 from hvtrain import config
 from hvtrain.errors import LaunchError
 from launcher import cli, table
-from launcher.commands import info, run
+from launcher.commands import configs, run
 from launcher.exits import USER_ERROR
 from launcher.program import HVTRAIN
 
@@ -79,12 +79,12 @@ def test_config_prints_what_loads_as_the_defaults(name: str, tmp_path: Path) -> 
 
 def test_the_committed_reference_is_the_code() -> None:
     committed = (ROOT / "configs" / "reference.yaml").read_text()
-    assert committed == info.reference_text(), "run: hvtrain config > configs/reference.yaml"
+    assert committed == configs.reference_text(), "run: hvtrain config > configs/reference.yaml"
 
 
 RECIPES = ("clips", "forgetting", "vae")  # of hvtrain.tiny's own programs
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.stem not in RECIPES]
-TRAINED = ("lora", "loraid", "full", "dit", "model")
+TRAINED = ("lora", "loraid", "full", "dit", "model", "i2v", "skyreels_v1")
 READ_BY = {"encode": "encode", "generate": "generate", **dict.fromkeys(TRAINED, "train")}
 
 

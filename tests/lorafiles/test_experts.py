@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hvtrain.adapters.attach import linear_shapes
-from hvtrain.config import LoraFileConfig, MergeConfig, SampledLora
+from hvtrain.config import LoraFileConfig, SampledLora
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.generate.loras import of_slices, open_loras
 from hvtrain.lorafiles import tools
@@ -132,9 +132,10 @@ def test_a_merge_is_into_one(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     a, b = (str(run / f"cat-{name}.safetensors") for name in ("high", "low"))
 
-    def merged(*paths: str, **more: str) -> list[float]:
-        cfg = MergeConfig(lora=tuple(LoraFileConfig(path) for path in paths), output="m.safetensors", **more)
-        return [one.pairs[LAYER].up[0, 0].item() for one, _ in open_inputs(cfg, SHAPES, SPEC, base=None).loras]
+    def merged(*paths: str, expert: str | None = None) -> list[float]:
+        entries = [LoraFileConfig(path) for path in paths]
+        found = open_inputs(entries, None, SHAPES, SPEC, base=None, expert=expert)
+        return [one.pairs[LAYER].up[0, 0].item() for one, _ in found.loras]
 
     assert merged(str(run), expert="low") == [3.0] and merged(a, a) == [1.0, 1.0]
     with pytest.raises(CheckpointError, match="cat-low.*: was trained as the expert 'low', .*cat-high.* as 'high'"):

@@ -256,6 +256,8 @@ def _edit(tensors, how):
         tensors[f"{key}.hada_w1_a"] = torch.randn(48, 5)
     elif how == "lokr":
         tensors[f"{key}.lokr_w1"] = torch.randn(4, 5)
+    elif how == "mid":
+        tensors[f"{key}.lora_mid.weight"] = torch.randn(4, 4, 3, 3)
     elif how == "weights":
         tensors["img_in.proj.bias"] = torch.randn(5)
 
@@ -268,7 +270,8 @@ def _edit(tensors, how):
         ("size", "'single_blocks.0.linear2' adapts a layer of shape 50x240, this model's is 48x240"),
         ("rank", r"shapes \[48, 5\] and \[4, 240\]"),
         ("loha", "is a LoHa and a LoRA at once"),
-        ("lokr", "holds LoKr weights, which are not supported: give a LoRA file .* or one of a LoHa"),
+        ("lokr", "is a LoKr and a LoRA at once"),
+        ("mid", "holds convolution LoRA weights, which are not supported: give a LoRA file .* or one of a LoHa or LoKr or DoRA"),
         ("weights", "'img_in.proj.bias' is not a LoRA tensor"),
     ],
 )

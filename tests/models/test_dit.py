@@ -14,6 +14,8 @@ from hvtrain.models.identify import arch_of
 from hvtrain.models.listing import keys
 from tests.adapters.models import ARCH, SPEC, an_input, build
 from tests.lorafiles.test_diffusers import in_diffusers, velocity
+from tests.models.any_model import an_input as any_input
+from tests.models.any_model import random_model
 from tests.oracles.check import LIMIT, errors, main
 
 DATA = Path(__file__).parents[1] / "data"
@@ -23,6 +25,23 @@ DATA = Path(__file__).parents[1] / "data"
 def test_output_and_gradients_equal_the_official_model(name):
     found = errors(str(DATA / f"{name}.safetensors"))
     assert len(found) > 3 and max(found.values()) <= LIMIT, max(found, key=found.get)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+def test_the_check_reads_solvers(solver, tmp_path, capsys):
+    """Also one that has taken a wrong step."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = DATA / "solvers" / f"{solver}.safetensors"
+    found = errors(str(path))
+    assert len(found) > 20 and max(found.values()) <= LIMIT
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()
+    name = next(n for n in tensors if n.endswith(".x") and n.startswith("output."))
+    tensors[name][-1] *= 1.0001
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata)
+    assert main([str(tmp_path / "wrong.safetensors")]) == 1 and f"{name.split('.')[1]}.x" in capsys.readouterr().out
 
 
 def test_the_check_fails_on_a_wrong_model(tmp_path, capsys):
@@ -43,6 +62,43 @@ def test_equal_to_diffusers_with_converted_weights():
     ours = build()(an_input()).detach()
     theirs = velocity(in_diffusers())
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["t2v", "i2v", "i2v-concat", "skyreels-v1-i2v"])
+def test_every_kind_equals_diffusers(name, tmp_path):
+    """Of what make_input makes of a clip and its image; and the check reads such a file, of sizes that no reference has."""
+    from diffusers import HunyuanVideoTransformer3DModel
+    from safetensors.torch import save_file
+
+    own = SPEC.flavors[name]
+    kind = {key: getattr(own.arch, key) for key in ("in_channels", "token_replace", "guidance_embed")}
+    flavor = SPEC.fitted(own, replace(ARCH, **kind))
+    model, inp = random_model(SPEC, flavor), any_input(SPEC, flavor)
+    arch, weights = flavor.arch, model.state_dict()
+    theirs = HunyuanVideoTransformer3DModel(
+        in_channels=arch.in_channels, out_channels=16, num_attention_heads=arch.heads_num, attention_head_dim=arch.head_dim,
+        num_layers=arch.double, num_single_layers=arch.single, num_refiner_layers=arch.refiner_depth,
+        text_embed_dim=arch.text_dim, pooled_projection_dim=arch.pooled_dim, rope_axes_dim=arch.rope_dims,
+        guidance_embeds=arch.guidance_embed, image_condition_type="token_replace" if arch.token_replace else None,
+    ).eval()
+    theirs.load_state_dict({n: cut.take(weights[cut.source]) for n, cut in SPEC.key_maps["diffusers"].write(weights).items()})
+    text, x = inp.cond["text"], inp.x.clone().requires_grad_()
+    mask = torch.arange(text.shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None]
+    wanted = theirs(
+        hidden_states=x, timestep=inp.t, encoder_hidden_states=text, pooled_projections=inp.cond["pooled"],
+        encoder_attention_mask=mask, guidance=inp.cond.get("guidance"), return_dict=False,
+    )[0]
+    wanted.square().mean().backward()
+    with torch.no_grad():
+        found = model(inp)
+    assert found.std() > 0.1 and (found - wanted).norm() / wanted.norm() < 1e-5
+    given = {"x": inp.x, "t": inp.t, "text": text, "mask": mask.long(), **{n: inp.cond[n] for n in inp.cond if n != "text"}}
+    state = {f"weights.{n}": t for n, t in weights.items()} | {f"input.{n}": t.contiguous() for n, t in given.items()}
+    kind = {"i2v": "token_replace", "i2v-concat": "latent_concat"}.get(name)
+    about = {"config": json.dumps({"rope": arch.rope_dims, "i2v_condition_type": kind})}
+    save_file({**state, "output": wanted.detach(), "grad_x": x.grad}, tmp_path / "seen.safetensors", about)
+    errs = errors(str(tmp_path / "seen.safetensors"))
+    assert errs.keys() == {"output", "grad_x"} and max(errs.values()) <= LIMIT
 
 
 def test_a_mixed_batch_equals_its_samples_alone():

@@ -54,12 +54,22 @@ def test_channels_of_the_image_lie_behind_those_of_the_video():
     assert torch.equal(inp.x[:, :3], X) and inp.x.shape == (2, 6, 4, 2, 2)
     assert torch.equal(inp.x[:, 3:, :1], IMAGE) and not inp.x[:, 3:, 1:].any()
     assert inp.loss_mask is None and inp.token_replace is False
+    masked = make("i2v-mask", image_latents=IMAGE)
+    assert masked.x.shape == (2, 7, 4, 2, 2) and torch.equal(masked.x[:, :6], inp.x) and masked.loss_mask is None
+    assert masked.x[:, 6].flatten(2).unique(dim=2).tolist() == [[[1], [0], [0], [0]]] * 2
+
+
+def test_text_that_has_seen_the_image_takes_the_texts_place():
+    seen = {"seen_text": torch.full((2, 6, 7), 3.0), "seen_text_len": torch.tensor([6, 2])}
+    text = {key: value for key, value in make("t2v").cond.items() if key == "pooled"}
+    inp = SPEC.make_input(X, SIGMA, {**text, **seen, "image_latents": IMAGE}, task="i2v", guidance=6.0)
+    assert inp.lengths["text"] == (6, 2) and torch.equal(inp.cond["text"], seen["seen_text"])
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"task: no task 't2w'; did you mean 't2v'"):
         make("t2w")
-    for task in ("i2v", "i2v-concat"):
+    for task in ("i2v", "i2v-dynamic", "i2v-concat", "i2v-mask"):
         with pytest.raises(DataError, match="needs the condition 'image_latents', which these samples lack"):
             make(task)
         for wrong in (IMAGE[:, :2], IMAGE[..., :1], IMAGE[:, :, :, :1]):

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,3 +241,18 @@ def test_peak_memory_is_one_copy(container, tmp_path):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     path.unlink()
     assert size > 150e6 and 0.9 * size < int(out) < 1.5 * size, f"{int(out) / size:.2f} copies"
+
+
+@pytest.mark.parametrize(
+    ("path", "flavor"),
+    [
+        ("ckpts/hunyuan-video-i2v-720p/transformers/mp_rank_00_model_states.pt", "i2v"),
+        ("hunyuan_video_v2_replace_image_to_video_720p_bf16.safetensors", "i2v"),
+        ("hunyuan_video_t2v_720p_bf16.safetensors", "t2v"),
+        ("skyreels_hunyuan_i2v_bf16.safetensors", "skyreels-v1-i2v"),
+        ("SkyReels-V1-Hunyuan-T2V/diffusion_pytorch_model.safetensors", "skyreels-v1-t2v"),
+        ("my_model.safetensors", None),
+    ],
+)
+def test_a_path_speaks_of_a_flavor(path, flavor):
+    assert SPEC.told_by(Path(path)) == flavor

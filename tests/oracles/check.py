@@ -180,7 +180,8 @@ def _is_solver(reference: Reference) -> bool:
 def _check_solver(reference: Reference) -> Iterator[tuple[str, float]]:
     """No network: v = x A^T + b t / 1000. Where nothing is learnt the timestep told is compared, not the schedule alone."""
     config, i = reference.config, reference.part("input.")
-    solver, scale = SOLVERS.find(config["solver"], key=reference.path), config["num_train_timesteps"]
+    name = {"dpmpp": "dpm++"}.get(config["solver"], config["solver"])
+    solver, scale = SOLVERS.find(name, key=reference.path), config["num_train_timesteps"]
     for case in [*config["cases"], *config.get("grids_only", [])]:
         key, told, state = case["key"], [], State(i["x"])
         wanted = reference.part(f"output.{key}.")

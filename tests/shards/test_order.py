@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from shards.order import MicroBatch, count, epoch_order, mix, pick, salt, stream
+from shards.order import MicroBatch, count, epoch_order, mix, mixture, pick, salt, stream
 
 MASK = (1 << 64) - 1
 
@@ -102,3 +102,67 @@ def test_nothing_has_no_order():
     assert count({}) == count({"a": np.array([], dtype=np.int64)}) == 0
     with pytest.raises(ValueError, match="^no samples$"):
         next(stream({}, batch_size=2, seed=0))
+
+
+# --- mixtures and batches by bucket -------------------------------------------------------------------------------------
+
+
+def drawn(mix_, *, seed, epochs):
+    """The samples of each epoch, in the order of the stream."""
+    found = [[] for _ in range(epochs)]
+    for batch in mix_.stream(seed=seed):
+        if batch.epoch == epochs:
+            return found
+        found[batch.epoch] += batch.samples
+
+
+A, B = {"x": np.arange(0, 6), "y": np.arange(6, 10)}, {"x": np.arange(10, 12), "z": np.arange(12, 20)}
+
+
+def test_sets_without_weights_are_one_set():
+    both = {"x": np.concatenate([A["x"], B["x"]]), "y": A["y"], "z": B["z"]}
+    mixed = mixture([A, B], batch_size=3)
+    assert mixed.counts == (10, 10) and mixed.n == 20
+    assert list(islice(mixed.stream(seed=3), 20)) == list(islice(stream(both, batch_size=3, seed=3), 20))
+
+
+def test_weights_are_shares_and_each_set_is_gone_through_evenly():
+    mixed = mixture([A, B], batch_size=2, weights=[3, 1])
+    assert mixed.counts == (15, 5)
+    epochs = drawn(mixed, seed=4, epochs=8)
+    for epoch in epochs:
+        assert len(epoch) == 20 and sum(i < 10 for i in epoch) == 15 and max(map(epoch.count, epoch)) == 2
+    assert [sum(e.count(i) for e in epochs) for i in range(20)] == [12] * 10 + [4] * 10
+    for two in zip(epochs[::2], epochs[1::2], strict=True):  # 5 and 5 of B: every sample once
+        assert sorted(i for epoch in two for i in epoch if i >= 10) == list(range(10, 20))
+    assert epochs != drawn(mixed, seed=5, epochs=8) and epochs == drawn(mixed, seed=4, epochs=8)
+
+
+def test_copies_in_an_epoch_are_shuffled_apart():
+    mixed = mixture([{"x": np.arange(40)}, {"x": np.array([40])}], batch_size=4, weights=[1, 1])
+    assert mixed.counts == (21, 20)  # 20.5 each, rounded down, and one more for the first
+    order = mixed.order(seed=0, epoch=0)
+    batches = [order.batch(i) for i in range(len(order.starts))]
+    assert sum(batch.count(40) for batch in batches) == 20 and sum(40 in batch for batch in batches) > 6
+
+
+def test_a_cursor_anywhere_in_a_mixture_is_the_rest_of_its_stream():
+    mixed = mixture([A, B], batch_size=3, weights=[1, 5])
+    flat = [(b.epoch, i) for b in islice(mixed.stream(seed=5), 40) for i in b.samples]
+    for cursor in range(50):
+        first = next(mixed.stream(seed=5, cursor=cursor))
+        assert first.begin == cursor and flat[cursor : cursor + len(first.samples)] == [(first.epoch, i) for i in first.samples]
+
+
+def test_no_weight_is_so_small_that_a_set_is_never_seen():
+    assert mixture([A, B], batch_size=1, weights=[1, 1e-6]).counts == (19, 1)
+    assert mixture([A, B], batch_size=1, weights=[1, 2]).counts == (7, 13)
+
+
+def test_every_bucket_has_batches_of_its_own_size():
+    order = epoch_order(GROUPS, batch_size={"a": 4, "b": 1, "c": 2}, seed=1, epoch=0)
+    sizes = {"a": [], "b": [], "c": []}
+    for i in range(len(order.starts)):
+        batch = order.batch(i)
+        sizes[next(b for b in GROUPS if batch[0] in GROUPS[b])].append(len(batch))
+    assert {b: sorted(n) for b, n in sizes.items()} == {"a": [2, 4], "b": [1] * 5, "c": [2]}

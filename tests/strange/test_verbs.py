@@ -157,6 +157,23 @@ def test_training_each_expert(world: World) -> None:
     assert losses(runs[0]) != losses(runs[1])
 
 
+def test_training_both_experts(world: World) -> None:
+    """In turns, on two ranks that share each sample as on one; held-out loss and videos are of both, if one is trained too."""
+    parts = (f"model.dit={world.dit('pair-high')}", f"model.dit_low={world.dit('pair-low')}")
+    prompt = "{prompt: a blue square, frames: 9, width: 64, height: 64, steps: 3}"
+    more = (f"eval.shards=[{world.shards()}]", "eval.every_steps=4", "eval.max_batches=1", "preview.every_steps=4",
+            f"preview.prompts=[{prompt}]")  # fmt: skip
+    both = world.train("pair-both", *parts, *more, "model.experts=both", flavor="pair")
+    assert {p.name for p in both.glob("*.safetensors")} == {"lora-high.safetensors", "lora-low.safetensors"}
+    assert len(losses(both)) == 4 and len(list(both.rglob("*.mp4"))) == 1
+    two = world.train(
+        "pair-two", *parts, "model.experts=both", "parallel.ulysses=2", "zero.engine=deepspeed", flavor="pair", ranks=2
+    )
+    assert losses(two) == pytest.approx(losses(both), rel=1e-4)
+    one = world.train("pair-seen", *parts, *more, "model.experts=high", flavor="pair")
+    assert len(list(one.rglob("*.mp4"))) == 1 and losses(one, "eval/loss") != losses(both, "eval/loss")
+
+
 def test_sampling(world: World) -> None:
     """With true guidance; two ranks sample what one does."""
     keys = (f"model.dit={world.dit('plain')}", "prompt=a ring", *SIZE, "negative_prompt=dull", "cfg_scale=3")

@@ -15,7 +15,7 @@ def make_shards(
     root: Path, *, n: int = 10, poison: str | None = None, more: Sequence[str] = (), encoders: Mapping[str, str] | None = None,
     seed: int = 1, scale: float = 1.0, word: int | None = None, words: str = "text",
 ) -> Path:
-    """n samples; the one named `poison` has latents so large that no loss of them is finite. `more`: image, control.
+    """n samples; the one named `poison` has latents so large that no loss of them is finite. `more`: image, control, mask.
     `word`: all captions say nearly the same, each number another thing. `words`: the field of the captions' states."""
     g = torch.Generator().manual_seed(seed)
     keys = tuple(f"clip{i}" for i in range(n))
@@ -30,6 +30,10 @@ def make_shards(
         "text": write_tar(root, "text/0.tar", [(k, {words: text[k], "pooled": torch.ones(64)}, {}) for k in keys]),
     }
     for column in more:
+        if column == "mask":  # the left half of each frame
+            left = (torch.arange(4) < 2).float().expand(1, 2, 4, 4)
+            tars[column] = write_tar(root, "mask/0.tar", [(k, {"mask": left.clone()}, {}) for k in keys])
+            continue
         rows = [(k, {f"{column}_latents": latents[k][:, :1].clone()}, {}) for k in keys]
         tars[column] = write_tar(root, f"{column}/0.tar", rows)
     made = {column: Made(name) for column, name in (encoders or {}).items()}

@@ -27,7 +27,7 @@ def run(good: str, *, max_bad_steps: int = 2, at=lambda step: None) -> tuple[boo
     steps, saved = [], []
     outcomes = iter(good)
     engine = SimpleNamespace(accumulate=lambda loss, last: StepResult(1.0, 1e-3, next(outcomes) == "-"))
-    batches = iter([SimpleNamespace(cursor=i + 1, epoch=0, keys=("a",)) for i in range(len(good))])
+    batches = iter([SimpleNamespace(cursor=i + 1, epoch=0, keys=("a",), sets=(0,)) for i in range(len(good))])
 
     def log(report):
         steps.append(report.progress.step)
@@ -58,7 +58,7 @@ def recorded(monkeypatch, cadence: Cadence, *, start: Progress, outcomes: str, c
 
     def batches():
         for n in count(1):
-            yield SimpleNamespace(cursor=start.cursor + 2 * n, epoch=n // 4, keys=(f"a{n}", f"b{n}"))
+            yield SimpleNamespace(cursor=start.cursor + 2 * n, epoch=n // 4, keys=(f"a{n}", f"b{n}"), sets=(0, n))
 
     def micro_step(batch, where):
         events.append(("micro", batch.keys, where))
