@@ -26,7 +26,6 @@ from hvtrain.train.optim import state_bytes
 from hvtrain.train.setup import part_of
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
 
-
 MACHINE = 8  # GPUs with fast links among them
 
 

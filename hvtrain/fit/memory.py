@@ -71,7 +71,7 @@ def beside(one: Budget, counts: Mapping[str, int], layout: Layout, *, n: int, on
 
 @dataclass(frozen=True)
 class Host:
-    """Bytes of host memory of a full fine-tune: of rank 0 while it loads and while the job saves, and of every rank all the time."""
+    """Bytes of host memory of a full fine-tune: of rank 0 while it loads and while the job saves, of every rank all the time."""
 
     load: int
     resident: int
@@ -86,13 +86,13 @@ def host(counts: Mapping[str, int], largest: int, layout: Layout) -> Host:
     """
     n, weights = counts["n_trained"], counts["trained"] + counts["frozen"]
     if layout.zero.engine == "torch" or layout.zero.stage < 3:
-        return Host(0, _offloaded(n, weights, layout), (4 + STATE_BYTES + 2) * n)
+        return Host(0, _offloaded(n, weights, layout), int((4 + layout.state_bytes + 2) * n))
     return Host(weights, _offloaded(n, weights, layout), -(-largest // layout.world) + largest + largest // 2)
 
 
 def _offloaded(n: int, weights: int, layout: Layout) -> int:
     part, zero = -(-n // layout.world), layout.zero
-    state = (4 + STATE_BYTES + 4) * part if zero.offload_optimizer == "cpu" else 0  # and gradients
+    state = int((4 + layout.state_bytes + 4) * part) if zero.offload_optimizer == "cpu" else 0  # and gradients
     return state + (-(-weights // layout.world) if zero.offload_param == "cpu" else 0)
 
 

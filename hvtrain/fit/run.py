@@ -176,7 +176,7 @@ def _budget_table(found: dict[str, Estimate]) -> str:
 
 def _host_line(host: Host) -> str:
     gib = [n / GIB for n in (host.load, host.save, host.resident)]
-    return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} all the time"
+    return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} always"
 
 
 def _rendered(table: Table) -> str:
