@@ -36,7 +36,8 @@ class GenerateConfig(Sampling):
     prompt: str | None = None
     """What to show; or give prompt_file"""
     prompt_file: str | None = None
-    """A text file with one prompt a line, which may end with options of its own: `a cat --w 640 --h 368 --d 7`"""
+    """A text file with one prompt a line, which may end with options of its own: `a cat --w 640 --h 368 --d 7`; or YAML, a list
+    of prompts with keys of their own: `- {prompt: a cat, seed: 7}`"""
     output: str = ""
     """The .mp4 file (or .png, for frames=1); a directory with prompt_file, and without it a file is named in one"""
     batch_size: int = 1

@@ -22,7 +22,7 @@ from hvtrain.config import (
     asset,
 )
 from hvtrain.config.model import EXPERT
-from hvtrain.config.parts import parts_of
+from hvtrain.config.parts import MASK, parts_of
 from hvtrain.config.sampling import check_limits
 from hvtrain.errors import ConfigError
 
@@ -52,7 +52,7 @@ def check_train(cfg: TrainConfig) -> None:
         raise ConfigError("run.keep_best: the best is told by the held-out loss; set eval.every_steps and eval.shards")
     if cfg.eval.every_steps:
         _check_eval(cfg)
-    if cfg.preview.every_steps:
+    if cfg.preview.wanted:
         _check_preview(cfg)
 
 
@@ -98,6 +98,7 @@ def _check_ranges(cfg: TrainConfig) -> None:
         "run.max_bad_steps": run.max_bad_steps, "run.profile_every": run.profile_every,
         "data.workers": cfg.data.workers, "data.calibration": cfg.data.calibration,
         "eval.every_steps": cfg.eval.every_steps, "preview.every_steps": cfg.preview.every_steps,
+        "preview.every_epochs": cfg.preview.every_epochs,
         "flow.noise_offset": flow.noise_offset,
     }.items():
         if not value >= 0:
@@ -236,8 +237,12 @@ def _check_eval(cfg: TrainConfig) -> None:
 
 
 def _check_preview(cfg: TrainConfig) -> None:
-    if not cfg.preview.prompts:
-        raise ConfigError("preview.prompts is empty but preview.every_steps is set; give a prompt")
+    if not cfg.preview.prompts and cfg.preview.prompt_file is None:
+        raise ConfigError("preview.prompts is empty but previews are asked for; give a prompt, or preview.prompt_file")
+    if cfg.preview.prompt_file is not None:
+        _exists(cfg.preview.prompt_file, "preview.prompt_file")
+    if cfg.preview.ema and not cfg.run.ema_decay:
+        raise ConfigError("preview.ema: the run keeps no moving average; set run.ema_decay, as in 0.99")
     _files(cfg.model, columns=SAMPLED, needed_for="preview videos")
     _check_sampling(cfg.preview, "preview.")
     for i, prompt in enumerate(cfg.preview.prompts):
@@ -248,7 +253,7 @@ def check_encode(cfg: EncodeConfig) -> None:
     _required(cfg.dataset, "dataset", "a dataset file (TOML or YAML)")
     _exists(cfg.dataset, "dataset")
     _required(cfg.output, "output", "a directory for the shard set")
-    legal = list(dict.fromkeys(c for part in parts_of(cfg.model.name).values() for c in part.makes))
+    legal = list(dict.fromkeys([*(c for part in parts_of(cfg.model.name).values() for c in part.makes), MASK]))
     if not cfg.columns or len(set(cfg.columns)) < len(cfg.columns):
         raise ConfigError(f"columns is {list(cfg.columns)}, expected some of {', '.join(legal)}, each once")
     for column in cfg.columns:
@@ -346,7 +351,7 @@ def _check_reconcile(cfg: MergeConfig) -> None:
 
 def _check_sampling(values: Sampling, prefix: str = "") -> None:
     check_limits(values, prefix=prefix)
-    for key, path in {"image": values.image, "end_image": values.end_image}.items():
+    for key, path in {"image": values.image, "end_image": values.end_image, "video": values.video}.items():
         if path is not None:
             _exists(path, prefix + key)
 

@@ -307,6 +307,10 @@ class PreviewConfig(Sampling):
     """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a sample's own is taken: of
     eval.shards, else of data.shards"""
 
+    @property
+    def wanted(self) -> bool:
+        return self.at_start or self.every_steps > 0 or self.every_epochs > 0
+
 
 @dataclass(frozen=True)
 class EvalConfig:

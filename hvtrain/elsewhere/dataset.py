@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hvtrain.elsewhere.table import Made
+from hvtrain.elsewhere.table import Draft
 from hvtrain.errors import ConfigError
 
 
-def entries(made: Made, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
+def entries(made: Draft, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """One directory of theirs is one entry for each size, and for its videos and its pictures: here an entry holds one kind.
     `unit`: of which height and width are multiples."""
     own = dict(made.values)
@@ -23,7 +23,10 @@ def entries(made: Made, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
         own["caption_extension"] = f".{str(own['caption_extension']).lstrip('.')}"
     if "caption_prefix" in own and made.notes["caption_prefix"].startswith("trigger_word"):
         own["caption_prefix"] = f"{own['caption_prefix']}, "
-    sized = [((w, h), [f]) for w, h, f in own.pop("size_buckets", None) or []]
+    buckets = own.pop("size_buckets", None) or []
+    if not all(isinstance(b, list) and len(b) == 3 and all(isinstance(n, int) for n in b) for b in buckets):
+        raise ConfigError(f"dataset: size_buckets {buckets}: expected [width, height, frames] of each")
+    sized = [((w, h), [f]) for w, h, f in buckets]
     for size, frames in sized or [(size, lengths) for size in _sizes(own.pop("resolutions", None))]:
         for kind in _kinds(where, frames):
             sides = [max(u, round(n / u) * u) for n, u in zip(size, unit[::-1])]
@@ -51,10 +54,9 @@ def _sizes(given: Any) -> list[tuple[int, int]]:
     """A side of a square, [width, height], or several of either."""
     if given is None:
         return [(512, 512)]
-    several = given if isinstance(given, list) else [given]
-    try:
-        return [(n[0], n[1]) if isinstance(n, list) else (n, n) for n in several]
-    except (IndexError, TypeError):
-        raise ConfigError(f"dataset: resolution {given}: expected the side of a square or [width, height]") from None
+    several = [n if isinstance(n, list) else [n, n] for n in (given if isinstance(given, list) else [given])]
+    if not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in several):
+        raise ConfigError(f"dataset: resolution {given}: expected the side of a square or [width, height]")
+    return [(width, height) for width, height in several]
 
 

@@ -6,14 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvtrain.elsewhere.source import Source, Words, command_line, is_file, read_file, scalar, words_of
+from hvtrain.elsewhere.source import (
+    Foreign,
+    Words,
+    command_line,
+    is_file,
+    number,
+    read_file,
+    scalar,
+    tables,
+    words_of,
+)
 from hvtrain.errors import ConfigError
 
 _LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")  # of KEY=VALUE
 _DATASETS = "batch_size"
 
 
-def read(given: Sequence[str]) -> Source:
+def read(given: Sequence[str]) -> Foreign:
     options: dict[str, Any] = {}
     called: list[str] = []
     gpus = 1
@@ -22,19 +32,25 @@ def read(given: Sequence[str]) -> Source:
             name = str(part.options.pop("config_file"))
             part.options = _config(name if Path(name).suffix == ".toml" else f"{name}.toml") | part.options
         if "num_processes" in part.launcher:
-            gpus = int(part.launcher.pop("num_processes"))
+            gpus = number(part.launcher.pop("num_processes"), "--num_processes")
         options |= {f"accelerate.{key}": value for key, value in part.launcher.items()} | part.options
         called.append(part.program)
     called.append(str(options.get("network_module", "")))
     for name in _LISTS:
         options |= _pairs(name, options.pop(name, []))
+    if files := options.pop("base_weights", None):
+        several = files if isinstance(files, list) else [files]
+        given_factors = options.pop("base_weights_multiplier", [])
+        factors = given_factors if isinstance(given_factors, list) else [given_factors]
+        padded = [*factors, *[1.0] * (len(several) - len(factors))]
+        options["base_lora"] = [{"path": str(f), "multiplier": x} for f, x in zip(several, padded)]
     warmup = options.get("lr_warmup_steps")
     if isinstance(warmup, float) or str(warmup).endswith("%"):
         options["lr_warmup_steps.share"] = scalar(str(options.pop("lr_warmup_steps")).rstrip("%"))
         options["lr_warmup_steps.share"] /= 100 if str(warmup).endswith("%") else 1
     if "dataset_config" in options:
         options |= _of_dataset(str(options["dataset_config"]))
-    return Source(options, called, dash="--", gpus=gpus)
+    return Foreign(options, called, dash="--", gpus=gpus)
 
 
 def _words(given: str) -> Words:
@@ -71,6 +87,6 @@ def _of_dataset(path: str) -> dict[str, Any]:
     if not is_file(path):
         return {}
     raw = read_file(path)
-    tables = [raw.get("general", {}), *raw.get("datasets", [])]
-    sizes = [t[_DATASETS] for t in tables if isinstance(t, Mapping) and isinstance(t.get(_DATASETS), int)]
+    parts = [raw.get("general") or {}, *tables(raw.get("datasets"), f"{path}: datasets")]
+    sizes = [t[_DATASETS] for t in parts if isinstance(t, Mapping) and isinstance(t.get(_DATASETS), int)]
     return {f"dataset_config.{_DATASETS}": max(sizes)} if sizes else {}

@@ -16,18 +16,18 @@ from hvtrain.config.parts import folders
 from hvtrain.config.write import commented, nested
 from hvtrain.elsewhere import ai_toolkit, diffusion_pipe, musubi
 from hvtrain.elsewhere.dataset import entries
-from hvtrain.elsewhere.source import Source
-from hvtrain.elsewhere.table import KINDS, NOT_CARRIED, Line, Made, Table, apply
+from hvtrain.elsewhere.source import Foreign
+from hvtrain.elsewhere.table import KINDS, NOT_CARRIED, Draft, Fate, Table, apply
 from hvtrain.errors import ConfigError, suggest
 from hvtrain.models import all_specs, find
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.registry import Registry
 
-READERS: Mapping[str, Callable[[Sequence[str]], Source]] = {
+READERS: Mapping[str, Callable[[Sequence[str]], Foreign]] = {
     "musubi": musubi.read, "diffusion-pipe": diffusion_pipe.read, "ai-toolkit": ai_toolkit.read,
 }
 FILE = "elsewhere.yaml"
-_NOT_FOR_ENCODING = ("dit", "expert", "quantize", "fp8_matmul")
+_NOT_FOR_ENCODING = ("dit", "experts", "quantize", "fp8_matmul")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Imported:
     train: str
     encode: str | None  # None: no dataset is named
     dataset: str | None  # None: encode reads the tool's own file
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Fate] = field(default_factory=list)
     gpus: int = 1
 
     @property
-    def lost(self) -> list[Line]:
+    def lost(self) -> list[Fate]:
         """What could not be carried over."""
         return [line for line in self.lines if line.kind in NOT_CARRIED]
 
@@ -101,7 +101,7 @@ def _model(tool: str, called: Sequence[str], asked: str | None, known: Mapping[s
     raise ConfigError(f"{tool}: nothing says which model it is; give --model NAME ({', '.join(sorted(known))})")
 
 
-def _flavor(made: Made, spec: ModelSpec) -> Flavor:
+def _flavor(made: Draft, spec: ModelSpec) -> Flavor:
     """The one that an option says, else the DiT's path, else the first: what it needs is in its record."""
     path = str(made.values.get("model.dit") or made.values.get("model.dit_low") or "")
     told = spec.told_by(Path(path)) if spec.told_by and path else None
@@ -110,7 +110,7 @@ def _flavor(made: Made, spec: ModelSpec) -> Flavor:
     return spec.flavor(made.values.get("model.flavor"))
 
 
-def _choose_expert(made: Made, flavor: Flavor) -> None:
+def _choose_expert(made: Draft, flavor: Flavor) -> None:
     """Of a flavor of several DiTs: by the file's name, else by the noise levels. Its file goes under its own key."""
     if not flavor.experts:
         return
@@ -119,18 +119,19 @@ def _choose_expert(made: Made, flavor: Flavor) -> None:
     names = "|".join(expert.name for expert in flavor.experts)
     named = re.search(rf"({names})[._-]?noise", str(values.get("model.dit", "")))
     within = [e for e in flavor.experts if e.sigmas[0] <= low and high <= e.sigmas[1]]
-    if "model.expert" not in values and len(files) == len(flavor.experts):
-        made.put("model.expert", "both", "a LoRA for each, where one is trained for both there")
-    elif "model.expert" not in values and (named or len(within) == 1):
-        made.put("model.expert", named[1] if named else within[0].name, "by the file's name" if named else "by its noise levels")
-    if "model.expert" not in values:
+    if "model.experts" not in values and len(files) == len(flavor.experts):
+        made.put("model.experts", "both", "both files are given")
+        made.say("changed", "two experts", "model.experts: both", "a LoRA for each, in turns; there one is trained for both")
+    elif "model.experts" not in values and (named or len(within) == 1):
+        made.put("model.experts", named[1] if named else within[0].name, "by the file's name" if named else "by its noise levels")
+    if "model.experts" not in values:
         raise ConfigError(
             f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is {values.get('model.dit')}? Neither its "
             "name (..high_noise.., ..low_noise..) nor the range of timesteps says"
         )
-    own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.expert"]), None)
+    own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.experts"]), None)
     if own and own not in values and "model.dit" in values:
-        made.put(own, made.take("model.dit"), f"the expert '{values['model.expert']}'")
+        made.put(own, made.take("model.dit"), f"the expert '{values['model.experts']}'")
     previews = [key for key in values if key.startswith("preview.")]
     if previews and not all(f"model.{e.part}" in values for e in flavor.experts):
         for key in previews:
@@ -138,7 +139,7 @@ def _choose_expert(made: Made, flavor: Flavor) -> None:
         made.say("left out", "samples", why="they need all experts' files: give model.dit and the others, and preview.*")
 
 
-def _fit_previews(made: Made, flavor: Flavor) -> None:
+def _fit_previews(made: Draft, flavor: Flavor) -> None:
     """Sizes that the latents cannot hold go down to the next that they can."""
     tall, wide = flavor.latent.unit
     for key, unit, rest in (("width", wide, 0), ("height", tall, 0), ("frames", flavor.latent.stride_t, 1)):
@@ -148,7 +149,7 @@ def _fit_previews(made: Made, flavor: Flavor) -> None:
             made.say("changed", f"preview.{key} {value}", f"preview.{key}: {near}", f"a size that {flavor.name} can make")
 
 
-def _dataset(made: Made, source: Source, own: Mapping[str, Any], tool: str, name: str, flavor: Flavor) -> str | None:
+def _dataset(made: Draft, source: Foreign, own: Mapping[str, Any], tool: str, name: str, flavor: Flavor) -> str | None:
     if source.datasets is None:
         return None
     found: list[dict[str, Any]] = []
@@ -163,14 +164,14 @@ def _dataset(made: Made, source: Source, own: Mapping[str, Any], tool: str, name
     return f"# From {own['called']} by `hvtrain import {tool}`\n{text}"
 
 
-def _encode(made: Made, spec: ModelSpec, flavor: Flavor, name: str) -> str | None:
+def _encode(made: Draft, spec: ModelSpec, flavor: Flavor, name: str) -> str | None:
     values = {key.removeprefix("encode."): value for key, value in made.values.items() if key.startswith("encode.")}
     if "dataset" not in values:
         return None
     skip = {f"model.{key}" for key in (*_NOT_FOR_ENCODING, *(e.part for e in flavor.experts))}
     files = {key: value for key, value in made.values.items() if key.startswith("model.") and key not in skip}
     notes = {key.removeprefix("encode."): note for key, note in made.notes.items()}
-    own = Made({**values, "output": made.values["data.shards"][0], **files}, notes)
+    own = Draft({**values, "output": made.values["data.shards"][0], **files}, notes)
     if set(flavor.columns) != {"latents", "text"}:
         own.put("columns", list(flavor.columns), f"what {flavor.name} reads")
     _refuse_one_by_one(EncodeConfig, own)
@@ -179,7 +180,7 @@ def _encode(made: Made, spec: ModelSpec, flavor: Flavor, name: str) -> str | Non
     return commented(own.values, own.notes, EncodeConfig, head=head)
 
 
-def _refuse_one_by_one(cls: type, made: Made) -> None:
+def _refuse_one_by_one(cls: type, made: Draft) -> None:
     """A value that our config would refuse is taken out, and said: the rest is worth having."""
     name = {"model.name": made.values["model.name"]}
     for key in [key for key in made.values if key != "model.name"]:
@@ -190,6 +191,6 @@ def _refuse_one_by_one(cls: type, made: Made) -> None:
             made.take(key)
 
 
-def _counted(lines: Sequence[Line]) -> str:
+def _counted(lines: Sequence[Fate]) -> str:
     n = Counter(line.kind for line in lines)
     return ", ".join(f"{n[kind]} {kind}" for kind in KINDS if n[kind])

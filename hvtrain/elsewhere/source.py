@@ -22,7 +22,7 @@ PRIVATE = re.compile(r"(^|[._])token$|api_key|password", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Source:
+class Foreign:
     """One config of another tool, taken apart."""
 
     options: Mapping[str, Any]
@@ -50,6 +50,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
     return raw
+
+
+def tables(value: Any, where: str) -> list[dict[str, Any]]:
+    """A list of sections, as it has to be; nothing is none."""
+    if not isinstance(value or [], list) or not all(isinstance(one, dict) for one in value or []):
+        raise ConfigError(f"{where}: expected a list of sections with keys and values")
+    return list(value or [])
+
+
+def number(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{where} is {value!r}, expected a whole number")
+    return value
 
 
 def is_file(word: str) -> bool:

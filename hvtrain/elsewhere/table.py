@@ -17,13 +17,14 @@ NOT_CARRIED = ("left out", "unknown")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One option. In the table a text alone is `to`."""
+class Becomes:
+    """What one option becomes. In the table a text alone is `to`."""
 
     to: str | None = None  # our dotted key; "encode.KEY" is one of `hvtrain encode`
     values: Mapping[str, Any] | None = None  # theirs, in small letters -> ours, or [ours, why]; null: there is nothing to set
     otherwise: Any = None  # [ours, why] for a value that is not among them; null: it is left out
     times: float | None = None
+    inside: str = ""  # ours is {inside: value}
     why: str = ""  # it is not quite the same here
     absent: Any = None  # what the tool takes where the option is not given, if we would take something else
     also: Mapping[str, Any] = field(default_factory=dict)  # set with it, where nothing else says
@@ -31,7 +32,7 @@ class Rule:
     below: Mapping[str, Any] = field(default_factory=dict)  # a folder: our key -> a path in it, or [path, what its name holds]
 
     @classmethod
-    def of(cls, raw: Any) -> Rule:
+    def of(cls, raw: Any) -> Becomes:
         if isinstance(raw, str):
             return cls(to=raw)
         return cls(**raw)
@@ -41,7 +42,7 @@ class Rule:
 class Table:
     """Of one tool, or of a part of it."""
 
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Becomes]
     meaningless: Mapping[str, str]  # option -> why
     left_out: Mapping[str, Any]  # option -> why, or [why, the value with which nothing is lost]
 
@@ -53,7 +54,7 @@ class Table:
             new = [one.get(name) or {} for name in ("options", "meaningless", "left_out")]
             again = {name for part in new for name in part}
             parts = [{k: v for k, v in old.items() if k not in again} | part for old, part in zip(parts, new, strict=True)]
-        return cls({name: Rule.of(rule) for name, rule in parts[0].items()}, parts[1], parts[2])
+        return cls({name: Becomes.of(rule) for name, rule in parts[0].items()}, parts[1], parts[2])
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +62,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Line:
+class Fate:
     """What became of one option."""
 
     kind: str  # one of KINDS
@@ -75,12 +76,12 @@ class Line:
 
 
 @dataclass
-class Made:
+class Draft:
     """Our values under dotted keys, which option each is from, and a line for every option."""
 
     values: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Fate] = field(default_factory=list)
 
     def put(self, key: str, value: Any, note: str, *, weak: bool = False) -> None:
         if not (weak and key in self.values):
@@ -92,12 +93,12 @@ class Made:
         return self.values.pop(key, None)
 
     def say(self, kind: str, option: str, result: str = "", why: str = "") -> None:
-        self.lines.append(Line(kind, option, result, why))
+        self.lines.append(Fate(kind, option, result, why))
 
 
-def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], str], tool: str) -> Made:
+def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], str], tool: str) -> Draft:
     """`spelled`: an option's name as the user wrote it. The order of the lines is that of the options."""
-    made = Made()
+    made = Draft()
     folders = []
     for name, value in options.items():
         shown = f"{spelled(name)} {_given(name, value)}".rstrip()
@@ -126,11 +127,11 @@ def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], 
     return made
 
 
-def _resolved(rule: Rule, options: Mapping[str, Any]) -> Rule:
-    return next((Rule.of(other) for name, other in rule.instead.items() if options.get(name) not in (None, False)), rule)
+def _resolved(rule: Becomes, options: Mapping[str, Any]) -> Becomes:
+    return next((Becomes.of(other) for name, other in rule.instead.items() if options.get(name) not in (None, False)), rule)
 
 
-def _apply(rule: Rule, value: Any, shown: str, made: Made, *, weak: bool = False) -> None:
+def _apply(rule: Becomes, value: Any, shown: str, made: Draft, *, weak: bool = False) -> None:
     if weak and rule.to in made.values:
         return
     why, ours = rule.why, value
@@ -150,6 +151,7 @@ def _apply(rule: Rule, value: Any, shown: str, made: Made, *, weak: bool = False
         made.say("meaningless", shown, why=why)
     else:
         ours = ours if rule.times is None else _times(ours, rule)
+        ours = {rule.inside: ours} if rule.inside else ours
         if rule.to is not None:
             made.put(rule.to, ours, shown)
         result = f"{rule.to}: {brief(ours)}" if rule.to else ", ".join(rule.below)
@@ -158,7 +160,7 @@ def _apply(rule: Rule, value: Any, shown: str, made: Made, *, weak: bool = False
         made.put(key, extra, shown, weak=True)
 
 
-def _times(value: Any, rule: Rule) -> float:
+def _times(value: Any, rule: Becomes) -> float:
     try:
         return round(float(value) * (rule.times or 1), 10)
     except (TypeError, ValueError):

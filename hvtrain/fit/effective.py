@@ -24,7 +24,8 @@ def of_model(model: ModelConfig, values: Mapping[str, Any]) -> tuple[dict[str, A
     except HvtrainError as error:
         return {}, f"the model's own, which is not known: {error}"
     if flavor is None:
-        return {}, "the model's own: without model.dit or model.flavor nothing says which"
+        lost = "" if model.dit is None else f"{model.dit} is not there, and "
+        return {}, f"the model's own; {lost}nothing says which flavor it is: give model.flavor"
     own = flavor.defaults
     shift = own.shift if own.training_shift is None else own.training_shift
     known: dict[str, Any] = {"model.flavor": flavor.name, "flow.shift": shift, "flow.guidance": own.guidance}

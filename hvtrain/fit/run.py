@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from hvtrain.config import GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
+from hvtrain.config import DataConfig, GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvtrain.errors import ConfigError
 from hvtrain.fit.estimate import (
     Candidate,
@@ -45,7 +45,8 @@ class Asked:
 
 def training(cfg: TrainConfig, asked: Asked) -> str:
     about, memory = candidate(cfg.model), memory_bytes(asked)
-    sections, shape = placed(_sections(cfg), about, memory), _shape(about, asked, batch=cfg.data.batch_size)
+    sections = placed(_sections(cfg), about, memory)
+    shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
     own = cfg.parallel.ulysses * cfg.parallel.ring
     lines: list[str] = []
     for gpus in asked.gpus:
@@ -126,7 +127,7 @@ def memory_bytes(asked: Asked) -> int:
 def advice(cfg: TrainConfig, asked: Asked) -> str:
     """One line for a run that went out of memory: the nearest config whose prediction fits."""
     about = candidate(cfg.model)
-    shape = _shape(about, asked, batch=cfg.data.batch_size)
+    shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
     found = nearest(placed(_sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked))
     if found is None:
         return "no setting makes it fit: use more or larger GPUs, or smaller clips"
@@ -148,6 +149,15 @@ def _shape(about: Candidate, asked: Asked, *, batch: int, **own: int | None) -> 
         raise ConfigError(f"--size: {error}") from None
     size = {name: getattr(asked, name) or own.get(name) for name in ("width", "height", "frames")}
     return shape_of(about.flavor, batch=batch, **size)
+
+
+def _batch(data: DataConfig, about: Candidate, shape: Shape) -> Shape:
+    """With as many samples as data.batch_tokens allows."""
+    if data.batch_tokens is None:
+        return shape
+    latent = about.flavor.latent
+    n_tokens = latent.n_tokens(latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
+    return replace(shape, batch=max(1, data.batch_tokens // n_tokens))
 
 
 def _head(about: Candidate, shape: Shape, found: Estimate) -> str:

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hvtrain.config.sampling import Sampling, check_limits, line_options
+from hvtrain.config import SamplePrompt, build
+from hvtrain.config.load import parse_yaml
+from hvtrain.config.sampling import Sampling, check_limits, given, line_options
 from hvtrain.errors import ConfigError, DataError, suggest
 from hvtrain.flow.solvers import SOLVERS
 from hvtrain.models.spec import Expert, Flavor
@@ -44,6 +46,11 @@ class Request(Sampling):
         SOLVERS.find(self.solver, key="solver")
         if self.guidance is not None and flavor.defaults.guidance is None:
             raise ConfigError(f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance null")
+        if self.video is not None and not flavor.enlarges:
+            raise ConfigError(
+                f"video is {self.video}, but '{flavor.name}' enlarges none: leave it out, or take a flavor of super-resolution "
+                "(`hvtrain models`)"
+            )
         for name, path in self.images.items():
             if name not in _images_of(flavor):
                 raise ConfigError(
@@ -62,9 +69,14 @@ class Request(Sampling):
         return {name: path for name, path in (("image", self.image), ("end_image", self.end_image)) if path is not None}
 
     @property
+    def files(self) -> dict[str, str]:
+        """key -> path of all that it is made from."""
+        return self.images if self.video is None else {**self.images, "video": self.video}
+
+    @property
     def layout(self) -> tuple:
-        """Requests of one layout can be sampled together."""
-        return tuple(getattr(self, f.name) for f in fields(Sampling) if f.metadata["alike"])
+        """Requests of one layout can be sampled together: they have the same conditions, too."""
+        return (*(getattr(self, f.name) for f in fields(Sampling) if f.metadata["alike"]), *self.files)
 
     @property
     def guided(self) -> bool:
@@ -108,8 +120,9 @@ def _images_of(flavor: Flavor) -> tuple[str, ...]:
 
 
 def lacks(request: Request, flavor: Flavor) -> list[str]:
-    """Images without which it cannot be made."""
-    return [] if flavor.image_optional else [name for name in _images_of(flavor) if name not in request.images]
+    """Images, or the video, without which it cannot be made."""
+    needed = [*(() if flavor.image_optional else _images_of(flavor)), *(("video",) if flavor.enlarges else ())]
+    return [name for name in needed if name not in request.files]
 
 
 def single_job(flavor: Flavor, given: Mapping[str, Any], *, prompt: str, output: str, also: object = None) -> Job:
@@ -134,10 +147,11 @@ def _complete(flavor: Flavor, **given: Any) -> Request:
     request = Request.of(flavor, **given)
     for name in lacks(request, flavor):
         letter = next(letter for letter, (key, _) in line_options().items() if key == name)
+        what = "enlarges a video" if name == "video" else "is told by an image"
         raise ConfigError(
-            f"{name}: '{flavor.name}' is told by an image; give {name}=FILE, or --{letter} FILE in a line of a prompt file"
+            f"{name}: '{flavor.name}' {what}; give {name}=FILE, or --{letter} FILE in a line of a prompt file"
         )
-    for name, path in request.images.items():
+    for name, path in request.files.items():
         if not Path(path).exists():
             raise ConfigError(f"{name}: {path} does not exist")
     return request
@@ -165,17 +179,35 @@ def _ending(request: Request) -> str:
 
 
 def read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, values) of each prompt; empty lines and those that begin with # are comments."""
+    """(where, values) of each prompt: of text one a line, where empty lines and those that begin with # are comments; of YAML and
+    JSON a list with the keys of a prompt."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt_file: {path} cannot be read: {error}") from None
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        yield from _listed(path, text)
+        return
+    lines = text.splitlines()
     found = [(f"{path}:{n}", line.strip()) for n, line in enumerate(lines, start=1)]
     found = [(where, line) for where, line in found if line and not line.startswith("#")]
     if not found:
         raise DataError(f"prompt_file: {path} holds no prompt; write one on each line")
     for where, line in found:
         yield where, parse_line(line, where=where)
+
+
+def _listed(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        raw = parse_yaml(text)
+    except ValueError as error:
+        raise DataError(f"prompt_file: {path}: not YAML: {error}") from None
+    if not isinstance(raw, list) or not raw:
+        raise DataError(f"prompt_file: {path}: expected a list of prompts, as in `- {{prompt: a cat, seed: 7}}`")
+    for n, item in enumerate(raw, start=1):
+        where = f"{path}, prompt {n}"
+        one = build(SamplePrompt, item if isinstance(item, Mapping) else {"prompt": item}, where=where)
+        yield where, {"prompt": one.prompt, **given(one)}
 
 
 def parse_line(line: str, *, where: str) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from hvtrain.parallel.context import ParallelContext
 
 def decode(vae: Any, latents: Tensor) -> list[np.ndarray]:
     """Each video's frames, uint8 [F H W 3]; one video at a time goes through the VAE."""
-    return [to_bytes(vae.decode(one)[0]) for one in latents.split(1)]
+    # Contiguous, as those that were on the disk are: another layout rounds otherwise, and H.264 makes much of it.
+    return [to_bytes(vae.decode(one.contiguous())[0]) for one in latents.split(1)]
 
 
 def to_bytes(video: Tensor) -> np.ndarray:
@@ -111,7 +112,7 @@ def parameters(plan: Plan, request: Request) -> dict[str, Any]:
     """What goes into a video file: enough to make the same video again."""
     return {
         **request.values,
-        **{name: Path(path).name for name, path in request.images.items()},
+        **{name: Path(path).name for name, path in request.files.items()},
         "model": plan.spec.name,
         "flavor": plan.flavor.name,
         "dit": dit_names(plan),

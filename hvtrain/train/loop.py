@@ -31,6 +31,8 @@ class Cadence:
     evaluate: int
     preview: int
     max_bad_steps: int
+    preview_samples: int = 0  # of all ranks together
+    preview_first: bool = False  # before the first step
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def train(
     """Run from `start` to cadence.steps. True: finished; False: stopped early by a signal, with everything saved."""
     progress, bad_in_a_row = start, 0
     with StopFlag(folder, show=ctx.is_main) as stop:
+        if cadence.preview_first and not progress.step:
+            hooks.preview(0)
         while progress.step < cadence.steps:
             with hooks.measured(progress.step + 1):
                 report = _step(engine, batches, hooks, cadence=cadence, progress=progress, seed=seed, ctx=ctx)
@@ -82,10 +86,10 @@ def train(
                 raise _not_finite(report, bad_in_a_row, ctx)
             if _due(progress.step, cadence.evaluate):
                 hooks.evaluate(progress)
-            if _due(progress.step, cadence.preview):
+            if _due(progress.step, cadence.preview) or _passed(before, progress, cadence.preview_samples):
                 hooks.preview(progress.step)
             stopping = stop.agreed(ctx) and progress.step < cadence.steps
-            passed = cadence.save_samples > 0 and _parts(progress, cadence) > _parts(before, cadence)
+            passed = _passed(before, progress, cadence.save_samples)
             asked = stop.asked_to_save(ctx)
             if _due(progress.step, cadence.save) or passed or asked or stopping or progress.step == cadence.steps:
                 hooks.save(progress)
@@ -133,8 +137,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _parts(progress: Progress, cadence: Cadence) -> int:
-    return progress.cursor // cadence.save_samples
+def _passed(before: Progress, after: Progress, every_samples: int) -> bool:
+    return every_samples > 0 and after.cursor // every_samples > before.cursor // every_samples
 
 
 def _not_finite(report: StepReport, n: int, ctx: ParallelContext) -> HvtrainError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from hvtrain.config import ModelConfig, PreviewConfig
 from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError
 from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
-from hvtrain.generate.requests import Request, lacks
+from hvtrain.generate.requests import Request, lacks, read_prompts
 from hvtrain.generate.sample import Models, sample_latents
-from hvtrain.generate.video import write_mp4
+from hvtrain.generate.video import write_mp4, write_png
 from hvtrain.generate.write import decode
 from hvtrain.models.conditions import batch_of_one
 from hvtrain.models.parts import open_text, open_vae
@@ -24,6 +25,8 @@ from hvtrain.models.precision import autocast
 from hvtrain.models.spec import Flavor, ModelSpec, Vae
 from hvtrain.parallel.context import ParallelContext
 from shards import ShardSet
+
+_COLUMNS, _HEIGHT = 6, 256  # of the picture of all previews: frames of a video, pixels of one at most
 
 
 @dataclass(frozen=True)
@@ -54,27 +57,36 @@ def plan_previews(
     sets: Sequence[ShardSet],
 ) -> list[Preview]:
     """What to make, refused before any weights are read. `sets`: where an image is taken from that a prompt does not give."""
-    if not preview.every_steps:
+    if not preview.wanted:
         return []
     plans = []
     if flavor.sees:
         open_text(spec, model, "meta", flavor)  # its vision tower may be missing
-    for i, prompt in enumerate(preview.prompts):
-        asked = {"guidance": guidance, **given(preview), **given(prompt)}
+    for where, own in _prompts(preview):
+        asked = {"guidance": guidance, **given(preview), **own}
         begins = None
         try:
-            request = Request.of(flavor, prompt=prompt.prompt, **asked)
+            request = Request.of(flavor, **asked)
         except ConfigError as error:
-            raise ConfigError(f"preview.prompts[{i}].{error}") from None
+            raise ConfigError(f"{where}{error}") from None
         if lacks(request, flavor):
-            begins, size = _begin(sets, asked, where=f"preview.prompts[{i}]")
-            request = Request.of(flavor, prompt=prompt.prompt, **{**asked, **size, "image": None, "end_image": None})
+            begins, size = _begin(sets, asked, where=where.rstrip(".: "))
+            request = Request.of(flavor, **{**asked, **size, "image": None, "end_image": None})
         elif request.images:
             check_own_columns(spec, flavor, model)
             for path in request.images.values():
                 read_image(path, width=request.width, height=request.height)
         plans.append(Preview(request, begins))
     return plans
+
+
+def _prompts(preview: PreviewConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what an error begins with, values) of each. Those of a file have the seeds that `hvtrain generate` gives them."""
+    for i, prompt in enumerate(preview.prompts):
+        yield f"preview.prompts[{i}].", {"prompt": prompt.prompt, **given(prompt)}
+    if preview.prompt_file is not None:
+        for i, (where, values) in enumerate(read_prompts(Path(preview.prompt_file))):
+            yield f"{where}: ", {"seed": (preview.seed or 0) + i, **values}
 
 
 def _begin(sets: Sequence[ShardSet], asked: dict, *, where: str) -> tuple[Opening, dict[str, int]]:
@@ -97,26 +109,34 @@ class Previews:
 
     def __init__(
         self, plans: Sequence[Preview], model: ModelConfig, spec: ModelSpec, flavor: Flavor, ctx: ParallelContext, *,
-        folder: Path, precision: str,
+        folder: Path, precision: str, ema: bool = False,
     ) -> None:
         self.plans, self.model_cfg, self.spec, self.flavor, self.ctx = plans, model, spec, flavor, ctx
-        self.folder, self.autocast = folder, precision == "bf16"
+        self.folder, self.autocast, self.ema = folder, precision == "bf16", ema
         self.vae: Vae | None = None
         pictures = {i: self._opening(p.begins) for i, p in enumerate(plans) if p.begins and flavor.sees}
         self.conds = encode_requests([p.request for p in plans], spec, flavor, model, ctx, pictures=pictures) if plans else None
 
     @torch.no_grad()
     def make(self, models: Models, step: int) -> Iterator[tuple[str, np.ndarray, int]]:
-        """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0; the files are written too. Collective."""
+        """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0, and one picture with frames of all; the files are
+        written too. Collective."""
+        rows: list[np.ndarray] = []
         for i, plan in enumerate(self.plans):
             latents, request = self._sample(models, plan, i), plan.request
             if self.ctx.is_main:
                 frames = decode(self._vae(), latents)[0]
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_mp4(
-                    self.folder / f"step{step:08d}_{i}.mp4", frames, fps=request.fps, metadata={**request.values, "step": step}
-                )
+                path, about = self.folder / f"step{step:08d}_{i}", {**request.values, "step": step}
+                if request.frames == 1:
+                    write_png(path.with_suffix(".png"), frames[0], metadata=about)
+                else:
+                    write_mp4(path.with_suffix(".mp4"), frames, fps=request.fps, metadata=about)
+                rows.append(_row(frames))
                 yield f"preview/{i}", frames, request.fps
+        if rows:
+            sheet = _stacked(rows)
+            write_png(self.folder / f"step{step:08d}.png", sheet, metadata={"step": step})
+            yield "preview/all", sheet[None], 1
         self.ctx.barrier()
 
     def _vae(self) -> Vae:
@@ -140,3 +160,16 @@ class Previews:
                 models, self.spec, self.flavor, {**self.conds.of(request, seen), **own}, request=request, ctx=self.ctx,
                 uncond={**self.conds.negative(request), **own} if request.guided else None, x0=x0,
             )
+
+
+def _row(frames: np.ndarray) -> np.ndarray:
+    """uint8 [F H W 3] -> [h w 3]: a few frames from the first to the last beside each other."""
+    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, _COLUMNS).round().astype(int))]
+    less = -(-frames.shape[1] // _HEIGHT)  # every so many pixels
+    return np.concatenate([frame[::less, ::less] for frame in chosen], axis=1)
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """One under the other, narrower ones with black beside them."""
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])

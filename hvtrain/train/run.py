@@ -4,6 +4,7 @@ config."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
+from hvtrain.flow.picture import draw, lines, look
 from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
@@ -127,6 +129,29 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     return 0 if finished else REQUEUE
 
 
+def show_timesteps(cfg: TrainConfig, picture: str) -> Iterator[str]:
+    """How often which noise levels are trained, and what an error there counts: lines of text, and a PNG each. Of the model only
+    the header is read, and of the shards one sample's size."""
+    bases = setup.find_bases(cfg.model, scratch=cfg.model.dit is None)
+    flavor = bases[0].flavor
+    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards")
+    shapes = [tuple(found.some().tensors["latents"].shape) for found in sets]
+    d = flavor.defaults
+    shape = shapes[0] if shapes else flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)
+    members = setup.members_of(bases, cfg.flow, cfg.run.name)
+    for member in members:
+        flow = setup.flow_of(member.flow, flavor)
+        one = objective_of(flow, bases[0].spec, flavor, device=torch.device("cpu"), autocast=False)
+        whose = f"{flavor.name} {member.name}" if len(members) > 1 else flavor.name
+        title = f"{whose}: {flow.timestep_sampling}, {flow.weighting} weighting"
+        levels = look(one.quantile, one.measure.weight, shape)
+        yield f"{title}, latents of {' x '.join(map(str, shape[-3:]))}"
+        yield from lines(levels)
+        path = Path(picture) if len(members) == 1 else Path(picture).with_stem(f"{Path(picture).stem}-{member.name}")
+        draw(levels, path, title=title)
+        yield f"drawn in {path}"
+
+
 def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before weights are read: from headers, names and
     manifests."""
@@ -193,7 +218,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
     cfg, base, sets = ready.cfg, ready.base, ready.sets
     previews = Previews(  # encodes its prompts before all else takes memory
         ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
-        precision=cfg.run.precision,
+        precision=cfg.run.precision, ema=cfg.preview.ema,
     )
     autocast = cfg.run.precision == "bf16"
     objective = objective_of(cfg.flow, base.spec, base.flavor, device=ctx.device, autocast=autocast)
@@ -264,7 +289,8 @@ def _cadence(ready: Prepared) -> Cadence:
         steps=ready.steps, grad_accum=run.grad_accum, save=every,
         save_samples=math.ceil(run.save_every_epochs * ready.n_samples),
         evaluate=cfg.eval.every_steps if ready.held_out else 0, preview=cfg.preview.every_steps,
-        max_bad_steps=run.max_bad_steps,
+        max_bad_steps=run.max_bad_steps, preview_first=cfg.preview.at_start,
+        preview_samples=math.ceil(cfg.preview.every_epochs * ready.n_samples),
     )
 
 

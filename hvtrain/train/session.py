@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +135,7 @@ class Session:
             if finished and self.files.adapter.type != "none":
                 for key in self.team.trainees:
                     of = f" --expert {key}" if len(self.team.trainees) > 1 else ""
+                    of += " --dit MODEL" if "dora" in (self.files.adapter.type, self.files.adapter.slice_type) else ""
                     there = f"{shlex.quote(str(self.output))}{of} --to comfyui --output comfyui{key and f'-{key}'}.safetensors"
                     print(f"for ComfyUI, which skips layers under these names: hvtrain lora convert {there}", flush=True)
         return finished
@@ -191,10 +192,28 @@ class Session:
         self._save_if_best(progress, values["eval/loss"])
 
     def previews_at(self, step: int) -> None:
-        with self._beating(step, "making previews") as models:
+        averaged = self._averaged() if self.previews.ema else nullcontext()
+        with averaged, self._beating(step, "making previews") as models:
             for name, frames, fps in self.previews.make(models, step):
                 self.metrics.video(name, step, frames, fps=fps)
                 self.watch.at(step, f"making previews, {name} written")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The moving averages in the weights' place, and these in theirs; no copy of all."""
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        params = self.team.trainable
+        for name, average in self.ema.items():
+            weight = params[name].detach()
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     @contextmanager
     def _beating(self, step: int, phase: str) -> Iterator[Models]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ _TOOLS = {
 def _import_options(tool: str) -> Callable[[argparse.ArgumentParser], None]:
     def options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        add("sources", nargs="+", metavar=_TOOLS[tool][1], help=_TOOLS[tool][0])
+        # A command line has options of its own: it may stand without quotes, as it was typed there.
+        add("sources", nargs=argparse.REMAINDER if tool == "musubi" else "+", metavar=_TOOLS[tool][1], help=_TOOLS[tool][0])
         about = "write it there, with FILE-encode.yaml (and FILE-dataset.yaml) beside it (default: print it)"
         add("--out", metavar="FILE.yaml", help=about)
         add("--model", metavar="NAME", help="which model it is, where nothing in the config says so (`hvtrain models`)")
@@ -35,6 +37,8 @@ def _import_options(tool: str) -> Callable[[argparse.ArgumentParser], None]:
 def _import(tool: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         """1 if an option could not be carried over."""
+        if tool == "musubi":
+            args.sources = _as_typed(args)
         if args.out is not None and not args.out.endswith((".yaml", ".yml")):
             raise ConfigError(f"--out {args.out}: expected a name that ends with .yaml")
         from hvtrain.elsewhere.run import convert
@@ -56,6 +60,21 @@ def _import(tool: str) -> Callable[[argparse.Namespace], int]:
         return 1 if found.lost else 0
 
     return run
+
+
+def _as_typed(args: argparse.Namespace) -> list[str]:
+    """The command lines. Our own options may stand behind them; a line without quotes is put together again."""
+    words = list(args.sources)
+    for name in ("out", "model", "shards"):
+        for i in [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"][::-1]:
+            _, sign, value = words[i].partition("=")
+            if not sign and i + 1 == len(words):
+                raise ConfigError(f"--{name}: expected a value")
+            setattr(args, name, value if sign else words[i + 1])
+            del words[i : i + 2 - bool(sign)]
+    if not words:
+        raise ConfigError("import musubi: give its command line, as in `import musubi \"accelerate launch ...\"`, or a file")
+    return [shlex.join(words)] if any(word.startswith("-") and " " not in word for word in words) else words
 
 
 def _write(files: dict[str, str | None]) -> None:

@@ -179,6 +179,20 @@ def test_files_arguments_and_lists(tmp_path: Path) -> None:
     assert values(convert("musubi", [str(tmp_path / "run.sh")])) == cfg
 
 
+def test_adapters_base_loras_and_schedules() -> None:
+    more = ("--network_args loraplus_lr_ratio=4 rank_dropout=0.1 --base_weights a.safetensors b.safetensors "
+            "--base_weights_multiplier 0.5 --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3 --lr_warmup_steps 5% "
+            "--network_module networks.lokr --min_timestep 200 --weighting_scheme sigma_sqrt --compile --max_grad_norm 0.5")
+    line = MUSUBI["hv"].replace("--network_module networks.lora ", "") + " " + more
+    made = convert("musubi", [line])
+    cfg = values(made)
+    assert (dict(cfg.adapter.lr_ratios), cfg.adapter.rank_dropout, cfg.adapter.type) == ({".*lora_up.*": 4.0}, 0.1, "lokr")
+    assert [(b.path, b.multiplier) for b in cfg.adapter.base_lora] == [("a.safetensors", 0.5), ("b.safetensors", 1.0)]
+    assert (cfg.optim.schedule, cfg.optim.cycles, cfg.optim.warmup_share, cfg.optim.max_grad_norm) == ("cosine", 3.0, 0.05, 0.5)
+    assert (cfg.flow.min_sigma, cfg.flow.range, cfg.flow.weighting, cfg.flow.raw_guidance) == (0.2, "squeeze", "sigma_sqrt", True)
+    assert cfg.run.compile == "blocks" and not made.lost
+
+
 def test_caching_command_lines_tell_the_files() -> None:
     vae = "python src/musubi_tuner/cache_latents.py --dataset_config d.toml --vae v.pt --vae_tiling --skip_existing"
     text = "python src/musubi_tuner/cache_text_encoder_outputs.py --text_encoder1 L --text_encoder2 C --batch_size 16"
@@ -209,7 +223,7 @@ def test_unknown_options_and_values_are_named_and_secrets_are_not() -> None:
 )
 def test_experts_by_name_range_or_both_files(name: str, flavor: str, expert: str | None, files: dict) -> None:
     model = yaml.safe_load(convert("musubi", [MUSUBI[name]]).train)["model"]
-    assert (model["name"], model["flavor"], model.get("expert")) == ("wan", flavor, expert)
+    assert (model["name"], model["flavor"], model.get("experts")) == ("wan", flavor, expert)
     assert {key: model.get(key) for key in files} == files
 
 
@@ -276,6 +290,28 @@ def test_what_cannot_be_read_is_one_line(tool: str, given: str, says: str) -> No
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("tool", "text", "says"),
+    [
+        ("ai-toolkit", "config: {process: 3}", "config.process: expected a list of sections"),
+        ("ai-toolkit", "config: {process: [{}, {}]}", "holds 2; a run here is one of them"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [x]}]}", "datasets: expected a list of sections"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, sample: {seed: many}}]}", "sample.seed is 'many'"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{folder_path: x, resolution: big}]}]}",
+         "resolution big"),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{}]}]}", "an entry names no folder"),
+        ("diffusion-pipe", "model: {type: wan, text_encoders: [x]}", "model.text_encoders: expected a list of sections"),
+        ("diffusion-pipe", "model: 3", "nothing says which model it is"),
+        ("diffusion-pipe", "- 3", "expected keys and values"),
+    ],
+)
+def test_files_of_another_shape(tool: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        convert(tool, [str(tmp_path / "odd.yaml")])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_words_of_a_shell() -> None:
     line = "uv run accelerate launch --a 1 \\\n -m musubi_tuner.hv_train_network --x 'a b' --y=2 --z -1 2.5"
     words = command_line(words_of(line))
@@ -293,6 +329,12 @@ def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert load(EncodeConfig, "woman-encode.yaml").dataset == "woman-dataset.yaml" and Path("woman-dataset.yaml").exists()
     assert cli.main(["import", "ai-toolkit", "job.yaml", "--out", "woman.yaml"]) == 2  # never over what is there
     assert "woman.yaml exists" in capsys.readouterr().err
+    assert cli.main(["import", "musubi", *MUSUBI["hv"].split(), "--out=b.yaml", "--shards", "s"]) == 0  # without quotes
+    assert load(TrainConfig, "b.yaml").data.shards == ("s",) and load(EncodeConfig, "b-encode.yaml").output == "s"
+    assert "hvtrain train b.yaml" in capsys.readouterr().out
+    mistakes = (([], "give its command line"), (["x", "--out"], "--out: expected a value"), (["--out", "x", "y"], ".yaml"))
+    for words, says in mistakes:
+        assert cli.main(["import", "musubi", *words]) == 2 and says in capsys.readouterr().err
     assert cli.main(["import", "musubi", MUSUBI["hv"] + " --exotic"]) == 1
     both = capsys.readouterr()
     assert build(TrainConfig, yaml.safe_load(both.out), where="") and "unknown     --exotic" in both.err
@@ -319,10 +361,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
             "run.blocks_to_swap=0", "model.vae=null", "preview.every_steps=0", "preview.at_start=false", "optim.warmup_steps=0"]
     none = dict.fromkeys(("llm", "clip", "t5", "t5_tokenizer", "dit_low"), "null")
     return {
-        "hunyuan-video": [*once, "model.flavor=null", "model.dit=tiny:dit.safetensors", f"data.shards={make_shards(folder / 'hv')}",
-                          *(f"model.{k}=null" for k in ("llm", "clip"))],
-        "wan": [*once, f"model.dit={folder / 'wan.safetensors'}", f"data.shards={root}", "model.flavor=null", "model.expert=null",
-                *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],
+        "hunyuan-video": [*once, "model.flavor=null", "model.dit=tiny:dit.safetensors",
+                          f"data.shards={make_shards(folder / 'hv')}", *(f"model.{k}=null" for k in ("llm", "clip"))],
+        "wan": [*once, f"model.dit={folder / 'wan.safetensors'}", f"data.shards={root}", "model.flavor=null",
+                "model.experts=null", *(f"model.{k}={none[k]}" for k in ("t5", "t5_tokenizer", "dit_low"))],
     }  # fmt: skip
 
 

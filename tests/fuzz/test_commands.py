@@ -54,6 +54,11 @@ LINES = (
     "fit @train.yaml@ --gpus 1,2 --memory 80 --size 64x64x5",
     "models keys hunyuan-video --flavor tiny",
     "config train",
+    "config show train @train.yaml@ optim.lr=1",
+    "config schema generate",
+    "import musubi @musubi.sh@ --out mine.yaml",
+    "import diffusion-pipe @pipe.toml@ --shards s",
+    "init --model hunyuan-video --flavor tiny --memory 8 --size 32x32x5 --out mine.yaml adapter.rank=4",
 )
 ODD = (
     "", " ", "-", "--", "nan", "inf", "-1", "0", "1", "3", "1e99", "9"*30, "0.5", "é😀", "a\nb", "$(touch PWN)",
@@ -91,7 +96,7 @@ def options() -> list[str]:
 
 KEYS = sorted({key for root in config.ROOTS.values() for key in keys(root) if "output" not in key} | {"run", "x.y", "model.dti"})
 OPTIONS = options()
-WRITES = ("output", "--output", "--log", "--name")  # where a user lets it write is the user's to say
+WRITES = ("output", "--output", "--out", "--log", "--name")  # where a user lets it write is the user's to say
 
 
 @st.composite

@@ -175,6 +175,10 @@ def _fill(world: World) -> None:
         "model: {dit: 'tiny:dit.safetensors', vae: 'tiny:vae.safetensors', llm: 'tiny:llm', clip: 'tiny:clip', dtype: float32}\n"
         "prompt: a red circle\nwidth: 64\nheight: 64\nframes: 5\nsteps: 2\nprecision: fp32\noutput: a.mp4\n"
     )
+    (given / "pipe.toml").write_text(
+        "output_dir = 'o'\nepochs = 2\n[model]\ntype = 'hunyuan-video'\ntransformer_path = 'd'\n[optimizer]\ntype = 'adamw'\n"
+    )
+    (given / "musubi.sh").write_text("accelerate launch hv_train_network.py --dit x --output_dir o --network_dim 4\n")
     (given / "encode.yaml").write_text(
         "model: {vae: 'tiny:vae.safetensors', llm: 'tiny:llm', clip: 'tiny:clip', flavor: tiny}\n"
         f"dataset: {given}/clips.toml\noutput: shards\n"

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hvtrain.config import TrainConfig, load
+from hvtrain.config import GenerateConfig, TrainConfig, load
 from hvtrain.errors import ConfigError, DataError
+from hvtrain.generate import run as generate
 from hvtrain.generate.video import read_metadata
-from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.train import preview
+from hvtrain.train import run as train
 from hvtrain.train.preview import Previews, plan_previews
 from shards import ShardSet, open_set
 from tests.generate.models import random_dit, spec_and_flavor
 from tests.generate.test_image import picture
 from tests.models.sight import save_sight
-from tests.train.shardset import make_shards
+from tests.parallel.ranks import run_ranks
+from tests.train.shardset import config, make_shards
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 
@@ -36,7 +44,8 @@ def previews(folder: Path, cfg_scale: float) -> Previews:
 def test_a_preview_is_a_file(tmp_path: Path) -> None:
     subject = previews(tmp_path, cfg_scale=1.0)
     model = random_dit()
-    ((name, frames, fps),) = subject.make(lambda sigma: model, step=7)
+    (name, frames, fps), (everything, sheet, _) = subject.make(lambda sigma: model, step=7)
+    assert (everything, sheet.shape) == ("preview/all", (1, 48, 5 * 48, 3))
     assert (name, frames.shape, frames.dtype, fps) == ("preview/0", (5, 48, 48, 3), np.uint8, 8)
     assert torch.is_grad_enabled()
     assert read_metadata(tmp_path / "step00000007_0.mp4")["prompt"] == "a blue ring moves left"
@@ -133,3 +142,110 @@ def test_previews_of_skyreels_are_sampled_as_it_was_made_to_be(tmp_path: Path) -
     for inp in shown:
         assert any(torch.equal(inp.cond["text"], cond["text"]) for cond in wanted)
     assert not torch.equal(shown[0].cond["pooled"], shown[1].cond["pooled"])
+
+
+# --- the same as `hvtrain generate` -----------------------------------------------------------------------------------
+
+PROMPTS = "a red circle moves left --w 48 --h 32 --f 5 --s 2\na blue ring --w 32 --h 32 --f 1 --s 2 --d 9 --l 2 --n green\n"
+
+
+def pixels(path: Path) -> np.ndarray:
+    """uint8 [F H W 3]."""
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return np.asarray(image)[None]
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def generated(prompts: Path, output: Path, *items: str) -> list[np.ndarray]:
+    cfg = load(GenerateConfig, CONFIGS / "model.yaml", [
+        f"prompt_file={prompts}", f"output={output}", "precision=fp32", "seed=3", *items,
+    ])
+    return [pixels(path) for path in generate.run(cfg)]
+
+
+def trained(shards: Path, run: Path, *items: str) -> Path:
+    assert train.run(config(shards, run, *PARTS, "run.steps=2", "preview.seed=3", *items)) == 0
+    return run
+
+
+PARTS = ("model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip", "model.vae_dtype=float32")
+
+
+def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path) -> None:
+    """Of the base before the first step, and of the moving averages after the last: those of NAME-ema.safetensors."""
+    (prompts := tmp_path / "prompts.txt").write_text(PROMPTS)
+    run = trained(
+        make_shards(tmp_path / "set"), tmp_path / "run", "adapter.type=none", "run.ema_decay=0.5", "optim.lr=0.01",
+        f"preview.prompt_file={prompts}", "preview.at_start=true", "preview.every_steps=2", "preview.ema=true",
+    )
+    names = {step: [run / "previews" / f"step{step:08d}_{end}" for end in ("0.mp4", "1.png")] for step in (0, 2)}
+    made = {step: [pixels(path) for path in paths] for step, paths in names.items()}
+    ema, plain = (f"model.dit={run / name}" for name in ("lora-ema.safetensors", "lora.safetensors"))
+    for step, dit in ((0, "model.dit=tiny:dit.safetensors"), (2, ema)):
+        wanted = generated(prompts, tmp_path / f"made{step}", dit)
+        assert [w.shape for w in wanted] == [(5, 32, 48, 3), (1, 32, 32, 3)]
+        assert all(np.array_equal(a, b) for a, b in zip(made[step], wanted, strict=True)), step
+    other = generated(prompts, tmp_path / "plain", plain)
+    assert not all(np.array_equal(a, b) for a, b in zip(made[2], other, strict=True))
+    assert [read_metadata(run / "previews" / f"step00000002_{n}")["seed"] for n in ("0.mp4", "1.png")] == [3, 9]
+    with Image.open(run / "previews" / "step00000002.png") as sheet:
+        assert sheet.size == (5 * 48, 32 + 32)  # a row a prompt: five frames, and one with black beside it
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for tag in ("preview/0", "preview/1", "preview/all"):
+        assert [event.step for event in events.Images(tag)] == [0, 2]
+
+
+def test_previews_by_epochs_and_the_weights_stay(tmp_path: Path) -> None:
+    """5 steps of 2 of 10 samples are an epoch. With the averages shown in between, training goes on from the weights."""
+    shards = make_shards(tmp_path / "set")
+    (tmp_path / "p.yaml").write_text("- {prompt: a ring, width: 32, height: 32, frames: 5, steps: 1}\n")
+    common = ("run.ema_decay=0.9", "run.steps=6", f"preview.prompt_file={tmp_path / 'p.yaml'}")
+    run = tmp_path / "run"
+    assert train.run(config(shards, run, *PARTS, *common, "preview.every_epochs=0.5", "preview.ema=true")) == 0
+    assert sorted(p.name for p in (run / "previews").glob("*.mp4")) == ["step00000003_0.mp4", "step00000005_0.mp4"]
+    assert train.run(config(shards, tmp_path / "plain", *common)) == 0
+    for name in ("lora.safetensors", "lora-ema.safetensors"):
+        one, two = (load_file(folder / name) for folder in (run, tmp_path / "plain"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def _two(folder: Path) -> int:
+    return train.run(config(
+        folder / "set", folder / "run", *PARTS, "zero.engine=deepspeed", "zero.stage=2", "parallel.ulysses=2", "run.steps=1",
+        "preview.at_start=true", "preview.ema=true", "run.ema_decay=0.5", "preview.seed=3",
+        f"preview.prompt_file={folder / 'prompts.txt'}",
+    ), start(2))  # fmt: skip
+
+
+def test_two_processes_share_a_preview(tmp_path: Path) -> None:
+    """Sequence-parallel under ZeRO, with the averages in the weights' place: the picture is that of one process."""
+    make_shards(tmp_path / "set")
+    (prompts := tmp_path / "prompts.txt").write_text("a blue ring --w 48 --h 32 --f 1 --s 2 --d 9\n")
+    assert run_ranks(2, _two, tmp_path) == [0, 0]
+    made = pixels(tmp_path / "run" / "previews" / "step00000000_0.png").astype(int)
+    (wanted,) = generated(prompts, tmp_path / "made", "model.dit=tiny:dit.safetensors")
+    assert np.abs(made - wanted).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        (["preview.every_epochs=1"], "preview.prompts is empty but previews are asked for"),
+        (["preview.at_start=true", "preview.prompt_file=no.txt"], "preview.prompt_file: no.txt does not exist"),
+        (["preview.at_start=true", "preview.prompts=[{prompt: a}]", "preview.ema=true"], "preview.ema: the run keeps no moving"),
+        (["preview.at_start=true", "preview.prompt_file=FILE.txt"], "no option '--x'"),
+        (["preview.at_start=true", "preview.prompt_file=FILE.yaml"], "FILE.yaml, prompt 2: unknown key 'promt'"),
+        (["preview.at_start=true", "preview.prompt_file=LIST.yaml"], "expected a list of prompts"),
+        (["preview.at_start=true", "preview.prompt_file=SIZE.txt"], "SIZE.txt:1: width is 33"),
+    ],
+)
+def test_mistakes_in_previews(items: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE.txt").write_text("a cat --x 1\n")
+    Path("FILE.yaml").write_text("- {prompt: a}\n- {promt: a}\n")
+    Path("LIST.yaml").write_text("prompt: a\n")
+    Path("SIZE.txt").write_text("a --w 33\n")
+    with pytest.raises((ConfigError, DataError), match=re.escape(says)):
+        train.run(config(make_shards(tmp_path / "set"), tmp_path / "run", *PARTS, *items))
