@@ -69,7 +69,7 @@ def errors(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype,
         wide = [x.double().requires_grad_() for x in (q, k, v)]
         scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / size.dim**0.5
         out = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
-        wanted = [out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.double())]
+        wanted = [x.detach() for x in (out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.double()))]
     with torch.no_grad():
         found = kernel.partial(q, k, v)
         grads = kernel.backward(d_out, q, k, v, found) if kernel.backward else wanted[2:]

@@ -204,6 +204,6 @@ def test_who_is_chosen_and_who_is_refused():
         with pytest.raises(ConfigError, match=f"^parallel.kernel: '{name}' cannot be used: it needs a CUDA device, this is cpu"):
             pick_kernel(name, device=CPU, training=False)
     assert {name: kernel.trains for name, kernel in KERNELS.items()} == {
-        "sdpa": True, "flash2": True, "flash3": True, "sage": False,
+        "sdpa": True, "cudnn": True, "flash2": True, "flash3": True, "flash4": True, "sage": False,
     }  # fmt: skip
     assert all(kernel.name == name for name, kernel in KERNELS.items())
