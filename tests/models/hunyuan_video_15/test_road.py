@@ -49,8 +49,9 @@ def model(folder: Path) -> dict[str, object]:
 
 
 def loaded(cls: type, *values: dict[str, object]) -> object:
-    given = {key: value for part in values for key, value in part.items() if value is not None}
-    return config.load(cls, None, [f"{key}={value}" for key, value in given.items()])
+    """None in a later one takes away what an earlier one gives."""
+    given = {key: value for part in values for key, value in part.items()}
+    return config.load(cls, None, [f"{key}={value}" for key, value in given.items() if value is not None])
 
 
 def picture(path: Path, color: tuple[int, int, int]) -> Path:
