@@ -23,6 +23,7 @@ from hvtrain.fit.estimate import (
     placed,
     shape_of,
 )
+from hvtrain.fit.memory import Host
 from hvtrain.fit.search import USABLE, fits, nearest
 from hvtrain.fit.trace import Shape
 
@@ -61,6 +62,7 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
         per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
         n_samples = gpus // own * shape.batch * cfg.run.grad_accum
         lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs")
+        lines += [] if given.host is None else [_host_line(given.host)]
         if fits(given, memory):
             lines.append(f"fits: {given.budget.total / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable")
             continue
@@ -180,6 +182,11 @@ def _budget_table(found: dict[str, Estimate]) -> str:
         table.add_row(part, *(f"{e.budget.parts()[part] / GIB:.2f}" for e in found.values()))
     table.add_row("worst moment", *(f"{e.budget.total / GIB:.2f}" for e in found.values()), style="bold")
     return _rendered(table)
+
+
+def _host_line(host: Host) -> str:
+    gib = [n / GIB for n in (host.load, host.save, host.resident)]
+    return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} always"
 
 
 def _rendered(table: Table) -> str:

@@ -81,6 +81,6 @@ def attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not (kernel.trains and learns):
         return kernel.attend(q, k, v)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):  # a meta tensor has none
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     return attention(q, k, v, kernel.number)[0]

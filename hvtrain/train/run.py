@@ -316,7 +316,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     return (
         f"{base.spec.name} {base.flavor.name}{expert}: training {what} ({n:,} parameters) "
         f"on {ready.n_samples} samples\n"
-        f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
+        f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
         f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "

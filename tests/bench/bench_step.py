@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--model", default=next(iter(all_specs())).name)
     parser.add_argument("--flavor")
     parser.add_argument("--sizes", nargs="+", default=["960x544x33", "960x544x129", "1280x720x129"], metavar="WxHxF")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only steps whose name has one of these in it")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -197,7 +198,7 @@ def main() -> None:
             for case in cases(device)
         ]
         rows.append(("sampling, diffusers", False, partial(diffusers_step, flavor, inp, device)))
-        for label, training, make in rows:
+        for label, training, make in [row for row in rows if any(text in row[0] for text in args.rows)]:
             try:
                 seconds, peak = measured(make(), device, repeats=args.repeats)
             except Exception as error:  # the row says it

@@ -148,7 +148,9 @@ def _five_steps(here: Setup, policy: str, swap: int) -> list[Tensor]:
     width, height, frames = here.sizes[0]
     with torch.device(here.device):
         inp = fake_input(here.spec, here.flavor, Shape(1, frames, height // 2, width // 2))
-    step = step_of(model, replace(inp, x=torch.randn_like(inp.x)), Case(True), here.device)
+    values = {n: torch.randn_like(c) if c.is_floating_point() else c for n, c in inp.cond.items()}
+    inp = replace(inp, x=torch.randn_like(inp.x), t=torch.full_like(inp.t, 500.0), cond=values)
+    step = step_of(model, inp, Case(True), here.device)
     for _ in range(5):
         step()
     return [p.detach() for p in model.parameters() if p.requires_grad]

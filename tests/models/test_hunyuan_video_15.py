@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hvtrain.adapters.attach import linear_shapes
+from hvtrain.config import EncodeConfig, GenerateConfig, TrainConfig, load
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.generate.requests import Request, lacks
 from hvtrain.generate.sample import sample_latents
@@ -30,6 +31,7 @@ from hvtrain.models.load import identify, load_dit
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.slices.plan import Cut, make_plan
 from hvtrain.slices.run import target_shapes
+from hvtrain.train.data import open_shards
 from hvtrain.weights.float8 import quantize
 from tests.oracles.check import LIMIT, errors
 
@@ -338,6 +340,11 @@ def test_what_a_flavor_cannot_do_is_refused_by_name():
         Request.of(FLAVORS["t2v-480p"], width=850)
 
 
+def test_shards_of_the_older_model_are_refused():
+    with pytest.raises(DataError, match="holds latents of 16 channels, flavor 't2v-480p' takes 32"):
+        open_shards([str(DATA / "shards_v2")], FLAVORS["t2v-480p"], key="data.shards")
+
+
 @pytest.mark.parametrize("dialect", ["comfy", "inside", "diffusers"])
 @pytest.mark.parametrize("how", ["", "fp8_scaled"])
 def test_every_dialect_of_the_same_weights_loads_equal(dialect, how, tmp_path):
@@ -470,3 +477,11 @@ def test_musubi_s_caches_are_read():
     assert text["text"].shape == (9, 3584) and text["glyph"].shape == (0, 1472)
     with pytest.raises(DataError, match="siglip"):
         MUSUBI.latents({k: v for k, v in raw.items() if "siglip" not in k})
+
+
+def test_its_configs_are_sound():
+    files = {"encode": EncodeConfig, "generate": GenerateConfig}
+    for path in sorted((DATA.parents[1] / "configs" / "hunyuan_video_15").glob("*.yaml")):
+        if path.stem != "model":
+            cfg = load(files.get(path.stem, TrainConfig), path)
+            assert cfg.model.name == SPEC.name and set(cfg.model.parts) <= set(SPEC.parts) and cfg.model.flavor in FLAVORS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from dataclasses import replace
@@ -29,10 +30,12 @@ CPU = torch.device("cpu")
 
 
 class Seen(NamedTuple):
-    """Of one rank: when it began and ended to load, and what it had then."""
+    """Of one rank: when it began and ended to load, the memory that it took then (PSS), and what it had."""
 
     begin: float
     end: float
+    before: int
+    after: int
     sums: dict[str, float]
     again: dict[str, list[float]]
 
@@ -58,23 +61,25 @@ def _load(path: Path, what: str) -> Seen:
     adapter = AdapterConfig(type="none") if whole else LORA
     if whole:
         import deepspeed  # noqa: F401 - before the memory is looked at
+    little = ModelConfig(dit="tiny:dit.safetensors")
+    open_subject(find_base(little), little, LORA, None, ctx, seed=0)  # modules and first allocations are not the weights'
     ctx.barrier()
-    begin = time.monotonic()
-    time.sleep(0.3)
+    begin, before = time.monotonic(), pss(os.getpid())
+    ctx.barrier()
     subject = open_subject(base, model, adapter, None, ctx, seed=0, move=not whole)
     if whole:
         engine = build_engine(
             subject.model, subject.trainable, ZeroConfig(stage=3), ctx, optimizer=torch.optim.SGD(subject.trainable.values()),
             schedule=lambda n: 1.0, step=Step(),
         )
-    touched = [t.view(-1).view(torch.uint8)[::4096].sum() for t in subject.model.state_dict().values() if t.numel()]
+    _ = [t.view(-1).view(torch.uint8)[::4096].sum() for t in subject.model.state_dict().values() if t.numel()]
+    ctx.barrier()  # a page is counted where it was touched
+    end, after = time.monotonic(), pss(os.getpid())
     ctx.barrier()
-    time.sleep(0.1 if touched else 0)  # a page is counted where it was touched
-    end = time.monotonic()
     values = engine.export_params() if whole else subject.model.state_dict()
     sums = {n: float(t.double().sum()) for n, t in values.items()}
     ctx.barrier()
-    return Seen(begin, end, sums, {} if whole else _again(ctx, path))
+    return Seen(begin, end, before, after, sums, {} if whole else _again(ctx, path))
 
 
 def _again(ctx: ParallelContext, path: Path) -> dict[str, list[float]]:
@@ -118,9 +123,8 @@ class Peak(threading.Thread):
     def grown(self, ranks: list[Seen]) -> int:
         """Bytes at the worst moment of loading, above those before it."""
         begin, end = max(r.begin for r in ranks), max(r.end for r in ranks)
-        before = [n for t, n in self.seen if begin < t < begin + 0.25]
         during = [n for t, n in self.seen if begin < t < end]
-        return max(during) - min(before)
+        return max([*during, sum(r.after for r in ranks)]) - sum(r.before for r in ranks)
 
 
 def pss(pid: int) -> int:

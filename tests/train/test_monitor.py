@@ -30,17 +30,20 @@ from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
 
 ENGINES = {
-    "torch": ("zero.engine=torch",), "zero0": ("zero.engine=deepspeed", "zero.stage=0"),
-    "zero2": ("zero.engine=deepspeed", "zero.stage=2"), "zero3": ("zero.engine=deepspeed", "zero.stage=3"),
+    "torch": ("zero.engine=torch",), "zero2": ("zero.engine=deepspeed", "zero.stage=2", "run.peak_tflops=0.5"),
+    "zero3": ("zero.engine=deepspeed", "zero.stage=3"),
+}
+SLOW = {
+    "zero0": ("zero.engine=deepspeed", "zero.stage=0"),
     "offload": ("zero.engine=deepspeed", "zero.stage=2", "zero.offload_optimizer=cpu"),
 }
 
 
-def _runs(folder: Path) -> None:
-    for engine, options in ENGINES.items():
+def _runs(folder: Path, engines: dict[str, tuple[str, ...]]) -> None:
+    for engine, options in engines.items():
         cfg = config(
             folder / "a", folder / engine, f"data.shards=[{folder / 'a'}, {folder / 'b'}]", "run.steps=4", "data.batch_size=1",
-            f"eval.shards={folder / 'a'}", "eval.every_steps=2", "eval.max_batches=1", "run.peak_tflops=0.5",
+            f"eval.shards={folder / 'a'}", "eval.every_steps=2", "eval.max_batches=1",
             "run.profile_every=2", "run.save_every_steps=2", "data.calibration=0", *options,
         )
         assert train.run(cfg, start()) == 0
@@ -51,7 +54,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("monitor")
     make_shards(folder / "a", n=4)
     make_shards(folder / "b", n=4, seed=2)
-    run_ranks(2, _runs, folder)
+    run_ranks(2, _runs, folder, ENGINES)
     return folder
 
 
@@ -62,10 +65,10 @@ def rows(output: Path) -> list[dict]:
 def test_tensorboard_reads_back_what_the_lines_say(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    read = EventAccumulator(str(folder / "torch/tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    read = EventAccumulator(str(folder / "zero2/tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
     read.Reload()
     want: dict[str, list] = {}
-    for row in rows(folder / "torch"):
+    for row in rows(folder / "zero2"):
         for name, value in row.items():
             if name not in ("step", "time"):
                 want.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-6)))
@@ -78,16 +81,27 @@ def test_tensorboard_reads_back_what_the_lines_say(folder):
     assert len(read.Histograms("train/sigma")) == 4 and "config" in str(read.Tags()["tensors"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_norms_of_the_parts_make_up_the_whole(folder, engine):
-    """Whatever lies where: and they are the same under every engine."""
-    for step, (row, plain) in enumerate(zip([r for r in rows(folder / engine) if "train/loss" in r],
-                                            [r for r in rows(folder / "torch") if "train/loss" in r], strict=True)):
+def makes_up_the_whole(folder: Path, engine: str) -> None:
+    """Whatever lies where, the parts are of the whole gradient, and the same as under plain PyTorch."""
+    every = [[row for row in rows(folder / name) if "train/loss" in row] for name in (engine, "torch")]
+    for row, plain in zip(*every, strict=True):
         parts = {name: value for name, value in row.items() if name.startswith("train/grad_norm/")}
         assert set(parts) == {f"train/grad_norm/{p}" for p in (
             "double_blocks.0-0", "double_blocks.1-1", *(f"single_blocks.{i}-{i}" for i in range(4)))}
-        assert math.sqrt(sum(v * v for v in parts.values())) == pytest.approx(row["train/grad_norm"], rel=1e-5), step
+        assert math.sqrt(sum(v * v for v in parts.values())) == pytest.approx(row["train/grad_norm"], rel=1e-5)
         assert row["train/grad_norm"] > 0 and parts == pytest.approx({name: plain[name] for name in parts}, rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_norms_of_the_parts_make_up_the_whole(folder, engine):
+    makes_up_the_whole(folder, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SLOW)
+def test_norms_of_the_parts_elsewhere(folder, engine):
+    run_ranks(2, _runs, folder, {engine: SLOW[engine]})
+    makes_up_the_whole(folder, engine)
 
 
 def test_losses_by_set_and_shares(folder):
@@ -177,8 +191,8 @@ def test_one_set_needs_no_loss_of_its_own():
     assert three == {"loss_by_set/a": 1.0, "loss_by_set/c": 3.0}
 
 
-@pytest.mark.parametrize("kind, low, high", [("none", 5.0, 7.5), ("lora", 3.4, 5.5)])
-def test_operations_are_counted_once_and_known_of_every_size(kind, low, high):
+@pytest.mark.parametrize("kind, each", [("none", 6), pytest.param("lora", 4, marks=pytest.mark.slow)])
+def test_operations_are_counted_once_and_known_of_every_size(kind, each):
     """Of each weight and token six, of a LoRA's frozen ones four; the polynomial is exact at a size that was not traced."""
     from hvtrain.config import ParallelConfig, ZeroConfig
     from hvtrain.fit.estimate import Candidate, Training, flops_of_sample
@@ -188,13 +202,13 @@ def test_operations_are_counted_once_and_known_of_every_size(kind, low, high):
     flavor, run, adapter = spec.flavor("tiny"), RunSettings(), AdapterConfig(type=kind, rank=4)
     work = work_of(spec, flavor, ModelConfig(), adapter, run, peak=1.0)
     about, cfg = Candidate(spec, flavor), Training(ModelConfig(), adapter, ParallelConfig(), ZeroConfig("torch", 0), run)
-    shape = Shape(1, 9, 96, 64)
     n = flavor.latent.n_tokens(flavor.latent.shape(frames=9, height=96, width=64))
-    assert work.flops(n) == pytest.approx(flops_of_sample(cfg, about, shape), rel=1e-3)
+    assert work.flops(n) == pytest.approx(flops_of_sample(cfg, about, Shape(1, 9, 96, 64)), rel=1e-3)
     with torch.device("meta"):
         layers = {n: m for n, m in spec.build(flavor.arch).named_modules() if isinstance(m, torch.nn.Linear) and "mod" not in n}
-    blocks = sum(m.weight.numel() for n, m in layers.items() if "single_blocks" in n or ("double_blocks" in n and ".img_" in n))
-    assert low < work.b / blocks < high and work.c > 0
+    met = sum(m.weight.numel() for n, m in layers.items() if "single_blocks" in n or ("double_blocks" in n and ".img_" in n))
+    text = next(field.longest for field in flavor.cond if field.ragged)  # attention is of image and text: c (n + text)^2
+    assert (work.b - 2 * work.c * text) / met == pytest.approx(each, rel=0.05) and work.c > 0
 
 
 def test_what_a_device_can_do():
