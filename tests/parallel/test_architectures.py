@@ -44,8 +44,8 @@ def differing(world: int, pairs: list[Pair]) -> list[str]:
     wrong = []
     for (which, case), got in zip(pairs, found, strict=True):
         want = wanted[which, case.lora]
-        # No gradient is so small that an error in it would hide in rounding; some have none at all.
-        assert sum(g.abs().max() > 1e-6 for g in want.values()) > 0.9 * len(want), which
+        # Most gradients are not so small that an error would hide in rounding; of the last text that nobody reads they are 0.
+        assert sum(g.abs().max() > 1e-6 for g in want.values()) > 0.75 * len(want), which
         assert got.keys() == want.keys()
         errors = {name: (got[name] - ref).norm() / max(size(name, want), 1e-30) for name, ref in want.items()}
         wrong += [f"{'-'.join(which)} {case}: {n} differs by {e:.1e}" for n, e in errors.items() if not e < TOLERANCE]
