@@ -185,7 +185,9 @@ def test_the_frozen_weights_leave_the_device(folder: Path, monkeypatch: pytest.M
 
 
 class Recorded:
-    """Instead of previews and of the held-out loss: who is asked at which noise level."""
+    """Instead of previews: who is asked at which noise level."""
+
+    ema = False
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[float, torch.nn.Module] = {}
