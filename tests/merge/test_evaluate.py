@@ -44,7 +44,7 @@ def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, p
                       evaluate=(str(files),))
     seen = []
 
-    def loss(sets, loaded, ctx):
+    def loss(sets, loaded, ctx, expert):
         seen.append({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
         return float(len(seen))
 
