@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from hvtrain.config import EvalConfig, FlowConfig
+from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.lorafiles.overlap import by_layer, labels
 from hvtrain.lorafiles.pairs import add_pairs
 from hvtrain.merge.inputs import Inputs
@@ -28,17 +29,21 @@ MAX_BATCHES = 32
 
 
 def losses_of(
-    found: Identified, inputs: Inputs, combined: Mapping[str, Result], sets: Sequence[str], ctx: ParallelContext
+    found: Identified, inputs: Inputs, combined: Mapping[str, Result], sets: Sequence[str], ctx: ParallelContext,
+    expert: str | None = None,
 ) -> dict[str, float]:
-    """Name -> loss at fixed noise levels and seeds, all on the same samples of these shard sets."""
+    """Name -> loss at fixed noise levels and seeds, all on the same samples of these shard sets. `expert`: which one the model
+    is, of several: on its own noise levels; None: the one that the LoRAs were trained as, if they say so."""
+    said = (lora.metadata[EXPERT_KEY] for lora, _ in inputs.loras if EXPERT_KEY in lora.metadata)
+    expert = expert or next(said, None)
     dtype = compute_dtype(ctx.device)
     loaded = load_found(found, dtype=dtype, device=ctx.device)
     parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
-    result = {"base": _loss(sets, loaded, ctx)}
+    result = {"base": _loss(sets, loaded, ctx, expert)}
     alone = {name: by_layer([one]) for name, one in zip(labels(inputs.loras), inputs.loras, strict=True)}
     for name, changes in (*alone.items(), ("merged", combined)):
         with changed(loaded, found, changes):
-            result[name] = _loss(sets, loaded, ctx)
+            result[name] = _loss(sets, loaded, ctx, expert)
     return result
 
 
@@ -70,9 +75,9 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
         there.copy_(weight)
 
 
-def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext) -> float:
+def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext, expert: str | None) -> float:
     flavor, fixed = loaded.flavor, EvalConfig()
-    flow = flow_of(FlowConfig(), flavor)
+    flow = flow_of(FlowConfig(), flavor, next((e for e in flavor.experts if e.name == expert), None))
     autocast = compute_dtype(ctx.device) != torch.float32
     objective = objective_of(flow, loaded.spec, flavor, device=ctx.device, autocast=autocast)
     held = HeldOut(open_shards(sets, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)

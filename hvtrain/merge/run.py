@@ -91,7 +91,7 @@ def run(cfg: MergeConfig) -> None:
         from hvtrain.merge.evaluate import losses_of
 
         assert base.found is not None
-        report.losses = losses_of(base.found, inputs, combined, cfg.evaluate, ctx)
+        report.losses = losses_of(base.found, inputs, combined, cfg.evaluate, ctx, cfg.expert)
         for name, loss in report.losses.items() if ctx.is_main else ():
             print(f"held-out loss {loss:.5f}  {name}")
     for path in save_report(report, Path(cfg.output)) if ctx.is_main else ():

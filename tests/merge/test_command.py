@@ -20,7 +20,7 @@ from hvtrain.merge.write import Target, signature
 from hvtrain.models.load import save_dit
 from hvtrain.weights.containers import fingerprint, open_weights
 from launcher import cli
-from launcher.commands.info import reference_text
+from launcher.commands.configs import reference_text
 from tests.adapters.models import SPEC, build
 
 

@@ -44,7 +44,7 @@ def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, p
                       evaluate=(str(files),))
     seen = []
 
-    def loss(sets, loaded, ctx):
+    def loss(sets, loaded, ctx, expert):
         seen.append({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
         return float(len(seen))
 
@@ -88,10 +88,10 @@ def test_a_gpu_holds_the_model_once_in_bfloat16(files, monkeypatch):
     assert evaluate.compute_dtype(torch.device("cpu")) == torch.float32
     assert evaluate.compute_dtype(torch.device("cuda", 0)) == torch.bfloat16
     asked, objectives = {}, []
-    load, objective = evaluate.load_found, evaluate.Objective
+    load, objective = evaluate.load_found, evaluate.objective_of
     monkeypatch.setattr(evaluate, "compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(evaluate, "load_found", lambda *a, **k: asked.update(k) or load(*a, **k))
-    monkeypatch.setattr(evaluate, "Objective", lambda *a: objectives.append(a) or objective(*a))
+    monkeypatch.setattr(evaluate, "objective_of", lambda *a, **k: objectives.append(k["autocast"]) or objective(*a, **k))
     monkeypatch.setattr(evaluate, "open_shards", lambda *a, **k: [])
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *a, **k: {"eval/loss": 1.0})
     clones = []
@@ -100,7 +100,7 @@ def test_a_gpu_holds_the_model_once_in_bfloat16(files, monkeypatch):
     inputs = merge.open_inputs(entries, None, *shapes_and_spec(), base=None)
     evaluate.losses_of(identify(files / "dit.safetensors"), inputs, merge.by_layer(inputs.loras), ["set"], start(device="cpu"))
     assert asked["dtype"] == torch.bfloat16
-    assert all(arguments[-1] is True for arguments in objectives) and len(objectives) == 3
+    assert objectives == [True] * 3
     assert not clones
 
 

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from hvtrain.config import TrainConfig
 from hvtrain.errors import ConfigError
 from hvtrain.flow.timesteps import quantile_function, share_within
+from hvtrain.lorafiles.files import LoraFile
+from hvtrain.merge.evaluate import losses_of
+from hvtrain.merge.inputs import Inputs
 from hvtrain.models import find
-from hvtrain.models.load import save_dit
+from hvtrain.models.load import identify, save_dit
 from hvtrain.parallel.context import start
 from hvtrain.train import experts, prepare, setup
 from hvtrain.train import run as train
@@ -182,7 +185,9 @@ def test_the_frozen_weights_leave_the_device(folder: Path, monkeypatch: pytest.M
 
 
 class Recorded:
-    """Instead of previews and of the held-out loss: who is asked at which noise level."""
+    """Instead of previews: who is asked at which noise level."""
+
+    ema = False
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[float, torch.nn.Module] = {}
@@ -237,6 +242,19 @@ def test_the_held_out_loss_is_of_both(folder: Path, monkeypatch: pytest.MonkeyPa
     whose = ["high" if torch.equal(seen[s], heads["high"]) else "low" for s in sorted(seen)]
     assert whose == ["high" if s >= BOUNDARY else "low" for s in sorted(seen)] and set(whose) == {"high", "low"}
     assert all((folder / f"held/lora-{name}-best.safetensors").is_file() for name in ("high", "low"))
+
+
+def test_a_merge_is_evaluated_on_its_expert_s_noise_levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    compare = Objective.compare
+    monkeypatch.setattr(Objective, "compare", lambda self, *a, **k: seen.extend(k["sigma"].tolist()) or compare(self, *a, **k))
+    found = identify(folder / "low.safetensors", model="wan", flavor="tiny-a14b")
+    losses_of(found, Inputs([], None), {}, [str(folder / "set")], start(device="cpu"), "low")
+    assert seen and all(0 < s < BOUNDARY for s in seen)
+    seen.clear()
+    trained = LoraFile(folder / "a.safetensors", {}, {"hvtrain.expert": "high"})
+    losses_of(found, Inputs([(trained, 1.0)], None), {}, [str(folder / "set")], start(device="cpu"))
+    assert seen and all(BOUNDARY <= s < 1 for s in seen)
 
 
 def test_from_files_of_each(folder: Path) -> None:

@@ -280,7 +280,7 @@ def test_another_run_is_told_key_by_key(run, shards):
 
 def test_every_key_of_the_noise_levels_is_part_of_a_run(shards):
     base = find_base(config(shards, Path("x")).model)
-    found = identity(base, AdapterConfig(), None, FlowConfig(), [], data=DataConfig(), optimizer="adamw", seed=0, name="lora")
+    found = identity([base], AdapterConfig(), None, FlowConfig(), [], data=DataConfig(), optimizer="adamw", seed=0, name="lora")
     assert {f"flow.{f.name}" for f in fields(FlowConfig)} <= set(found)
 
 
