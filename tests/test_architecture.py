@@ -208,6 +208,7 @@ FACTS_LEFT: dict[str, int] = {
     "hvtrain/encode/dataset.py": 2,  # keys of another program's dataset files
     "hvtrain/flow/timesteps.py": 9,  # names of distributions that a model gave its name, for any model
     "hvtrain/config/train.py": 2,  # the same
+    "hvtrain/models/language.py": 1,  # a word of transformers
 }
 
 

@@ -212,7 +212,7 @@ def test_the_commands_of_a_page_run(page: Path, road: Path, tmp_path: Path, monk
 
 def test_the_example_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("clips", "poses"):
+    for folder in ("clips", "poses", "images"):
         (tmp_path / folder).mkdir()
     (_, text), = (block for block in split_page(ROOT / "docs/encode.md")[0] if block[0] == "toml")
     file = tmp_path / "dataset.toml"

@@ -93,35 +93,35 @@ def _linear(weight: Tensor, device: torch.device | str) -> nn.Linear:
 # --- where it starts --------------------------------------------------------------------------------------------------
 
 
-class Start(NamedTuple):
+class FirstFactors(NamedTuple):
     down: Tensor  # [rank, in]
     up: Tensor | None = None  # [rows, rank]; None: zeros
 
 
-STARTS: Registry[Callable[[LoraLinear, int, int], Start]] = Registry("start")
+STARTS: Registry[Callable[[LoraLinear, int, int], FirstFactors]] = Registry("start")
 
 
 @STARTS.add("zero")
-def zero(layer: LoraLinear, n_rows: int, seed: int) -> Start:
+def zero(layer: LoraLinear, n_rows: int, seed: int) -> FirstFactors:
     down = torch.empty(layer.rank, layer.in_features)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator(seed, stream=f"lora-init/{layer.name}"))
-    return Start(down)
+    return FirstFactors(down)
 
 
 @STARTS.add("svd")
-def svd(layer: LoraLinear, n_rows: int, seed: int) -> Start:
+def svd(layer: LoraLinear, n_rows: int, seed: int) -> FirstFactors:
     """The input directions that the weight answers to most, as long as chance would have made them; up is zero."""
     down = _principal(layer, n_rows).down
     usual = (layer.in_features / (3 * layer.in_features)) ** 0.5  # expected length of a row of `zero`
-    return Start(down / down.norm(dim=1, keepdim=True).clamp(min=1e-12) * usual)
+    return FirstFactors(down / down.norm(dim=1, keepdim=True).clamp(min=1e-12) * usual)
 
 
 @STARTS.add("pissa")
-def pissa(layer: LoraLinear, n_rows: int, seed: int) -> Start:
+def pissa(layer: LoraLinear, n_rows: int, seed: int) -> FirstFactors:
     """The weight's principal part, arXiv 2404.02948: it is trained, and the rest stays."""
     pair = _principal(layer, n_rows)
     scale = layer.alpha / layer.rank
-    return Start(pair.down / scale**0.5, pair.up / scale**0.5)
+    return FirstFactors(pair.down / scale**0.5, pair.up / scale**0.5)
 
 
 def _principal(layer: LoraLinear, n_rows: int) -> LoraPair:

@@ -164,7 +164,8 @@ def _check_adapter(a: AdapterConfig, *, scratch: bool) -> None:
     if a.factor != -1 and a.factor < 1:
         raise ConfigError(f"adapter.factor is {a.factor}, expected -1 or a size from 1")
     for one in a.base_lora:
-        _exists(one.path, "adapter.base_lora")
+        if EXPERT not in one.path:
+            _exists(one.path, "adapter.base_lora")
         if not math.isfinite(one.multiplier):
             raise ConfigError(f"adapter.base_lora: the multiplier of {one.path} is {one.multiplier}, expected a finite number")
 
@@ -172,6 +173,10 @@ def _check_adapter(a: AdapterConfig, *, scratch: bool) -> None:
 def _check_memory(cfg: TrainConfig) -> None:
     """Savers of memory that do not go together, and what to use instead."""
     whole, stage3 = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+    if cfg.run.compile != "none" and stage3:
+        raise ConfigError("run.compile: ZeRO-3 gathers a block's weights in the middle of it; use zero.stage 0 to 2, or none")
+    if cfg.run.compile != "none" and cfg.adapter.dropout:
+        raise ConfigError("run.compile: what adapter.dropout draws cannot be compiled; use adapter.dropout=0, or none")
     if cfg.run.blocks_to_swap:
         if whole:
             raise ConfigError("run.blocks_to_swap: a full fine-tune changes all weights; use zero.offload_param")

@@ -243,6 +243,9 @@ class RunSettings:
     recompute: Literal["none", "full", "selective", "offload"] = "full"
     """Activation checkpointing: full recomputes each block in the backward pass, selective all but its attention; offload is
     full with the blocks' inputs in host memory"""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile of each block, which fuses what is between the matrix products; minutes in the first steps, and once
+    more for every new size of clips"""
     blocks_to_swap: int = 0
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
     expert_turn: int = 1

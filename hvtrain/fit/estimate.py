@@ -22,6 +22,7 @@ from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
+from hvtrain.train.optim import state_bytes
 from hvtrain.train.setup import part_of
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
 
@@ -43,6 +44,7 @@ class Training:
     parallel: ParallelConfig
     zero: ZeroConfig
     run: RunSettings
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Est
     with simulated(world=gpus, ulysses=cfg.parallel.ulysses, ring=cfg.parallel.ring) as ctx:
         model = _build(cfg, about)
         freed = 0 if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3 else _freed(model, cfg.run.blocks_to_swap)
-        layout = Layout(cfg.zero, gpus, overlap=cfg.adapter.type == "none", freed_by_swap=freed)
+        layout = Layout(
+            cfg.zero, gpus, overlap=cfg.adapter.type == "none", freed_by_swap=freed, state_bytes=state_bytes(cfg.optimizer)
+        )
         trace = trace_step(
             model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
             autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients,
@@ -93,7 +97,7 @@ def placed(cfg: Training, about: Candidate, memory: int) -> Training:
     whole, stage3 = cfg.adapter.type == "none", cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
     if cfg.run.idle_expert != "auto" or cfg.model.experts != BOTH or whole or stage3:
         return cfg
-    with torch.device("meta"):
+    with simulated(world=1, ulysses=1, ring=1):
         model = _build(cfg, about)
     host = 2 * byte_counts(model)["frozen"] * len(about.flavor.experts) > memory
     return replace(cfg, run=replace(cfg.run, idle_expert="host" if host else "device"))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from hvtrain.config import ZeroConfig
 from hvtrain.fit.trace import Trace
 
-STATE_BYTES = 8  # Adam's two moments in fp32, per trained value
 _LIVE = 10**9  # elements that DeepSpeed's stage 3 keeps gathered (its default)
 _PREFETCH = 1 << 28  # as train/zero.py sets it
 _BUCKET = 1 << 28
@@ -23,6 +22,7 @@ class Layout:
     world: int = 1
     overlap: bool = True  # DeepSpeed on CUDA reduces a full fine-tune's gradients in the backward, from two buckets
     freed_by_swap: int = 0
+    state_bytes: float = 8.0  # of the optimizer, per trained value: Adam's two moments in fp32
 
     @property
     def keeps_gradients(self) -> bool:
@@ -53,7 +53,7 @@ def budget(counts: Mapping[str, int], trace: Trace, layout: Layout) -> Budget:
         return Budget(frozen, 0, 0, trace.peak_bytes, 0, frozen + trace.peak_bytes)
     activations = trace.peak_bytes - trace.gradient_bytes
     if layout.zero.engine == "torch" or layout.zero.stage == 0:
-        weights, gradients, optimizer = frozen + trained, 4 * n, STATE_BYTES * n
+        weights, gradients, optimizer = frozen + trained, 4 * n, int(layout.state_bytes * n)
         buffers = 4 * min(n, _TORCH_BUCKET if layout.zero.engine == "torch" else n) if layout.world > 1 else 0
         peak = max(trace.peak_bytes, gradients + buffers)
         return Budget(weights, gradients, optimizer, activations, buffers, weights + optimizer + peak)
@@ -74,7 +74,7 @@ def _sharded(n: int, trained: int, frozen: int, activations: int, trace: Trace, 
     zero, part = layout.zero, -(-n // layout.world)
     bucket = 4 * min(n, _BUCKET if zero.bucket_mb is None else int(zero.bucket_mb * 2**18))
     own = 0 if zero.offload_optimizer != "none" else 4 * part  # this rank's gradients, flat
-    optimizer = 0 if zero.offload_optimizer != "none" else (4 + STATE_BYTES) * part
+    optimizer = 0 if zero.offload_optimizer != "none" else int((4 + layout.state_bytes) * part)
     gradients = 4 * n if layout.keeps_gradients else own
     buffers = bucket * (2 if layout.overlap else 1)
     weights = frozen + trained

@@ -135,7 +135,7 @@ def advice(cfg: TrainConfig, asked: Asked) -> str:
 
 
 def _sections(cfg: TrainConfig) -> Training:
-    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run)
+    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name)
 
 
 def _shape(about: Candidate, asked: Asked, *, batch: int, **own: int | None) -> Shape:

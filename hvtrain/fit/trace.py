@@ -20,15 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hvtrain.models import attention, precision
+from hvtrain.models import precision
+from hvtrain.models.attend_op import attention
 from hvtrain.models.conditions import example
 from hvtrain.models.dit import DiT, ModelInput
-from hvtrain.models.kernels import Grads, Kernel, Partial
+from hvtrain.models.kernels import KERNELS, Kernel
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown, start_simulated
 from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.parallel.recompute import Offload, RunBlock
+from hvtrain.parallel.usp import INSIDE
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Ledger(TorchDispatchMode):
             self.held[storage._cdata] = (storage, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        body: Any = INSIDE.get(func.overloadpacket)
+        if body is not None:
+            with self:
+                return body(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         counter = flop_registry.get(func.overloadpacket)
         if counter is not None:
@@ -102,6 +108,15 @@ class Ledger(TorchDispatchMode):
 FEW = 2
 
 
+# Attention as a flash kernel allocates it, output and log-sum-exp forward and the three gradients backward: the operator, which
+# computes nothing here.
+def _traced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v, TRACED.number)[0]
+
+
+TRACED: Kernel = replace(KERNELS["sdpa"], name="traced", attend=_traced)
+
+
 def trace_step(
     model: DiT, inp: ModelInput, *, ctx: ParallelContext, recompute: str = "none", autocast: bool = True,
     training: bool = True, keep_gradients: bool = True,
@@ -115,7 +130,7 @@ def trace_step(
         chosen = {id(b) for blocks, n in zip(kinds, counts, strict=True) for b in blocks[:n]}
         model.zero_grad()
         meter = Ledger(model)
-        parallelize(model, replace(ctx, rank=1), kernel=_kernel(meter), recompute=recompute, training=training)
+        parallelize(model, replace(ctx, rank=1), kernel=TRACED, recompute=recompute, training=training)
         model.run_block = _only(chosen, Offload(HostCopies(made=meter.leave_out)) if recompute == "offload" else model.run_block)
         hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
         with meter, torch.set_grad_enabled(training):
@@ -171,28 +186,6 @@ def simulated(*, world: int, ulysses: int, ring: int) -> Iterator[ParallelContex
             yield ctx
     finally:
         shutdown()
-
-
-def _kernel(meter: Ledger) -> Kernel:
-    """Attention as a flash kernel allocates it: output and log-sum-exp forward, the three gradients backward."""
-
-    def some(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        b, s, n, d = q.shape
-        meter.flops += 4 * b * n * s * k.shape[1] * d
-        return Partial(torch.empty_like(q), q.new_empty(b, n, s, dtype=torch.float32))
-
-    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
-        b, s, n, d = q.shape
-        meter.flops += 10 * b * n * s * k.shape[1] * d  # five products: the scores again, dV, dP, dQ, dK
-        return Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-        return attention.Recalled.apply(q, k, v, kernel)
-
-    kernel = Kernel("traced", attend, some, backward, lambda device, dtype: None)
-    return kernel
 
 
 def byte_counts(model: nn.Module) -> Mapping[str, int]:

@@ -118,6 +118,8 @@ def open_headers(model: ModelConfig) -> Dits:
         other = files[expert.part] = identify(asset(path), model=found.spec.name, flavor=model.flavor)
         if other.arch != found.arch:
             raise CheckpointError(f"model.{expert.part}: {path} has other sizes than model.dit, {model.dit}: not of one model")
+    for expert in flavor.experts:
+        flavor.check_file(expert, files[expert.part].path)
     empty, *_ = [whole_model(one).requires_grad_(False) for one in files.values()]  # all: their tensors are compared in it
     return Dits(found.spec, flavor, files, linear_shapes(empty), empty)
 

@@ -6,17 +6,15 @@ valid tokens.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hvtrain.models.attend_op import attend
 from hvtrain.models.dit import Joint
-from hvtrain.models.kernels import KERNELS, Kernel, Partial
+from hvtrain.models.kernels import KERNELS, Kernel
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Attention:
     def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
         outs = []
         for rows, n in rows_of_equal_length(lengths):
-            outs.append(_attend(self.kernel, q[rows], k[rows, :n], v[rows, :n]) if n else _no_keys(q[rows], k, v))
+            outs.append(attend(self.kernel, q[rows], k[rows, :n], v[rows, :n]) if n else _no_keys(q[rows], k, v))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -49,7 +47,7 @@ def local_attend(
     kernel = kernel or KERNELS["sdpa"]
     parts = []
     for rows, n_txt in rows_of_equal_length(txt_len):
-        out = _attend(kernel, *(join(x, rows, n_img=n_img, n_txt=n_txt) for x in (q, k, v)))
+        out = attend(kernel, *(join(x, rows, n_img=n_img, n_txt=n_txt) for x in (q, k, v)))
         parts.append(split(out, n_img=n_img, pad_img=q.img.shape[1], pad_txt=q.txt.shape[1]))
     return stack_rows(parts)
 
@@ -87,63 +85,3 @@ def stack_rows(parts: list[Joint]) -> Joint:
     if len(parts) == 1:
         return parts[0]
     return Joint(torch.cat([p.img for p in parts]), torch.cat([p.txt for p in parts]))
-
-
-# --- results that survive until a block is computed again (parallel/recompute.py) ---------------------------------
-
-
-class _Kept(threading.local):  # the backward of a GPU runs in a thread of its own
-    results: list[list[Partial]] | None = None
-    next: int | None = None  # None: being recorded
-
-
-_kept = _Kept()
-
-
-@contextmanager
-def keeping(results: list[list[Partial]], *, replay: bool) -> Iterator[None]:
-    """While entered, each attention's result is appended to `results`; with `replay` it is taken from there instead of
-    being computed, in the same order."""
-    before = _kept.results, _kept.next
-    _kept.results, _kept.next = results, 0 if replay else None
-    try:
-        yield
-    finally:
-        _kept.results, _kept.next = before
-
-
-def recall(compute: Callable[[], list[Partial]]) -> list[Partial]:
-    """`compute()`, unless its result was kept."""
-    if _kept.results is None:
-        return compute()
-    if _kept.next is not None:
-        _kept.next += 1
-        return _kept.results[_kept.next - 1]
-    _kept.results.append(compute())
-    return _kept.results[-1]
-
-
-def _attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if _kept.results is None or not kernel.trains:
-        return kernel.attend(q, k, v)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return Recalled.apply(q, k, v, kernel)
-
-
-class Recalled(torch.autograd.Function):
-    """`Kernel.attend` whose forward can be skipped: its backward needs only q, k, v, the output and the log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:  # type: ignore[override]
-        (result,) = recall(lambda: [kernel.partial(q, k, v)])
-        ctx.kernel = kernel
-        ctx.save_for_backward(q, k, v, result.out, result.lse)
-        return result.out.view_as(result.out)  # the kept tensor itself must not become part of a graph
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        return *ctx.kernel.backward(dout, q, k, v, Partial(out, lse)), None
-
-

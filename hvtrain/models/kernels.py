@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvtrain.errors import ConfigError
 from hvtrain.registry import Registry
@@ -38,6 +40,13 @@ class Grads(NamedTuple):
     v: Tensor
 
 
+_NUMBERED: list[Kernel] = []
+
+
+def numbered(number: int) -> Kernel:
+    return _NUMBERED[number]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of softmax(q k' / sqrt(D)) v; every tensor is [B S N D]."""
@@ -47,6 +56,11 @@ class Kernel:
     partial: Callable[[Tensor, Tensor, Tensor], Partial]  # not differentiable
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Partial], Grads] | None  # (dout, q, k, v, merged result)
     missing: Callable[[torch.device, torch.dtype], str | None]  # why it cannot run there, or None
+    number: int = field(init=False, compare=False, repr=False)  # by which an operator, whose arguments are numbers, names it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", len(_NUMBERED))
+        _NUMBERED.append(self)
 
     @property
     def trains(self) -> bool:
@@ -60,12 +74,17 @@ _CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and 
 def pick_kernel(
     name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True
 ) -> Kernel:
-    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype.
+    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as measured there.
 
     SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
     """
     if name == "auto":
-        return next(KERNELS[n] for n in _fastest(device) if KERNELS[n].missing(device, dtype) is None)
+        runs = [KERNELS[n] for n in _candidates(device) if KERNELS[n].missing(device, dtype) is None]
+        if len(runs) == 1:
+            return runs[0]
+        from hvtrain.models import measure
+
+        return measure.fastest(runs, device, dtype)
     kernel = KERNELS.find(name, key="parallel.kernel")
     reason = kernel.missing(device, dtype)
     if reason is None and training and not kernel.trains:
@@ -75,12 +94,9 @@ def pick_kernel(
     return kernel
 
 
-def _fastest(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return ("sdpa",)
-    # From Hopper on, PyTorch's own attention is cuDNN's where that is new enough: half again as fast as FlashAttention 2.
-    cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and (torch.backends.cudnn.version() or 0) >= _CUDNN
-    return ("flash3", "sdpa") if cudnn else ("flash3", "flash2", "sdpa")
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """By how fast they are said to be: PyTorch's own, which everyone has, last."""
+    return ("flash4", "flash3", "cudnn", "flash2", "sdpa") if device.type == "cuda" else ("sdpa",)
 
 
 # --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient -------------------------------------------
@@ -116,16 +132,12 @@ def _sdpa_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def _sdpa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    if q.device.type != "cpu" and _flash_fits(q):
+        return _flash_backward(dout, q, k, v, merged)
     dout, q, k, v, out = _heads_first(dout, q, k, v, merged.out)
     lse = merged.lse.contiguous()
     if q.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
-    elif _flash_fits(q):
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state
-        lengths = (None, None, q.shape[2], k.shape[2])
-        grads = aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, *lengths, 0.0, False, unused, unused
-        )
     else:
         # +inf on the padding makes exp(score - lse) zero there, as the kernel's own forward leaves it.
         lse = F.pad(lse, (0, -lse.shape[-1] % _ALIGN_LSE), value=float("inf"))
@@ -135,6 +147,49 @@ def _sdpa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partia
             dout, q, k, v, None, out, lse, unused, unused, 0.0, wanted, False
         )[:3]
     return Grads(*_heads_first(*grads))
+
+
+def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    dout, q, k, v, out = _heads_first(dout, q, k, v, merged.out)
+    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, merged.lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused
+    )
+    return Grads(*_heads_first(*grads))
+
+
+def _cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    out, lse = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)[:2]
+    return Partial(out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1]))
+
+
+def _cudnn_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q, k, v)
+
+
+def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    # Its graph is built for the layout that the forward's output has: that of q. The log-sum-exp comes as [B N S 1].
+    dout, q, k, v, out = _heads_first(dout.contiguous(), q, k, v, merged.out.to(q.dtype).contiguous())
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's random state
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, merged.lse.contiguous().unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0,
+        False,
+    )
+    return Grads(*_heads_first(*grads))
+
+
+def _cudnn_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if (here := torch.cuda.get_device_capability(device)) < (9, 0):
+        return f"it needs compute capability 9.0 or newer, this is {here[0]}.{here[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if (version := torch.backends.cudnn.version() or 0) < _CUDNN:
+        return f"it needs cuDNN 9.15.1 or newer, this is {version}"
+    reason = _trial("cudnn", device, dtype)
+    return reason and f"PyTorch has it, but {reason}"
 
 
 def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -158,12 +213,19 @@ def _package_missing(
             return f"it needs compute capability {wanted}, this is {here[0]}.{here[1]}"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-        if importlib.util.find_spec(package) is None:
+        if not _installed(package):
             return f"the Python package '{package}' is not installed"
         reason = _trial(name, device, dtype)
         return reason and f"the Python package '{package}' is installed, but {reason}"
 
     return missing
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # nor the package that it is a part of
+        return False
 
 
 @cache
@@ -270,8 +332,46 @@ def _sage_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     return Partial(*sageattn(q, k, v, tensor_layout="NHD", return_lse=True))
 
 
+def _flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with _as_flash("FA4"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q, k, v)
+
+
+def _flash4_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    with _as_flash("FA4"):
+        out, lse = aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v))[:2]
+    return Partial(out.transpose(1, 2), lse)
+
+
+def _flash4_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
+    with _as_flash("FA4"):
+        return _flash_backward(dout, q, k, v, merged)
+
+
+@contextmanager
+def _as_flash(name: str) -> Iterator[None]:
+    """While entered, PyTorch's flash operators are this implementation: it registers for the whole process, so it is done only
+    where the name changes."""
+    from torch.nn import attention
+
+    before = attention.current_flash_attention_impl()
+    if before == name:
+        yield
+        return
+    attention.activate_flash_attention_impl(name)
+    try:
+        yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
 KERNELS |= {
     "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
+    "cudnn": Kernel("cudnn", _cudnn_attend, _cudnn_partial, _cudnn_backward, _cudnn_missing),
+    "flash4": Kernel(  # through PyTorch's own operators, which it takes over
+        "flash4", _flash4, _flash4_partial, _flash4_backward,
+        _package_missing("flash_attn.cute", "flash4", since=(9, 0), until=(11, 0)),
+    ),
     "flash2": Kernel(
         "flash2", _flash2, _flash2_partial, _flash2_backward, _package_missing("flash_attn", "flash2", since=(8, 0))
     ),

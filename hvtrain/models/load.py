@@ -6,12 +6,13 @@ Official names, ComfyUI's and diffusers' are accepted, with the prefixes that al
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models import all_specs, find
@@ -21,7 +22,7 @@ from hvtrain.models.identify import ARCH_KEY, arch_of, flavor_of
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.weights.containers import Weights, fingerprint, open_weights
 from hvtrain.weights.keymap import Fused
-from hvtrain.weights.source import SCALES, Edit, Source, check, shapes_of
+from hvtrain.weights.source import SCALES, Edit, Source, Spread, check, shapes_of
 from hvtrain.weights.stream import open_writer
 from shards.tensors import Extent
 
@@ -83,25 +84,26 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
 def load_dit(
     path: str | Path, *, model: str | None = None, flavor: str | None = None,
     dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
-    edit: Edit | None = None,
+    edit: Edit | None = None, spread: Spread | None = None,
 ) -> LoadedDit:
     """The model in a file. Peak host memory: one copy in `dtype`, or in float8 with `quantize_to` (fp8, fp8_scaled).
 
-    `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is loaded.
+    `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is loaded. `spread`: Source.fill.
     """
     return load_found(
-        identify(path, model=model, flavor=flavor), dtype=dtype, device=device, quantize_to=quantize_to, edit=edit
+        identify(path, model=model, flavor=flavor), dtype=dtype, device=device, quantize_to=quantize_to, edit=edit,
+        spread=spread,
     )
 
 
 def load_found(
     found: Identified, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
-    edit: Edit | None = None,
+    edit: Edit | None = None, spread: Spread | None = None,
 ) -> LoadedDit:
     """The same, of a file whose header was read already."""
     empty = whole_model(found)
     eight_bit = set(found.spec.lora_targets(empty)) if quantize_to != "none" else set()
-    found.fill(empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit)
+    found.fill(empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit, spread=spread)
     return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
 
 
@@ -115,9 +117,11 @@ def whole_model(found: Identified) -> DiT:
 
 def save_dit(
     model: DiT, path: str | Path, *, spec: ModelSpec, flavor: Flavor, dtype: torch.dtype | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None, value: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic."""
+    """Official names, with the architecture in the metadata, so that the file alone is enough. Atomic.
+
+    `value`: gives a tensor of a model on the meta device when it is written."""
     state = model.state_dict()
     slots = [Extent(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
     metadata = {
@@ -126,7 +130,8 @@ def save_dit(
     }
     with open_writer(path, slots, metadata=metadata) as writer:
         for name in writer.waiting:
-            writer.write(name, state[name].detach().to("cpu", dtype or state[name].dtype))
+            tensor = state[name] if value is None else value(name)
+            writer.write(name, tensor.detach().to("cpu", dtype or state[name].dtype))
 
 
 def strip_prefix(weights: Weights) -> tuple[str, Weights]:

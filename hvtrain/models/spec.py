@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +161,7 @@ class Expert:
     part: str  # its file: "dit" or another part
     sigmas: tuple[float, float]  # it predicts for low <= sigma < high; the highest also for 1
     cfg_scale: float | None = None  # None: the flavor's
+    named: str = ""  # a pattern of what its file is called, or its directory, in lower case
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ class Flavor:
     defaults: Defaults
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
     unguided: bool = False  # distilled so far that classifier-free guidance breaks it
-    image_optional: bool = False  # of one that takes an image: it also makes videos without; cond["image_given"] [B] bool tells
+    image_optional: bool = False  # of one that takes an image: it also makes videos without
+    mixes: bool = False  # it can be trained with and without, as those can: cond["image_given"] [B] bool tells
     sees: int = 0  # above 0 its text encoders see the image too, every n-th token of which the DiT reads
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
     # Where the training shift follows a clip's size: two points (image tokens of all its frames, log of the shift) of a line
@@ -207,6 +210,18 @@ class Flavor:
     def beyond_text(self) -> list[str]:
         """Conditions that no prompt gives."""
         return [field.name for field in self.cond if field.column != "text"]
+
+    def check_file(self, expert: Expert, path: str | Path) -> None:
+        """Raises ConfigError where the name of an expert's file, or of its directory, is another's: no weight would show it."""
+        for name in (Path(path).name.lower(), Path(path).parent.name.lower()):
+            said = [e for e in self.experts if e.named and re.search(e.named, name)]
+            if said == [expert]:
+                return
+            if len(said) == 1:
+                raise ConfigError(
+                    f"model.{expert.part}: {path} is by its name the expert '{said[0].name}', and this is the file of "
+                    f"'{expert.name}', which predicts other noise levels; give that, or rename it"
+                )
 
     def expert(self, sigma: float) -> Expert | None:
         """Whose noise level this is; None where there is one DiT for all."""

@@ -54,15 +54,14 @@ def parallelize(
     else:
         model.sequence = LOCAL
         attend = Attention(chosen)
-    if compiler and (recompute == "selective" or ctx.ring > 1 or other):
-        # What is kept between a block's two runs, and messages from rank to rank, cannot be traced: compiled around.
-        attend = _uncompiled(attend)
+    if compiler and other:
+        attend = _uncompiled(attend)  # what it sends from rank to rank cannot be traced: compiled around
     for module in model.modules():
         if hasattr(module, "attend"):
             setattr(module, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
+    run_block = pick_policy(recompute)
     for block in model.blocks if compiler else ():
         block.compile(backend=compiler)
-    run_block = pick_policy(recompute)
     model.run_block = run_block if swap is None else swap.wrap(model.blocks, run_block)
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)

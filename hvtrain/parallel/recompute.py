@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hvtrain.models.attention import keeping
+from hvtrain.models import attend_op
 from hvtrain.models.dit import Tokens, run_plain
-from hvtrain.models.kernels import Partial
 from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.registry import Registry
 
 Block = Callable[[Tokens], Tokens]
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
+KEPT = [attend_op.OP.default]  # operators whose results `selective` keeps; usp.py adds the ring
 
 
 def _full(block: Block, tokens: Tokens) -> Tokens:
@@ -30,12 +32,34 @@ def _full(block: Block, tokens: Tokens) -> Tokens:
 def _selective(block: Block, tokens: Tokens) -> Tokens:
     """As full, but attention's output and log-sum-exp are kept too: all but the part whose cost is quadratic is computed
     again. Around a ring the keys and values then travel once, not twice, before the backward."""
-    kept: list[list[Partial]] = []
+    return checkpoint(block, tokens, use_reentrant=False, context_fn=keeping_attention)
 
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return keeping(kept, replay=False), keeping(kept, replay=True)
 
-    return checkpoint(block, tokens, use_reentrant=False, context_fn=contexts)
+def keeping_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For the two runs of what is checkpointed."""
+    kept: list[tuple[Tensor, ...]] = []
+    return _Keeping(kept, replay=False), _Keeping(kept, replay=True)
+
+
+class _Keeping(TorchDispatchMode):
+    """Appends what operators in KEPT give, or gives that instead of having it computed again. PyTorch's own contexts for this ask
+    for the same other operators in both runs: swapped blocks and ZeRO-3 have others in each."""
+
+    def __init__(self, kept: list[tuple[Tensor, ...]], *, replay: bool) -> None:
+        super().__init__()
+        self.kept, self.replay, self.next = kept, replay, 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # compiled code calls these operators as they are
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in KEPT:
+            return func(*args, **(kwargs or {}))
+        if not self.replay:
+            self.kept.append(func(*args, **(kwargs or {})))
+        self.next += 1
+        return tuple(t.detach() for t in self.kept[self.next - 1])  # the kept themselves must not become part of a graph
 
 
 class Offload:

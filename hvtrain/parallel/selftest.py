@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from hvtrain.models.attention import local_attend
 from hvtrain.models.dit import Joint
-from hvtrain.models.kernels import pick_kernel
+from hvtrain.models.kernels import KERNELS, pick_kernel
+from hvtrain.models.measure import wrongs
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.usp import usp_attend
 from hvtrain.rng import generator
@@ -48,10 +49,20 @@ def run(folder: str | None) -> int:
     return 1 if failed else 0
 
 
+def _kernels(ctx: ParallelContext) -> Check:
+    """Every attention kernel that runs here, against float64, at the lengths and scores where kernels are known to go wrong."""
+    dtype = torch.bfloat16 if ctx.device.type == "cuda" else torch.float32
+    here = [k for k in KERNELS.values() if k.trains and k.missing(ctx.device, dtype) is None]
+    wrong = [f"{k.name} at {where}: {found.worst:.2g}" for k in here for where, found in wrongs(k, ctx.device, dtype)]
+    found = "; ".join(wrong) or f"{', '.join(k.name for k in here)}: right at all lengths"
+    return Check("attention kernels", not wrong, found, "set parallel.kernel to another; auto passes these by")
+
+
 def _checks(ctx: ParallelContext, folder: str | None) -> Iterator[Check]:
     hosts = ctx.gather_objects(socket.gethostname())
     n_hosts, backend = len(set(hosts)), "NCCL" if ctx.device.type == "cuda" else "gloo"
     yield Check("processes", True, f"{ctx.world} on {n_hosts} machine(s), {backend}, {ctx.device.type}")
+    yield _kernels(ctx)
     mb = 256 if ctx.device.type == "cuda" else 16
     if ctx.world > 1:
         yield _collective("all-reduce", ctx, mb, _all_reduce)

@@ -9,27 +9,27 @@ ring rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from yunchang.ring.utils import RingComm
 
+from hvtrain.models.attend_op import attention, attention_backward
 from hvtrain.models.attention import (
     Attention,
     join,
     local_attend,
-    recall,
     rows_of_equal_length,
     split,
     stack_rows,
 )
 from hvtrain.models.dit import Joint, Rope, Tokens
-from hvtrain.models.kernels import Kernel, Partial
+from hvtrain.models.kernels import Kernel, Partial, numbered
 from hvtrain.parallel.collectives import gather, heads_to_ranks, tokens_to_ranks
 from hvtrain.parallel.context import ParallelContext, check_heads
+from hvtrain.parallel.recompute import KEPT
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def usp_attend(
     if ctx.ulysses > 1:
         q, k, v = _split_heads(q, k, v, ctx)
     if ctx.ring > 1:
-        spec = RingSpec(ctx.ring_group, ctx.ring_rank, ctx.ring, kernel, txt_len, n_img)
-        out = Joint(*_Ring.apply(q.img, k.img, v.img, q.txt, k.txt, v.txt, spec))
+        img, txt, _ = ring(q.img, k.img, v.img, q.txt, k.txt, v.txt, list(txt_len), n_img, kernel.number, _place(ctx))
+        out = Joint(img, txt)
     else:
         out = local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=kernel)
     if ctx.ulysses > 1:
@@ -109,91 +109,137 @@ def _split_heads(q: Joint, k: Joint, v: Joint, ctx: ParallelContext) -> tuple[Jo
     return q, k, v
 
 
-class RingSpec(NamedTuple):
-    group: dist.ProcessGroup | None
-    rank: int
-    size: int
+@dataclass(frozen=True)
+class RingSpec:
+    ctx: ParallelContext
     kernel: Kernel
     txt_len: tuple[int, ...]
     n_img: int  # valid image tokens of all ring ranks; the padding is at the end of the last ones
 
     def owner(self, step: int) -> int:
         """Whose K/V this rank holds at this step: blocks move to the next rank."""
-        return (self.rank - step) % self.size
+        return (self.ctx.ring_rank - step) % self.ctx.ring
 
     def n_valid(self, owner: int, shard: int) -> int:
         return min(max(self.n_img - owner * shard, 0), shard)
 
+    @property
+    def runs(self) -> list[tuple[slice, int]]:
+        return rows_of_equal_length(self.txt_len)
 
-class _Ring(torch.autograd.Function):
-    """Attention whose K/V blocks go round a ring, the next one in flight while this one is computed.
 
-    Partial results merge by log-sum-exp in fp32. The backward sends K/V round again and lets dK/dV (fp32) travel with
-    them, one hop behind, until they are home.
-    """
+_PLACES: list[ParallelContext] = []  # an operator's arguments are numbers
 
-    @staticmethod
-    def forward(ctx, q_img, k_img, v_img, q_txt, k_txt, v_txt, spec: RingSpec):  # type: ignore[override]
-        shard, n_q = q_img.shape[1], spec.n_valid(spec.rank, q_img.shape[1])
-        runs = rows_of_equal_length(spec.txt_len)
-        q, kv_txt = Joint(q_img, q_txt), (k_txt, v_txt)
-        results = recall(lambda: _go_round(q, torch.stack([k_img, v_img]), kv_txt, spec))
-        outs = [r.out for r in results]
-        ctx.spec, ctx.runs = spec, runs
-        ctx.save_for_backward(q_img, k_img, v_img, q_txt, k_txt, v_txt, *outs, *(r.lse for r in results))
-        return tuple(stack_rows([split(o, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for o in outs]))
 
-    @staticmethod
-    def backward(ctx, d_img: Tensor, d_txt: Tensor):  # type: ignore[override]
-        spec, runs = ctx.spec, ctx.runs
-        q_img, k_img, v_img, q_txt, k_txt, v_txt, *rest = ctx.saved_tensors
-        results = [Partial(*pair) for pair in zip(rest[: len(runs)], rest[len(runs) :], strict=True)]
-        shard, n_q = q_img.shape[1], spec.n_valid(spec.rank, q_img.shape[1])
-        queries = [join(Joint(q_img, q_txt), rows, n_img=n_q, n_txt=n) for rows, n in runs]
-        d_outs = [join(Joint(d_img, d_txt), rows, n_img=n_q, n_txt=n) for rows, n in runs]
-        d_q = [torch.zeros_like(q, dtype=torch.float32) for q in queries]
-        d_kv_txt = torch.zeros_like(k_txt), torch.zeros_like(v_txt)
-        kv, comm, d_comm = torch.stack([k_img, v_img]), RingComm(spec.group), RingComm(spec.group)
-        arriving = kv  # dK/dV of the block at hand, from the ranks before this one; replaced in the first step
-        for step in range(spec.size):
-            more = step + 1 < spec.size
-            if more:
-                coming = comm.send_recv(kv)
-                comm.commit()
-            n_k = spec.n_valid(spec.owner(step), shard)
-            d_kv = torch.zeros_like(kv, dtype=torch.float32)
-            for i, (rows, n_txt) in enumerate(runs):
-                keys, values = _block(kv, rows, n_k, (k_txt, v_txt), n_txt if step == 0 else 0)
-                if not (keys.shape[1] and queries[i].shape[1]):
-                    continue
-                grads = spec.kernel.backward(d_outs[i], queries[i], keys, values, results[i])
-                d_q[i] += grads.q
-                for which, grad in enumerate((grads.k, grads.v)):
-                    d_kv[which, rows, :n_k] = grad[:, :n_k]
-                    d_kv_txt[which][rows, : grad.shape[1] - n_k] = grad[:, n_k:]  # all of it in step 0
-            if step:
-                d_comm.wait()
-                d_kv += arriving
-            arriving = d_comm.send_recv(d_kv)
-            d_comm.commit()
-            if more:
-                comm.wait()
-                kv = coming
-        d_comm.wait()
-        dq = stack_rows([split(d, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for d in d_q])
-        grads = (dq.img, *arriving, dq.txt, *d_kv_txt)
-        return *(g.to(q_img.dtype) for g in grads), None
+def _place(ctx: ParallelContext) -> int:
+    if ctx not in _PLACES:
+        _PLACES.append(ctx)
+    return _PLACES.index(ctx)
+
+
+def _ring(
+    q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, k_txt: Tensor, v_txt: Tensor, txt_len: list[int], n_img: int,
+    kernel: int, place: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention whose K/V blocks go round a ring, the next one in flight while this one is computed. Partial results merge by
+    log-sum-exp in fp32. Gives the output of image [B s N D] and text [B L N D], and both's log-sum-exp [B N s+L]."""
+    spec = RingSpec(_PLACES[place], numbered(kernel), tuple(txt_len), n_img)
+    shard, pad = q_img.shape[1], q_txt.shape[1]
+    n_q = spec.n_valid(spec.ctx.ring_rank, shard)
+    results = _go_round(Joint(q_img, q_txt), torch.stack([k_img, v_img]), (k_txt, v_txt), spec)
+    out = stack_rows([split(r.out, n_img=n_q, pad_img=shard, pad_txt=pad) for r in results])
+    lse = [split(r.lse.transpose(1, 2).unsqueeze(-1), n_img=n_q, pad_img=shard, pad_txt=pad) for r in results]
+    joined = torch.cat([torch.cat([part.img, part.txt], dim=1) for part in lse]).squeeze(-1).transpose(1, 2)
+    return out.img.contiguous(), out.txt.clone(), joined.contiguous()  # no two of one tensor's memory
+
+
+def _ring_backward(
+    d_img: Tensor, d_txt: Tensor, q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, k_txt: Tensor, v_txt: Tensor,
+    img: Tensor, txt: Tensor, lse: Tensor, txt_len: list[int], n_img: int, kernel: int, place: int,
+) -> list[Tensor]:
+    """Sends K/V round again and lets dK/dV (fp32) travel with them, one hop behind, until they are home."""
+    spec = RingSpec(_PLACES[place], numbered(kernel), tuple(txt_len), n_img)
+    ctx, runs, shard = spec.ctx, spec.runs, q_img.shape[1]
+    n_q = spec.n_valid(ctx.ring_rank, shard)
+    queries, d_outs, outs = (
+        [join(x, rows, n_img=n_q, n_txt=n) for rows, n in runs]
+        for x in (Joint(q_img, q_txt), Joint(d_img, d_txt), Joint(img, txt))
+    )
+    lses = [torch.cat([lse[rows, :, :n_q], lse[rows, :, shard : shard + n]], dim=-1) for rows, n in runs]
+    d_q = [torch.zeros_like(q, dtype=torch.float32) for q in queries]
+    d_kv_txt = torch.zeros_like(k_txt), torch.zeros_like(v_txt)
+    kv, comm, d_comm = torch.stack([k_img, v_img]), RingComm(ctx.ring_group), RingComm(ctx.ring_group)
+    arriving = kv  # dK/dV of the block at hand, from the ranks before this one; replaced in the first step
+    for step in range(ctx.ring):
+        more = step + 1 < ctx.ring
+        if more:
+            coming = comm.send_recv(kv)
+            comm.commit()
+        n_k = spec.n_valid(spec.owner(step), shard)
+        d_kv = torch.zeros_like(kv, dtype=torch.float32)
+        for i, (rows, n_txt) in enumerate(runs):
+            keys, values = _block(kv, rows, n_k, (k_txt, v_txt), n_txt if step == 0 else 0)
+            if not (keys.shape[1] and queries[i].shape[1]):
+                continue
+            dq, dk, dv = attention_backward(d_outs[i], queries[i], keys, values, outs[i], lses[i], kernel)
+            d_q[i] += dq
+            for which, grad in enumerate((dk, dv)):
+                d_kv[which, rows, :n_k] = grad[:, :n_k]
+                d_kv_txt[which][rows, : grad.shape[1] - n_k] = grad[:, n_k:]  # all of it in step 0
+        if step:
+            d_comm.wait()
+            d_kv += arriving
+        arriving = d_comm.send_recv(d_kv)
+        d_comm.commit()
+        if more:
+            comm.wait()
+            kv = coming
+    d_comm.wait()
+    dq = stack_rows([split(d, n_img=n_q, pad_img=shard, pad_txt=q_txt.shape[1]) for d in d_q])
+    grads = (dq.img, *arriving, dq.txt, *d_kv_txt)
+    return [g.to(q_img.dtype, memory_format=torch.contiguous_format, copy=True) for g in grads]
+
+
+ring = torch.library.custom_op("hvtrain::ring", _ring, mutates_args=())
+ring_backward = torch.library.custom_op("hvtrain::ring_backward", _ring_backward, mutates_args=())
+KEPT.append(torch.ops.hvtrain.ring.default)
+# For who follows memory: what these take besides their results is seen in their bodies.
+INSIDE = {torch.ops.hvtrain.ring: _ring, torch.ops.hvtrain.ring_backward: _ring_backward}
+
+
+@ring.register_fake
+def _(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_len, n_img, kernel, place):  # type: ignore[no-untyped-def]
+    b, s, n, _ = q_img.shape
+    lse = q_img.new_empty(b, n, s + q_txt.shape[1], dtype=torch.float32)
+    return q_img.new_empty(q_img.shape), q_txt.new_empty(q_txt.shape), lse
+
+
+@ring_backward.register_fake
+def _(d_img, d_txt, *args):  # type: ignore[no-untyped-def]
+    return [x.new_empty(x.shape) for x in args[:6]]
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.rest = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], *output)
+
+
+def _differentiate(ctx: Any, d_img: Tensor, d_txt: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *ring_backward(d_img, d_txt, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+ring.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _go_round(q: Joint, kv: Tensor, kv_txt: tuple[Tensor, Tensor], spec: RingSpec) -> list[Partial]:
     """Each run of rows' attention over the blocks of all ranks, the output in q's dtype."""
-    shard, n_q = q.img.shape[1], spec.n_valid(spec.rank, q.img.shape[1])
-    runs = rows_of_equal_length(spec.txt_len)
+    ctx, runs, shard = spec.ctx, spec.runs, q.img.shape[1]
+    n_q = spec.n_valid(ctx.ring_rank, shard)
     queries = [join(q, rows, n_img=n_q, n_txt=n_txt) for rows, n_txt in runs]
     merged: list[Partial | None] = [None] * len(runs)
-    comm = RingComm(spec.group)
-    for step in range(spec.size):
-        more = step + 1 < spec.size
+    comm = RingComm(ctx.ring_group)
+    for step in range(ctx.ring):
+        more = step + 1 < ctx.ring
         if more:
             coming = comm.send_recv(kv)
             comm.commit()
@@ -201,7 +247,7 @@ def _go_round(q: Joint, kv: Tensor, kv_txt: tuple[Tensor, Tensor], spec: RingSpe
         for i, (rows, n_txt) in enumerate(runs):
             keys, values = _block(kv, rows, n_k, kv_txt, n_txt if step == 0 else 0)
             if keys.shape[1] and queries[i].shape[1]:
-                merged[i] = _merge(merged[i], spec.kernel.partial(queries[i], keys, values))
+                merged[i] = _merge(merged[i], Partial(*attention(queries[i], keys, values, spec.kernel.number)))
         if more:
             comm.wait()
             kv = coming

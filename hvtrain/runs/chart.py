@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hvtrain.runs.read import Curve, Run
 
 WIDTH, HEIGHT = 620, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 34, 30
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 34, 30
 MOST = 300  # points of a line
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
 CHARTS = {  # what is compared: a title, a curve, and whether it is noise that wants smoothing
@@ -21,7 +21,7 @@ CHARTS = {  # what is compared: a title, a curve, and whether it is noise that w
 
 
 @dataclass(frozen=True)
-class Line:
+class CurveLine:
     run: int
     points: tuple[tuple[float, float], ...]  # pixels
 
@@ -35,7 +35,7 @@ class Tick:
 @dataclass(frozen=True)
 class Chart:
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[CurveLine, ...]
     x: tuple[Tick, ...]
     y: tuple[Tick, ...]
 
@@ -74,15 +74,19 @@ def _chart(title: str, curves: Mapping[int, Curve]) -> Chart:
         across, up = (step - x[0]) / (x[-1] - x[0]), (min(value, y[-1]) - y[0]) / (y[-1] - y[0])
         return round(LEFT + across * wide, 1), round(TOP + (1 - up) * high, 1)
 
-    lines = tuple(Line(i, tuple(place(*point) for point in _thinned(curve))) for i, curve in curves.items())
+    lines = tuple(CurveLine(i, tuple(place(*point) for point in _thinned(curve))) for i, curve in curves.items())
     return Chart(
-        title, lines, tuple(Tick(place(v, y[0])[0], f"{v:g}") for v in x), tuple(Tick(place(x[0], v)[1], f"{v:.4g}") for v in y)
+        title, lines, tuple(Tick(place(v, y[0])[0], label(v)) for v in x), tuple(Tick(place(x[0], v)[1], label(v)) for v in y)
     )
+
+
+def label(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _axis(low: float, high: float) -> list[float]:
     """Round numbers from below the lowest to above the highest, four to eight of them."""
-    spread = high - low or abs(high) or 1.0
+    spread = high - low if high - low > 1e-6 * abs(high) else abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(spread / 4))
     unit = next(n * power for n in (1, 2, 5, 10) if spread / (n * power) <= 6)
     first, last = math.floor(low / unit), math.ceil(high / unit)

@@ -2,8 +2,9 @@
 
 `checkpoints/step-00000010/` holds params.safetensors (trainable weights, fp32), optimizer.safetensors, perhaps
 ema.safetensors, state.json (step, cursor, ...) and, written last, COMPLETE with size and checksum of each of them and of
-the result that was written before. The directory gets its name only when it is whole, so the newest name is always a state
-to continue from; if the disk has damaged it since, the one before is.
+the result that was written before. What ZeRO-3 trains whole lies in parts instead, one of each rank (parts.py). The
+directory gets its name only when it is whole, so the newest name is always a state to continue from; if the disk has
+damaged it since, the one before is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from hvtrain.errors import CheckpointError
 from hvtrain.train.optstate import OptimizerState
+from hvtrain.train.parts import SEPARATOR, SealedFile, has_parts, open_parts
 from shards.atomic import sync, write_text
 
 COMPLETE = "COMPLETE"
-_SEPARATOR = "::"  # parameter name :: state name
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Progress:
 class Snapshot:
     progress: Progress
     params: Mapping[str, Tensor]
-    optimizer: OptimizerState
+    optimizer: Mapping[str, Mapping[str, Tensor]]
     ema: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -51,20 +52,36 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int, results: Iterable[Pa
 
     `results`: the finished run's files for the user, sealed with it. `check_room` first.
     """
-    final = root / f"step-{snapshot.progress.step:08d}"
-    temporary = root / f".writing-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = begin(root, snapshot.progress.step)
     try:
         _write(temporary, snapshot)
-        _seal_all(temporary, {p.name: seal(p) for p in sorted(temporary.iterdir())}, results)
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        written = [SealedFile(p.name, seal(p)) for p in sorted(temporary.iterdir())]
+        return finish(temporary, snapshot.progress, written, keep_last=keep_last, results=results)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty directory to write the files of a checkpoint in."""
+    temporary = root / f".writing-step-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish(
+    temporary: Path, progress: Progress, files: Sequence[SealedFile], *, keep_last: int, results: Iterable[Path] = ()
+) -> Path:
+    """Seal what is written and give the directory its name. For one rank only."""
+    root, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(".writing-"))
+    state = temporary / "state.json"
+    state.write_text(json.dumps(asdict(progress), indent=1) + "\n")
+    _seal_all(temporary, {**dict(files), state.name: seal(state)}, results)
+    for path in [*temporary.iterdir(), temporary]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
     sync(root)
     if keep_last:
         for old in _complete(root)[:-keep_last]:
@@ -74,7 +91,7 @@ def save(root: Path, snapshot: Snapshot, *, keep_last: int, results: Iterable[Pa
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     flat = {
-        f"{name}{_SEPARATOR}{key}": value if value.ndim else value.clone()  # a scalar may be one tensor for all
+        f"{name}{SEPARATOR}{key}": value if value.ndim else value.clone()  # a scalar may be one tensor for all
         for name, state in snapshot.optimizer.items()
         for key, value in state.items()
     }
@@ -82,7 +99,6 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     for name, tensors in files.items():
         if tensors or name != "ema":
             save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / f"{name}.safetensors"))
-    (folder / "state.json").write_text(json.dumps(asdict(snapshot.progress), indent=1) + "\n")
 
 
 # --- seals ------------------------------------------------------------------------------------------------------------
@@ -122,7 +138,7 @@ def verify(path: Path) -> None:
     """Compare every file of a checkpoint with its seal. Raises CheckpointError. Those of older versions have none: their
     files are opened, which shows that they are whole, not that they are right."""
     seals = _seals(path).get("files") or {}
-    required = {"params.safetensors", "optimizer.safetensors", "state.json"}
+    required = {"state.json"} if has_parts(seals) else {"params.safetensors", "optimizer.safetensors", "state.json"}
     for name in sorted(required | set(seals)):
         file = path / name
         if not file.is_file():
@@ -162,7 +178,11 @@ def check_room(root: Path, snapshot: Snapshot, *, results: int = 0) -> None:
     """Raises CheckpointError if the disk has no room for it, and for `results` bytes that are written before."""
     tensors = [*snapshot.params.values(), *snapshot.ema.values()]
     tensors += [t for state in snapshot.optimizer.values() for t in state.values()]
-    needed = sum(t.numel() * t.element_size() for t in tensors) + results
+    check_free(root, snapshot.progress.step, sum(t.numel() * t.element_size() for t in tensors) + results)
+
+
+def check_free(root: Path, step: int, needed: int) -> None:
+    """Raises CheckpointError if the disk has no room for `needed` bytes of a checkpoint and its result."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
@@ -170,7 +190,7 @@ def check_room(root: Path, snapshot: Snapshot, *, results: int = 0) -> None:
         raise CheckpointError(f"{root} cannot be written ({error.strerror}); mend that and start again") from None
     if free < needed:
         raise CheckpointError(
-            f"{root}: {_size(free)} free, step {snapshot.progress.step} needs {_size(needed)} for its checkpoint and its "
+            f"{root}: {_size(free)} free, step {step} needs {_size(needed)} for its checkpoint and its "
             "result; make room and start again: the run continues from the checkpoint before"
         )
 
@@ -220,11 +240,13 @@ def _free_name(path: Path) -> Path:
 def load(path: Path) -> Snapshot:
     try:
         progress = Progress(**json.loads((path / "state.json").read_text()))
+        if has_parts(p.name for p in path.iterdir()):
+            return Snapshot(progress, *open_parts(path))
         flat = load_file(str(path / "optimizer.safetensors"))
         ema = path / "ema.safetensors"
         optimizer: OptimizerState = {}
         for key, value in flat.items():
-            name, _, state = key.rpartition(_SEPARATOR)
+            name, _, state = key.rpartition(SEPARATOR)
             optimizer.setdefault(name, {})[state] = value
         return Snapshot(
             progress, load_file(str(path / "params.safetensors")), optimizer, load_file(str(ema)) if ema.exists() else {}

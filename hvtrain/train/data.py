@@ -59,7 +59,7 @@ def check_image_share(share: float | None, sets: Sequence[ShardSet], flavor: Fla
     """Raises ConfigError for a flavor that has no choice, DataError for a set without images."""
     if share is None:
         return
-    if not flavor.image_optional:
+    if not (flavor.mixes or flavor.image_optional):
         why = "is always told by an image" if flavor.beyond_text else "takes none"
         raise ConfigError(f"data.image_share is {share:g}, but '{flavor.name}' {why}: leave it null")
     for found in sets if share else ():

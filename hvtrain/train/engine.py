@@ -26,7 +26,15 @@ from hvtrain.errors import ConfigError
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.registry import Registry
 from hvtrain.train.gradients import Parts, norms_of_parts
-from hvtrain.train.optstate import OptimizerState, export_plain_state, load_plain_state, settled, to_cpu
+from hvtrain.train.optstate import (
+    OptimizerState,
+    States,
+    export_plain_state,
+    load_plain_state,
+    settled,
+    to_cpu,
+)
+from hvtrain.train.parts import Piece
 
 Schedule = Callable[[int], float]  # optimizer step (from 0) -> factor of each group's learning rate
 
@@ -72,7 +80,11 @@ class Engine(Protocol):
         """Within, the model has the weights that its optimizer means to be used: an average, where it keeps one."""
         ...
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        """Of parameters and optimizer state, what this rank has: for a full fine-tune under ZeRO-3. Empty: export it whole."""
+        ...
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         """Continue from exported state, whatever engine, stage or number of ranks exported it. Every rank passes it."""
         ...
 
@@ -244,7 +256,10 @@ class TorchEngine:
     def export_optimizer(self) -> OptimizerState:
         return export_plain_state(self.optimizer, self.params)
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         load_plain_state(self.optimizer, self.params, params, optimizer)
         self.n_steps = n_steps
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from hvtrain.models.spec import Expert
 from hvtrain.parallel.swap import ModelSwap
 from hvtrain.rng import generator
-from hvtrain.train.engine import Engine, OptimizerState, StepResult
+from hvtrain.train.engine import Engine, OptimizerState, States, StepResult
 from hvtrain.train.objective import Objective
-from hvtrain.train.setup import Member, Subject
+from hvtrain.train.parts import Piece
+from hvtrain.train.setup import Subject, TeamMember
 
 Models = Callable[[float], nn.Module]  # noise level -> the model that predicts there
 _GOLDEN = (5**0.5 - 1) / 2
@@ -38,7 +39,7 @@ def drawn(shares: Mapping[str, float], *, seed: int, turn: int) -> str:
 class Trainee:
     """A member with all that training it takes."""
 
-    member: Member
+    member: TeamMember
     subject: Subject
     engine: Engine
     objective: Objective  # on its noise levels
@@ -124,8 +125,14 @@ class Team:
     def export_optimizer(self) -> OptimizerState:
         return self._named({key: one.engine.export_optimizer() for key, one in self.trainees.items()})
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        return [p._replace(key=self.prefixes[key] + p.key) for key, one in self.trainees.items() for p in one.engine.pieces()]
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         for key, one in self.trainees.items():
+            if not self.prefixes[key]:  # of parts of a large model, no more is read than the engine asks for
+                one.engine.load_state(params, optimizer, n_steps=n_steps)
+                continue
             own = {name: self.prefixes[key] + name for name in one.subject.trainable}
             state = {name: optimizer[there] for name, there in own.items() if there in optimizer}
             one.engine.load_state({name: params[there] for name, there in own.items()}, state, n_steps=n_steps)

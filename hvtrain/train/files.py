@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from hvtrain.lorafiles.files import save_lora
 from hvtrain.models.load import save_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot
+from hvtrain.train.parts import SealedFile, open_parts
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Subject
 from hvtrain.weights.containers import open_weights
@@ -92,9 +95,33 @@ class RunFiles:
         them again. Raises CheckpointError at once where the disk has no room."""
         self.background.wait()
         self.lock.check()
+        results = self._result_bytes(snapshot, last=snapshot.progress.step >= self.steps)
+        checkpoint.check_room(self.checkpoints, snapshot, results=results)
+        self._save(snapshot, note, partial(checkpoint.save, self.checkpoints, snapshot))
+
+    def begin_parts(self, step: int) -> Path:
+        """Before every rank writes its part (session.py): three fp32 values of each parameter, and then the result in bf16."""
+        self.background.wait()
+        self.lock.check()
+        n_parameters = sum(p.subject.n_parameters for p in self.products)
+        checkpoint.check_free(self.checkpoints, step, n_parameters * (3 * 4 + 2) + (1 << 20))
+        return checkpoint.begin(self.checkpoints, step)
+
+    def save_parts(
+        self, folder: Path, progress: Progress, parts: Sequence[SealedFile], note: Callable[[str], None], *,
+        best: float | None = None,
+    ) -> None:
+        """As `save`, of what all ranks have written in `folder`: the user's file is made of that, tensor by tensor. `best`: as
+        `save_best`, of this loss."""
+        params, optimizer = open_parts(folder)
+        if best is not None:
+            self.save_best(params, progress, best, then=partial(shutil.rmtree, folder))
+            return
+        self._save(Snapshot(progress, params, optimizer), note, partial(checkpoint.finish, folder, progress, parts))
+
+    def _save(self, snapshot: Snapshot, note: Callable[[str], None], keep: Callable[..., Path]) -> None:
         progress = snapshot.progress
         last = progress.step >= self.steps
-        checkpoint.check_room(self.checkpoints, snapshot, results=self._result_bytes(snapshot, last=last))
         ending = "" if last else f"-step{progress.step:08d}"
 
         def write() -> None:
@@ -102,8 +129,7 @@ class RunFiles:
                 self.export(ending, snapshot.params, progress)
                 if snapshot.ema and last:
                     self.export("-ema", snapshot.ema, progress)
-                results = self.results if last else ()
-                checkpoint.save(self.checkpoints, snapshot, keep_last=self.run.keep_last, results=results)
+                keep(keep_last=self.run.keep_last, results=self.results if last else ())
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: "
@@ -146,7 +172,7 @@ class RunFiles:
         size = 0
         for product in self.products:
             own = _own(product, snapshot.params)
-            params = whole_rows(product.subject.model, own) if lora else own
+            params = whole_rows(product.subject.model, dict(own)) if lora else own
             size += sum(t.numel() for t in params.values()) * (4 if lora else 2) + (1 << 20)
         return size * (2 if snapshot.ema and last else 1)
 
@@ -160,9 +186,15 @@ class RunFiles:
             return float("inf")
         return max(float(open_weights(path).metadata.get(BEST_LOSS, "inf")) for path in self.best)
 
-    def save_best(self, params: Mapping[str, Tensor], progress: Progress, loss: float) -> None:
+    def save_best(
+        self, params: Mapping[str, Tensor], progress: Progress, loss: float, then: Callable[[], object] = lambda: None
+    ) -> None:
+        def write() -> None:
+            self.export("-best", params, progress, {BEST_LOSS: loss})
+            then()
+
         self.lock.check()
-        self.background.start(lambda: self.export("-best", params, progress, {BEST_LOSS: loss}))
+        self.background.start(write)
 
     def export(
         self, ending: str, params: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object] | None = None
@@ -178,17 +210,17 @@ class RunFiles:
         a, subject, params = self.adapter, product.subject, _own(product, params)
         if a.type != "none":
             save_lora(
-                path, whole_rows(subject.model, params), rank=a.rank, alpha=a.alpha, architecture=subject.spec.name,
+                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha, architecture=subject.spec.name,
                 metadata={**product.about, **self._now(progress), **(extra or {})},
             )
             return
         with torch.device("meta"):
             whole = subject.spec.build(subject.flavor.arch)
-        frozen = (n for n, _ in whole.named_parameters() if n not in params)
-        state = {n: t.to(torch.bfloat16) for n, t in (*params.items(), *((n, subject.base_weight(n)) for n in frozen))}
-        whole.load_state_dict(state, assign=True)
         about = {key: str(value) for key, value in (extra or {}).items()}
-        save_dit(whole, path, flavor=subject.flavor, spec=subject.spec, extra=about)
+        save_dit(
+            whole, path, flavor=subject.flavor, spec=subject.spec, dtype=torch.bfloat16, extra=about,
+            value=lambda name: params[name] if name in params else subject.base_weight(name),
+        )
 
     def _now(self, progress: Progress) -> dict[str, object]:
         now = time.time()
@@ -199,7 +231,9 @@ class RunFiles:
         }
 
 
-def _own(product: Product, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _own(product: Product, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A product's parameters among those of the run."""
     start = product.prefix
+    if not start:
+        return params
     return {name.removeprefix(start): t for name, t in params.items() if name.startswith(start)}

@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"(.*?)\.?(\d+)\.")
 
 
 def parts_of(names: Iterable[str]) -> Parts:
-    """Blocks of one kind in up to four runs of their depth, as `double_blocks.0-4`; what lies in no block is `rest`."""
+    """Blocks of one kind in up to four runs of their depth, as `KIND.0-4`; what lies in no block is `rest`."""
     found = [(name, match[1], int(match[2])) if (match := _BLOCK.match(name)) else (name, "", 0) for name in names]
     sizes: dict[str, int] = {}
     for _, kind, number in found:

@@ -30,6 +30,8 @@ class Kind:
     make: Callable[[Groups, OptimConfig], Optimizer]
     whole: str = ""  # why it needs whole parameters on a rank
     least_lr: float = 0.0  # a smaller rate is a misunderstanding
+    one_rate: bool = False  # takes the first group's for all
+    state_bytes: float = 8.0  # per trained value
     matrices: bool = False  # groups marked "hidden" hold the blocks' matrices
 
 
@@ -59,31 +61,33 @@ def adam(groups: Groups, cfg: OptimConfig) -> Optimizer:
     return torch.optim.Adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True, **cfg.args)
 
 
-@optimizer("adamw8bit", whole="keeps one scale for each 256 numbers of a parameter")
+@optimizer("adamw8bit", state_bytes=2.0, whole="keeps one scale for each 256 numbers of a parameter")
 def adamw8bit(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """AdamW with moments of 8 bits, in parameters of 4096 numbers and more. arXiv 2110.02861"""
     return _class("torchao.optim.AdamW8bit", "adamw8bit")(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **cfg.args)
 
 
-@optimizer("lion")
+@optimizer("lion", state_bytes=4.0)
 def lion(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """The sign of a momentum: a third to a tenth of AdamW's rate, as much more weight decay. arXiv 2302.06675"""
     return _other("Lion")(groups, lr=cfg.lr, betas=cfg.betas, **cfg.args)
 
 
-@optimizer("adafactor", whole="keeps one number per row and column of a matrix")
+@optimizer("adafactor", state_bytes=0.0, whole="keeps one number per row and column of a matrix")
 def adafactor(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Its steps are a share of each parameter's size; optim.lr is the largest share. arXiv 1804.04235"""
     return torch.optim.Adafactor(groups, lr=cfg.lr, **cfg.args)
 
 
-@optimizer("came", whole="keeps one number per row and column of a matrix")
+@optimizer("came", state_bytes=4.0, whole="keeps one number per row and column of a matrix")
 def came(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Adafactor's memory, with a momentum that counts as far as it is sure. arXiv 2307.02047"""
     return _other("CAME")(groups, lr=cfg.lr, betas=(*cfg.betas, 0.9999), **cfg.args)
 
 
-@optimizer("prodigy", whole="finds one rate for all parameters together", least_lr=0.01)
+@optimizer(
+    "prodigy", whole="finds one rate for all parameters together", least_lr=0.01, one_rate=True, state_bytes=16.0
+)
 def prodigy(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Finds its rate d; optim.lr is a factor on it. arXiv 2306.06101"""
     return _other("Prodigy")(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **cfg.args)
@@ -95,7 +99,7 @@ def schedulefree(groups: Groups, cfg: OptimConfig) -> Optimizer:
     return _other("ScheduleFreeAdamW")(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **cfg.args)
 
 
-@optimizer("muon", whole="orthogonalises each matrix", matrices=True)
+@optimizer("muon", whole="orthogonalises each matrix", matrices=True, state_bytes=4.0)
 def muon(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """The blocks' matrices by their orthogonalised momentum, in steps of the size of AdamW's (arXiv 2502.16982); the rest
     by AdamW."""
@@ -152,13 +156,15 @@ def build_optimizer(
     return optimizer
 
 
-def check_optimizer(cfg: OptimConfig, zero: ZeroConfig | None = None) -> None:
-    """What a run optimizes with, tried on two small parameters. Raises ConfigError for what is unknown, not installed, told
-    what it does not take, or not itself on ZeRO's pieces."""
+def check_optimizer(cfg: OptimConfig, zero: ZeroConfig | None = None, *, ratios: bool = False) -> None:
+    """What a run optimizes with, tried on two small parameters; `ratios`: these are to have rates of their own. Raises
+    ConfigError for what is unknown, not installed, told what it does not take, or not itself on ZeRO's pieces."""
     check_schedule(cfg)
     kind = _kind(cfg)
     if cfg.lr < kind.least_lr:
         raise ConfigError(f"optim.lr is {cfg.lr:g}: {cfg.name} finds its rate, and this is a factor on it; use optim.lr=1")
+    if ratios and kind.one_rate:
+        raise ConfigError(f"adapter.lr_ratios: {cfg.name} has one rate for all parameters; leave them out, or use adamw")
     try:
         made = build_optimizer({"blocks.0.w": nn.Parameter(torch.ones(4, 2)), "b": nn.Parameter(torch.ones(2))}, cfg)
         if unknown := sorted(set(cfg.args) - settings_of(made)):  # some take and forget whatever they are given
@@ -173,6 +179,11 @@ def check_optimizer(cfg: OptimConfig, zero: ZeroConfig | None = None) -> None:
             f"optim.name: {cfg.name} {whole}, and ZeRO stage {zero.stage} cuts parameters up; use zero.stage=0, or one of "
             + ", ".join(name for name, kind in OPTIMIZERS.items() if not kind.whole)
         )
+
+
+def state_bytes(name: str) -> float:
+    """What an optimizer keeps for each trained value; of a class by its path, as much as AdamW."""
+    return OPTIMIZERS[name].state_bytes if name in OPTIMIZERS else 8.0
 
 
 def _kind(cfg: OptimConfig) -> Kind:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+States = Mapping[str, Mapping[str, Tensor]]  # an OptimizerState, perhaps one that is read from a file when asked
 OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
 GROUP, TRAINED = "group.", "trained"
 PACKED = ("codes", "scale")  # the tensors in a quantised moment
@@ -54,7 +55,7 @@ def export_plain_state(optimizer: Optimizer, params: Mapping[str, nn.Parameter])
 
 
 def load_plain_state(
-    optimizer: Optimizer, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], state: OptimizerState
+    optimizer: Optimizer, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], state: States
 ) -> None:
     names = {p: name for name, p in params.items()}
     own = {n: {k: v for k, v in s.items() if k != TRAINED and not k.startswith(GROUP)} for n, s in state.items()}

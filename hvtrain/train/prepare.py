@@ -23,6 +23,8 @@ from hvtrain.adapters.lokr import LokrLinear
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
+from hvtrain.lorafiles.experts import check_range
+from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
@@ -86,11 +88,11 @@ def say(text: str) -> None:
 
 def check_machinery(
     zero: ZeroConfig, optim: OptimConfig, parallel: ParallelConfig, ctx: ParallelContext, *, recompute: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype, ratios: bool = False,
 ) -> None:
     """What a run computes with, whatever the model."""
     check_engine(zero)
-    check_optimizer(optim, zero)
+    check_optimizer(optim, zero, ratios=ratios)
     pick_policy(recompute)
     if parallel.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=True)
@@ -179,9 +181,12 @@ def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> Non
         )
     if a.init_from is not None:
         add_adapter(base.outline, base.spec, a, plan, seed=0)
-        said = open_weights(Path(a.init_from)).metadata.get(EXPERT_KEY)
+        start = LoraFile(Path(a.init_from), {}, dict(open_weights(Path(a.init_from)).metadata))
+        said = start.metadata.get(EXPERT_KEY)
         if base.expert is not None and said not in (None, base.expert.name):
             raise ConfigError(
                 f"adapter.init_from: {a.init_from} was trained as the expert '{said}', this is '{base.expert.name}', for other "
                 "noise levels; give that expert's ({expert} in the name stands for it)"
             )
+        if base.expert is not None:
+            check_range(start, base.expert)

@@ -50,7 +50,7 @@ from hvtrain.train.rundir import claim
 from hvtrain.train.runlock import Busy, RunLock
 from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
-from hvtrain.train.setup import Member, Origin
+from hvtrain.train.setup import Origin, TeamMember
 from hvtrain.train.status import FINISHED, STOPPED, told
 from shards import ShardSet
 from shards.loader import BatchLoader
@@ -64,7 +64,7 @@ class Prepared:
     """A run that nothing speaks against."""
 
     cfg: TrainConfig  # with what the config leaves to the flavor filled in
-    members: list[Member]
+    members: list[TeamMember]
     others: dict[str, Origin]  # experts that are not trained, but make videos
     idle_on_host: bool  # an expert that is not computed with
     plan: SlicePlan | None  # of a LORAID slice
@@ -156,7 +156,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     """All of a run that can be known, and refused, before weights are read: from headers, names and
     manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
-    check_machinery(cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype)
+    check_machinery(
+        cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype, ratios=bool(cfg.adapter.lr_ratios),
+    )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
     base, flavor = bases[0], bases[0].flavor
@@ -255,7 +257,8 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
         )
         kernel = parallelize(
-            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, swap=subject.swap
+            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, swap=subject.swap,
+            compiler="inductor" if cfg.run.compile == "blocks" else None,
         )
         engine = build_engine(
             subject.model, subject.trainable, cfg.zero, ctx,
@@ -321,7 +324,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     )
 
 
-def _metadata(ready: Prepared, member: Member) -> dict[str, object]:
+def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
     c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
     owner: dict[str, object] = {}

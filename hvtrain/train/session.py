@@ -28,6 +28,7 @@ from hvtrain.train.metrics import Metrics, names_of
 from hvtrain.train.mfu import Work
 from hvtrain.train.monitor import Monitor
 from hvtrain.train.objective import MicroResult, Objective, Where, drop_captions
+from hvtrain.train.parts import SEPARATOR, Piece, write_part
 from hvtrain.train.prepare import on_all
 from hvtrain.train.preview import Previews
 from hvtrain.train.progress import ProgressLine
@@ -213,8 +214,12 @@ class Session:
     # --- files ------------------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
-        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host."""
+        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host, or, what ZeRO-3
+        trains whole, is on the disk."""
         with self.monitor.spending("save"):
+            if pieces := self.team.pieces():
+                self._save_parts(progress, pieces)
+                return
             params, optimizer = self._export(progress.step), self.team.export_optimizer()
             if self.ctx.is_main:
                 ema = {n: t.detach().to("cpu", copy=True) for n, t in self.ema.items()}
@@ -222,15 +227,32 @@ class Session:
                 self.files.save(Snapshot(progress, params, optimizer, ema), self.line.note)
             self.ctx.barrier()
 
+    def _save_parts(self, progress: Progress, pieces: list[Piece], best: float | None = None) -> None:
+        """Every rank writes its own; rank 0 makes the user's file of them, behind the training. `best`: only that file, of the
+        weights with this held-out loss."""
+        step, ctx = progress.step, self.ctx
+        self.watch.at(step, "waiting for the files of the save before", writing=ctx.is_main)
+        folder = on_all(ctx, lambda: self.files.begin_parts(step) if ctx.is_main else None)
+        folder = ctx.gather_objects(folder)[0]
+        self.watch.at(step, "writing its part of a checkpoint", writing=True)
+        mine = pieces if best is None else [p for p in pieces if SEPARATOR not in p.key]
+        written = on_all(ctx, lambda: write_part(folder, mine, rank=ctx.rank))
+        parts = ctx.gather_objects(written)
+        if ctx.is_main:
+            self.files.save_parts(folder, progress, parts, self.line.note, best=best)
+
     def _save_if_best(self, progress: Progress, loss: float) -> None:
         """Collective: the loss is the same on all ranks."""
         if not self.run.keep_best or not loss < self.best:
             return
         self.best = loss
-        params = self._export(progress.step)
-        if self.ctx.is_main:
-            self.watch.at(progress.step, "waiting for the disk", writing=True)
-            self.files.save_best(params, progress, loss)
+        if pieces := self.team.pieces():
+            self._save_parts(progress, pieces, best=loss)
+        else:
+            params = self._export(progress.step)
+            if self.ctx.is_main:
+                self.watch.at(progress.step, "waiting for the disk", writing=True)
+                self.files.save_best(params, progress, loss)
         self.line.note(f"step {progress.step}: best held-out loss so far, {', '.join(path.name for path in self.files.best)}")
 
     def _export(self, step: int) -> dict[str, Tensor]:

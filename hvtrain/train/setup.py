@@ -22,6 +22,7 @@ from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify, load_dit, whole_model
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.spread import spread_weights
 from hvtrain.parallel.swap import BlockSwap, ModelSwap
 from hvtrain.rng import generator
 from hvtrain.slices.plan import Cut, SlicePlan, check_fits, load_plan, make_plan
@@ -44,7 +45,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Member:
+class TeamMember:
     """What a run trains: one DiT, on which noise levels, for which share of the steps."""
 
     base: Origin
@@ -117,6 +118,8 @@ def find_base(model: ModelConfig, *, scratch: bool = False) -> Origin:
             return Origin(spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.experts))
     found = identify(asset(path), model=model.name, flavor=model.flavor)
     expert = _expert(found.flavor, model.experts)
+    if expert is not None:
+        found.flavor.check_file(expert, asset(path))
     return Origin(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
 
 
@@ -166,10 +169,12 @@ def open_subject(
         dtype = torch.float32 if whole else getattr(torch, model.dtype)
         if adapter.base_lora:
             edit = merging(linear_shapes(base.outline), open_base_loras(base, adapter))
-        loaded = load_dit(
-            base.path, model=model.name, flavor=model.flavor, dtype=dtype, quantize_to=model.quantize, edit=edit
-        )
-        dit = loaded.model
+        place = ctx.device if move and not blocks_to_swap and idle is None else torch.device("cpu")
+        with spread_weights(ctx, device=place, frozen=not whole, cut=not move) as spread:
+            dit = load_dit(
+                base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place, quantize_to=model.quantize,
+                edit=edit, spread=spread,
+            ).model
     use_matmul(dit, model.fp8_matmul)
     if whole:
         names = set(trained([n for n, _ in dit.named_parameters()], train=adapter.train, freeze=adapter.freeze))
@@ -211,7 +216,7 @@ def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
     )
 
 
-def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Member]:
+def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[TeamMember]:
     """Each with its part of the noise levels, and for as many steps as are in it. Raises ConfigError as `flow_of`."""
     flavor, d = bases[0].flavor, bases[0].flavor.defaults
     if len(bases) > 1 and flow.range == "squeeze":
@@ -225,7 +230,7 @@ def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[Mem
         quantile_function(own.timestep_sampling, own, flavor)  # refused where there is nothing in its range
         if len(bases) > 1 and base.expert is not None:
             part = share_within(quantile, *base.expert.sigmas, usual)
-        found.append(Member(base, own, named_after(name, base.expert), part))
+        found.append(TeamMember(base, own, named_after(name, base.expert), part))
     return found
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -44,7 +46,15 @@ from hvtrain.models.precision import autocast
 from hvtrain.parallel.context import ParallelContext, at_shutdown, solo_group
 from hvtrain.train.engine import LearningRate, Schedule, Step, StepResult, clip_, filled_grads, own_settings
 from hvtrain.train.gradients import norms_of_parts
-from hvtrain.train.optstate import OptimizerState, export_plain_state, load_plain_state, settled, to_cpu
+from hvtrain.train.optstate import (
+    OptimizerState,
+    States,
+    export_plain_state,
+    load_plain_state,
+    settled,
+    to_cpu,
+)
+from hvtrain.train.parts import SEPARATOR, Piece, shape_of, span_of
 
 PREFETCH = 1 << 28  # elements of weights that ZeRO-3 gathers ahead: most of a large block
 
@@ -150,6 +160,9 @@ class DeepSpeedEngine:
         optimizer: Optimizer,
         schedule: Schedule,
     ) -> None:
+        # A LoRA is small: one file of all is as good, and is written behind the training.
+        n_trained = sum(p.numel() for p in params.values())
+        self.parted = cfg.stage == 3 and 2 * n_trained > sum(p.numel() for p in model.parameters())
         solo_group(ctx)
         if "nvme" in (cfg.offload_optimizer, cfg.offload_param):
             _check_nvme(str(cfg.nvme_path))
@@ -212,15 +225,12 @@ class DeepSpeedEngine:
         return settled(self.basic, {} if self.cfg.stage else self.params)
 
     def export_params(self) -> dict[str, Tensor]:
-        with self.settled():
-            return self._export_params()
-
-    def _export_params(self) -> dict[str, Tensor]:
         values = {}
-        for name, p in self.params.items():  # one at a time: the whole never lies on a device
-            with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
-                if self.ctx.is_main:
-                    values[name] = to_cpu(p)
+        with self.settled():
+            for name, p in self.params.items():  # one at a time: the whole never lies on a device
+                with deepspeed.zero.GatheredParameters([p], enabled=self.cfg.stage == 3):
+                    if self.ctx.is_main:
+                        values[name] = to_cpu(p)
         return values
 
     def export_optimizer(self) -> OptimizerState:
@@ -235,7 +245,28 @@ class DeepSpeedEngine:
                 states[name] = {k: to_cpu(t).view(_shape(p)) for k, t in whole.items()} | scalars
         return states
 
-    def load_state(self, params: Mapping[str, Tensor], optimizer: OptimizerState, *, n_steps: int) -> None:
+    def pieces(self) -> list[Piece]:
+        if not self.parted:
+            return []
+        like, scalars = self._flat_keys()
+        found = []
+        p: Any
+        for name, p in self.params.items():
+            start, part = self._my_part(p)
+            n, shape = min(part, p.ds_numel - start), tuple(p.ds_shape)
+            reads = {name: partial(safe_get_local_fp32_param, p)}
+            reads |= {f"{name}{SEPARATOR}{key}": partial(safe_get_local_optimizer_state, p, key) for key in like}
+            found += [Piece(key, shape, start, n, partial(_first, n, read)) for key, read in reads.items() if n > 0]
+            if self.ctx.is_main:
+                found += [Piece(f"{name}{SEPARATOR}{key}", (), 0, 1, value.clone) for key, value in scalars.items()]
+        return found
+
+    def _my_part(self, p: Any) -> tuple[int, int]:
+        """Where this rank's part of a flat ZeRO-3 parameter begins, and its length, padded to be the same on every rank."""
+        part = p.ds_tensor.numel()
+        return min(part * self.ctx.rank, p.ds_numel), part
+
+    def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         self.n_steps = n_steps
         if not self.cfg.stage:
             load_plain_state(self.basic, self.params, params, optimizer)
@@ -244,38 +275,40 @@ class DeepSpeedEngine:
             self._create_state()
         self._link_state()
         for name, p in self.params.items():
-            self._set(p, params[name])
-            for key, value in optimizer.get(name, {}).items():
-                if value.ndim == 0:
-                    self._set_scalar(key, value)
+            self._set(p, params, name)
+            states = optimizer.get(name, {})
+            for key in states:
+                if shape_of(states, key):
+                    self._set(p, states, key, state=key)
                 else:
-                    self._set(p, value, key)
+                    self._set_scalar(key, states[key])
         if self.cfg.stage < 3:
             self.engine.optimizer.update_lp_params()
 
-    def _set(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Write a whole fp32 parameter (key None) or one piece of its optimizer state into this rank's partition."""
-        value = value.to(self.ctx.device, torch.float32)
-        if self.cfg.stage < 3:
-            if key is None:
-                safe_set_full_fp32_param(p, value)
-            else:
-                safe_set_full_optimizer_state(p, value, key)
-            return
-        self._set_partition(p, value, key)
-        if key is None:
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                p.data.copy_(value)
-
-    def _set_partition(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Stage 3 pads a parameter to a multiple of the ranks; its own whole-tensor setter forgets that."""
-        part = safe_get_local_fp32_param(p).numel()
-        flat = F.pad(value.flatten(), (0, part * self.ctx.world - value.numel()))
-        mine = flat.narrow(0, part * self.ctx.rank, part)
-        if key is None:
-            safe_set_local_fp32_param(p, mine)
+    def _set(self, p: Any, values: Mapping[str, Tensor], name: str, *, state: str | None = None) -> None:
+        """Write a parameter (state None) or a piece of its optimizer state into this rank's partition, from the whole tensor
+        `values[name]`, of which ZeRO-3 reads no more than its part."""
+        if self.cfg.stage == 3:
+            self._set_part(p, values, name, state)
+        elif state is None:
+            safe_set_full_fp32_param(p, values[name].to(self.ctx.device, torch.float32))
         else:
-            safe_set_local_optimizer_state(p, mine, key)
+            safe_set_full_optimizer_state(p, values[name].to(self.ctx.device, torch.float32), state)
+
+    def _set_part(self, p: Any, values: Mapping[str, Tensor], name: str, state: str | None) -> None:
+        """Stage 3 pads a parameter to a multiple of the ranks; its own whole-tensor setter forgets that."""
+        start, part = self._my_part(p)
+        mine = span_of(values, name, start, min(start + part, p.ds_numel)).to(self.ctx.device, torch.float32)
+        mine = F.pad(mine, (0, part - mine.numel()))
+        if state is not None:
+            safe_set_local_optimizer_state(p, mine, state)
+            return
+        safe_set_local_fp32_param(p, mine)
+        if p.ds_persist or self.cfg.offload_param == "nvme" or getattr(p, "ds_secondary_tensor", None) is not None:
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):  # there is more than this part of it
+                p.data.copy_(values[name])
+        else:
+            p.ds_tensor.data.copy_(mine)
 
     def _flat_keys(self) -> tuple[list[str], dict[str, Tensor]]:
         """Which state the optimizer keeps per element, and its scalars ("step"), which all partitions share."""
@@ -328,6 +361,11 @@ def _piece_of_gradient(p: Any, stage: int) -> Tensor | None:
     if stage == 3:
         return safe_get_local_grad(p)
     return None if p._hp_mapping is None else p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+
+
+def _first(n: int, read: Callable[[], Tensor]) -> Tensor:
+    """Without the padding of the last rank."""
+    return read().reshape(-1)[:n]
 
 
 def _check_nvme(path: str) -> None:

@@ -80,7 +80,7 @@ class Weights:
 
     def release(self, tensor: Tensor) -> None:
         """Give the pages of a tensor from `get` back. Reading it again is allowed and reads the file again."""
-        _drop_pages(tensor)
+        drop_pages(tensor)
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """The tensors that `names` (present name -> new name) mentions, under their new names."""
@@ -246,7 +246,7 @@ def _first_line(error: Exception) -> str:
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def _drop_pages(tensor: Tensor) -> None:
+def drop_pages(tensor: Tensor) -> None:
     """Tell the system that the whole pages of this file-backed tensor are not needed now.
 
     Only for tensors of a memory map: their pages are unchanged, so dropping them loses nothing.

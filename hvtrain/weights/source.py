@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SHOWN = 3  # differences named in an error
 Shapes = Mapping[str, tuple[int, ...]]
 # (module, its weight or None) -> whether it changes this layer; with a weight, in place
 Edit = Callable[[str, Tensor | None], bool]
+Spread = Callable[[Callable[[], tuple]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -65,28 +67,29 @@ class Source:
 
     def fill(
         self, model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu", eight_bit: Collection[str] = (),
-        how: str = "fp8", edit: Edit | None = None,
+        how: str = "fp8", edit: Edit | None = None, spread: Spread | None = None,
     ) -> None:
         """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
 
         The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
         float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
-        meta device only the dtype is set.
+        meta device only the dtype is set. `spread` gets what reads a tensor and gives the tensor, perhaps one that another
+        process has read (parallel/spread.py).
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
             return
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        spread = spread or (lambda make: make())
         state = {}
         for name, wanted in model.state_dict().items():
             module = name.removesuffix(".weight")
             change = edit if module in linear and module != name else None
             if module == name or module not in eight_bit:
-                state[name] = self.read(name, dtype=dtype, device=device).reshape(wanted.shape)
-                if edit is not None:
-                    edit(module if change else name, state[name])
+                whole = None if edit is None else partial(edit, module if change else name)
+                (state[name],) = spread(partial(self._whole, name, wanted.shape, dtype, device, whole))
                 continue
-            values, scale = self._eight_bit(name, how, dtype, device, change)
+            values, scale = spread(partial(self._eight_bit, name, how, dtype, device, change))
             replace_linear(model, module, values, scale)
             state[name] = values
             if scale is not None:
@@ -107,6 +110,15 @@ class Source:
         self.fill(model, dtype=dtype, device=device, eight_bit=linear if fp8 else (), how=fp8 or "")
         use_matmul(model, False)  # what is encoded does not depend on the machine
         model.eval().requires_grad_(False)
+
+    def _whole(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str,
+        edit: Callable[[Tensor], object] | None,
+    ) -> tuple[Tensor]:
+        value = self.read(name, dtype=dtype, device=device).reshape(shape)
+        if edit is not None:
+            edit(value)
+        return (value,)
 
     def _eight_bit(
         self, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None

@@ -111,3 +111,25 @@ def test_a_prompts_own_keys_come_first() -> None:
     a, b = (p.request for p in plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=2.5, sets=[]))
     assert (a.shift, a.solver, a.seed, a.width, a.guidance, a.cfg_scale) == (5.0, "unipc", 4, 48, 2.5, 1.0)
     assert (b.shift, b.solver, b.seed, b.width, b.guidance, b.cfg_scale) == (2.0, "unipc", 9, 48, 1.5, 3.0)
+
+
+def test_previews_of_skyreels_are_sampled_as_it_was_made_to_be(tmp_path: Path) -> None:
+    """A true guidance of 6 with the negative prompt, an embedded one of 1, and its prefix before the prompt alone."""
+    spec, tiny = spec_and_flavor()
+    flavor = spec.fitted(spec.flavors["skyreels-v1-t2v"], tiny.arch)
+    items = ["preview.every_steps=1", "preview.width=32", "preview.height=32", "preview.frames=5", "preview.steps=1"]
+    cfg = load(TrainConfig, CONFIGS / "model.yaml", [*items, "preview.prompts=[{prompt: a ring}]"])
+    plans = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=1.0, sets=[])
+    made = Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=tmp_path, precision="fp32")
+    (request,) = (plan.request for plan in plans)
+    assert (request.cfg_scale, request.guidance, request.shift) == (6.0, 1.0, 7.0)
+    assert made.conds is not None
+    assert [said.text for said in made.conds.texts] == ["FPS-24, a ring", flavor.defaults.negative_prompt]
+    shown = []
+    model = random_dit()
+    next(iter(made.make(lambda sigma: lambda inp: shown.append(inp) or model(inp), step=1)))
+    assert len(shown) == 2 and all(inp.cond["guidance"].tolist() == [1000.0] for inp in shown)
+    wanted = [made.conds.of(request), made.conds.negative(request)]
+    for inp in shown:
+        assert any(torch.equal(inp.cond["text"], cond["text"]) for cond in wanted)
+    assert not torch.equal(shown[0].cond["pooled"], shown[1].cond["pooled"])

@@ -84,7 +84,7 @@ def test_the_committed_reference_is_the_code() -> None:
 
 RECIPES = ("clips", "forgetting", "vae")  # of hvtrain.tiny's own programs
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.stem not in RECIPES]
-TRAINED = ("lora", "loraid", "full", "dit", "model")
+TRAINED = ("lora", "loraid", "full", "dit", "model", "i2v", "skyreels_v1")
 READ_BY = {"encode": "encode", "generate": "generate", **dict.fromkeys(TRAINED, "train")}
 
 

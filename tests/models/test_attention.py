@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import re
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from hvtrain.errors import ConfigError
-from hvtrain.models import attention, kernels
+from hvtrain.models import kernels
+from hvtrain.models.attend_op import BACKWARD_OP, OP, attend
 from hvtrain.models.attention import (
-    Recalled,
     join,
-    keeping,
     local_attend,
-    recall,
     rows_of_equal_length,
     split,
     stack_rows,
 )
 from hvtrain.models.dit import Joint
-from hvtrain.models.kernels import KERNELS, Grads, Kernel, Partial, pick_kernel
+from hvtrain.models.kernels import KERNELS, Grads, Kernel, pick_kernel
+from hvtrain.parallel.recompute import keeping_attention
 from hvtrain.rng import generator
 
 CPU = torch.device("cpu")
@@ -97,40 +97,7 @@ def test_partial_results_and_their_gradients(n_q, n_k):
         torch.testing.assert_close(have.double(), want, atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_recalled_is_the_first_run_s_in_its_order():
-    kept: list = []
-    made = iter(range(10))
-
-    def compute():
-        return [Partial(torch.tensor(float(next(made))), torch.zeros(1))]
-
-    assert recall(compute)[0].out == 0  # outside: computed each time
-    with keeping(kept, replay=False):
-        assert [recall(compute)[0].out.item() for _ in range(3)] == [1, 2, 3]
-    assert recall(compute)[0].out == 4 and len(kept) == 3
-    with keeping(kept, replay=True):
-        assert [recall(compute)[0].out.item() for _ in range(2)] == [1, 2]
-        with keeping([], replay=False):  # another block inside
-            assert recall(compute)[0].out == 5
-        assert recall(compute)[0].out == 3
-    with keeping(kept, replay=True):
-        assert recall(compute)[0].out == 1  # from the beginning again
-    assert recall(compute)[0].out == 6
-
-
-def test_what_is_kept_is_each_thread_s_own_and_ends_with_an_error():
-    seen = []
-    with keeping([], replay=False):
-        thread = threading.Thread(target=lambda: seen.append((attention._kept.results, attention._kept.next)))
-        thread.start()
-        thread.join()
-    assert seen == [(None, None)]
-    with pytest.raises(RuntimeError), keeping([], replay=True):
-        raise RuntimeError
-    assert attention._kept.results is None and attention._kept.next is None
-
-
-def test_a_recalled_attention_is_computed_once_and_has_its_gradients():
+def test_the_operator_is_computed_once_where_it_is_kept_and_has_its_gradients():
     calls = []
 
     def partial(q, k, v):
@@ -141,24 +108,43 @@ def test_a_recalled_attention_is_computed_once_and_has_its_gradients():
     q, k, v, d_out = (draw(1, 4, N, D, seed=s) for s in range(4))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     want = torch.autograd.grad(softmax(*leaves)[0], leaves, d_out)
-    kept: list = []
-    with keeping(kept, replay=False):
-        first = attention._attend(kernel, *leaves)
-    with keeping(kept, replay=True):
-        again = attention._attend(kernel, *leaves)
-    assert calls == [torch.float32] and torch.equal(first, again)
-    assert not kept[0][0].out.requires_grad  # else the graph of the first run would live on
-    for have, ref in zip(torch.autograd.grad(again, leaves, d_out), want):
+
+    def twice(q, k, v):
+        return attend(kernel, attend(kernel, q, k, v) * 0.5, k, v)
+
+    plain = torch.autograd.grad(twice(*leaves), leaves, d_out)
+    assert calls == [torch.float32] * 2
+    kept = checkpoint(twice, *leaves, use_reentrant=False, context_fn=keeping_attention)
+    for have, ref in zip(torch.autograd.grad(kept, leaves, d_out), plain, strict=True):
+        assert torch.equal(have, ref)
+    assert calls == [torch.float32] * 4, "computed again in the backward"
+    for have, ref in zip(torch.autograd.grad(attend(kernel, *leaves), leaves, d_out), want, strict=True):
         torch.testing.assert_close(have, ref, atol=1e-5, rtol=1e-4)
-    outside = attention._attend(kernel, *leaves)
-    assert len(calls) == 1 and torch.allclose(outside, first)  # not kept: the kernel's own differentiable function
-    with keeping([], replay=False), torch.autocast("cpu", torch.bfloat16):
-        assert attention._attend(kernel, *leaves).dtype == torch.bfloat16
-    assert calls[1:] == [torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(kernel, *leaves).dtype == torch.bfloat16
+    assert calls[5:] == [torch.bfloat16]
     sampling = replace(kernel, backward=None)
-    with keeping([], replay=False):
-        attention._attend(sampling, q, k, v)
-    assert len(calls) == 2 and not sampling.trains and kernel.trains
+    attend(sampling, q, k, v)
+    with torch.no_grad():
+        attend(kernel, *leaves)
+    assert len(calls) == 6 and not sampling.trains and kernel.trains  # the kernel's own way where nothing is learnt
+
+
+def test_the_operators_are_what_pytorch_wants_of_them():
+    """Schemas, shapes without values, layouts and gradients, also traced with open sizes."""
+    q, k, v = (draw(2, n, N, D, seed=n).requires_grad_() for n in (5, 7, 7))
+    torch.library.opcheck(OP.default, (q, k, v, SDPA.number))
+    with torch.no_grad():
+        out, lse = OP(q, k, v, SDPA.number)
+        torch.library.opcheck(BACKWARD_OP.default, (draw(2, 5, N, D, seed=1), q, k, v, out, lse, SDPA.number))
+
+
+def test_flop_are_counted():
+    q, k, v = (draw(2, n, N, D, seed=n).requires_grad_() for n in (5, 7, 7))
+    with FlopCounterMode(display=False) as counter:
+        attend(SDPA, q, k, v).sum().backward()
+    product = 2 * 2 * N * 5 * 7 * D
+    assert counter.get_flop_counts()["Global"] == {OP: 2 * product, BACKWARD_OP: 5 * product}
 
 
 def test_the_backward_gets_the_merged_result():
@@ -171,7 +157,7 @@ def test_the_backward_gets_the_merged_result():
 
     kernel = Kernel("probe", SDPA.attend, SDPA.partial, backward, SDPA.missing)
     q, k, v = (draw(1, 3, N, D, seed=s).requires_grad_() for s in range(3))
-    Recalled.apply(q, k, v, kernel).sum().backward()
+    attend(kernel, q, k, v).sum().backward()
     want = SDPA.partial(q.detach(), k.detach(), v.detach())
     assert torch.equal(got[0].out, want.out) and torch.equal(got[0].lse, want.lse)
     assert [torch.equal(x.grad, x.detach() * n) for n, x in enumerate((q, k, v), start=1)] == [True] * 3

@@ -64,11 +64,11 @@ def test_equal_to_diffusers_with_converted_weights():
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["i2v", "i2v-concat", "skyreels-v1-i2v"])
-@torch.no_grad()
-def test_image_to_video_equals_diffusers(name):
-    """Of what make_input makes of a clip and its image."""
+@pytest.mark.parametrize("name", ["t2v", "i2v", "i2v-concat", "skyreels-v1-i2v"])
+def test_every_kind_equals_diffusers(name, tmp_path):
+    """Of what make_input makes of a clip and its image; and the check reads such a file, of sizes that no reference has."""
     from diffusers import HunyuanVideoTransformer3DModel
+    from safetensors.torch import save_file
 
     own = SPEC.flavors[name]
     kind = {key: getattr(own.arch, key) for key in ("in_channels", "token_replace", "guidance_embed")}
@@ -82,14 +82,23 @@ def test_image_to_video_equals_diffusers(name):
         guidance_embeds=arch.guidance_embed, image_condition_type="token_replace" if arch.token_replace else None,
     ).eval()
     theirs.load_state_dict({n: cut.take(weights[cut.source]) for n, cut in SPEC.key_maps["diffusers"].write(weights).items()})
-    text = inp.cond["text"]
+    text, x = inp.cond["text"], inp.x.clone().requires_grad_()
+    mask = torch.arange(text.shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None]
     wanted = theirs(
-        hidden_states=inp.x, timestep=inp.t, encoder_hidden_states=text, pooled_projections=inp.cond["pooled"],
-        encoder_attention_mask=torch.arange(text.shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None],
-        guidance=inp.cond.get("guidance"), return_dict=False,
+        hidden_states=x, timestep=inp.t, encoder_hidden_states=text, pooled_projections=inp.cond["pooled"],
+        encoder_attention_mask=mask, guidance=inp.cond.get("guidance"), return_dict=False,
     )[0]
-    found = model(inp)
+    wanted.square().mean().backward()
+    with torch.no_grad():
+        found = model(inp)
     assert found.std() > 0.1 and (found - wanted).norm() / wanted.norm() < 1e-5
+    given = {"x": inp.x, "t": inp.t, "text": text, "mask": mask.long(), **{n: inp.cond[n] for n in inp.cond if n != "text"}}
+    state = {f"weights.{n}": t for n, t in weights.items()} | {f"input.{n}": t.contiguous() for n, t in given.items()}
+    kind = {"i2v": "token_replace", "i2v-concat": "latent_concat"}.get(name)
+    about = {"config": json.dumps({"rope": arch.rope_dims, "i2v_condition_type": kind})}
+    save_file({**state, "output": wanted.detach(), "grad_x": x.grad}, tmp_path / "seen.safetensors", about)
+    errs = errors(str(tmp_path / "seen.safetensors"))
+    assert errs.keys() == {"output", "grad_x"} and max(errs.values()) <= LIMIT
 
 
 def test_a_mixed_batch_equals_its_samples_alone():

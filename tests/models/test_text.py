@@ -19,7 +19,7 @@ from hvtrain.models.hunyuan_video.text import (
     open_text,
 )
 from hvtrain.models.hunyuan_video.text_weights import LLAMA, load_clip
-from hvtrain.models.llm import llm_config, load_llm
+from hvtrain.models.language import config_for, load_language_model
 from hvtrain.tiny.text import ASSETS
 from hvtrain.weights.float8 import DTYPE as FP8
 from hvtrain.weights.float8 import Fp8Linear
@@ -105,7 +105,7 @@ def test_equals_the_official_procedure(full_llm, full_clip):
 def test_the_left_out_layers_and_norm_are_not_read(tmp_path, full_llm, wanted):
     state, config = llm_parts()
     kept = {k: v for k, v in state.items() if not k.startswith(("layers.2.", "layers.3.", "norm."))}
-    encoder = load_llm(write_directory(tmp_path, kept, config), LLAMA, dtype=torch.float32)
+    encoder = load_language_model(write_directory(tmp_path, kept, config), LLAMA, dtype=torch.float32)
     assert len(encoder.model.layers) == 2
     assert relative(run(encoder.model), wanted) < 1e-6
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_llm_directories(layout, tmp_path, wanted):
         config = {"model_type": "llava", "text_config": text, "vision_config": {"hidden_size": 3}}
     if layout != "transformers 5, model alone":
         state["lm_head.weight"] = torch.zeros(704, 64)
-    encoder = load_llm(write_directory(tmp_path, state, config), LLAMA, dtype=torch.float32)
+    encoder = load_language_model(write_directory(tmp_path, state, config), LLAMA, dtype=torch.float32)
     assert relative(run(encoder.model), wanted) < 1e-6
 
 
@@ -156,21 +156,21 @@ def comfy_file(path: Path, *, scaled: bool = False) -> Path:
 
 
 def test_comfy_single_file(tmp_path, wanted):
-    encoder = load_llm(comfy_file(tmp_path / "llava_llama3_fp16.safetensors"), LLAMA, dtype=torch.float32)
+    encoder = load_language_model(comfy_file(tmp_path / "llava_llama3_fp16.safetensors"), LLAMA, dtype=torch.float32)
     assert relative(run(encoder.model), wanted) < 1e-6
 
 
 def test_comfy_scaled_fp8(tmp_path, wanted):
     path = comfy_file(tmp_path / "llava_llama3_fp8_scaled.safetensors", scaled=True)
-    dequantised = load_llm(path, LLAMA, dtype=torch.float32).model
-    kept = load_llm(path, LLAMA, dtype=torch.float32, fp8=True).model
+    dequantised = load_language_model(path, LLAMA, dtype=torch.float32).model
+    kept = load_language_model(path, LLAMA, dtype=torch.float32, fp8=True).model
     assert relative(run(dequantised), wanted) < 0.1  # the file's own rounding
     assert relative(run(kept), run(dequantised)) < 1e-5  # stored as it is, with its factor
     assert kept.layers[0].mlp.up_proj.weight.dtype == FP8
 
 
 def test_fp8_option(wanted):
-    model = load_llm(LLM, LLAMA, dtype=torch.float32, fp8=True).model
+    model = load_language_model(LLM, LLAMA, dtype=torch.float32, fp8=True).model
     linear = [m for m in model.modules() if isinstance(m, Fp8Linear)]
     assert len(linear) == 2 * 7 and all(m.weight.dtype == FP8 for m in linear)
     assert not any(type(m) is torch.nn.Linear for m in model.modules())
@@ -231,7 +231,7 @@ def test_official_sizes_from_a_bare_file(tmp_path):
     shapes |= {"lm_head.weight": (128320, 4096), "tokenizer": (9,)}
     path = sparse_safetensors(tmp_path / "llm.safetensors", shapes)
     source = anchored(path, {"embed_tokens.weight": OWN_NAMES}, what="")
-    config = llm_config(source, LLAMA)
+    config = config_for(source, LLAMA)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 4096, 128320)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 8, 128)
     assert config.rope_parameters["rope_theta"] == 500000.0 and config.rms_norm_eps == 1e-5
@@ -328,7 +328,7 @@ def broken_llm(folder: Path, what: str) -> Path:
 )
 def test_wrong_llm_files(what, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as e:
-        load_llm(broken_llm(tmp_path, what), LLAMA, dtype=torch.float32)
+        load_language_model(broken_llm(tmp_path, what), LLAMA, dtype=torch.float32)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 

@@ -224,7 +224,7 @@ def test_ulysses_needs_heads_to_share(monkeypatch):
 
 
 def test_who_owns_which_block_and_how_much_of_it():
-    specs = [RingSpec(None, rank, 4, SDPA, (1,), 10) for rank in range(4)]
+    specs = [RingSpec(ParallelContext(world=4, ring=4, sp_rank=rank), SDPA, (1,), 10) for rank in range(4)]
     assert [[spec.owner(step) for step in range(4)] for spec in specs] == [
         [0, 3, 2, 1], [1, 0, 3, 2], [2, 1, 0, 3], [3, 2, 1, 0],
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def test_diffusers_loads_every_slice(dit: Path, tmp_path: Path, kind: str) -> No
     """By its pipelines' own loader, from its own names and from ComfyUI's: those without alpha, and with."""
     from diffusers.loaders import WanLoraLoaderMixin
 
-    path, inp = a_slice(tmp_path / "slice.safetensors", kind), an_input(ARCH, (7,))
+    path, inp = a_slice(tmp_path / "slice.safetensors", kind), an_input(ARCH, (512,))
     ours, lora = build(ARCH), read_lora(path, linear_shapes(build(ARCH)), spec=SPEC)
     before = ours(inp)
     merge_all(ours, [(lora, 1.0)])

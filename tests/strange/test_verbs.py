@@ -158,7 +158,7 @@ def test_training_each_expert(world: World) -> None:
 
 
 def test_training_both_experts(world: World) -> None:
-    """In turns, on two ranks that share each sample as on one; held-out loss and videos are of both, also where one is trained."""
+    """In turns, on two ranks that share each sample as on one; held-out loss and videos are of both, if one is trained too."""
     parts = (f"model.dit={world.dit('pair-high')}", f"model.dit_low={world.dit('pair-low')}")
     prompt = "{prompt: a blue square, frames: 9, width: 64, height: 64, steps: 3}"
     more = (f"eval.shards=[{world.shards()}]", "eval.every_steps=4", "eval.max_batches=1", "preview.every_steps=4",

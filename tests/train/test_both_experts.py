@@ -267,6 +267,19 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch, items: tuple[st
     assert not (folder / "refused").exists()
 
 
+def test_a_file_that_is_by_its_name_the_other_s(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    high, low = FLAVOR.experts
+    for sound in ("high_noise_model", "x/high_noise_model/a.safetensors", "wan2.2_t2v_high_noise_14B.safetensors", "high.pt",
+                  "low_noise_model/wan_high_noise.safetensors", "high_noise_or_low_noise.safetensors", "low_res.safetensors"):
+        FLAVOR.check_file(high, sound)
+    with pytest.raises(ConfigError, match="model.dit_low: .* is by its name the expert 'high', and this is the file of 'low'"):
+        FLAVOR.check_file(low, "Wan2.2-T2V-A14B/high_noise_model")
+    monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
+    (tmp_path / "wan_low_noise.safetensors").symlink_to(folder / "high.safetensors")
+    with pytest.raises(ConfigError, match="model.dit: .*wan_low_noise.safetensors is by its name the expert 'low'"):
+        train.run(pair_config(folder, "swapped", f"model.dit={tmp_path / 'wan_low_noise.safetensors'}"))
+
+
 MACHINES = {
     "zero0": ("zero.stage=0",),
     "zero1-ulysses": ("zero.stage=1", "parallel.ulysses=2"),

@@ -9,7 +9,7 @@ import yaml
 from safetensors import safe_open
 
 from hvtrain.config import FlowConfig, LoraFileConfig, MergeConfig
-from hvtrain.errors import ConfigError
+from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.fit.trace import Shape, fake_input
 from hvtrain.merge import run as merge
 from hvtrain.merge.evaluate import losses_of
@@ -156,6 +156,18 @@ def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name,
     losses_of(identify(dit), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert len(read) > 3
     assert all(set(batch.tensors) == {"latents", words, f"{words}_len", "pooled"} | wanted for batch in read)
+
+
+def test_shards_whose_text_has_not_seen_the_image_are_refused(shards, small, tmp_path, monkeypatch):
+    """And the other way round."""
+    monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
+    with pytest.raises(DataError, match="lacks the field 'seen_text'; encode column 'text' with this model's encoders"):
+        train.run(config(shards, tmp_path / "run", f"model.dit={small('i2v')}"))
+    seen = make_shards(tmp_path / "seen", words="seen_text")
+    with pytest.raises(DataError, match="lacks the field 'text'; encode column 'text'"):
+        train.run(config(seen, tmp_path / "run", f"model.dit={small('skyreels-v1-i2v')}"))
+    with pytest.raises(CheckpointError, match="flavor 'skyreels-v1-i2v' has in_channels 32, the file has 16"):
+        train.run(config(shards, tmp_path / "run", f"model.dit={small('t2v')}", "model.flavor=skyreels-v1-i2v"))
 
 
 def test_a_fit_is_traced_with_the_flavors_own(told):

@@ -192,7 +192,8 @@ def test_operations_are_counted_once_and_known_of_every_size(kind, low, high):
     n = flavor.latent.n_tokens(flavor.latent.shape(frames=9, height=96, width=64))
     assert work.flops(n) == pytest.approx(flops_of_sample(cfg, about, shape), rel=1e-3)
     with torch.device("meta"):
-        blocks = sum(m.weight.numel() for m in spec.build(flavor.arch).blocks.modules() if isinstance(m, torch.nn.Linear))
+        layers = {n: m for n, m in spec.build(flavor.arch).named_modules() if isinstance(m, torch.nn.Linear) and "mod" not in n}
+    blocks = sum(m.weight.numel() for n, m in layers.items() if "single_blocks" in n or ("double_blocks" in n and ".img_" in n))
     assert low < work.b / blocks < high and work.c > 0
 
 
@@ -229,3 +230,11 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="run.wandb: the package wandb is not installed: pip install wandb"):
         train.run(config(shards, tmp_path / "run", "run.wandb=project"))
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_cost_no_memory_and_logging_them_little(tmp_path):
+    from tests.bench.bench_soak import soak
+
+    found = soak(tmp_path, 1000)
+    assert found.growth_mib < 16 and found.overhead < 0.03, found

@@ -11,7 +11,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.registry import Registry
 from hvtrain.train import optim
 from hvtrain.train.engine import LearningRate
-from hvtrain.train.optim import OPTIMIZERS, build_optimizer, check_optimizer
+from hvtrain.train.optim import OPTIMIZERS, build_optimizer, check_optimizer, state_bytes
 from hvtrain.train.optstate import export_plain_state, load_plain_state, settled
 
 CFG = OptimConfig(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.5)
@@ -136,6 +136,13 @@ def test_prodigy_begins_small_and_finds_its_rate():
     assert near.abs().max() < 1e-4 < 0.1 < far.abs().min() and (far.sign() == -GRADIENT.sign()).all()
 
 
+def test_prodigy_takes_no_rates_of_single_parameters():
+    """It would silently use the first group's."""
+    check_optimizer(OptimConfig("adamw"), ratios=True)
+    with pytest.raises(ConfigError, match="adapter.lr_ratios: prodigy has one rate for all parameters; leave them out"):
+        check_optimizer(OptimConfig("prodigy", lr=1.0), ratios=True)
+
+
 def test_the_rate_that_is_shown_of_prodigy_is_what_it_found():
     p = nn.Parameter(START.clone())
     optimizer = build_optimizer({"w": p}, OptimConfig("prodigy", lr=1.0))
@@ -228,6 +235,17 @@ def test_a_class_by_its_path():
     for name in ("adamw", "lion", "torch.optim.SGD"):
         with pytest.raises(ConfigError, match=f"optim.args: {name} does not take them: .*"):
             check_optimizer(OptimConfig(name, args={"lrr": 1.0}))
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adamw8bit"}))
+def test_memory_is_told_as_it_is(name):
+    p = nn.Parameter(torch.ones(512, 512))
+    optimizer = build_optimizer({"blocks.0.w": p}, OptimConfig(name))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = sum(v.nbytes for v in optimizer.state[p].values() if torch.is_tensor(v)) / p.numel()
+    assert held == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.05) and state_bytes(name) == OPTIMIZERS[name].state_bytes
+    assert state_bytes("torch.optim.SGD") == 8.0
 
 
 # --- a run that goes on -------------------------------------------------------------------------------------------------

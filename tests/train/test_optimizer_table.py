@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hvtrain.config import OptimConfig, TrainConfig, ZeroConfig
 from hvtrain.errors import ConfigError
@@ -15,6 +17,7 @@ from hvtrain.train.engine import check_engine
 from hvtrain.train.optim import OPTIMIZERS, check_optimizer
 from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
+from tests.train.test_both_experts import pair_config, write_pair
 
 DOC = Path(__file__).parents[2] / "docs/optimizers.md"
 STEPS, START, REACHED = 40, 2.1, 1.95  # the held-out loss is above START untrained, and below REACHED after so many steps
@@ -97,6 +100,26 @@ def test_some_cells_learn(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_cell_learns(tmp_path):
-    pytest.importorskip("torchao", reason="the 8-bit optimizer needs torchao: pip install hvtrain[adamw8bit]")
-    _learns(tmp_path, [at for at, works in table().items() if works])
+@pytest.mark.parametrize("name", RATES)
+def test_every_cell_learns(name, tmp_path):
+    if name == "adamw8bit":
+        pytest.importorskip("torchao", reason="the 8-bit optimizer needs torchao: pip install hvtrain[adamw8bit]")
+    _learns(tmp_path, [at for at, works in table().items() if works and at[0] == name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(RATES) - {"adamw8bit"}))
+def test_every_optimizer_trains_both_experts_of_a_model(name, tmp_path):
+    """Each expert has one of its own; a run that continues has both states back."""
+    folder = write_pair(tmp_path)
+    look = (f"eval.shards={folder / 'set'}", "eval.every_steps=10", "eval.max_batches=2", "data.calibration=0")
+    items = (f"optim.name={name}", f"optim.lr={RATES[name]}", "run.steps=30", *look)
+    assert train.run(pair_config(folder, "before", "optim.lr=0", *look, "run.steps=1", "eval.every_steps=1")) == 0
+    before = held_out(folder / "before")
+    assert train.run(pair_config(folder, "run", *items)) == 0
+    assert held_out(folder / "run") < 0.97 * before
+    for steps in (13, 30):
+        assert train.run(pair_config(folder, "cut", *items, f"run.steps={steps}")) == 0
+    for expert in ("high", "low"):
+        a, b = (load_file(folder / at / f"lora-{expert}.safetensors") for at in ("run", "cut"))
+        assert all(torch.equal(a[n], b[n]) for n in a)

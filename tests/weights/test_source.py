@@ -41,7 +41,7 @@ def test_a_model_is_filled_from_other_names_cuts_and_dtypes(tmp_path):
     assert torch.equal(model.qkv.weight, torch.cat([q, k, v]).double()) and model.qkv.weight.dtype == torch.float64
     whole = out.double() * torch.tensor([1.0, 2.0, 0.5, 4.0]).view(4, 1)
     assert torch.equal(model.out.weight, whole) and torch.equal(model.qkv.bias, bias.double())
-    assert [name for name, _ in edited] == ["qkv", "out"] and torch.equal(edited[1][1], whole)
+    assert [name for name, _ in edited] == ["qkv", "qkv.bias", "out"] and torch.equal(edited[2][1], whole)
     model = meta()
     source.fill(model, dtype=torch.float32, eight_bit=["qkv", "out"], how="fp8_rows")
     assert type(model.qkv) is type(model.out) is Fp8Linear

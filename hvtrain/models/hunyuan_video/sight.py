@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.identify import count
-from hvtrain.models.llm import METADATA_KEY, heads_of
+from hvtrain.models.language import METADATA_KEY, heads_of
 from hvtrain.models.spec import Parts
 from hvtrain.weights.containers import fingerprint
 from hvtrain.weights.keymap import OWN_NAMES

@@ -21,7 +21,7 @@ from hvtrain.errors import CheckpointError
 from hvtrain.models.hunyuan_video.flavors import MAX_TOKENS
 from hvtrain.models.hunyuan_video.sight import Sight, open_sight, sight_fingerprint
 from hvtrain.models.hunyuan_video.text_weights import LLAMA, load_clip
-from hvtrain.models.llm import load_llm
+from hvtrain.models.language import load_language_model
 from hvtrain.models.spec import Parts
 from hvtrain.models.tokens import check_vocabulary, open_tokenizer, tokenizer_folder
 from hvtrain.weights.containers import fingerprint, open_weights
@@ -154,7 +154,7 @@ def open_text(
     llm, clip = parts["llm"], parts["clip"]
     llm_ids = open_llm_tokenizer(tokenizer_folder(parts, "llm"))
     clip_ids = open_clip_tokenizer(tokenizer_folder(parts, "clip"))
-    llm_part = load_llm(llm, LLAMA, dtype=dtype, device=device, fp8=fp8)
+    llm_part = load_language_model(llm, LLAMA, dtype=dtype, device=device, fp8=fp8)
     clip_part = load_clip(clip, dtype=dtype, device=device)
     check_vocabulary(llm, llm_ids.tokenizer, llm_part.model.config.vocab_size)
     check_vocabulary(clip, clip_ids, clip_part.model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Weights of the text encoders, from the layouts in use into transformers' LlamaModel (see models/llm.py) and CLIPTextModel:
+"""Weights of the text encoders, from the layouts in use into transformers' LlamaModel (see models/language.py) and CLIPTextModel:
 a Hugging Face directory (language model alone, full LLaVA, whole CLIP), or ComfyUI's single file."""
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from hvtrain.models.identify import count
-from hvtrain.models.llm import Llm, LoadedEncoder, given_config, heads_of
+from hvtrain.models.language import LanguageModel, LoadedEncoder, given_config, heads_of
 from hvtrain.weights.containers import fingerprint
 from hvtrain.weights.keymap import OWN_NAMES
 from hvtrain.weights.source import Source, anchored
 
-LLAMA = Llm(
+LLAMA = LanguageModel(
     what="a Llama text encoder",
     module="transformers.models.llama.modeling_llama",
     classes=("LlamaConfig", "LlamaModel", "LlamaRotaryEmbedding"),

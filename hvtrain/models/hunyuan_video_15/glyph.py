@@ -23,7 +23,7 @@ from hvtrain.weights.source import Source
 
 QUOTED = re.compile('"(.*?)"|\u201c(.*?)\u201d')  # straight, or opening and closing; within a line
 END, FIRST_BYTE = 1, 3  # token ids: of the end, and of byte 0
-FACTS = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
+FACTS: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
 
 
 def quoted(prompt: str) -> list[str]:

@@ -93,11 +93,11 @@ def _beside(inp: Hunyuan15Input, image: Tensor | None, given: Tensor | None) -> 
 
 def _looked_at(inp: Hunyuan15Input, cond: Conds) -> Hunyuan15Input:
     """With what the picture looks like, for samples that are given one."""
-    lengths = _needed(cond, "vision_len").tolist()
+    vision = _needed(cond, "vision")
+    lengths = cond["vision_len"].tolist()
     if "image_given" in cond:
         lengths = [n * bool(given) for n, given in zip(lengths, cond["image_given"].tolist(), strict=True)]
-    vision = {"vision": _needed(cond, "vision")}
-    return replace(inp, cond={**inp.cond, **vision}, lengths={**inp.lengths, "vision": tuple(lengths)})
+    return replace(inp, cond={**inp.cond, "vision": vision}, lengths={**inp.lengths, "vision": tuple(lengths)})
 
 
 def _needed(cond: Conds, name: str) -> Tensor:

@@ -15,8 +15,8 @@ SCALING = 1.03682  # of the official VAE's config; musubi-tuner applies it while
 
 
 def _latents(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """latents_FxHxW_DTYPE [32 F H W]; of image to video latents_image_FxHxW_DTYPE [32 + 1 F H W], the image in its first frame and
-    a mask, and siglip_DTYPE [729 1152]."""
+    """latents_FxHxW_DTYPE [32 F H W]; of image to video latents_image_FxHxW_DTYPE [32 + 1 F H W], the image in its first frame
+    and a mask, and siglip_DTYPE [729 1152]."""
     plain, image, seen = (
         [t for name, t in tensors.items() if re.fullmatch(pattern, name)]
         for pattern in (r"latents_\d+x\d+x\d+_\w+", r"latents_image_\d+x\d+x\d+_\w+", r"siglip_\w+")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hvtrain.errors import CheckpointError
 from hvtrain.models.hunyuan_video_15.flavors import TEXT_TOKENS
 from hvtrain.models.hunyuan_video_15.glyph import GlyphEncoder, load_byt5
-from hvtrain.models.llm import Llm, load_llm
+from hvtrain.models.language import LanguageModel, load_language_model
 from hvtrain.models.spec import Parts
 from hvtrain.models.tokens import check_vocabulary, open_tokenizer, tokenizer_folder
 from hvtrain.weights.containers import fingerprint, open_weights
@@ -39,7 +39,7 @@ TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant. Describe the video by detailing the following aspects:"
     f"{ASPECTS}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 )
-QWEN = Llm(
+QWEN = LanguageModel(
     what="a Qwen2.5-VL text encoder",
     module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     classes=("Qwen2_5_VLTextConfig", "Qwen2_5_VLTextModel", "Qwen2_5_VLRotaryEmbedding"),
@@ -94,7 +94,7 @@ def open_text(
     """
     tokenizer = open_llm_tokenizer(tokenizer_folder(parts, "llm"))
     glyph = load_byt5(parts["byt5"], device=device)
-    llm = load_llm(parts["llm"], QWEN, dtype=dtype, device=device, fp8=fp8)
+    llm = load_language_model(parts["llm"], QWEN, dtype=dtype, device=device, fp8=fp8)
     check_vocabulary(parts["llm"], tokenizer.tokenizer, llm.model.config.vocab_size)
     return QwenAndGlyph(
         llm.model, glyph, tokenizer=tokenizer, fingerprint=_joined(llm.fingerprint, glyph.fingerprint, fp8, tokenizer.crop)

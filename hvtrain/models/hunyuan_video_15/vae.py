@@ -32,7 +32,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 def build_vae(config: Mapping[str, Any] | None = None) -> Vae15:
     """From the official config.json (what is no size in it is left alone); none: the official size. Meta-device friendly."""
     known = {f.name for f in fields(VaeArch)}
-    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in (config or {}).items() if name in known}
+    sizes: dict[str, Any] = {name: value for name, value in (config or {}).items() if name in known}
+    if "block_out_channels" in sizes:
+        sizes["block_out_channels"] = tuple(sizes["block_out_channels"])
     return Vae15(VaeArch(**sizes))
 
 
@@ -151,7 +153,7 @@ def sizes_of(shapes: Shapes, path: str | Path) -> dict[str, Any]:
             )
         return shapes[name]
 
-    widths, steps = [shape("encoder.conv_in.conv.weight")[0]], []
+    widths, steps = [shape("encoder.conv_in.conv.weight")[0]], list[int]()
     while (down := f"encoder.down.{len(steps)}.downsample.conv.conv.weight") in shapes:
         widths.append(shape(f"encoder.down.{len(widths)}.block.0.conv1.conv.weight")[0])
         steps.append(widths[-1] // shape(down)[0])  # cells of 2 x 2, or of 2 x 2 x 2, into channels

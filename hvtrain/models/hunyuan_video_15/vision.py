@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvtrain.models.identify import count
-from hvtrain.models.llm import given_config, heads_of
+from hvtrain.models.language import given_config, heads_of
 from hvtrain.models.precision import without_autocast
 from hvtrain.models.spec import Parts
 from hvtrain.weights.containers import fingerprint
@@ -20,7 +20,7 @@ from hvtrain.weights.source import Source, anchored
 
 HEAD_DIM = 72
 TYPES = ("siglip", "siglip_vision_model")
-FACTS = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+FACTS: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 SIDES = {27 * 14: 384}  # pixels that the patches cover -> side of the pictures, where it is more
 
 

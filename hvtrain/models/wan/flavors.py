@@ -52,7 +52,8 @@ def _flavor(
     space = 16 if arch.out_channels == 48 else 8
     latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=space, stride_w=space, patch=arch.patch)
     experts = () if boundary is None else (
-        Expert("high", "dit", (boundary, 1.0), cfg_scales[0]), Expert("low", "dit_low", (0.0, boundary), cfg_scales[1])
+        Expert("high", "dit", (boundary, 1.0), cfg_scales[0], r"high[._-]?noise"),
+        Expert("low", "dit_low", (0.0, boundary), cfg_scales[1], r"low[._-]?noise"),
     )
     given = (0, -1) if tasks[0] == "flf2v" else (0,)
     cond = cond_fields(arch, tasks[0])

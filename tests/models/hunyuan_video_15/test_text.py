@@ -20,7 +20,7 @@ from hvtrain.models.hunyuan_video_15.text import (
     open_text,
     text_fingerprints,
 )
-from hvtrain.models.llm import llm_config, load_llm
+from hvtrain.models.language import config_for, load_language_model
 from hvtrain.weights.float8 import DTYPE as FP8
 from hvtrain.weights.float8 import Fp8Linear
 from hvtrain.weights.keymap import OWN_NAMES
@@ -137,7 +137,7 @@ def test_llm_layouts(layout, llm, tmp_path):
     text = {**SIZES, "layer_types": ["full_attention"] * 4}
     config = {"model_type": "qwen2_5_vl", "text_config": text} if "5" in layout else {"model_type": "qwen2_5_vl", **text}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = load_llm(tmp_path, QWEN, dtype=torch.float32).model
+    model = load_language_model(tmp_path, QWEN, dtype=torch.float32).model
     assert len(model.layers) == 2
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
@@ -179,11 +179,11 @@ def test_official_sizes_from_a_bare_file(tmp_path):
     shapes = {f"model.layers.{i}.{k}": v for i in range(28) for k, v in layer.items()}
     shapes |= {"model.embed_tokens.weight": (152064, 3584), "model.norm.weight": (3584,), "lm_head.weight": (152064, 3584)}
     path = sparse_safetensors(tmp_path / "qwen_2.5_vl_7b.safetensors", shapes)
-    config = llm_config(anchored(path, {"embed_tokens.weight": OWN_NAMES}, what=""), QWEN)
+    config = config_for(anchored(path, {"embed_tokens.weight": OWN_NAMES}, what=""), QWEN)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (26, 3584, 152064)
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (28, 4, 18944)
     assert config.rope_parameters["rope_theta"] == 1000000.0 and config.rms_norm_eps == 1e-6
-    assert load_llm(path, QWEN, dtype=torch.float16, device="meta").model.dtype == torch.float16
+    assert load_language_model(path, QWEN, dtype=torch.float16, device="meta").model.dtype == torch.float16
 
 
 # --- what is quoted ---------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_bad_input(parts, tmp_path):
         load_byt5(parts["llm"])
     with pytest.raises(CheckpointError, match="not a Qwen2.5-VL text encoder: no 'embed_tokens.weight' in it"):
         save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-        load_llm(tmp_path / "a.safetensors", QWEN, dtype=torch.float32)
+        load_language_model(tmp_path / "a.safetensors", QWEN, dtype=torch.float32)
     small = T5EncoderModel(T5Config(**{**T5_SIZES, "vocab_size": 100}, **T5_FACTS))
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(CheckpointError, match="its vocabulary has 100 tokens"):

@@ -33,7 +33,7 @@ class LoadedEncoder:
 
 
 @dataclass(frozen=True)
-class Llm:
+class LanguageModel:
     """A family of language models, and what shapes cannot tell of the official one."""
 
     what: str
@@ -44,12 +44,12 @@ class Llm:
     facts: Mapping[str, Any]
 
 
-def load_llm(
-    path: str | Path, kind: Llm, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
+def load_language_model(
+    path: str | Path, kind: LanguageModel, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
 ) -> LoadedEncoder:
     """The library's model without the last two layers and without its norm: its output is hidden_states[-3]."""
     source = anchored(path, {"embed_tokens.weight": OWN_NAMES}, what=kind.what)
-    config = llm_config(source, kind)
+    config = config_for(source, kind)
     module = import_module(kind.module)
     with torch.device("meta"):
         model = getattr(module, kind.classes[1])(config)
@@ -72,7 +72,7 @@ def given_config(source: Source, types: tuple[str, ...], *, section: str = "text
     return {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype", "architectures", "layer_types")}
 
 
-def llm_config(source: Source, kind: Llm) -> Any:
+def config_for(source: Source, kind: LanguageModel) -> Any:
     """Sizes from shapes (composite configs leave some out), the rest from the config or the official model."""
     vocabulary, hidden = source.shape("embed_tokens.weight")
     given = given_config(source, kind.types)

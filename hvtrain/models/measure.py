@@ -1,0 +1,156 @@
+"""Attention kernels on the device at hand: how far they are from float64, and which is the fastest.
+
+`auto` asks here once for each device, dtype and set of kernels, and the answer is kept in ~/.cache/hvtrain: a second start is not
+slower, and goes the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvtrain.models.kernels import Kernel
+from hvtrain.rng import generator
+from shards.atomic import write_text
+
+log = logging.getLogger(__name__)
+RESIDUES = (0, 1, 63, 64, 65, 127)  # of a length modulo 128: kernels have been wrong for some, and clips and texts make them all
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 3e-2}
+KEPT = Path("~/.cache/hvtrain/kernels.json")
+
+
+class Size(NamedTuple):
+    queries: int
+    keys: int
+    batch: int = 1
+    heads: int = 2
+    dim: int = 128
+
+
+LONG = Size(16384, 16384, heads=4)  # where a kernel shows what it can do
+
+
+class Errors(NamedTuple):
+    """The largest difference from float64 over the largest value; NaN where anything is."""
+
+    out: float
+    lse: float
+    dq: float
+    dk: float
+    dv: float
+
+    @property
+    def worst(self) -> float:
+        return max(self, key=lambda e: (e != e, e))
+
+
+def drawn(size: Size, device: torch.device, dtype: torch.dtype, *, low: bool = False) -> list[Tensor]:
+    """q, k, v and the output's gradient, [B S N D]. `low`: scores so far below zero that the log-sum-exp is under -88.7, whose
+    exponential is no float32: there a cuDNN lost its gradients (pytorch#196678)."""
+    draw = generator(size.queries * 1000 + size.keys, stream="kernel-errors")
+    b, n, d = size.batch, size.heads, size.dim
+    q, k, v, g = (torch.randn(b, s, n, d, generator=draw) for s in (size.queries, size.keys, size.keys, size.queries))
+    if low:
+        q, k = q * 0.1 + 1, k * 0.1 - 120 / d**0.5
+    return [x.to(device, dtype) for x in (q, k, v, g)]
+
+
+def errors(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype, *, low: bool = False) -> Errors:
+    q, k, v, d_out = drawn(size, device, dtype, low=low)
+    with torch.enable_grad():
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / size.dim**0.5
+        out = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
+        wanted = [out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.double())]
+    with torch.no_grad():
+        found = kernel.partial(q, k, v)
+        grads = kernel.backward(d_out, q, k, v, found) if kernel.backward else wanted[2:]
+    pairs = zip([*found, *grads], wanted, strict=True)
+    return Errors(*(float((have.double() - want).abs().max() / want.abs().max()) for have, want in pairs))
+
+
+def wrongs(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Errors]]:
+    """Where a kernel is wrong: sizes of all residues, of unequal queries and keys, and scores far below zero."""
+    sizes = [Size(256 + r, 256 + r) for r in RESIDUES] + [Size(257, 129), Size(64, 448, batch=2)]
+    for size in sizes:
+        for low in (False, True):
+            found = errors(kernel, size, device, dtype, low=low)
+            if not found.worst <= TOLERANCE[dtype]:
+                yield f"{size.queries} x {size.keys}{', low scores' if low else ''}", found
+
+
+def timed(work: Callable[[], object], device: torch.device, *, repeats: int = 3) -> float:
+    """Seconds of the fastest of `repeats`, after one that does not count."""
+    best = float("inf")
+    for i in range(repeats + 1):
+        _wait(device)
+        begin = time.perf_counter()
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - begin) if i else best
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype) -> float:
+    """Forward and backward."""
+    q, k, v, d_out = drawn(size, device, dtype)
+
+    def work() -> None:
+        found = kernel.partial(q, k, v)
+        if kernel.backward is not None:
+            kernel.backward(d_out, q, k, v, found)
+
+    with torch.no_grad():
+        return timed(work, device)
+
+
+def fastest(
+    candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, *, size: Size = LONG,
+    kept: Path = KEPT,
+) -> Kernel:
+    """Of those whose gradients are right on this device. The last candidate, PyTorch's own, is taken if none is."""
+    key = " | ".join([_machine(device), str(dtype), *(k.name for k in candidates), str(tuple(size))])
+    kept = kept.expanduser()
+    known = _read(kept)
+    by_name = {kernel.name: kernel for kernel in candidates}
+    if (name := known.get(key)) in by_name:
+        return by_name[name]
+    times: dict[str, float] = {}
+    for kernel in candidates:
+        wrong = next(wrongs(kernel, device, dtype), None)
+        if wrong is not None:
+            log.warning("attention kernel %s is wrong on this device at %s: error %.3g", kernel.name, wrong[0], wrong[1].worst)
+            continue
+        times[kernel.name] = seconds(kernel, size, device, dtype)
+    name = min(times, key=lambda n: times[n], default=candidates[-1].name)
+    log.info("attention kernels, ms: %s", ", ".join(f"{n} {1000 * s:.2f}" for n, s in times.items()))
+    with suppress(OSError):  # a home that cannot be written: measured again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, json.dumps({**known, key: name}, indent=1) + "\n")
+    return by_name[name]
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,154 @@
+"""Kernels on the device at hand: errors are seen, the fastest right one is taken, and the choice is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hvtrain.models import kernels, measure
+from hvtrain.models.kernels import KERNELS, Partial
+from hvtrain.models.measure import Errors, Size, errors, fastest, wrongs
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+SDPA = KERNELS["sdpa"]
+LITTLE = Size(256, 256)
+
+
+def spoiled(**parts):
+    return replace(SDPA, name="spoiled", **parts)
+
+
+def nan_at(residue: int):
+    """As a cuDNN did: gradients of some lengths are no numbers where the log-sum-exp is far below zero."""
+
+    def backward(dout, q, k, v, merged):
+        grads = SDPA.backward(dout, q, k, v, merged)
+        bad = q.shape[1] % 128 == residue and float(merged.lse.min()) < -88.7
+        return grads._replace(q=grads.q * float("nan")) if bad else grads
+
+    return spoiled(backward=backward)
+
+
+def test_the_own_kernel_is_right_at_every_length():
+    assert list(wrongs(SDPA, CPU, FP32)) == []
+    found = errors(SDPA, Size(130, 70, batch=2), CPU, FP32, low=True)
+    assert 0 < found.worst < 1e-4
+    q, k, v, _ = measure.drawn(LITTLE, CPU, FP32, low=True)
+    assert SDPA.partial(q, k, v).lse.max() < -88.7  # low scores are
+
+
+@pytest.mark.parametrize(
+    "kernel, where",
+    [
+        (nan_at(64), ["320 x 320, low scores", "64 x 448, low scores"]),
+        (nan_at(0), ["256 x 256, low scores"]),
+        (spoiled(partial=lambda q, k, v: Partial(SDPA.partial(q, k, v).out, SDPA.partial(q, k, v).lse + 0.1)), None),
+        (spoiled(backward=lambda *a: SDPA.backward(*a)._replace(v=SDPA.backward(*a).v * 1.01)), None),
+    ],
+    ids=["nan at 64", "nan at 0", "log-sum-exp", "dv"],
+)
+def test_what_is_wrong_is_found(kernel, where):
+    found = dict(wrongs(kernel, CPU, FP32))
+    if where is None:
+        assert len(found) == 16 and all(1e-4 < e.worst < 1 for e in found.values())
+    else:
+        assert sorted(found) == where and all(e.worst != e.worst for e in found.values())
+
+
+def test_the_worst_of_nan_is_nan():
+    nan = float("nan")
+    assert Errors(1.0, 0.0, nan, 2.0, 3.0).worst != Errors(1.0, 0.0, nan, 2.0, 3.0).worst
+    assert Errors(1.0, 0.0, 0.5, 2.0, 3.0).worst == 3.0
+
+
+def slow(name: str, seconds: float):
+    def partial(q, k, v):
+        time.sleep(seconds)
+        return SDPA.partial(q, k, v)
+
+    return replace(SDPA, name=name, partial=partial)
+
+
+def test_the_fastest_right_one_is_taken_and_kept(tmp_path, caplog, monkeypatch):
+    kept = tmp_path / "cache/kernels.json"
+    wrong, late, quick = nan_at(1), slow("late", 0.02), slow("quick", 0.0)
+    wrong = replace(wrong, name="wrong")
+    with caplog.at_level(logging.INFO):
+        assert fastest([wrong, late, quick], CPU, FP32, size=LITTLE, kept=kept).name == "quick"
+    assert "wrong is wrong on this device at 257 x 257, low scores: error nan" in caplog.text and "quick" in caplog.text
+    monkeypatch.setattr(measure, "seconds", lambda *a: 1 / 0)  # not measured again
+    assert fastest([wrong, late, quick], CPU, FP32, size=LITTLE, kept=kept).name == "quick"
+    (key,) = json.loads(kept.read_text())
+    assert all(part in key for part in ("CPU", torch.__version__, "float32", "wrong | late | quick"))
+    with pytest.raises(ZeroDivisionError):  # other kernels, another question
+        fastest([late, quick], CPU, FP32, size=LITTLE, kept=kept)
+    kept.write_text("{")
+    with pytest.raises(ZeroDivisionError):
+        fastest([wrong, late, quick], CPU, FP32, size=LITTLE, kept=kept)
+
+
+def test_where_none_is_right_pytorch_s_own_is_taken(tmp_path):
+    assert fastest([replace(nan_at(0), name="a"), nan_at(1)], CPU, FP32, size=LITTLE, kept=tmp_path / "no").name == "spoiled"
+    (tmp_path / "file").touch()
+    assert fastest([SDPA, slow("late", 0.01)], CPU, FP32, size=LITTLE, kept=tmp_path / "file/kernels.json") is SDPA
+
+
+# --- cuDNN's, which runs on no CPU: what PyTorch's operator is called with --------------------------------------------
+
+
+def test_what_cudnn_is_called_with(monkeypatch):
+    """The operators' own schemas, with stand-ins behind: layouts of q, the log-sum-exp as [B N S 1]."""
+    q, k, v, d_out = (x.to(torch.bfloat16) for x in measure.drawn(Size(3, 5, batch=2, heads=4, dim=16), CPU, FP32))
+    out, lse = torch.randn(2, 3, 4, 16).bfloat16(), torch.randn(2, 4, 3)
+    calls = {}
+
+    def forward(*args):
+        calls["forward"] = args
+        return out.transpose(1, 2), lse.unsqueeze(-1), *[None] * 7
+
+    def backward(*args):
+        calls["backward"] = args
+        return tuple(x.transpose(1, 2) for x in (q * 2, k * 3, v * 4))
+
+    real, base = torch.ops.aten, "_scaled_dot_product_cudnn_attention"
+    fake = type("Aten", (), {base: staticmethod(forward), base + "_backward": staticmethod(backward)})
+    monkeypatch.setattr(kernels, "aten", fake)
+    found = KERNELS["cudnn"].partial(q, k, v)
+    assert torch.equal(found.out, out) and torch.equal(found.lse, lse) and found.lse.shape == (2, 4, 3)
+    assert [tuple(x.shape) for x in calls["forward"][:3]] == [(2, 4, 3, 16), (2, 4, 5, 16), (2, 4, 5, 16)]
+    assert calls["forward"][3:] == (None, True)
+    merged = Partial(out.float(), lse.transpose(1, 2).contiguous().transpose(1, 2))  # of a ring: fp32, another layout
+    grads = KERNELS["cudnn"].backward(d_out.transpose(1, 2).contiguous().transpose(1, 2), q, k, v, merged)
+    assert [torch.equal(g, x * n) for n, g, x in zip((2, 3, 4), grads, (q, k, v))] == [True] * 3
+    args = calls["backward"]
+    assert args[0].stride() == args[4].stride() == q.transpose(1, 2).stride() and args[4].dtype == q.dtype
+    assert args[5].shape == (2, 4, 3, 1) and args[5].stride() == (12, 3, 1, 1) and torch.equal(args[5][..., 0], lse)
+    for name, given in (("", calls["forward"]), ("_backward", args)):
+        schema = getattr(real, base + name).default._schema
+        needed = [a for a in schema.arguments if not a.has_default_value()]
+        assert len(needed) <= len(given) <= len([a for a in schema.arguments if not a.kwarg_only])
+        for argument, value in zip(schema.arguments, given):
+            kind = str(argument.type)
+            if kind == "Tensor":
+                assert isinstance(value, torch.Tensor), argument.name
+            elif kind in ("int", "float", "bool"):
+                assert type(value).__name__ == kind, argument.name
+
+
+def test_cudnn_is_for_new_cards_and_new_cudnns(monkeypatch):
+    gpu, missing = torch.device("cuda", 0), KERNELS["cudnn"].missing
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert missing(CPU, torch.bfloat16) == "it needs a CUDA device, this is cpu"
+    assert missing(gpu, FP32) == "it computes in bfloat16 or float16, not float32"
+    assert missing(gpu, torch.bfloat16) == "it needs cuDNN 9.15.1 or newer, this is 91500"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    monkeypatch.setattr(kernels, "_trial", lambda *asked: None)
+    assert missing(gpu, torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert missing(gpu, torch.bfloat16) == "it needs compute capability 9.0 or newer, this is 8.9"
