@@ -172,7 +172,7 @@ def test_what_flavors_take_differently_needs_a_flavor(strange):
     with pytest.raises(ConfigError, match="'image' is not the same for all of .*pair, whole"):
         kind_of("image", spec, plain)
     assert kind_of("image", spec, pair).given == () and kind_of("image", spec, whole).given == (0, -1)
-    with pytest.raises(ConfigError, match="no column 'control'; choose from latents, image, vision, text"):
+    with pytest.raises(ConfigError, match="no column 'control'; choose from latents, image, vision, mask, text"):
         kind_of("control", spec, pair)
 
 
