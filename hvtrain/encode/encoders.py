@@ -105,7 +105,7 @@ class Masks:
     def __call__(self, pixels: Tensor, shots: Sequence[Shot]) -> list[Fields]:
         light = pixels.float().mean(-1) / 255  # [B F H W]
         cells = F.avg_pool2d(light, (self.stride_h, self.stride_w))  # frames as channels
-        first, rest = cells[:, :1], cells[:, 1:].unflatten(1, (-1, self.stride_t)).mean(2)
+        first, rest = cells[:, :1], cells[:, 1:].unflatten(1, ((cells.shape[1] - 1) // self.stride_t, self.stride_t)).mean(2)
         return [{MASK: mask[None].bfloat16()} for mask in torch.cat([first, rest], dim=1)]  # [1 T h w]
 
 

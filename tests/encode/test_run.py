@@ -15,6 +15,7 @@ from PIL import Image
 
 from hvtrain.config import EncodeConfig, asset, load
 from hvtrain.encode import run as encode
+from hvtrain.encode.encoders import Masks
 from hvtrain.errors import DataError
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from shards import open_set
@@ -372,6 +373,8 @@ def test_masks_become_a_column_down_to_latent_cells(dataset, tmp_path):
     torch.testing.assert_close(still.float(), row.expand(1, 3, 8, 8), atol=0.05, rtol=0)
     torch.testing.assert_close(moving[0, :, 4, 4].float(), torch.tensor([1, 0, 0.75]), atol=0.05, rtol=0)
     assert next(iter(BatchLoader(found, batch_size=2))).tensors["mask"].shape == (2, 1, 3, 8, 8)
+    (picture,) = Masks(4, 8, 8)(torch.full((1, 1, 16, 24, 3), 255, dtype=torch.uint8), [])
+    assert picture["mask"].tolist() == [[[[1.0] * 3] * 2]]  # of an image, one frame
     plain = run(dataset, tmp_path / "out", "columns=[latents,text]")  # what is there stays
     assert "mask" in plain.get(0).tensors
 
