@@ -22,9 +22,10 @@ from tests.train.test_both_experts import pair_config, write_pair
 DOC = Path(__file__).parents[2] / "docs/optimizers.md"
 STEPS, START, REACHED = 40, 2.1, 1.95  # the held-out loss is above START untrained, and below REACHED after so many steps
 RATES = {
-    "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "adafactor": 0.3, "came": 1e-2, "prodigy": 1.0,
+    "adamw": 3e-3, "adam": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "adafactor": 0.3, "came": 3e-4, "prodigy": 1.0,
     "schedulefree": 1e-2, "muon": 1e-2, "torch.optim.SGD": 0.3,
 }
+ARGS = {"torch.optim.SGD": "{momentum: 0.9}", "prodigy": "{d0: 1e-3}"}  # the usual d0 is for thousands of steps
 PLACES = {
     "plain PyTorch": ("zero.engine=torch", "zero.stage=0"), "ZeRO-0": ("zero.engine=deepspeed", "zero.stage=0"),
     **{f"ZeRO-{s}": ("zero.engine=deepspeed", f"zero.stage={s}") for s in (1, 2, 3)},
@@ -45,7 +46,7 @@ def table() -> dict[tuple[str, str], bool]:
 
 
 def cell(shards: Path, output: Path, name: str, place: str, *more: str) -> TrainConfig:
-    args = "optim.args={momentum: 0.9}" if "SGD" in name else "optim.args={}"
+    args = f"optim.args={ARGS.get(name, '{}')}"
     return config(
         shards, output, f"optim.name={name}", f"optim.lr={RATES[name]}", f"run.steps={STEPS}", f"eval.shards={shards}",
         f"eval.every_steps={STEPS}", "eval.max_batches=1", "eval.quantiles=[0.3, 0.7]", "adapter.rank=16", "adapter.alpha=16",
