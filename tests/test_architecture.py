@@ -29,6 +29,7 @@ LAYERS = [
     ("hvtrain.weights", 2),
     ("hvtrain.models", 2),
     ("hvtrain.parallel.context", 2),
+    ("hvtrain.parallel.cores", 2),
     ("hvtrain.parallel.collectives", 2),
     ("hvtrain.parallel", 4),
     ("hvtrain.adapters", 4),

@@ -105,4 +105,4 @@ class ParallelConfig:
     ring: int = 1
     """Ring degree: ranks that pass keys and values around"""
     kernel: str = "auto"
-    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, sage (sampling only) or xfuser (sampling on several GPUs only)"""
+    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, or for sampling alone sage and, on several GPUs, xfuser"""

@@ -13,6 +13,7 @@ import hvtrain
 from hvtrain.registry import Registry
 
 FILE = "parts.yaml"
+MASK = "mask"  # the column that no part makes: of pictures alone, for any model
 
 
 @dataclass(frozen=True)

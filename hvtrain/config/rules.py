@@ -22,7 +22,7 @@ from hvtrain.config import (
     asset,
 )
 from hvtrain.config.model import EXPERT
-from hvtrain.config.parts import parts_of
+from hvtrain.config.parts import MASK, parts_of
 from hvtrain.config.sampling import check_limits
 from hvtrain.errors import ConfigError
 
@@ -253,7 +253,7 @@ def check_encode(cfg: EncodeConfig) -> None:
     _required(cfg.dataset, "dataset", "a dataset file (TOML or YAML)")
     _exists(cfg.dataset, "dataset")
     _required(cfg.output, "output", "a directory for the shard set")
-    legal = list(dict.fromkeys(c for part in parts_of(cfg.model.name).values() for c in part.makes))
+    legal = list(dict.fromkeys([*(c for part in parts_of(cfg.model.name).values() for c in part.makes), MASK]))
     if not cfg.columns or len(set(cfg.columns)) < len(cfg.columns):
         raise ConfigError(f"columns is {list(cfg.columns)}, expected some of {', '.join(legal)}, each once")
     for column in cfg.columns:
@@ -351,7 +351,7 @@ def _check_reconcile(cfg: MergeConfig) -> None:
 
 def _check_sampling(values: Sampling, prefix: str = "") -> None:
     check_limits(values, prefix=prefix)
-    for key, path in {"image": values.image, "end_image": values.end_image}.items():
+    for key, path in {"image": values.image, "end_image": values.end_image, "video": values.video}.items():
         if path is not None:
             _exists(path, prefix + key)
 

@@ -36,6 +36,9 @@ class Sampling:
     """The picture that an image-to-video flavor begins with (of a video its first frame), scaled and cropped to the size"""
     end_image: str | None = option("ei", alike=False)
     """The picture that it ends with, for a flavor of first and last frame to video"""
+    video: str | None = option("v", alike=False)
+    """The smaller video that a super-resolution flavor enlarges: a file of as many frames, or NAME.latents.safetensors, which
+    save_latents keeps"""
     solver: str = option("ss")
     """euler, unipc or dpm++"""
     shift: float = option("fs", above=0)

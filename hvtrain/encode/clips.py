@@ -15,6 +15,7 @@ from hvtrain.encode.media import IMAGES, VIDEOS
 from hvtrain.encode.places import brief, place, shown, sound
 from hvtrain.errors import DataError
 
+MASK_KEY = "mask_path"
 IMAGE_KEY = "image_path"  # of a line of videos: what it begins with; of a line of images the image itself
 
 
@@ -27,6 +28,7 @@ class Clip:
     dataset: Dataset = field(repr=False)
     controls: tuple[Path, ...] = ()
     image: Path | None = None
+    mask: Path | None = None  # a picture, or as many of them as frames: what of the clip counts
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ def _beside_its_caption(path: Path, dataset: Dataset) -> Clip | Rejected:
         sound(path)
         if not caption.is_file():
             raise DataError(f"{path}: has no caption; write it to {caption.name} beside it")
-        return Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset), _image_of(path, dataset))
+        return Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset), _image_of(path, dataset),
+                    _mask_of(path, dataset))  # fmt: skip
     except DataError as error:
         return Rejected(str(path), str(error))
     except OSError as error:
-        return Rejected(str(path), f"{path}: its caption, control or image cannot be read ({error.strerror})")
+        return Rejected(str(path), f"{path}: its caption, control, image or mask cannot be read ({error.strerror})")
 
 
 def _captions(path: Path, dataset: Dataset) -> tuple[str, ...]:
@@ -191,7 +194,8 @@ def _of_line(row: dict[str, Any], name: str, folder: Path, dataset: Dataset) -> 
     captions = _dressed(_caption_list(row), dataset)
     keys = sorted((k for k in row if re.fullmatch(r"control_path(_\d+)?", k)), key=lambda k: (len(k), k))
     images = [IMAGE_KEY] if dataset.is_video and IMAGE_KEY in row else []
-    for key in (*keys, *images):
+    masks = [MASK_KEY] if MASK_KEY in row else []
+    for key in (*keys, *images, *masks):
         if not isinstance(row[key], str):
             raise ValueError(f"its {key} is {brief(row[key])}, expected a path")
     path = place(name, folder)
@@ -200,9 +204,13 @@ def _of_line(row: dict[str, Any], name: str, folder: Path, dataset: Dataset) -> 
     except DataError as error:
         raise DataError(f"its control {error}") from None
     try:
-        return Clip(path, captions, dataset, controls, *(place(row[key], folder) for key in images))
+        image = place(row[IMAGE_KEY], folder) if images else None
     except DataError as error:
         raise DataError(f"its image {error}") from None
+    try:
+        return Clip(path, captions, dataset, controls, image, place(row[MASK_KEY], folder) if masks else None)
+    except DataError as error:
+        raise DataError(f"its mask {error}") from None
 
 
 def _controls_of(path: Path, dataset: Dataset) -> tuple[Path, ...]:
@@ -231,6 +239,21 @@ def _image_of(path: Path, dataset: Dataset) -> Path | None:
     found = sorted(p for p in folder.glob(f"{_literal(path.stem)}.*") if p.suffix.lower() in IMAGES and p.stem == path.stem)
     if not found:
         raise DataError(f"{path}: has no image in {folder}; expected {path.stem}.png or another picture of that name")
+    return found[0]
+
+
+def _mask_of(path: Path, dataset: Dataset) -> Path | None:
+    """Of a clip in a directory: the picture or video of the same name, or for videos a folder of pictures called so."""
+    if dataset.mask_directory is None:
+        return None
+    folder = _mirrored(dataset.mask_directory, path, dataset)
+    legal = (*VIDEOS, *IMAGES) if dataset.is_video else IMAGES
+    found = sorted(
+        p for p in folder.glob(f"{_literal(path.stem)}*")
+        if (p.stem == path.stem and p.suffix.lower() in legal) or (dataset.is_video and p.is_dir() and p.name == path.stem)
+    )  # fmt: skip
+    if not found:
+        raise DataError(f"{path}: has no mask in {folder}; expected a file called {path.stem}.*")
     return found[0]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from hvtrain.config import ModelConfig
-from hvtrain.encode.encoders import Encode, Fields, Latents, Looks, PixelEncoder, TextEncoder
+from hvtrain.config.parts import MASK
+from hvtrain.encode.encoders import Encode, Fields, Latents, Looks, Masks, PixelEncoder, TextEncoder
 from hvtrain.encode.samples import Picture, PlannedChunk, PlannedSample, hashed
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.models.parts import keys_of, open_column, open_text, open_vae
@@ -69,7 +70,7 @@ class ColumnKind:
 def columns_of(spec: ModelSpec) -> list[str]:
     """In the order of the model's parts; text last: what cannot be decoded is known before captions are encoded."""
     made = list(dict.fromkeys(column for part in spec.parts.values() for column in part.makes))
-    return sorted(made, key=lambda column: column == "text")
+    return sorted([*made, MASK], key=lambda column: column == "text")
 
 
 def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
@@ -87,6 +88,9 @@ def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
     if name == "text":
         seen = given if flavor.sees else None
         return ColumnKind(name, fields, None, _captions, _text_settings, _open_text, seen=seen)
+    if name == MASK:
+        cells = (Field(MASK, (1, None, None, None), torch.bfloat16, MASK),)
+        return ColumnKind(MASK, cells, lambda s: (s.mask,) if s.mask else (), _masked, _mask_settings, _open_masks)
     if spec.column(name) is not None:
         return ColumnKind(name, fields, given, _window, _look_settings, _open_own)
     if not fields:  # no condition
@@ -135,6 +139,10 @@ def _captions(s: PlannedSample) -> dict[str, Any]:
     return {"caption": s.captions[0], **({"captions": list(s.captions)} if len(s.captions) > 1 else {})}
 
 
+def _masked(s: PlannedSample) -> dict[str, Any]:
+    return {"mask": str(s.mask.path)} if s.mask else {}
+
+
 # Columns of latents that are not of the frames that a flavor is given.
 _LATENTS: dict[str, tuple[Pictures, Callable[[PlannedSample], dict[str, Any]]]] = {
     "latents": (lambda s: (s.clip,), _window),
@@ -161,6 +169,16 @@ def _open_latents(kind: ColumnKind, t: Tools) -> Encoder:
     return Encoder(_pixels(kind, make, t), f"{vae.fingerprint}/{t.dtype}/{t.seed}")
 
 
+def _mask_settings(t: Tools) -> tuple:
+    latent = t.flavor.latent
+    return latent.stride_t, latent.stride_h, latent.stride_w
+
+
+def _open_masks(kind: ColumnKind, t: Tools) -> Encoder:
+    strides = _mask_settings(t)
+    return Encoder(_pixels(kind, Masks(*strides), t), f"{MASK}-{'x'.join(map(str, strides))}")
+
+
 def _look_settings(t: Tools) -> tuple:
     return t.model.dtype, t.dtype
 
@@ -172,7 +190,7 @@ def _open_own(kind: ColumnKind, t: Tools) -> Encoder:
     return Encoder(_pixels(kind, make, t), f"{eye.fingerprint}/{t.dtype}")
 
 
-def _pixels(kind: ColumnKind, make: Latents | Looks, t: Tools) -> PixelEncoder:
+def _pixels(kind: ColumnKind, make: Latents | Looks | Masks, t: Tools) -> PixelEncoder:
     assert kind.pictures is not None
     return PixelEncoder(kind.pictures, make, t.batch_size, t.workers)
 

@@ -34,7 +34,8 @@ VIDEO = {
 }
 IMAGE = {"no_resize_control": bool, "control_resolution": (int, list)}
 KEYS: dict[str, Any] = {
-    **GENERAL, **dict.fromkeys(SOURCES, str), **VIDEO, **IMAGE, "control_directory": str, "cache_directory": str,
+    **GENERAL, **dict.fromkeys(SOURCES, str), **VIDEO, **IMAGE, "control_directory": str, "mask_directory": str,
+    "cache_directory": str,
 }
 OLD_NAMES = {
     "flux_kontext_no_resize_control": "no_resize_control", "qwen_image_edit_no_resize_control": "no_resize_control",
@@ -74,6 +75,7 @@ class Dataset:
     frames: FrameRule
     control: ControlRule
     image_directory: Path | None = None  # of videos: what each begins with, instead of its own first frame
+    mask_directory: Path | None = None  # what of each clip counts in training
     caption_extension: str = ".txt"
     caption_prefix: str | None = None
     prompt_prefix: str = ""  # the model's
@@ -187,6 +189,7 @@ def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) ->
         ),
         control=_control(table, where, folder, unit),
         image_directory=_directory(table, "image_directory", where, folder) if images else None,
+        mask_directory=_masks(table, where, folder),
         caption_extension=extension, caption_prefix=table.get("caption_prefix"), prompt_prefix=flavor.defaults.prompt_prefix,
         caption_suffix=table.get("caption_suffix", ""), num_repeats=table.get("num_repeats", 1),
         caption_dropout=float(table["caption_dropout"]) if "caption_dropout" in table else None,
@@ -207,6 +210,12 @@ def _directory(table: Mapping[str, Any], key: str, where: str, folder: Path) -> 
     if not found.is_dir():
         raise DataError(f"{where}: {key} = '{shown(found)}' is not a directory")
     return found
+
+
+def _masks(table: Mapping[str, Any], where: str, folder: Path) -> Path | None:
+    if "mask_directory" in table and "jsonl" in next(s for s in SOURCES if s in table):
+        raise DataError(f"{where}: mask_directory goes with a directory of clips; in JSONL give \"mask_path\" per line")
+    return _directory(table, "mask_directory", where, folder) if "mask_directory" in table else None
 
 
 def _control(table: Mapping[str, Any], where: str, folder: Path, unit: Size) -> ControlRule:

@@ -12,7 +12,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from hvtrain.config.parts import MASK
 from hvtrain.encode.clips import Rejected
 from hvtrain.encode.media import read_windows
 from hvtrain.encode.samples import Picture, PlannedSample
@@ -92,11 +94,27 @@ class Looks:
 
 
 @dataclass(frozen=True)
+class Masks:
+    """Pictures to how much of each latent cell is white, 0 to 1: a cell spans so many frames and pixels, the first one frame."""
+
+    stride_t: int
+    stride_h: int
+    stride_w: int
+    fault: ClassVar[str] = "makes no mask"
+
+    def __call__(self, pixels: Tensor, shots: Sequence[Shot]) -> list[Fields]:
+        light = pixels.float().mean(-1) / 255  # [B F H W]
+        cells = F.avg_pool2d(light, (self.stride_h, self.stride_w))  # frames as channels
+        first, rest = cells[:, :1], cells[:, 1:].unflatten(1, (-1, self.stride_t)).mean(2)
+        return [{MASK: mask[None].bfloat16()} for mask in torch.cat([first, rest], dim=1)]  # [1 T h w]
+
+
+@dataclass(frozen=True)
 class PixelEncoder:
     """Pictures, decoded ahead by threads, in batches of one shape."""
 
     pictures: Callable[[PlannedSample], Sequence[Picture]]
-    make: Latents | Looks  # uint8 [B F H W 3] and whose they are -> the fields of each
+    make: Latents | Looks | Masks  # uint8 [B F H W 3] and whose they are -> the fields of each
     batch_size: int
     workers: int
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from hvtrain.config import EncodeConfig
+from hvtrain.config.parts import MASK
 from hvtrain.config.rules import check_encode
 from hvtrain.encode.clips import Rejected, find_clips
 from hvtrain.encode.columns import ColumnKind, Tools, check_images, columns_of, kind_of
@@ -56,7 +57,7 @@ def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
     known = Known(folder.root)
     kept = {name: kind_of(name, spec, flavor) for name in carried(folder.root, known.manifest, asked, spec)}
     found = _look(folder, datasets, fps=flavor.defaults.fps, workers=cfg.workers)
-    samples, refused = _usable(found, folder.root, needs_control="control" in asked, strict=cfg.strict)
+    samples, refused = _usable(found, folder.root, asked=asked, strict=cfg.strict)
     check_images(samples, flavor, asked | kept)
     # Cut before the hopeless leave: one that turns out bad later does not move the others to other tars.
     hopeless = {row.digest for row in refused if row.digest}
@@ -103,17 +104,18 @@ def _look(
 
 
 def _usable(
-    found: Sequence[Sequence[PlannedSample | Rejected]], root: Path, *, needs_control: bool, strict: bool
+    found: Sequence[Sequence[PlannedSample | Rejected]], root: Path, *, asked: Container[str], strict: bool
 ) -> tuple[list[PlannedSample], list[Rejected]]:
     """The samples, and what is refused: with a digest, one of the samples that an earlier run could not encode."""
     refused = [row for rows in found for row in rows if isinstance(row, Rejected)]
     samples = without_doubles([row for rows in found for row in rows if isinstance(row, PlannedSample)])
-    if needs_control:
-        refused += [
-            Rejected(str(s.clip.path), f"{s.clip.path}: has no control, and column 'control' needs one")
-            for s in samples if not s.controls
-        ]
-        samples = [s for s in samples if s.controls]
+    for column, lacks in (("control", lambda s: not s.controls), (MASK, lambda s: s.mask is None)):
+        if column in asked:
+            refused += [
+                Rejected(str(s.clip.path), f"{s.clip.path}: has no {column}, and column '{column}' needs one")
+                for s in samples if lacks(s)
+            ]
+            samples = [s for s in samples if not lacks(s)]
     known = {row.digest: row for row in read_rejected(root) if row.digest}
     hopeless = [known[s.state] for s in samples if s.state in known]
     refused += hopeless

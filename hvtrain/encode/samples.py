@@ -51,6 +51,7 @@ class PlannedSample:
     caption_dropout: float | None = None
     controls: tuple[Picture, ...] = ()
     image: Picture | None = None  # that it comes with, instead of its own first frame
+    mask: Picture | None = None  # what of it counts in training
 
     @property
     def bucket(self) -> str:
@@ -65,8 +66,8 @@ class PlannedSample:
 
     @property
     def state(self) -> str:
-        """Another one if its file, window, captions, controls or image change."""
-        beside = [*self.controls, *([self.image] if self.image else [])]
+        """Another one if its file, window, captions, controls, image or mask change."""
+        beside = [*self.controls, *(p for p in (self.image, self.mask) if p)]
         parts = ([self.clip.identity], self.captions, [c.identity for c in beside])
         return "/".join([self.key, *(hashed(*part, "")[:16] for part in parts)])
 
@@ -127,6 +128,7 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
         seen, state = probes.look(clip.path)
         controls = [(path, *probes.look(path)) for path in clip.controls]
         look = probes.look(clip.image)[1] if clip.image else ""
+        masks = probes.look(clip.mask) if clip.mask else None
         kept = _kept(seen, source_fps=dataset.source_fps, target_fps=target_fps)
     except (DataError, OSError) as error:
         return [Rejected(str(clip.path), _named(clip.path, error))]
@@ -148,9 +150,13 @@ def _samples_of(clip: Clip | Rejected, probes: Probes, target_fps: float) -> lis
             )
             for path, found, its in controls
         )
+        mask = None
+        if clip.mask and masks:
+            mask = Picture(clip.mask, masks[1], tuple(min(i, masks[0].frames - 1) for i in frames), size)
         made.append(PlannedSample(
             f"{stem}-{tail}", Picture(clip.path, state, frames, size), clip.captions, dataset.num_repeats,
             dataset.caption_dropout, pictures, Picture(clip.image, look, (0,), size) if clip.image else None,
+            mask,
         ))
     return made
 

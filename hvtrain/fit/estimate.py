@@ -13,7 +13,7 @@ from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
 from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
-from hvtrain.fit.memory import Budget, Layout, beside, budget
+from hvtrain.fit.memory import Budget, Host, Layout, beside, budget, host
 from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
@@ -25,6 +25,8 @@ from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
 from hvtrain.train.optim import state_bytes
 from hvtrain.train.setup import part_of
 from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
+
+MACHINE = 8  # GPUs with fast links among them
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Estimate:
     budget: Budget
     flops: int  # of one rank in one micro-step or sampling step
     n_tokens: int  # image tokens of one sample
+    host: Host | None = None  # of a full fine-tune
 
 
 def candidate(model: ModelConfig) -> Candidate:
@@ -71,8 +74,10 @@ def candidate(model: ModelConfig) -> Candidate:
 
 
 def degrees(heads: int, gpus: int) -> list[tuple[int, int]]:
-    """Every (Ulysses, ring) over all `gpus`: Ulysses must divide the heads, the ring takes any number."""
-    return [(u, gpus // u) for u in range(gpus, 0, -1) if gpus % u == 0 and heads % u == 0]
+    """Every (Ulysses, ring) over all `gpus`: Ulysses must divide the heads, the ring takes any number. The fastest first: Ulysses
+    as far as one machine reaches, whose all-to-all nothing hides, and between machines a ring, whose messages attention hides."""
+    legal = [(u, gpus // u) for u in range(gpus, 0, -1) if gpus % u == 0 and heads % u == 0]
+    return sorted(legal, key=lambda one: one[0] > MACHINE)
 
 
 def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Estimate:
@@ -89,7 +94,8 @@ def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Est
         )
         counts, idle = byte_counts(model), len(about.flavor.experts) - 1 if cfg.model.experts == BOTH else 0
         found = beside(budget(counts, trace, layout), counts, layout, n=idle, on_host=cfg.run.idle_expert == "host")
-        return Estimate(found, trace.flops, _n_tokens(about, shape))
+        whole, largest = cfg.adapter.type == "none", max(4 * p.numel() for p in model.parameters())
+        return Estimate(found, trace.flops, _n_tokens(about, shape), host(counts, largest, layout) if whole else None)
 
 
 def placed(cfg: Training, about: Candidate, memory: int) -> Training:

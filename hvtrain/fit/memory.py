@@ -69,6 +69,33 @@ def beside(one: Budget, counts: Mapping[str, int], layout: Layout, *, n: int, on
     return replace(one, weights=one.weights + more, optimizer=one.optimizer + state, total=one.total + more + state)
 
 
+@dataclass(frozen=True)
+class Host:
+    """Bytes of host memory of a full fine-tune: of rank 0 while it loads and while the job saves, of every rank all the time."""
+
+    load: int
+    resident: int
+    save: int
+
+
+def host(counts: Mapping[str, int], largest: int, layout: Layout) -> Host:
+    """`largest`: bytes of the largest tensor, fp32.
+
+    ZeRO-3 cuts up what rank 0 has read, and saves piece by piece: a rank's part of one tensor at a time; on rank 0 also one whole
+    tensor, and in bf16, of the result that is made of the parts. Else rank 0 has all that is saved.
+    """
+    n, weights = counts["n_trained"], counts["trained"] + counts["frozen"]
+    if layout.zero.engine == "torch" or layout.zero.stage < 3:
+        return Host(0, _offloaded(n, weights, layout), int((4 + layout.state_bytes + 2) * n))
+    return Host(weights, _offloaded(n, weights, layout), -(-largest // layout.world) + largest + largest // 2)
+
+
+def _offloaded(n: int, weights: int, layout: Layout) -> int:
+    part, zero = -(-n // layout.world), layout.zero
+    state = int((4 + layout.state_bytes + 4) * part) if zero.offload_optimizer == "cpu" else 0  # and gradients
+    return state + (-(-weights // layout.world) if zero.offload_param == "cpu" else 0)
+
+
 def _sharded(n: int, trained: int, frozen: int, activations: int, trace: Trace, layout: Layout) -> Budget:
     """ZeRO 1 to 3: an fp32 copy and the moments of this rank's part, and what is in flight."""
     zero, part = layout.zero, -(-n // layout.world)

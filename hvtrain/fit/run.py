@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from hvtrain.config import GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
+from hvtrain.config import DataConfig, GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvtrain.errors import ConfigError
 from hvtrain.fit.estimate import (
     Candidate,
@@ -23,6 +23,7 @@ from hvtrain.fit.estimate import (
     placed,
     shape_of,
 )
+from hvtrain.fit.memory import Host
 from hvtrain.fit.search import USABLE, fits, nearest
 from hvtrain.fit.trace import Shape
 
@@ -44,7 +45,8 @@ class Asked:
 
 def training(cfg: TrainConfig, asked: Asked) -> str:
     about, memory = candidate(cfg.model), memory_bytes(asked)
-    sections, shape = placed(_sections(cfg), about, memory), _shape(about, asked, batch=cfg.data.batch_size)
+    sections = placed(_sections(cfg), about, memory)
+    shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
     own = cfg.parallel.ulysses * cfg.parallel.ring
     lines: list[str] = []
     for gpus in asked.gpus:
@@ -60,6 +62,7 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
         per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
         n_samples = gpus // own * shape.batch * cfg.run.grad_accum
         lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs")
+        lines += [] if given.host is None else [_host_line(given.host)]
         if fits(given, memory):
             lines.append(f"fits: {given.budget.total / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable")
             continue
@@ -124,7 +127,7 @@ def memory_bytes(asked: Asked) -> int:
 def advice(cfg: TrainConfig, asked: Asked) -> str:
     """One line for a run that went out of memory: the nearest config whose prediction fits."""
     about = candidate(cfg.model)
-    shape = _shape(about, asked, batch=cfg.data.batch_size)
+    shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
     found = nearest(placed(_sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked))
     if found is None:
         return "no setting makes it fit: use more or larger GPUs, or smaller clips"
@@ -146,6 +149,15 @@ def _shape(about: Candidate, asked: Asked, *, batch: int, **own: int | None) -> 
         raise ConfigError(f"--size: {error}") from None
     size = {name: getattr(asked, name) or own.get(name) for name in ("width", "height", "frames")}
     return shape_of(about.flavor, batch=batch, **size)
+
+
+def _batch(data: DataConfig, about: Candidate, shape: Shape) -> Shape:
+    """With as many samples as data.batch_tokens allows."""
+    if data.batch_tokens is None:
+        return shape
+    latent = about.flavor.latent
+    n_tokens = latent.n_tokens(latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
+    return replace(shape, batch=max(1, data.batch_tokens // n_tokens))
 
 
 def _head(about: Candidate, shape: Shape, found: Estimate) -> str:
@@ -170,6 +182,11 @@ def _budget_table(found: dict[str, Estimate]) -> str:
         table.add_row(part, *(f"{e.budget.parts()[part] / GIB:.2f}" for e in found.values()))
     table.add_row("worst moment", *(f"{e.budget.total / GIB:.2f}" for e in found.values()), style="bold")
     return _rendered(table)
+
+
+def _host_line(host: Host) -> str:
+    gib = [n / GIB for n in (host.load, host.save, host.resident)]
+    return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} always"
 
 
 def _rendered(table: Table) -> str:

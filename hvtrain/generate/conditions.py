@@ -17,28 +17,33 @@ from hvtrain.config import ModelConfig
 from hvtrain.encode.media import read_frames
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.generate.check import on_main
+from hvtrain.generate.low import read_low
 from hvtrain.generate.requests import Request
 from hvtrain.models.conditions import batch_of_one
-from hvtrain.models.parts import keys_of, open_column, open_text, open_vae
+from hvtrain.models.parts import keys_of, open_column, open_enlarger, open_text, open_vae
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.rng import generator
 
 Cond = Mapping[str, Tensor]  # a flavor's condition fields, batched
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Images at a size: what a video begins with, or also what it ends with."""
+    """Images at a size: what a video begins with, or also what it ends with; and the smaller one that it is made of."""
 
     images: tuple[str, ...]
     width: int
     height: int
     frames: int
+    video: str | None = None
+    seed: int = 0  # of what is drawn for it
 
     @classmethod
     def of(cls, request: Request) -> Shown | None:
-        images = tuple(request.images.values())
-        return cls(images, request.width, request.height, request.frames) if images else None
+        images, video = tuple(request.images.values()), request.video
+        size = request.width, request.height, request.frames
+        return cls(images, *size, video, request.seed if video else 0) if images or video else None
 
     @property
     def first(self) -> Tensor:
@@ -127,17 +132,24 @@ def _encode_texts(
 def _encode_images(
     wanted: Sequence[Shown], spec: ModelSpec, flavor: Flavor, model: ModelConfig, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    assert spec.image_conditions is not None
     vae = open_vae(spec, model, device)
-    encoders = {name: open_column(spec, model, name, device) for name in own_columns(spec, flavor)}
+    seen = any(one.images for one in wanted)
+    encoders = {name: open_column(spec, model, name, device) for name in own_columns(spec, flavor)} if seen else {}
+    enlarger = open_enlarger(spec, model, device, flavor) if flavor.enlarges else None
     found = []
     for one in wanted:
-        images = torch.stack([read_image(path, width=one.width, height=one.height) for path in one.images]).to(device)
-        shape = flavor.latent.shape(frames=one.frames, height=one.height, width=one.width)
-        made = spec.image_conditions(vae, encoders, images if len(images) > 1 else images[0], shape)
+        shape, made = flavor.latent.shape(frames=one.frames, height=one.height, width=one.width), dict[str, Tensor]()
+        if one.images:
+            assert spec.image_conditions is not None
+            images = torch.stack([read_image(path, width=one.width, height=one.height) for path in one.images]).to(device)
+            made |= spec.image_conditions(vae, encoders, images if len(images) > 1 else images[0], shape)
+        if one.video is not None and enlarger is not None:
+            low = read_low(one.video, flavor, vae, frames=one.frames)
+            made |= enlarger(low, shape, generator=generator(one.seed, stream="low"))
         fields = {name: value.cpu() for name, value in made.items()}
         if broken := [name for name, value in fields.items() if value.is_floating_point() and not value.isfinite().all()]:
-            raise DataError(f"image: '{broken[0]}' of {one.images[0]} is not finite; use model.vae_dtype float32")
+            what = "image" if one.images else "video"
+            raise DataError(f"{what}: '{broken[0]}' of {(*one.images, one.video)[0]} is not finite; use model.vae_dtype float32")
         found.append(fields)
     return found
 

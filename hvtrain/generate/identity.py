@@ -28,7 +28,7 @@ class Sources:
 
     def latents(self, request: Request) -> str:
         """Of a request's latents. The frame rate is written into the file only."""
-        shown = {name: self.images[path] for name, path in request.images.items()}
+        shown = {name: self.images[path] for name, path in request.files.items()}
         return _digest([self.sampling, {**asdict(request), "fps": None, **shown}])
 
     def video(self, request: Request) -> str:

@@ -19,11 +19,13 @@ from hvtrain.generate.check import check_parts
 from hvtrain.generate.conditions import check_own_columns, read_image
 from hvtrain.generate.identity import Sources, sources_of
 from hvtrain.generate.loras import Applied
+from hvtrain.generate.low import check_low
 from hvtrain.generate.requests import Job, Request
 from hvtrain.generate.video import read_metadata
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import Identified, identify, whole_model
+from hvtrain.models.parts import open_enlarger
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
@@ -130,10 +132,16 @@ def find_sources(
     """Of all parts the headers are read, and single values; of each image the picture."""
     prints: dict[str, Any] = {part: fingerprint(found.weights) for part, found in dits.files.items()}
     prints |= {"flavor": dits.flavor.name, **check_parts(model, dits.spec, dits.flavor)}
-    prints |= {f"column {name}": value for name, value in check_own_columns(dits.spec, dits.flavor, model).items()}
     shown = {path: job.request for job in jobs for path in job.request.images.values()}
+    if shown or not dits.flavor.image_optional:
+        prints |= {f"column {name}": value for name, value in check_own_columns(dits.spec, dits.flavor, model).items()}
     for path, request in shown.items():
         read_image(path, width=request.width, height=request.height)
+    if dits.flavor.enlarges:
+        prints["enlarger"] = open_enlarger(dits.spec, model, torch.device("meta"), dits.flavor).fingerprint
+    for request in (job.request for job in jobs if job.request.video is not None):
+        check_low(str(request.video), request, dits.spec, dits.flavor)
+        shown[str(request.video)] = request
     return sources_of(model, loras, prints, precision=precision, images=list(shown))
 
 

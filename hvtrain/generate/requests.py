@@ -46,6 +46,11 @@ class Request(Sampling):
         SOLVERS.find(self.solver, key="solver")
         if self.guidance is not None and flavor.defaults.guidance is None:
             raise ConfigError(f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance null")
+        if self.video is not None and not flavor.enlarges:
+            raise ConfigError(
+                f"video is {self.video}, but '{flavor.name}' enlarges none: leave it out, or take a flavor of super-resolution "
+                "(`hvtrain models`)"
+            )
         for name, path in self.images.items():
             if name not in _images_of(flavor):
                 raise ConfigError(
@@ -64,9 +69,14 @@ class Request(Sampling):
         return {name: path for name, path in (("image", self.image), ("end_image", self.end_image)) if path is not None}
 
     @property
+    def files(self) -> dict[str, str]:
+        """key -> path of all that it is made from."""
+        return self.images if self.video is None else {**self.images, "video": self.video}
+
+    @property
     def layout(self) -> tuple:
-        """Requests of one layout can be sampled together."""
-        return tuple(getattr(self, f.name) for f in fields(Sampling) if f.metadata["alike"])
+        """Requests of one layout can be sampled together: they have the same conditions, too."""
+        return (*(getattr(self, f.name) for f in fields(Sampling) if f.metadata["alike"]), *self.files)
 
     @property
     def guided(self) -> bool:
@@ -110,8 +120,9 @@ def _images_of(flavor: Flavor) -> tuple[str, ...]:
 
 
 def lacks(request: Request, flavor: Flavor) -> list[str]:
-    """Images without which it cannot be made."""
-    return [] if flavor.image_optional else [name for name in _images_of(flavor) if name not in request.images]
+    """Images, or the video, without which it cannot be made."""
+    needed = [*(() if flavor.image_optional else _images_of(flavor)), *(("video",) if flavor.enlarges else ())]
+    return [name for name in needed if name not in request.files]
 
 
 def single_job(flavor: Flavor, given: Mapping[str, Any], *, prompt: str, output: str, also: object = None) -> Job:
@@ -136,10 +147,11 @@ def _complete(flavor: Flavor, **given: Any) -> Request:
     request = Request.of(flavor, **given)
     for name in lacks(request, flavor):
         letter = next(letter for letter, (key, _) in line_options().items() if key == name)
+        what = "enlarges a video" if name == "video" else "is told by an image"
         raise ConfigError(
-            f"{name}: '{flavor.name}' is told by an image; give {name}=FILE, or --{letter} FILE in a line of a prompt file"
+            f"{name}: '{flavor.name}' {what}; give {name}=FILE, or --{letter} FILE in a line of a prompt file"
         )
-    for name, path in request.images.items():
+    for name, path in request.files.items():
         if not Path(path).exists():
             raise ConfigError(f"{name}: {path} does not exist")
     return request

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hvtrain.errors import DataError
 from hvtrain.flow.solvers import State
@@ -56,6 +57,19 @@ def find(output: Path, identity: str) -> State | None:
         except (OSError, SafetensorError, ValueError, KeyError):
             continue
     return None
+
+
+def read(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Finished latents [C T H W] from such a file, and the parameters that they were made with. Raises DataError."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            note = json.loads((file.metadata() or {})[_KEY])
+            made: dict[str, Any] = note["parameters"]
+            if note["step"] < made["steps"]:
+                raise DataError(f"{path}: its latents are those after step {note['step']} of {made['steps']}: not finished")
+            return file.get_tensor("latents"), made
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a file of latents that save_latents kept ({type(error).__name__}: {error})") from None
 
 
 def forget(output: Path, *, save: bool) -> None:

@@ -112,7 +112,7 @@ def parameters(plan: Plan, request: Request) -> dict[str, Any]:
     """What goes into a video file: enough to make the same video again."""
     return {
         **request.values,
-        **{name: Path(path).name for name, path in request.images.items()},
+        **{name: Path(path).name for name, path in request.files.items()},
         "model": plan.spec.name,
         "flavor": plan.flavor.name,
         "dit": dit_names(plan),

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hvtrain.lorafiles.dialects import Dialect, key_map, spread
-from hvtrain.lorafiles.files import FOLDED_KEY, PARTS_KEY, LoraFile, kept, parts_entry, write_tensors
+from hvtrain.lorafiles.dialects import DIALECTS, Dialect, key_map, spread
+from hvtrain.lorafiles.files import (
+    FOLDED_KEY,
+    PARTS_KEY,
+    RESCALED_KEY,
+    LoraFile,
+    kept,
+    parts_entry,
+    write_tensors,
+)
 from hvtrain.lorafiles.metadata import PEFT_KEY
 from hvtrain.lorafiles.pairs import LoraPair, fold_alpha
 from hvtrain.models.spec import ModelSpec
@@ -42,6 +50,21 @@ def converted(lora: LoraFile, spec: ModelSpec, to: Dialect, *, fold: bool | None
     elif to.alpha == "metadata":
         metadata[PEFT_KEY] = json.dumps({to.prefix(expert) + key: value for key, value in peft_config(pairs).items()})
     return Converted(to.tensors(pairs, expert=expert), metadata)
+
+
+def dora_for_comfyui(lora: LoraFile, weight: Callable[[str], torch.Tensor], *, expert: int = 0) -> Converted:
+    """A DoRA for a program that divides by the lengths of the model's own rows, not of those with the LoRA added: what the
+    latter come to is put into the lengths. `weight`: of a layer [out, in], float32."""
+    dialect, lengths = DIALECTS["comfyui"], {}
+    for name, pair in lora.pairs.items():
+        if pair.magnitude is None:
+            continue
+        w = weight(name)
+        whole = torch.linalg.vector_norm(w + pair.up.float() @ pair.down.float() * pair.scale, dim=1)
+        ratio = torch.linalg.vector_norm(w, dim=1) / whole.clamp(min=1e-12)
+        lengths[f"{dialect.prefix(expert)}{name}.dora_scale"] = (pair.magnitude.float() * ratio)[:, None]
+    metadata = kept(lora.metadata, FOLDED_KEY, PEFT_KEY, PARTS_KEY) | {RESCALED_KEY: "comfyui"}
+    return Converted(dialect.tensors(lora.pairs, expert=expert) | lengths, metadata)
 
 
 def peft_config(pairs: Mapping[str, LoraPair]) -> dict[str, object]:

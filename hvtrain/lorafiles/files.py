@@ -43,6 +43,7 @@ from hvtrain.weights.stream import data_sum, open_writer
 
 PARTS_KEY = "hvtrain.parts"  # metadata: ranks of the blocks that a joined pair was stacked from, by layer
 FOLDED_KEY = "hvtrain.folded_alpha"  # metadata: the alphas that were multiplied into `up`, by the file's layer names
+RESCALED_KEY = "hvtrain.dora"  # metadata: whose division by lengths of rows a DoRA was rewritten for
 STALE = ("sshs_", SUM_KEY)  # beginnings of metadata keys that describe a file's bytes: never copied to another file
 _ENDINGS = {".alpha": "alpha"} | {
     ending: part
@@ -208,6 +209,8 @@ def read_lora(
     weights, names = open_weights(path), known_names(spec, shapes)
     tensors = {name: weights.get(name) for name in weights}
     tensors, whole = split(tensors) if foreign else (tensors, {})
+    if whose := weights.metadata.get(RESCALED_KEY):
+        raise CheckpointError(f"{path}: a DoRA rewritten for {whose}; give the file that it was made of")
     stems = _of_expert(path, _group(path, tensors), expert)
     if foreign and spec is not None:
         stems = _without_relatives(path, stems, names, spec)
@@ -219,8 +222,8 @@ def read_lora(
     deltas = {name: _delta(path, stem, stems[stem], peft) for name, stem in found.items()}
     if not decomposed and any(delta.kind is DoraLinear for delta in deltas.values()):
         raise CheckpointError(
-            f"{path}: is a DoRA: what it adds to a weight depends on the weight, so it cannot be cut, joined, averaged or "
-            "converted by itself; `hvtrain merge --dit MODEL` merges it, `hvtrain generate` and adapter.init_from take it"
+            f"{path}: is a DoRA: what it adds to a weight depends on the weight, so it cannot be cut, joined or converted by "
+            "itself; `hvtrain merge --dit MODEL` merges it, `hvtrain generate` and adapter.init_from take it"
         )
     given = {name: _pair(path, found[name], delta) for name, delta in deltas.items()}
     given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}

@@ -13,7 +13,7 @@ import torch
 from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.lorafiles.convert import converted
+from hvtrain.lorafiles.convert import converted, dora_for_comfyui
 from hvtrain.lorafiles.dialects import DIALECTS, spelling
 from hvtrain.lorafiles.experts import names_of, number_of
 from hvtrain.lorafiles.files import (
@@ -166,14 +166,24 @@ def convert(
     if dialect.alpha == "rank" and fold is False:
         raise ConfigError(f"--keep-alpha: {target} has no alpha in its files; leave the option out")
     check_output(output, lora_of(path, expert))
-    known = open_any(path, dit=dit, edited=edited, expert=expert)
+    known = open_any(path, dit=dit, edited=edited, expert=expert, decomposed=target == "comfyui")
     said, experts = known.lora.metadata.get(EXPERT_KEY), names_of(known.spec)
     if expert is not None and said not in (None, expert):
         raise ConfigError(f"--expert {expert}: {path} was trained as '{said}'; leave the option out")
     expert = expert or said
     number = experts.index(expert) if expert in experts else 0
     lora = replace(known.lora, metadata={**known.lora.metadata, **({EXPERT_KEY: expert} if expert else {})})
-    converted(lora, known.spec, dialect, fold=fold, expert=number).save(output)
+    if any(pair.magnitude is not None for pair in lora.pairs.values()):
+        if dit is None:
+            raise ConfigError(
+                "--to comfyui of a DoRA: ComfyUI brings other rows to its lengths, those of the model alone; give the model, "
+                "--dit FILE, and the file's lengths will be such that its videos are right"
+            )
+        found = identify(asset(dit))
+        own = dora_for_comfyui(lora, lambda name: found.read(f"{name}.weight", dtype=torch.float32), expert=number)
+    else:
+        own = converted(lora, known.spec, dialect, fold=fold, expert=number)
+    own.save(output)
     return f"{output}: {len(known.lora.pairs)} layers in the dialect of {target}"
 
 

@@ -41,7 +41,8 @@ class Addition:
     def add_to(self, weight: Tensor) -> None:
         if self.dense is not None:
             weight.copy_(weight.float() + self.dense().to(weight.device))
-        add_pairs(weight, self.pairs)
+        if self.pairs:  # a vector has none
+            add_pairs(weight, self.pairs)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvtrain.config.model import ModelConfig, asset
-from hvtrain.models.spec import Flavor, ModelSpec, PictureEncoder, TextEncoders, Vae
+from hvtrain.models.spec import Enlarger, Flavor, ModelSpec, PictureEncoder, TextEncoders, Vae
 
 Device = torch.device | str
 
@@ -36,6 +36,11 @@ def text_fingerprints(spec: ModelSpec, model: ModelConfig, flavor: Flavor | None
 
 def _sees(flavor: Flavor | None) -> dict[str, int]:
     return {"sees": flavor.sees} if flavor and flavor.sees else {}
+
+
+def open_enlarger(spec: ModelSpec, model: ModelConfig, device: Device, flavor: Flavor) -> Enlarger:
+    assert spec.open_enlarger is not None, spec.name
+    return spec.open_enlarger(model.files, flavor, device=device)
 
 
 def keys_of(spec: ModelSpec, column: str) -> str:

@@ -142,6 +142,16 @@ class PictureEncoder(Protocol):
         ...
 
 
+class Enlarger(Protocol):
+    """A smaller video's latents to the condition fields of a flavor that enlarges."""
+
+    fingerprint: str
+
+    def __call__(self, latents: Tensor, shape: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scaled [C T h w] -> fields without the batch, on the CPU, for a video of latents [C T H W]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Column:
     """A column that the model has besides the common ones (latents, image, control, text): how it is encoded."""
@@ -196,6 +206,7 @@ class Flavor:
     unguided: bool = False  # distilled so far that classifier-free guidance breaks it
     image_optional: bool = False  # of one that takes an image: it also makes videos without
     mixes: bool = False  # it can be trained with and without, as those can: cond["image_given"] [B] bool tells
+    enlarges: bool = False  # it makes a larger video of a smaller one
     sees: int = 0  # above 0 its text encoders see the image too, every n-th token of which the DiT reads
     given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
     # Where the training shift follows a clip's size: two points (image tokens of all its frames, log of the shift) of a line
@@ -288,6 +299,7 @@ class ModelSpec:
     # (vae, encoders of its own columns by name, the given frames [n 3 H W] in [-1, 1] or the only one [3 H W], latents'
     # [C T H W]) -> condition fields without the batch: what a flavor needs beyond a prompt
     image_conditions: Callable[..., dict[str, Tensor]] | None = None
+    open_enlarger: Callable[..., Enlarger] | None = None  # (parts, flavor, *, device), for flavors that enlarge
     # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for a task that begins elsewhere
     start: Callable[..., Tensor] | None = None
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list

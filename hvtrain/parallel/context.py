@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import glob
 import os
+import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hvtrain.errors import ConfigError, LaunchError
+from hvtrain.parallel.cores import bind
 
 T = TypeVar("T")
 DEVICE = "HVTRAIN_DEVICE"  # cpu or cuda: what processes compute on where no one says; unset: a GPU if there is one
@@ -60,6 +63,14 @@ class ParallelContext:
     def device_name(self) -> str:
         """For people: "CPU", or the GPU's name."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    @property
+    def devices(self) -> str:
+        """Of all processes, for people. Collective."""
+        all_of_them = Counter(self.gather_objects((socket.gethostname(), self.device_name)))
+        if len(all_of_them) == 1:
+            return self.device_name
+        return ", ".join(f"{n} x {name} of {host}" for (host, name), n in all_of_them.items())
 
     @property
     def memory_bytes(self) -> int:
@@ -139,6 +150,7 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
     rank, local_rank = _env_int("RANK", 0), _env_int("LOCAL_RANK", 0)
     dp = _data_degree(world, ulysses=ulysses, ring=ring)
     place = _pick_device(device, local_rank)
+    bind(place, local_rank, _env_int("LOCAL_WORLD_SIZE", 1))
     if place.type != "cuda":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for a GPU, and warns
     if world > 1 and not dist.is_initialized():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import ConfigError
 from hvtrain.models.dit import Tokens
+from hvtrain.parallel.hostcopy import page_locked
 
 SLOTS = 2
 _ALIGN = 256
@@ -231,7 +232,7 @@ def _pack(found: Sequence[tuple[nn.Module, str, Tensor]], *, pinned: bool) -> _H
     for owner, name, t in found:
         pieces.append(_Piece(owner, name, end, t.shape, t.dtype))
         end += -(-t.nbytes // _ALIGN) * _ALIGN
-    host = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    host = page_locked(end) if pinned else torch.empty(end, dtype=torch.uint8)
     for piece, (_, _, t) in zip(pieces, found, strict=True):
         host[piece.start : piece.start + piece.n_bytes].copy_(t.detach().cpu().contiguous().view(-1).view(torch.uint8))
     return _Home(pieces, host)

@@ -4,6 +4,7 @@ config."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
+from hvtrain.flow.picture import draw, lines, look
 from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
@@ -125,6 +127,29 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     if own:
         shutdown()
     return 0 if finished else REQUEUE
+
+
+def show_timesteps(cfg: TrainConfig, picture: str) -> Iterator[str]:
+    """How often which noise levels are trained, and what an error there counts: lines of text, and a PNG each. Of the model only
+    the header is read, and of the shards one sample's size."""
+    bases = setup.find_bases(cfg.model, scratch=cfg.model.dit is None)
+    flavor = bases[0].flavor
+    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards")
+    shapes = [tuple(found.some().tensors["latents"].shape) for found in sets]
+    d = flavor.defaults
+    shape = shapes[0] if shapes else flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)
+    members = setup.members_of(bases, cfg.flow, cfg.run.name)
+    for member in members:
+        flow = setup.flow_of(member.flow, flavor)
+        one = objective_of(flow, bases[0].spec, flavor, device=torch.device("cpu"), autocast=False)
+        whose = f"{flavor.name} {member.name}" if len(members) > 1 else flavor.name
+        title = f"{whose}: {flow.timestep_sampling}, {flow.weighting} weighting"
+        levels = look(one.quantile, one.measure.weight, shape)
+        yield f"{title}, latents of {' x '.join(map(str, shape[-3:]))}"
+        yield from lines(levels)
+        path = Path(picture) if len(members) == 1 else Path(picture).with_stem(f"{Path(picture).stem}-{member.name}")
+        draw(levels, path, title=title)
+        yield f"drawn in {path}"
 
 
 def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
@@ -291,7 +316,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     return (
         f"{base.spec.name} {base.flavor.name}{expert}: training {what} ({n:,} parameters) "
         f"on {ready.n_samples} samples\n"
-        f"{ctx.world} process(es) on {ctx.device_name}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
+        f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
         f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "

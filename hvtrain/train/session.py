@@ -135,6 +135,7 @@ class Session:
             if finished and self.files.adapter.type != "none":
                 for key in self.team.trainees:
                     of = f" --expert {key}" if len(self.team.trainees) > 1 else ""
+                    of += " --dit MODEL" if "dora" in (self.files.adapter.type, self.files.adapter.slice_type) else ""
                     there = f"{shlex.quote(str(self.output))}{of} --to comfyui --output comfyui{key and f'-{key}'}.safetensors"
                     print(f"for ComfyUI, which skips layers under these names: hvtrain lora convert {there}", flush=True)
         return finished

@@ -219,6 +219,8 @@ def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
 def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[TeamMember]:
     """Each with its part of the noise levels, and for as many steps as are in it. Raises ConfigError as `flow_of`."""
     flavor, d = bases[0].flavor, bases[0].flavor.defaults
+    if len(bases) > 1 and flow.range == "squeeze":
+        raise ConfigError("flow.range squeeze would give each of several experts all of the distribution; use cut")
     whole = flow_of(flow, flavor)
     quantile = quantile_function(whole.timestep_sampling, whole, flavor)
     usual = flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)

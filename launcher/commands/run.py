@@ -37,7 +37,13 @@ def _encode(args: argparse.Namespace) -> None:
     encode.run(cfg)
 
 
-@command("train", "train a LoRA or the whole model on shards", options=config_options, check=_check("train"))
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    parser.add_argument("--show-timesteps", action="store_true",
+                        help="draw which noise levels the config trains, here and in timesteps.png; train nothing")
+
+
+@command("train", "train a LoRA or the whole model on shards", options=_train_options, check=_check("train"))
 def _train(args: argparse.Namespace) -> int | None:
     from hvtrain import stopping
 
@@ -45,6 +51,10 @@ def _train(args: argparse.Namespace) -> int | None:
     cfg = load_config("train", args)
     from hvtrain.train import run as train
 
+    if args.show_timesteps:
+        for line in train.show_timesteps(cfg, "timesteps.png"):
+            print(line)
+        return None
     return train.run(cfg)
 
 

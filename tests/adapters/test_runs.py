@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from hvtrain.config import MergeConfig, load
 from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.lorafiles.tools import convert, info
 from hvtrain.merge import run as merge
 from hvtrain.parallel.context import shutdown
 from hvtrain.train import run as train
@@ -220,3 +221,24 @@ def test_what_does_not_compose_is_refused_by_name(options, says, shards, tmp_pat
     with pytest.raises(ConfigError, match=says):
         train.run(config(shards, tmp_path / "x", *options))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_dora_for_comfyui(shards, base, tmp_path):
+    """Which brings the rows of W + delta to m |W + delta| / |W|: by its formula the file gives what the merge gives."""
+    assert train.run(config(shards, tmp_path / "a", "adapter.type=dora", "optim.lr=5e-2", "run.steps=3")) == 0
+    file = str(tmp_path / "a/lora.safetensors")
+    with pytest.raises(ConfigError, match="--to comfyui of a DoRA: .* give the model, --dit FILE"):
+        convert(file, str(tmp_path / "c.safetensors"), target="comfyui")
+    with pytest.raises(CheckpointError, match="is a DoRA"):
+        convert(file, str(tmp_path / "c.safetensors"), target="diffusers", dit=TINY)
+    convert(file, str(tmp_path / "c.safetensors"), target="comfyui", dit=TINY)
+    merge.run(load(MergeConfig, None, [f"dit={TINY}", f"lora=[{{path: {file}}}]", f"output={tmp_path / 'm.safetensors'}",
+                                       "dtype=float32"]))  # fmt: skip
+    merged, f, w = load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "c.safetensors"), base[f"{QKV}.weight"]
+    stem = f"diffusion_model.{QKV}"
+    whole = w + f[f"{stem}.lora_B.weight"] @ f[f"{stem}.lora_A.weight"]
+    torch.testing.assert_close(whole * f[f"{stem}.dora_scale"] / w.norm(dim=1, keepdim=True), merged[f"{QKV}.weight"])
+    assert (f[f"{stem}.dora_scale"] - load_file(file)[f"{STEM}.dora_scale"]).abs().max() > 1e-3
+    with pytest.raises(CheckpointError, match="a DoRA rewritten for comfyui; give the file that it was made of"):
+        convert(str(tmp_path / "c.safetensors"), str(tmp_path / "d.safetensors"), target="musubi")
+    assert next(info(file)).startswith(f"{file}: DoRA for hunyuan-video")

@@ -352,6 +352,30 @@ def test_control_clips_and_images_become_a_column(dataset, tmp_path):
     assert 0 < own < 0.5 * distance(tensors["control_latents"], others)
 
 
+def test_masks_become_a_column_down_to_latent_cells(dataset, tmp_path):
+    """A picture for all frames, or one for each; of what lies in a cell, how much is white."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    left = Image.new("L", (64, 64), 0)
+    left.paste(255, (0, 0, 20, 64))
+    left.save(folder / "clip_00000.png")
+    (folder / "clip_00001").mkdir()
+    for i in range(9):
+        Image.new("L", (64, 64), 255 if i in (0, 5, 6, 7) else 0).save(folder / "clip_00001" / f"{i:02d}.png")
+    dataset.write_text(dataset.read_text() + f"mask_directory = '{folder}'\n")
+    found = run(dataset, tmp_path / "out", "columns=[latents,mask,text]")
+    assert len(found) == 2 and "has no mask in" in reasons(tmp_path / "out")[0]
+    masks = [found.get(i).tensors["mask"] for i in range(2)]
+    still, moving = sorted(masks, key=lambda mask: -mask[0, 0].float().std())
+    assert still.shape == (1, 3, 8, 8) and still.dtype == torch.bfloat16
+    row = torch.tensor([1, 1, 0.5, 0, 0, 0, 0, 0])
+    torch.testing.assert_close(still.float(), row.expand(1, 3, 8, 8), atol=0.05, rtol=0)
+    torch.testing.assert_close(moving[0, :, 4, 4].float(), torch.tensor([1, 0, 0.75]), atol=0.05, rtol=0)
+    assert next(iter(BatchLoader(found, batch_size=2))).tensors["mask"].shape == (2, 1, 3, 8, 8)
+    plain = run(dataset, tmp_path / "out", "columns=[latents,text]")  # what is there stays
+    assert "mask" in plain.get(0).tensors
+
+
 def test_two_ranks_share_the_work_and_make_the_same_set(dataset, tmp_path):
     one = contents(run(dataset, tmp_path / "one"))
     command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", "2", "encode", str(CONFIG),

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvtrain.config import GenerateConfig, ModelConfig, TrainConfig, load
+from hvtrain.config import DataConfig, GenerateConfig, ModelConfig, TrainConfig, load
 from hvtrain.config.model import ParallelConfig
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.fit import run as fit
 from hvtrain.fit import trace
 from hvtrain.fit.estimate import Training, candidate, degrees, of_sampling, of_training, shape_of
-from hvtrain.fit.run import Asked
+from hvtrain.fit.run import Asked, _batch
 from hvtrain.fit.search import USABLE, nearest
 from hvtrain.models import all_specs, find
 from hvtrain.models.dit import run_plain
@@ -77,6 +77,20 @@ def test_equal_blocks_are_extrapolated_exactly(monkeypatch):
 def _config(*items: str) -> Training:
     cfg = load(TrainConfig, None, ["model.flavor=t2v", "data.shards=x", "run.output_dir=x", "run.steps=1", *items])
     return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run)
+
+
+def test_an_optimizer_counts_with_what_it_keeps_and_a_batch_with_its_tokens():
+    about = candidate(ModelConfig("hunyuan-video", "tiny"))
+    shape = shape_of(about.flavor, width=64, height=64, frames=5)
+    kept = {}
+    for name in ("adamw", "lion", "prodigy"):
+        cfg = replace(_config("model.flavor=tiny", "zero.engine=torch", "adapter.rank=4"), optimizer=name)
+        kept[name] = of_training(cfg, about, shape, 1).budget.optimizer
+    assert kept["adamw"] == 2 * kept["lion"] == kept["prodigy"] / 2 > 0
+    data = DataConfig(batch_tokens=100)
+    assert _batch(data, about, shape).batch == 3  # of 32 tokens each
+    assert _batch(replace(data, batch_tokens=1), about, shape).batch == 1
+    assert _batch(DataConfig(), about, shape) == shape
 
 
 def test_the_nearest_fits():

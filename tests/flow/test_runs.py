@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from hvtrain.errors import ConfigError, DataError
 from hvtrain.flow.timesteps import SAMPLERS
 from hvtrain.train import run as train
+from launcher.cli import main
 from tests.train.shardset import config, make_shards
 
 
@@ -42,3 +45,21 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(error, match=says):
             train.run(config(shards, tmp_path / "x", *options))
+
+
+def test_what_is_trained_is_shown(tmp_path, monkeypatch, capfd):
+    """Of a config that nothing is trained with yet, and not where the run will be; the numbers are the formulas'."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {dit: tiny:dit.safetensors}\nflow: {timestep_sampling: uniform, weighting: cosmap, max_sigma: 0.5}\n")
+    assert main(["train", str(file), "--show-timesteps", "run.output_dir=there"]) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert out[0].startswith("tiny: uniform, cosmap weighting, latents of ") and out[-1] == "drawn in timesteps.png"
+    rows = {float(line.split()[0]): line.split() for line in out[2:-1]}
+    assert float(rows[0.1][-3]) == pytest.approx(2, abs=0.01) and rows[0.7][-3] == "0.000" and "#" not in rows[0.7][1]
+    assert float(rows[0.3][-2]) == pytest.approx(2 / (math.pi * (1 - 0.6 + 0.18)), rel=0.01)
+    assert rows[0.1][1] == "#" * 40
+    image = Image.open(tmp_path / "timesteps.png").convert("RGB")
+    low, high = (sum(image.getpixel((x, y)) == (120, 160, 215) for y in range(420)) for x in (200, 700))
+    assert low > 200 > high == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"run.yaml", "timesteps.png"}

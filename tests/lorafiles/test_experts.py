@@ -20,6 +20,7 @@ from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.merge.inputs import open_inputs
 from hvtrain.models import find
+from hvtrain.models.load import save_dit
 
 SPEC = find("wan")
 FLAVOR = SPEC.flavors["tiny-a14b"]
@@ -79,10 +80,12 @@ def test_sampling_with_it(tmp_path: Path) -> None:
         opened(SampledLora(str(ranged), expert="high"))
     plain = lora(tmp_path / "plain.safetensors")
     assert opened(SampledLora(str(plain))) == [(None, 1.0)] and opened(SampledLora(str(plain), expert="high")) == [("high", 1.0)]
+    dit = str(tmp_path / "dit.safetensors")
+    save_dit(SPEC.build(FLAVOR.arch), dit, spec=SPEC, flavor=FLAVOR)
     halves = {name: str(tmp_path / f"half-{name}.safetensors") for name in ("high", "low")}
     for name, path in halves.items():
         source = lora(tmp_path / "p.safetensors", {"high": 1.0, "low": 3.0}[name])
-        tools.convert(str(source), path, target="diffusers", expert=name)
+        tools.convert(str(source), path, target="diffusers", dit=dit, expert=name)
     with safe_open(halves["low"], "pt") as file:
         assert file.metadata()["hvtrain.expert"] == "low"
     bare = tmp_path / "bare.safetensors"
@@ -93,7 +96,7 @@ def test_sampling_with_it(tmp_path: Path) -> None:
     assert opened(SampledLora(str(both), 0.5)) == [("high", 1.0), ("low", 3.0)]
     assert opened(SampledLora(str(both), expert="low")) == [("low", 3.0)]
     with pytest.raises(ConfigError, match="--expert high: .* was trained as 'low'; leave the option out"):
-        tools.convert(str(own), str(tmp_path / "x.safetensors"), target="comfyui", expert="high")
+        tools.convert(str(own), str(tmp_path / "x.safetensors"), target="comfyui", dit=dit, expert="high")
 
 
 def test_other_noise_levels(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_the_trial_s_attention_is_the_same_each_time():
 
 def test_who_is_chosen_and_who_is_refused():
     assert pick_kernel("auto", device=CPU).name == pick_kernel("sdpa", device=CPU).name == "sdpa"
-    names = "auto, flash2, flash3, sage, sdpa, xfuser"
+    names = "auto, cudnn, flash2, flash3, flash4, sage, sdpa, xfuser"
     for name, hint in (("flash_2", "did you mean 'flash2'?"), ("?", f"choose one of: {names}")):
         with pytest.raises(ConfigError, match="^" + re.escape(f"parallel.kernel: no attention kernel '{name}'; {hint}") + "$"):
             pick_kernel(name, device=CPU)

@@ -31,6 +31,7 @@ from hvtrain.parallel.context import ParallelContext
 from hvtrain.slices.plan import Cut, make_plan
 from hvtrain.slices.run import target_shapes
 from hvtrain.weights.float8 import quantize
+from tests.oracles.check import LIMIT, errors
 
 SPEC = find("hunyuan-video-15")
 DATA = Path(__file__).parents[1] / "data"
@@ -100,6 +101,29 @@ def test_output_and_gradients_equal_diffusers_with_converted_weights(arch, visio
                         "byt5_in.fc2": "context_embedder_2.linear_2"}.items():  # fmt: skip
         a, b = model.get_submodule(name).weight.grad, other.get_submodule(there).weight.grad
         assert b.norm() > 0 and (a - b).norm() / b.norm() < 2e-5, name
+
+
+def test_a_reference_file_is_read_as_the_official_model_reads_it(tmp_path):
+    """Zeros for a picture are masked out in text to video only, and only where the whole batch has none."""
+    arch = replace(STEPS, glyph_hidden=48, heads_num=4, rope_dims=(4, 6, 6))
+    model, inp = build(arch), an_input(arch, vision=(0, 0))
+    x = inp.x.clone().requires_grad_()
+    output = model(replace(inp, x=x))
+    output.pow(2).mean().backward()
+    masks = {k: (torch.arange(v.shape[1]) < torch.tensor(inp.lengths[k])[:, None]).long() for k, v in inp.cond.items()}
+    tensors = {f"weights.{n}": t for n, t in model.state_dict().items()} | {
+        "input.x": inp.x, "input.t": inp.t, "input.r": inp.until, "input.text": inp.cond["text"], "input.mask": masks["text"],
+        "input.byt5": inp.cond["glyph"], "input.byt5_mask": masks["glyph"], "input.vision": torch.zeros(2, 5, arch.vision_dim),
+        "output": output.detach(), "grad_x": x.grad, "grad.time_r_in.mlp.2.bias": model.time_r_in.mlp[2].bias.grad,
+    }  # fmt: skip
+    config = {"heads_num": 4, "double": 2, "rope": [4, 6, 6], "text_states_dim": 24, "vision_states_dim": 28}
+    config["use_meanflow"] = True
+    found = {}
+    for task in ("t2v", "i2v"):
+        path = tmp_path / f"{task}.safetensors"
+        save_file(tensors, path, {"config": json.dumps({**config, "mask_type": task})})
+        found[task] = errors(str(path))
+    assert len(found["t2v"]) == 3 and max(found["t2v"].values()) <= LIMIT and found["i2v"]["output"] > 1e-3
 
 
 @torch.no_grad()

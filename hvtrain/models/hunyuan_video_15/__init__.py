@@ -37,6 +37,7 @@ SPEC = ModelSpec(
     },
     columns=(Column("vision", "what the first frame looks like", ("siglip",), later(f"{__name__}.vision", "open_vision")),),
     image_conditions=image_conditions,
+    open_enlarger=later(f"{__name__}.upsample", "open_enlarger"),
     sizes=((848, 480), (480, 848), (1280, 720), (720, 1280), (1920, 1072), (960, 960), (640, 640)),
     musubi=MUSUBI,
 )

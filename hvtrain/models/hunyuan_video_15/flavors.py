@@ -57,7 +57,7 @@ def _flavor(
     latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=16, stride_w=16, patch=(1, 1, 1))
     return Flavor(
         name, about, arch, arch.heads_num, latent, cond_fields(arch, task), (task,), defaults,
-        image_optional=task == "sr", unguided=arch.meanflow,
+        image_optional=task == "sr", enlarges=task == "sr", mixes=task == "i2v", unguided=arch.meanflow,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvtrain.errors import CheckpointError
+from hvtrain.errors import CheckpointError, ConfigError
+from hvtrain.models.hunyuan_video_15.inputs import LOW_NOISE
 from hvtrain.models.hunyuan_video_15.vae_model import CausalConv, Level, RmsNorm
 from hvtrain.models.identify import count
+from hvtrain.models.spec import Flavor, Parts
 from hvtrain.weights.containers import fingerprint, open_weights
 from hvtrain.weights.keymap import Fused
 from hvtrain.weights.source import Source, check, config_of, shapes_of
@@ -66,6 +68,9 @@ class To1080p(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+KINDS = {"sr-720p": To720p, "sr-1080p": To1080p}  # flavor -> its upsampler
+
+
 class Upsampler:
     """Small latents to large ones."""
 
@@ -116,3 +121,32 @@ def open_upsampler(
     check(path, shapes_of(model), source.shapes)
     source.fill(model, dtype=dtype, device=device)
     return Upsampler(model, fingerprint=fingerprint(weights))
+
+
+class NoisedEnlarger:
+    """models.spec.Enlarger: upsampled, then noised, officially from another source than the video's own noise."""
+
+    def __init__(self, upsampler: Upsampler) -> None:
+        self.upsampler, self.fingerprint = upsampler, upsampler.fingerprint
+
+    def __call__(self, latents: Tensor, shape: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+        """-> "low_latents" [C T H W], at noise level LOW_NOISE."""
+        large = self.upsampler(latents[None], (shape[-2], shape[-1]))[0].cpu()
+        return {"low_latents": (1 - LOW_NOISE) * large + LOW_NOISE * torch.randn(large.shape, generator=generator)}
+
+
+def open_enlarger(parts: Parts, flavor: Flavor, *, device: torch.device | str = "cpu") -> NoisedEnlarger:
+    """Raises ConfigError where it is not given, CheckpointError for that of another flavor."""
+    if "upsampler" not in parts:
+        raise ConfigError(f"model.upsampler is not set; '{flavor.name}' begins with it (the upsampler of latents beside its DiT)")
+    found = open_upsampler(parts["upsampler"], device=device)
+    wanted = KINDS.get(flavor.name)
+    if wanted is not None and not isinstance(found.model, wanted):
+        other = next(name for name, kind in KINDS.items() if isinstance(found.model, kind))
+        raise CheckpointError(f"model.upsampler: {parts['upsampler']} is that of {other}, model.dit is {flavor.name}")
+    if (channels := next(found.model.parameters()).shape[1]) != flavor.latent.channels:
+        raise CheckpointError(
+            f"model.upsampler: {parts['upsampler']} takes latents of {channels} channels, {flavor.name}'s have "
+            f"{flavor.latent.channels}"
+        )
+    return NoisedEnlarger(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hvtrain.config import VaeTilingConfig
 from hvtrain.errors import CheckpointError, ConfigError, DataError
@@ -176,8 +176,9 @@ def test_bad_input(tmp_path, state):
     with pytest.raises(CheckpointError, match="1 missing: decoder.mid.attn_1.k.bias"):
         save_file({k: v for k, v in state.items() if k != "decoder.mid.attn_1.k.bias"}, tmp_path / "part.safetensors")
         open_vae(tmp_path / "part.safetensors")
-    # HunyuanVideo's has the same beginning.
-    other = {"encoder.conv_in.conv.weight": torch.zeros(8, 3, 3, 3, 3), "post_quant_conv.weight": torch.zeros(4, 4, 1, 1, 1)}
+    # HunyuanVideo's has the same names.
+    tensors = load_file(DATA / "hunyuan_video_vae.safetensors")
+    other = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
     with pytest.raises(CheckpointError, match="not a VAE of this architecture"):
         save_file(other, tmp_path / "other.safetensors")
         open_vae(tmp_path / "other.safetensors")
