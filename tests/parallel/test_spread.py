@@ -153,8 +153,8 @@ def alone(path: Path, quantize: str = "none") -> dict[str, float]:
 
 
 def test_two_ranks_hold_one_copy_of_a_frozen_model(tmp_path: Path) -> None:
-    n_bytes = write_model(tmp_path / "dit.safetensors", double=6, width=4)
-    assert n_bytes > 100e6
+    n_bytes = write_model(tmp_path / "dit.safetensors", double=14, width=4)
+    assert n_bytes > 250e6  # so that what else a process takes while it loads is little beside it
     ranks, grown = load_on(2, tmp_path / "dit.safetensors", "lora")
     want = alone(tmp_path / "dit.safetensors")
     assert len(want) > 100 and all(r.sums == want for r in ranks)
