@@ -64,8 +64,7 @@ def shrunk(spec: ModelSpec, flavor: Flavor) -> Flavor:
     small, sizes = smallest(spec).arch, SIZES.get(spec.name, {})
     own = {
         f.name: getattr(flavor.arch, f.name) for f in fields(small)
-        if f.name in spec.kind or f.name.endswith("_channels")
-        or isinstance(getattr(small, f.name), bool) or getattr(small, f.name) in (0, None)
+        if f.name in spec.kind or f.name.endswith("_channels") or getattr(small, f.name) in (0, 1, None)  # bools too
     }
     smaller = {name: size for name, size in sizes.items() if getattr(flavor.arch, name)}
     return spec.fitted(flavor, replace(small, **{**own, **smaller}))
