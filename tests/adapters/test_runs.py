@@ -193,9 +193,11 @@ def test_a_lokr_is_a_slice_of_whole_layers_only(shards, tmp_path):
     found = identify(asset(TINY))
     shapes = linear_shapes(whole_model(found))
     layers = {n: shapes[n] for n in found.spec.lora_targets(whole_model(found))}
-    plan = make_plan(layers, Cut(n=3, granularity="rows"), model=found.spec.name, flavor=found.flavor.name,
+    plan = make_plan(layers, Cut(n=7, granularity="rows"), model=found.spec.name, flavor=found.flavor.name,
                      base=fingerprint(found.weights))  # fmt: skip
     save_plan(plan, tmp_path / "plan.json")
+    cut = next(s.loraid for s in plan.slices if any((o.begin, o.end) != (0, shapes[o.module][0]) for o in s.slots))
+    common = (*common, f"adapter.loraid={cut}")
     with pytest.raises(ConfigError, match="a slice of some rows, of a LoKr: some rows of a Kronecker product are no Kronecker"):
         train.run(config(shards, tmp_path / "b", *common, f"adapter.plan={tmp_path / 'plan.json'}"))
 
