@@ -17,6 +17,8 @@ from hvtrain.train.metrics import Metrics, loss_by_set, loss_by_sigma
 from hvtrain.train.mfu import Work
 from hvtrain.train.progress import ProgressLine
 
+HISTOGRAM = 20  # entries in one
+
 
 @dataclass
 class Monitor:
@@ -32,6 +34,7 @@ class Monitor:
     profile: int = 0  # steps between profiled ones, of several processes
     n_bad: int = 0  # samples that this rank skipped
     spent: dict[str, float] = field(default_factory=dict)  # seconds of this rank since the last entry, by what for
+    sigmas: list[np.ndarray] = field(default_factory=list)  # since the last histogram
     flops: float = 0.0
     since: float = field(default_factory=time.monotonic)
 
@@ -92,7 +95,10 @@ class Monitor:
         parts = {**loss_by_sigma(*both), **loss_by_set(self.sets, np.concatenate(sets), both[1])}
         parts |= {f"grad_norm/{part}": norm for part, norm in r.result.norms.items()}
         self.metrics.scalars(step, values | {f"train/{name}": value for name, value in parts.items()})
-        self.metrics.histogram("train/sigma", step, both[0])
+        self.sigmas.append(both[0])
+        if step % (HISTOGRAM * self.every) == 0 or step == self.steps:  # to make one takes a millisecond
+            self.metrics.histogram("train/sigma", step, np.concatenate(self.sigmas))
+            self.sigmas = []
         self.line.update(step, loss=r.loss, lr=r.result.lr, seconds=max(seconds), speed=_speed(values))
 
 
