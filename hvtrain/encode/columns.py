@@ -80,7 +80,7 @@ def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
         raise ConfigError(f"columns: no column '{name}'; choose from {', '.join(legal)}")
     taker = _taker(name, spec, flavor)
     every = [f for one in (taker, *spec.flavors.values()) for f in one.cond if f.column == name]
-    fields = tuple({f.name: f for f in reversed(every)}.values())[::-1]
+    fields = tuple({f.name: next(g for g in every if g.name == f.name) for f in every}.values())
 
     def given(s: PlannedSample) -> tuple[Picture, ...]:
         return (s.image or replace(s.clip, frames=tuple(s.clip.frames[i] for i in taker.given)),)

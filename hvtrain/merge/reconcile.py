@@ -39,6 +39,7 @@ from shards.edit import pick
 
 KEEP = "keep"
 SUM = "sum"
+WORSE = 0.1  # of a mean distance: what distill may cost one LoRA for the others' and keep's sake
 LEFT = 64  # samples that a merge leaves of each set
 
 
@@ -177,7 +178,7 @@ def _mean(report: Report) -> float:
 
 
 def _refuse_worse(before: float, after: float, lr: float) -> None:
-    if not after <= 2 * before:
+    if not after <= max(2 * before, before + WORSE):
         raise CheckpointError(
             f"distill took the merge further from its LoRAs (mean distance {after:.3g}, {before:.3g} before it): its rate of "
             f"{lr:g} is too high; give reconcile.lr={lr / 4:g}; nothing was written"

@@ -157,7 +157,7 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
         _join(place)
     sp = ulysses * ring
     grid = torch.arange(world).reshape(dp, ring, ulysses)
-    return ParallelContext(
+    ctx = ParallelContext(
         world=world,
         rank=rank,
         local_rank=local_rank,
@@ -174,6 +174,8 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
         job=os.environ.get("SLURM_JOB_ID", ""),
         requeues=_env_int("SLURM_RESTART_COUNT", 0),
     )
+    ctx.barrier()  # one that ends for a mistake while another still connects would leave that one with an error of its own
+    return ctx
 
 
 def start_simulated(world: int, *, ulysses: int, ring: int) -> ParallelContext:

@@ -174,8 +174,8 @@ PARTS = ("model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tin
 
 
 def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the base before the first step, and of the moving averages after the last: those of NAME-ema.safetensors. Latents and
-    pictures are compared, for H.264 adds its own."""
+    """Of the base before the first step. Of the moving averages after the last, those of NAME-ema.safetensors, as near as that
+    file's bfloat16 allows. Latents and pictures are compared, for H.264 adds its own."""
     (prompts := tmp_path / "prompts.txt").write_text(PROMPTS)
     latents: list[torch.Tensor] = []
     real = preview.decode
@@ -190,12 +190,14 @@ def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatc
     for n, (step, dit) in enumerate([(0, "model.dit=tiny:dit.safetensors"), (2, ema)]):
         wanted = generated(prompts, tmp_path / f"made{step}", dit, "save_latents=true")
         for i, x in enumerate(latents[2 * n : 2 * n + 2]):
-            kept = load_file(tmp_path / f"made{step}" / f"000{i}.latents.safetensors").values()
-            assert any(one.shape == x.shape and torch.equal(one, x) for one in kept), (step, i)
+            made = load_file(tmp_path / f"made{step}" / f"000{i}.latents.safetensors").values()
+            (kept,) = (t for t in made if t.shape == x.shape)
+            assert (kept - x).norm() <= (0.02 if step else 0.0) * x.norm(), (step, i)
         assert [w.shape for w in wanted] == [(5, 32, 48, 3), (1, 32, 32, 3)]
-        assert np.array_equal(pixels(folder / f"step{step:08d}_1.png"), wanted[1])
+        assert np.abs(pixels(folder / f"step{step:08d}_1.png").astype(int) - wanted[1]).max() <= (4 if step else 0)
         assert np.abs(pixels(folder / f"step{step:08d}_0.mp4").astype(int) - wanted[0]).mean() < 2
-    assert not np.array_equal(pixels(folder / "step00000002_1.png"), generated(prompts, tmp_path / "plain", plain)[1])
+    other = generated(prompts, tmp_path / "plain", plain)[1].astype(int)
+    assert np.abs(pixels(folder / "step00000002_1.png") - other).max() > 20
     assert [read_metadata(folder / f"step00000002_{name}")["seed"] for name in ("0.mp4", "1.png")] == [3, 9]
     with Image.open(folder / "step00000002.png") as sheet:
         assert sheet.size == (5 * 48, 32 + 32)  # a row a prompt: five frames, and one with black beside it

@@ -189,8 +189,8 @@ def test_the_evaluation_sees_what_was_combined_by_seed_and_density(small, tmp_pa
     )
     monkeypatch.setattr(evaluate, "losses_of", lambda *given: seen.append(given) or {})
     merge.run(cfg)
-    ((_, inputs, combined, sets, _),) = seen
-    assert sets == (str(tmp_path),)
+    ((_, inputs, combined, sets, _, expert),) = seen
+    assert sets == (str(tmp_path),) and expert is None
     assert [m for _, m in inputs.loras] == [1.0, 1.0]
     ((layer, found),) = by_layer(inputs.loras).items()
     assert list(combined) == [layer]

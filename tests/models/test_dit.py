@@ -82,12 +82,13 @@ def test_every_kind_equals_diffusers(name, tmp_path):
         guidance_embeds=arch.guidance_embed, image_condition_type="token_replace" if arch.token_replace else None,
     ).eval()
     theirs.load_state_dict({n: cut.take(weights[cut.source]) for n, cut in SPEC.key_maps["diffusers"].write(weights).items()})
-    text, x = inp.cond["text"], inp.x.clone().requires_grad_()
+    theirs = theirs.double()  # so that no rounding but ours is measured
+    text, x = inp.cond["text"], inp.x.double().requires_grad_()
     mask = torch.arange(text.shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None]
     wanted = theirs(
-        hidden_states=x, timestep=inp.t, encoder_hidden_states=text, pooled_projections=inp.cond["pooled"],
+        hidden_states=x, timestep=inp.t, encoder_hidden_states=text.double(), pooled_projections=inp.cond["pooled"].double(),
         encoder_attention_mask=mask, guidance=inp.cond.get("guidance"), return_dict=False,
-    )[0]
+    )[0].float()
     wanted.square().mean().backward()
     with torch.no_grad():
         found = model(inp)
@@ -96,7 +97,7 @@ def test_every_kind_equals_diffusers(name, tmp_path):
     state = {f"weights.{n}": t for n, t in weights.items()} | {f"input.{n}": t.contiguous() for n, t in given.items()}
     kind = {"i2v": "token_replace", "i2v-concat": "latent_concat"}.get(name)
     about = {"config": json.dumps({"rope": arch.rope_dims, "i2v_condition_type": kind})}
-    save_file({**state, "output": wanted.detach(), "grad_x": x.grad}, tmp_path / "seen.safetensors", about)
+    save_file({**state, "output": wanted.detach(), "grad_x": x.grad.float()}, tmp_path / "seen.safetensors", about)
     errs = errors(str(tmp_path / "seen.safetensors"))
     assert errs.keys() == {"output", "grad_x"} and max(errs.values()) <= LIMIT
 

@@ -368,10 +368,10 @@ def test_writing_does_not_hold_the_training_up(tmp_path, monkeypatch):
 
     shards = make_shards(tmp_path / "shards")
     monkeypatch.setattr(checkpoint, "save", slow)
-    from hvtrain.train.session import Session
+    from hvtrain.train.monitor import Monitor
 
-    log = Session._log
-    monkeypatch.setattr(Session, "_log", lambda self, r: (order.append(("step", r.progress.step)), log(self, r)))
+    log = Monitor.log
+    monkeypatch.setattr(Monitor, "log", lambda self, r: (order.append(("step", r.progress.step)), log(self, r)))
     train.run(config(shards, tmp_path / "run", "run.save_every_steps=3"))
     assert order.index(("step", 4)) < order.index(("written", 3))  # step 4 did not wait
     assert order[-1] == ("written", 6)  # the run did
