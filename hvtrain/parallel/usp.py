@@ -200,8 +200,15 @@ def _ring_backward(
     return [g.to(q_img.dtype, memory_format=torch.contiguous_format, copy=True) for g in grads]
 
 
-ring = torch.library.custom_op("hvtrain::ring", _ring, mutates_args=())
-ring_backward = torch.library.custom_op("hvtrain::ring_backward", _ring_backward, mutates_args=())
+_WHERE = "SymInt[] txt_len, SymInt n_img, SymInt kernel, SymInt place"
+_QKV = "Tensor q_img, Tensor k_img, Tensor v_img, Tensor q_txt, Tensor k_txt, Tensor v_txt"
+ring = torch.library.custom_op(
+    "hvtrain::ring", _ring, mutates_args=(), schema=f"({_QKV}, {_WHERE}) -> (Tensor, Tensor, Tensor)"
+)
+ring_backward = torch.library.custom_op(
+    "hvtrain::ring_backward", _ring_backward, mutates_args=(),
+    schema=f"(Tensor d_img, Tensor d_txt, {_QKV}, Tensor img, Tensor txt, Tensor lse, {_WHERE}) -> Tensor[]",
+)
 KEPT.append(torch.ops.hvtrain.ring.default)
 # For who follows memory: what these take besides their results is seen in their bodies.
 INSIDE = {torch.ops.hvtrain.ring: _ring, torch.ops.hvtrain.ring_backward: _ring_backward}
