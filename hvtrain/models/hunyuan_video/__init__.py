@@ -13,8 +13,8 @@ from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
 from hvtrain.models.later import later
-from hvtrain.models.refiner import init_weights
 from hvtrain.models.spec import ModelSpec, TinyParts
+from hvtrain.models.two_stream import init_weights
 
 
 def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: int) -> Any:

@@ -21,8 +21,8 @@ from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, modulate, plain_norm
-from hvtrain.models.refiner import ClockEmbedder, FinalLayer, TextEmbedder
 from hvtrain.models.rope import grid_rope, rotate
+from hvtrain.models.two_stream import ClockEmbedder, FinalLayer, TextEmbedder
 
 
 class PatchEmbed(nn.Module):

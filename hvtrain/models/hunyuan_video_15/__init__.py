@@ -10,8 +10,8 @@ from hvtrain.models.hunyuan_video_15.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video_15.model import HunyuanVideo15
 from hvtrain.models.hunyuan_video_15.musubi import MUSUBI
 from hvtrain.models.later import later
-from hvtrain.models.refiner import init_weights
 from hvtrain.models.spec import Column, ModelSpec
+from hvtrain.models.two_stream import init_weights
 
 SPEC = ModelSpec(
     name="hunyuan-video-15",

@@ -20,8 +20,8 @@ from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
 from hvtrain.models.hunyuan_video_15.arch import HunyuanVideo15Arch
 from hvtrain.models.hunyuan_video_15.inputs import Hunyuan15Input
 from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, TimeEmbedder, modulate, plain_norm
-from hvtrain.models.refiner import FinalLayer, TextEmbedder
 from hvtrain.models.rope import grid_rope, rotate
+from hvtrain.models.two_stream import FinalLayer, TextEmbedder
 
 KINDS = ("text", "glyph", "vision")  # in the order of the embedding's rows
 
