@@ -1,7 +1,10 @@
-"""What two-stream transformers have around their blocks: the clock, the refiner of the text, the last layer; and their first
-weights. Parameter names are those of the official checkpoints; several architectures share them."""
+"""What two-stream transformers share: the block of two streams, and around the blocks the clock, the refiner of the text
+and the last layer; their names in diffusers, and their first weights. Parameter names are those of the official checkpoints."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hvtrain.models.attention import Attention
-from hvtrain.models.dit import Attend, DiT
-from hvtrain.models.layers import Mlp, RMSNorm, TimeEmbedder, modulate, plain_norm
+from hvtrain.models.dit import Attend, DiT, Joint, Tokens
+from hvtrain.models.layers import Mlp, Modulation, RMSNorm, TimeEmbedder, modulate, plain_norm
+from hvtrain.models.rope import rotate
+from hvtrain.weights.keymap import Rule
 
 
 class ClockEmbedder(TimeEmbedder):
@@ -31,6 +36,66 @@ class ContextEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TwoStreamBlock(nn.Module):
+    """Two streams with weights of their own and one attention. The parameters' names tell the stream: img_*, txt_*.
+
+    `into`: the layers that make q, k and v, each of how many of them.
+    """
+
+    def __init__(self, width: int, into: Mapping[str, int], *, n_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.attend: Attend = Attention()
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(width, 6))
+            for name, n in into.items():
+                self.add_module(f"{stream}_attn_{name}", nn.Linear(width, n * width))
+            self.add_module(f"{stream}_attn_q_norm", RMSNorm(width // n_heads))
+            self.add_module(f"{stream}_attn_k_norm", RMSNorm(width // n_heads))
+            self.add_module(f"{stream}_attn_proj", nn.Linear(width, width))
+            self.add_module(f"{stream}_mlp", Mlp(width, mlp_dim, nn.GELU(approximate="tanh")))
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        img_mod = self.img_modulation(tokens)
+        txt_mod = self.get_submodule("txt_mod")(tokens.shared["vec"])[:, None].chunk(6, dim=-1)
+        q, k, v = self.qkv("img", tokens.img, img_mod)
+        q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
+        joint = (Joint(*pair) for pair in zip((q, k, v), self.qkv("txt", tokens.txt, txt_mod), strict=True))
+        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        img = self.finish("img", tokens.img, out.img, img_mod)
+        return replace(tokens, img=img, txt=self.finish("txt", tokens.txt, out.txt, txt_mod))
+
+    def img_modulation(self, tokens: Tokens) -> Sequence[Tensor]:
+        """Shift, scale and gate of attention, then of the MLP: six of [B 1 E], or [B S E] where tokens differ."""
+        return self.get_submodule("img_mod")(tokens.shared["vec"])[:, None].chunk(6, dim=-1)
+
+    def project(self, stream: str, x: Tensor) -> Sequence[Tensor]:
+        """[B S E] -> q, k, v, each [B S N D]."""
+        raise NotImplementedError
+
+    def qkv(self, stream: str, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        part = self.get_submodule
+        q, k, v = self.project(stream, modulate(plain_norm(x), shift=mod[0], scale=mod[1]))
+        return part(f"{stream}_attn_q_norm")(q).to(v), part(f"{stream}_attn_k_norm")(k).to(v), v
+
+    def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
+        x = x + self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)) * mod[2]
+        return x + self.get_submodule(f"{stream}_mlp")(modulate(plain_norm(x), shift=mod[3], scale=mod[4])) * mod[5]
+
+
+def diffusers_block(here: str, there: str) -> Iterator[Rule]:
+    """The names of such a block, but for q, k and v."""
+    for stream, norm, ff, mod, proj in (
+        ("img", "norm", "ff", "norm1", "to_out.0"), ("txt", "norm_added", "ff_context", "norm1_context", "to_add_out"),
+    ):  # fmt: skip
+        yield Rule(f"{here}.{stream}_mod.linear", (f"{there}.{mod}.linear",))
+        for part in "qk":
+            yield Rule(f"{here}.{stream}_attn_{part}_norm", (f"{there}.attn.{norm}_{part}",))
+        yield Rule(f"{here}.{stream}_attn_proj", (f"{there}.attn.{proj}",))
+        yield Rule(f"{here}.{stream}_mlp.fc1", (f"{there}.{ff}.net.0.proj",))
+        yield Rule(f"{here}.{stream}_mlp.fc2", (f"{there}.{ff}.net.2",))
 
 
 class RefinerBlock(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from hvtrain.models.two_stream import diffusers_block
 from hvtrain.weights.keymap import KeyMap, Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,16 +80,7 @@ def _diffusers_refiner(there: str) -> Iterator[Rule]:
 def _diffusers_double(here: str, there: str) -> Iterator[Rule]:
     yield Rule(f"{here}.img_attn_qkv", _qkv(f"{there}.attn"))
     yield Rule(f"{here}.txt_attn_qkv", tuple(f"{there}.attn.add_{part}_proj" for part in "qkv"))
-    for stream, norm, ff, mod, proj in (
-        ("img", "norm", "ff", "norm1", "to_out.0"),
-        ("txt", "norm_added", "ff_context", "norm1_context", "to_add_out"),
-    ):
-        yield Rule(f"{here}.{stream}_mod.linear", (f"{there}.{mod}.linear",))
-        yield Rule(f"{here}.{stream}_attn_q_norm", (f"{there}.attn.{norm}_q",))
-        yield Rule(f"{here}.{stream}_attn_k_norm", (f"{there}.attn.{norm}_k",))
-        yield Rule(f"{here}.{stream}_attn_proj", (f"{there}.attn.{proj}",))
-        yield Rule(f"{here}.{stream}_mlp.fc1", (f"{there}.{ff}.net.0.proj",))
-        yield Rule(f"{here}.{stream}_mlp.fc2", (f"{there}.{ff}.net.2",))
+    yield from diffusers_block(here, there)
 
 
 def _diffusers_single(here: str, there: str) -> Iterator[Rule]:

@@ -20,9 +20,9 @@ from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
-from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, modulate, plain_norm
+from hvtrain.models.layers import Modulation, PatchConv, RMSNorm, modulate, plain_norm
 from hvtrain.models.rope import grid_rope, rotate
-from hvtrain.models.two_stream import ClockEmbedder, FinalLayer, TextEmbedder
+from hvtrain.models.two_stream import ClockEmbedder, FinalLayer, TextEmbedder, TwoStreamBlock
 
 
 class PatchEmbed(nn.Module):
@@ -44,44 +44,15 @@ class PooledEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-class DoubleBlock(nn.Module):
-    """Two streams with weights of their own and one attention. The parameters' names tell the stream: img_*, txt_*."""
-
+class DoubleBlock(TwoStreamBlock):
     def __init__(self, arch: HunyuanVideoArch) -> None:
-        super().__init__()
-        width = arch.hidden_size
-        self.n_heads = arch.heads_num
-        self.attend: Attend = Attention()
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(width, 6))
-            self.add_module(f"{stream}_attn_qkv", nn.Linear(width, 3 * width))
-            self.add_module(f"{stream}_attn_q_norm", RMSNorm(arch.head_dim))
-            self.add_module(f"{stream}_attn_k_norm", RMSNorm(arch.head_dim))
-            self.add_module(f"{stream}_attn_proj", nn.Linear(width, width))
-            self.add_module(f"{stream}_mlp", Mlp(width, arch.mlp_dim, nn.GELU(approximate="tanh")))
+        super().__init__(arch.hidden_size, {"qkv": 3}, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        img_mod = per_token(self.get_submodule("img_mod"), tokens, 6)
-        txt_mod = self.get_submodule("txt_mod")(tokens.shared["vec"])[:, None].chunk(6, dim=-1)
-        q, k, v = self.qkv("img", tokens.img, img_mod)
-        q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
-        txt_q, txt_k, txt_v = self.qkv("txt", tokens.txt, txt_mod)
-        joint = (Joint(q, txt_q), Joint(k, txt_k), Joint(v, txt_v))
-        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
-        img = self.finish("img", tokens.img, out.img, img_mod)
-        txt = self.finish("txt", tokens.txt, out.txt, txt_mod)
-        return replace(tokens, img=img, txt=txt)
+    def img_modulation(self, tokens: Tokens) -> Sequence[Tensor]:
+        return per_token(self.get_submodule("img_mod"), tokens, 6)
 
-    def qkv(self, stream: str, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        part = self.get_submodule
-        x = modulate(plain_norm(x), shift=mod[0], scale=mod[1])
-        fused = part(f"{stream}_attn_qkv")(x)
-        q, k, v = rearrange(fused, "b s (k n d) -> k b s n d", k=3, n=self.n_heads)
-        return part(f"{stream}_attn_q_norm")(q).to(v), part(f"{stream}_attn_k_norm")(k).to(v), v
-
-    def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
-        x = x + self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)) * mod[2]
-        return x + self.get_submodule(f"{stream}_mlp")(modulate(plain_norm(x), shift=mod[3], scale=mod[4])) * mod[5]
+    def project(self, stream: str, x: Tensor) -> Sequence[Tensor]:
+        return rearrange(self.get_submodule(f"{stream}_attn_qkv")(x), "b s (k n d) -> k b s n d", k=3, n=self.n_heads).unbind()
 
 
 class SingleBlock(nn.Module):

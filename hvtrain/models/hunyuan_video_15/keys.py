@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from hvtrain.models.two_stream import diffusers_block
 from hvtrain.weights.keymap import KeyMap, Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -85,19 +86,10 @@ def _diffusers_refiner(there: str) -> Iterator[Rule]:
 
 
 def _diffusers_block(there: str) -> Iterator[Rule]:
-    for stream, qkv, norm, ff, mod, proj in (
-        ("img", "to_{}", "norm", "ff", "norm1", "to_out.0"),
-        ("txt", "add_{}_proj", "norm_added", "ff_context", "norm1_context", "to_add_out"),
-    ):
-        here = f"{_BLOCK}.{stream}"
-        yield Rule(f"{here}_mod.linear", (f"{there}.{mod}.linear",))
+    for stream, qkv in (("img", "to_{}"), ("txt", "add_{}_proj")):
         for part in "qkv":
-            yield Rule(f"{here}_attn_{part}", (f"{there}.attn.{qkv.format(part)}",))
-        for part in "qk":
-            yield Rule(f"{here}_attn_{part}_norm", (f"{there}.attn.{norm}_{part}",))
-        yield Rule(f"{here}_attn_proj", (f"{there}.attn.{proj}",))
-        yield Rule(f"{here}_mlp.fc1", (f"{there}.{ff}.net.0.proj",))
-        yield Rule(f"{here}_mlp.fc2", (f"{there}.{ff}.net.2",))
+            yield Rule(f"{_BLOCK}.{stream}_attn_{part}", (f"{there}.attn.{qkv.format(part)}",))
+    yield from diffusers_block(_BLOCK, there)
 
 
 KEY_MAPS = {

@@ -8,20 +8,18 @@ fp32 and the residual stream is bf16, as in the official inference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hvtrain.models.attention import Attention
-from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
+from hvtrain.models.dit import DiT, Grid, Tokens
 from hvtrain.models.hunyuan_video_15.arch import HunyuanVideo15Arch
 from hvtrain.models.hunyuan_video_15.inputs import Hunyuan15Input
-from hvtrain.models.layers import Mlp, Modulation, PatchConv, RMSNorm, TimeEmbedder, modulate, plain_norm
-from hvtrain.models.rope import grid_rope, rotate
-from hvtrain.models.two_stream import FinalLayer, TextEmbedder
+from hvtrain.models.layers import PatchConv, TimeEmbedder
+from hvtrain.models.rope import grid_rope
+from hvtrain.models.two_stream import FinalLayer, TextEmbedder, TwoStreamBlock
 
 KINDS = ("text", "glyph", "vision")  # in the order of the embedding's rows
 
@@ -74,42 +72,12 @@ class VisionEmbedder(nn.Module):
         return self.proj(x)
 
 
-class DoubleBlock(nn.Module):
-    """Two streams with weights of their own and one attention. The parameters' names tell the stream: img_*, txt_*."""
-
+class DoubleBlock(TwoStreamBlock):
     def __init__(self, arch: HunyuanVideo15Arch) -> None:
-        super().__init__()
-        width = arch.hidden_size
-        self.n_heads = arch.heads_num
-        self.attend: Attend = Attention()
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(width, 6))
-            for part in "qkv":
-                self.add_module(f"{stream}_attn_{part}", nn.Linear(width, width))
-            self.add_module(f"{stream}_attn_q_norm", RMSNorm(arch.head_dim))
-            self.add_module(f"{stream}_attn_k_norm", RMSNorm(arch.head_dim))
-            self.add_module(f"{stream}_attn_proj", nn.Linear(width, width))
-            self.add_module(f"{stream}_mlp", Mlp(width, arch.mlp_dim, nn.GELU(approximate="tanh")))
+        super().__init__(arch.hidden_size, dict.fromkeys("qkv", 1), n_heads=arch.heads_num, mlp_dim=arch.mlp_dim)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        vec = tokens.shared["vec"]
-        img_mod, txt_mod = (self.get_submodule(f"{s}_mod")(vec)[:, None].chunk(6, dim=-1) for s in ("img", "txt"))
-        q, k, v = self.qkv("img", tokens.img, img_mod)
-        q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
-        joint = (Joint(*pair) for pair in zip((q, k, v), self.qkv("txt", tokens.txt, txt_mod), strict=True))
-        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
-        img = self.finish("img", tokens.img, out.img, img_mod)
-        return replace(tokens, img=img, txt=self.finish("txt", tokens.txt, out.txt, txt_mod))
-
-    def qkv(self, stream: str, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        part = self.get_submodule
-        x = modulate(plain_norm(x), shift=mod[0], scale=mod[1])
-        q, k, v = (part(f"{stream}_attn_{name}")(x).unflatten(-1, (self.n_heads, -1)) for name in "qkv")
-        return part(f"{stream}_attn_q_norm")(q).to(v), part(f"{stream}_attn_k_norm")(k).to(v), v
-
-    def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
-        x = x + self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)) * mod[2]
-        return x + self.get_submodule(f"{stream}_mlp")(modulate(plain_norm(x), shift=mod[3], scale=mod[4])) * mod[5]
+    def project(self, stream: str, x: Tensor) -> Sequence[Tensor]:
+        return [self.get_submodule(f"{stream}_attn_{part}")(x).unflatten(-1, (self.n_heads, -1)) for part in "qkv"]
 
 
 class HunyuanVideo15(DiT):
