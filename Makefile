@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up everything they need in .venv/. `make env` does only that.
 #
 #   PYTHON=python3.12 make env     another interpreter (default: python3)
+#   make demo MODEL=wan            another of the tiny models (docs/tiny.md)
 #   make test ARGS="-k lora -x"    arguments for pytest (default: as many processes as cores, at most 8)
 #   make mutate ONLY='hvtrain.flow.*'   plant bugs and see whether the tests notice (tests/mutate.py)
 
@@ -10,12 +11,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # One thread per process: tests and the demo start several processes. No library may ask a hub for files.
-ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Bytecode is kept, whatever the shell says: hundreds of processes would compile the same modules.
+ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
 .PHONY: demo test lint mutate env clean
 
 demo: $(STAMP)
-	@$(ENV) $(BIN)/python -m launcher demo
+	@$(ENV) $(BIN)/python -m launcher demo $(if $(MODEL),--model $(MODEL))
 
 test: $(STAMP)
 	@$(ENV) $(BIN)/python -m pytest $(ARGS)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hvtrain.models.kernels import Kernel, Partial, numbered
+from hvtrain.models.precision import under_autocast
 
 
 @torch.library.custom_op("hvtrain::attention", mutates_args=())
@@ -81,6 +82,6 @@ def attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not (kernel.trains and learns):
         return kernel.attend(q, k, v)
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):  # a meta tensor has none
+    if under_autocast(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     return attention(q, k, v, kernel.number)[0]

@@ -252,12 +252,40 @@ class MakeInput(Protocol):
 
 
 @dataclass(frozen=True)
+class TinyVae:
+    """A VAE that hvtrain/tiny trains at small widths."""
+
+    build: Callable[..., Any]  # (channels, norm_groups, latent_channels) -> untrained, posterior nearly without noise
+    save: Callable[[Any, str], None]  # in half precision
+    moments: Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # video [B 3 F H W] -> mean, log-variance [B C T h w], unscaled
+    decode: Callable[[Any, Tensor], Tensor]  # unscaled latents -> video
+    whiten: Callable[[Any, Tensor, Tensor], None]  # (mean [C], deviation [C]): scaled latents get mean 0, deviation 1
+    encoder: str  # pattern of parameters that hold still while the decoder alone is trained
+    branches: str  # pattern of parameters that end a residual branch
+
+
+@dataclass(frozen=True)
+class TinyText:
+    """An encoder of fixed random features, of text with a tokenizer of its own."""
+
+    part: str  # its key under `model:`, and its directory
+    build: Callable[[Any], Any]  # tokenizer -> module
+    gains: Mapping[str, float]  # kind of weight -> factor of its deviation
+    # what transformers calls special tokens -> them; the first also stands for what is unknown. None: no tokenizer
+    specials: Mapping[str, str]
+    more_specials: tuple[str, ...] = ()
+    atoms: Sequence[str] = ()  # one token each wherever they occur
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()  # of every text
+
+
+@dataclass(frozen=True)
 class TinyParts:
     """What the recipes of the embedded models (hvtrain/tiny) need of the architecture that they shrink."""
 
-    build_vae: Callable[..., Any]  # (channels, norm_groups, latent_channels) -> untrained VAE of the official class
-    save_vae: Callable[[Any, str], None]
-    prompt_template: Callable[[], str]  # what the text encoder reads around a prompt
+    vae: TinyVae
+    text: tuple[TinyText, ...]
+    folder: str = ""  # of its files, below hvtrain/tiny/assets and configs/tiny
 
 
 @dataclass(frozen=True)
@@ -303,7 +331,7 @@ class ModelSpec:
     # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for a task that begins elsewhere
     start: Callable[..., Tensor] | None = None
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list
-    tiny: TinyParts | None = None
+    tiny: Callable[[], TinyParts] | None = None
     musubi: MusubiCache | None = None
 
     @property

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
+import torch
 from torch import nn
 
 from hvtrain.errors import ConfigError
@@ -40,3 +43,11 @@ def _matches(pattern: str, name: str, *, option: str = "adapter.include/exclude"
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ConfigError(f"{option}: '{pattern}' is no regular expression: {error}") from None
+
+
+@cache
+def layers_of(build: Callable[[Any], nn.Module], arch: Any) -> Mapping[str, tuple[int, int]]:
+    """[out, in] of every Linear of a model that is not there, by name; `build`: the ModelSpec's. Flavors share many."""
+    with torch.device("meta"):
+        modules = build(arch).named_modules()
+    return {name: (layer.out_features, layer.in_features) for name, layer in modules if isinstance(layer, nn.Linear)}

@@ -17,13 +17,15 @@ from torch import Tensor
 from hvtrain.errors import DataError
 from shards.atomic import atomic_path
 
+Make = Callable[[Tensor], Tensor]  # unscaled latents -> pixels
+Tile = Callable[[Make, Tensor], Tensor]  # has one of the pieces made that a video is decoded in
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class VideoVae:
     """models.spec.Vae around a library's model. `encode` makes mean and deviation of a video on the model's device (no deviation:
     always the mode is taken), `decode` a video of unscaled latents; `scale` and `shift` are numbers, or one for each channel
-    [C 1 1 1]."""
+    [C 1 1 1]. What cuts large videos has `tile` make each piece."""
 
     def __init__(
         self, model: Any, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], decode: Callable[[Tensor], Tensor], *,
@@ -32,6 +34,7 @@ class VideoVae:
         self.model, self._encode, self._decode = model.eval().requires_grad_(False), encode, decode
         self.channels, self.stride, self.fingerprint = channels, stride, fingerprint
         self.scale, self.shift = scale, shift
+        self.tile: Tile = lambda make, z: make(z)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,6 +92,21 @@ def _noise(like: Tensor, generator: Generators) -> Tensor:
     else:
         noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
     return noise.to(like.device)
+
+
+@torch.no_grad()
+def rescale(
+    into: Any, out_of: Any, mean: Tensor, std: Tensor, *, to_mean: Tensor | float = 0.0, to_std: Tensor | float = 1.0
+) -> None:
+    """Give latents of mean and deviation [C] others, by an exact change of the 1x1x1 convolutions `into` moments, whose first
+    C channels are the mean, and `out_of` latents."""
+    gain = to_std / std
+    n = len(mean)
+    out_of.bias += (out_of.weight[:, :, 0, 0, 0] * (mean - to_mean / gain)).sum(1)
+    out_of.weight /= gain.view(1, -1, 1, 1, 1)
+    into.weight[:n] *= gain.view(-1, 1, 1, 1, 1)
+    into.bias[:n] = (into.bias[:n] - mean) * gain + to_mean
+    into.bias[n:] += 2 * gain.log()  # the log-variance moves with the scale
 
 
 def save_vae(model: Any, path: str | Path, *, key: str, dtype: torch.dtype | None = None) -> None:

@@ -1,13 +1,21 @@
-"""The architecture that the embedded models are small copies of: the default of `model.name`."""
+"""The embedded models: which architectures have a small copy, and where its files and configs lie."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hvtrain.config import ModelConfig
+from hvtrain.errors import ConfigError
 from hvtrain.models import find
 from hvtrain.models.spec import TinyParts
 
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT = ModelConfig().name
 
-def embedded_parts() -> TinyParts:
-    spec = find(ModelConfig().name)
-    assert spec.tiny is not None, f"{spec.name} says nothing of small copies"
-    return spec.tiny
+
+def embedded_parts(model: str = DEFAULT) -> TinyParts:
+    """Raises ConfigError for a model that is not there, or has no small copy."""
+    spec = find(model)
+    if spec.tiny is None:
+        raise ConfigError(f"{model} has no tiny copy that ships with hvtrain")
+    return spec.tiny()

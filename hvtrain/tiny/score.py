@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import colorsys
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hvtrain.tiny.clips import COLORS, CONCEPT_RGB, MOTIONS
+from hvtrain.tiny.clips import COLORS, CONCEPT_RGB, MOTIONS, Drawing, render
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"  # of a checkout
 MIN_AREA = 0.01  # of the picture: less is no object
@@ -34,6 +36,25 @@ def read_video(path: Path) -> np.ndarray:
 
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def draw_first(wanted: Sequence[Drawing], folder: Path) -> list[Path]:
+    """The first frame of each clip, as a picture in `folder`."""
+    from PIL import Image
+
+    paths = [folder / f"first_{i:02d}.png" for i in range(len(wanted))]
+    for clip, path in zip(wanted, paths):
+        Image.fromarray(render(clip)[0]).save(path)
+    return paths
+
+
+def kept(video: Path, picture: Path) -> float:
+    """PSNR in dB of a video's first frame against the picture that was given."""
+    from PIL import Image
+
+    given = np.asarray(Image.open(picture).convert("RGB"), np.float32)
+    error = float(np.square(read_video(video)[0] - given).mean())
+    return 10 * math.log10(255**2 / max(error, 1e-3))
 
 
 def _hue(rgb: np.ndarray) -> float:

@@ -7,6 +7,7 @@ The official class at small widths, trained on synthetic clips and crops of a re
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -18,26 +19,31 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.config import load
+from hvtrain.models.spec import TinyVae
 from hvtrain.rng import generator
 from hvtrain.tiny import clips
 from hvtrain.tiny.muon import ConvMuon
-from hvtrain.tiny.parts import embedded_parts
+from hvtrain.tiny.parts import DEFAULT, embedded_parts
 
 
 @dataclass(frozen=True)
 class VaeRecipe:
     """Everything that decides the result."""
 
+    model: str = DEFAULT
+    """Architecture whose VAE is trained"""
     real_clip: str = "tests/data/bigbuckbunny.mp4"
     """The real clip that crops are taken from"""
+    real_every: int = 3
+    """Every so manyth clip is such a crop; 0: none, and the real clip is only measured"""
     output: str = "vae.safetensors"
     """File to write"""
     channels: tuple[int, ...] = (16, 32, 48, 64)
-    """Widths of the four levels"""
+    """Widths of the levels"""
     latent_channels: int = 16
     """As the official VAE"""
     norm_groups: int = 4
-    """Groups of the group norms"""
+    """Groups of the group norms, where it has such"""
     image_steps: int = 500
     """Steps on single frames"""
     video_steps: int = 1400
@@ -52,8 +58,12 @@ class VaeRecipe:
     """Frames of a clip"""
     size: int = 64
     """Height and width in pixels"""
+    crop: int = 0
+    """What stills and clips are cut to, at random: as many pixels high and wide; 0 leaves them whole"""
     lr: float = 1.5e-3
     """AdamW's learning rate; Muon's is ten times as high"""
+    color_weight: float = 1.0
+    """How much larger an error is taken to be where it is one of colour, not of brightness"""
     kl_weight: float = 2e-6
     """Weight of the KL divergence"""
     seed: int = 0
@@ -61,10 +71,10 @@ class VaeRecipe:
 
 
 class Pictures:
-    """Training clips: two thirds synthetic, one third crops of the real clip. Values in [-1, 1]."""
+    """Training clips: synthetic ones, every so manyth a crop of the real clip. Values in [-1, 1]."""
 
-    def __init__(self, real: np.ndarray, *, seed: int) -> None:
-        self.real = real  # uint8 [F H W 3]
+    def __init__(self, real: np.ndarray, *, every: int, seed: int) -> None:
+        self.real, self.every = real, every  # uint8 [F H W 3]
         self.rng = random.Random(seed)
 
     def synthetic(self, frames: int, size: int) -> np.ndarray:
@@ -85,9 +95,13 @@ class Pictures:
         video = self.real[f : f + frames, y : y + size, x : x + size]
         return video[:, :, ::-1] if rng.random() < 0.5 else video
 
-    def batch(self, n: int, *, frames: int, size: int) -> Tensor:
-        """[n 3 frames size size]"""
-        made = [self.synthetic(frames, size) if i % 3 else self.crop(frames, size) for i in range(n)]
+    def batch(self, n: int, *, frames: int, size: int, cut: int = 0) -> Tensor:
+        """[n 3 frames size size], or as many pixels as `cut` says of it"""
+        real = [self.every > 0 and i % self.every == 0 for i in range(n)]
+        made = [self.crop(frames, size) if one else self.synthetic(frames, size) for one in real]
+        if cut:
+            places = [(self.rng.randrange(size - cut + 1), self.rng.randrange(size - cut + 1)) for _ in made]
+            made = [video[:, y : y + cut, x : x + cut] for video, (y, x) in zip(made, places)]
         return torch.from_numpy(np.stack(made)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
@@ -106,59 +120,45 @@ def read_real(path: str | Path, *, height: int = 128, width: int = 224) -> np.nd
 
 
 @torch.no_grad()
-def psnr(vae: Any, video: np.ndarray) -> float:
+def psnr(tiny: TinyVae, vae: Any, video: np.ndarray) -> float:
     """Mean over the clip of the reconstruction's PSNR in dB; peak 255, posterior mean, no tiling."""
     x = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    y = tiny.decode(vae, tiny.moments(vae, x)[0]).clamp(-1, 1)
     return float(-10 * torch.log10(((x - y) / 2).pow(2).mean()))
 
 
-def held_out_psnr(vae: Any, *, frames: int, size: int) -> float:
+def held_out_psnr(tiny: TinyVae, vae: Any, *, frames: int, size: int) -> float:
     """PSNR over 24 synthetic clips that training never draws: one of each held-out combination."""
     _, held = clips.combinations()
     names = list(clips.BACKGROUNDS)
     made = [clips.Drawing(*c, names[i % 3], seed=i) for i, c in enumerate(held)]
-    return float(np.mean([psnr(vae, clips.render(c, frames=frames, height=size, width=size)) for c in made]))
+    return float(np.mean([psnr(tiny, vae, clips.render(c, frames=frames, height=size, width=size)) for c in made]))
 
 
 @torch.no_grad()
-def whiten(vae: Any, pictures: Pictures, recipe: VaeRecipe) -> None:
-    """Give scaled latents zero mean and unit variance per channel, by an exact change of the two 1x1x1 convolutions."""
-    means = [
-        vae.encode(pictures.batch(4, frames=recipe.frames, size=recipe.size)).latent_dist.mean for _ in range(32)
-    ]
+def whiten(tiny: TinyVae, vae: Any, pictures: Pictures, recipe: VaeRecipe) -> None:
+    """Give scaled latents zero mean and unit variance per channel."""
+    means = [tiny.moments(vae, pictures.batch(4, frames=recipe.frames, size=recipe.size))[0] for _ in range(32)]
     z = torch.cat(means).transpose(0, 1).flatten(1)
-    shift, scale = z.mean(1), 1 / (z.std(1) * vae.config.scaling_factor)  # z' = (z - shift) * scale
-    c = recipe.latent_channels
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    post.bias += (post.weight[:, :, 0, 0, 0] * shift).sum(1)
-    post.weight /= scale.view(1, -1, 1, 1, 1)
-    quant.weight[:c] *= scale.view(-1, 1, 1, 1, 1)
-    quant.bias[:c] = (quant.bias[:c] - shift) * scale
-    quant.bias[c:] += 2 * scale.log()  # the log-variance moves with the scale
+    tiny.whiten(vae, z.mean(1), z.std(1))
 
 
-def build(recipe: VaeRecipe) -> Any:
+def build(tiny: TinyVae, recipe: VaeRecipe) -> Any:
     """The untrained model, close to linear: every residual branch starts at zero and the posterior nearly without noise."""
     torch.manual_seed(recipe.seed)  # weight initialisation inside the library
-    vae = embedded_parts().build_vae(
-        channels=recipe.channels, norm_groups=recipe.norm_groups, latent_channels=recipe.latent_channels
-    )
-    vae.to(memory_format=torch.channels_last_3d)
-    vae.use_framewise_encoding = vae.use_framewise_decoding = False
-    for name, module in vae.named_modules():
-        last = module.conv if name.endswith("conv2") else module if name.endswith("to_out.0") else None
-        if last is not None:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-    nn.init.constant_(vae.quant_conv.bias[recipe.latent_channels :].data, -5.0)
+    vae = tiny.build(channels=recipe.channels, norm_groups=recipe.norm_groups, latent_channels=recipe.latent_channels)
+    for name, parameter in vae.named_parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+        if re.search(tiny.branches, name):
+            nn.init.zeros_(parameter)
     return vae
 
 
 def optimizers(vae: Any, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the inner kernels, AdamW for the first and last layer, the norms and the biases."""
     moving = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
-    inner = [p for n, p in moving if p.ndim >= 2 and "conv_in" not in n and "conv_out" not in n]
+    inner = [p for n, p in moving if p[0].numel() > 1 and "conv_in" not in n and "conv_out" not in n]
     chosen = {id(p) for p in inner}
     rest = [p for _, p in moving if id(p) not in chosen]
     return [ConvMuon(inner, 10 * recipe.lr), torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -166,7 +166,8 @@ def optimizers(vae: Any, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: what is seen, what moves, and the learning rate as a share of the recipe's."""
+    """A stretch of training: what is seen (`cut` as in Pictures.batch), what moves, and the learning rate as a share of the
+    recipe's."""
 
     name: str
     steps: int
@@ -174,6 +175,7 @@ class Stage:
     frames: int
     start: float
     end: float
+    cut: int = 0
     frozen_encoder: bool = False
 
 
@@ -181,27 +183,29 @@ def stages(recipe: VaeRecipe) -> list[Stage]:
     """Stills, then clips, then the decoder alone: the latents are final before the last stage."""
     r = recipe
     return [
-        Stage("stills", r.image_steps, r.image_batch, 1, 1.0, 0.85),
-        Stage("clips", r.video_steps, r.video_batch, r.frames, 0.85, 0.0),
+        Stage("stills", r.image_steps, r.image_batch, 1, 1.0, 0.85, r.crop),
+        Stage("clips", r.video_steps, r.video_batch, r.frames, 0.85, 0.0, r.crop),
         Stage("decoder", r.decoder_steps, r.video_batch, r.frames, 0.5, 0.0, frozen_encoder=True),
     ]
 
 
-def train(recipe: VaeRecipe) -> Any:
-    """Run the recipe and return the model, its latents whitened."""
-    vae = build(recipe)
-    pictures = Pictures(read_real(recipe.real_clip), seed=recipe.seed)
+def train(recipe: VaeRecipe) -> None:
+    """Run the recipe; the file is written at the end of each stage. Latents are whitened before the last one."""
+    tiny = embedded_parts(recipe.model).vae
+    vae = build(tiny, recipe)
+    pictures = Pictures(read_real(recipe.real_clip), every=recipe.real_every, seed=recipe.seed)
     for stage in stages(recipe):
         if stage.frozen_encoder:
-            whiten(vae, pictures, recipe)
-        run_stage(vae, pictures, recipe, stage)
-    return vae
+            whiten(tiny, vae, pictures, recipe)
+        run_stage(tiny, vae, pictures, recipe, stage)
+        report(tiny, vae, pictures.real, recipe)
+        tiny.save(vae, recipe.output)
 
 
-def run_stage(vae: Any, pictures: Pictures, recipe: VaeRecipe, stage: Stage) -> None:
+def run_stage(tiny: TinyVae, vae: Any, pictures: Pictures, recipe: VaeRecipe, stage: Stage) -> None:
     """40 steps up, then linearly from `start` to `end`."""
-    vae.encoder.requires_grad_(not stage.frozen_encoder)
-    vae.quant_conv.requires_grad_(not stage.frozen_encoder)
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(not (stage.frozen_encoder and re.search(tiny.encoder, name)))
     steppers = optimizers(vae, recipe)
     bases = [o.param_groups[0]["lr"] for o in steppers]
     started, mean_error = time.monotonic(), 0.0
@@ -209,43 +213,42 @@ def run_stage(vae: Any, pictures: Pictures, recipe: VaeRecipe, stage: Stage) -> 
         factor = min((step + 1) / 40, stage.start + (stage.end - stage.start) * step / stage.steps)
         for o, base in zip(steppers, bases):
             o.param_groups[0]["lr"] = base * factor
-        x = pictures.batch(stage.batch, frames=stage.frames, size=recipe.size).to(memory_format=torch.channels_last_3d)
-        error, kl = _forward(vae, x, generator(recipe.seed, step=step, stream=f"vae-{stage.name}"))
-        loss = error.abs().mean() + 2 * error.pow(2).mean() + recipe.kl_weight * kl
+        x = pictures.batch(stage.batch, frames=stage.frames, size=recipe.size, cut=stage.cut)
+        x = x.to(memory_format=torch.channels_last_3d)
+        error, kl = _forward(tiny, vae, x, generator(recipe.seed, step=step, stream=f"vae-{stage.name}"))
+        gray = error.mean(1, keepdim=True)
+        counted = gray + recipe.color_weight * (error - gray)
+        loss = counted.abs().mean() + 2 * counted.pow(2).mean() + recipe.kl_weight * kl
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in vae.parameters() if p.requires_grad], 1.0)
         for o in steppers:
             o.step()
             o.zero_grad(set_to_none=True)
         mean_error += (float(error.detach().pow(2).mean()) - mean_error) / min(step + 1, 50)
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 50 == 0:
             db = -10 * np.log10(mean_error / 4)
             passed = time.monotonic() - started
             print(f"{stage.name} {step + 1}/{stage.steps}  train PSNR {db:.2f} dB  {passed:.0f} s", flush=True)
         if (step + 1) % 500 == 0:
-            report(vae, pictures.real, recipe)
+            report(tiny, vae, pictures.real, recipe)
 
 
-def _forward(vae: Any, x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def _forward(tiny: TinyVae, vae: Any, x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """(reconstruction error, KL divergence) of one batch [B 3 F H W]."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample(generator=noise)).sample
-    return y.float() - x, posterior.kl().mean()
+        mean, log_var = (moment.float() for moment in tiny.moments(vae, x))
+        log_var = log_var.clamp(-30, 20)
+        z = mean + torch.randn(mean.shape, generator=noise) * (0.5 * log_var).exp()
+        y = tiny.decode(vae, z)
+    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean()
+    return y.float() - x, kl
 
 
-def report(vae: Any, real: np.ndarray, recipe: VaeRecipe) -> None:
+def report(tiny: TinyVae, vae: Any, real: np.ndarray, recipe: VaeRecipe) -> None:
     """Print the two figures that docs/tiny.md quotes."""
-    held = held_out_psnr(vae, frames=recipe.frames, size=recipe.size)
-    print(f"PSNR held-out synthetic {held:.2f} dB, real clip 128x224 {psnr(vae, real[:33]):.2f} dB", flush=True)
-
-
-def main(argv: list[str]) -> None:
-    recipe = load(VaeRecipe, argv[0], argv[1:])
-    vae = train(recipe)
-    report(vae, read_real(recipe.real_clip), recipe)
-    embedded_parts().save_vae(vae, recipe.output)
+    held = held_out_psnr(tiny, vae, frames=recipe.frames, size=recipe.size)
+    print(f"PSNR held-out synthetic {held:.2f} dB, real clip 128x224 {psnr(tiny, vae, real[:33]):.2f} dB", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    train(load(VaeRecipe, sys.argv[1], sys.argv[2:]))

@@ -1,67 +1,26 @@
-"""HunyuanVideo 1.5's transformer against a second implementation and the full-size key lists; its flavors, inputs and LoRAs."""
+"""HunyuanVideo 1.5's transformer against a second implementation and the full-size key lists; its flavors and inputs."""
 
 import json
-import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from hvtrain.adapters.attach import linear_shapes
-from hvtrain.config import EncodeConfig, GenerateConfig, TrainConfig, load
-from hvtrain.errors import CheckpointError, ConfigError, DataError
-from hvtrain.generate.requests import Request, lacks
+from hvtrain.errors import DataError
+from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import sample_latents
-from hvtrain.lorafiles.convert import converted
-from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import read_lora, save_lora
-from hvtrain.merge.policies import Contribution, Dense
-from hvtrain.merge.write import plan_parts
-from hvtrain.models import find
 from hvtrain.models.conditions import example
-from hvtrain.models.hunyuan_video_15.flavors import FLAVORS, told_by
-from hvtrain.models.hunyuan_video_15.inputs import Hunyuan15Input, make_input
-from hvtrain.models.hunyuan_video_15.musubi import MUSUBI, SCALING
+from hvtrain.models.hunyuan_video_15.flavors import FLAVORS
+from hvtrain.models.hunyuan_video_15.inputs import make_input
 from hvtrain.models.listing import keys
-from hvtrain.models.load import identify, load_dit
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.slices.plan import Cut, make_plan
-from hvtrain.slices.run import target_shapes
-from hvtrain.train.data import open_shards
-from hvtrain.weights.float8 import quantize
+from tests.models.hunyuan_video_15.dit import ARCH, SPEC, STEPS, an_input, build
 from tests.oracles.check import LIMIT, errors
 
-SPEC = find("hunyuan-video-15")
 DATA = Path(__file__).parents[1] / "data"
-ARCH = replace(
-    SPEC.flavor("tiny").arch, in_channels=9, out_channels=4, hidden_size=64, heads_num=2, double=2, text_dim=24, glyph_dim=20,
-    vision_dim=28,
-)  # fmt: skip
-STEPS = replace(ARCH, meanflow=True)
-
-
-def build(arch=ARCH):
-    """Unit-scale weights: with small ones attention is uniform and much that is wrong would not show."""
-    draw, model = torch.Generator().manual_seed(0), SPEC.build(arch).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=(p[0].numel() if p.ndim > 1 else 1) ** -0.5, generator=draw)
-    return model
-
-
-def an_input(arch=ARCH, text=(7, 5), glyph=(4, 0), vision=(6, 6)):
-    """Random states, garbage beyond each sample's length."""
-    draw, n = torch.Generator().manual_seed(3), len(text)
-    lengths = {"text": text, "glyph": glyph, "vision": vision}
-    dims = {"text": arch.text_dim, "glyph": arch.glyph_dim, "vision": arch.vision_dim}
-    cond = {kind: torch.randn(n, max(own) + 2, dims[kind], generator=draw) for kind, own in lengths.items()}
-    x = torch.randn(n, arch.in_channels, 3, 4, 6, generator=draw)
-    t, until = (torch.rand(n, generator=draw) * 1000 for _ in range(2))
-    return Hunyuan15Input(x=x, t=t, cond=cond, lengths=lengths, until=until if arch.meanflow else None)
 
 
 def in_diffusers(arch, state):
@@ -170,19 +129,6 @@ def test_full_size_keys_equal_the_official_ones(flavor, which, n):
     assert len(ours) == n and ours == want
 
 
-def test_a_lora_adapts_what_musubi_s_does_and_a_slice_is_a_block():
-    with torch.device("meta"):
-        model = SPEC.build(SPEC.flavor("t2v-480p").arch)
-    names = SPEC.lora_targets(model)
-    assert len(names) == 14 * 54 and {n.split(".", 2)[2] for n in names} == {
-        f"{s}_{part}" for s in ("img", "txt")
-        for part in ("mod.linear", "attn_q", "attn_k", "attn_v", "attn_proj", "mlp.fc1", "mlp.fc2")
-    }  # fmt: skip
-    cut = Cut(blocks_per_loraid=1, granularity="block")
-    plan = make_plan(target_shapes(model, SPEC), cut, model=SPEC.name, flavor="t2v-480p")
-    assert [len(one.slots) for one in plan.slices] == [14] * 54
-
-
 def test_how_released_ones_are_sampled():
     told = {name: (d.steps, d.shift, d.cfg_scale, d.width, d.height) for name, f in FLAVORS.items() for d in [f.defaults]}
     assert told["t2v-480p"] == told["i2v-480p"] == (50, 5, 6, 848, 480)
@@ -262,226 +208,3 @@ def test_one_distilled_in_steps_is_told_where_each_step_ends():
     inp = replace(an_input(STEPS), until=None)
     assert torch.equal(model(inp), model(replace(inp, until=inp.t)))  # without a sampler: the velocity at t
     assert not torch.allclose(model(inp), model(replace(inp, until=torch.zeros(2))), atol=1e-2)
-
-
-# --- whose file is it -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "flavor"),
-    [
-        ("transformer/480p_t2v/diffusion_pytorch_model.safetensors", "t2v-480p"),
-        ("transformer/720p_i2v", "i2v-720p"),
-        ("transformer/480p_i2v_step_distilled/model.safetensors", "i2v-480p-step-distilled"),
-        ("hunyuanvideo1.5_480p_t2v_cfg_distilled_fp16.safetensors", "t2v-480p-distilled"),
-        ("hunyuanvideo1.5_720p_sr_distilled_fp16.safetensors", "sr-720p"),
-        ("1080p_sr_distilled", "sr-1080p"),
-        ("720p_t2v/my.safetensors", "t2v-720p"),
-        ("hunyuanvideo1.5_fp16.safetensors", None),
-    ],
-)
-def test_names_of_files_tell_what_shapes_do_not(path, flavor):
-    assert told_by(Path("ckpts") / path) == flavor
-
-
-def test_a_sparse_one_is_computed_densely_and_it_is_said(caplog):
-    assert told_by(Path("ckpts/720p_i2v_distilled_sparse")) == "i2v-720p-distilled"
-    assert "computed densely" in caplog.text
-
-
-def full_size(path, flavor):
-    """A file of the right names and shapes, without a byte of data."""
-    with torch.device("meta"):
-        state = SPEC.build(SPEC.flavor(flavor).arch).state_dict()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head, end = {}, 0
-    for name, t in state.items():
-        head[name] = {"dtype": "F16", "shape": list(t.shape), "data_offsets": [end, end + 2 * t.numel()]}
-        end += 2 * t.numel()
-    text = json.dumps(head).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)  # a hole
-    return path
-
-
-def test_files_are_known_and_wrong_ones_refused_before_anything_loads(tmp_path):
-    plain = full_size(tmp_path / "dit.safetensors", "t2v-480p")
-    assert identify(plain).flavor.name == "t2v-480p" and identify(plain, flavor="i2v-720p").flavor == FLAVORS["i2v-720p"]
-    (tmp_path / "config.json").write_text(json.dumps({"ideal_task": "i2v", "ideal_resolution": "720p"}))
-    assert identify(plain).flavor.name == "i2v-720p"
-    with pytest.raises(CheckpointError, match="'i2v-720p', which does another task than flavor 't2v-480p'"):
-        identify(plain, flavor="t2v-480p")
-    named = full_size(tmp_path / "480p_t2v" / "model.safetensors", "t2v-480p")
-    with pytest.raises(CheckpointError, match="'t2v-480p', which does another task than flavor 'i2v-480p'"):
-        identify(named, flavor="i2v-480p")
-    steps = full_size(tmp_path / "steps" / "model.safetensors", "i2v-480p-step-distilled")
-    assert identify(steps).flavor.name == "i2v-480p-step-distilled"
-    with pytest.raises(CheckpointError, match="meanflow False, the file has True.*'i2v-480p-step-distilled'"):
-        identify(steps, flavor="i2v-480p")
-    with pytest.raises(CheckpointError, match="in_channels 65, the file has 98"):
-        identify(full_size(tmp_path / "sr" / "x.safetensors", "sr-720p"), flavor="t2v-480p")
-    with pytest.raises(CheckpointError, match=r"not a DiT of hunyuan-video; it looks like HunyuanVideo 1\.5"):
-        identify(plain, model="hunyuan-video")
-
-
-def test_what_a_flavor_cannot_do_is_refused_by_name():
-    with pytest.raises(ConfigError, match="cfg_scale is 6, but 'i2v-480p-step-distilled'"):
-        Request.of(FLAVORS["i2v-480p-step-distilled"], cfg_scale=6.0)
-    with pytest.raises(ConfigError, match="cfg_scale is 6, but 'sr-720p'"):
-        Request.of(FLAVORS["sr-720p"], cfg_scale=6.0)
-    assert Request.of(FLAVORS["i2v-480p-distilled"], cfg_scale=2.0).guided
-    assert lacks(Request.of(FLAVORS["i2v-480p"]), FLAVORS["i2v-480p"]) == ["image"]
-    with pytest.raises(ConfigError, match="image is a.png, but 't2v-480p' takes none"):
-        Request.of(FLAVORS["t2v-480p"], image="a.png")
-    with pytest.raises(ConfigError, match="guidance is 6, but this 't2v-480p' embeds no guidance"):
-        Request.of(FLAVORS["t2v-480p"], guidance=6.0)
-    with pytest.raises(ConfigError, match="width is 850, expected a multiple of 16"):
-        Request.of(FLAVORS["t2v-480p"], width=850)
-
-
-def test_shards_of_the_older_model_are_refused():
-    with pytest.raises(DataError, match="holds latents of 16 channels, flavor 't2v-480p' takes 32"):
-        open_shards([str(DATA / "shards_v2")], FLAVORS["t2v-480p"], key="data.shards")
-
-
-@pytest.mark.parametrize("dialect", ["comfy", "inside", "diffusers"])
-@pytest.mark.parametrize("how", ["", "fp8_scaled"])
-def test_every_dialect_of_the_same_weights_loads_equal(dialect, how, tmp_path):
-    """ComfyUI's q, k and v are one tensor; in float8 each of ours keeps the file's values and factors."""
-    arch = SPEC.flavor("tiny").arch
-    state = build(arch).state_dict()
-    if how:
-        scaled = {n: quantize(t, how) for n, t in state.items() if "double_blocks" in n and t.ndim == 2}
-        state |= {n: (v.view(*v.shape[:-1], -1, 64).float() * s).view_as(v) for n, (v, s) in scaled.items()}
-    theirs = {n: c.of(state).clone() for n, c in SPEC.key_maps[dialect].write(state).items()}
-    if how:
-        for name in [n for n, t in theirs.items() if "blocks" in n and "refiner" not in n and t.ndim == 2]:
-            theirs[name], theirs[name.removesuffix("weight") + "scale_weight"] = quantize(theirs[name], how)
-    save_file(theirs, tmp_path / "a.safetensors")
-    found = identify(tmp_path / "a.safetensors")
-    assert (found.spec.name, found.flavor.name, found.arch, found.dialect) == (SPEC.name, "tiny", arch, dialect)
-    model = load_dit(tmp_path / "a.safetensors", dtype=torch.float32).model
-    assert all(torch.allclose(t, state[n], rtol=0, atol=1e-7) for n, t in model.state_dict().items())
-    if how:
-        eight = load_dit(tmp_path / "a.safetensors", dtype=torch.float32, quantize_to="fp8_scaled").model
-        assert eight.double_blocks[0].img_attn_k.weight.dtype == torch.float8_e4m3fn
-        inp = replace(an_input(arch), x=torch.randn(2, 65, 3, 4, 6))
-        assert torch.allclose(eight(inp), model(inp), atol=1e-4)
-
-
-# --- LoRAs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lora(tmp_path):
-    """Of every layer, rank 2, alpha 1."""
-    model, draw, tensors = build(), torch.Generator().manual_seed(5), {}
-    for name in SPEC.lora_targets(model):
-        n_out, n_in = model.get_submodule(name).weight.shape
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, n_in, generator=draw)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(n_out, 2, generator=draw)
-    save_lora(tmp_path / "a.safetensors", tensors, rank=2, alpha=1.0, metadata={}, architecture=SPEC.name)
-    return tmp_path / "a.safetensors", tensors
-
-
-def test_ours_is_what_musubi_writes(lora):
-    path, tensors = lora
-    held = load_file(path)
-    assert len(held) == 3 * 14 * 2
-    stem = "lora_unet_double_blocks_1_txt_attn_q"
-    assert torch.equal(held[f"{stem}.lora_down.weight"], tensors["double_blocks.1.txt_attn_q.lora_down.weight"])
-    assert held[f"{stem}.lora_up.weight"].shape == (64, 2) and held[f"{stem}.alpha"].item() == 1
-    assert "lora_unet_double_blocks_0_img_mod_linear.alpha" in held and "lora_unet_double_blocks_0_img_mlp_fc1.alpha" in held
-    with safe_open(path, "pt") as file:
-        said = file.metadata()
-    assert said["ss_base_model_version"] == "hunyuan_video_1_5" and said["modelspec.architecture"] == "hunyuan-video-1.5/lora"
-    assert said["ss_network_module"] == "networks.lora_hv_1_5" and said["ss_network_dim"] == "2"
-    assert read_lora(path, linear_shapes(build()), spec=SPEC).pairs.keys() == set(SPEC.lora_targets(build()))
-
-
-def test_comfyui_s_has_q_k_and_v_in_one_both_ways(lora, tmp_path):
-    path, _ = lora
-    own = read_lora(path, linear_shapes(build()), spec=SPEC)
-    made = converted(own, SPEC, DIALECTS["comfyui"])
-    stem = "diffusion_model.double_blocks.0.img_attn_qkv"
-    down, up, alpha = (made.tensors[f"{stem}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "alpha"))
-    assert down.shape == (6, 64) and up.shape == (192, 6) and alpha.item() == 3
-    q, v = own.pairs["double_blocks.0.img_attn_q"], own.pairs["double_blocks.0.img_attn_v"]
-    assert torch.equal(down[:2], q.down) and torch.equal(up[:64, :2], q.up) and torch.equal(up[128:, 4:], v.up)
-    assert up.count_nonzero() == 3 * 64 * 2 and not any("attn_q." in name or "attn_k." in name for name in made.tensors)
-    made.save(tmp_path / "comfy.safetensors")
-    again = read_lora(tmp_path / "comfy.safetensors", linear_shapes(build()), spec=SPEC)
-    for name, pair in own.pairs.items():
-        other = again.pairs[name]
-        assert torch.equal(other.down, pair.down) and torch.equal(other.up, pair.up) and other.alpha == pair.alpha, name
-
-
-def test_one_that_musubi_has_converted_for_comfyui_is_read(lora, tmp_path):
-    """lora_unet_ names of ComfyUI's own modules: mlp_0, mod_lin, and stacks of q, k and v."""
-    own = read_lora(lora[0], linear_shapes(build()), spec=SPEC)
-    theirs = {}
-    for name, pair in own.pairs.items():
-        stem = "lora_unet_" + name.replace(".", "_")
-        for a, b in (("mlp_fc1", "mlp_0"), ("mlp_fc2", "mlp_2"), ("mod_linear", "mod_lin")):
-            stem = stem.replace(a, b)
-        if not stem.endswith(("attn_q", "attn_k", "attn_v")):
-            theirs |= {f"{stem}.lora_down.weight": pair.down, f"{stem}.lora_up.weight": pair.up}
-            theirs[f"{stem}.alpha"] = torch.tensor(1.0)
-    for block in range(2):
-        for stream in ("img", "txt"):
-            parts = [own.pairs[f"double_blocks.{block}.{stream}_attn_{x}"] for x in "qkv"]
-            stem = f"lora_unet_double_blocks_{block}_{stream}_attn_qkv"
-            theirs[f"{stem}.lora_down.weight"] = torch.cat([p.down for p in parts])
-            theirs[f"{stem}.lora_up.weight"] = torch.block_diag(*(p.up for p in parts))
-            theirs[f"{stem}.alpha"] = torch.tensor(3.0)
-    save_file({n: t.clone() for n, t in theirs.items()}, tmp_path / "musubi.safetensors")
-    again = read_lora(tmp_path / "musubi.safetensors", linear_shapes(build()), spec=SPEC)
-    assert again.pairs.keys() == own.pairs.keys()
-    assert all(torch.equal(again.pairs[n].up, p.up) and again.pairs[n].scale == p.scale for n, p in own.pairs.items())
-    first, pair = "lora_unet_double_blocks_0_img_attn_q", own.pairs["double_blocks.0.img_attn_q"]
-    twice = {f"{first}.lora_down.weight": pair.down, f"{first}.lora_up.weight": pair.up}
-    save_file({n: t.clone() for n, t in {**theirs, **twice}.items()}, tmp_path / "twice.safetensors")
-    with pytest.raises(CheckpointError, match="twice"):
-        read_lora(tmp_path / "twice.safetensors", linear_shapes(build()), spec=SPEC)
-
-
-def test_a_lora_is_merged_into_comfyui_s_fused_tensors(lora, tmp_path):
-    state = build(ARCH).state_dict()
-    theirs = {n: c.of(state).clone() for n, c in SPEC.key_maps["comfy"].write(state).items()}
-    save_file(theirs, tmp_path / "dit.safetensors", {"hvtrain.arch": json.dumps(asdict(ARCH))})
-    found, shapes = identify(tmp_path / "dit.safetensors"), linear_shapes(build())
-    own = read_lora(lora[0], shapes, spec=SPEC).pairs
-    names = [n for n in own if "double_blocks.0.img_attn_" in n]
-    layers = {n: [Contribution("a", own[n], 0.5)] for n in names}
-    k = "double_blocks.0.img_attn_k"
-    layers[k] = Dense(lambda: 0.5 * own[k].delta())
-    parts = plan_parts(found, layers, shapes)
-    assert set(parts) == {f"double_blocks.0.img_attn_{x}.weight" for x in ("qkv", "proj")}
-    merged = theirs["double_blocks.0.img_attn_qkv.weight"].clone()
-    parts["double_blocks.0.img_attn_qkv.weight"].add_to(merged)
-    want = [state[f"{name}.weight"] + 0.5 * own[name].delta() for name in names if "proj" not in name]
-    assert len(want) == 3 and torch.allclose(merged, torch.cat(want), atol=1e-5)
-
-
-def test_musubi_s_caches_are_read():
-    latents, image = torch.randn(32, 3, 4, 6), torch.zeros(33, 3, 4, 6)
-    image[:32, 0], image[32, 0] = latents[:, 0], 1
-    raw = {"latents_3x4x6_float16": latents.half(), "latents_image_3x4x6_float32": image}
-    raw["siglip_float16"] = torch.randn(729, 1152).half()
-    found = MUSUBI.latents(raw)
-    assert torch.allclose(found["latents"].float(), latents * SCALING, rtol=0.02) and math.isclose(SCALING, 1.03682)
-    assert found["image_latents"].shape == (32, 1, 4, 6) and found["vision"].shape == (729, 1152)
-    assert torch.allclose(found["image_latents"][:, 0].float(), found["latents"][:, 0].float(), atol=0.03)  # the same scaling
-    text = MUSUBI.text({"varlen_vl_embed_bfloat16": torch.randn(9, 3584), "varlen_byt5_embed_float16": torch.zeros(0, 1472)})
-    assert text["text"].shape == (9, 3584) and text["glyph"].shape == (0, 1472)
-    with pytest.raises(DataError, match="siglip"):
-        MUSUBI.latents({k: v for k, v in raw.items() if "siglip" not in k})
-
-
-def test_its_configs_are_sound():
-    files = {"encode": EncodeConfig, "generate": GenerateConfig}
-    for path in sorted((DATA.parents[1] / "configs" / "hunyuan_video_15").glob("*.yaml")):
-        if path.stem != "model":
-            cfg = load(files.get(path.stem, TrainConfig), path)
-            assert cfg.model.name == SPEC.name and set(cfg.model.parts) <= set(SPEC.parts) and cfg.model.flavor in FLAVORS

@@ -64,7 +64,7 @@ def one_of(inp, i):
     return replace(inp, x=inp.x[i : i + 1], t=inp.t[i : i + 1], cond=cond, lengths={"text": (n,)}, clean=clean)
 
 
-@pytest.mark.parametrize("name", ["wan_t2v_dit", "wan21_flf2v_dit", "wan22_ti2v_dit"])
+@pytest.mark.parametrize("name", ["wan_t2v_dit", "wan21_flf2v_dit", "wan22_ti2v_dit", "wan22_t2v_sample"])
 def test_output_and_gradients_equal_the_official_model(name):
     found = errors(str(DATA / f"{name}.safetensors"))
     assert len(found) > 4 and max(found.values()) <= LIMIT, max(found, key=found.get)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
 
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.flavors import FLAVORS, fitted, sizes_from, told_by
@@ -13,41 +11,8 @@ from hvtrain.models.hunyuan_video.keys import KEY_MAPS, owns
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.models.hunyuan_video.musubi import MUSUBI
 from hvtrain.models.later import later
-from hvtrain.models.spec import ModelSpec, TinyParts
+from hvtrain.models.spec import ModelSpec
 from hvtrain.models.two_stream import init_weights
-
-
-def _small_vae(*, channels: Sequence[int], norm_groups: int, latent_channels: int) -> Any:
-    """The official VAE's class and 4 x 8 x 8 compression at other widths."""
-    from hvtrain.models.hunyuan_video.vae import build_vae
-
-    n = len(channels)
-    return build_vae(
-        {
-            "in_channels": 3,
-            "out_channels": 3,
-            "latent_channels": latent_channels,
-            "down_block_types": ("HunyuanVideoDownBlock3D",) * n,
-            "up_block_types": ("HunyuanVideoUpBlock3D",) * n,
-            "block_out_channels": tuple(channels),
-            "layers_per_block": 1,
-            "norm_num_groups": norm_groups,
-            "scaling_factor": 0.476986,
-        }
-    )
-
-
-def _save_vae(model: Any, path: str) -> None:
-    from hvtrain.models.hunyuan_video.vae_weights import METADATA_KEY
-    from hvtrain.models.video_vae import save_vae
-
-    save_vae(model, path, key=METADATA_KEY)
-
-
-def _prompt_template() -> str:
-    from hvtrain.models.hunyuan_video.text import TEMPLATE
-
-    return TEMPLATE
 
 
 def _is_lora_target(name: str) -> bool:
@@ -78,6 +43,6 @@ SPEC = ModelSpec(
     start=start,
     # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.
     sizes=((1280, 720), (960, 544), (1104, 832), (960, 960), (832, 624), (720, 720)),
-    tiny=TinyParts(_small_vae, _save_vae, _prompt_template),
+    tiny=later(f"{__name__}.tiny", "parts"),
     musubi=MUSUBI,
 )

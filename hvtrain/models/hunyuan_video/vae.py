@@ -72,10 +72,13 @@ def vae_of(model: Any, *, fingerprint: str = "", tiling: VaeTiling | None = None
         posterior = model.encode(video.to(model.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
-    return VideoVae(
+    make = model.decoder.forward
+    vae = VideoVae(
         model, encode, lambda z: model.decode(z.to(model.dtype)).sample.float(), channels=config.latent_channels,
         stride=(config.temporal_compression_ratio, spatial, spatial), scale=config.scaling_factor, fingerprint=fingerprint,
     )
+    model.decoder.forward = lambda z: vae.tile(make, z)
+    return vae
 
 
 def open_vae(

@@ -39,5 +39,6 @@ SPEC = ModelSpec(
     image_conditions=image_conditions,
     open_enlarger=later(f"{__name__}.upsample", "open_enlarger"),
     sizes=((848, 480), (480, 848), (1280, 720), (720, 1280), (1920, 1072), (960, 960), (640, 640)),
+    tiny=later(f"{__name__}.tiny", "parts"),
     musubi=MUSUBI,
 )

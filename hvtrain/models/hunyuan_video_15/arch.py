@@ -9,7 +9,7 @@ from hvtrain.models.identify import ARCH_KEY, count, count_some, shape_of
 from hvtrain.models.spec import Shapes
 
 # How a head is divided among t, h and w is in no tensor's shape; these are the divisions in use.
-_ROPE_DIMS = {128: (16, 56, 56), 32: (8, 12, 12)}
+_ROPE_DIMS = {128: (16, 56, 56), 32: (8, 12, 12), 24: (4, 10, 10)}
 
 
 @dataclass(frozen=True)

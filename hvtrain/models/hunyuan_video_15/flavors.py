@@ -24,8 +24,8 @@ _FULL = HunyuanVideo15Arch(
 _STEPS = replace(_FULL, meanflow=True)
 _SR = replace(_STEPS, in_channels=98)
 _TINY = HunyuanVideo15Arch(
-    in_channels=65, out_channels=32, hidden_size=128, heads_num=4, double=4, rope_dims=(8, 12, 12), text_dim=64,
-    glyph_dim=32, glyph_hidden=64, vision_dim=48,
+    in_channels=65, out_channels=32, hidden_size=96, heads_num=4, double=3, rope_dims=(4, 10, 10), text_dim=64,
+    glyph_dim=32, glyph_hidden=64, vision_dim=48, mlp_ratio=2.0,
 )
 _480P = Defaults(
     steps=50, shift=5.0, guidance=None, fps=24, frames=121, height=480, width=848, cfg_scale=6.0, training_shift=3.0
@@ -92,7 +92,7 @@ FLAVORS = {
         _flavor("sr-1080p", "super-resolution 720p to 1080p, without guidance", _SR,
             replace(_1080P, steps=8, shift=2.0, cfg_scale=1.0), task="sr"),
         _flavor("tiny", "for CPUs", _TINY, _SMALL, task="t2v"),
-        _flavor("tiny-i2v", "for CPUs, image to video", _TINY, _SMALL, task="i2v"),
+        _flavor("tiny-i2v", "the same weights, image to video", _TINY, _SMALL, task="i2v"),
         _flavor("tiny-steps", "for CPUs, image to video, as the one distilled in steps", replace(_TINY, meanflow=True),
             replace(_SMALL, steps=4, cfg_scale=1.0), task="i2v"),
     )

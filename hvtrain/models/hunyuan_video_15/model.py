@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -18,6 +19,7 @@ from hvtrain.models.dit import DiT, Grid, Tokens
 from hvtrain.models.hunyuan_video_15.arch import HunyuanVideo15Arch
 from hvtrain.models.hunyuan_video_15.inputs import Hunyuan15Input
 from hvtrain.models.layers import PatchConv, TimeEmbedder
+from hvtrain.models.precision import under_autocast
 from hvtrain.models.rope import grid_rope
 from hvtrain.models.two_stream import FinalLayer, TextEmbedder, TwoStreamBlock
 
@@ -43,12 +45,21 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
+class Norm(nn.LayerNorm):
+    """Under autocast in and to fp32, whatever the weights' dtype: what CUDA's does, here on every device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not under_autocast(x.device.type):
+            return super().forward(x)
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class GlyphEmbedder(nn.Module):
     """ByT5's states [B L glyph_dim] -> [B L E]."""
 
     def __init__(self, arch: HunyuanVideo15Arch) -> None:
         super().__init__()
-        self.layernorm = nn.LayerNorm(arch.glyph_dim)
+        self.layernorm = Norm(arch.glyph_dim)
         self.fc1 = nn.Linear(arch.glyph_dim, arch.glyph_hidden)
         self.fc2 = nn.Linear(arch.glyph_hidden, arch.glyph_hidden)
         self.fc3 = nn.Linear(arch.glyph_hidden, arch.hidden_size)
@@ -65,7 +76,7 @@ class VisionEmbedder(nn.Module):
         super().__init__()
         dim, width = arch.vision_dim, arch.hidden_size
         self.proj = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width), nn.LayerNorm(width)
+            Norm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width), Norm(width)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,14 +55,15 @@ def vae_of(model: Vae15, *, fingerprint: str = "", tiling: VaeTilingConfig | Non
 
     def decode(z: Tensor) -> Tensor:
         def whole(x: Tensor) -> Tensor:
-            return tiled(model.frames, x, side=side // pixels, made=side, overlap=overlap)
+            return tiled(lambda z: vae.tile(model.frames, z), x, side=side // pixels, made=side, overlap=overlap)
 
         return _one_by_one(whole, z.to(model.decoder.conv_in.conv.weight.dtype), tiling.slicing).float()
 
-    return VideoVae(
+    vae = VideoVae(
         model, encode, decode, channels=arch.latent_channels, stride=(arch.ffactor_temporal, pixels, pixels),
         scale=arch.scaling_factor, fingerprint=fingerprint,
     )
+    return vae
 
 
 def _one_by_one(make: Callable[[Tensor], Tensor], x: Tensor, slicing: bool) -> Tensor:

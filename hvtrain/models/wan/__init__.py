@@ -32,5 +32,6 @@ SPEC = ModelSpec(
     columns=(Column("clip", "CLIP's tokens of the image", ("clip",), later(f"{__name__}.clip", "open_clip")),),
     image_conditions=later(f"{__name__}.images", "image_conditions"),
     sizes=((832, 480), (480, 832), (1280, 720), (720, 1280), (1280, 704), (704, 1280)),
+    tiny=later(f"{__name__}.tiny", "parts"),
     musubi=MUSUBI,
 )

@@ -23,14 +23,14 @@ _5B = replace(_14B, in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, n_
 _I2V = replace(_14B, in_channels=36)  # and 4 of mask, 16 of the image's latents
 _CLIP = replace(_I2V, clip_dim=1280)
 _TINY = WanArch(
-    in_channels=16, out_channels=16, dim=96, ffn_dim=256, n_heads=4, n_layers=4, text_dim=64, freq_dim=64, text_len=64
+    in_channels=16, out_channels=16, dim=128, ffn_dim=256, n_heads=4, n_layers=4, text_dim=64, freq_dim=64, text_len=64
 )
 _480P = Defaults(
     steps=50, shift=5.0, guidance=None, fps=16, frames=81, height=480, width=832, negative_prompt=NEGATIVE_PROMPT,
     cfg_scale=5.0, solver="unipc",
 )
 _720P = replace(_480P, height=720, width=1280)
-_SMALL = replace(_480P, steps=20, fps=8, frames=9, height=64, width=64, negative_prompt="")
+_SMALL = replace(_480P, steps=20, shift=3.0, fps=8, frames=9, height=64, width=64, negative_prompt="")
 
 
 def cond_fields(arch: WanArch, task: str) -> tuple[Field, ...]:
@@ -93,7 +93,7 @@ FLAVORS = {
             "ti2v-5b", "2.2 text or image to video 5B", _5B, replace(_720P, fps=24, frames=121, height=704), tasks=_TI2V
         ),
         _flavor("tiny", "for CPUs, one model for all noise", _TINY, _SMALL),
-        _flavor("tiny-a14b", "for CPUs, two experts", _TINY, _SMALL, boundary=0.875, cfg_scales=(4.0, 3.0)),
+        _flavor("tiny-a14b", "the embedded one, for CPUs, two experts", _TINY, _SMALL, boundary=0.875, cfg_scales=(4.0, 3.0)),
         _flavor(
             "tiny-ti2v", "for CPUs, as the 5B", replace(_TINY, in_channels=48, out_channels=48), _SMALL, tasks=_TI2V
         ),
@@ -113,10 +113,11 @@ _NAMES = {
 def sizes_from(shapes: Shapes) -> WanArch:
     """The architecture of a file under official names: the released one with the same patch embedding and picture tokens,
     so that the strict check can name what such a file lacks; else what the shapes say."""
-    proj = shapes.get("patch_embedding.weight", ())
+    proj, ffn = shapes.get("patch_embedding.weight", ()), shapes.get("blocks.0.ffn.0.weight")
     for arch in (flavor.arch for flavor in FLAVORS.values()):
         pictured = bool(arch.clip_dim) == has_picture(shapes) and bool(arch.n_clip) == ("img_emb.emb_pos" in shapes)
-        if proj == (arch.dim, arch.in_channels, *arch.patch) and pictured:
+        same = ffn is None or ffn[0] == arch.ffn_dim
+        if proj == (arch.dim, arch.in_channels, *arch.patch) and pictured and same:
             return arch
     return infer_arch(shapes)
 

@@ -60,24 +60,33 @@ def vae_of(model: Any, *, fingerprint: str = "", decoding: torch.dtype = torch.f
     half = torch.bfloat16 if decoding == torch.float32 else decoding
 
     def encode(video: Tensor) -> tuple[Tensor, None]:
-        x, cache = _patchified(video.float(), patch), _cache(model.encoder)
-        with without_autocast(x.device.type):
-            outs = [model.encoder(part, feat_cache=cache, feat_idx=[0]) for part in _chunks(x)]
-            return model.quant_conv(torch.cat(outs, dim=2)).chunk(2, dim=1)[0], None
+        with without_autocast(video.device.type):
+            return moments(model, video.float())[0], None
 
     def decode(z: Tensor) -> Tensor:
-        """One frame, then four at a time."""
         with autocast(z.device.type, enabled=decoding != torch.float32, dtype=half):
-            x, cache, out = model.post_quant_conv(z), _cache(model.decoder), []
-            for i in range(x.shape[2]):
-                frames = model.decoder(x[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
-                out.append(_unpatchified(frames, patch).float())
-        return torch.cat(out, dim=2)
+            return frames(model, z)
 
     return VideoVae(
         model, encode, decode, channels=channels, stride=(FRAMES, 8 * patch, 8 * patch), scale=1 / std, shift=mean,
         fingerprint=fingerprint,
     )
+
+
+def moments(model: Any, video: Tensor) -> tuple[Tensor, Tensor]:
+    """[B 3 F H W] -> mean and log-variance [B C T h w], unscaled. One frame, then four at a time."""
+    x, cache = _patchified(video, model.config.patch_size or 1), _cache(model.encoder)
+    outs = [model.encoder(part, feat_cache=cache, feat_idx=[0]) for part in _chunks(x)]
+    return model.quant_conv(torch.cat(outs, dim=2)).chunk(2, dim=1)
+
+
+def frames(model: Any, z: Tensor) -> Tensor:
+    """Unscaled latents [B C T h w] -> [B 3 F H W], float32. One frame, then four at a time."""
+    x, cache, out = model.post_quant_conv(z), _cache(model.decoder), []
+    for i in range(x.shape[2]):
+        part = model.decoder(x[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+        out.append(_unpatchified(part, model.config.patch_size or 1).float())
+    return torch.cat(out, dim=2)
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:

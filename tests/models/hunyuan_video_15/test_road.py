@@ -101,7 +101,9 @@ def test_from_clips_to_a_merged_model(folder: Path, model: dict[str, object]) ->
     merge.run(loaded(MergeConfig, {"dit": dit, "output": folder / "merged.safetensors", "lora": f"[{{path: {lora}}}]"}))
     before, after = load_file(dit), load_file(folder / "merged.safetensors")
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert len(changed) > 40 and all(name.startswith("double_blocks.") for name in changed)
+    # Nobody reads what the last block makes of the text.
+    idle = {f"double_blocks.2.txt_{name}.weight" for name in ("attn_q", "attn_proj", "mlp.fc1", "mlp.fc2")}
+    assert changed == {name for name, value in before.items() if name.startswith("double_blocks.") and value.ndim == 2} - idle
 
 
 # --- super-resolution -------------------------------------------------------------------------------------------------
