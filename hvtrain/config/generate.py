@@ -58,5 +58,7 @@ class GenerateConfig(Sampling):
     """How ranks share one video"""
     blocks_to_swap: int = 0
     """Keep the weights of so many blocks in host memory and bring each when it is computed"""
+    shard_weights: bool = False
+    """Cut the blocks' weights over the ranks that share a video (parallel), and gather each block when it is computed"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast"""

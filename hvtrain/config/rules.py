@@ -286,6 +286,13 @@ def check_generate(cfg: GenerateConfig) -> None:
         _exists(lora.path, "lora.path")
     if cfg.blocks_to_swap < 0:
         raise ConfigError(f"blocks_to_swap is {cfg.blocks_to_swap}, expected 0 or more")
+    if cfg.shard_weights and cfg.blocks_to_swap:
+        raise ConfigError("shard_weights and blocks_to_swap both say where the blocks' weights are; choose one")
+    if cfg.shard_weights and cfg.parallel.ulysses * cfg.parallel.ring == 1:
+        raise ConfigError(
+            "shard_weights: cuts the weights over the ranks that share a video; have them share one (parallel.ulysses or "
+            "parallel.ring, with hvtrain launch --nproc N)"
+        )
     if cfg.batch_size <= 0:
         raise ConfigError(f"batch_size is {cfg.batch_size}, expected more than 0")
     _check_sampling(cfg)

@@ -20,7 +20,7 @@ from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.parallel.swap import swap_savings
+from hvtrain.parallel.swap import shard_savings, swap_savings
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
 from hvtrain.train.optim import state_bytes
 from hvtrain.train.setup import part_of
@@ -124,7 +124,8 @@ def swap_for(cfg: Training, about: Candidate, excess: int) -> int | None:
 
 
 def of_sampling(
-    model: ModelConfig, parallel: ParallelConfig, about: Candidate, shape: Shape, gpus: int, *, blocks_to_swap: int = 0
+    model: ModelConfig, parallel: ParallelConfig, about: Candidate, shape: Shape, gpus: int, *, blocks_to_swap: int = 0,
+    shard_weights: bool = False,
 ) -> Estimate:
     """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
@@ -132,7 +133,8 @@ def of_sampling(
         _quantize(dit, about.spec, model.quantize)
         inp = fake_input(about.spec, about.flavor, shape)
         trace = trace_step(dit.eval(), inp, ctx=ctx, training=False)
-        layout = Layout(world=gpus, freed_by_swap=_freed(dit, blocks_to_swap))
+        freed = shard_savings(dit.blocks, ctx.sp) if shard_weights and ctx.sp > 1 else _freed(dit, blocks_to_swap)
+        layout = Layout(world=gpus, freed_by_swap=freed)
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
 
 

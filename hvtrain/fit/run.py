@@ -83,14 +83,16 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
     for gpus in asked.gpus:
         found = {
             f"U{u} x R{r}": of_sampling(
-                cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap
+                cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap,
+                shard_weights=cfg.shard_weights,
             )
             for u, r in degrees(about.flavor.n_heads, gpus)
         }
         first = next(iter(found.values()))
         lines += [] if lines else [_head(about, shape, first)]
         lines += [f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB", _budget_table(found)]
-        verdict = "fits" if fits(first, memory) else "does not fit: more GPUs, model.quantize=fp8_scaled or blocks_to_swap"
+        ways = "more GPUs, model.quantize=fp8_scaled, shard_weights or blocks_to_swap"
+        verdict = "fits" if fits(first, memory) else f"does not fit: {ways}"
         lines.append(f"{first.flops / 1e12:,.0f} TFLOP a GPU and sampling step; {verdict}")
     return "\n".join(lines) + "\n"
 

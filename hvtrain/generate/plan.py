@@ -53,6 +53,7 @@ class Compute:
     precision: str
     kernel: str
     blocks_to_swap: int = 0
+    shard_weights: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

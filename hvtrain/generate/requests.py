@@ -139,7 +139,7 @@ def prompt_jobs(flavor: Flavor, given: Mapping[str, Any], *, prompt_file: str, o
             request = _complete(flavor, **{**given, "seed": given.get("seed", 0) + i, **values})
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        jobs.append(Job(request, Path(output) / f"{i:04d}{_ending(request)}"))
+        jobs.append(Job(request, Path(output) / f"{i:04d}{ending(request)}"))
     return jobs
 
 
@@ -163,7 +163,7 @@ def _single_output(where: str, request: Request, also: object) -> Path:
     if output.is_dir() or where.endswith("/"):
         words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:40].strip("-") or "video"
         digest = hashlib.sha256(json.dumps([asdict(request), also]).encode()).hexdigest()
-        return output / f"{words}-{digest[:8]}{_ending(request)}"
+        return output / f"{words}-{digest[:8]}{ending(request)}"
     if output.suffix not in (VIDEO, PICTURE):
         raise ConfigError(
             f"output is {where}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a directory: "
@@ -174,7 +174,7 @@ def _single_output(where: str, request: Request, also: object) -> Path:
     return output
 
 
-def _ending(request: Request) -> str:
+def ending(request: Request) -> str:
     return PICTURE if request.frames == 1 else VIDEO
 
 

@@ -7,6 +7,7 @@ end with the same latents; data-parallel groups take different videos, and the f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
 
 def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     """Reads the LoRA files, the headers of all other parts, and what a run before has left. Collective."""
-    model, compute = cfg.model, Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap)
+    model, compute = cfg.model, Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap, cfg.shard_weights)
     dits = open_headers(model)
     flavor = dits.flavor
     check_heads(flavor.n_heads, ctx.ulysses)
@@ -114,17 +115,17 @@ def _make(
     """This group's share. What a run before has sampled is decoded first."""
     mine = plan.lots[ctx.dp_rank :: ctx.dp]
     stop.check()
-    writer = Writer(plan, ctx=ctx, stop=stop, save_latents=save_latents)
-    for lot in mine:
-        if not lot.n_left:
+    with closing(Writer(plan, ctx=ctx, stop=stop, save_latents=save_latents)) as writer:
+        for lot in mine:
+            if not lot.n_left:
+                writer.write(lot)
+        beside, waiting = decode == "each", []
+        for lot in sample_lots(plan, [lot for lot in mine if lot.n_left], conds, ctx=ctx, stop=stop):
+            beside = beside and writer.write(lot, beside=True)
+            if not beside:
+                waiting.append(lot)
+        for lot in waiting:  # the DiT is gone
             writer.write(lot)
-    beside, waiting = decode == "each", []
-    for lot in sample_lots(plan, [lot for lot in mine if lot.n_left], conds, ctx=ctx, stop=stop):
-        beside = beside and writer.write(lot, beside=True)
-        if not beside:
-            waiting.append(lot)
-    for lot in waiting:  # the DiT is gone
-        writer.write(lot)
 
 
 def _announce(plan: Plan) -> None:
@@ -151,6 +152,6 @@ def _names(outputs: Sequence[Path]) -> str:
 
 def _out_of_memory(error: Exception, ctx: ParallelContext) -> HvtrainError:
     return HvtrainError(
-        f"out of memory on {ctx.device}: share a video with parallel.ulysses, or use blocks_to_swap or "
-        f"model.quantize=fp8_scaled (`hvtrain fit --generate` says what fits). {str(error).splitlines()[0][:200]}"
+        f"out of memory on {ctx.device}: share a video with parallel.ulysses (and shard_weights=true), or use blocks_to_swap "
+        f"or model.quantize=fp8_scaled (`hvtrain fit --generate` says what fits). {str(error).splitlines()[0][:200]}"
     )

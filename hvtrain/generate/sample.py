@@ -32,7 +32,8 @@ from hvtrain.models.precision import autocast
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.parallel.swap import BlockSwap
+from hvtrain.parallel.spread import spread_weights
+from hvtrain.parallel.swap import BlockShards, BlockSwap
 from hvtrain.rng import generator
 from hvtrain.weights.float8 import use_matmul
 
@@ -210,23 +211,29 @@ def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
 def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     """With the LoRAs in it."""
     m, n_swapped, loras = plan.model, plan.compute.blocks_to_swap, on_expert(plan.loras, expert)
+    # What is to be swapped or cut up must not fill the device first.
+    device = torch.device("cpu") if n_swapped or plan.compute.shard_weights else ctx.device
     whole = summed(loras, {name: p.shape for name, p in plan.dits.empty.named_parameters()}, once=False)
-    loaded = load_dit(
-        plan.dits.files[DIT if expert is None else expert.part].path,
-        model=plan.spec.name,
-        flavor=m.flavor,
-        dtype=getattr(torch, m.dtype),
-        device="cpu" if n_swapped else ctx.device,  # what is to be swapped must not fill the device first
-        quantize_to=m.quantize,
-        edit=editing(merging(plan.dits.layers, loras), whole) if loras else None,
-    )
+    with spread_weights(ctx, frozen=True, device=device) as spread:
+        loaded = load_dit(
+            plan.dits.files[DIT if expert is None else expert.part].path,
+            model=plan.spec.name,
+            flavor=m.flavor,
+            dtype=getattr(torch, m.dtype),
+            device=device,
+            quantize_to=m.quantize,
+            edit=editing(merging(plan.dits.layers, loras), whole) if loras else None,
+            spread=spread,
+        )
     model = loaded.model.eval().requires_grad_(False)
     use_matmul(model, m.fp8_matmul)
-    swap = BlockSwap(model.blocks, n_swapped, ctx.device) if n_swapped else None
+    visits: BlockSwap | BlockShards | None = BlockSwap(model.blocks, n_swapped, ctx.device) if n_swapped else None
+    if plan.compute.shard_weights:
+        visits = BlockShards(model.blocks, ctx)
     model.to(ctx.device)
-    kernel = parallelize(model, ctx, kernel=plan.compute.kernel, dtype=plan.compute.dtype, training=False, swap=swap)
+    kernel = parallelize(model, ctx, kernel=plan.compute.kernel, dtype=plan.compute.dtype, training=False, visits=visits)
     if ctx.is_main:
-        swapped = f", {swap.describe()}" if swap else ""
+        away = f", {visits.describe()}" if visits else ""
         who = f"{expert.name}: " if expert else ""
-        print(f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{swapped}", flush=True)
+        print(f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{away}", flush=True)
     return model

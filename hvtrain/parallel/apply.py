@@ -14,7 +14,7 @@ from hvtrain.models.kernels import Kernel, pick_kernel
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
-from hvtrain.parallel.swap import BlockSwap
+from hvtrain.parallel.swap import BlockVisits
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ def parallelize(
     recompute: str = "none",
     dtype: torch.dtype = torch.float32,
     training: bool = True,
-    swap: BlockSwap | None = None,
+    visits: BlockVisits | None = None,
     compiler: str | None = None,
 ) -> Kernel:
     """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
-    in (bfloat16 under autocast); `swap` holds weights of the blocks; `compiler` is a backend of torch.compile for each
+    in (bfloat16 under autocast); `visits` has their weights in place; `compiler` is a backend of torch.compile for each
     block. Returns the chosen kernel, whose name the run prints once."""
     other = kernel == xfuser_path.NAME
     if other:
@@ -62,7 +62,7 @@ def parallelize(
     run_block = pick_policy(recompute)
     for block in model.blocks if compiler else ():
         block.compile(backend=compiler)
-    model.run_block = run_block if swap is None else swap.wrap(model.blocks, run_block)
+    model.run_block = run_block if visits is None else visits.wrap(model.blocks, run_block)
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)
     return chosen

@@ -35,6 +35,11 @@ def _named(name: str, before: str) -> Callable[..., object]:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
+def all_gather(out: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
+    """Every rank's `mine`, one after the other, into `out`; both contiguous."""
+    _named("all_gather_single", "all_gather_into_tensor")(out, mine, group=group)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -42,7 +47,7 @@ class _Gather(torch.autograd.Function):
         mine = x.transpose(0, dim).contiguous()
         n, *rest = mine.shape
         out = mine.new_empty(n * dist.get_world_size(group), *rest)
-        _named("all_gather_single", "all_gather_into_tensor")(out, mine, group=group)
+        all_gather(out, mine, group)
         return out.transpose(0, dim).contiguous()
 
     @staticmethod

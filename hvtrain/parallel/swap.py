@@ -1,20 +1,24 @@
-"""Block swap: the frozen weights of some blocks live in pinned host memory and visit the device when their block runs.
+"""Blocks whose frozen weights live elsewhere and visit the device when their block runs: in pinned host memory (block swap), or
+spread over the ranks that share a video.
 
-Each such block is one flat buffer on the host and takes one copy to one of two slots on the device; while a block computes,
-the next one's copy is under way on a stream of its own. Nothing is copied back: frozen weights do not change. The order
-is followed in both directions, so it works in the forward, in the backward that recomputes, and in sampling.
+Each such block is one flat buffer and comes, by one copy or one all-gather, to one of two slots on the device; while a block
+computes, the next one is under way on a stream of its own. Nothing goes back: frozen weights do not change. The order is
+followed in both directions, so it works in the forward, in the backward that recomputes, and in sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hvtrain.errors import ConfigError
 from hvtrain.models.dit import Tokens
+from hvtrain.parallel.collectives import all_gather
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.hostcopy import page_locked
 
 SLOTS = 2
@@ -52,7 +56,30 @@ class _Home:
     """A block's weights on the host."""
 
     pieces: list[_Piece]
-    host: Tensor
+    host: Tensor  # uint8 [n_bytes]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.host.numel()
+
+    def fetch(self, room: Tensor) -> None:
+        room.copy_(self.host, non_blocking=True)
+
+
+@dataclass
+class _Spread:
+    """A block's weights, of which every rank of a group holds as much."""
+
+    pieces: list[_Piece]
+    own: Tensor  # uint8 [n_bytes / ranks], on the device
+    group: dist.ProcessGroup
+
+    @property
+    def n_bytes(self) -> int:
+        return self.own.numel() * self.group.size()
+
+    def fetch(self, room: Tensor) -> None:
+        all_gather(room, self.own, self.group)
 
 
 @dataclass
@@ -64,27 +91,15 @@ class _Slot:
     arrived: torch.cuda.Event | None = None
 
 
-class BlockSwap:
-    """Takes the weights of enough evenly spaced blocks off the device that `n` average blocks' worth of it is free,
-    the two slots counted. Build it when all that is to be trained requires grad, and before the model is moved.
+class BlockVisits:
+    """Has the weights of blocks in place when they are computed. Build it when all that is to be trained requires grad."""
 
-    Raises ConfigError where so many cannot be freed.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], n: int, device: torch.device) -> None:
-        self.device, self.n_blocks = device, len(blocks)
-        frozen = [_frozen(block) for block in blocks]
-        sizes = [sum(t.nbytes for _, _, t in found) for found in frozen]
-        self.hosted = _choose(sizes, n)
-        self.homes = {i: _pack(frozen[i], pinned=device.type == "cuda") for i in self.hosted}
-        room = max(home.host.numel() for home in self.homes.values())
+    def __init__(self, homes: Mapping[int, _Home | _Spread], device: torch.device) -> None:
+        self.device, self.homes, self.away = device, homes, sorted(homes)
+        room = max(home.n_bytes for home in homes.values())
         self.slots = [_Slot(torch.empty(room, dtype=torch.uint8, device=device)) for _ in range(SLOTS)]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.last = -1
-        self.freed = sum(sizes[i] for i in self.hosted) - SLOTS * room
-        for home in self.homes.values():
-            for piece in home.pieces:
-                piece.point_at(None, device)
 
     def wrap(self, blocks: Sequence[nn.Module], run: Callable) -> Callable[[nn.Module, Tokens], Tokens]:
         """A way to run blocks that has a block's weights in place whenever it is computed, also when again."""
@@ -103,9 +118,6 @@ class BlockSwap:
 
         return run_block
 
-    def describe(self) -> str:
-        return f"{len(self.hosted)} of {self.n_blocks} blocks in host memory, which frees {self.freed / 2**30:.2f} GiB"
-
     def enter(self, i: int) -> None:
         """Have block i's weights on the device, and the next one's on their way."""
         slot = self._fetch(i)
@@ -118,13 +130,13 @@ class BlockSwap:
 
     def _following(self, i: int) -> int:
         """The next in the direction of travel. A wrong guess costs a wait, nothing else."""
-        place, n = self.hosted.index(i), len(self.hosted)
+        place, n = self.away.index(i), len(self.away)
         backward = torch.is_grad_enabled() and (i < self.last or (i == self.last and place == n - 1))
         if backward and place > 0:
-            return self.hosted[place - 1]
+            return self.away[place - 1]
         if place == n - 1 and torch.is_grad_enabled():
             return i  # the backward begins with this one
-        return self.hosted[(place + 1) % n]
+        return self.away[(place + 1) % n]
 
     def _fetch(self, i: int, keep: _Slot | None = None) -> _Slot:
         for slot in self.slots:
@@ -135,19 +147,55 @@ class BlockSwap:
             for piece in self.homes[slot.block].pieces:
                 piece.point_at(None, self.device)
         home = self.homes[i]
-        target = slot.buffer[: home.host.numel()]
+        target = slot.buffer[: home.n_bytes]
         if self.stream is None:
-            target.copy_(home.host)
+            home.fetch(target)
         else:
             # All that used the slot is in the queue already: a block's backward ends before the next one begins.
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                target.copy_(home.host, non_blocking=True)
+                home.fetch(target)
                 slot.arrived = self.stream.record_event()
         slot.block = i
         for piece in home.pieces:
             piece.point_at(slot.buffer, self.device)
         return slot
+
+
+class BlockSwap(BlockVisits):
+    """Takes the weights of enough evenly spaced blocks off the device that `n` average blocks' worth of it is free,
+    the two slots counted. Build it before the model is moved.
+
+    Raises ConfigError where so many cannot be freed.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], n: int, device: torch.device) -> None:
+        sizes = [_n_bytes(block) for block in blocks]
+        homes = {i: _pack(blocks[i], device, pinned=device.type == "cuda") for i in _choose(sizes, n)}
+        super().__init__(homes, device)
+        self.n_blocks, self.freed = len(blocks), sum(sizes[i] for i in homes) - SLOTS * self.slots[0].buffer.numel()
+
+    def describe(self) -> str:
+        return f"{len(self.away)} of {self.n_blocks} blocks in host memory, which frees {self.freed / 2**30:.2f} GiB"
+
+
+class BlockShards(BlockVisits):
+    """Cuts every block's weights over the ranks that share a video; they compute the same block at the same time, and gather
+    it then. Build it on all of them, before the model is moved."""
+
+    def __init__(self, blocks: Sequence[nn.Module], ctx: ParallelContext) -> None:
+        assert ctx.sp_group is not None
+        homes: dict[int, _Home | _Spread] = {}
+        for i, block in enumerate(blocks):
+            whole = _pack(block, ctx.device, pinned=False, parts=ctx.sp)
+            own = whole.host.view(ctx.sp, -1)[ctx.sp_rank].to(ctx.device, copy=True)
+            homes[i] = _Spread(whole.pieces, own, ctx.sp_group)
+        super().__init__(homes, ctx.device)
+        self.ranks = ctx.sp
+
+    def describe(self) -> str:
+        kept = sum(home.n_bytes for home in self.homes.values()) / self.ranks
+        return f"blocks cut over {self.ranks} ranks, {kept / 2**30:.2f} GiB on each"
 
 
 class ModelSwap:
@@ -161,9 +209,7 @@ class ModelSwap:
 
     def add(self, key: str, model: nn.Module) -> None:
         """When all that is to be trained requires grad, and before the model is moved."""
-        frozen = [(owner, name, t) for owner, name, t in _frozen(model) if t.numel()]
-        self.homes[key] = _pack(frozen, pinned=self.device.type == "cuda")
-        self._point(key, None)
+        self.homes[key] = _pack(model, self.device, pinned=self.device.type == "cuda")
 
     def enter(self, key: str) -> None:
         """Have this model's weights on the device, and no other's."""
@@ -184,9 +230,10 @@ class ModelSwap:
             piece.point_at(buffer, self.device)
 
 
-def resident_bytes(model: nn.Module, swap: BlockSwap | None = None) -> int:
-    """Bytes of the model's weights on its device, and of the slots."""
-    slots = [slot.buffer for slot in swap.slots] if swap is not None else []
+def resident_bytes(model: nn.Module, visits: BlockVisits | None = None) -> int:
+    """Bytes of the model's weights on its device, of the slots and of this rank's part of what is cut up."""
+    slots = [slot.buffer for slot in visits.slots] if visits is not None else []
+    slots += [home.own for home in visits.homes.values() if isinstance(home, _Spread)] if visits is not None else []
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers(), *slots]
@@ -202,11 +249,21 @@ def _frozen(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     return found
 
 
+def _n_bytes(block: nn.Module) -> int:
+    return sum(t.nbytes for _, _, t in _frozen(block))
+
+
 def swap_savings(blocks: Sequence[nn.Module], n: int) -> int:
     """Bytes that a BlockSwap of n blocks would free; raises ConfigError as it does."""
-    sizes = [sum(t.nbytes for _, _, t in _frozen(block)) for block in blocks]
+    sizes = [_n_bytes(block) for block in blocks]
     hosted = _choose(sizes, n)
     return sum(sizes[i] for i in hosted) - SLOTS * max(sizes[i] for i in hosted)
+
+
+def shard_savings(blocks: Sequence[nn.Module], ranks: int) -> int:
+    """Bytes that BlockShards frees on each of so many ranks."""
+    sizes = [_n_bytes(block) for block in blocks]
+    return sum(sizes) - -(-sum(sizes) // ranks) - SLOTS * max(sizes)
 
 
 def _choose(sizes: Sequence[int], n: int) -> list[int]:
@@ -227,12 +284,17 @@ def _choose(sizes: Sequence[int], n: int) -> list[int]:
     )
 
 
-def _pack(found: Sequence[tuple[nn.Module, str, Tensor]], *, pinned: bool) -> _Home:
-    pieces, end = [], 0
-    for owner, name, t in found:
-        pieces.append(_Piece(owner, name, end, t.shape, t.dtype))
-        end += -(-t.nbytes // _ALIGN) * _ALIGN
+def _pack(module: nn.Module, device: torch.device, *, pinned: bool, parts: int = 1) -> _Home:
+    """The frozen weights of a module in one buffer, of a length that `parts` divides; the module is left without them."""
+    pieces, values, end = [], [], 0
+    for owner, name, t in _frozen(module):
+        if t.numel():  # else a BlockVisits has it already
+            pieces.append(_Piece(owner, name, end, t.shape, t.dtype))
+            values.append(t.detach())
+            end += -(-t.nbytes // _ALIGN) * _ALIGN
+    end = -(-end // (_ALIGN * parts)) * _ALIGN * parts
     host = page_locked(end) if pinned else torch.empty(end, dtype=torch.uint8)
-    for piece, (_, _, t) in zip(pieces, found, strict=True):
-        host[piece.start : piece.start + piece.n_bytes].copy_(t.detach().cpu().contiguous().view(-1).view(torch.uint8))
+    for piece, value in zip(pieces, values, strict=True):
+        host[piece.start : piece.start + piece.n_bytes].copy_(value.cpu().contiguous().view(-1).view(torch.uint8))
+        piece.point_at(None, device)
     return _Home(pieces, host)

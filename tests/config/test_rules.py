@@ -32,3 +32,12 @@ def test_the_numbers_of_a_run() -> None:
     for key, value in (("run.grad_accum", 0), ("run.save_every_steps", -1), ("run.steps", 0)):
         with pytest.raises(ConfigError, match=f"{key} is {value}, expected"):
             check_train(load(TrainConfig, None, ["data.shards=s3://a/b", "run.output_dir=x", "run.steps=1", f"{key}={value}"]))
+
+
+def test_weights_are_cut_over_ranks_that_share_a_video_and_in_one_way() -> None:
+    files = ["model.dit=tiny:dit.safetensors", "model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip"]
+    given = [*files, "prompt=a cat", "output=x.mp4", "shard_weights=true"]
+    check_generate(load(GenerateConfig, None, [*given, "parallel.ring=2"]))
+    for also, words in (([], "have them share one"), (["parallel.ring=2", "blocks_to_swap=2"], "choose one")):
+        with pytest.raises(ConfigError, match=words):
+            check_generate(load(GenerateConfig, None, [*given, *also]))

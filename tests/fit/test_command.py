@@ -121,6 +121,19 @@ def test_every_flavor_is_predicted(spec):
         assert 0 < sampled.budget.total < trained.budget.total
 
 
+def test_weights_cut_over_the_ranks_of_a_video():
+    """Half of the blocks, and room for two of the largest."""
+    about = candidate(ModelConfig("hunyuan-video", flavor="tiny"))
+    shape, layout = shape_of(about.flavor, width=64, height=64, frames=9), ParallelConfig(ulysses=2)
+    whole, cut = (
+        of_sampling(ModelConfig("hunyuan-video", flavor="tiny"), layout, about, shape, 2, shard_weights=cut).budget.weights
+        for cut in (False, True)
+    )
+    with torch.device("meta"):
+        sizes = [sum(2 * p.numel() for p in block.parameters()) for block in about.spec.build(about.flavor.arch).blocks]
+    assert whole - cut == sum(sizes) // 2 - 2 * max(sizes)
+
+
 def test_of_several_experts_the_largest_counts(tmp_path):
     spec = find("wan")
     flavor, paths = spec.flavors["tiny-a14b"], {}

@@ -175,7 +175,7 @@ PARTS = ("model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tin
 
 def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the base before the first step. Of the moving averages after the last, those of NAME-ema.safetensors, as near as that
-    file's bfloat16 allows. Latents and pictures are compared, for H.264 adds its own."""
+    file's bfloat16 allows."""
     (prompts := tmp_path / "prompts.txt").write_text(PROMPTS)
     latents: list[torch.Tensor] = []
     real = preview.decode
@@ -195,7 +195,8 @@ def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatc
             assert (kept - x).norm() <= (0.02 if step else 0.0) * x.norm(), (step, i)
         assert [w.shape for w in wanted] == [(5, 32, 48, 3), (1, 32, 32, 3)]
         assert np.abs(pixels(folder / f"step{step:08d}_1.png").astype(int) - wanted[1]).max() <= (4 if step else 0)
-        assert np.abs(pixels(folder / f"step{step:08d}_0.mp4").astype(int) - wanted[0]).mean() < 2
+        far = np.abs(pixels(folder / f"step{step:08d}_0.mp4").astype(int) - wanted[0])
+        assert far.mean() < 2 if step else far.max() == 0
     other = generated(prompts, tmp_path / "plain", plain)[1].astype(int)
     assert np.abs(pixels(folder / "step00000002_1.png") - other).max() > 20
     assert [read_metadata(folder / f"step00000002_{name}")["seed"] for name in ("0.mp4", "1.png")] == [3, 9]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -16,11 +18,16 @@ from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import GenerateConfig, LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError, HvtrainError
 from hvtrain.generate import run as generate
-from hvtrain.generate import write
+from hvtrain.generate import sample, write
+from hvtrain.generate.tiles import Tiles, decode_own
 from hvtrain.generate.video import read_metadata
 from hvtrain.lorafiles.files import save_lora
 from hvtrain.merge.run import run as merge
-from hvtrain.parallel.context import ParallelContext
+from hvtrain.models.dit import DiT
+from hvtrain.models.kernels import Kernel
+from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.parallel.swap import resident_bytes
 from launcher.processes import free_port
 from tests.generate.models import SIZE, random_dit, write_dit
 from tests.parallel.ranks import run_ranks
@@ -86,21 +93,66 @@ def test_a_video_with_its_parameters(folder: Path, plain: np.ndarray) -> None:
     assert (said["seed"], said["steps"], said["shift"], said["dit"]) == (0, 3, 3.0, "dit.safetensors")
 
 
-def frames_before_the_codec(arguments: list[str]) -> np.ndarray | None:
-    """What one rank gives to the encoder; None on ranks that write nothing."""
-    made = []
-    write.write_mp4 = lambda path, frames, **_: made.append(frames)  # this process ends after the call
-    generate.run(config.load(GenerateConfig, None, arguments))
-    return made[0] if made else None
+class Made(NamedTuple):
+    """By one rank."""
+
+    frames: np.ndarray | None  # what it gives to the encoder
+    n_tiles: int  # that it decoded
+    resident: list[int]  # bytes of weights, of each model that samples
 
 
-def test_sequence_parallel_frames_equal_those_of_one_process(folder: Path) -> None:
-    """Exactly, but for values on the edge between two of the 256 levels."""
-    (alone,) = run_ranks(1, frames_before_the_codec, overrides(folder, output=folder / "never1.mp4"))
-    shared = [*overrides(folder, output=folder / "never2.mp4"), "parallel.ulysses=2"]
-    first, second = run_ranks(2, frames_before_the_codec, shared)
-    off = np.abs(first.astype(int) - alone)
-    assert second is None and off.max() <= 1 and off.mean() < 1e-3
+def before_the_codec(*runs: list[str]) -> list[Made]:
+    """Of each run; this process ends after the call."""
+    made: list[Made] = []
+    ctx = start(ulysses=int(os.environ["WORLD_SIZE"]))
+    for arguments in runs:
+        frames, shapes, resident = [], [], []
+        write.write_video = lambda path, video, frames=frames, **_: frames.append(video)
+
+        def counted(tiles: Tiles, ctx: ParallelContext, shapes: list = shapes) -> list[torch.Tensor]:
+            found = decode_own(tiles, ctx)
+            shapes += found
+            return found
+
+        def weighed(model: DiT, *args: object, resident: list = resident, **options: object) -> Kernel:
+            resident.append(resident_bytes(model, options.get("visits")))
+            return parallelize(model, *args, **options)
+
+        write.decode_own, sample.parallelize = counted, weighed
+        generate.run(config.load(GenerateConfig, None, arguments), ctx)
+        made.append(Made(frames[0] if frames else None, len(shapes), resident))
+    return made
+
+
+def test_ranks_that_share_a_video_make_that_of_one(folder: Path) -> None:
+    """Exactly, but for values on the edge between two of the 256 levels. With weights that are cut over them too, and tiles
+    that are decoded by both."""
+    tiled = {"width": 96, "height": 64, "model.vae_tiling.spatial": 32}
+    alone = run_ranks(
+        1, before_the_codec, overrides(folder, output=folder / "n1.mp4"), overrides(folder, output=folder / "n2.mp4", **tiled)
+    )[0]
+    both = {"parallel.ulysses": 2}
+    runs = [
+        overrides(folder, output=folder / "n3.mp4", **both),
+        overrides(folder, output=folder / "n4.mp4", **both, **tiled),
+        overrides(folder, output=folder / "n5.mp4", **both, shard_weights="true"),
+    ]
+    first, second = run_ranks(2, before_the_codec, *runs)
+    for n, like in zip(range(3), (0, 1, 0), strict=True):
+        off = np.abs(first[n].frames.astype(int) - alone[like].frames)
+        assert off.max() <= 1 and off.mean() < 1e-3 and second[n].frames is None
+    assert (first[2].frames == first[0].frames).all()  # gathered weights are the same weights
+    # Tiles of 32 every 24 pixels: 4 x 3.
+    assert [one.n_tiles for one in first] == [0, 6, 0] == [one.n_tiles for one in second]
+    (whole,), (part,) = first[0].resident, first[2].resident
+    blocks, slots = blocks_and_slots()
+    assert part == pytest.approx(whole - blocks / 2 + slots, rel=1e-3) and second[2].resident == [part]
+
+
+def blocks_and_slots() -> tuple[int, int]:
+    """Bytes of the tiny flavor's blocks, and of two of the largest."""
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in random_dit().blocks]
+    return sum(sizes), 2 * max(sizes)
 
 
 def test_two_processes_make_the_video_of_one(folder: Path, plain: np.ndarray) -> None:
@@ -129,11 +181,14 @@ def test_torchrun_starts_it_too(folder: Path, plain: np.ndarray) -> None:
     assert difference(folder / "t.mp4", plain) < SAME
 
 
+def make_in_a_rank(arguments: list[str]) -> None:
+    generate.run(config.load(GenerateConfig, None, arguments))
+
+
 def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarray) -> None:
     (folder / "prompts.txt").write_text("a red circle moves left\na blue square\na ring --d 9\n")
     changes = {"prompt": None, "prompt_file": folder / "prompts.txt", "output": folder / "many", "batch_size": 8}
-    done = launch(2, *overrides(folder, **changes))
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, make_in_a_rank, overrides(folder, **changes))
     files = sorted((folder / "many").iterdir())
     assert [f.name for f in files] == ["0000.mp4", "0001.mp4", "0002.mp4"]
     assert [read_metadata(f)["seed"] for f in files] == [0, 1, 9]
