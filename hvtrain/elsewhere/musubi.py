@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hvtrain.elsewhere.source import (
 from hvtrain.errors import ConfigError
 
 _LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")  # of KEY=VALUE
+_REX = {"lr_scheduler_args.rex_alpha": 0.1, "lr_scheduler_args.rex_beta": 0.9}
 _DATASETS = "batch_size"
 
 
@@ -38,6 +40,8 @@ def read(given: Sequence[str]) -> Foreign:
     called.append(str(options.get("network_module", "")))
     for name in _LISTS:
         options |= _pairs(name, options.pop(name, []))
+    if _REX.keys() & options.keys():
+        options["lr_scheduler_args.rex"] = [options.pop(key, default) for key, default in _REX.items()]
     if files := options.pop("base_weights", None):
         several = files if isinstance(files, list) else [files]
         given_factors = options.pop("base_weights_multiplier", [])
@@ -78,8 +82,20 @@ def _pairs(name: str, given: Any) -> dict[str, Any]:
         if not sign:
             raise ConfigError(f"--{name} {item}: expected KEY=VALUE")
         text = text.strip("[]()") if key == "betas" else text
-        found[f"{name}.{key}"] = [scalar(part.strip()) for part in text.split(",")] if "," in text else scalar(text)
+        several = [scalar(part.strip()) for part in text.split(",")] if "," in text else scalar(text)
+        found[f"{name}.{key}"] = _patterns(key, text) if key.endswith("_patterns") else several
     return found
+
+
+def _patterns(key: str, text: str) -> list[str]:
+    """A Python list of what the names begin with; here a pattern is for the whole name."""
+    try:
+        given = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        given = None
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise ConfigError(f"{key}={text}: expected a list of patterns, as in \"{key}=[r'.*mlp.*']\"")
+    return [one if one.endswith(".*") else f"(?:{one}).*" for one in given]
 
 
 def _of_dataset(path: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hvtrain.config import EncodeConfig, TrainConfig, build
+from hvtrain.config import EncodeConfig, FlowConfig, TrainConfig, build
 from hvtrain.config.parts import folders
 from hvtrain.config.write import commented, nested
 from hvtrain.elsewhere import ai_toolkit, diffusion_pipe, musubi
@@ -19,6 +19,7 @@ from hvtrain.elsewhere.dataset import entries
 from hvtrain.elsewhere.source import Foreign
 from hvtrain.elsewhere.table import KINDS, NOT_CARRIED, Draft, Fate, Table, apply
 from hvtrain.errors import ConfigError, suggest
+from hvtrain.flow.timesteps import SAMPLER_KEYS, SAMPLERS, parameters
 from hvtrain.models import all_specs, find
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.registry import Registry
@@ -61,6 +62,7 @@ def convert(
     made = apply(source.options, table, spelled=source.spelled, tool=own["called"])
     made.values = {"model.name": spec.name, **made.values}
     flavor = _flavor(made, spec)
+    _fit_sampler(made)
     _choose_expert(made, flavor)
     _fit_previews(made, flavor)
     folder = str(made.values.get("run.output_dir") or "runs").rstrip("/")
@@ -102,11 +104,13 @@ def _model(tool: str, called: Sequence[str], asked: str | None, known: Mapping[s
 
 
 def _flavor(made: Draft, spec: ModelSpec) -> Flavor:
-    """The one that an option says, else the DiT's path, else the first: what it needs is in its record."""
-    path = str(made.values.get("model.dit") or made.values.get("model.dit_low") or "")
-    told = spec.told_by(Path(path)) if spec.told_by and path else None
+    """The one that an option says, else the DiT's path or that of what lies with it, else the first: what it needs is in its
+    record."""
+    keys = sorted((key for key in made.values if key.startswith("model.")), key=lambda key: not key.startswith("model.dit"))
+    paths = [Path(value) for key in keys if "/" in str(value := made.values[key]) or key.startswith("model.dit")]
+    told = next(filter(None, map(spec.told_by, paths)), None) if spec.told_by else None
     if "model.flavor" not in made.values and told:
-        made.put("model.flavor", told, "by the name of the DiT's file")
+        made.put("model.flavor", told, "by the names of the files")
     return spec.flavor(made.values.get("model.flavor"))
 
 
@@ -139,6 +143,19 @@ def _choose_expert(made: Draft, flavor: Flavor) -> None:
         made.say("left out", "samples", why="they need all experts' files: give model.dit and the others, and preview.*")
 
 
+def _fit_sampler(made: Draft) -> None:
+    """A parameter that the distribution of noise levels does not take here is refused here."""
+    name = made.values.get("flow.timestep_sampling", FlowConfig.timestep_sampling)
+    takes = parameters(name) if name in SAMPLERS else SAMPLER_KEYS
+    for key in (f"flow.{key}" for key in SAMPLER_KEYS if key not in takes):
+        if key in made.values:
+            idle, note = made.values[key] in (1.0, getattr(FlowConfig, key[5:])), made.notes[key]
+            made.take(key)
+            made.lines = [line for line in made.lines if line.option != note]
+            if not note.endswith("its default"):
+                made.say("meaningless" if idle else "left out", note, why=f"'{name}' takes no {key} here")
+
+
 def _fit_previews(made: Draft, flavor: Flavor) -> None:
     """Sizes that the latents cannot hold go down to the next that they can."""
     tall, wide = flavor.latent.unit
@@ -159,6 +176,12 @@ def _dataset(made: Draft, source: Foreign, own: Mapping[str, Any], tool: str, na
         found += entries(one, unit=flavor.latent.unit)
     if not found:
         return None
+    masked = ["mask_directory" in entry for entry in found]
+    if all(masked):
+        made.put("flow.masked", True, "masks of the datasets")
+    elif any(masked):
+        found = [{key: value for key, value in entry.items() if key != "mask_directory"} for entry in found]
+        made.say("left out", "masks", why="where one dataset has them all need them: give white pictures to the others")
     made.put("encode.dataset", f"{name}-dataset.yaml", f"{own['called']}'s datasets")
     text = yaml.safe_dump({"datasets": found}, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"# From {own['called']} by `hvtrain import {tool}`\n{text}"
@@ -172,8 +195,9 @@ def _encode(made: Draft, spec: ModelSpec, flavor: Flavor, name: str) -> str | No
     files = {key: value for key, value in made.values.items() if key.startswith("model.") and key not in skip}
     notes = {key.removeprefix("encode."): note for key, note in made.notes.items()}
     own = Draft({**values, "output": made.values["data.shards"][0], **files}, notes)
-    if set(flavor.columns) != {"latents", "text"}:
-        own.put("columns", list(flavor.columns), f"what {flavor.name} reads")
+    masks = ["mask"] if made.values.get("flow.masked") else []
+    if masks or set(flavor.columns) != {"latents", "text"}:
+        own.put("columns", [*flavor.columns, *masks], f"what {flavor.name} reads{' and masks' * bool(masks)}")
     _refuse_one_by_one(EncodeConfig, own)
     made.lines += own.lines
     head = [f"hvtrain encode {name}-encode.yaml, then hvtrain train {name}.yaml"]

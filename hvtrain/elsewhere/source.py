@@ -18,6 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LAUNCHERS = ("launch", "deepspeed", "torchrun")  # `accelerate launch`
 PRIVATE = re.compile(r"(^|[._])token$|api_key|password", re.IGNORECASE)
 
 
@@ -99,8 +100,8 @@ def command_line(words: Sequence[str]) -> Words:
         return Words(options=_options(words))
     program = Path(words[at]).stem if words[at].endswith(".py") else words[at].rpartition(".")[2]
     before = [word for word in words[:at] if word != "-m"]
-    first = next((i for i, word in enumerate(before) if word.startswith("-")), len(before))
-    return Words(_options(before[first:]), program, _options(words[at + 1 :]))
+    starter = next((i for i, word in enumerate(before) if word in LAUNCHERS), len(before))  # after `uv run --extra X`
+    return Words(_options(before[starter + 1 :]), program, _options(words[at + 1 :]))
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Table:
 
     rules: Mapping[str, Becomes]
     meaningless: Mapping[str, str]  # option -> why
-    left_out: Mapping[str, Any]  # option -> why, or [why, the value with which nothing is lost]
+    left_out: Mapping[str, Any]  # option, or `SECTION.*` -> why, or [why, the value with which nothing is lost]
 
     @classmethod
     def of(cls, *raw: Mapping[str, Any]) -> Table:
@@ -108,8 +108,8 @@ def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], 
             _apply(rule, value, shown, made)
         elif name in table.meaningless:
             made.say("meaningless", shown, why=table.meaningless[name])
-        elif name in table.left_out:
-            why, idle = entry if isinstance(entry := table.left_out[name], list) else (entry, None)
+        elif entry := table.left_out.get(name) or table.left_out.get(f"{name.partition('.')[0]}.*"):
+            why, idle = entry if isinstance(entry, list) else (entry, None)
             made.say("meaningless" if value in (idle, False, None, "") else "left out", shown, why=why)
         else:
             near = suggest(name, table.names)

@@ -31,6 +31,7 @@ class Quantile(Protocol):
 
 
 SAMPLERS: Registry[Callable[..., Tensor]] = Registry("distribution")
+SAMPLER_KEYS = ("shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale")  # of the config's `flow` section
 _EDGE = 1e-7  # the normal quantile is infinite at 0 and 1
 _LEVELS = 1000  # of the discrete schedules
 _STYLE = (5.36, 1.0)  # mean and width of log SNR in the noise-free end of the qinglong mixtures

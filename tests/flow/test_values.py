@@ -48,6 +48,13 @@ def test_each_distribution_is_its_formula(settings, formula):
     assert ends.tolist() == pytest.approx([formula(1e-7), formula(1 - 1e-7)], abs=2e-7)  # finite where the normal is not
 
 
+def test_the_levels_of_a_discrete_schedule_are_each_as_often():
+    """From 1/1000, without 0, to 1."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    found = quantile_function("sigma", FlowConfig("sigma"))(u)
+    assert (found * 1000).round().tolist() == list(range(1, 1001))
+
+
 @pytest.mark.parametrize("name, low, high", [("uniform", 0.2, 1.0), ("uniform", 0.0, 0.7), ("sigmoid", 0.3, 0.8)])
 def test_a_cut_distribution_is_the_whole_one_between_its_ends(name, low, high):
     settings = FlowConfig(name, min_sigma=low, max_sigma=high, sigmoid_scale=1.5)
