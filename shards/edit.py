@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shards.atomic import atomic_path, write_text
+from shards.collate import VARIANT
 from shards.errors import ShardError
 from shards.files import inside
 from shards.making import making
@@ -26,6 +27,7 @@ from shards.schema import (
     EMPTY_TEXT,
     IMPORTED,
     MANIFEST,
+    RAGGED,
     Chunk,
     Made,
     Manifest,
@@ -184,10 +186,12 @@ def _write_part(found: ShardSet, rows: Sequence[tuple[Chunk, Sequence[str]]], fo
 # --- index, export --------------------------------------------------------------------------------------------------
 
 
-def index(root: str | Path) -> ShardSet:
+def index(root: str | Path, *, ragged: Container[str] = RAGGED, model: str = "") -> ShardSet:
     """Write the manifest and index files of a folder COLUMN/*.tar that another program (webdataset) made.
 
-    Tars of the columns belong together by their sorted names and must hold the same keys in the same order.
+    Tars of the columns belong together by their sorted names and must hold the same keys in the same order. What the fields
+    are is read off all samples: a size that varies is none, and a first one makes the field ragged, as being named in `ragged`
+    does, whatever the samples are. `model`: whose columns they are. Raises ShardError, for a field of two dtypes too.
     """
     folder = Path(root)
     columns = sorted(p.name for p in folder.iterdir() if p.is_dir() and list(p.glob("*.tar"))) if folder.is_dir() else []
@@ -197,16 +201,23 @@ def index(root: str | Path) -> ShardSet:
     if len({len(found) for found in tars.values()}) > 1:
         counts = ", ".join(f"{c}: {len(found)}" for c, found in tars.items())
         raise ShardError(f"{folder}: the columns have different numbers of tars ({counts})")
+    fields: dict[str, dict[str, Stored]] = {column: {} for column in columns}
     try:
-        rows = [_indexed(folder, dict(zip(columns, names))) for names in zip(*tars.values())]
-        save_manifest(folder, Manifest(tuple(columns), tuple(rows), dict.fromkeys(columns, Made(f"{IMPORTED}unknown"))))
+        rows = [_indexed(folder, dict(zip(columns, names)), fields) for names in zip(*tars.values())]
+        made = {
+            column: Made(f"{IMPORTED}unknown", model, (), {
+                name: replace(field, dims=(None, *field.dims[1:])) if name in ragged else field for name, field in own.items()
+            })
+            for column, own in fields.items()
+        }
+        save_manifest(folder, Manifest(tuple(columns), tuple(rows), made))
     except OSError as error:
         raise full(error, folder) from None
     return open_set(folder)
 
 
-def _indexed(folder: Path, names: Mapping[str, str]) -> Chunk:
-    """The tars of one number, by column; writes their indices."""
+def _indexed(folder: Path, names: Mapping[str, str], fields: Mapping[str, dict[str, Stored]]) -> Chunk:
+    """The tars of one number, by column; writes their indices, and notes what their `fields` are."""
     paths = {c: inside(folder, f"{c}/{name}") for c, name in names.items()}
     opened = {c: open_local(path, None) for c, path in paths.items()}
     latents = opened["latents"]
@@ -222,8 +233,21 @@ def _indexed(folder: Path, names: Mapping[str, str]) -> Chunk:
     except ShardError as error:
         raise error if latents.where in str(error) else ShardError(f"{latents.where}: {error}") from None
     for c, path in paths.items():
+        for key in found.keys:
+            for name, tensor in opened[c].tensors(key).items():
+                _widen(fields[c], name, tensor, f"{opened[c].where}: {key}")
         _write_index(path, opened[c])
     return found
+
+
+def _widen(fields: dict[str, Stored], name: str, tensor: Tensor, where: str) -> None:
+    """Have the field hold this sample's tensor too."""
+    variant = VARIANT.fullmatch(name)
+    name, dtype = variant[1] if variant else name, str(tensor.dtype).removeprefix("torch.")
+    known = fields.setdefault(name, Stored(tuple(tensor.shape), dtype))
+    if (known.dtype, len(known.dims)) != (dtype, tensor.ndim):
+        raise ShardError(f"{where}: '{name}' is {Stored(tuple(tensor.shape), dtype)}, in samples before it {known}")
+    fields[name] = Stored(tuple(a if a == b else None for a, b in zip(known.dims, tensor.shape)), dtype)
 
 
 def _bucket(tar: Tar, key: str) -> str:

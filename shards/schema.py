@@ -30,7 +30,7 @@ MAX_REPEATS = 1_000_000
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _SKELETON = re.compile(r"([0-9a-f]{16})?")
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_RAGGED_OF_OLD = frozenset({"text"})  # fields of sets that do not say: indexed ones, and those of version 2
+RAGGED = frozenset({"text"})  # fields of sets that do not say: those of version 2, and what earlier versions indexed
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Manifest:
         """Fields that a batch pads, and says the lengths of."""
         found: set[str] = set()
         for fields in (self.made_by(column).fields for column in self.columns):
-            found |= {name for name, f in fields.items() if f.ragged} if fields else _RAGGED_OF_OLD
+            found |= {name for name, f in fields.items() if f.ragged} if fields else RAGGED
         return frozenset(found)
 
     @property

@@ -97,13 +97,21 @@ def _split(args: argparse.Namespace) -> None:
 
 def _index_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", metavar="DIR", help="directory with a folder of tars per column: latents/, text/, ...")
+    parser.add_argument("--model", metavar="NAME", help="whose columns they are: its record says which fields vary in length")
 
 
 @command("shards index", "write the manifest of tars that another program (webdataset) made", options=_index_options)
 def _index(args: argparse.Namespace) -> None:
     from shards import edit
 
-    found = edit.index(args.set)
+    if args.model is None:
+        found = edit.index(args.set)
+    else:
+        from hvtrain.models import find
+
+        flavors = find(args.model, key="--model").flavors.values()
+        ragged = {field.name for flavor in flavors for field in flavor.cond if field.ragged}
+        found = edit.index(args.set, ragged=ragged, model=args.model)
     print(f"{args.set}: {found.manifest.n_keys} samples in {len(found.manifest.chunks)} tars a column")
 
 

@@ -1,8 +1,7 @@
 """Merged, split, indexed, exported: the samples stay what they were."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from shards import ShardError, edit, info, open_set, ways
+from shards.loader import BatchLoader
 from shards.schema import Chunk, Made, Manifest, save_manifest
 from shards.verify import verify
 from shards.writer import write_tar
+from tests import typed
 from tests.shards.sets import make_set
 
 
@@ -116,20 +117,49 @@ def test_export_is_plain_safetensors(tmp_path):
         assert torch.equal(file.get_tensor("text"), found.get(2).tensors["text"])
 
 
-def test_tars_of_webdataset_become_a_set(tmp_path):
+def foreign(root, *samples):
+    """Tars of two columns as webdataset writes them; a sample is the tensors of its text column."""
     import webdataset
 
-    for column, field in (("latents", "latents"), ("text", "text")):
-        (tmp_path / column).mkdir()
-        with webdataset.TarWriter(str(tmp_path / column / "000.tar")) as sink:
-            for key in ("a", "b"):
-                sink.write({"__key__": key, "safetensors": save({field: torch.ones(2, 1, 2, 2)}), "json": {"caption": key}})
+    for column in ("latents", "text"):
+        (root / column).mkdir(parents=True)
+        with webdataset.TarWriter(str(root / column / "000.tar")) as sink:
+            for i, sample in enumerate(samples):
+                tensors = {"latents": torch.ones(2, 1, 2, 2)} if column == "latents" else sample
+                row = {"caption": f"c{i}", "captions": [f"c{i}", "other"][: 1 + any("." in name for name in sample)]}
+                sink.write({"__key__": f"k{i}", "safetensors": save(tensors), "json": row})
+    return root
+
+
+def test_tars_of_webdataset_become_a_set(tmp_path):
+    foreign(tmp_path, {"text": torch.ones(3, 4)}, {"text": torch.ones(3, 4)})
     found = edit.index(tmp_path)
-    assert found.keys == ["a", "b"] and found.get(1).meta["caption"] == "b" and list(verify(tmp_path)) == []
+    assert found.keys == ["k0", "k1"] and found.get(1).meta["caption"] == "c1" and list(verify(tmp_path)) == []
+    assert found.manifest.ragged == {"text"}  # of equal length by chance
     (tmp_path / "text/000.tar").unlink()
     with pytest.raises(ShardError, match="'latents' among them|different numbers"):
         edit.index(tmp_path)
         edit.index(tmp_path / "text")
+
+
+def test_what_is_ragged_is_read_off_the_samples_and_the_models_record(tmp_path):
+    """A field of any name: else a batch of unequal lengths could not be stacked."""
+    words = [torch.ones(2, 4), torch.ones(5, 4)]
+    rows = [{"words": w, "words.1": w.clone(), "glyph": torch.ones(3, 6), "pooled": torch.ones(7)} for w in words]
+    found = edit.index(foreign(tmp_path / "set", *rows))
+    told = {name: (field.dims, field.dtype) for name, field in found.manifest.made_by("text").fields.items()}
+    assert told == {name: (dims, "float32") for name, dims in {"words": (None, 4), "glyph": (3, 6), "pooled": (7,)}.items()}
+    batch = next(iter(BatchLoader(found, batch_size=2))).tensors
+    assert batch["words"].shape == (2, 5, 4) and sorted(batch["words_len"].tolist()) == [2, 5] and "glyph_len" not in batch
+    assert list(verify(tmp_path / "set")) == []
+    done = typed.hvtrain("shards", "index", tmp_path / "set", "--model", "hunyuan-video-15")  # whose text and glyph are ragged
+    assert done.returncode == 0, done.stderr
+    again = open_set(tmp_path / "set").manifest
+    assert again.ragged == {"words", "glyph"} and again.made_by("text").model == "hunyuan-video-15"
+    done = typed.hvtrain("shards", "index", tmp_path / "set", "--model", "hunyuan")
+    assert done.returncode == 2 and "--model: no model 'hunyuan'" in done.stderr
+    with pytest.raises(ShardError, match=r"k1: 'words' is 2 x 4 float64, in samples before it 2 x 4 float32"):
+        edit.index(foreign(tmp_path / "two", {"words": words[0]}, {"words": words[0].double()}))
 
 
 def test_info_and_the_commands(tmp_path):
@@ -137,10 +167,7 @@ def test_info_and_the_commands(tmp_path):
     text = "\n".join(info.lines(found))
     assert "5 samples" in text and "bucket 1x2x5 (frames x height x width): 3 samples" in text
 
-    def hvtrain(*arguments):
-        command = [sys.executable, "-m", "launcher.cli", "shards", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    hvtrain = partial(typed.hvtrain, "shards")
     done = hvtrain("verify", tmp_path / "whole")
     assert done.returncode == 0 and "sound, 5 samples" in done.stdout
     done = hvtrain("split", tmp_path / "whole", "--n", 2, "--output", tmp_path / "halves")
