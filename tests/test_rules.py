@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests import conftest
 
 class Asked:
     def __init__(self, expression: str) -> None:
-        self.expression = expression
+        self.expression, self.option = expression, SimpleNamespace()
 
     def getoption(self, name: str) -> str:
         assert name == "markexpr"

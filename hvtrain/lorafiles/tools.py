@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.lorafiles.convert import converted, dora_for_comfyui
@@ -32,7 +31,7 @@ from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.models import all_specs
 from hvtrain.models.load import identify, whole_model
 from hvtrain.models.spec import ModelSpec
-from hvtrain.models.targets import lora_targets
+from hvtrain.models.targets import layers_of, lora_targets
 from hvtrain.weights.containers import open_weights
 
 
@@ -68,8 +67,7 @@ def open_any(
     tried: list[tuple[str, Mapping]] = []
     refusal: CheckpointError | None = None
     for spec, arch, sizes in candidates:
-        with torch.device("meta"):
-            shapes = linear_shapes(spec.build(arch))
+        shapes = layers_of(spec.build, arch)
         if (spec.name, shapes) in tried:  # several flavors have the same layers
             continue
         tried.append((spec.name, shapes))

@@ -1,4 +1,4 @@
-"""Whole tensors in a LoRA file: what distilled ones add to norms, to biases and to layers outside the blocks."""
+"""Whole tensors in a LoRA file: what distilled ones add to norms, biases, modulation and layers outside the blocks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvtrain.errors import CheckpointError
 from hvtrain.models import find
+from hvtrain.models.targets import layers_of
 
 if TYPE_CHECKING:
     from hvtrain.lorafiles.files import LoraFile
 
-_ENDINGS = {".diff": ".weight", ".diff_b": ".bias"}
+_ENDINGS = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}  # the last: a block's learnt shifts and scales
 _PREFIX = "diffusion_model."  # under which programs write them
 
 
@@ -37,9 +37,7 @@ def relatives(model: str) -> frozenset[str]:
     """Names of the Linear layers of all the model's flavors: a LoRA of one may be meant for another that lacks some."""
     names: set[str] = set()
     for arch in dict.fromkeys(flavor.arch for flavor in find(model).flavors.values()):
-        with torch.device("meta"):
-            built = find(model).build(arch)
-        names |= {name for name, layer in built.named_modules() if isinstance(layer, nn.Linear)}
+        names |= layers_of(find(model).build, arch).keys()
     return frozenset(names)
 
 

@@ -10,7 +10,8 @@ sequence-parallel peers of loss / sp and the MEAN over data-parallel ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,11 @@ class Step:
     grad_accum: int = 1
     max_grad_norm: float = 1.0  # 0: no clipping
     parts: Parts = field(default_factory=dict)  # whose norms are reported one by one
+    parts_every: int = 1  # steps between those that do
+
+    def parts_at(self, step: int) -> Parts:
+        """Those that step number `step`, from 1, reports."""
+        return {} if step % self.parts_every else self.parts
 
 
 @dataclass(frozen=True)
@@ -237,14 +243,16 @@ class TorchEngine:
         lr = self.rate.set(self.n_steps)
         grads = filled_grads(self.params.values())
         _reduce(grads, self.ctx)
-        norms = norms_of_parts(dict(zip(self.params, grads, strict=True)), self.how.parts)
-        norm = clip_(grads, self.how.max_grad_norm)
-        skipped = not norm.isfinite().item()
+        each = torch._foreach_norm(grads)
+        norm = clip_(grads, self.how.max_grad_norm, each).item()
+        skipped = not math.isfinite(norm)
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.n_steps += 1
-        return StepResult(norm.item(), lr, skipped, norms)
+        parts = self.how.parts_at(self.n_steps)
+        norms = norms_of_parts(dict(zip(self.params, each, strict=True)), parts, device=self.ctx.device)
+        return StepResult(norm, lr, skipped, norms)
 
     def settled(self) -> AbstractContextManager[None]:
         return settled(self.optimizer, self.params)
@@ -273,9 +281,9 @@ def filled_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def clip_(grads: list[Tensor], max_norm: float) -> Tensor:
-    """The global norm; the gradients are scaled down to max_norm in place (0: left alone)."""
-    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
+def clip_(grads: list[Tensor], max_norm: float, each: Sequence[Tensor] = ()) -> Tensor:
+    """The global norm; the gradients are scaled down to max_norm in place (0: left alone). `each`: their norms, if known."""
+    norm = torch.linalg.vector_norm(torch.stack(list(each or torch._foreach_norm(grads))).float())
     if max_norm > 0:
         torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm

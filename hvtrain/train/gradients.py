@@ -28,20 +28,18 @@ def parts_of(names: Iterable[str]) -> Parts:
 
 
 def norms_of_parts(
-    grads: Mapping[str, Tensor], parts: Parts, *, total: Callable[[Tensor], object] | None = None
+    norms: Mapping[str, Tensor], parts: Parts, *, device: torch.device | None = None,
+    total: Callable[[Tensor], object] | None = None,
 ) -> dict[str, float]:
-    """The norm of each part's gradients. `grads` may hold pieces of them, or lack some; `total` then adds up a tensor over
-    all ranks in place."""
+    """The norm of each part, from the norms of its gradients, each of which is in one part. `norms` may be of pieces of them, or
+    lack some; `total` then adds up a tensor on `device` over all ranks in place."""
     if not parts:
         return {}
-    names = list(grads)
-    squares = dict(zip(names, torch._foreach_norm(list(grads.values())), strict=True)) if names else {}
-    where = next(iter(grads.values())).device if names else torch.device("cpu")
-    sums = torch.stack([
-        torch.stack([squares[name].float().square() for name in members if name in squares]).sum()
-        if any(name in squares for name in members) else torch.zeros((), device=where)
-        for members in parts.values()
-    ])  # fmt: skip
+    sums = torch.zeros(len(parts), device=device)
+    if norms:
+        number = {name: i for i, members in enumerate(parts.values()) for name in members}
+        into = torch.tensor([number[name] for name in norms], device=device)
+        sums.index_add_(0, into, torch.stack(list(norms.values())).to(sums).square())
     if total is not None:
         total(sums)
     return dict(zip(parts, sums.sqrt().tolist(), strict=True))

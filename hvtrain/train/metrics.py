@@ -7,7 +7,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import numpy as np
 from shards import ShardSet
 
 N_BINS = 10
+HISTOGRAM_BINS = 30
 WANDB_ID = "wandb.id"
 
 
@@ -57,7 +58,7 @@ class TensorBoard:
         self.writer.add_text(name, f"```\n{text}\n```")
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
-        self.writer.add_histogram(name, values, step)
+        self.writer.add_histogram(name, values, step, bins=HISTOGRAM_BINS)
 
     def video(self, name: str, step: int, gif: Gif) -> None:
         image = {"height": gif.height, "width": gif.width, "colorspace": 3, "encoded_image_string": gif.data}
@@ -163,7 +164,7 @@ class Metrics:
 def loss_by_sigma(sigma: np.ndarray, loss: np.ndarray) -> dict[str, float]:
     """Mean loss of each tenth of the noise range that has samples."""
     bins = np.minimum((sigma * N_BINS).astype(int), N_BINS - 1)
-    return {f"loss_by_sigma/{b / N_BINS:.1f}": float(loss[bins == b].mean()) for b in sorted(set(bins.tolist()))}
+    return {f"loss_by_sigma/{b / N_BINS:.1f}": mean for b, mean in _means(bins, loss)}
 
 
 def names_of(sets: Sequence[ShardSet]) -> list[str]:
@@ -174,5 +175,11 @@ def names_of(sets: Sequence[ShardSet]) -> list[str]:
 
 def loss_by_set(names: Sequence[str], numbers: np.ndarray, loss: np.ndarray) -> dict[str, float]:
     """Mean loss of each shard set that has samples; nothing where there is only one."""
-    present = sorted(set(numbers.tolist())) if len(names) > 1 else []
-    return {f"loss_by_set/{names[i]}": float(loss[numbers == i].mean()) for i in present}
+    return {f"loss_by_set/{names[i]}": mean for i, mean in _means(numbers, loss)} if len(names) > 1 else {}
+
+
+def _means(numbers: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, float]]:
+    """Of the values of each number that occurs."""
+    counts, sums = np.bincount(numbers), np.bincount(numbers, values)
+    for i in np.flatnonzero(counts).tolist():
+        yield i, float(sums[i] / counts[i])

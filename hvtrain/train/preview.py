@@ -15,9 +15,9 @@ from hvtrain.config import ModelConfig, PreviewConfig
 from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError
 from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
-from hvtrain.generate.requests import Request, lacks, read_prompts
+from hvtrain.generate.requests import Request, ending, lacks, read_prompts
 from hvtrain.generate.sample import Models, sample_latents
-from hvtrain.generate.video import write_mp4, write_png
+from hvtrain.generate.video import write_png, write_video
 from hvtrain.generate.write import decode
 from hvtrain.models.conditions import batch_of_one
 from hvtrain.models.parts import open_text, open_vae
@@ -126,11 +126,8 @@ class Previews:
             latents, request = self._sample(models, plan, i), plan.request
             if self.ctx.is_main:
                 frames = decode(self._vae(), latents)[0]
-                path, about = self.folder / f"step{step:08d}_{i}", {**request.values, "step": step}
-                if request.frames == 1:
-                    write_png(path.with_suffix(".png"), frames[0], metadata=about)
-                else:
-                    write_mp4(path.with_suffix(".mp4"), frames, fps=request.fps, metadata=about)
+                path = self.folder / f"step{step:08d}_{i}{ending(request)}"
+                write_video(path, frames, fps=request.fps, metadata={**request.values, "step": step})
                 rows.append(_row(frames))
                 yield f"preview/{i}", frames, request.fps
         if rows:

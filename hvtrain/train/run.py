@@ -257,14 +257,14 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
         )
         kernel = parallelize(
-            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, swap=subject.swap,
+            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, visits=subject.swap,
             compiler="inductor" if cfg.run.compile == "blocks" else None,
         )
         engine = build_engine(
             subject.model, subject.trainable, cfg.zero, ctx,
             optimizer=build_optimizer(subject.trainable, cfg.optim, setup.rates(cfg.adapter, subject.trainable)),
             schedule=build_schedule(cfg.optim, total_steps=ready.steps),
-            step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable)),
+            step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable), cfg.run.log_every),
         )
         own = objective_of(member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast)
         trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)

@@ -15,7 +15,7 @@ from hvtrain.adapters.attach import add_adapter, first_match, linear_shapes, mer
 from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, asset
 from hvtrain.config.model import BOTH, EXPERT
 from hvtrain.errors import CheckpointError, ConfigError, suggest
-from hvtrain.flow.timesteps import parameters, quantile_function, share_within
+from hvtrain.flow.timesteps import SAMPLER_KEYS, parameters, quantile_function, share_within
 from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
@@ -238,7 +238,7 @@ def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> F
     """With the flavor's own values where the config has null, and the part of the noise levels that is the
     expert's. Raises ConfigError for a value that the flavor does not use."""
     own, takes = flavor.defaults, parameters(flow.timestep_sampling)
-    for key in ("shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale"):
+    for key in SAMPLER_KEYS:
         if key not in takes and getattr(flow, key) != getattr(FlowConfig, key):
             legal = ", ".join(f"flow.{name}" for name in takes if hasattr(flow, name)) or "nothing"
             raise ConfigError(

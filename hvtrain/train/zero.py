@@ -14,6 +14,7 @@ Three decisions:
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -197,29 +198,29 @@ class DeepSpeedEngine:
             return None
         lr = self.rate.set(self.n_steps)
         self.n_steps += 1
-        norms = self._norms()
         if self.cfg.stage:
+            norms = self._norms_of_pieces()
             self.engine.step()
             norm, skipped = float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         else:
             grads = filled_grads(self.params.values())
-            norm = clip_(grads, self.how.max_grad_norm).item()
-            skipped = not torch.isfinite(torch.tensor(norm)).item()
+            each, parts = torch._foreach_norm(grads), self.how.parts_at(self.n_steps)
+            norms = norms_of_parts(dict(zip(self.params, each, strict=True)), parts, device=self.ctx.device)
+            norm = clip_(grads, self.how.max_grad_norm, each).item()
+            skipped = not math.isfinite(norm)
             if skipped:
                 self.engine.zero_grad()
             else:
                 self.engine.step()
         return StepResult(norm, lr, skipped, norms)
 
-    def _norms(self) -> dict[str, float]:
-        """Of Step.parts: of the whole gradients, or of the pieces that this rank has, and then of all ranks'."""
-        if not self.how.parts:
+    def _norms_of_pieces(self) -> dict[str, float]:
+        """Of Step.parts: of the pieces that this rank has, and then of all ranks'."""
+        if not (parts := self.how.parts_at(self.n_steps)):
             return {}
-        if not self.cfg.stage:
-            grads = filled_grads(self.params.values())
-            return norms_of_parts(dict(zip(self.params, grads, strict=True)), self.how.parts)
         pieces = {n: piece for n, p in self.params.items() if (piece := _piece_of_gradient(p, self.cfg.stage)) is not None}
-        return norms_of_parts(pieces, self.how.parts, total=deepspeed.comm.all_reduce)
+        each = dict(zip(pieces, torch._foreach_norm(list(pieces.values())) if pieces else (), strict=True))
+        return norms_of_parts(each, parts, device=self.ctx.device, total=deepspeed.comm.all_reduce)
 
     def settled(self) -> AbstractContextManager[None]:
         return settled(self.basic, {} if self.cfg.stage else self.params)

@@ -32,6 +32,7 @@ def _models(args: argparse.Namespace) -> None:
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo/)")
+    parser.add_argument("--model", metavar="NAME", help="the tiny copy of this architecture (default: as in a config)")
 
 
 @command("demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge", options=_demo_options)
@@ -40,4 +41,4 @@ def _demo(args: argparse.Namespace) -> int | None:
 
     # Two processes show what several do; a machine with one GPU has none for the second.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return demo.run(args.output)
+    return demo.run(args.output, args.model)

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,11 +18,7 @@ from hvtrain.train.data import open_shards
 from shards import open_set
 from shards.verify import verify
 from tests.encode.test_view import corners, quarters, write_clip
-
-
-def hvtrain(*arguments):
-    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+from tests.typed import hvtrain
 
 
 @pytest.fixture

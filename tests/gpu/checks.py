@@ -143,7 +143,7 @@ def _five_steps(here: Setup, policy: str, swap: int) -> list[Tensor]:
     model = build(here.spec, replace(here.flavor, arch=arch), Case(True, "sdpa"), here.device)
     swapped = BlockSwap(model.blocks, swap, here.device) if swap else None
     ctx = ParallelContext(device=here.device)
-    parallelize(model, ctx, kernel="sdpa", recompute=policy, dtype=torch.bfloat16, swap=swapped)
+    parallelize(model, ctx, kernel="sdpa", recompute=policy, dtype=torch.bfloat16, visits=swapped)
     torch.manual_seed(1)
     width, height, frames = here.sizes[0]
     with torch.device(here.device):

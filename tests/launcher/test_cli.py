@@ -83,7 +83,7 @@ def test_the_committed_reference_is_the_code() -> None:
 
 
 RECIPES = ("clips", "forgetting", "vae")  # of hvtrain.tiny's own programs
-SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.stem not in RECIPES]
+SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/**/*.yaml")) if path.stem not in RECIPES]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -112,6 +112,7 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["data", "check", "pyproject.toml", "--workers", "0"], "--workers 0: expected 1 or more"),
         (["data", "preview", "pyproject.toml", "--max", "0"], "--max 0: expected 1 or more"),
         (["demo", "--output", "pyproject.toml"], "pyproject.toml is a file; give a directory"),
+        (["demo", "--model", "hunyuan"], "did you mean 'hunyuan-video'"),
         (["demo", "--output", "tests"], "tests holds files that no demo wrote"),
         (["demo", "--output", "/proc/no/demo"], "/proc/no/demo cannot be made"),
         (["doctor", "--dir", "nowhere"], "--dir nowhere: no such directory"),
@@ -194,9 +195,9 @@ def test_the_demo_needs_no_gpu_for_each_of_its_processes(monkeypatch: pytest.Mon
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     seen = []
-    monkeypatch.setattr(demo, "run", lambda output: seen.append((output, os.environ["CUDA_VISIBLE_DEVICES"])))
-    assert cli.main(["demo", "--output", "there"]) == 0
-    assert seen == [("there", "")]
+    monkeypatch.setattr(demo, "run", lambda *of: seen.append((*of, os.environ["CUDA_VISIBLE_DEVICES"])))
+    assert cli.main(["demo", "--output", "there", "--model", "wan"]) == 0
+    assert seen == [("there", "wan", "")]
 
 
 def test_an_error_of_several_lines_is_printed_as_one(capsys: pytest.CaptureFixture) -> None:

@@ -1,9 +1,11 @@
-"""References of Wan: transformers of every kind, VAEs, UMT5, CLIP and what image to video is given. See check.py."""
+"""References of Wan: transformers of every kind, whole sampling loops, VAEs, UMT5, CLIP and what image to video is given. See
+check.py."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hvtrain.flow.solvers import State
+from hvtrain.generate.requests import Request
+from hvtrain.generate.sample import sample_latents
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.wan.arch import WanArch
@@ -19,6 +24,7 @@ from hvtrain.models.wan.images import image_conditions
 from hvtrain.models.wan.inputs import WanInput, given_frames
 from hvtrain.models.wan.text import load_umt5
 from hvtrain.models.wan.vae import open_vae
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.weights.source import anchored
 from tests.oracles.check import Reference, gradients, read, relative
 
@@ -70,6 +76,60 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
         mask = given_frames(i["y"].shape[1], last=last, device=x.device)[:, :, None, None]
         yield "mask", relative(mask.float().expand_as(i["y"][:4]), i["y"][:4])
     yield from gradients(reference, model, x, output)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _is_loop(reference: Reference) -> bool:
+    return "input.noise" in reference.tensors and "guide_scale" in "".join(reference.config)
+
+
+def _check_loop(reference: Reference) -> Iterator[tuple[str, float]]:
+    """The program's own loop, from the reference's noise: what each step makes, and what the model is given."""
+    c, i, wanted, spec = reference.config, reference.part("input."), reference.part("output."), find("wan")
+    given = {name: c[name] for name in ("steps", "shift", "solver")} | {"frames": c["frame_num"]}
+    given["width"], given["height"] = c["size_wh"]
+    text, image = {"text": i["context"][None], "text_len": torch.tensor([len(i["context"])])}, {}
+    without = {"text": i["context_null"][None], "text_len": torch.tensor([len(i["context_null"])])}
+    if "boundary" in c:
+        flavor = spec.flavor("t2v-a14b")
+        sigmas = {"high": (c["boundary"], 1.0), "low": (0.0, c["boundary"])}
+        flavor = replace(flavor, experts=tuple(replace(e, sigmas=sigmas[e.name]) for e in flavor.experts))
+        models = {name: dit_of(reference, f"weights.{name}_noise_model.") for name in sigmas}
+        given["expert_cfg_scale"] = dict(zip(("low", "high"), c["guide_scale_low_high"], strict=True))
+    else:
+        flavor, models = spec.flavor("ti2v-5b"), {"": dit_of(reference)}
+        image = {"image_latents": i["z"][None]}
+        given["cfg_scale"] = c["guide_scale"]
+    seen: list[WanInput] = []
+
+    def at(sigma: float) -> Any:
+        expert = flavor.expert(sigma)
+        model = models[expert.name if expert else ""]
+
+        def predict(inp: WanInput) -> Tensor:
+            seen.append(inp)
+            return model(inp)
+
+        return predict
+
+    steps: list[Tensor] = []
+    out = sample_latents(
+        at, spec, flavor, {**text, **image}, uncond={**without, **image}, request=Request.of(flavor, **given),
+        ctx=ParallelContext(), begin=State(i["noise"][None]), on_step=lambda state: steps.append(state.x[0]),
+    )
+    yield "output", relative(out[0], reference.tensors["output"])
+    for step, x in enumerate(steps):
+        told = seen[2 * step]  # with the prompt and without
+        yield f"timestep {step}", relative(told.t, wanted["timesteps"][step : step + 1])
+        if "x" in wanted:
+            yield f"x {step}", relative(x, wanted["x"][step])
+        if "x_in" in wanted:
+            cells = told.x[0, 0, 0].numel() // c["patch_size"][1] // c["patch_size"][2]
+            yield f"x_in {step}", relative(told.x[0], wanted["x_in"][step])
+            per_token = torch.where(told.clean, 0.0, told.t[:, None]).repeat_interleave(cells, dim=1)
+            yield f"t_tokens {step}", relative(per_token[0], wanted["t_tokens"][step])
 
 
 # --- what a model is made of besides ----------------------------------------------------------------------------------
@@ -157,6 +217,6 @@ def _check_condition(reference: Reference) -> Iterator[tuple[str, float]]:
 
 
 KINDS = (
-    (_is_dit, _check_dit), (_is_vae, _check_vae), (_is_text, _check_text), (_is_clip, _check_clip),
+    (_is_loop, _check_loop), (_is_dit, _check_dit), (_is_vae, _check_vae), (_is_text, _check_text), (_is_clip, _check_clip),
     (_is_condition, _check_condition),
 )

@@ -14,11 +14,11 @@ from hvtrain.models import find
 from hvtrain.models.dit import ModelInput
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
-from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
 from hvtrain.train.engine import Step, build_engine
 from tests.models.any_model import an_input, batch, random_model, smallest
-from tests.parallel.tiny_run import Case
+from tests.parallel.tiny_run import Case, place
 
 Inputs = Callable[..., ModelInput]  # (spec, flavor, seed=number of the micro-batch)
 RATE = 2.0**14  # so large that the parameter's own rounding vanishes
@@ -91,7 +91,7 @@ def of_pairs(pairs: Sequence[tuple[tuple[str, str], Case]]) -> list[dict[str, Te
     found = []
     for (name, flavor), case in pairs:
         spec = find(name)
-        ctx = ParallelContext() if case.engine == "torch" else start(case.ulysses, case.ring)
+        ctx = ParallelContext() if case.engine == "torch" else place(case.ulysses, case.ring)
         found.append(gradients(spec, shrunk(spec, spec.flavor(flavor)), case, ctx))
     return found
 
@@ -104,6 +104,6 @@ def of_layouts(
     for name, flavor in which:
         spec = find(name)
         for case in cases:
-            ctx = start(case.ulysses, case.ring)
+            ctx = place(case.ulysses, case.ring)
             found[f"{name}-{flavor}", case] = gradients(spec, spec.flavor(flavor), case, ctx, inputs)
     return found

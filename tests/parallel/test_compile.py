@@ -41,7 +41,7 @@ def gradients(
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     swapped = BlockSwap(model.blocks, swap, ctx.device) if swap else None
-    parallelize(model, ctx, recompute=recompute, compiler=compiler, swap=swapped)
+    parallelize(model, ctx, recompute=recompute, compiler=compiler, visits=swapped)
     for step in range(steps):
         inp, target = make_batch(step, 0)
         (model(inp) - target).square().mean().backward()

@@ -161,7 +161,7 @@ def test_swapping_n_blocks_frees_n_blocks_worth(n: int) -> None:
     whole = resident_bytes(model)
     blocks = sum(p.nbytes for block in model.blocks for p in block.parameters())
     swap = BlockSwap(model.blocks, n, torch.device("cpu"))
-    parallelize(model, ALONE, training=False, swap=swap)
+    parallelize(model, ALONE, training=False, visits=swap)
     freed = whole - resident_bytes(model, swap)
     assert freed == pytest.approx(swap.freed, rel=0.01) and freed >= 0.99 * n * blocks / len(model.blocks)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_swapped_sampling_is_that_of_the_whole_model() -> None:
     with torch.no_grad():
         want = model(inp)
         swap = BlockSwap(model.blocks, 4, torch.device("cpu"))
-        parallelize(model, ALONE, training=False, swap=swap)
+        parallelize(model, ALONE, training=False, visits=swap)
         assert all(torch.equal(model(inp), want) for _ in range(3))
 
 
@@ -210,7 +210,7 @@ def test_block_swap_and_policies_on_a_gpu(policy: str) -> None:
         for module in model.modules():
             if hasattr(module, "dropout"):
                 module.dropout = 0.0
-        parallelize(model, ctx, recompute=recompute, swap=swap)
+        parallelize(model, ctx, recompute=recompute, visits=swap)
         inp, target = make_batch(2, 0)
         inp = replace(
             inp, x=inp.x.to(device), t=inp.t.to(device),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.parallel.apply import parallelize
-from hvtrain.parallel.context import ParallelContext, start
+from hvtrain.parallel.context import ParallelContext
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny_run import (
     SIZES,
@@ -23,6 +23,7 @@ from tests.parallel.tiny_run import (
     gradients,
     loss_curve,
     make_batch,
+    place,
     relative_errors,
 )
 
@@ -65,7 +66,7 @@ def both(cases: list[Case]) -> list[Case]:
 def _losses_and_gradients(curves: list[Case], gradients_only: list[Case]) -> dict[Case, tuple[list[float], dict]]:
     results = {}
     for case in [*curves, *gradients_only]:
-        ctx = start(case.ulysses, case.ring)
+        ctx = place(case.ulysses, case.ring)
         curve = loss_curve(case, ctx) if case in curves else []
         results[case] = curve, gradients(case, ctx)
     return results
@@ -113,7 +114,7 @@ def _velocities(layouts: list[tuple[int, int]]) -> list[list[Tensor]]:
     outputs = []
     for ulysses, ring in layouts:
         model, _ = build_model(Case())
-        parallelize(model.eval(), start(ulysses, ring), training=False)
+        parallelize(model.eval(), place(ulysses, ring), training=False)
         with torch.no_grad():
             outputs.append([model(make_batch(step, 0)[0]) for step in range(len(SIZES))])
     return outputs

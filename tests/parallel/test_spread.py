@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import threading
@@ -54,6 +55,7 @@ def write_model(path: Path, *, double: int, width: int) -> int:
 
 def _load(path: Path, what: str) -> Seen:
     """On each rank: a frozen base for a LoRA ("lora"), in float8 ("fp8"), or a full fine-tune under ZeRO-3 ("zero3")."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: else glibc keeps up to 64 MB that were given back, of any model
     ctx = start()
     model = ModelConfig(dit=str(path), quantize="fp8_scaled" if what == "fp8" else "none")
     whole = what == "zero3"
@@ -108,7 +110,8 @@ def _again(ctx: ParallelContext, path: Path) -> dict[str, list[float]]:
 
 
 class Peak(threading.Thread):
-    """The job's memory over time: of each process what it alone uses, and its share of what several use (PSS)."""
+    """The job's memory over time: of each process what it alone uses, and its share of what several use (PSS). Without mapped
+    files: a process's share of a library's pages grows when another program that uses it ends."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -132,7 +135,7 @@ def pss(pid: int) -> int:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
+    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def load_on(world: int, path: Path, what: str) -> tuple[list[Seen], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 from hvtrain.models.hunyuan_video.model import HunyuanVideo
 from hvtrain.parallel.apply import parallelize
-from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.rng import generator
 from hvtrain.train.engine import Step, build_engine
@@ -60,6 +61,12 @@ class Case:
         return " ".join([*parts, "offload" if self.offload == "cpu" else "", "lora" if self.lora else "full"])
 
 
+@cache
+def place(ulysses: int, ring: int) -> ParallelContext:
+    """This rank's, whose groups are made once; called by all ranks in the same order."""
+    return start(ulysses, ring)
+
+
 class Outcome(NamedTuple):
     losses: list[float]
     params: dict[str, Tensor]
@@ -95,7 +102,7 @@ def make_batch(step: int, micro: int) -> tuple[ModelInput, Tensor]:
 def train(case: Case, ctx: ParallelContext, *, optimizer: type, rate: float, n_steps: int, clip: float) -> Outcome:
     model, params = build_model(case)
     swap = BlockSwap(model.blocks, case.swap, ctx.device) if case.swap else None
-    parallelize(model, ctx, recompute=case.recompute, swap=swap)
+    parallelize(model, ctx, recompute=case.recompute, visits=swap)
     zero, step = ZeroConfig(case.engine, case.stage, case.offload), Step(case.micro // ctx.dp, clip)
     opt = optimizer(list(params.values()), lr=rate)
     engine = build_engine(model, params, zero, ctx, optimizer=opt, schedule=lambda n: 1.0, step=step)

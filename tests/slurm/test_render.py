@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hvtrain.errors import ConfigError, LaunchError
 from launcher import cli
 from launcher.jobs import slices, slurm, standing
 from launcher.site import Site, load_site
+from tests.typed import hvtrain
 
 ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/usr/bin/env bash
@@ -159,17 +159,14 @@ def test_data_of_slices(tmp_path):
         slices.load_slices(tmp_path / "rest")
 
 
-def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path):
+def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path, monkeypatch):
     """No Slurm: two at a time, one with damaged data."""
     from shards import edit, ways
     from tests.slurm.test_real_slurm import TRAIN
     from tests.train.shardset import make_shards
 
-    def hvtrain(*arguments):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env)
-
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(ROOT)
     edit.split(str(make_shards(tmp_path / "set", n=8)), tmp_path / "parts", ways.by_number(2))
     plan, run = tmp_path / "plan", tmp_path / "run"
     done = hvtrain("slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 2, "--granularity", "module", "--output", plan)

@@ -15,12 +15,18 @@ from hvtrain.rng import generator
 from hvtrain.tiny.data import ClipsRecipe, write_clips
 from launcher import cli
 from tests.models.any_model import random_model
+from tests.parallel.ranks import run_ranks
 
 NAME = "strange"
 
 
 def hvtrain(*arguments: object) -> int:
     return cli.main([str(a) for a in arguments])
+
+
+def on_two_ranks(*arguments: object) -> list[int]:
+    """The exit codes of the command's two processes, which need not import torch as `launch`'s would."""
+    return run_ranks(2, hvtrain, *map(str, arguments))
 
 
 def write_parts(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from hvtrain.generate.video import read_metadata
 from hvtrain.models import find
 from shards import open_set
 from tests.strange import discovered
-from tests.strange.files import NAME, hvtrain, write_data, write_parts
+from tests.strange.files import NAME, hvtrain, on_two_ranks, write_data, write_parts
 
 SIZE = ("frames=9", "width=96", "height=32", "steps=4", "precision=fp32", "save_latents=true")
 FAST = ("run.precision=fp32", "run.recompute=none", "zero.engine=torch", "adapter.rank=2", "adapter.alpha=2", "optim.lr=1e-2")
@@ -52,13 +52,13 @@ class World:
 
     def train(self, name: str, *keys: str, flavor: str = "plain", ranks: int = 1) -> Path:
         """A run of four steps, its directory; continued if there are more steps than it has."""
-        launch = () if ranks == 1 else ("launch", "--nproc", ranks)
         dit = () if any(key.startswith("model.dit") for key in keys) else (f"model.dit={self.dit(flavor)}",)
         common = (
             f"data.shards=[{self.shards()}]", "data.batch_size=2", "run.steps=4", f"run.output_dir={self.root / name}",
             f"model.flavor={flavor}", "run.seed=5", *FAST,
         )
-        assert hvtrain(*launch, "train", self.model, *dit, *common, *keys) == 0
+        command = ("train", self.model, *dit, *common, *keys)
+        assert (on_two_ranks(*command) if ranks == 2 else [hvtrain(*command)]) == [0] * ranks
         return self.root / name
 
     def slices(self) -> Path:
@@ -179,7 +179,7 @@ def test_sampling(world: World) -> None:
     keys = (f"model.dit={world.dit('plain')}", "prompt=a ring", *SIZE, "negative_prompt=dull", "cfg_scale=3")
     one, two = world.root / "one.mp4", world.root / "two.mp4"
     assert hvtrain("generate", world.model, *keys, f"output={one}") == 0
-    assert hvtrain("launch", "--nproc", 2, "generate", world.model, *keys, "parallel.ulysses=2", f"output={two}") == 0
+    assert on_two_ranks("generate", world.model, *keys, "parallel.ulysses=2", f"output={two}") == [0, 0]
     a, b = (load_file(visible(path))["latents"] for path in (one, two))
     assert a.shape == (48, 3, 2, 6) and (a - b).abs().max() < 1e-3 and a.std() > 0.1
     other = world.root / "other.mp4"

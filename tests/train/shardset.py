@@ -1,14 +1,16 @@
 """A small random shard set for the tiny flavor, and a config that trains on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from hvtrain.config import TrainConfig, load
+from hvtrain.models.spec import Flavor
 from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, Stored, save_manifest
 from shards.writer import write_tar
+from tests.models.any_model import batch
 
 
 def make_shards(
@@ -41,6 +43,29 @@ def make_shards(
         made["text"] = Made(fields={words: Stored((None, 64), "float32"), "pooled": Stored((64,), "float32")})
     save_manifest(root, Manifest(tuple(tars), (Chunk("5x32x32", keys, tars),), made))
     save_file({words: torch.zeros(1, 64), "pooled": torch.zeros(64)}, str(root / EMPTY_TEXT))
+    return root
+
+
+def make_set(root: Path, flavor: Flavor, *, n: int = 16, without: Collection[str] = (), masked: bool = False) -> Path:
+    """n times the same random sample, as any flavor declares it; `masked`: with a mask, of which the first frame counts."""
+    keys, columns = tuple(f"clip{i}" for i in range(n)), [c for c in flavor.columns if c not in without]
+    x, cond = batch(flavor)
+    fields = {c: {f.name: cond[f.name][0, :3].clone() for f in flavor.cond if f.column == c and f.ragged} for c in columns}
+    for f in flavor.cond:
+        if not f.ragged and f.column in fields:
+            fields[f.column][f.name] = cond[f.name][0].clone()
+    fields["latents"]["latents"] = x[0].clone()
+    if masked:
+        columns.append("mask")
+        fields["mask"] = {"mask": (torch.arange(x.shape[2]) < 1).float().view(1, -1, 1, 1).expand(1, *x.shape[2:]).clone()}
+    tars = {c: write_tar(root, f"{c}/0.tar", [(k, fields[c], {}) for k in keys]) for c in columns}
+    stored = {f.name: Stored(f.dims, "float32") for f in flavor.cond}
+    of = {c: Made(fields={n: stored.get(n, Stored(tuple(t.shape), "float32")) for n, t in fields[c].items()}) for c in columns}
+    latent = flavor.latent
+    bucket = f"{2 * latent.stride_t + 1}x{2 * latent.unit[0]}x{3 * latent.unit[1]}"
+    save_manifest(root, Manifest(tuple(tars), (Chunk(bucket, keys, tars),), of))
+    empty = {n: torch.zeros_like(t[:1] if stored[n].dims[0] is None else t) for n, t in fields["text"].items()}
+    save_file(empty, root / EMPTY_TEXT)
     return root
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from hvtrain.train.engine import (
     check_engine,
     clip_,
     filled_grads,
+    own_settings,
     to_cpu,
 )
 
@@ -305,3 +307,39 @@ def test_what_makes_sense_is_not(tmp_path, monkeypatch):
         ZeroConfig(communication_dtype="bf16", deepspeed="x.json"),
     ):  # fmt: skip
         check_engine(cfg)
+
+
+def test_norms_of_parts_are_those_of_the_gradients_in_every_second_step() -> None:
+    """Of (3, 4) and of (12): 5 and 12, and 13 of all."""
+    params = {"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.zeros(1))}
+    step = replace(FREE, parts={"x": ("a",), "y": ("b",)}, parts_every=2)
+    model = nn.ParameterDict(params)
+    engine = build_engine(
+        model, params, PLAIN, ParallelContext(), optimizer=torch.optim.SGD(params.values(), lr=0.0), schedule=lambda n: 1.0,
+        step=step,
+    )
+    slopes = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}
+    found = [engine.accumulate(sum((slopes[n] * p).sum() for n, p in params.items()), last=True) for _ in range(4)]
+    assert [one.norms for one in found] == [{}, {"x": 5.0, "y": 12.0}] * 2
+    assert [one.grad_norm for one in found] == [13.0] * 4
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", "{path} is not a JSON file: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ("[1]", "{path} holds a list, expected DeepSpeed's settings"),
+    ('{"bf16": {}}', "{path} sets 'bf16', which hvtrain sets from run.precision; set that instead"),
+    ('{"zero_optimization": {"stage": 1}}',
+     "{path} sets 'zero_optimization.stage', which hvtrain sets from zero.stage; set that instead"),
+])  # fmt: skip
+def test_deepspeeds_own_settings_that_are_refused(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        own_settings(str(path))
+    assert str(caught.value).startswith("zero.deepspeed: " + words.format(path=path))
+
+
+def test_deepspeeds_own_settings_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"zero_hpz_partition_size": 8}}')
+    assert own_settings(str(path)) == {"zero_optimization": {"zero_hpz_partition_size": 8}}

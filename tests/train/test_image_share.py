@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from hvtrain.config import TrainConfig, load
 from hvtrain.errors import ConfigError, DataError
@@ -15,38 +14,19 @@ from hvtrain.models.load import save_dit
 from hvtrain.train import run as train
 from hvtrain.train import setup
 from hvtrain.train.data import check_image_share
-from shards.schema import EMPTY_TEXT, Chunk, Made, Manifest, Stored, save_manifest
-from shards.writer import write_tar
-from tests.models.any_model import batch, random_model
+from tests.models.any_model import random_model
+from tests.train.shardset import make_set
 
 SPEC = find("wan")
 FLAVOR = SPEC.flavor("tiny-ti2v")
-
-
-def made(root, *, image: bool = True, n: int = 16):
-    """A set of random samples as the flavor declares them."""
-    keys, columns = tuple(f"clip{i}" for i in range(n)), [c for c in FLAVOR.columns if image or c != "image"]
-    x, cond = batch(FLAVOR)
-    fields = {c: {f.name: cond[f.name][0, :3].clone() for f in FLAVOR.cond if f.column == c and f.ragged} for c in columns}
-    for f in FLAVOR.cond:
-        if not f.ragged and f.column in fields:
-            fields[f.column][f.name] = cond[f.name][0].clone()
-    fields["latents"]["latents"] = x[0].clone()
-    tars = {c: write_tar(root, f"{c}/0.tar", [(k, fields[c], {}) for k in keys]) for c in columns}
-    stored = {f.name: Stored(f.dims, "float32") for f in FLAVOR.cond}
-    of = {c: Made(fields={n: stored.get(n, Stored(tuple(t.shape), "float32")) for n, t in fields[c].items()}) for c in columns}
-    frames, height, width = 9, 2 * FLAVOR.latent.unit[0], 3 * FLAVOR.latent.unit[1]
-    save_manifest(root, Manifest(tuple(tars), (Chunk(f"{frames}x{height}x{width}", keys, tars),), of))
-    save_file({"text": torch.zeros(1, FLAVOR.arch.text_dim)}, root / EMPTY_TEXT)
-    return root
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("share")
     save_dit(random_model(SPEC, FLAVOR), folder / "dit.safetensors", spec=SPEC, flavor=FLAVOR)
-    made(folder / "set")
-    made(folder / "plain", image=False)
+    make_set(folder / "set", FLAVOR)
+    make_set(folder / "plain", FLAVOR, without=("image",))
     return folder
 
 

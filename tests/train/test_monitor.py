@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,21 +16,24 @@ import numpy as np
 import pytest
 import torch
 
-from hvtrain.config import AdapterConfig, ModelConfig, RunSettings
+from hvtrain.config import AdapterConfig, ModelConfig, RunSettings, ZeroConfig
 from hvtrain.errors import ConfigError
 from hvtrain.models import find
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.train import run as train
 from hvtrain.train.checkpoint import Progress
-from hvtrain.train.engine import StepResult
+from hvtrain.train.engine import Step, StepResult, build_engine
+from hvtrain.train.evaluate import HeldOut, held_out_loss
 from hvtrain.train.gradients import norms_of_parts, parts_of
 from hvtrain.train.loop import StepReport
-from hvtrain.train.metrics import loss_by_set
+from hvtrain.train.metrics import TensorBoard, loss_by_set
 from hvtrain.train.mfu import Work, peak_of, work_of
-from hvtrain.train.monitor import Monitor
+from hvtrain.train.monitor import Monitor, collective_seconds
 from hvtrain.train.progress import ProgressLine, duration
+from shards import open_set
 from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
+from tests.train.test_optimizer_table import SOME, check_reached, train_cells
 
 ENGINES = {
     "torch": ("zero.engine=torch",), "zero2": ("zero.engine=deepspeed", "zero.stage=2", "run.peak_tflops=0.5"),
@@ -39,7 +45,7 @@ SLOW = {
 }
 
 
-def _runs(folder: Path, engines: dict[str, tuple[str, ...]]) -> None:
+def _runs(folder: Path, engines: dict[str, tuple[str, ...]], cells: Sequence = ()) -> dict:
     for engine, options in engines.items():
         cfg = config(
             folder / "a", folder / engine, f"data.shards=[{folder / 'a'}, {folder / 'b'}]", "run.steps=4", "data.batch_size=1",
@@ -47,6 +53,7 @@ def _runs(folder: Path, engines: dict[str, tuple[str, ...]]) -> None:
             "run.profile_every=2", "run.save_every_steps=2", "data.calibration=0", *options,
         )
         assert train.run(cfg, start()) == 0
+    return train_cells(folder, list(cells))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +61,16 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("monitor")
     make_shards(folder / "a", n=4)
     make_shards(folder / "b", n=4, seed=2)
-    run_ranks(2, _runs, folder, ENGINES)
+    make_shards(folder / "shards", n=4)
+    reached = run_ranks(2, _runs, folder, ENGINES, SOME)[0]
+    (folder / "reached.json").write_text(json.dumps([*reached.items()]))
     return folder
+
+
+def test_some_cells_of_the_table_of_optimizers_learn(folder):
+    reached = {tuple(at): loss for at, loss in json.loads((folder / "reached.json").read_text())}
+    assert list(reached) == SOME
+    check_reached(folder, reached)
 
 
 def rows(output: Path) -> list[dict]:
@@ -156,6 +171,16 @@ def test_shares_are_of_all_the_time_since_the_last_entry(monkeypatch):
     assert monitor.spent == {} and monitor.flops == 0
 
 
+def test_a_histogram_is_of_the_noise_levels_since_the_last():
+    """Of the entries, every second step and the last."""
+    found: list = []
+    metrics = SimpleNamespace(scalars=lambda *_: None, histogram=lambda name, step, values: found.append((step, len(values))))
+    monitor = Monitor(ParallelContext(), metrics, ProgressLine(45, start=0, show=False), 45, 2)
+    for step in range(1, 46):
+        monitor.log(report(step))
+    assert found == [(40, 40), (45, 6)]
+
+
 def test_the_slowest_rank_is_named_and_peers_count_once(monkeypatch):
     """Four ranks, two and two with the same samples: their tokens are of one."""
     ranks = [(s, 60, bad, 1000.0, {"data": w}, np.array([0.5]), np.array([1.0]), np.array([0]))
@@ -180,9 +205,41 @@ def test_parts_are_quarters_of_the_depth():
         "blocks.6-8": ("blocks.6.w", "blocks.7.w", "blocks.8.w"), "blocks.9-9": ("blocks.9.w", "blocks.9.b"),
         "net.single.0-0": ("net.single.0.w",), "net.single.1-1": ("net.single.1.b",), "rest": ("head.w",),
     }
-    grads = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
-    assert norms_of_parts(grads, {"x": ("a", "b"), "y": ("b",), "z": ("gone",)}) == {"x": 5.0, "y": 4.0, "z": 0.0}
+    norms = {"a": torch.tensor(3.0), "b": torch.tensor(2.0, dtype=torch.bfloat16), "c": torch.tensor(4.0)}
+    assert norms_of_parts(norms, {"x": ("a", "c"), "y": ("b",), "z": ("gone",)}) == {"x": 5.0, "y": 2.0, "z": 0.0}
     assert norms_of_parts({}, {"x": ("a",)}, total=lambda sums: sums.add_(9.0)) == {"x": 3.0}
+
+
+def test_norms_of_parts_are_found_in_the_steps_that_are_logged():
+    model, step = torch.nn.Linear(3, 1, bias=False), Step(parts={"rest": ("weight",)}, parts_every=2)
+    params = dict(model.named_parameters())
+    sgd = torch.optim.SGD(params.values(), lr=0.0)
+    engine = build_engine(
+        model, params, ZeroConfig("torch", 0), ParallelContext(), optimizer=sgd, schedule=lambda n: 1.0, step=step
+    )
+    found = [engine.accumulate(model(torch.ones(1, 3)).sum(), last=True) for _ in range(4)]
+    assert [result.norms for result in found] == [{}, {"rest": pytest.approx(3**0.5)}] * 2
+    assert all(result.grad_norm == pytest.approx(3**0.5) for result in found)
+
+
+def test_what_a_continued_run_makes_void_is_gone(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for value, purge, steps in ((1.0, None, range(1, 6)), (2.0, 3, range(3, 5))):  # a run that went on from step 2
+        with closing(TensorBoard(tmp_path, purge_step=purge)) as board:
+            for step in steps:
+                board.scalars(step, {"loss": value})
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in read] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_time_in_collectives_is_that_of_nccl_and_gloo():
+    """Of each, on the device or on the host, the longer; microseconds in, seconds out."""
+    def event(name, device, host):
+        return SimpleNamespace(name=name, device_time_total=device, cpu_time_total=host)
+
+    seen = [event("ncclDevKernel_AllReduce", 5e5, 10), event("gloo:all_reduce", 0, 25e4), event("aten::mm", 9e6, 9e6)]
+    assert collective_seconds(seen) == 0.75
 
 
 def test_one_set_needs_no_loss_of_its_own():
@@ -194,7 +251,7 @@ def test_one_set_needs_no_loss_of_its_own():
 @pytest.mark.parametrize("kind, each", [("none", 6), pytest.param("lora", 4, marks=pytest.mark.slow)])
 def test_operations_are_counted_once_and_known_of_every_size(kind, each):
     """Of each weight and token six, of a LoRA's frozen ones four; the polynomial is exact at a size that was not traced."""
-    from hvtrain.config import ParallelConfig, ZeroConfig
+    from hvtrain.config import ParallelConfig
     from hvtrain.fit.estimate import Candidate, Training, flops_of_sample
     from hvtrain.fit.trace import Shape
 
@@ -211,6 +268,15 @@ def test_operations_are_counted_once_and_known_of_every_size(kind, each):
     assert (work.b - 2 * work.c * text) / met == pytest.approx(each, rel=0.05) and work.c > 0
 
 
+@pytest.mark.parametrize("kind, counted", [("loraid", "lora"), ("lora", "lora"), ("none", "none"), ("lokr", "lokr")])
+def test_a_slices_backward_goes_through_all_blocks(kind, counted, monkeypatch):
+    traced = []
+    monkeypatch.setattr("hvtrain.fit.estimate.flops_of_sample", lambda cfg, *_: traced.append(cfg.adapter.type) or 1.0)
+    spec = find("hunyuan-video")
+    work_of(spec, spec.flavor("tiny"), ModelConfig(), AdapterConfig(type=kind), RunSettings(), peak=1.0)
+    assert traced == [counted] * 3
+
+
 def test_what_a_device_can_do():
     assert peak_of("NVIDIA H100 80GB HBM3", None) == 989e12 and peak_of("NVIDIA H100 PCIe", None) == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB", None) == 312e12 and peak_of("NVIDIA GB200", None) == 2500e12
@@ -220,6 +286,40 @@ def test_what_a_device_can_do():
 def test_time_left_is_told_as_people_do():
     told = {5.4: "5 s", 99: "99 s", 100: "2 min", 3600: "60 min", 6000: "1 h 40 min", 10980: "3 h 03 min"}
     assert {seconds: duration(seconds) for seconds in told} == told
+
+
+def test_a_run_that_goes_on_from_before_says_each_step_once(tmp_path):
+    """What came after its checkpoint is void, in both files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = config(make_shards(tmp_path / "shards", n=2), tmp_path / "run", "run.steps=4", "run.save_every_steps=2",
+                 "data.calibration=0")
+    assert train.run(cfg) == 0
+    shutil.rmtree(sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1])
+    (tmp_path / "run/lora.safetensors").unlink()
+    assert train.run(cfg) == 0
+    read = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in read] == [1, 2, 3, 4] == [row["step"] for row in rows(tmp_path / "run")]
+
+
+def test_the_average_counts_the_newest_most():
+    line = ProgressLine(3, start=0, show=False)
+    for step, loss in enumerate((1.0, 2.0, math.nan), start=1):
+        line.update(step, loss=loss, lr=1.0, seconds=1.0)
+    assert line.sum / line.weight == pytest.approx((0.95 * 1 + 2) / (0.95 + 1))
+
+
+def test_the_held_out_loss_is_the_mean_of_all_its_batches(tmp_path):
+    found = open_set(make_shards(tmp_path, n=4))
+    fake = SimpleNamespace(
+        quantile=lambda u, shape: u,
+        compare=lambda model, batch, *, sigma, draw: SimpleNamespace(loss=batch["latents"].float().mean() + sigma.mean()),
+    )
+    held = HeldOut([found], 1, (0.25, 0.75), max_batches=10)
+    got = held_out_loss(lambda sigma: None, fake, held, ctx=ParallelContext())
+    mean = sum(found.get(i).tensors["latents"].float().mean().item() for i in range(4)) / 4
+    want = {"eval/loss": mean + 0.5, "eval/loss_q0.25": mean + 0.25, "eval/loss_q0.75": mean + 0.75}
+    assert got == {name: pytest.approx(value, abs=1e-6) for name, value in want.items()}
 
 
 def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):

@@ -77,12 +77,18 @@ def test_no_empty_group_and_no_unknown_name():
 def test_an_optimizer_is_one_decorated_function(monkeypatch):
     monkeypatch.setattr(optim, "OPTIMIZERS", Registry("optimizer"))
 
+    class Averaging(torch.optim.SGD):
+        trains = False
+
+        def train(self):
+            self.trains = True
+
     @optim.optimizer("sgd", least_lr=0.5)
     def sgd(groups, cfg):
-        return torch.optim.SGD(groups, lr=cfg.lr, **cfg.args)
+        return Averaging(groups, lr=cfg.lr, **cfg.args)
 
     found = build_optimizer(parameters(), OptimConfig("sgd", args={"momentum": 0.5}))
-    assert type(found) is torch.optim.SGD and found.param_groups[0]["momentum"] == 0.5
+    assert type(found) is Averaging and found.param_groups[0]["momentum"] == 0.5 and found.trains
     with pytest.raises(ConfigError, match="optim.lr is 0.1: sgd finds its rate"):
         check_optimizer(OptimConfig("sgd", lr=0.1))
 
@@ -103,8 +109,33 @@ def stepped(name: str, *, n: int = 1, key: str = "blocks.0.w", **options) -> tor
     return p.detach()
 
 
+def test_rates_of_single_parameters_are_multiples():
+    params = parameters()
+    found = build_optimizer(params, CFG, {"kernel": 16.0})
+    rates = {id(p): g["lr"] for g in found.param_groups for p in g["params"]}
+    assert {name: rates[id(p)] for name, p in params.items()} == {"matrix": 0.1, "bias": 0.1, "kernel": pytest.approx(1.6)}
+    assert found.param_groups[0]["lr"] == 0.1  # which is logged
+
+
 def test_lion_takes_the_sign():
+    """Of the momentum and the gradient, by the first beta; the momentum goes by the second."""
     assert torch.allclose(stepped("lion"), START * (1 - 0.1 * 0.5) - 0.1 * GRADIENT.sign())
+    p = nn.Parameter(START.clone())
+    optimizer = build_optimizer({"w": p}, OptimConfig("lion", 0.1, (0.8, 0.95), weight_decay=0.0))
+    for share in (1.0, -0.1):  # 0.8 (1 - 0.95) against 0.1 (1 - 0.8): the first still leads
+        p.grad = share * GRADIENT
+        optimizer.step()
+    assert torch.allclose(p, START - 0.2 * GRADIENT.sign())
+
+
+def test_muon_steps_what_it_leaves_to_adamw():
+    params = {"blocks.0.w": nn.Parameter(START.clone()), "head.w": nn.Parameter(START.clone())}
+    optimizer = build_optimizer(params, OptimConfig("muon", 0.1, (0.8, 0.95), weight_decay=0.0))
+    for p in params.values():
+        p.grad = GRADIENT.clone()
+    optimizer.step()
+    assert torch.allclose(params["head.w"], START - 0.1 * GRADIENT.sign(), atol=1e-4)
+    assert (params["blocks.0.w"] - START).norm().item() == pytest.approx(0.1 * 0.2 * 2**0.5 * 2**0.5, rel=0.5)
 
 
 def test_adafactor_knows_rows_and_columns():

@@ -75,7 +75,8 @@ def test_the_document_has_every_cell_and_says_what_the_checks_do():
                 check_optimizer(OptimConfig(name, RATES[name]), zero)
 
 
-def _train(folder: Path, cells: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+def train_cells(folder: Path, cells: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """On each of several ranks, with folder/shards: the held-out loss that each reaches."""
     found = {}
     for number, (name, place) in enumerate(cells):
         output = folder / str(number)
@@ -84,20 +85,17 @@ def _train(folder: Path, cells: list[tuple[str, str]]) -> dict[tuple[str, str], 
     return found
 
 
-def _learns(folder: Path, cells: list[tuple[str, str]]) -> None:
-    shards = make_shards(folder / "shards", n=4)
+def check_reached(folder: Path, losses: dict[tuple[str, str], float]) -> None:
+    shards = folder / "shards"
     untrained = config(shards, folder / "before", "optim.lr=0", "run.steps=1", f"eval.shards={shards}", "eval.every_steps=1",
                        "eval.max_batches=1", "eval.quantiles=[0.3, 0.7]", "data.batch_size=1")
     assert train.run(untrained) == 0 and held_out(folder / "before") > START
-    losses = run_ranks(2, _train, folder, cells, timeout_s=1500)[0]
-    assert set(losses) == set(cells)
     print("\n".join(f"{name:<16} {place:<16} {loss:.4f}" for (name, place), loss in losses.items()))
     assert not {at: loss for at, loss in losses.items() if not loss < REACHED}
 
 
-def test_some_cells_learn(tmp_path):
-    """Pieces that are stepped on the host, and several optimizers as one."""
-    _learns(tmp_path, [("lion", "ZeRO-2, offload"), ("muon", "ZeRO-0")])
+# In every run of the tests, by test_monitor's processes: pieces that are stepped on the host, and several optimizers as one.
+SOME = [("lion", "ZeRO-2, offload"), ("muon", "ZeRO-0")]
 
 
 @pytest.mark.slow
@@ -105,7 +103,11 @@ def test_some_cells_learn(tmp_path):
 def test_every_cell_learns(name, tmp_path):
     if name == "adamw8bit":
         pytest.importorskip("torchao", reason="the 8-bit optimizer needs torchao: pip install hvtrain[adamw8bit]")
-    _learns(tmp_path, [at for at, works in table().items() if works and at[0] == name])
+    make_shards(tmp_path / "shards", n=4)
+    cells = [at for at, works in table().items() if works and at[0] == name]
+    losses = run_ranks(2, train_cells, tmp_path, cells, timeout_s=1500)[0]
+    assert set(losses) == set(cells)
+    check_reached(tmp_path, losses)
 
 
 @pytest.mark.slow
