@@ -33,8 +33,7 @@ def pipeline(
         _Tars(found),
         webdataset.split_by_node,
         webdataset.split_by_worker,
-        _Samples(found, tuple(columns or found.manifest.columns), seed),
-        webdataset.shuffle(buffer, initial=buffer, rng=random.Random(seed)) if buffer else None,
+        _Samples(found, tuple(columns or found.manifest.columns), seed, buffer),
         _Batches(batch_size, found.manifest.ragged) if batch_size else None,
     )
 
@@ -50,13 +49,22 @@ class _Tars:
 
 
 class _Samples:
-    def __init__(self, found: ShardSet, columns: tuple[str, ...], seed: int) -> None:
-        self.found, self.columns, self.seed, self.passes = found, columns, seed, 0
+    """Of the tars of this worker, each pass in its own order of tars and shuffled in its own way."""
 
-    def __call__(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    def __init__(self, found: ShardSet, columns: tuple[str, ...], seed: int, buffer: int) -> None:
+        self.found, self.columns, self.seed, self.buffer, self.passes = found, columns, seed, buffer, 0
+
+    def __call__(self, numbers: Iterable[int]) -> Iterable[dict[str, Any]]:
         worker = get_worker_info()  # one that is new for each pass counts none, but torch gives it another seed
         turn = (self.passes, worker.seed if worker else 0)
         self.passes += 1
+        rows = self._rows(numbers, turn)
+        if not self.buffer:
+            return rows
+        rng = random.Random(salt(self.seed, *turn))
+        return webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng)(rows)
+
+    def _rows(self, numbers: Iterable[int], turn: tuple[int, int]) -> Iterator[dict[str, Any]]:
         mine = np.array(list(numbers), dtype=np.int64)
         index = 0
         for number in mine[np.argsort(mix(np.arange(len(mine)), salt(self.seed, *turn)))].tolist():

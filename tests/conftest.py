@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import re
 import socket
+import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,17 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: a full garbage collection, of which the code under test asks for many, then does not look
     through half a million objects (0.35 s) each time."""
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is drawn without a seed does not depend on the tests that this worker happened to run before."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 @pytest.fixture(autouse=True)

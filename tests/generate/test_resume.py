@@ -28,6 +28,7 @@ from hvtrain.models.load import save_dit
 from hvtrain.parallel.context import ParallelContext, start
 from tests.generate.models import random_dit, spec_and_flavor, write_dit
 from tests.parallel.ranks import run_ranks
+from tests.wait import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red circle moves left", "a blue square", "a ring")
@@ -110,10 +111,18 @@ def at_keep(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path, int], None]) -
 @pytest.mark.parametrize("decode", ["each", "last"])
 def test_videos_appear_when_they_are_sampled(dit: Path, whole: dict, decode: str, tmp_path: Path, monkeypatch) -> None:
     output, seen = tmp_path / "out", []
-    at_keep(monkeypatch, lambda path, step: seen.append((path.name, step, len(list(output.glob("*.mp4"))))))
+    wanted = {"each": [0, 1, 2], "last": [0, 0, 0]}[decode]
+
+    def videos() -> int:
+        return len(list(output.glob("*.mp4")))
+
+    def note(path: Path, step: int) -> None:
+        wait_for(lambda: videos() >= wanted[len(seen)])  # a thread writes them: while the sampling stands still here, too
+        seen.append((path.name, step, videos()))
+
+    at_keep(monkeypatch, note)
     make(dit, output, decode=decode)
-    there = {"each": [0, 1, 2], "last": [0, 0, 0]}[decode]
-    assert seen == [(f"{i:04d}.mp4", 4, n) for i, n in enumerate(there)]
+    assert seen == [(f"{i:04d}.mp4", 4, n) for i, n in enumerate(wanted)]
     assert contents(output) == whole  # nothing else is left there
 
 

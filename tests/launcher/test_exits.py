@@ -23,6 +23,7 @@ from launcher import exits, output, processes
 from launcher.exits import Failure, first_cause
 from shards.errors import ShardError
 from tests.launcher.test_launch import end, job
+from tests.wait import wait_for
 
 
 def recorded(folder: Path, *failures: Failure) -> Failure | None:
@@ -150,10 +151,7 @@ time.sleep(600)
 
 
 def wait(folder: Path, pattern: str) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob(pattern))) < 2:
-        assert time.monotonic() < deadline, pattern
-        time.sleep(0.02)
+    wait_for(lambda: len(list(folder.glob(pattern))) == 2)
 
 
 def test_a_launched_command_is_that_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -16,7 +17,7 @@ import torch
 import webdataset
 
 import shards
-from shards import ShardError, open_set
+from shards import ShardError, feed, open_set
 from shards.remote import Remote
 from shards.schema import save_manifest
 from tests.bench import serve
@@ -84,10 +85,21 @@ def test_nodes_and_workers_share_the_tars(tmp_path, monkeypatch):
 
 def test_in_the_workers_of_torch_s_loader(tmp_path):
     found = make_set(tmp_path, sizes=((2, 3),) * 5)
+    torch.manual_seed(5)  # whence the loader draws its workers' seeds
     loader = torch.utils.data.DataLoader(shards.pipeline(tmp_path, batch_size=2), batch_size=None, num_workers=2)
     first, second = list(loader), list(loader)
     assert sorted(keys(first)) == sorted(keys(second)) == sorted(found.keys) and keys(first) != keys(second)
     assert all(batch["latents"].shape[0] == len(batch["json"]) == len(batch["__key__"]) for batch in first)
+
+
+def test_a_worker_s_pass_has_its_own_shuffle_too(tmp_path, monkeypatch):
+    """A new worker counts no passes: only torch's seed tells one from another. With one tar, nothing but the shuffle can."""
+    make_set(tmp_path, sizes=((8, 3),))
+    pipe, orders = pickle.dumps(shards.pipeline(tmp_path, batch_size=None, seed=1)), []
+    for seed in (7, 8, 7):
+        monkeypatch.setattr(feed, "get_worker_info", lambda seed=seed: SimpleNamespace(seed=seed))
+        orders.append([row["__key__"] for row in pickle.loads(pipe)])
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
 def test_a_url_is_one_request_a_tar(tmp_path, monkeypatch):

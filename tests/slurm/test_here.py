@@ -15,6 +15,7 @@ import pytest
 from hvtrain.errors import LaunchError
 from launcher.jobs import backends, slices
 from tests.slurm.fake import a_run, hvtrain, stands, words
+from tests.wait import wait_for
 
 SLICE = """
 import json, os, pathlib, signal, sys, time
@@ -98,21 +99,14 @@ def in_another_process(run: Path, here_command) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
 
 
-def until(there, seconds=20):
-    end = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_cancelling_ends_what_runs_and_starts_no_more(here, run, capsys):
     here({"01": "waits"}, n=3)
     process = in_another_process(run, backends.command(run, "one", run, 1))
-    until((run / "ready-01").exists)
+    wait_for((run / "ready-01").exists)
     code, said = hvtrain(capsys, "retry", run)
     assert code == 2 and f"by process {process.pid};" in said
     assert hvtrain(capsys, "cancel", run) == (0, "cancelled: 01, 02, 03, merge\n")
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and said.splitlines()[:2] == ["slice 1: started", "slice 1: stopped, saved"]
     assert "slice 2" not in said and [line.split()[0] for line in seen(run)] == ["01"]
     found = words(capsys, run)
@@ -126,21 +120,21 @@ def test_cancelling_ends_what_runs_and_starts_no_more(here, run, capsys):
 def test_cancelling_reaches_slices_whose_starter_was_killed_and_the_merge(here, run, capsys):
     here({"01": "waits"}, n=1)
     process = in_another_process(run, backends.command(run, "one", run, 1))
-    until((run / "ready-01").exists)
+    wait_for((run / "ready-01").exists)
     process.kill()
     process.wait()
     code, said = hvtrain(capsys, "retry", run)
     assert code == 2 and "its slices are running already" in said
     assert hvtrain(capsys, "cancel", run) == (0, "cancelled: 01\n")
-    until(lambda: words(capsys, run)["01"][0] == "cancelled")
+    wait_for(lambda: words(capsys, run)["01"][0] == "cancelled")
 
 
 def test_a_stop_during_the_merge_ends_the_merge(here, run):
     here({"merge": "waits"}, n=1)
     process = in_another_process(run, backends.command(run, "one", run, 1))
-    until((run / "ready-merge").exists)
+    wait_for((run / "ready-merge").exists)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 75
+    assert process.wait(120) == 75
 
 
 def test_cancelling_ends_nobody_else(run, capsys):
@@ -156,7 +150,7 @@ def test_cancelling_ends_nobody_else(run, capsys):
         time.sleep(0.2)
         assert innocent.poll() is None
         backends._ask_to_end(f"{innocent.pid}:{slices.process_start(innocent.pid)}")
-        assert innocent.wait(20) == -signal.SIGTERM
+        assert innocent.wait(120) == -signal.SIGTERM
     finally:
         innocent.kill()
         innocent.wait()

@@ -186,7 +186,7 @@ def test_the_host_holds_one_copy_of_the_run_at_a_time(shards, tmp_path, monkeypa
     export, state, written = TorchEngine.export_params, TorchEngine.export_optimizer, RunFiles.export
 
     def exported(engine):
-        until = time.monotonic() + 0.3  # the writing thread lets go a moment after it has said that it is done
+        until = time.monotonic() + 20  # the writing thread lets go a moment after it has said that it is done
         while (n := sum(ref() is not None for ref in alive)) and time.monotonic() < until:
             time.sleep(0.01)
         at_export.append(n)

@@ -24,6 +24,7 @@ from hvtrain.train import watchdog
 from hvtrain.train.watchdog import Place, report
 from launcher.program import HVTRAIN
 from tests.train.shardset import config, make_shards
+from tests.wait import wait_for
 
 ROOT = Path(__file__).parents[2]
 ARGS = ("data.batch_size=1", "run.save_every_steps=2", "zero.engine=deepspeed", "zero.stage=2", "adapter.dropout=0.1")
@@ -80,14 +81,6 @@ def _workers(of: int) -> dict[int, int]:
     return found
 
 
-def _wait_for(condition, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
 def _steps(run: Path) -> list[int]:
     log = run / "metrics.jsonl"
     return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
@@ -117,7 +110,7 @@ def test_a_killed_rank_ends_the_job_soon_and_restarts_finish_it(shards, whole, t
     """--max-restarts: the first attempt loses a rank, the second goes on from the newest checkpoint and ends the same."""
     run = tmp_path / "run"
     process = _launch(_write(shards, run, "run.steps=12"), "--max-restarts", "2")
-    _wait_for(lambda: len(_steps(run)) >= 5)
+    wait_for(lambda: len(_steps(run)) >= 5)
     os.kill(_workers(process.pid)[1], signal.SIGKILL)
     out = process.communicate(timeout=240)[0]
     assert process.returncode == 0, out
@@ -135,7 +128,7 @@ def test_torchrun_restarts_it_too(shards, whole, tmp_path):
         "--monitor-interval", "0.2", "--no-python", *HVTRAIN, "train", str(path),
     ]
     process = _start(command)
-    _wait_for(lambda: len(_steps(run)) >= 5)
+    wait_for(lambda: len(_steps(run)) >= 5)
     os.kill(_workers(process.pid)[0], signal.SIGKILL)
     out = process.communicate(timeout=240)[0]
     assert process.returncode == 0, out
@@ -148,7 +141,7 @@ def test_a_stopped_rank_is_named_with_the_step(shards, tmp_path, rank):
     store that the ranks talk through: whoever asks it then waits for ever."""
     run = tmp_path / "run"
     process = _launch(_write(shards, run, "run.steps=5000", "run.hang_timeout_s=6", "run.save_every_steps=0"))
-    _wait_for(lambda: len(_steps(run)) >= 3)
+    wait_for(lambda: len(_steps(run)) >= 3)
     time.sleep(1)  # so that they have heard of each other
     stopped = _workers(process.pid)[rank]
     begun = time.monotonic()
@@ -216,21 +209,24 @@ def ended(monkeypatch) -> list[int]:
 def test_writing_takes_as_long_as_it_takes(ended, capsys):
     with watchdog.Watchdog(ParallelContext(), 0.2) as watch:
         watch.at(7, "waiting for the last files", writing=True)
-        time.sleep(0.7)
-        assert not ended and "step 7: waiting for the last files for 0 s; is the disk slow" in capsys.readouterr().err
+        said = wait_for(lambda: capsys.readouterr().err)
+        assert not ended and re.search(r"step 7: waiting for the last files for \d+ s; is the disk slow", said)
         watch.at(8, "reading data")
-        time.sleep(0.7)
+        wait_for(lambda: ended)
     assert ended == [1]
 
 
-@pytest.mark.parametrize(("seen", "codes"), [(0.0, []), (99.0, [1])], ids=["alive", "silent"])
+@pytest.mark.parametrize(("seen", "codes"), [(-3600.0, []), (99.0, [1])], ids=["alive", "silent"])
 def test_the_others_wait_for_the_one_that_writes_while_it_lives(ended, seen, codes):
     watch = watchdog.Watchdog(ParallelContext(world=2, rank=1), 0.2)
     watch._exchange = lambda: None  # what it would have heard:
     watch._heard = {0: Place(7, "waiting for the last files", time.time(), time.time() - seen, writing=True)}
+    watch._answered = float("inf")
+    looked, somebody = [], watch._somebody_writes
+    watch._somebody_writes = lambda: (looked.append(found := somebody()), found)[1]
     with watch:
-        time.sleep(0.7)
-    assert ended == codes
+        wait_for(lambda: len(looked) > 2 or ended)
+    assert ended == codes and looked == ([False] if codes else [True] * len(looked))
 
 
 def test_every_forward_pass_of_evaluations_and_previews_is_a_sign_of_life(shards, tmp_path, monkeypatch):
@@ -258,16 +254,16 @@ def _killed_run(shards: Path, run: Path, *, kills: int, seed: int) -> str:
     while True:
         process = _launch(path)
         if done < kills:
-            _wait_for(lambda p=process: len(_workers(p.pid)) == 2 or p.poll() is not None)
+            wait_for(lambda p=process: len(_workers(p.pid)) == 2 or p.poll() is not None)
             before = len(_steps(run))
             kind = draw.choice(("anywhere", "step", "checkpoint"))
             if kind == "anywhere":
                 time.sleep(draw.uniform(0, 9))
             elif kind == "step":
-                _wait_for(lambda p=process, n=before: len(_steps(run)) > n or p.poll() is not None)
+                wait_for(lambda p=process, n=before: len(_steps(run)) > n or p.poll() is not None)
                 time.sleep(draw.uniform(0, 0.3))
             else:
-                _wait_for(lambda p=process, writing=run / "checkpoints": any(writing.glob(".writing-*")) or p.poll() is not None)
+                wait_for(lambda p=process, writing=run / "checkpoints": any(writing.glob(".writing-*")) or p.poll() is not None)
             workers = _workers(process.pid)
             if workers:
                 with contextlib.suppress(ProcessLookupError):
@@ -362,7 +358,7 @@ def test_writing_does_not_hold_the_training_up(tmp_path, monkeypatch):
     plain, order = checkpoint.save, []
 
     def slow(root, snapshot, **options):
-        time.sleep(1.0)
+        wait_for(lambda: ("step", snapshot.progress.step + 1) in order or snapshot.progress.step == 6)
         order.append(("written", snapshot.progress.step))
         return plain(root, snapshot, **options)
 

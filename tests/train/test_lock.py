@@ -35,7 +35,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_is_refused_by_name_and_a_dead_one_s_lock_is_taken(tmp_path, holder, capsys):
+def test_a_second_is_refused_by_name_and_a_dead_one_s_lock_is_taken(tmp_path, holder, capsys, monkeypatch):
     with pytest.raises(Busy) as caught:
         RunLock(tmp_path).acquire(0.3)
     host = json.loads((tmp_path / ".lock").read_text())["host"]
@@ -44,9 +44,8 @@ def test_a_second_is_refused_by_name_and_a_dead_one_s_lock_is_taken(tmp_path, ho
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / ".lock").exists()  # it could not clean up
-    begun = time.monotonic()
+    monkeypatch.setattr(runlock, "_moves", None)  # the kernel knows: nothing to watch
     lock = RunLock(tmp_path).acquire(0)
-    assert time.monotonic() - begun < 1  # the kernel knows: nothing to watch
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     lock.release()
     assert not (tmp_path / ".lock").exists()
