@@ -227,9 +227,11 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
         )
     model = loaded.model.eval().requires_grad_(False)
     use_matmul(model, m.fp8_matmul)
-    visits: BlockSwap | BlockShards | None = BlockSwap(model.blocks, n_swapped, ctx.device) if n_swapped else None
+    visits: BlockSwap | BlockShards | None = None
     if plan.compute.shard_weights:
         visits = BlockShards(model.blocks, ctx)
+    elif n_swapped:
+        visits = BlockSwap(model.blocks, n_swapped, ctx.device)
     model.to(ctx.device)
     kernel = parallelize(model, ctx, kernel=plan.compute.kernel, dtype=plan.compute.dtype, training=False, visits=visits)
     if ctx.is_main:
