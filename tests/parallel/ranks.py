@@ -82,8 +82,6 @@ def _wait(ranks: list, deadline: float, folder: Path) -> None:
             raise TimeoutError("the ranks did not finish in time: probably one of them waits in a collective")
         time.sleep(0.02)
     errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
-    if errors:
-        raise AssertionError("\n".join(errors))
-    codes = [process.exitcode for process in ranks]
-    if any(codes):
-        raise AssertionError(f"ranks ended with exit codes {codes}")
+    codes = [process.exitcode for process in ranks]  # of a rank that a signal ended, nothing else is known
+    if errors or any(codes):
+        raise AssertionError("\n".join([f"ranks ended with exit codes {codes}", *errors]))
