@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
 from tests.train.test_optimizer_table import SOME, check_reached, train_cells
 
+ROOT = Path(__file__).parents[2]
 ENGINES = {
     "torch": ("zero.engine=torch",), "zero2": ("zero.engine=deepspeed", "zero.stage=2", "run.peak_tflops=0.5"),
     "zero3": ("zero.engine=deepspeed", "zero.stage=3"),
@@ -240,6 +243,19 @@ def test_time_in_collectives_is_that_of_nccl_and_gloo():
 
     seen = [event("ncclDevKernel_AllReduce", 5e5, 10), event("gloo:all_reduce", 0, 25e4), event("aten::mm", 9e6, 9e6)]
     assert collective_seconds(seen) == 0.75
+
+
+def test_measuring_it_says_nothing():
+    """The profiler's own lines, two a measured step, are of no use in a log of training. It asks once in a process."""
+    code = (
+        "import torch; from hvtrain.parallel.context import ParallelContext; from hvtrain.train.monitor import Monitor\n"
+        "monitor = Monitor(ParallelContext(world=2), None, None, 4, 1, profile=2)\n"
+        "with monitor.measured(2): torch.ones(2) + 1\n"
+        "print(*monitor.spent)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.stdout == "collectives\n" and "profiler" not in done.stderr
 
 
 def test_one_set_needs_no_loss_of_its_own():
