@@ -151,6 +151,7 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
     dp = _data_degree(world, ulysses=ulysses, ring=ring)
     place = _pick_device(device, local_rank)
     bind(place, local_rank, _env_int("LOCAL_WORLD_SIZE", 1))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it starts and that it stops
     if place.type != "cuda":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for a GPU, and warns
     if world > 1 and not dist.is_initialized():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +54,6 @@ class Monitor:
             yield
             return
         gpu = self.ctx.device.type == "cuda"
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it starts and that it stops
         with torch.autograd.profiler.profile(use_device="cuda" if gpu else None, use_kineto=gpu) as seen:
             begun = time.monotonic()
             yield

@@ -248,8 +248,8 @@ def test_time_in_collectives_is_that_of_nccl_and_gloo():
 def test_measuring_it_says_nothing():
     """The profiler's own lines, two a measured step, are of no use in a log of training. It asks once in a process."""
     code = (
-        "import torch; from hvtrain.parallel.context import ParallelContext; from hvtrain.train.monitor import Monitor\n"
-        "monitor = Monitor(ParallelContext(world=2), None, None, 4, 1, profile=2)\n"
+        "import torch; from hvtrain.parallel.context import ParallelContext, start; from hvtrain.train.monitor import Monitor\n"
+        "start(); monitor = Monitor(ParallelContext(world=2), None, None, 4, 1, profile=2)\n"
         "with monitor.measured(2): torch.ones(2) + 1\n"
         "print(*monitor.spent)"
     )
