@@ -31,6 +31,20 @@ def _weights_or_none(model) -> None:
     raise ConfigError(f"model.dit: {model.dit} does not exist; without weights: add model.dit=null model.flavor={flavor}")
 
 
+def _config(args: argparse.Namespace):
+    """Of training, or of generation where that is asked for; what would be one of the other is told so."""
+    if args.generate or args.table:
+        return load_config("generate", args)
+    try:
+        return load_config("train", args)
+    except ConfigError as error:
+        try:
+            load_config("generate", args)
+        except ConfigError:
+            raise error from None
+        raise ConfigError(f"{error}; for a config of `hvtrain generate` add --generate") from None
+
+
 @command("fit", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
 def _fit(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.gpus):
@@ -42,7 +56,7 @@ def _fit(args: argparse.Namespace) -> None:
         if found is None:
             raise ConfigError(f"--size '{args.size}': expected width x height x frames, as in 960x544x33")
         width, height, frames = (None if part is None else int(part) for part in found.groups())
-    cfg = load_config("generate" if args.generate or args.table else "train", args)
+    cfg = _config(args)
     _weights_or_none(cfg.model)
     from hvtrain.fit import run as fit
 

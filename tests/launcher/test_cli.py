@@ -132,6 +132,8 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["encode", "a.yaml", "--strikt", "output=b"], "unknown option --strikt, did you mean '--strict'?; see 'hvtrain encode"),
         (["shards", "info", "a", "b"], "unexpected argument 'b'; see 'hvtrain shards info --help'"),
         (["slices", "run", "--plan"], "see 'hvtrain slices run --help'"),
+        (["fit", "configs/hunyuan_video_15/generate.yaml"], "for a config of `hvtrain generate` add --generate"),
+        (["fit", "configs/hunyuan_video_15/encode.yaml"], "unknown key 'batch_size'"),
         (["fit", "configs/hunyuan_video/lora.yaml"], "without weights: add model.dit=null model.flavor=t2v"),
     ],
 )
