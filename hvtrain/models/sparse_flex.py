@@ -1,0 +1,121 @@
+"""Sparse attention by PyTorch's flex_attention: forward with its log-sum-exp, and a backward that takes the result, as exact kernels
+have. Its kernels are generated when they are first called, which takes a minute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from hvtrain.models.dit import Grid
+from hvtrain.models.kernels import Grads, Partial
+from hvtrain.models.sparse_masks import Pattern, layout_of
+
+BLOCK = 128  # tokens of a block of flex_attention, which is computed whole, masked or passed by
+_SINCE = (2, 13)  # the backward as it is called here
+
+
+def missing(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}, where flex_attention has no backward"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SINCE:
+        return f"it needs PyTorch {'.'.join(map(str, _SINCE))} or newer, this is {torch.__version__}"
+    if importlib.util.find_spec("triton") is None:
+        return "the Python package 'triton' is not installed"
+    return None
+
+
+class Blocks:
+    """What becomes of each pair of blocks, [n n] bool: whole ones are computed without looking at single tokens."""
+
+    def __init__(self, pattern: Pattern, grid: Grid, n_txt: int) -> None:
+        bounds, keep = layout_of(pattern, grid)
+        run = torch.repeat_interleave(torch.arange(len(keep)), bounds.diff())
+        self.run = torch.cat([run, run.new_full((n_txt,), len(keep))])  # [S]: the text is one more run
+        self.keep = F.pad(keep, (0, 1, 0, 1), value=True)
+        n = -(-len(self.run) // BLOCK)
+        first = self.run[::BLOCK]
+        last = self.run[torch.arange(1, n + 1).mul(BLOCK).clamp(max=len(self.run)) - 1]
+        below = F.pad(self.keep.long().cumsum(0).cumsum(1), (1, 0, 1, 0))  # kept pairs of runs above and left of a corner
+        kept = sum(
+            sign * below[row[:, None], column[None]]
+            for sign, row, column in ((1, last + 1, last + 1), (-1, first, last + 1), (-1, last + 1, first), (1, first, first))
+        )
+        assert isinstance(kept, Tensor)
+        size = last + 1 - first
+        ends = torch.arange(1, n + 1) * BLOCK > len(self.run)  # the last block reaches beyond the tokens
+        self.whole = (kept == size[:, None] * size) & ~ends[:, None] & ~ends
+        self.some = (kept > 0) & ~self.whole
+
+    @property
+    def density(self) -> float:
+        """Of all blocks, those that are computed."""
+        return float((self.whole | self.some).double().mean())
+
+
+@lru_cache(maxsize=16)
+def block_mask(pattern: Pattern, grid: Grid, n_txt: int, device: torch.device) -> BlockMask:
+    blocks = Blocks(pattern, grid, n_txt)
+    run, keep = blocks.run.to(device), blocks.keep.to(device)
+
+    def kept(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return keep[run[q], run[k]]
+
+    n = len(blocks.run)
+    some, whole = ([x.to(device) for x in _ordered(which)] for which in (blocks.some, blocks.whole))
+    return BlockMask.from_kv_blocks(some[0], some[1], whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=kept, seq_lengths=(n, n))
+
+
+def _ordered(which: Tensor) -> tuple[Tensor, Tensor]:
+    """[n n] bool to how many of each row, and their columns first: [1 1 n] and [1 1 n n], int32."""
+    columns = torch.argsort(which.int(), dim=1, descending=True, stable=True)
+    return which.sum(1).int()[None, None], columns.int()[None, None].contiguous()
+
+
+@cache
+def _compiled(function: Callable) -> Any:
+    return torch.compile(function)
+
+
+def partial(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Partial:
+    out, lse = _compiled(_forward)(*(x.transpose(1, 2) for x in (q, k, v)), mask)
+    return Partial(out.transpose(1, 2), lse)
+
+
+def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Partial, mask: BlockMask) -> Grads:
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, result.out))
+    return Grads(*(x.transpose(1, 2) for x in _compiled(_grads)(dout, q, k, v, out, result.lse, mask)))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
+    out, aux = flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
+    assert aux.lse is not None
+    return out, aux.lse
+
+
+def _same(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return score
+
+
+_OPTIONS = {
+    "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
+}
+
+
+def _grads(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: BlockMask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator behind flex_attention's backward, whose log-sum-exp is of base 2."""
+    grads = torch.ops.higher_order.flex_attention_backward(
+        q, k, v, out, lse / math.log(2), dout, None, _same, None, mask.as_tuple(), q.shape[-1] ** -0.5, _OPTIONS, (), ()
+    )
+    return grads[0], grads[1], grads[2]
