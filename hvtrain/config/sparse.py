@@ -12,12 +12,13 @@ from hvtrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """Attention that leaves out pairs of video tokens: faster where there are many, and NOT exact. What it does to the quality of the
-    official models was not measured by us. Text tokens and the video attend each other fully"""
+    """Attention that leaves out pairs of video tokens: faster where there are many, and NOT exact. What it
+    does to the quality of the official models was not measured by us. Text tokens and the video attend
+    each other fully"""
 
     pattern: Literal["none", "tiles", "radial"] = "none"
-    """none: exact; tiles: each tile attends a window of tiles around it (sliding tile attention); radial: the farther apart two frames
-    are, the nearer together tokens must be within them"""
+    """none: exact; tiles: each tile attends a window of tiles around it (sliding tile attention); radial:
+    the farther apart two frames are, the nearer together tokens must be within them"""
     tile: tuple[int, int, int] = (6, 8, 8)
     """Tiles: tokens of one along time, height and width"""
     window: tuple[int, int, int] = (3, 3, 3)
@@ -31,7 +32,8 @@ class SparseConfig:
     exact_layers: int = 0
     """The first so many blocks are exact"""
     kernel: Literal["auto", "flex", "gather"] = "auto"
-    """flex: PyTorch's flex_attention, on CUDA; gather: parallel.kernel on the keys of each tile; auto: flex on CUDA, else gather"""
+    """flex: PyTorch's flex_attention, on CUDA; gather: parallel.kernel on the keys of each tile; auto:
+    flex on CUDA, else gather"""
 
     OWN: ClassVar[Mapping[str, tuple[str, ...]]] = {"none": (), "tiles": ("tile", "window"), "radial": ("block", "width")}
 

@@ -10,7 +10,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
-from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, SparseConfig, ZeroConfig, asset
+from hvtrain.config import (
+    AdapterConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunSettings,
+    SparseConfig,
+    ZeroConfig,
+    asset,
+)
 from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
 from hvtrain.fit.memory import Budget, Host, Layout, beside, budget, host

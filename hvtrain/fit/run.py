@@ -84,7 +84,8 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
     for gpus in asked.gpus:
         legal = degrees(about.flavor.n_heads, gpus, cfg.sparse)
         if not legal:
-            raise ConfigError(f"--gpus {gpus}: sparse attention has no ring, and {gpus} does not divide {about.flavor.n_heads} heads")
+            heads = about.flavor.n_heads
+            raise ConfigError(f"--gpus {gpus}: sparse attention has no ring, and {gpus} does not divide {heads} heads")
         found = {
             f"U{u} x R{r}": of_sampling(
                 cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap,

@@ -38,7 +38,8 @@ class Sources:
 def sources_of(
     model: ModelConfig, loras: Sequence[Applied], prints: Mapping[str, Any], *, precision: str, images: Sequence[str] = (),
 ) -> Sources:
-    """`prints`: of the flavor, of every part and of sparse attention; that of "vae" is the pixels', the others are the latents'."""
+    """`prints`: of the flavor, of every part and of sparse attention; that of "vae" is the pixels', the others
+    are the latents'."""
     m = model
     how = [precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
     changed = [(fingerprint(open_weights(one.lora.path)), one.multiplier, one.expert) for one in loras if one.multiplier]

@@ -105,7 +105,8 @@ def jobs_of(cfg: GenerateConfig, flavor: Flavor) -> list[Job]:
     """The videos that a config asks for, in order."""
     if cfg.prompt_file is not None:
         return prompt_jobs(flavor, given(cfg), prompt_file=cfg.prompt_file, output=cfg.output)
-    also: tuple[object, ...] = (asdict(cfg.model), cfg.precision, [asdict(lora) for lora in cfg.lora], cfg.slices, cfg.loraid, cfg.lora_multiplier)
+    loras = [asdict(lora) for lora in cfg.lora], cfg.slices, cfg.loraid, cfg.lora_multiplier
+    also: tuple[object, ...] = (asdict(cfg.model), cfg.precision, *loras)
     also += (cfg.sparse.sampled,) if cfg.sparse.sampled else ()
     return [single_job(flavor, given(cfg), prompt=cfg.prompt or "", output=cfg.output, also=also)]
 

@@ -63,7 +63,8 @@ def sample_latents(
     One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
     each. `uncond` holds the negative prompts, as many; `x0` a clip's latents, for conditions that a model takes from there.
     The caller chooses autocast. `on_step` is called on every rank after each step; `begin` goes on from such a state and
-    ends with the same latents, or with those after `until` steps. `exact_steps`: how many begin with exact attention where it is sparse.
+    ends with the same latents, or with those after `until` steps. Where attention is sparse, it is exact in the first
+    `exact_steps`.
     """
     seeds = seeds or [request.seed]
     n = len(next(iter(cond.values())))
@@ -237,14 +238,15 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     elif n_swapped:
         visits = BlockSwap(model.blocks, n_swapped, ctx.device)
     model.to(ctx.device)
+    how = plan.compute
     kernel = parallelize(
-        model, ctx, kernel=plan.compute.kernel, dtype=plan.compute.dtype, training=False, visits=visits, sparse=plan.compute.sparse
+        model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse
     )
     if ctx.is_main:
         away = f", {visits.describe()}" if visits else ""
         who = f"{expert.name}: " if expert else ""
         print(f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{away}", flush=True)
-        if plan.compute.sparse.sampled:
+        if how.sparse.sampled:
             print(_left_out(plan, len(model.blocks)), flush=True)
     return model
 

@@ -99,7 +99,8 @@ class Attend(Protocol):
     def joint(
         self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
     ) -> Joint:
-        """Over the first n_img image tokens of all ranks and the valid text; padding comes back as zeros. `sparse`: tokens.sparse"""
+        """Over the first n_img image tokens of all ranks and the valid text; padding comes back as zeros.
+        `sparse` is that of the tokens."""
         ...
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
@@ -119,7 +120,8 @@ class DiT(nn.Module):
     blocks: Sequence[nn.Module]  # in the order of execution; each takes and returns Tokens
     sequence: TokenSplit = LOCAL
     order: TokenOrder | None = None  # of sparse attention
-    may_be_sparse: ClassVar[bool] = False  # its blocks ask no more of a token's place than per_token says, and pass tokens.sparse on
+    # Whether blocks know a token's place by its rope and per_token alone, and hand tokens.sparse on to `joint`.
+    may_be_sparse: ClassVar[bool] = False
     run_block: Callable[[nn.Module, Tokens], Tokens] = staticmethod(run_plain)
 
     def forward(self, inp: ModelInput) -> Tensor:

@@ -1,7 +1,8 @@
-"""Sparse attention: a pattern of pairs (sparse_masks.py) and a way to compute it, as an operator of PyTorch like exact attention.
+"""Sparse attention: a pattern of pairs (sparse_masks.py) and a way to compute it, as an operator of PyTorch
+like exact attention.
 
-It is NOT exact, and nothing takes it by itself. torch.compile passes the operator by, selective recomputation keeps its result, and
-a count of FLOP knows how many pairs are kept.
+It is NOT exact, and nothing takes it by itself. torch.compile passes the operator by, selective
+recomputation keeps its result, and a count of FLOP knows how many pairs are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -49,7 +51,8 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Way:
-    """How it is computed: q, k, v [B S N D] of the grid's video tokens, in the pattern's order, and then of the text."""
+    """How it is computed: q, k, v [B S N D] of the grid's video tokens, in the pattern's order, and then
+    of the text."""
 
     name: str
     partial: Callable[[Sparse, Grid, Tensor, Tensor, Tensor], Partial]
@@ -96,14 +99,15 @@ def check_sparse(cfg: SparseConfig, model: DiT, *, ring: int, kernel: str) -> No
         raise ConfigError(f"sparse.pattern '{cfg.pattern}' cannot be used: {reason}, or set it to none")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PatternOrder:
     """models.dit.TokenOrder: once before the blocks and back after them, rotary tables alongside."""
 
     pattern: Pattern
+    known: dict[tuple[Grid, torch.device], _Places | None] = field(default_factory=dict)
 
     def arrange(self, tokens: Tokens) -> Tokens:
-        place = _places(self.pattern, tokens.grid, tokens.img.device)
+        place = self._places(tokens.grid, tokens.img.device)
         if place is None:
             return replace(tokens, sparse=tokens.grid)
         return replace(
@@ -115,19 +119,21 @@ class PatternOrder:
         )
 
     def restore(self, img: Tensor, grid: Grid) -> Tensor:
-        place = _places(self.pattern, grid, img.device)
+        place = self._places(grid, img.device)
         return img if place is None else img.index_select(1, place.back)
+
+    def _places(self, grid: Grid, device: torch.device) -> _Places | None:
+        if (grid, device) not in self.known:
+            order, found = self.pattern.order(grid), None
+            if order is not None:
+                found = _Places(*(torch.from_numpy(x).to(device) for x in (order, order.argsort())))
+            self.known[grid, device] = found
+        return self.known[grid, device]
 
 
 class _Places(NamedTuple):
     order: Tensor
     back: Tensor
-
-
-@lru_cache(maxsize=16)
-def _places(pattern: Pattern, grid: Grid, device: torch.device) -> _Places | None:
-    order = pattern.order(grid)
-    return None if order is None else _Places(order.to(device), order.argsort().to(device))
 
 
 # --- the operator -------------------------------------------------------------------------------------------------
@@ -223,10 +229,10 @@ class _Group(NamedTuple):
 @lru_cache(maxsize=8)
 def _groups(pattern: Pattern, grid: Grid, device: torch.device) -> list[_Group]:
     layout = layout_of(pattern, grid)
-    run = torch.repeat_interleave(torch.arange(len(layout.keep)), layout.bounds.diff())  # [S]
-    rows, which = torch.unique(layout.keep, dim=0, return_inverse=True)
-    found = [((which == i)[run].nonzero()[:, 0], row[run].nonzero()[:, 0]) for i, row in enumerate(rows)]
-    return [_Group(queries.to(device), keys.to(device)) for queries, keys in found]
+    run = np.repeat(np.arange(len(layout.keep)), layout.sizes)  # [S]
+    rows, which = np.unique(layout.keep, axis=0, return_inverse=True)
+    found = [(np.flatnonzero((which.ravel() == i)[run]), np.flatnonzero(row[run])) for i, row in enumerate(rows)]
+    return [_Group(*(torch.from_numpy(x).to(device) for x in both)) for both in found]
 
 
 def _all_groups(sparse: Sparse, grid: Grid, q: Tensor) -> list[_Group]:
@@ -288,8 +294,8 @@ _LITTLE = Grid(4, 12, 16), 40  # whole blocks, masked ones and some that are pas
 
 @cache
 def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compute a little with flex_attention, forward and backward, and compare: what is wrong, or None. What it is called by for the
-    backward is nobody's promise."""
+    """Compute a little with flex_attention, forward and backward, and compare: what is wrong, or None.
+    What it is called by for the backward is nobody's promise."""
     grid, n_txt = _LITTLE
     draw = generator(0, stream="sparse-trial")
     n = grid.t * grid.h * grid.w + n_txt

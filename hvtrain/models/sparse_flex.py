@@ -1,6 +1,6 @@
-"""Sparse attention by PyTorch's flex_attention: forward with its log-sum-exp, and a backward that takes the result, as exact kernels
-have. Its kernels are generated when they are first called, which takes a minute.
-"""
+"""Sparse attention by PyTorch's flex_attention: forward with its log-sum-exp, and a backward that takes
+the result, as exact kernels have. Its kernels are generated when they are first called, which takes a
+minute."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -34,37 +34,33 @@ def missing(device: torch.device) -> str | None:
 
 
 class Blocks:
-    """What becomes of each pair of blocks, [n n] bool: whole ones are computed without looking at single tokens."""
+    """What becomes of each pair of blocks, [n n] bool: whole ones are computed without looking at single
+    tokens."""
 
     def __init__(self, pattern: Pattern, grid: Grid, n_txt: int) -> None:
         bounds, keep = layout_of(pattern, grid)
-        run = torch.repeat_interleave(torch.arange(len(keep)), bounds.diff())
-        self.run = torch.cat([run, run.new_full((n_txt,), len(keep))])  # [S]: the text is one more run
-        self.keep = F.pad(keep, (0, 1, 0, 1), value=True)
-        n = -(-len(self.run) // BLOCK)
-        first = self.run[::BLOCK]
-        last = self.run[torch.arange(1, n + 1).mul(BLOCK).clamp(max=len(self.run)) - 1]
-        below = F.pad(self.keep.long().cumsum(0).cumsum(1), (1, 0, 1, 0))  # kept pairs of runs above and left of a corner
-        kept = sum(
-            sign * below[row[:, None], column[None]]
-            for sign, row, column in ((1, last + 1, last + 1), (-1, first, last + 1), (-1, last + 1, first), (1, first, first))
-        )
-        assert isinstance(kept, Tensor)
-        size = last + 1 - first
-        ends = torch.arange(1, n + 1) * BLOCK > len(self.run)  # the last block reaches beyond the tokens
-        self.whole = (kept == size[:, None] * size) & ~ends[:, None] & ~ends
+        sizes = np.diff(bounds)
+        self.run = np.repeat(np.arange(len(sizes) + 1), [*sizes, n_txt])  # [S]: the text is one more run
+        self.keep = np.pad(keep, (0, 1), constant_values=True)
+        ends = np.arange(1, -(-len(self.run) // BLOCK) + 1) * BLOCK
+        first, last = self.run[::BLOCK], self.run[ends.clip(max=len(self.run)) - 1] + 1
+        corner = np.pad(self.keep.astype(int).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # kept pairs of runs before it
+        kept = corner[np.ix_(last, last)] - corner[np.ix_(first, last)] - corner[np.ix_(last, first)]
+        kept += corner[np.ix_(first, first)]
+        inside = ends <= len(self.run)  # the last block may reach beyond the tokens
+        self.whole = (kept == np.outer(last - first, last - first)) & np.outer(inside, inside)
         self.some = (kept > 0) & ~self.whole
 
     @property
     def density(self) -> float:
         """Of all blocks, those that are computed."""
-        return float((self.whole | self.some).double().mean())
+        return float((self.whole | self.some).mean())
 
 
 @lru_cache(maxsize=16)
 def block_mask(pattern: Pattern, grid: Grid, n_txt: int, device: torch.device) -> BlockMask:
     blocks = Blocks(pattern, grid, n_txt)
-    run, keep = blocks.run.to(device), blocks.keep.to(device)
+    run, keep = (torch.from_numpy(x).to(device) for x in (blocks.run, blocks.keep))
 
     def kept(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return keep[run[q], run[k]]
@@ -74,10 +70,10 @@ def block_mask(pattern: Pattern, grid: Grid, n_txt: int, device: torch.device) -
     return BlockMask.from_kv_blocks(some[0], some[1], whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=kept, seq_lengths=(n, n))
 
 
-def _ordered(which: Tensor) -> tuple[Tensor, Tensor]:
+def _ordered(which: np.ndarray) -> tuple[Tensor, Tensor]:
     """[n n] bool to how many of each row, and their columns first: [1 1 n] and [1 1 n n], int32."""
-    columns = torch.argsort(which.int(), dim=1, descending=True, stable=True)
-    return which.sum(1).int()[None, None], columns.int()[None, None].contiguous()
+    columns = np.argsort(~which, axis=1, kind="stable")
+    return tuple(torch.from_numpy(x.astype(np.int32))[None, None] for x in (which.sum(1), columns))  # type: ignore[return-value]
 
 
 @cache

@@ -1,7 +1,7 @@
 """Which pairs of video tokens sparse attention keeps: pure functions of the latent grid.
 
-Video tokens come in runs, and a pair of runs (queries, keys) is kept whole or left out whole. Text is no part of it: text tokens and
-all video tokens attend each other fully. Nothing here is exact attention.
+Video tokens come in runs, and a pair of runs (queries, keys) is kept whole or left out whole. Text is no
+part of it: text tokens and all video tokens attend each other fully. Nothing here is exact attention.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from hvtrain.config import SparseConfig
 from hvtrain.models.dit import Grid
@@ -21,10 +20,15 @@ from hvtrain.registry import Registry
 
 
 class Layout(NamedTuple):
-    """`bounds` [n + 1]: where each run of video tokens begins, and the end; `keep` [n n] bool: queries' run x keys' run."""
+    """`bounds` [n + 1]: where each run of video tokens begins, and the end; `keep` [n n] bool: queries'
+    run x keys' run."""
 
-    bounds: Tensor
-    keep: Tensor
+    bounds: np.ndarray
+    keep: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.diff(self.bounds)
 
     @property
     def n_img(self) -> int:
@@ -32,8 +36,7 @@ class Layout(NamedTuple):
 
     def pairs(self, n_txt: int = 0) -> int:
         """Pairs of tokens that are computed, those with text among them."""
-        sizes = self.bounds.diff().double()
-        return int(sizes @ self.keep.double() @ sizes) + (2 * self.n_img + n_txt) * n_txt
+        return int(self.sizes @ self.keep.astype(float) @ self.sizes) + (2 * self.n_img + n_txt) * n_txt
 
     def density(self, n_txt: int = 0) -> float:
         """Of all pairs."""
@@ -43,7 +46,7 @@ class Layout(NamedTuple):
 class Pattern(Protocol):
     def __hash__(self) -> int: ...
 
-    def order(self, grid: Grid) -> Tensor | None:
+    def order(self, grid: Grid) -> np.ndarray | None:
         """[S]: which token of t, h, w order each place takes; None: that order itself."""
         ...
 
@@ -79,74 +82,74 @@ def kept_note(cfg: SparseConfig, grids: Iterable[Grid], n_blocks: int) -> str:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sliding tile attention (arXiv:2502.04507): the video is cut into tiles of [t h w] tokens, and a tile's queries attend the
-    window of [t h w] tiles around it; at the border the window stays inside, so that all have as many. What does not divide is
-    left to the last tile of an axis. Tokens are put into the order of their tiles.
-    """
+    """Sliding tile attention (arXiv:2502.04507): the video is cut into tiles of [t h w] tokens, and a
+    tile's queries attend the window of [t h w] tiles around it; at the border the window stays inside, so
+    that all have as many. What does not divide is left to the last tile of an axis. Tokens are put into
+    the order of their tiles."""
 
     tile: tuple[int, int, int]
     window: tuple[int, int, int]
 
-    def order(self, grid: Grid) -> Tensor | None:
-        return torch.argsort(self._number(grid), stable=True)
+    def order(self, grid: Grid) -> np.ndarray | None:
+        return np.argsort(self._number(grid), kind="stable")
 
     def layout(self, grid: Grid) -> Layout:
         counts = [-(-n // tile) for n, tile in zip(grid, self.tile, strict=True)]
         t, h, w = (_near(n, window) for n, window in zip(counts, self.window, strict=True))
-        keep = torch.einsum("ad,be,cf->abcdef", t, h, w).reshape(math.prod(counts), -1).bool()
-        sizes = torch.bincount(self._number(grid), minlength=math.prod(counts))
-        return Layout(torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]), keep)
+        keep = np.einsum("ad,be,cf->abcdef", t, h, w).reshape(math.prod(counts), -1)
+        sizes = np.bincount(self._number(grid), minlength=math.prod(counts))
+        return Layout(np.concatenate([[0], sizes.cumsum()]), keep)
 
-    def _number(self, grid: Grid) -> Tensor:
+    def _number(self, grid: Grid) -> np.ndarray:
         """[S]: of each token its tile."""
-        t, h, w = (torch.arange(n) // tile for n, tile in zip(grid, self.tile, strict=True))
+        t, h, w = (np.arange(n) // tile for n, tile in zip(grid, self.tile, strict=True))
         n_h, n_w = -(-grid.h // self.tile[1]), -(-grid.w // self.tile[2])
-        return ((t[:, None, None] * n_h + h[:, None]) * n_w + w).flatten()
+        return ((t[:, None, None] * n_h + h[:, None]) * n_w + w).ravel()
 
     def describe(self) -> str:
         return f"tiles {'x'.join(map(str, self.tile))} in windows of {'x'.join(map(str, self.window))}"
 
 
-def _near(n: int, window: int) -> Tensor:
-    """[n n] of 0 and 1: the `window` tiles around each of n along an axis, kept inside."""
-    first = (torch.arange(n) - window // 2).clamp(0, max(n - window, 0))[:, None]
-    others = torch.arange(n)
-    return ((others >= first) & (others < first + window)).int()
+def _near(n: int, window: int) -> np.ndarray:
+    """[n n] bool: the `window` tiles around each of n along an axis, kept inside."""
+    first = np.clip(np.arange(n) - window // 2, 0, max(n - window, 0))[:, None]
+    return (np.arange(n) >= first) & (np.arange(n) < first + window)
 
 
 @dataclass(frozen=True)
 class Radial:
-    """Radial attention (arXiv:2506.19852, section 4): of frames i and j with s tokens each, token k of the one attends token l of the
-    other where |k - l| + 1 <= s / p, p being the largest power of two up to max(|i - j|, 1); where s / p < 1, only k = l, and only
-    if ceil(p / s) divides |i - j|; and all attend the first frame. `width` multiplies s / p. As in the paper, for the hardware's sake
-    whole blocks are computed: a pair of `block` consecutive tokens each is kept if any pair in it is. The order stays t, h, w.
-    """
+    """Radial attention (arXiv:2506.19852, section 4): of frames i and j with s tokens each, token k of the
+    one attends token l of the other where |k - l| + 1 <= s / p, p being the largest power of two up to
+    max(|i - j|, 1); where s / p < 1, only k = l, and only if ceil(p / s) divides |i - j|; and all attend
+    the first frame. `width` multiplies s / p. As in the paper, for the hardware's sake whole blocks are
+    computed: a pair of `block` consecutive tokens each is kept if any pair in it is. The order stays t, h,
+    w."""
 
     block: int
     width: float
 
-    def order(self, grid: Grid) -> Tensor | None:
+    def order(self, grid: Grid) -> np.ndarray | None:
         return None
 
     def layout(self, grid: Grid) -> Layout:
         s = grid.h * grid.w
         n = grid.t * s
-        edges = torch.unique(torch.cat([torch.arange(0, n, self.block), torch.arange(0, n, s), torch.tensor([n])]))
+        edges = np.unique([*range(0, n, self.block), *range(0, n, s), n])
         begin, end = edges[:-1], edges[1:]  # of pieces that lie in one block and one frame
         frame, block = begin // s, begin // self.block
         low, high = begin - frame * s, end - frame * s
-        apart = torch.maximum(low[None] - high[:, None], low[:, None] - high[None]) + 1
-        near = self._kept((frame[:, None] - frame).abs(), apart.clamp(min=0), s) | (frame == 0)[None]
-        n_blocks = -(-n // self.block)
-        of_block = torch.nn.functional.one_hot(block, n_blocks).double()  # [pieces blocks]
-        keep = (of_block.T @ near.double() @ of_block) > 0
-        return Layout(torch.arange(n_blocks + 1).mul(self.block).clamp(max=n), keep)
+        apart = np.maximum(low[None] - high[:, None], low[:, None] - high[None]) + 1
+        near = self._kept(np.abs(frame[:, None] - frame), apart.clip(0), s) | (frame == 0)[None]
+        firsts = np.searchsorted(block, np.arange(-(-n // self.block)))  # pieces are in the order of their blocks
+        keep = np.logical_or.reduceat(np.logical_or.reduceat(near, firsts, axis=0), firsts, axis=1)
+        return Layout(np.append(np.arange(len(firsts)) * self.block, n), keep)
 
-    def _kept(self, frames: Tensor, apart: Tensor, s: int) -> Tensor:
-        """Of pieces so many frames apart, whose nearest tokens are `apart` from each other within their frames."""
-        power = torch.exp2(torch.frexp(frames.clamp(min=1).double()).exponent.double() - 1)
+    def _kept(self, frames: np.ndarray, apart: np.ndarray, s: int) -> np.ndarray:
+        """Of pieces so many frames apart, whose nearest tokens are `apart` from each other within their
+        frames."""
+        power = 2.0 ** (np.frexp(frames.clip(1))[1] - 1)
         reach = self.width * s / power
-        return ((reach >= 1) & (apart + 1 <= reach)) | ((apart == 0) & (frames % torch.ceil(1 / reach).long() == 0))
+        return ((reach >= 1) & (apart + 1 <= reach)) | ((apart == 0) & (frames % np.ceil(1 / reach) == 0))
 
     def describe(self) -> str:
         return f"radial in blocks of {self.block}" + (f", {self.width:g} times as wide" if self.width != 1 else "")

@@ -78,8 +78,9 @@ def usp_attend(
     q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, ctx: ParallelContext, kernel: Kernel,
     fewer: Fewer | None = None,
 ) -> Joint:
-    """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks. `fewer`: not
-    around a ring, where a rank never holds all keys of its queries."""
+    """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks.
+    `fewer` is for Ulysses alone: around a ring a rank never holds all keys of its queries."""
+    assert fewer is None or ctx.ring == 1
     q, k, v = (_autocast(x) for x in (q, k, v))
     text = q.txt
     if ctx.ulysses > 1:

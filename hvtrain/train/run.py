@@ -42,9 +42,9 @@ from hvtrain.train.prepare import (
     find_others,
     idle_on_host,
     on_all,
-    sparse_note,
     open_idle,
     say,
+    sparse_note,
     take,
 )
 from hvtrain.train.preview import Preview, Previews, plan_previews

@@ -304,8 +304,8 @@ def identity(
     data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1, sparse: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
-    shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the next; `sparse`:
-    what attention leaves out, so that a file's metadata says it of all steps."""
+    shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the
+    next; `sparse`: what attention leaves out, so that a file's metadata says it of all steps."""
     base, several = bases[0], len(bases) > 1
     names = _OF_WHOLE if adapter.type == "none" else _OF_ADAPTER
     merged = [
