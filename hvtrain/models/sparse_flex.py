@@ -82,13 +82,18 @@ def _compiled(function: Callable) -> Any:
 
 
 def partial(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Partial:
-    out, lse = _compiled(_forward)(*(x.transpose(1, 2) for x in (q, k, v)), mask)
+    out, lse = _compiled(_forward)(*_heads_first(q, k, v), mask)
     return Partial(out.transpose(1, 2), lse)
 
 
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Partial, mask: BlockMask) -> Grads:
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, result.out))
-    return Grads(*(x.transpose(1, 2) for x in _compiled(_grads)(dout, q, k, v, out, result.lse, mask)))
+    dout, q, k, v, out = _heads_first(dout, q, k, v, result.out)
+    return Grads(*_heads_first(*_compiled(_grads)(dout, q, k, v, out, result.lse, mask)))
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """And back. Inside an operator tensors still say that they are learnt, which here nobody may heed."""
+    return [x.detach().transpose(1, 2) for x in tensors]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
