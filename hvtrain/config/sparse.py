@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -57,7 +56,7 @@ def check_values(cfg: SparseConfig, *, ring: int) -> None:
     for key, three in {"tile": cfg.tile, "window": cfg.window}.items():
         if min(three) < 1:
             raise ConfigError(f"sparse.{key} is {list(three)}, expected three numbers of 1 or more: time, height, width")
-    if not 0 < cfg.width < math.inf:
+    if not cfg.width > 0:
         raise ConfigError(f"sparse.width is {cfg.width}, expected more than 0")
     if cfg.pattern != "none" and ring > 1:
         raise ConfigError(

@@ -12,7 +12,16 @@ from hvtrain.config import SparseConfig
 from hvtrain.errors import ConfigError
 from hvtrain.models.dit import Grid
 from hvtrain.models.sparse_flex import BLOCK, Blocks
-from hvtrain.models.sparse_masks import Layout, Pattern, Radial, Tiles, kept_note, kept_share, layout_of, pattern_of
+from hvtrain.models.sparse_masks import (
+    Layout,
+    Pattern,
+    Radial,
+    Tiles,
+    kept_note,
+    kept_share,
+    layout_of,
+    pattern_of,
+)
 
 # Latent frames, rows and columns of tokens: tiles that divide and tiles that do not, frames of one token, one frame
 GRIDS = [Grid(4, 6, 8), Grid(5, 7, 3), Grid(17, 1, 1), Grid(9, 2, 1), Grid(1, 5, 9), Grid(12, 2, 3)]
