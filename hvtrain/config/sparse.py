@@ -19,13 +19,13 @@ class SparseConfig:
     """none: exact; tiles: each tile attends a window of tiles around it (sliding tile attention); radial:
     the farther apart two frames are, the nearer together tokens must be within them"""
     tile: tuple[int, int, int] = (6, 8, 8)
-    """Tiles: tokens of one along time, height and width"""
+    """Of tiles: tokens of one along time, height and width"""
     window: tuple[int, int, int] = (3, 3, 3)
-    """Tiles: how many tiles of each axis a tile attends, itself among them"""
+    """Of tiles: how many tiles of each axis a tile attends, itself among them"""
     block: int = 128
-    """Radial: consecutive tokens that are computed together"""
+    """Of radial: consecutive tokens that are computed together"""
     width: float = 1.0
-    """Radial: how many times as far as in the paper tokens see"""
+    """Of radial: how many times as far as in the paper tokens see"""
     exact_steps: int = 0
     """The first so many sampling steps are exact, in previews too; training has no such steps"""
     exact_layers: int = 0

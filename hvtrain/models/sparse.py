@@ -23,7 +23,7 @@ from hvtrain.models import sparse_flex
 from hvtrain.models.dit import DiT, Grid, Rope, Tokens
 from hvtrain.models.kernels import KERNELS, Grads, Kernel, Partial
 from hvtrain.models.precision import under_autocast
-from hvtrain.models.sparse_masks import Pattern, Tiles, layout_of, pattern_of
+from hvtrain.models.sparse_masks import Pattern, SlidingTiles, layout_of, pattern_of
 from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
@@ -35,7 +35,7 @@ class Sparse:
     """A pattern, who computes it, and the kernel of exact attention beside it."""
 
     pattern: Pattern
-    way: Way
+    way: SparseWay
     dense: Kernel
     exact_layers: int = 0
     number: int = field(init=False, compare=False, repr=False)
@@ -50,7 +50,7 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class Way:
+class SparseWay:
     """How it is computed: q, k, v [B S N D] of the grid's video tokens, in the pattern's order, and then
     of the text."""
 
@@ -60,7 +60,7 @@ class Way:
     missing: Callable[[torch.device], str | None]  # why it cannot run there, or None
 
 
-WAYS: Registry[Way] = Registry("sparse kernel", also=("auto",))
+WAYS: Registry[SparseWay] = Registry("sparse kernel", also=("auto",))
 
 
 def pick_sparse(
@@ -284,8 +284,8 @@ def _flex_backward(
 
 
 WAYS |= {
-    "gather": Way("gather", _gathered, _gathered_backward, lambda device: None),
-    "flex": Way("flex", _flex, _flex_backward, sparse_flex.missing),
+    "gather": SparseWay("gather", _gathered, _gathered_backward, lambda device: None),
+    "flex": SparseWay("flex", _flex, _flex_backward, sparse_flex.missing),
 }
 
 
@@ -300,7 +300,7 @@ def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
     draw = generator(0, stream="sparse-trial")
     n = grid.t * grid.h * grid.w + n_txt
     q, k, v, d_out = (torch.randn(1, n, 2, 128, generator=draw).to(device, dtype) for _ in range(4))
-    plain, flex = (Sparse(Tiles((2, 4, 16), (1, 1, 1)), WAYS[name], KERNELS["sdpa"]) for name in ("gather", "flex"))
+    plain, flex = (Sparse(SlidingTiles((2, 4, 16), (1, 1, 1)), WAYS[name], KERNELS["sdpa"]) for name in ("gather", "flex"))
     with torch.no_grad():
         want = plain.way.partial(plain, grid, q, k, v)
         wanted = [*want, *plain.way.backward(plain, grid, d_out, q, k, v, want)]

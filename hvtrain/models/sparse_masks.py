@@ -19,7 +19,7 @@ from hvtrain.models.dit import Grid
 from hvtrain.registry import Registry
 
 
-class Layout(NamedTuple):
+class RunPairs(NamedTuple):
     """`bounds` [n + 1]: where each run of video tokens begins, and the end; `keep` [n n] bool: queries'
     run x keys' run."""
 
@@ -50,7 +50,7 @@ class Pattern(Protocol):
         """[S]: which token of t, h, w order each place takes; None: that order itself."""
         ...
 
-    def layout(self, grid: Grid) -> Layout: ...
+    def layout(self, grid: Grid) -> RunPairs: ...
 
     def describe(self) -> str: ...
 
@@ -63,7 +63,7 @@ def pattern_of(cfg: SparseConfig) -> Pattern:
 
 
 @lru_cache(maxsize=64)
-def layout_of(pattern: Pattern, grid: Grid) -> Layout:
+def layout_of(pattern: Pattern, grid: Grid) -> RunPairs:
     return pattern.layout(grid)
 
 
@@ -81,7 +81,7 @@ def kept_note(cfg: SparseConfig, grids: Iterable[Grid], n_blocks: int) -> str:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class SlidingTiles:
     """Sliding tile attention (arXiv:2502.04507): the video is cut into tiles of [t h w] tokens, and a
     tile's queries attend the window of [t h w] tiles around it; at the border the window stays inside, so
     that all have as many. What does not divide is left to the last tile of an axis. Tokens are put into
@@ -93,12 +93,12 @@ class Tiles:
     def order(self, grid: Grid) -> np.ndarray | None:
         return np.argsort(self._number(grid), kind="stable")
 
-    def layout(self, grid: Grid) -> Layout:
+    def layout(self, grid: Grid) -> RunPairs:
         counts = [-(-n // tile) for n, tile in zip(grid, self.tile, strict=True)]
         t, h, w = (_near(n, window) for n, window in zip(counts, self.window, strict=True))
         keep = np.einsum("ad,be,cf->abcdef", t, h, w).reshape(math.prod(counts), -1)
         sizes = np.bincount(self._number(grid), minlength=math.prod(counts))
-        return Layout(np.concatenate([[0], sizes.cumsum()]), keep)
+        return RunPairs(np.concatenate([[0], sizes.cumsum()]), keep)
 
     def _number(self, grid: Grid) -> np.ndarray:
         """[S]: of each token its tile."""
@@ -131,7 +131,7 @@ class Radial:
     def order(self, grid: Grid) -> np.ndarray | None:
         return None
 
-    def layout(self, grid: Grid) -> Layout:
+    def layout(self, grid: Grid) -> RunPairs:
         s = grid.h * grid.w
         n = grid.t * s
         edges = np.unique([*range(0, n, self.block), *range(0, n, s), n])
@@ -142,7 +142,7 @@ class Radial:
         near = self._kept(np.abs(frame[:, None] - frame), apart.clip(0), s) | (frame == 0)[None]
         firsts = np.searchsorted(block, np.arange(-(-n // self.block)))  # pieces are in the order of their blocks
         keep = np.logical_or.reduceat(np.logical_or.reduceat(near, firsts, axis=0), firsts, axis=1)
-        return Layout(np.append(np.arange(len(firsts)) * self.block, n), keep)
+        return RunPairs(np.append(np.arange(len(firsts)) * self.block, n), keep)
 
     def _kept(self, frames: np.ndarray, apart: np.ndarray, s: int) -> np.ndarray:
         """Of pieces so many frames apart, whose nearest tokens are `apart` from each other within their
@@ -156,6 +156,6 @@ class Radial:
 
 
 PATTERNS |= {
-    "tiles": lambda cfg: Tiles(cfg.tile, cfg.window),
+    "tiles": lambda cfg: SlidingTiles(cfg.tile, cfg.window),
     "radial": lambda cfg: Radial(cfg.block, cfg.width),
 }

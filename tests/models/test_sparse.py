@@ -19,7 +19,7 @@ from hvtrain.models.attention import Fewer, local_attend
 from hvtrain.models.dit import DiT, Grid, Joint
 from hvtrain.models.kernels import KERNELS
 from hvtrain.models.sparse import OP, WAYS, Sparse, attend_sparse, check_sparse, pick_sparse
-from hvtrain.models.sparse_masks import Pattern, Radial, Tiles, layout_of
+from hvtrain.models.sparse_masks import Pattern, Radial, SlidingTiles, layout_of
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
@@ -27,8 +27,8 @@ from tests.models.any_model import an_input, n_parameters, random_model
 
 CPU, SDPA = torch.device("cpu"), KERNELS["sdpa"]
 GRID = Grid(3, 14, 11)
-PATTERNS = [Tiles((2, 4, 4), (1, 3, 2)), Radial(16, 0.003)]
-OVER_ALL = [Tiles((2, 4, 4), (9, 9, 9)), Radial(16, 1e9)]
+PATTERNS = [SlidingTiles((2, 4, 4), (1, 3, 2)), Radial(16, 0.003)]
+OVER_ALL = [SlidingTiles((2, 4, 4), (9, 9, 9)), Radial(16, 1e9)]
 
 
 def draw(n_txt: int, *, grid: Grid = GRID) -> list[Tensor]:
@@ -122,7 +122,7 @@ def test_operations_are_those_of_the_pairs_that_are_kept() -> None:
 
 def test_the_operator_is_what_torch_asks_of_one() -> None:
     q, k, v, _ = (x[:1, :, :1] for x in draw(3, grid=Grid(2, 2, 2)))
-    one = Sparse(Tiles((1, 2, 1), (1, 1, 1)), WAYS["gather"], SDPA)
+    one = Sparse(SlidingTiles((1, 2, 1), (1, 1, 1)), WAYS["gather"], SDPA)
     args = tuple(x.clone().requires_grad_() for x in (q, k, v))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(OP.default, (*args, [2, 2, 2], one.number), test_utils=checks)

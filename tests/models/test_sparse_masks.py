@@ -13,10 +13,10 @@ from hvtrain.errors import ConfigError
 from hvtrain.models.dit import Grid
 from hvtrain.models.sparse_flex import BLOCK, Blocks
 from hvtrain.models.sparse_masks import (
-    Layout,
     Pattern,
     Radial,
-    Tiles,
+    RunPairs,
+    SlidingTiles,
     kept_note,
     kept_share,
     layout_of,
@@ -27,7 +27,7 @@ from hvtrain.models.sparse_masks import (
 GRIDS = [Grid(4, 6, 8), Grid(5, 7, 3), Grid(17, 1, 1), Grid(9, 2, 1), Grid(1, 5, 9), Grid(12, 2, 3)]
 
 
-def by_token(layout: Layout) -> np.ndarray:
+def by_token(layout: RunPairs) -> np.ndarray:
     """[S S]: of tokens in the pattern's order."""
     run = np.repeat(np.arange(len(layout.keep)), layout.sizes)
     return layout.keep[run][:, run]
@@ -59,7 +59,7 @@ WINDOWS = [((2, 2, 2), (1, 3, 3)), ((1, 3, 2), (3, 1, 2)), ((4, 1, 5), (5, 3, 1)
 @pytest.mark.parametrize("tile, window", WINDOWS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_tiles_are_those_of_the_paper(grid: Grid, tile: Three, window: Three) -> None:
-    pattern = Tiles(tile, window)
+    pattern = SlidingTiles(tile, window)
     order, layout, tokens = pattern.order(grid), pattern.layout(grid), places(grid)
     assert sorted(order) == list(range(len(tokens)))
     seen = [tokens[i] for i in order]
@@ -70,7 +70,7 @@ def test_tiles_are_those_of_the_paper(grid: Grid, tile: Three, window: Three) ->
 
 
 def test_at_the_border_a_window_is_as_large() -> None:
-    layout = Tiles((1, 2, 2), (3, 3, 1)).layout(Grid(5, 8, 4))
+    layout = SlidingTiles((1, 2, 2), (3, 3, 1)).layout(Grid(5, 8, 4))
     assert set(layout.keep.sum(1)) == {9}
 
 
@@ -97,7 +97,7 @@ def test_radial_is_that_of_the_paper_in_whole_blocks(grid: Grid, block: int, wid
     assert Radial(block, width).order(grid) is None
 
 
-@pytest.mark.parametrize("pattern", [Tiles((2, 2, 2), (1, 3, 3)), Radial(4, 0.3)], ids=str)
+@pytest.mark.parametrize("pattern", [SlidingTiles((2, 2, 2), (1, 3, 3)), Radial(4, 0.3)], ids=str)
 def test_density_counts_pairs_with_text(pattern: Pattern) -> None:
     for grid in GRIDS:
         layout = layout_of(pattern, grid)
@@ -115,13 +115,15 @@ def test_densities_of_720p() -> None:
     assert pattern_of(SparseConfig("radial")).layout(grid).density() == pytest.approx(0.448, abs=0.001)
 
 
-@pytest.mark.parametrize("pattern", [Tiles((2, 3, 3), (9, 9, 9)), Radial(2, 1e9)], ids=str)
+@pytest.mark.parametrize("pattern", [SlidingTiles((2, 3, 3), (9, 9, 9)), Radial(2, 1e9)], ids=str)
 def test_a_window_over_everything_leaves_nothing_out(pattern: Pattern) -> None:
     assert all(pattern.layout(grid).keep.all() for grid in GRIDS)
 
 
 @pytest.mark.parametrize("n_txt", [0, 7, 130])
-@pytest.mark.parametrize("pattern", [Tiles((2, 5, 6), (1, 3, 1)), Radial(128, 0.01), Tiles((4, 8, 4), (1, 1, 1))], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [SlidingTiles((2, 5, 6), (1, 3, 1)), Radial(128, 0.01), SlidingTiles((4, 8, 4), (1, 1, 1))], ids=str
+)
 def test_blocks_of_flex_attention(pattern: Pattern, n_txt: int) -> None:
     """Whole where all pairs are kept, passed by where none is; what reaches beyond the tokens is masked."""
     grid = Grid(5, 11, 13)
