@@ -63,8 +63,7 @@ def sample_latents(
     One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
     each. `uncond` holds the negative prompts, as many; `x0` a clip's latents, for conditions that a model takes from there.
     The caller chooses autocast. `on_step` is called on every rank after each step; `begin` goes on from such a state and
-    ends with the same latents, or with those after `until` steps. Where attention is sparse, it is exact in the first
-    `exact_steps`.
+    ends with the same latents, or with those after `until` steps. Sparse attention begins after `exact_steps`.
     """
     seeds = seeds or [request.seed]
     n = len(next(iter(cond.values())))
@@ -78,8 +77,7 @@ def sample_latents(
 
     def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0, exact: bool = False) -> ModelInput:
         cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}  # some are told where a step ends
-        inp = spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0)
-        return replace(inp, exact=True) if exact else inp
+        return replace(spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0), exact=exact)
 
     def velocity_at(step: int) -> Velocity:
         level, until = (float(sigma) for sigma in schedule[step : step + 2])
