@@ -8,6 +8,7 @@ from hvtrain.config.load import build, dump, load, reference, to_dict
 from hvtrain.config.merge import MergeConfig, ReconcileConfig
 from hvtrain.config.model import DType, ModelConfig, ParallelConfig, VaeTilingConfig, asset
 from hvtrain.config.sampling import Sampling
+from hvtrain.config.sparse import SparseConfig
 from hvtrain.config.train import (
     AdapterConfig,
     DataConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "SampledLora",
     "Sampling",
     "ShardsConfig",
+    "SparseConfig",
     "TrainConfig",
     "VaeTilingConfig",
     "ZeroConfig",

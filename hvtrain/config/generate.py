@@ -7,6 +7,7 @@ from typing import Literal
 
 from hvtrain.config.model import ModelConfig, ParallelConfig
 from hvtrain.config.sampling import Sampling
+from hvtrain.config.sparse import SparseConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class GenerateConfig(Sampling):
     """One for each of them in order, or one for all; none: 1.0"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share one video"""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    """Attention that leaves out pairs of tokens; NOT exact"""
     blocks_to_swap: int = 0
     """Keep the weights of so many blocks in host memory and bring each when it is computed"""
     shard_weights: bool = False

@@ -24,6 +24,7 @@ from hvtrain.config import (
 from hvtrain.config.model import EXPERT
 from hvtrain.config.parts import MASK, parts_of
 from hvtrain.config.sampling import check_limits
+from hvtrain.config.sparse import check_values
 from hvtrain.errors import ConfigError
 
 SAMPLED = ("latents", "text")  # columns whose encoders make a video of a prompt
@@ -46,6 +47,7 @@ def check_train(cfg: TrainConfig) -> None:
     if run.ema_decay and cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
         raise ConfigError("run.ema_decay: ZeRO-3 keeps no whole weights to average; use zero.stage 0, 1 or 2")
     _check_memory(cfg)
+    check_values(cfg.sparse, ring=cfg.parallel.ring)
     if run.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("run.wandb: the package wandb is not installed: pip install wandb, or leave run.wandb out")
     if run.keep_best and not cfg.eval.every_steps:
@@ -295,6 +297,7 @@ def check_generate(cfg: GenerateConfig) -> None:
         )
     if cfg.batch_size <= 0:
         raise ConfigError(f"batch_size is {cfg.batch_size}, expected more than 0")
+    check_values(cfg.sparse, ring=cfg.parallel.ring)
     _check_sampling(cfg)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from hvtrain.config.generate import LoraFileConfig
 from hvtrain.config.model import ModelConfig, ParallelConfig
 from hvtrain.config.sampling import Sampling
+from hvtrain.config.sparse import SparseConfig
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,8 @@ class TrainConfig:
     """How weights are updated"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share one sample"""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    """Attention that leaves out pairs of tokens; NOT exact"""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """How ranks share the training state"""
     run: RunSettings = field(default_factory=RunSettings)

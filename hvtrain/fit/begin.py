@@ -52,7 +52,7 @@ def begin(
     about = candidate(cfg.model)
     largest = size or _largest([data] if data else cfg.data.shards, about.flavor) or {}
     shape, memory = shape_of(about.flavor, batch=cfg.data.batch_size, **largest), memory_bytes(Asked(memory_gib=memory_gib))
-    wanted = Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name)
+    wanted = Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse)
     if "run.recompute" not in own:
         wanted = replace(wanted, run=replace(cfg.run, recompute="none"))
     found = nearest(wanted, about, shape, gpus, memory)

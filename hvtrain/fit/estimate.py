@@ -10,7 +10,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hvtrain.adapters.attach import add_adapter, linear_shapes, trained
-from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig, asset
+from hvtrain.config import (
+    AdapterConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunSettings,
+    SparseConfig,
+    ZeroConfig,
+    asset,
+)
 from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
 from hvtrain.fit.memory import Budget, Host, Layout, beside, budget, host
@@ -18,7 +26,10 @@ from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_s
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
+from hvtrain.models.sparse_flex import Blocks
+from hvtrain.models.sparse_masks import kept_share, pattern_of
 from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.apply import EXACT
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import shard_savings, swap_savings
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
@@ -47,6 +58,7 @@ class Training:
     zero: ZeroConfig
     run: RunSettings
     optimizer: str = "adamw"
+    sparse: SparseConfig = EXACT
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,12 @@ def candidate(model: ModelConfig) -> Candidate:
     return Candidate(largest.spec, largest.flavor)
 
 
-def degrees(heads: int, gpus: int) -> list[tuple[int, int]]:
+def degrees(heads: int, gpus: int, sparse: SparseConfig = EXACT) -> list[tuple[int, int]]:
     """Every (Ulysses, ring) over all `gpus`: Ulysses must divide the heads, the ring takes any number. The fastest first: Ulysses
-    as far as one machine reaches, whose all-to-all nothing hides, and between machines a ring, whose messages attention hides."""
+    as far as one machine reaches, whose all-to-all nothing hides, and between machines a ring, whose messages attention hides.
+    Sparse attention has no ring."""
     legal = [(u, gpus // u) for u in range(gpus, 0, -1) if gpus % u == 0 and heads % u == 0]
+    legal = [(u, r) for u, r in legal if r == 1 or sparse.pattern == "none"]
     return sorted(legal, key=lambda one: one[0] > MACHINE)
 
 
@@ -90,7 +104,7 @@ def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Est
         )
         trace = trace_step(
             model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
-            autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients,
+            autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients, sparse=cfg.sparse,
         )
         counts, idle = byte_counts(model), len(about.flavor.experts) - 1 if cfg.model.experts == BOTH else 0
         found = beside(budget(counts, trace, layout), counts, layout, n=idle, on_host=cfg.run.idle_expert == "host")
@@ -125,14 +139,14 @@ def swap_for(cfg: Training, about: Candidate, excess: int) -> int | None:
 
 def of_sampling(
     model: ModelConfig, parallel: ParallelConfig, about: Candidate, shape: Shape, gpus: int, *, blocks_to_swap: int = 0,
-    shard_weights: bool = False,
+    shard_weights: bool = False, sparse: SparseConfig = EXACT,
 ) -> Estimate:
     """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
         dit = _empty(about, getattr(torch, model.dtype)).requires_grad_(False)
         _quantize(dit, about.spec, model.quantize)
         inp = fake_input(about.spec, about.flavor, shape)
-        trace = trace_step(dit.eval(), inp, ctx=ctx, training=False)
+        trace = trace_step(dit.eval(), inp, ctx=ctx, training=False, sparse=sparse)
         freed = shard_savings(dit.blocks, ctx.sp) if shard_weights and ctx.sp > 1 else _freed(dit, blocks_to_swap)
         layout = Layout(world=gpus, freed_by_swap=freed)
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
@@ -152,6 +166,18 @@ def shape_of(
     flavor.latent.check_size(width=width, height=height, frames=frames)
     d = flavor.defaults
     return Shape(batch, frames or d.frames, height or d.height, width or d.width)
+
+
+def sparse_line(cfg: SparseConfig, about: Candidate, shape: Shape) -> str:
+    """How much of attention is left."""
+    grid = about.flavor.latent.grid(about.flavor.latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
+    with torch.device("meta"):
+        n_blocks = len(about.spec.build(about.flavor.arch).blocks)
+    blocks = f", by flex_attention {Blocks(pattern_of(cfg), grid, 0).density:.1%} of the blocks" if cfg.kernel != "gather" else ""
+    return (
+        f"sparse attention, NOT exact ({pattern_of(cfg).describe()}): {kept_share(cfg, grid, n_blocks):.1%} of the pairs of "
+        f"{' x '.join(map(str, grid))} video tokens are computed{blocks}"
+    )
 
 
 def _n_tokens(about: Candidate, shape: Shape) -> int:

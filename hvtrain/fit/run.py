@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hvtrain.config import DataConfig, GenerateConfig, ModelConfig, ParallelConfig, TrainConfig
+from hvtrain.config import DataConfig, GenerateConfig, ModelConfig, ParallelConfig, SparseConfig, TrainConfig
 from hvtrain.errors import ConfigError
 from hvtrain.fit.estimate import (
     Candidate,
@@ -22,6 +22,7 @@ from hvtrain.fit.estimate import (
     of_training,
     placed,
     shape_of,
+    sparse_line,
 )
 from hvtrain.fit.memory import Host
 from hvtrain.fit.search import USABLE, fits, nearest
@@ -56,8 +57,8 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
                 f"give --gpus a multiple of {own}"
             )
         given = of_training(sections, about, shape, gpus)
-        lines += [] if lines else [_head(about, shape, given)]
-        lines.append(f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB: {_legal(about, gpus)}")
+        lines += [] if lines else _head(about, shape, given, cfg.sparse)
+        lines.append(f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB: {_legal(about, gpus, cfg.sparse)}")
         lines.append(_budget_table({"as configured": given}))
         per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
         n_samples = gpus // own * shape.batch * cfg.run.grad_accum
@@ -81,15 +82,19 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
     memory = memory_bytes(asked)
     lines: list[str] = []
     for gpus in asked.gpus:
+        legal = degrees(about.flavor.n_heads, gpus, cfg.sparse)
+        if not legal:
+            heads = about.flavor.n_heads
+            raise ConfigError(f"--gpus {gpus}: sparse attention has no ring, and {gpus} does not divide {heads} heads")
         found = {
             f"U{u} x R{r}": of_sampling(
                 cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap,
-                shard_weights=cfg.shard_weights,
+                shard_weights=cfg.shard_weights, sparse=cfg.sparse,
             )
-            for u, r in degrees(about.flavor.n_heads, gpus)
+            for u, r in legal
         }
         first = next(iter(found.values()))
-        lines += [] if lines else [_head(about, shape, first)]
+        lines += [] if lines else _head(about, shape, first, cfg.sparse)
         lines += [f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB", _budget_table(found)]
         ways = "more GPUs, model.quantize=fp8_scaled, shard_weights or blocks_to_swap"
         verdict = "fits" if fits(first, memory) else f"does not fit: {ways}"
@@ -140,7 +145,7 @@ def advice(cfg: TrainConfig, asked: Asked) -> str:
 
 
 def _sections(cfg: TrainConfig) -> Training:
-    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name)
+    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse)
 
 
 def _shape(about: Candidate, asked: Asked, *, batch: int, **own: int | None) -> Shape:
@@ -162,15 +167,17 @@ def _batch(data: DataConfig, about: Candidate, shape: Shape) -> Shape:
     return replace(shape, batch=max(1, data.batch_tokens // n_tokens))
 
 
-def _head(about: Candidate, shape: Shape, found: Estimate) -> str:
+def _head(about: Candidate, shape: Shape, found: Estimate, sparse: SparseConfig) -> list[str]:
     text = " + ".join(str(field.longest) for field in about.flavor.cond if field.ragged and field.longest)
     what = f"{about.spec.name} {about.flavor.name}, {shape.width} x {shape.height} x {shape.frames} frames"
-    return f"{what}: {found.n_tokens:,} image tokens" + (f" and {text} of text" if text else "")
+    head = f"{what}: {found.n_tokens:,} image tokens" + (f" and {text} of text" if text else "")
+    return [head, *([sparse_line(sparse, about, shape)] if sparse.pattern != "none" else [])]
 
 
-def _legal(about: Candidate, gpus: int) -> str:
+def _legal(about: Candidate, gpus: int, sparse: SparseConfig) -> str:
     heads = about.flavor.n_heads
-    found = [f"{size}: {_pairs(degrees(heads, size))}" for size in range(1, gpus + 1) if gpus % size == 0]
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    found = [f"{size}: {_pairs(legal)}" for size in sizes if (legal := degrees(heads, size, sparse))]
     return f"legal ulysses x ring by GPUs a sample ({heads} heads): " + "; ".join(found)
 
 

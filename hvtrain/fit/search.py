@@ -67,8 +67,8 @@ def _ladder(cfg: Training, about: Candidate, gpus: int) -> Iterator[tuple[tuple[
         yield step("zero", stage=3)
     own = cfg.parallel.ulysses * cfg.parallel.ring
     for size in [n for n in range(own + 1, gpus + 1) if gpus % n == 0]:
-        ulysses, ring = degrees(about.flavor.n_heads, size)[0]
-        yield step("parallel", ulysses=ulysses, ring=ring)
+        for ulysses, ring in degrees(about.flavor.n_heads, size, cfg.sparse)[:1]:
+            yield step("parallel", ulysses=ulysses, ring=ring)
     if whole and sharded and cfg.zero.stage > 0 and cfg.zero.offload_optimizer == "none":
         yield step("zero", offload_optimizer="cpu")
     if cfg.run.recompute != "offload":

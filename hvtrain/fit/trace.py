@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hvtrain.config import SparseConfig
 from hvtrain.models import precision
 from hvtrain.models.attend_op import attention
 from hvtrain.models.conditions import example
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.kernels import KERNELS, Kernel
 from hvtrain.models.spec import Flavor, ModelSpec
-from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.apply import EXACT, parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown, start_simulated
 from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.parallel.recompute import Offload, RunBlock
@@ -119,7 +120,7 @@ TRACED: Kernel = replace(KERNELS["sdpa"], name="traced", attend=_traced)
 
 def trace_step(
     model: DiT, inp: ModelInput, *, ctx: ParallelContext, recompute: str = "none", autocast: bool = True,
-    training: bool = True, keep_gradients: bool = True,
+    training: bool = True, keep_gradients: bool = True, sparse: SparseConfig = EXACT,
 ) -> Trace:
     """A micro-step of `model`, whose tensors are fake, as rank 0 of ctx. Call it inside the mode that made the model.
 
@@ -130,7 +131,7 @@ def trace_step(
         chosen = {id(b) for blocks, n in zip(kinds, counts, strict=True) for b in blocks[:n]}
         model.zero_grad()
         meter = Ledger(model)
-        parallelize(model, replace(ctx, rank=1), kernel=TRACED, recompute=recompute, training=training)
+        parallelize(model, replace(ctx, rank=1), kernel=TRACED, recompute=recompute, training=training, sparse=on_cpu)
         model.run_block = _only(chosen, Offload(HostCopies(made=meter.leave_out)) if recompute == "offload" else model.run_block)
         hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
         with meter, torch.set_grad_enabled(training):
@@ -142,7 +143,8 @@ def trace_step(
             hook.remove()
         return Trace(meter.peak, meter.grads_at_peak, meter.flops)
 
-    kinds = _kinds(model)
+    on_cpu = replace(sparse, kernel="gather")  # nothing computes
+    kinds = _kinds(model, n_exact=sparse.exact_layers if sparse.pattern != "none" else 0)
     few = [min(len(blocks), FEW) for blocks in kinds]
     base = total = run(few)
     for i, blocks in enumerate(kinds):
@@ -152,12 +154,12 @@ def trace_step(
     return total
 
 
-def _kinds(model: DiT) -> list[list[nn.Module]]:
-    """The blocks, those of one kind together."""
+def _kinds(model: DiT, *, n_exact: int = 0) -> list[list[nn.Module]]:
+    """The blocks, those of one kind together; the first `n_exact` are apart."""
     kinds: dict[object, list[nn.Module]] = {}
-    for block in model.blocks:
+    for i, block in enumerate(model.blocks):
         shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters())
-        kinds.setdefault((type(block), shapes), []).append(block)
+        kinds.setdefault((type(block), shapes, i < n_exact), []).append(block)
     return list(kinds.values())
 
 

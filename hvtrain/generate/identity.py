@@ -1,6 +1,6 @@
 """What a video is made of: a digest that is equal if, and only if, a run would make the same video again.
 
-How ranks share the work, the attention kernel and where weights lie meanwhile are no part of it.
+How ranks share the work, the kernel of exact attention and where weights lie meanwhile are no part of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Sources:
 def sources_of(
     model: ModelConfig, loras: Sequence[Applied], prints: Mapping[str, Any], *, precision: str, images: Sequence[str] = (),
 ) -> Sources:
-    """`prints`: of the flavor and of every part; that of "vae" is the pixels', the others are the latents'."""
+    """`prints`: of the flavor, of every part and of sparse attention; that of "vae" is the pixels', the others
+    are the latents'."""
     m = model
     how = [precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
     changed = [(fingerprint(open_weights(one.lora.path)), one.multiplier, one.expert) for one in loras if one.multiplier]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hvtrain.adapters.attach import linear_shapes
-from hvtrain.config import ModelConfig, asset
+from hvtrain.config import ModelConfig, SparseConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.flow.solvers import SOLVERS
 from hvtrain.generate import spool
@@ -26,8 +26,10 @@ from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.parts import open_enlarger
+from hvtrain.models.sparse import check_sparse, pick_sparse
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
+from hvtrain.parallel.apply import EXACT
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.weights.containers import fingerprint
@@ -54,6 +56,7 @@ class Compute:
     kernel: str
     blocks_to_swap: int = 0
     shard_weights: bool = False
+    sparse: SparseConfig = EXACT
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +131,8 @@ def open_headers(model: ModelConfig) -> Dits:
 
 
 def find_sources(
-    dits: Dits, model: ModelConfig, loras: Sequence[Applied], jobs: Sequence[Job], *, precision: str
+    dits: Dits, model: ModelConfig, loras: Sequence[Applied], jobs: Sequence[Job], *, precision: str,
+    sparse: SparseConfig = EXACT,
 ) -> Sources:
     """Of all parts the headers are read, and single values; of each image the picture."""
     prints: dict[str, Any] = {part: fingerprint(found.weights) for part, found in dits.files.items()}
@@ -143,6 +147,8 @@ def find_sources(
     for request in (job.request for job in jobs if job.request.video is not None):
         check_low(str(request.video), request, dits.spec, dits.flavor)
         shown[str(request.video)] = request
+    if sparse.sampled:
+        prints["sparse"] = sparse.sampled
     return sources_of(model, loras, prints, precision=precision, images=list(shown))
 
 
@@ -176,7 +182,9 @@ def check_placing(compute: Compute, model: DiT, ctx: ParallelContext) -> None:
     if compute.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=False)
     else:
-        pick_kernel(compute.kernel, device=ctx.device, dtype=compute.dtype, training=False)
+        dense = pick_kernel(compute.kernel, device=ctx.device, dtype=compute.dtype, training=False)
+        pick_sparse(compute.sparse, dense=dense, device=ctx.device, dtype=compute.dtype, training=False)
+    check_sparse(compute.sparse, model, ring=ctx.ring, kernel=compute.kernel)
     if compute.blocks_to_swap:
         swap_savings(model.blocks, compute.blocks_to_swap)
 

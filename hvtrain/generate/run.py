@@ -72,7 +72,7 @@ def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
 
 def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     """Reads the LoRA files, the headers of all other parts, and what a run before has left. Collective."""
-    model, compute = cfg.model, Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap, cfg.shard_weights)
+    model, compute = cfg.model, Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap, cfg.shard_weights, cfg.sparse)
     dits = open_headers(model)
     flavor = dits.flavor
     check_heads(flavor.n_heads, ctx.ulysses)
@@ -91,7 +91,7 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
         wanted += of_slices(Path(cfg.slices), cfg.loraid, cfg.lora_multiplier, names)
     bases = {expert.name: fingerprint(dits.files[expert.part].weights) for expert in flavor.experts}
     loras = open_loras(wanted, dits.layers, dits.spec, flavor, quiet=not ctx.is_main, bases=bases)
-    sources = on_main(ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision))
+    sources = on_main(ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision, sparse=cfg.sparse))
     lots = on_main(ctx, lambda: remaining(grouped, sources, save_latents=cfg.save_latents))
     left = [job for lot in lots for job in lot.jobs]
     if left:
@@ -105,7 +105,9 @@ def jobs_of(cfg: GenerateConfig, flavor: Flavor) -> list[Job]:
     """The videos that a config asks for, in order."""
     if cfg.prompt_file is not None:
         return prompt_jobs(flavor, given(cfg), prompt_file=cfg.prompt_file, output=cfg.output)
-    also = (asdict(cfg.model), cfg.precision, [asdict(lora) for lora in cfg.lora], cfg.slices, cfg.loraid, cfg.lora_multiplier)
+    loras = [asdict(lora) for lora in cfg.lora], cfg.slices, cfg.loraid, cfg.lora_multiplier
+    also: tuple[object, ...] = (asdict(cfg.model), cfg.precision, *loras)
+    also += (cfg.sparse.sampled,) if cfg.sparse.sampled else ()
     return [single_job(flavor, given(cfg), prompt=cfg.prompt or "", output=cfg.output, also=also)]
 
 

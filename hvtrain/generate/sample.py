@@ -29,6 +29,7 @@ from hvtrain.models.conditions import stack
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.load import load_dit
 from hvtrain.models.precision import autocast
+from hvtrain.models.sparse_masks import kept_note
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
@@ -54,6 +55,7 @@ def sample_latents(
     x0: Tensor | None = None,
     begin: State | None = None,
     until: int | None = None,
+    exact_steps: int = 0,
     on_step: Callable[[State], None] | None = None,
 ) -> Tensor:
     """Scaled latents [B C T H W], float32, the same on every sequence-parallel rank. Collective among them.
@@ -61,7 +63,7 @@ def sample_latents(
     One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
     each. `uncond` holds the negative prompts, as many; `x0` a clip's latents, for conditions that a model takes from there.
     The caller chooses autocast. `on_step` is called on every rank after each step; `begin` goes on from such a state and
-    ends with the same latents, or with those after `until` steps.
+    ends with the same latents, or with those after `until` steps. Sparse attention begins after `exact_steps`.
     """
     seeds = seeds or [request.seed]
     n = len(next(iter(cond.values())))
@@ -73,16 +75,16 @@ def sample_latents(
     solver = SOLVERS[request.solver]
     schedule = solver.schedule(request.steps, shift=request.shift)
 
-    def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0) -> ModelInput:
+    def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0, exact: bool = False) -> ModelInput:
         cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}  # some are told where a step ends
-        return spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0)
+        return replace(spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0), exact=exact)
 
     def velocity_at(step: int) -> Velocity:
         level, until = (float(sigma) for sigma in schedule[step : step + 2])
         model, scale = models(level), request.scale(flavor.expert(level))
 
         def under(which: int) -> Velocity:
-            return lambda x, sigma: model(given(x, sigma, which, until))
+            return lambda x, sigma: model(given(x, sigma, which, until, step < exact_steps))
 
         return under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
 
@@ -170,6 +172,7 @@ def _sample(
             seeds=[r.seed for r in requests],
             begin=_begin(plan, lot),
             until=until,
+            exact_steps=plan.compute.sparse.exact_steps,
             on_step=on_step,
         )
 
@@ -233,9 +236,21 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     elif n_swapped:
         visits = BlockSwap(model.blocks, n_swapped, ctx.device)
     model.to(ctx.device)
-    kernel = parallelize(model, ctx, kernel=plan.compute.kernel, dtype=plan.compute.dtype, training=False, visits=visits)
+    how = plan.compute
+    kernel = parallelize(
+        model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse
+    )
     if ctx.is_main:
         away = f", {visits.describe()}" if visits else ""
         who = f"{expert.name}: " if expert else ""
         print(f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{away}", flush=True)
+        if how.sparse.sampled:
+            print(_left_out(plan, len(model.blocks)), flush=True)
     return model
+
+
+def _left_out(plan: Plan, n_blocks: int) -> str:
+    latent, exact = plan.flavor.latent, plan.compute.sparse.exact_steps
+    shapes = [latent.shape(frames=r.frames, height=r.height, width=r.width) for r in (job.request for job in plan.jobs)]
+    first = f", after {exact} exact steps" if exact else ""
+    return kept_note(plan.compute.sparse, map(latent.grid, shapes), n_blocks) + first

@@ -196,5 +196,6 @@ def parameters(plan: Plan, request: Request) -> dict[str, Any]:
             for one in plan.loras
         ],
         "precision": plan.compute.precision,
+        **({"sparse": plan.compute.sparse.sampled} if plan.compute.sparse.sampled else {}),
         "hvtrain": __version__,
     }

@@ -1,4 +1,4 @@
-"""Exact attention over the valid tokens, joint or across.
+"""Attention over the valid tokens, joint or across: exact, unless a run asks for less by name (sparse.py).
 
 No mask is ever built: padding is cut off before the kernel and put back as zeros, so cost and memory are those of the
 valid tokens.
@@ -7,14 +7,23 @@ valid tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hvtrain.models.attend_op import attend
-from hvtrain.models.dit import Joint
+from hvtrain.models.dit import Grid, Joint
 from hvtrain.models.kernels import KERNELS, Kernel
+from hvtrain.models.sparse import Sparse, attend_sparse
+
+
+class Fewer(NamedTuple):
+    """Not all pairs of this grid's tokens."""
+
+    sparse: Sparse
+    grid: Grid
 
 
 @dataclass
@@ -22,9 +31,15 @@ class Attention:
     """models.dit.Attend on one device."""
 
     kernel: Kernel = KERNELS["sdpa"]
+    sparse: Sparse | None = None  # where tokens are in its order
 
-    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
-        return local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=self.kernel)
+    def joint(
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+    ) -> Joint:
+        return local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=self.kernel, fewer=self.fewer(sparse))
+
+    def fewer(self, grid: Grid | None) -> Fewer | None:
+        return None if grid is None or self.sparse is None else Fewer(self.sparse, grid)
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
         outs = []
@@ -40,14 +55,16 @@ def _no_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def local_attend(
-    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, kernel: Kernel | None = None
+    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, kernel: Kernel | None = None,
+    fewer: Fewer | None = None,
 ) -> Joint:
     """Joint attention of image and text on one device; padded positions (image beyond n_img, text beyond txt_len)
     are neither read nor written: their output is zero."""
     kernel = kernel or KERNELS["sdpa"]
     parts = []
     for rows, n_txt in rows_of_equal_length(txt_len):
-        out = attend(kernel, *(join(x, rows, n_img=n_img, n_txt=n_txt) for x in (q, k, v)))
+        joined = (join(x, rows, n_img=n_img, n_txt=n_txt) for x in (q, k, v))
+        out = attend(kernel, *joined) if fewer is None else attend_sparse(fewer.sparse, *joined, grid=fewer.grid)
         parts.append(split(out, n_img=n_img, pad_img=q.img.shape[1], pad_txt=q.txt.shape[1]))
     return stack_rows(parts)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -51,6 +51,7 @@ class Tokens:
     txt_len: tuple[int, ...]
     shared: Mapping[str, Tensor] = field(default_factory=dict)  # [B ...]: conditioning vectors, contexts to cross-attend
     per_token: Mapping[str, Tensor] = field(default_factory=dict)  # [B S ...] or [1 S ...]: which modulation a token takes
+    sparse: Grid | None = None  # the grid, where the tokens are in a sparse pattern's order and attention may leave pairs out
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelInput:
     cond: Mapping[str, Tensor]  # the flavor's condition fields, batched; ragged ones padded with zeros to the longest
     lengths: Mapping[str, tuple[int, ...]]  # of each ragged field, by sample
     loss_mask: Tensor | None = None  # [B 1 T 1 1], 0 where the velocity is not to be learnt
+    exact: bool = field(default=False, kw_only=True)  # all pairs of tokens attend, also where attention is sparse
 
 
 class TokenSplit(Protocol):
@@ -83,11 +85,22 @@ class _Local:
 LOCAL: TokenSplit = _Local()
 
 
+class TokenOrder(Protocol):
+    """Another order of the image tokens, for the blocks alone."""
+
+    def arrange(self, tokens: Tokens) -> Tokens: ...
+
+    def restore(self, img: Tensor, grid: Grid) -> Tensor: ...  # [B S c], of all ranks
+
+
 class Attend(Protocol):
     """All attention of a model. Every module that attends has one as `attend`, and parallelize() sets it."""
 
-    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
-        """Over the first n_img image tokens of all ranks and the valid text; padding comes back as zeros."""
+    def joint(
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+    ) -> Joint:
+        """Over the first n_img image tokens of all ranks and the valid text; padding comes back as zeros.
+        `sparse` is that of the tokens."""
         ...
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
@@ -106,14 +119,20 @@ class DiT(nn.Module):
     arch: Any
     blocks: Sequence[nn.Module]  # in the order of execution; each takes and returns Tokens
     sequence: TokenSplit = LOCAL
+    order: TokenOrder | None = None  # of sparse attention
+    # Whether blocks know a token's place by its rope and per_token alone, and hand tokens.sparse on to `joint`.
+    may_be_sparse: ClassVar[bool] = False
     run_block: Callable[[nn.Module, Tokens], Tokens] = staticmethod(run_plain)
 
     def forward(self, inp: ModelInput) -> Tensor:
         """Velocity [B C T H W]."""
-        tokens = self.sequence.scatter(self.embed(inp))
+        tokens, order = self.embed(inp), None if inp.exact else self.order
+        tokens = self.sequence.scatter(tokens if order is None else order.arrange(tokens))
         for block in self.blocks:
             tokens = self.run_block(block, tokens)
         patches = self.sequence.gather(self.to_patches(tokens), tokens.n_img)
+        if order is not None:
+            patches = order.restore(patches, tokens.grid)
         return self.unpatchify(patches, tokens.grid)
 
     def embed(self, inp: Any) -> Tokens:

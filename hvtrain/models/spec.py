@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from hvtrain.config.parts import Part, parts_of
 from hvtrain.config.sampling import Sampling
 from hvtrain.errors import ConfigError
-from hvtrain.models.dit import DiT, ModelInput
+from hvtrain.models.dit import DiT, Grid, ModelInput
 from hvtrain.registry import Registry
 from hvtrain.weights.keymap import KeyMap
 
@@ -40,10 +41,13 @@ class LatentGeometry:
         t = (frames - 1) // self.stride_t + 1
         return self.channels, t, height // self.stride_h, width // self.stride_w
 
+    def grid(self, shape: Sequence[int]) -> Grid:
+        """Of the image tokens of latents [C T H W]."""
+        return Grid(*(n // p for n, p in zip(shape[-3:], self.patch, strict=True)))
+
     def n_tokens(self, shape: Sequence[int]) -> int:
         """Image tokens of latents [C T H W]."""
-        t, h, w = (n // p for n, p in zip(shape[-3:], self.patch, strict=True))
-        return t * h * w
+        return math.prod(self.grid(shape))
 
     @property
     def unit(self) -> tuple[int, int]:

@@ -63,7 +63,7 @@ class TwoStreamBlock(nn.Module):
         q, k, v = self.qkv("img", tokens.img, img_mod)
         q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
         joint = (Joint(*pair) for pair in zip((q, k, v), self.qkv("txt", tokens.txt, txt_mod), strict=True))
-        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse)
         img = self.finish("img", tokens.img, out.img, img_mod)
         return replace(tokens, img=img, txt=self.finish("txt", tokens.txt, out.txt, txt_mod))
 

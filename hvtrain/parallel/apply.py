@@ -7,15 +7,19 @@ from copy import copy
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from hvtrain.config import SparseConfig
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import LOCAL, Attend, DiT
 from hvtrain.models.kernels import Kernel, pick_kernel
+from hvtrain.models.sparse import PatternOrder, check_sparse, pick_sparse
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.parallel.swap import BlockVisits
 
+EXACT = SparseConfig()
 log = logging.getLogger(__name__)
 
 
@@ -29,10 +33,12 @@ def parallelize(
     training: bool = True,
     visits: BlockVisits | None = None,
     compiler: str | None = None,
+    sparse: SparseConfig = EXACT,
 ) -> Kernel:
     """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
     in (bfloat16 under autocast); `visits` has their weights in place; `compiler` is a backend of torch.compile for each
-    block. Returns the chosen kernel, whose name the run prints once."""
+    block; `sparse` leaves pairs of tokens out. Returns the chosen kernel, whose name the run prints once."""
+    check_sparse(sparse, model, ring=ctx.ring, kernel=kernel if isinstance(kernel, str) else kernel.name)
     other = kernel == xfuser_path.NAME
     if other:
         xfuser_path.refuse(ctx, training=training)
@@ -40,7 +46,7 @@ def parallelize(
         chosen = kernel
     else:
         chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training)
-    attend: Attend
+    attend: Attention
     if other:
         from hvtrain.parallel.usp import ShardedSequence
 
@@ -56,9 +62,13 @@ def parallelize(
         attend = Attention(chosen)
     if compiler and other:
         attend = _uncompiled(attend)  # what it sends from rank to rank cannot be traced: compiled around
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            setattr(module, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
+    _set_attend(model, attend)
+    fewer = pick_sparse(sparse, dense=chosen, device=ctx.device, dtype=dtype, training=training)
+    model.order = None if fewer is None else PatternOrder(fewer.pattern)
+    if fewer is not None:
+        for block in model.blocks[fewer.exact_layers :]:
+            _set_attend(block, replace(attend, sparse=fewer))
+        chosen = replace(chosen, name=f"{fewer.describe()}, else {chosen.name}")
     run_block = pick_policy(recompute)
     for block in model.blocks if compiler else ():
         block.compile(backend=compiler)
@@ -68,7 +78,14 @@ def parallelize(
     return chosen
 
 
-def _uncompiled(attend: Attend) -> Attend:
+def _set_attend(module: nn.Module, attend: Attend) -> None:
+    """To all in it that attend."""
+    for part in module.modules():
+        if hasattr(part, "attend"):
+            setattr(part, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
+
+
+def _uncompiled(attend: Attention) -> Attention:
     """The same, that torch.compile does not look into."""
     apart = copy(attend)
     apart.joint, apart.cross = torch.compiler.disable(attend.joint), torch.compiler.disable(attend.cross)  # type: ignore[method-assign]

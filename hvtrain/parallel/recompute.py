@@ -13,14 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hvtrain.models import attend_op
+from hvtrain.models import attend_op, sparse
 from hvtrain.models.dit import Tokens, run_plain
 from hvtrain.parallel.hostcopy import HostCopies
 from hvtrain.registry import Registry
 
 Block = Callable[[Tokens], Tokens]
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
-KEPT = [attend_op.OP.default]  # operators whose results `selective` keeps; usp.py adds the ring
+KEPT = [attend_op.OP.default, sparse.OP.default]  # operators whose results `selective` keeps; usp.py adds the ring
 
 
 def _full(block: Block, tokens: Tokens) -> Tokens:

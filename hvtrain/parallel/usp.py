@@ -19,13 +19,14 @@ from yunchang.ring.utils import RingComm
 from hvtrain.models.attend_op import attention, attention_backward
 from hvtrain.models.attention import (
     Attention,
+    Fewer,
     join,
     local_attend,
     rows_of_equal_length,
     split,
     stack_rows,
 )
-from hvtrain.models.dit import Joint, Rope, Tokens
+from hvtrain.models.dit import Grid, Joint, Rope, Tokens
 from hvtrain.models.kernels import Kernel, Partial, numbered
 from hvtrain.parallel.collectives import gather, heads_to_ranks, tokens_to_ranks
 from hvtrain.parallel.context import ParallelContext, check_heads
@@ -65,14 +66,21 @@ class UspAttention(Attention):
 
     ctx: ParallelContext = field(kw_only=True)
 
-    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
-        return usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=self.ctx, kernel=self.kernel)
+    def joint(
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+    ) -> Joint:
+        return usp_attend(
+            q, k, v, txt_len=txt_len, n_img=n_img, ctx=self.ctx, kernel=self.kernel, fewer=self.fewer(sparse)
+        )
 
 
 def usp_attend(
-    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, ctx: ParallelContext, kernel: Kernel
+    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, ctx: ParallelContext, kernel: Kernel,
+    fewer: Fewer | None = None,
 ) -> Joint:
-    """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks."""
+    """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks.
+    `fewer` is for Ulysses alone: around a ring a rank never holds all keys of its queries."""
+    assert fewer is None or ctx.ring == 1
     q, k, v = (_autocast(x) for x in (q, k, v))
     text = q.txt
     if ctx.ulysses > 1:
@@ -81,7 +89,7 @@ def usp_attend(
         img, txt, _ = ring(q.img, k.img, v.img, q.txt, k.txt, v.txt, list(txt_len), n_img, kernel.number, _place(ctx))
         out = Joint(img, txt)
     else:
-        out = local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=kernel)
+        out = local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=kernel, fewer=fewer)
     if ctx.ulysses > 1:
         # No text, no message: a model whose image tokens attend to themselves alone has none to put together again.
         txt = gather(out.txt, 2, ctx.ulysses_group) if text.shape[1] else text

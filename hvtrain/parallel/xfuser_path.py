@@ -14,7 +14,7 @@ import torch
 
 from hvtrain.errors import ConfigError
 from hvtrain.models.attention import Attention, rows_of_equal_length, split, stack_rows
-from hvtrain.models.dit import Joint
+from hvtrain.models.dit import Grid, Joint
 from hvtrain.models.kernels import KERNELS, Kernel
 from hvtrain.parallel.context import ParallelContext, at_shutdown
 
@@ -69,7 +69,9 @@ class XfuserAttention(Attention):
         super().__init__(kernel)
         self.ctx, self.layer = ctx, _layer(ctx)
 
-    def joint(self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int) -> Joint:
+    def joint(
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+    ) -> Joint:
         ctx, layer = self.ctx, self.layer
         n_local = q.img.shape[1]
         if n_local * ctx.sp != n_img:

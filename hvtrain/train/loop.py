@@ -50,6 +50,7 @@ class StepReport:
     waited: float  # of these, for data
     sets: tuple[int, ...] = ()  # of each sample: the number of its shard set
     work: tuple[tuple[int, int], ...] = ()  # of each micro-step: samples, and image tokens of one
+    kept: tuple[float, ...] = ()  # of each micro-step: share of attention's pairs of image tokens that were computed
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _step(
         progress=after, result=outcome, loss=mean, sample_loss=losses,
         sigma=torch.cat([r.sigma for r in results]).float().cpu().numpy(), n_tokens=sum(n * of_one for n, of_one in work),
         keys=tuple(keys), seconds=time.monotonic() - started, waited=waited, sets=tuple(sets), work=tuple(work),
+        kept=tuple(r.kept for r in results),
     )
 
 

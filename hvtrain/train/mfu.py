@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig
+from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, SparseConfig, ZeroConfig
+from hvtrain.models.dit import Grid
+from hvtrain.models.sparse_masks import kept_share
 from hvtrain.models.spec import Flavor, ModelSpec
+from hvtrain.parallel.apply import EXACT
 
 # Dense bf16 TFLOPS by the makers' data sheets; the first name that is in the device's.
 PEAKS = {
@@ -23,15 +27,22 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one sample forward and backward, a + b n + c n^2 of n image tokens; and a device's per second."""
+    """Operations of one sample forward and backward, a + b n + c n^2 of n image tokens, the last for their attention among each
+    other; and a device's per second."""
 
     a: float
     b: float
     c: float
     peak: float
+    sparse: SparseConfig = EXACT
+    n_blocks: int = 1
 
-    def flops(self, n_tokens: int) -> float:
-        return self.a + self.b * n_tokens + self.c * n_tokens**2
+    def flops(self, n_tokens: int, kept: float = 1.0) -> float:
+        """`kept`: of the pairs of image tokens."""
+        return self.a + self.b * n_tokens + self.c * n_tokens**2 * kept
+
+    def kept(self, grid: Grid) -> float:
+        return 1.0 if self.sparse.pattern == "none" else kept_share(self.sparse, grid, self.n_blocks)
 
 
 def peak_of(device_name: str, tflops: float | None) -> float | None:
@@ -42,7 +53,8 @@ def peak_of(device_name: str, tflops: float | None) -> float | None:
 
 
 def work_of(
-    spec: ModelSpec, flavor: Flavor, model: ModelConfig, adapter: AdapterConfig, run: RunSettings, *, peak: float
+    spec: ModelSpec, flavor: Flavor, model: ModelConfig, adapter: AdapterConfig, run: RunSettings, *, peak: float,
+    sparse: SparseConfig = EXACT,
 ) -> Work:
     from hvtrain.fit.estimate import Candidate, Training, flops_of_sample
     from hvtrain.fit.trace import Shape
@@ -55,4 +67,6 @@ def work_of(
         counts.append(flavor.latent.n_tokens(flavor.latent.shape(frames=1, height=shape.height, width=shape.width)))
         flops.append(flops_of_sample(cfg, Candidate(spec, flavor), shape))
     c, b, a = np.polyfit(np.array(counts, dtype=float), np.array(flops, dtype=float), 2)
-    return Work(float(a), float(b), float(c), peak)
+    with torch.device("meta"):
+        n_blocks = len(spec.build(flavor.arch).blocks)
+    return Work(float(a), float(b), float(c), peak, sparse, n_blocks)

@@ -63,7 +63,8 @@ class Monitor:
     def log(self, r: StepReport) -> None:
         self.spent["data"] = self.spent.get("data", 0.0) + r.waited
         if self.work is not None:
-            self.flops += sum(self.work.flops(n) * samples for samples, n in r.work)
+            kept = r.kept or (1.0,) * len(r.work)
+            self.flops += sum(self.work.flops(n, k) * samples for (samples, n), k in zip(r.work, kept, strict=True))
         step, ctx = r.progress.step, self.ctx
         if step % self.every and step != self.steps:
             return

@@ -34,6 +34,7 @@ class MicroResult:
     loss: Tensor  # scalar with a graph: the mean over this rank's samples
     per_sample: Tensor  # [B], detached
     sigma: Tensor  # [B]
+    kept: float = 1.0  # share of attention's pairs of image tokens that were computed
 
 
 @dataclass(frozen=True)

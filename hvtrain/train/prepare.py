@@ -21,7 +21,7 @@ from hvtrain.adapters.attach import (
 )
 from hvtrain.adapters.lokr import LokrLinear
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, ZeroConfig
+from hvtrain.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, SparseConfig, ZeroConfig
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.lorafiles.experts import check_range
 from hvtrain.lorafiles.files import LoraFile
@@ -29,8 +29,10 @@ from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import load_dit
+from hvtrain.models.sparse import pick_sparse
+from hvtrain.models.sparse_masks import kept_note
 from hvtrain.parallel import xfuser_path
-from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.apply import EXACT, parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.parallel.swap import swap_savings
@@ -42,7 +44,7 @@ from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Origin, find_idle
 from hvtrain.weights.containers import open_weights
 from hvtrain.weights.float8 import use_matmul
-from shards import ShardError
+from shards import ShardError, ShardSet
 
 T = TypeVar("T")
 
@@ -88,7 +90,7 @@ def say(text: str) -> None:
 
 def check_machinery(
     zero: ZeroConfig, optim: OptimConfig, parallel: ParallelConfig, ctx: ParallelContext, *, recompute: str,
-    dtype: torch.dtype, ratios: bool = False,
+    dtype: torch.dtype, ratios: bool = False, sparse: SparseConfig = EXACT,
 ) -> None:
     """What a run computes with, whatever the model."""
     check_engine(zero)
@@ -97,7 +99,8 @@ def check_machinery(
     if parallel.kernel == xfuser_path.NAME:
         xfuser_path.refuse(ctx, training=True)
     else:
-        pick_kernel(parallel.kernel, device=ctx.device, dtype=dtype, training=True)
+        dense = pick_kernel(parallel.kernel, device=ctx.device, dtype=dtype, training=True)
+        pick_sparse(sparse, dense=dense, device=ctx.device, dtype=dtype)
 
 
 def check_weights(
@@ -144,15 +147,30 @@ def find_others(model: ModelConfig, bases: Sequence[Origin]) -> dict[str, Origin
         raise ConfigError(f"preview.every_steps: '{name}' makes videos with all experts: {error}, or set it to 0") from None
 
 
-def open_idle(base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel: str, dtype: torch.dtype) -> DiT:
+def open_idle(
+    base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel: str, dtype: torch.dtype, sparse: SparseConfig = EXACT
+) -> DiT:
     """A DiT that only makes videos, whole on every rank. Collective."""
     dit = load_dit(
         str(base.path), model=model.name, flavor=model.flavor, dtype=getattr(torch, model.dtype), device=ctx.device,
         quantize_to=model.quantize,
     ).model.eval().requires_grad_(False)
     use_matmul(dit, model.fp8_matmul)
-    parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False)
+    parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False, sparse=sparse)
     return dit
+
+
+def sparse_note(cfg: SparseConfig, base: Origin, sets: Sequence[ShardSet]) -> str:
+    """A line of what a run leaves out; nothing where attention is exact."""
+    if cfg.pattern == "none":
+        return ""
+    latent, grids = base.flavor.latent, []
+    for bucket in {bucket for found in sets for bucket in found.groups()}:
+        frames, height, width = map(int, bucket.split("x"))
+        grids.append(latent.grid(latent.shape(frames=frames, height=height, width=width)))
+    return kept_note(cfg, grids, len(base.outline.blocks)) + "\n"
+
+
 def check_whole(base: Origin, a: AdapterConfig) -> None:
     """Of a full fine-tune: which weights."""
     names = trained([n for n, _ in base.outline.named_parameters()], train=a.train, freeze=a.freeze)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvtrain.config import ModelConfig, PreviewConfig
+from hvtrain.config import ModelConfig, PreviewConfig, SparseConfig
 from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError
 from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
@@ -109,10 +109,11 @@ class Previews:
 
     def __init__(
         self, plans: Sequence[Preview], model: ModelConfig, spec: ModelSpec, flavor: Flavor, ctx: ParallelContext, *,
-        folder: Path, precision: str, ema: bool = False,
+        folder: Path, precision: str, ema: bool = False, sparse: SparseConfig | None = None,
     ) -> None:
         self.plans, self.model_cfg, self.spec, self.flavor, self.ctx = plans, model, spec, flavor, ctx
         self.folder, self.autocast, self.ema = folder, precision == "bf16", ema
+        self.sparse = sparse or SparseConfig()
         self.vae: Vae | None = None
         pictures = {i: self._opening(p.begins) for i, p in enumerate(plans) if p.begins and flavor.sees}
         self.conds = encode_requests([p.request for p in plans], spec, flavor, model, ctx, pictures=pictures) if plans else None
@@ -127,7 +128,8 @@ class Previews:
             if self.ctx.is_main:
                 frames = decode(self._vae(), latents)[0]
                 path = self.folder / f"step{step:08d}_{i}{ending(request)}"
-                write_video(path, frames, fps=request.fps, metadata={**request.values, "step": step})
+                about = {**request.values, "step": step, **self._inexact()}
+                write_video(path, frames, fps=request.fps, metadata=about)
                 rows.append(_row(frames))
                 yield f"preview/{i}", frames, request.fps
         if rows:
@@ -156,7 +158,11 @@ class Previews:
             return sample_latents(
                 models, self.spec, self.flavor, {**self.conds.of(request, seen), **own}, request=request, ctx=self.ctx,
                 uncond={**self.conds.negative(request), **own} if request.guided else None, x0=x0,
+                exact_steps=self.sparse.exact_steps,
             )
+
+    def _inexact(self) -> dict[str, object]:
+        return {"sparse": self.sparse.sampled} if self.sparse.sampled else {}
 
 
 def _row(frames: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
 from hvtrain.flow.picture import draw, lines, look
-from hvtrain.lorafiles.metadata import EXPERT_KEY, of_flavor
+from hvtrain.lorafiles.metadata import EXPERT_KEY, SPARSE_KEY, of_flavor
+from hvtrain.models.sparse import check_sparse
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.parallel.swap import ModelSwap
@@ -43,6 +44,7 @@ from hvtrain.train.prepare import (
     on_all,
     open_idle,
     say,
+    sparse_note,
     take,
 )
 from hvtrain.train.preview import Preview, Previews, plan_previews
@@ -94,7 +96,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     cfg, steps = ready.cfg, ready.steps
     identity = setup.identity(
         [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
-        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn,
+        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn, sparse=cfg.sparse.trained,
     )
     output, results = Path(cfg.run.output_dir), results_of(cfg.run, [member.name for member in ready.members])
     try:
@@ -158,6 +160,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     check_machinery(
         cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype, ratios=bool(cfg.adapter.lr_ratios),
+        sparse=cfg.sparse,
     )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
@@ -175,6 +178,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         base, cfg.zero, ctx, whole=whole, n_bytes=n_bytes, blocks_to_swap=cfg.run.blocks_to_swap,
         n_models=1 if wait else len(bases),
     )
+    check_sparse(cfg.sparse, base.outline, ring=ctx.ring, kernel=cfg.parallel.kernel)
     for one in bases:
         own = setup.adapter_of(cfg.adapter, one.expert)
         check_whole(one, own) if whole else check_adapter(one, own, plan)
@@ -218,7 +222,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
     cfg, base, sets = ready.cfg, ready.base, ready.sets
     previews = Previews(  # encodes its prompts before all else takes memory
         ready.previews, cfg.model, base.spec, base.flavor, ctx, folder=Path(cfg.run.output_dir) / "previews",
-        precision=cfg.run.precision, ema=cfg.preview.ema,
+        precision=cfg.run.precision, ema=cfg.preview.ema, sparse=cfg.sparse,
     )
     autocast = cfg.run.precision == "bf16"
     objective = objective_of(cfg.flow, base.spec, base.flavor, device=ctx.device, autocast=autocast)
@@ -258,7 +262,7 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
         )
         kernel = parallelize(
             subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, visits=subject.swap,
-            compiler="inductor" if cfg.run.compile == "blocks" else None,
+            compiler="inductor" if cfg.run.compile == "blocks" else None, sparse=cfg.sparse,
         )
         engine = build_engine(
             subject.model, subject.trainable, cfg.zero, ctx,
@@ -270,14 +274,16 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
         trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)
     return Team(
         trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
-        open_idle=lambda expert: open_idle(ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype),
+        open_idle=lambda expert: open_idle(
+            ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype, sparse=cfg.sparse
+        ),
     )
 
 
 def _work(ready: Prepared, ctx: ParallelContext) -> Work | None:
     """What the MFU is counted by. Collective: one rank finds it out."""
     c, base, peak = ready.cfg, ready.base, peak_of(ctx.device_name, ready.cfg.run.peak_tflops)
-    mine = peak and ctx.is_main and work_of(base.spec, base.flavor, c.model, c.adapter, c.run, peak=peak)
+    mine = peak and ctx.is_main and work_of(base.spec, base.flavor, c.model, c.adapter, c.run, peak=peak, sparse=c.sparse)
     return ctx.gather_objects(mine or None)[0]
 
 
@@ -319,6 +325,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
         f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
+        f"{sparse_note(c.sparse, base, ready.sets)}"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "
         f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
@@ -352,5 +359,5 @@ def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
         "ss_datasets": [shown(entry.path) for entry in c.data.sets], "ss_fp8_base": c.model.quantize != "none",
         "ss_min_timestep": round(1000 * flow.min_sigma), "ss_max_timestep": round(1000 * flow.max_sigma),
         **of_flavor(base.flavor), "hvtrain.base": base.fingerprint,
-        EXPERT_KEY: base.expert and base.expert.name,
+        EXPERT_KEY: base.expert and base.expert.name, SPARSE_KEY: c.sparse.trained or None,
     }

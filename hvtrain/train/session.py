@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -170,7 +170,9 @@ class Session:
         latents = tensors["latents"]
         self.latents = tuple(latents.shape)
         n_tokens = len(latents) * self.flavor.latent.n_tokens(latents.shape)
-        return now.objective(now.engine.model, tensors, where), n_tokens
+        result = now.objective(now.engine.model, tensors, where)
+        kept = self.work.kept(self.flavor.latent.grid(latents.shape)) if self.work is not None else 1.0
+        return replace(result, kept=kept), n_tokens
 
     def _count_bad(self, batch: Batch) -> None:
         for message in batch.bad:

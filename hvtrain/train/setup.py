@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -301,10 +301,11 @@ _OF_ADAPTER = (
 
 def identity(
     bases: Sequence[Origin], adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
-    data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1,
+    data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1, sparse: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
-    shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the next."""
+    shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the
+    next; `sparse`: what attention leaves out, so that a file's metadata says it of all steps."""
     base, several = bases[0], len(bases) > 1
     names = _OF_WHOLE if adapter.type == "none" else _OF_ADAPTER
     merged = [
@@ -321,6 +322,7 @@ def identity(
         "data.mixture": [asdict(replace(e, path="")) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
         "optim.name": optimizer,
         "run.seed": seed, "run.name": name,
+        **{f"sparse.{key}": value for key, value in (sparse or {"pattern": "none"}).items()},
     }
 
 

@@ -80,7 +80,7 @@ class SingleBlock(nn.Module):
         sizes = [img.shape[1], txt.shape[1]]
         q, k, v = (Joint(*x.split(sizes, dim=1)) for x in (self.q_norm(q).to(v), self.k_norm(k).to(v), v))
         q, k = (Joint(rotate(x.img, tokens.rope), x.txt) for x in (q, k))
-        out = self.attend.joint(q, k, v, txt_len=tokens.txt_len, n_img=tokens.n_img)
+        out = self.attend.joint(q, k, v, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse)
         attended = torch.cat([out.img, out.txt], dim=1).flatten(2)
         out = self.linear2(torch.cat([attended, F.gelu(inside, approximate="tanh")], dim=-1))
         out_img, out_txt = out.split(sizes, dim=1)
@@ -99,6 +99,7 @@ def per_token(mod: nn.Module, tokens: Tokens, n: int) -> Sequence[Tensor]:
 
 class HunyuanVideo(DiT):
     arch: HunyuanVideoArch
+    may_be_sparse = True
 
     def __init__(self, arch: HunyuanVideoArch) -> None:
         super().__init__()

@@ -93,6 +93,7 @@ class DoubleBlock(TwoStreamBlock):
 
 class HunyuanVideo15(DiT):
     arch: HunyuanVideo15Arch
+    may_be_sparse = True
 
     def __init__(self, arch: HunyuanVideo15Arch) -> None:
         super().__init__()

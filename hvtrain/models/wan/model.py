@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         k = rotate(self.heads(self.norm_k(self.k(x))), tokens.rope).to(v.dtype)
         none = v[:, :0]  # no text takes part
         joint = (Joint(one, none) for one in (q, k, v))
-        return self.o(self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img).img.flatten(2))
+        return self.o(self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse).img.flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -161,6 +161,7 @@ class PictureEmbedder(nn.Module):
 
 class Wan(DiT):
     arch: WanArch
+    may_be_sparse = True
     blocks: nn.ModuleList  # type: ignore[assignment]
 
     def __init__(self, arch: WanArch) -> None:
