@@ -30,6 +30,15 @@ def place(tmp_path_factory):
     return root
 
 
+def scalars(folder):
+    """Tag -> (step, value) of TensorBoard's events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def auto(place, output, *numbers, **more):
     return config(place, output, *numbers, how="auto", states=4, held_out=2, steps=2, **more)
 
@@ -43,7 +52,12 @@ def test_loras_that_share_rows_and_left_samples_are_reconciled_by_itself(place, 
     assert "reconciled by" not in capsys.readouterr().out
     one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("auto", "asked"))
     assert all(torch.equal(one[name], other[name]) for name in other)
-    assert json.loads((tmp_path / "auto-merge.json").read_text())["policy"] == "fit+distill"
+    about = json.loads((tmp_path / "auto-merge.json").read_text())
+    assert about["policy"] == "fit+distill"
+    assert scalars(tmp_path / "auto-merge" / "tensorboard") == {
+        f"distance/{name}": [(0, pytest.approx(about["summed"][name])), (1, pytest.approx(about["fidelity"][name]))]
+        for name in ("1/lora.safetensors", "2/lora.safetensors")
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,7 +87,7 @@ def test_one_that_is_off_leaves_nothing_to_reconcile(place, tmp_path):
 def test_where_nothing_is_to_be_reconciled_nothing_is_computed(place, tmp_path, monkeypatch, numbers, policy):
     monkeypatch.setattr(merge, "start", lambda *a, **b: pytest.fail("it computes"))
     merge.run(replace(auto(place, tmp_path / "m.safetensors", *numbers), on_overlap=policy))
-    assert json.loads((tmp_path / "m-merge.json").read_text())["policy"] == policy
+    assert json.loads((tmp_path / "m-merge.json").read_text())["policy"] == policy and not (tmp_path / "m-merge").exists()
 
 
 def test_samples_for_a_merge_that_does_not_reconcile_are_refused(place, tmp_path):
