@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvtrain.errors import ConfigError
+from hvtrain.tiny.clips import Drawing
 from hvtrain.tiny.score import CONFIGS, read_video
 from hvtrain.tiny.sheet import contact_sheet
 from hvtrain.tiny.words import (
@@ -54,11 +55,12 @@ def run(output: str, n: int) -> int:
     each = (item for path in runs.values() for item in ("--lora", str(path)))
     hvtrain("merge", "--dit", DIT, *each, "--on-overlap", "sum", "--as", "lora", "--output", f"{folder}/summed.safetensors")
     say("5 generate: from each LoRA its own word, from the merges all of them and old words, from the base the old words")
-    scores = {"base": _generate(folder / "base", (), None)}
-    alone = [_generate(folder / "alone" / w, (w,), path / f"slice-{path.name}.safetensors") for w, path in runs.items()]
-    scores["alone"] = {word: share for own in alone for word, share in own.items()}
-    scores["summed"] = _generate(folder / "summed", words, folder / "summed.safetensors")
-    scores["reconciled"] = _generate(folder / "reconciled", words, sliced / "merge" / "merged-lora.safetensors")
+    every = asked(words)
+    scores = {"base": _generate(folder / "base", every, "", None), "alone": {}}
+    for word, path in runs.items():
+        scores["alone"] |= _generate(folder / "alone" / word, every, word, path / f"slice-{path.name}.safetensors")
+    scores["summed"] = _generate(folder / "summed", every, None, folder / "summed.safetensors")
+    scores["reconciled"] = _generate(folder / "reconciled", every, None, sliced / "merge" / "merged-lora.safetensors")
     _sheet(folder, words)
     amiss = forgotten(scores["alone"], scores["reconciled"], scores["base"][OLD])
     _close(folder, scores, amiss, time.monotonic() - started)
@@ -78,16 +80,16 @@ def _encode(folder: Path, words: Sequence[str]) -> None:
     hvtrain("shards", "split", f"{folder}/shards", "--folder", "--output", f"{folder}/parts")
 
 
-def _generate(folder: Path, words: Sequence[str], lora: Path | None) -> dict[str, float]:
-    """The share of right videos of each word, and, but for one word alone, of old words."""
-    wanted = asked(words, old=len(words) != 1)
+def _generate(folder: Path, every: Sequence[Drawing], word: str | None, lora: Path | None) -> dict[str, float]:
+    """The share of right videos of each word, or of this one alone ("": old words). Every column has the same noise."""
+    wanted = {seed: clip for seed, clip in enumerate(every) if word is None or clip.word == word}
     folder.mkdir(parents=True)
-    (folder / "prompts.txt").write_text("".join(f"{clip.caption}\n" for clip in wanted))
+    (folder / "prompts.txt").write_text("".join(f"{clip.caption} --d {seed}\n" for seed, clip in wanted.items()))
     hvtrain(
         "launch", "--nproc", "2", "generate", f"{CONFIGS}/generate.yaml", f"prompt_file={folder}/prompts.txt",
         f"output={folder}", *(["--lora", str(lora)] if lora else []),
     )
-    return shares(wanted, sorted(folder.glob("*.mp4")))
+    return shares(list(wanted.values()), sorted(folder.glob("*.mp4")))
 
 
 def forgotten(alone: Mapping[str, float], merged: Mapping[str, float], base: float) -> list[str]:

@@ -63,8 +63,10 @@ def test_two_words_are_two_jobs_and_one_merge(tmp_path, monkeypatch, commands, c
     assert [merge[i + 1] for i, word in enumerate(merge) if word == "--lora"] == [f"{tmp_path}/demo/run/0{i}" for i in (1, 2)]
     assert [words[-1] for words in commands[6:8]] == [f"{tmp_path}/demo/run/0{i}/slice-0{i}.safetensors" for i in (1, 2)]
     assert (tmp_path / "demo/alone/star/prompts.txt").read_text().count("\n") == 12
-    assert (tmp_path / "demo/base/prompts.txt").read_text().count("\n") == 24
-    assert (tmp_path / "demo/reconciled/prompts.txt").read_text().count("\n") == 48
+    whole = (tmp_path / "demo/reconciled/prompts.txt").read_text()
+    assert whole.count("\n") == 48 and whole.startswith("a star moves left on a gray background --d 0\n")
+    assert (tmp_path / "demo/base/prompts.txt").read_text() == "".join(whole.splitlines(keepends=True)[24:])
+    assert (tmp_path / "demo/alone/cross/prompts.txt").read_text() == "".join(whole.splitlines(keepends=True)[12:24])
     said = capsys.readouterr().out
     assert f"{'star':>14}        100%{summed:12.0%}{reconciled:12.0%}" in said
     assert ("NOT KEPT: the words' mean is 50%" in said) is bool(code)
