@@ -85,7 +85,10 @@ def load_slices(run: str | Path) -> Slices:
 def save_slices(run: Path, slices: Slices) -> None:
     for folder in ("state", "logs"):
         (run / folder).mkdir(parents=True, exist_ok=True)
-    _write(run / FILE, asdict(slices))
+    body = asdict(slices)
+    if not slices.silence:
+        del body["silence"]  # an older version knows no such key, and its jobs read the file too
+    _write(run / FILE, body)
 
 
 def load_state(run: Path, name: str) -> JobState:

@@ -75,8 +75,9 @@ def test_slices_without_a_plan_are_trained_and_kept_in_one_lora(tmp_path):
     for i in (1, 2):
         make_shards(tmp_path / "parts" / f"0{i}", n=20, seed=i, word=i)
     wanted = jobs._slices(parse([
-        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=4", "optim.lr=1e-2", "adapter.rank=4",
-        "run.precision=fp32", "zero.engine=torch", "data.calibration=12", "--data", f"{tmp_path}/parts", "--output", f"{tmp_path}/run",
+        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=4", "run.precision=fp32",
+        "optim.lr=1e-2", "adapter.rank=4", "zero.engine=torch", "data.calibration=12", "--data", f"{tmp_path}/parts",
+        "--output", f"{tmp_path}/run",
     ]))
     for i in (1, 2):
         assert cli.main(slices.train_arguments(tmp_path / "run", wanted, i)) == 0

@@ -189,6 +189,14 @@ def test_silence_is_taught_by_the_other_slices_data():
     assert data.shards == ()
 
 
+def test_silence_is_remembered_by_the_run(tmp_path):
+    for number, silence in enumerate((0.0, 0.5)):
+        plan = slices.Slices("", None, (), ("/a", "/b"), 2, silence=silence)
+        slices.save_slices(tmp_path / str(number), plan)
+        assert slices.load_slices(tmp_path / str(number)) == plan
+    assert "silence" not in (tmp_path / "0" / slices.FILE).read_text()
+
+
 def test_silence_takes_parts_of_their_own(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 2}))
