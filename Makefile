@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12 make env     another interpreter (default: python3)
 #   make demo MODEL=wan            another of the tiny models (docs/tiny.md)
+#   make demo SLICES=6             six words, six jobs, one merge that keeps them all (docs/loraid.md)
 #   make test ARGS="-k lora -x"    arguments for pytest (default: as many processes as cores, at most 8)
 #   make mutate ONLY='hvtrain.flow.*'   plant bugs and see whether the tests notice (tests/mutate.py)
 
@@ -17,7 +18,7 @@ ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALL
 .PHONY: demo test lint mutate env clean
 
 demo: $(STAMP)
-	@$(ENV) $(BIN)/python -m launcher demo $(if $(MODEL),--model $(MODEL))
+	@$(ENV) $(BIN)/python -m launcher demo $(if $(MODEL),--model $(MODEL)) $(if $(SLICES),--slices $(SLICES))
 
 test: $(STAMP)
 	@$(ENV) $(BIN)/python -m pytest $(ARGS)

@@ -30,24 +30,14 @@ PICTURED, PICTURES = "generate_image.yaml", "from_pictures"  # config of a model
 
 def run(output: str, model: str | None = None) -> int:
     """Make everything below `output`, which is emptied if an earlier demo made it. `model`: whose tiny copy, else the default."""
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output: {folder} is a file; give a directory")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise ConfigError(f"--output: {folder} holds files that no demo wrote; choose another directory")
     configs = _configs(model)
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"--output: {folder} cannot be made ({error.strerror}); choose another directory") from None
-    (folder / MARKER).touch()
+    folder = emptied(output)
     started = time.monotonic()
     prompts = [f"a {CONCEPT} moves {m} on a {b} background" for m in MOTIONS for b in BACKGROUNDS]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
     merged = _road(folder, configs)
     pictured = _from_pictures(folder, configs, merged) if (configs / PICTURED).exists() else None
-    _say("look at the pixels")
+    say("look at the pixels")
     scores = {name: score(folder / name) for name in ("before", "after", "merged")}
     _sheet(folder, prompts, ["before", "after", "merged", *([PICTURES] if pictured else [])])
     _close(folder, scores, pictured, time.monotonic() - started)
@@ -55,9 +45,25 @@ def run(output: str, model: str | None = None) -> int:
     return 0 if good and (pictured is None or (pictured[0] >= 22 and pictured[1] >= 0.8)) else 1
 
 
-def _configs(model: str | None) -> Path:
+def emptied(output: str) -> Path:
+    """The folder of a demo, which holds nothing but a sign that it is one."""
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output: {folder} is a file; give a directory")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ConfigError(f"--output: {folder} holds files that no demo wrote; choose another directory")
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS} is missing: the demo runs from a checkout of the repository (`make demo`)")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {folder} cannot be made ({error.strerror}); choose another directory") from None
+    (folder / MARKER).touch()
+    return folder
+
+
+def _configs(model: str | None) -> Path:
     if model is None:
         return CONFIGS
     from hvtrain.tiny.parts import embedded_parts  # torch
@@ -70,40 +76,40 @@ def _road(folder: Path, configs: Path) -> list[str]:
     dataset = write_clips(ClipsRecipe(output=str(folder / "clips"), n=N_CLIPS, concept=True, seed=1))
     shards, loras, prompts = folder / "shards", folder / "lora", folder / "prompts.txt"
     generate = ["generate", f"{configs}/generate.yaml", f"prompt_file={prompts}"]
-    _say(f"1 encode {N_CLIPS} captioned clips of a '{CONCEPT}' on 2 ranks")
-    _hvtrain("launch", "--nproc", "2", "encode", f"{configs}/encode.yaml", f"dataset={dataset}", f"output={shards}")
-    _say("2 before: the base model, which does not know the word")
-    _hvtrain(*generate, f"output={folder / 'before'}")
-    _say("3 train a LoRA on 2 ranks: data parallel 2, ZeRO-2, optimizer offloaded to the CPU")
+    say(f"1 encode {N_CLIPS} captioned clips of a '{CONCEPT}' on 2 ranks")
+    hvtrain("launch", "--nproc", "2", "encode", f"{configs}/encode.yaml", f"dataset={dataset}", f"output={shards}")
+    say("2 before: the base model, which does not know the word")
+    hvtrain(*generate, f"output={folder / 'before'}")
+    say("3 train a LoRA on 2 ranks: data parallel 2, ZeRO-2, optimizer offloaded to the CPU")
     train = ["launch", "--nproc", "2", "train", f"{configs}/lora.yaml", f"data.shards={shards}"]
-    _hvtrain(*train, f"run.output_dir={loras}")
-    _say("4 a short run with sequence parallelism: Ulysses 2")
-    _hvtrain(
+    hvtrain(*train, f"run.output_dir={loras}")
+    say("4 a short run with sequence parallelism: Ulysses 2")
+    hvtrain(
         *train, f"run.output_dir={folder / 'lora_ulysses'}", "parallel.ulysses=2", "run.steps=10", "optim.warmup_steps=0",
         "preview.every_steps=0",
     )
     made = _loras(loras, configs)
-    _say("5 after: the base model with the LoRA")
-    _hvtrain(*generate, f"output={folder / 'after'}", f"lora=[{', '.join(f'{{path: {lora}}}' for lora, _ in made.values())}]")
-    _say("6 merge the LoRA into the model")
+    say("5 after: the base model with the LoRA")
+    hvtrain(*generate, f"output={folder / 'after'}", f"lora=[{', '.join(f'{{path: {lora}}}' for lora, _ in made.values())}]")
+    say("6 merge the LoRA into the model")
     merged = {part: folder / f"{lora.name.replace(CONCEPT, 'merged')}" for part, (lora, _) in made.items()}
     for part, (lora, base) in made.items():
-        _hvtrain("merge", "--dit", base, "--lora", str(lora), "--output", str(merged[part]))
-    _say("7 generate from the merged model")
+        hvtrain("merge", "--dit", base, "--lora", str(lora), "--output", str(merged[part]))
+    say("7 generate from the merged model")
     keys = [f"model.{part}={path}" for part, path in merged.items()]
-    _hvtrain(*generate, f"output={folder / 'merged'}", *keys)
+    hvtrain(*generate, f"output={folder / 'merged'}", *keys)
     return keys
 
 
 def _from_pictures(folder: Path, configs: Path, merged: Sequence[str]) -> tuple[float, float]:
     """(PSNR in dB of the worst first frame against the picture that was given, share of the videos that then move as told)"""
-    _say("8 generate from the merged model and a picture each")
+    say("8 generate from the merged model and a picture each")
     wanted, made = concept_clips(N_PROMPTS, seed=2), folder.resolve() / PICTURES
     made.mkdir()
     pictures = draw_first(wanted, made)
     lines = (f"{clip.caption} --i {picture}\n" for clip, picture in zip(wanted, pictures))
     (made / "prompts.txt").write_text("".join(lines))
-    _hvtrain("generate", f"{configs}/{PICTURED}", f"prompt_file={made}/prompts.txt", f"output={made}", *merged)
+    hvtrain("generate", f"{configs}/{PICTURED}", f"prompt_file={made}/prompts.txt", f"output={made}", *merged)
     videos = sorted(made.glob("*.mp4"))
     moved = [look(read_video(video)).motion == clip.motion for video, clip in zip(videos, wanted)]
     return min(map(kept, videos, pictures)), sum(moved) / len(moved)
@@ -131,13 +137,13 @@ def _sheet(folder: Path, prompts: list[str], names: list[str]) -> None:
     contact_sheet(folder / "contact_sheet.png", rows[::2], columns=names)
 
 
-def _hvtrain(*arguments: str) -> None:
+def hvtrain(*arguments: str) -> None:
     print(f"$ hvtrain {shlex.join(arguments)}", flush=True)
     if code := subprocess.run([*HVTRAIN, *arguments]).returncode:
         raise HvtrainError(f"the demo stopped: 'hvtrain {arguments[0]}' ended with exit code {code}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -161,6 +162,19 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 def adapted_layers(model: nn.Module) -> Iterator[AdaptedLinear]:
     return (module for module in model.modules() if isinstance(module, AdaptedLinear))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before they were attached, for a while."""
+    layers = list(adapted_layers(model))
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 def seed_dropout(model: nn.Module, seed: int, *, step: int = 0, micro: int = 0, dp_rank: int = 0) -> None:

@@ -76,6 +76,7 @@ class AdaptedLinear(nn.Linear):
         if not 0 <= self.rows[0] < self.rows[1] <= self.out_features:
             raise ConfigError(f"adapter target '{name}': rows {self.rows} of {self.out_features}")
         self.dropout_key: DropoutKey | None = None
+        self.off = False  # the layer is its base alone: see attach.without_adapters
         # Made on the CPU by name, not in order: equal on every rank without a broadcast, and a layer's start
         # does not depend on which other layers are trained.
         self.make(self.rows[1] - self.rows[0], seed, "cpu" if base.weight.is_meta else base.weight.device)
@@ -154,6 +155,8 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [B ... in] -> [B ... out]
         base = linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
+        if self.off:
+            return base
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.get_parameter(self.PARTS[self.ROWS[-1]]).dtype)
         scale = self.alpha / self.rank * (self.cap(self.parts) if self.how.max_norm else 1.0)

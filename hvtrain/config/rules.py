@@ -344,6 +344,18 @@ def _check_reconcile(cfg: MergeConfig) -> None:
         if c.samples or c.keep:
             raise ConfigError(f"{'samples' if c.samples else 'keep'} is for --reconcile fit, distill or fit+distill")
         return
+    if c.how != "auto":
+        _check_reconciling(cfg)
+    for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
+        if not getattr(c, key) > 0:
+            raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
+    if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):
+        raise ConfigError(f"reconcile: keep_weight {c.keep_weight} and lr {c.lr}, expected 0 or more, and more than 0")
+
+
+def _check_reconciling(cfg: MergeConfig) -> None:
+    """What a way that was asked for does not go with; one that is chosen (merge/choose.py) is chosen where it can be."""
+    c = cfg.reconcile
     if cfg.on_overlap != "error" or cfg.density is not None:
         raise ConfigError(f"--reconcile {c.how} decides what becomes of shared rows: leave --on-overlap and --density away")
     if not cfg.dit:
@@ -352,11 +364,6 @@ def _check_reconcile(cfg: MergeConfig) -> None:
         raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
     if cfg.rank is not None and c.how == "distill":
         raise ConfigError("rank: distill trains the LoRAs' own pairs, whose ranks add up; use fit+distill to have fewer")
-    for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
-        if not getattr(c, key) > 0:
-            raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
-    if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):
-        raise ConfigError(f"reconcile: keep_weight {c.keep_weight} and lr {c.lr}, expected 0 or more, and more than 0")
 
 
 def _check_sampling(values: Sampling, prefix: str = "") -> None:

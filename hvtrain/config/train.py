@@ -26,6 +26,8 @@ class ShardsConfig:
     """The optimizer step before which it is not read"""
     until_step: int | None = None
     """The step from which on it is not read any more; null: to the end"""
+    silent: bool = False
+    """The adapter shall change nothing on these samples: what they are to give is what the model gives without it"""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Options:
 
     density: float | None = None
     seed: int = 0
+    why_not: str = ""  # reconciled by what they do
 
 
 Policy = Callable[[Sequence[Contribution], str, Options], Result]
@@ -45,9 +46,10 @@ def _error(found: Sequence[Contribution], module: str, options: Options) -> Resu
     """Refuse."""
     for shared in overlaps({module: found}):
         others = ", ".join(name for name in POLICIES if name != "error")
+        why_not = f" (by what each does they cannot be: {options.why_not})" if options.why_not else ""
         raise CheckpointError(
             f"{shared.first} and {shared.second} both change {shared.n_rows} rows of '{module}': added up, neither is what it "
-            f"was trained to be. Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}"
+            f"was trained to be. Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}{why_not}"
         )
     return list(found)
 

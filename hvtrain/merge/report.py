@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -93,13 +94,27 @@ class Report:
 
 
 def save_report(report: Report, output: Path) -> list[Path]:
-    """NAME-merge.json and NAME-merge.html beside the output."""
+    """NAME-merge.json and NAME-merge.html beside the output; of a merge that reconciled also NAME-merge/, for TensorBoard."""
     folder, stem = (output.parent, output.stem) if output.suffix else (output, output.name)
     paths = [folder / f"{stem}-merge.json", folder / f"{stem}-merge.html"]
     for path, text in zip(paths, (json.dumps(asdict(report), indent=1) + "\n", page(report, stem)), strict=True):
         with writing(path):
             write_text(path, text)
+    if report.fidelity:
+        paths.append(_save_events(report, folder / f"{stem}-merge"))
     return paths
+
+
+def _save_events(report: Report, folder: Path) -> Path:
+    """A curve for each LoRA, and for `keep`: at step 0 its distance as summed up, at step 1 as merged."""
+    from hvtrain.train.metrics import TensorBoard
+
+    shutil.rmtree(folder, ignore_errors=True)
+    board = TensorBoard(folder, purge_step=None)
+    for step, distances in enumerate((report.summed, report.fidelity)):
+        board.scalars(step, {f"distance/{name}": away for name, away in distances.items()})
+    board.close()
+    return folder
 
 
 _STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2rem;max-width:80rem}table{border-collapse:collapse;margin:1rem 0}

@@ -20,6 +20,7 @@ from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
 from hvtrain.lorafiles.whole import summed
+from hvtrain.merge.choose import choose
 from hvtrain.merge.inputs import Inputs, PlanSlices, lora_in, open_inputs, owners_note
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
@@ -33,7 +34,8 @@ from hvtrain.weights.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
-RECONCILERS: Registry[None] = Registry("way", dict.fromkeys(("none", "fit", "distill", "fit+distill")))
+RECONCILERS: Registry[None] = Registry("way", dict.fromkeys(("auto", "none", "fit", "distill", "fit+distill")))
+PLAIN = ("auto", "none")  # so long as nothing is chosen
 _DTYPES = Registry("dtype", {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")})
 
 
@@ -52,27 +54,32 @@ def run(cfg: MergeConfig) -> None:
     Collective where samples are looked at (--reconcile, --evaluate); rank 0 writes.
     """
     _check(cfg)
-    how, computes = cfg.reconcile.how, cfg.reconcile.how != "none" or bool(cfg.evaluate)
-    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
-    known = None if cfg.any_base else base.fingerprint
+    known, plain = None if cfg.any_base else base.fingerprint, cfg.reconcile.how in PLAIN
     inputs = open_inputs(
-        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and how == "none"
+        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and plain
     )
+    layers = by_layer(inputs.loras)
+    policy = cfg.on_overlap != "error" or cfg.density is not None
+    chosen = choose(cfg.reconcile, inputs, layers, policy=policy, model=base.found is not None)
+    how = chosen.how
+    if chosen.by_itself:
+        cfg = replace(cfg, reconcile=replace(cfg.reconcile, how=how))
+    computes = how != "none" or bool(cfg.evaluate)
+    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
     whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
     if whole is not None and (cfg.target == "lora" or computes):
         raise ConfigError(
             f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge it into a model, "
             "without --reconcile and --evaluate"
         )
-    layers = by_layer(inputs.loras)
-    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed)) if how == "none" else {}
+    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed, chosen.why_not)) if how == "none" else {}
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
     if ctx.is_main:
         for lora, multiplier in inputs.loras:
             print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
-        for line in report.lines():
+        for line in (*report.lines(), *chosen.lines(bool(cfg.reconcile.keep))):
             print(line)
     if how != "none":
         from hvtrain.merge.reconcile import Wanted, reconcile
@@ -108,7 +115,7 @@ def _write(
     else:
         assert base.found is not None
         _write_model(cfg, base.found, inputs, combined, base.shapes)
-    if cfg.reconcile.how == "none":
+    if cfg.reconcile.how in PLAIN:
         return
     from hvtrain.merge.reconcile import leave_calibration, write_slices
 

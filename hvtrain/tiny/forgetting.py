@@ -1,10 +1,10 @@
 """Which way of slicing keeps what was learnt? `python -m hvtrain.tiny.forgetting configs/tiny/forgetting.yaml [key=value ...]`.
 
-Six concepts are six words that the base model has never seen in a caption, each a circle of a colour that only the word tells.
-Each is a slice of the data, together with as many clips of old words, and a LoRA of its own; the six are merged, and prompts
-with each word are generated and looked at. Ways: LORAID slices (contiguous, interleaved, rows) and six ordinary LoRAs, all of
-the same number of parameters. They are added up, averaged, merged by TIES and DARE, and reconciled, from what each training left
-beside its LoRA and from clips of old words. Prints the table of docs/loraid.md; started again, it continues.
+The six words of words.py are six slices of the data, each together with as many clips of old words, and each has a LoRA of its
+own; the six are merged, and prompts with each word are generated and looked at. Ways: LORAID slices (contiguous, interleaved,
+rows) and six ordinary LoRAs, all of the same number of parameters. They are added up, averaged, merged by TIES and DARE, and
+reconciled, from what each training left beside its LoRA and from clips of old words. Prints the table of docs/loraid.md; started
+again, it continues.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 from hvtrain.config import (
@@ -28,15 +27,24 @@ from hvtrain.config import (
 )
 from hvtrain.encode import run as encode
 from hvtrain.generate import run as generate
-from hvtrain.generate.video import write_mp4
 from hvtrain.merge import run as merge
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, save_plan
 from hvtrain.slices.run import plan_for
-from hvtrain.tiny.clips import BACKGROUNDS, MOTIONS, Drawing, combinations, render, training_clips
-from hvtrain.tiny.score import CONFIGS, look, read_video
+from hvtrain.tiny.clips import Drawing
+from hvtrain.tiny.score import CONFIGS
+from hvtrain.tiny.words import (
+    CONCEPTS,
+    OLD,
+    asked,
+    clips_of,
+    dataset_of,
+    mean,
+    old_clips,
+    shares,
+    write_pairs,
+)
 from hvtrain.train import run as train
 
-CONCEPTS = {"star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta", "oval": "cyan"}
 POLICIES = ("sum", "average", "ties", "dare")
 SLOTTED = ("error", "distill", "fit+distill")
 NO_DATA, IN_TWO = "fit+distill, captions only", "fit+distill, five and then the sixth"
@@ -83,8 +91,8 @@ WAYS = (
 
 def run(recipe: Recipe) -> None:
     root = Path(recipe.output)
-    shards = {word: _shards(root / "data" / word, _clips(recipe, word)) for word in CONCEPTS}
-    kept = _shards(root / "data" / "old", training_clips(recipe.keep, seed=recipe.seed * 100 + 50))
+    shards = {w: _shards(root / "data" / w, clips_of(w, recipe.clips, seed=recipe.seed)) for w in CONCEPTS}
+    kept = _shards(root / "data" / "old", old_clips(recipe.keep, seed=recipe.seed))
     table = []
     base = asset("tiny:dit.safetensors")
     if "base" in (recipe.policies or ("base",)):
@@ -112,8 +120,8 @@ def _alone(folder: Path, files: Sequence[Path]) -> dict[str, float]:
         _score(folder / f"alone-{word}", base, (SampledLora(str(path)),), words=(word,))
         for path, word in zip(files, CONCEPTS, strict=True)
     ]
-    shares = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
-    return {**shares, "old words": sum(scores["old words"] for scores in alone) / len(alone)}
+    own = {word: scores[word] for scores in alone for word in scores if word in CONCEPTS}
+    return {**own, OLD: sum(scores[OLD] for scores in alone) / len(alone)}
 
 
 def _merge(output: Path, files: Sequence[Path], policy: str, kept: Path) -> None:
@@ -148,25 +156,11 @@ def _layers() -> list[tuple[str, tuple[int, int]]]:
     return list(target_shapes(whole_model(found), found.spec).items())
 
 
-def _clips(recipe: Recipe, word: str) -> list[Drawing]:
-    """Of the word, and as many of old ones."""
-    places = list(product(MOTIONS, BACKGROUNDS)) * (recipe.clips // 12)
-    made = [Drawing(CONCEPTS[word], "circle", m, b, recipe.seed * 1000 + i, word) for i, (m, b) in enumerate(places)]
-    return made + training_clips(recipe.clips, seed=recipe.seed * 100 + list(CONCEPTS).index(word))
-
-
 def _shards(folder: Path, made: Sequence[Drawing]) -> Path:
     out = folder / "shards"
     if not (out / "manifest.json").exists():
-        clips = folder / "clips"
-        clips.mkdir(parents=True, exist_ok=True)
-        for i, clip in enumerate(made):
-            write_mp4(clips / f"{folder.name}_{i:03d}.mp4", render(clip), fps=8, metadata={"caption": clip.caption})
-            (clips / f"{folder.name}_{i:03d}.txt").write_text(clip.caption)
-        dataset = folder / "dataset.toml"
-        dataset.write_text(
-            f"[[datasets]]\nvideo_directory = '{clips.resolve()}'\nresolution = [64, 64]\ntarget_frames = [9]\n"
-        )
+        write_pairs(folder / "clips", made, folder.name)
+        dataset = dataset_of([folder / "clips"], folder / "dataset.toml")
         encode.run(load(EncodeConfig, CONFIGS / "encode.yaml", [f"dataset={dataset}", f"output={out}"]))
     return out
 
@@ -212,30 +206,21 @@ def _score(
     if note.exists():
         return json.loads(note.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    new = [Drawing(CONCEPTS[w], "circle", m, b, 0, w) for w in words for m, b in product(MOTIONS, BACKGROUNDS)]
-    _, held = combinations()
-    old = [Drawing(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held)]
+    wanted = asked(words)
     prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"{clip.caption}\n" for clip in [*new, *old]))
+    prompts.write_text("".join(f"{clip.caption}\n" for clip in wanted))
     cfg = load(GenerateConfig, CONFIGS / "generate.yaml", [f"prompt_file={prompts}", f"output={folder}"])
     files = generate.run(replace(cfg, model=replace(cfg.model, dit=dit), lora=loras))
-    seen = [look(read_video(path)) for path in files]
-    scores: dict[str, float] = {}
-    for word in words:
-        hits = [s.color == c.color for c, s in zip(new, seen) if c.word == word]
-        scores[word] = sum(hits) / len(hits)
-    right = [(s.color, s.motion) == (c.color, c.motion) for c, s in zip(old, seen[len(new) :], strict=True)]
-    scores["old words"] = sum(right) / len(right)
+    scores = shares(wanted, files)
     note.write_text(json.dumps(scores))
     return scores
 
 
 def markdown(table: Sequence[tuple[str, str, int, Mapping[str, float]]]) -> str:
-    head = ["", "", "parameters", *CONCEPTS, "mean", "old words"]
+    head = ["", "", "parameters", *CONCEPTS, "mean", OLD]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, how, n, scores in table:
-        mean = sum(scores[w] for w in CONCEPTS) / len(CONCEPTS)
-        cells = [f"{100 * scores[w]:.0f} %" for w in CONCEPTS] + [f"{100 * mean:.0f} %", f"{100 * scores['old words']:.0f} %"]
+        cells = [f"{100 * share:.0f} %" for share in (*(scores[w] for w in CONCEPTS), mean(scores), scores[OLD])]
         lines.append("| " + " | ".join([name, how, f"{n:,}" if n else "", *cells]) + " |")
     return "\n".join(lines)
 

@@ -28,6 +28,8 @@ class Curriculum:
 def plan_data(data: DataConfig, sets: Sequence[ShardSet], latent: LatentGeometry, *, seed: int) -> Curriculum:
     """Raises ConfigError for a pattern that no bucket matches, and a step at which there is nothing to train on."""
     entries = data.sets
+    if all(entry.silent for entry in entries):
+        raise ConfigError("data.mixture: all sets are silent, so there is nothing to learn; give one to train on")
     begins = np.cumsum([0, *map(len, sets)]).tolist()
     groups = [_taken(e, s.groups(b), f"data.mixture[{i}]") for i, (e, s, b) in enumerate(zip(entries, sets, begins))]
     sizes = _batch_sizes(data, sets, begins, groups, latent)

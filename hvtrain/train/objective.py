@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hvtrain.adapters.attach import without_adapters
 from hvtrain.config import FlowConfig
 from hvtrain.flow.loss import Measure, add_noise, target
 from hvtrain.flow.timesteps import Quantile, quantile_function, stratified
@@ -15,6 +16,8 @@ from hvtrain.models.conditions import drop
 from hvtrain.models.precision import autocast
 from hvtrain.models.spec import Field, Flavor, ModelSpec
 from hvtrain.rng import generator
+
+NOT_TOLD = ("latents", "mask", "silent")  # of a batch: no condition of the model
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Objective:
     def compare(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, sigma: Tensor, draw: torch.Generator
     ) -> MicroResult:
-        """The loss at given noise levels [B]; also what the held-out loss uses."""
+        """The loss at given noise levels [B]; also what the held-out loss uses. `silent` [B] in the batch: which samples are to
+        give what the model gives without its adapter. That costs another forward pass, where there are any."""
         latents = batch["latents"]
         noise = torch.randn(latents.shape, generator=draw)
         if self.noise_offset:
@@ -70,7 +74,7 @@ class Objective:
         x0 = latents.to(self.device, non_blocking=True).float()  # pinned batches are copied while the GPU computes
         sigma = sigma.to(self.device, torch.float32)
         # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
-        cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n not in ("latents", "mask")}
+        cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n not in NOT_TOLD}
         noised = add_noise(x0, noise, sigma)
         inp = self.spec.make_input(noised, sigma, cond, task=self.task, guidance=self.guidance, x0=x0)
         with autocast(self.device.type, enabled=self.autocast):
@@ -79,7 +83,13 @@ class Objective:
         if self.masked:
             own = self._placed(batch["mask"])
             mask = own if mask is None else own * mask
-        errors = self.measure(velocity, target(x0, noise), sigma, mask)
+        wanted = target(x0, noise)
+        if "silent" in batch and batch["silent"].any():
+            with torch.no_grad(), without_adapters(model), autocast(self.device.type, enabled=self.autocast):
+                unchanged = model(inp).to(wanted)
+            silent = batch["silent"].to(self.device).view(-1, *[1] * (wanted.ndim - 1))
+            wanted = torch.where(silent, unchanged, wanted)
+        errors = self.measure(velocity, wanted, sigma, mask)
         return MicroResult(errors.mean(), errors.detach(), sigma)
 
     def _placed(self, value: Tensor) -> Tensor:

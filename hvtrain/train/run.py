@@ -13,6 +13,7 @@ import torch
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
+from hvtrain.errors import ConfigError
 from hvtrain.flow.picture import draw, lines, look
 from hvtrain.lorafiles.metadata import EXPERT_KEY, SPARSE_KEY, of_flavor
 from hvtrain.models.sparse import check_sparse
@@ -124,7 +125,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
             finally:
                 torch.set_flush_denormal(False)  # of the whole process, which may have other work after this
         if finished and ctx.is_main and cfg.adapter.type != "none":
-            leave_calibration(output, ready.sets, cfg.data.calibration)
+            taught = [s for s, entry in zip(ready.sets, cfg.data.sets, strict=True) if not entry.silent]
+            leave_calibration(output, taught, cfg.data.calibration)
         tell(FINISHED if finished else STOPPED)
     if own:
         shutdown()
@@ -194,6 +196,8 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
+    if whole and any(entry.silent for entry in cfg.data.sets):
+        raise ConfigError("data.mixture: silent is what an adapter is on those samples; adapter.type none trains all weights")
     data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
@@ -244,7 +248,7 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         run=cfg.run, ctx=ctx, flavor=base.flavor, objective=objective, team=team, loader=loader, previews=previews,
         held=held, files=RunFiles(cfg.run, cfg.adapter, products, ready.steps, lock, saved=start.step),
         cadence=_cadence(ready), start=start, ema=ema, caption_dropout=cfg.data.caption_dropout,
-        image_share=cfg.data.image_share,
+        image_share=cfg.data.image_share, silent=tuple(entry.silent for entry in cfg.data.sets),
         config=shown(dump(cfg)), found=found, work=_work(ready, ctx), about=note + _about(ready, ctx, team, start.step),
     )
 

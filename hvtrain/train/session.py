@@ -78,6 +78,7 @@ class Session:
     config: str  # all of it, for TensorBoard
     about: str  # said at the start
     image_share: float | None = None
+    silent: tuple[bool, ...] = ()  # of each shard set: whether the adapter shall change nothing on it
     found: Path | None = None  # the checkpoint that it goes on from
     work: Work | None = None  # of a sample, if the device's speed is known
 
@@ -164,6 +165,8 @@ class Session:
         if self.image_share is not None:
             draw = generator(where.seed, stream="image-share", **place)
             tensors["image_given"] = torch.rand(len(shares), generator=draw) < self.image_share
+        if any(self.silent):
+            tensors["silent"] = torch.tensor([self.silent[number] for number in batch.sets])
         a = self.files.adapter
         if a.dropout or a.rank_dropout or a.module_dropout:
             seed_dropout(now.subject.model, where.seed, **place)

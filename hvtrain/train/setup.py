@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.adapters.attach import add_adapter, first_match, linear_shapes, merging, trained
-from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, asset
+from hvtrain.config import AdapterConfig, DataConfig, FlowConfig, ModelConfig, ShardsConfig, asset
 from hvtrain.config.model import BOTH, EXPERT
 from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.flow.timesteps import SAMPLER_KEYS, parameters, quantile_function, share_within
@@ -319,11 +319,16 @@ def identity(
         **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices, "adapter.base_lora": merged,
         **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
         "data.shards": [_content(s) for s in sets], "data.batch_size": data.batch_size,
-        "data.mixture": [asdict(replace(e, path="")) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
+        "data.mixture": [_entry(e) for e in data.mixture] or None, "data.batch_tokens": data.batch_tokens,
         "optim.name": optimizer,
         "run.seed": seed, "run.name": name,
         **{f"sparse.{key}": value for key, value in (sparse or {"pattern": "none"}).items()},
     }
+
+
+def _entry(entry: ShardsConfig) -> dict[str, object]:
+    """`silent` only where it is so: runs that were begun without the key go on."""
+    return {key: v for key, v in asdict(replace(entry, path="")).items() if key != "silent" or v}
 
 
 def _content(found: ShardSet) -> str:

@@ -33,12 +33,17 @@ def _models(args: argparse.Namespace) -> None:
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo/)")
     parser.add_argument("--model", metavar="NAME", help="the tiny copy of this architecture (default: as in a config)")
+    parser.add_argument("--slices", type=int, metavar="N", help="instead: N words (2 to 6), a slice and a job each, one merge")
 
 
 @command("demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge", options=_demo_options)
 def _demo(args: argparse.Namespace) -> int | None:
-    from launcher import demo
+    from launcher import demo, demo_slices
 
     # Two processes show what several do; a machine with one GPU has none for the second.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return demo.run(args.output, args.model)
+    if args.slices is None:
+        return demo.run(args.output, args.model)
+    if args.model:
+        raise ConfigError("--slices is shown on the default tiny model: leave --model away")
+    return demo_slices.run(args.output, args.slices)

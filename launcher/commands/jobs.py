@@ -1,4 +1,4 @@
-"""slices run, status, retry, cancel: the jobs of a plan."""
+"""slices run, status, retry, cancel: the jobs of a sliced training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.table import at_least, command, config_options, load_config, split
 def _run_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
-    add("--plan", required=True, metavar="FILE", help="plan.json of `hvtrain slices plan`")
+    add("--plan", metavar="FILE", help="plan.json of `hvtrain slices plan`; without, every slice is a LoRA as the config says")
     add("--data", required=True, metavar="DIR", help="the parts of `hvtrain shards split` (01, 02, ...), or one set for all")
     add("--output", required=True, metavar="DIR", help="everything of this run; an earlier one of the same settings goes on")
     add("--backend", default="local", metavar="NAME", help="local (default): on this machine; slurm: a job array and a merge job")
@@ -27,13 +27,16 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add("--max-restarts", type=int, metavar="N",
         help="start a slice's processes again when one of them dies, up to N times in a job (default: 3)")
     add("--merge-as", default="lora", metavar="KIND", help="what the slices become: lora (default), model or none")
-    add("--reconcile", metavar="HOW", help="merge by what each slice does to samples of its data: fit, distill or fit+distill")
+    add("--reconcile", metavar="HOW",
+        help="merge by what each slice does to samples of its data: fit, distill or fit+distill (the default without --plan)")
     add("--keep", action="append", metavar="SET",
         help="for --reconcile: what the base knows and the merge must not change (default: keep/ of --data, if it is there)")
+    add("--silence", type=float, default=0.0, metavar="SHARE",
+        help="share of samples, as 0.3, that are the other slices', and teach each LoRA to do nothing there (default: 0)")
     add("--dry-run", action="store_true", help="slurm: print the scripts")
 
 
-@command("slices run", "train all slices of a plan as independent jobs, then merge them", options=_run_options)
+@command("slices run", "train all slices of a dataset as independent jobs, then merge them", options=_run_options)
 def _run(args: argparse.Namespace) -> int | None:
     from launcher.jobs import backends, slices
 
@@ -72,43 +75,50 @@ def _slices(args: argparse.Namespace):
         raise ConfigError(f"--gpus {args.gpus}: {args.at_once} slices of {args.nproc} need {needed} GPUs, and backend local")
     if args.backend == "local" and (args.nodes > 1 or args.time or args.site):
         raise ConfigError("--nodes, --time and --site are for --backend slurm")
-    n = slices.plan_size(args.plan)
-    run = Path(args.output).resolve()
-    return slices.Slices(
-        plan=str(Path(args.plan).resolve()), config=str(Path(file).resolve()) if file else None, overrides=tuple(overrides),
-        data=slices.data_of(args.data, n), n=n, nproc=args.nproc, nodes=args.nodes, time=args.time,
+    if not 0 <= args.silence < 1:
+        raise ConfigError(f"--silence {args.silence}: expected a share, 0 or more and less than 1")
+    data = slices.data_of(args.data, slices.plan_size(args.plan) if args.plan else None)
+    if args.silence and len(set(data)) < 2:
+        raise ConfigError(f"--silence {args.silence}: all slices have the same data, {data[0]}; it takes other slices' parts")
+    wanted = slices.Slices(
+        plan=str(Path(args.plan).resolve()) if args.plan else "", config=str(Path(file).resolve()) if file else None,
+        overrides=tuple(overrides), data=data, n=len(data), nproc=args.nproc, nodes=args.nodes, time=args.time,
         site=str(Path(args.site).resolve()) if args.site else None,
-        backend=args.backend, at_once=args.at_once, gpus=gpus, merge=_merge_arguments(args.merge_as, args, run),
-        max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts, cwd=str(Path.cwd()),
+        backend=args.backend, at_once=args.at_once, gpus=gpus, silence=args.silence, cwd=str(Path.cwd()),
+        max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
     )
+    return replace(wanted, merge=_merge_arguments(wanted, args))
 
 
-def _merge_arguments(kind: str, args: argparse.Namespace, run: Path) -> tuple[str, ...]:
+def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
+    kind, run = args.merge_as, Path(args.output).resolve()
     if kind not in ("lora", "model", "none"):
         raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
-    reconciling = _reconciling(args)
+    how = _reconciling(args)
     if kind == "none":
         return ()
     dit = load_config("train", args).model.dit
     if not dit:
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
-    output = str(run / "merge" / f"merged-{kind}.safetensors")
-    plan = str(Path(args.plan).resolve())
-    return ("--dit", dit, "--plan", plan, "--slices", str(run), "--as", kind, "--output", output, *reconciling)
+    runs = (item for i in range(1, wanted.n + 1) for item in ("--lora", str(run / wanted.name(i))))
+    which = ("--plan", wanted.plan, "--slices", str(run)) if wanted.plan else tuple(runs)
+    return ("--dit", dit, *which, "--as", kind, "--output", str(run / "merge" / f"merged-{kind}.safetensors"), *how)
 
 
 def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
-    if args.reconcile is None:
+    """Slices that share layers are reconciled: added up, they would lose what they learnt."""
+    merged, ways = args.merge_as != "none", ("fit", "distill", "fit+distill")
+    how = args.reconcile or ("fit+distill" if merged and not args.plan else None)
+    if how is None:
         if args.keep:
             raise ConfigError("--keep goes with --reconcile")
         return ()
-    ways = ("fit", "distill", "fit+distill")
-    if args.reconcile not in ways or args.merge_as == "none":
-        raise ConfigError(f"--reconcile {args.reconcile}: expected {', '.join(ways)}, with a merge")
+    if how not in ways or not merged:
+        raise ConfigError(f"--reconcile {how}: expected {', '.join(ways)}, with a merge")
     left = Path(args.data) / "keep"
     keep = args.keep or ([str(left.resolve())] if (left / "manifest.json").is_file() else [])
     device = "cuda" if args.backend == "slurm" or args.gpus else "cpu"
-    return ("--reconcile", args.reconcile, *(item for place in keep for item in ("--keep", place)), "--device", device)
+    return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)), "--device", device)
 
 
 def _check_configs(run: Path, wanted) -> None:
@@ -120,7 +130,13 @@ def _check_configs(run: Path, wanted) -> None:
     for loraid in range(1, wanted.n + 1):
         arguments = train_arguments(run, wanted, loraid)[1:]
         file = arguments.pop(0) if wanted.config else None
-        rules.check_train(config.load(config.TrainConfig, file, arguments))
+        cfg = config.load(config.TrainConfig, file, arguments)
+        if not wanted.plan and cfg.adapter.type != "lora":
+            raise ConfigError(
+                f"adapter.type is {cfg.adapter.type}: without --plan (`hvtrain slices plan`) each slice trains a LoRA of the "
+                "whole model; give adapter.type=lora"
+            )
+        rules.check_train(cfg)
 
 
 def _go(run: Path, wanted) -> int | None:
@@ -210,6 +226,7 @@ def _merge(args: argparse.Namespace) -> int:
 
     run, wanted = _opened(args)
     if not wanted.merge:
-        raise LaunchError(f"{run}: was started with --merge-as none; use `hvtrain merge --plan {wanted.plan} --slices {run}`")
+        which = f"--plan {wanted.plan} --slices {run}" if wanted.plan else f"--lora {run / wanted.name(1)} ..."
+        raise LaunchError(f"{run}: was started with --merge-as none; use `hvtrain merge {which}`")
     (run / "merge").mkdir(exist_ok=True)
     return backends.run_merge(run, wanted)

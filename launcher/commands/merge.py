@@ -29,7 +29,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--on-overlap", metavar="POLICY",
         help="rows that several LoRAs change: error (default), sum, average, ties, dare, orthogonal, priority (first wins)")
     add("--reconcile", metavar="HOW",
-        help="by what each LoRA does to samples of its own data: fit, distill or fit+distill; computes with the model")
+        help="by what each LoRA does to samples of its own data: fit, distill or fit+distill, which computes with the model "
+             "(default: fit+distill where rows are shared and each has samples, else none)")
     add("--samples", action="append", metavar="SET",
         help="for --reconcile: a shard set for each --lora, in order (default: calibration/ beside each)")
     add("--keep", action="append", metavar="SET",
@@ -47,7 +48,7 @@ def _check(args: argparse.Namespace) -> None:
     from hvtrain.config.rules import check_merge
 
     cfg = _config(args)
-    if cfg.reconcile.how == "none" and not cfg.evaluate:
+    if cfg.reconcile.how in ("auto", "none") and not cfg.evaluate:
         raise ConfigError("launch: without --reconcile or --evaluate a merge computes nothing to share: leave `launch` away")
     check_merge(cfg)
 

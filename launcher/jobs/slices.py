@@ -1,4 +1,4 @@
-"""The jobs of a slice plan, as files: what is to be run, what has been submitted, how it ended. Any login node can read them.
+"""The jobs of a sliced training, as files: what is to be run, what was submitted, how it ended. Any login node can read them.
 
     RUN/slices.json     the plan, the base config, data per slice, resources
     RUN/01, RUN/02 ...  the slices' own training runs
@@ -35,7 +35,7 @@ MERGE = "merge"
 class Slices:
     """One sliced training, as it was asked for."""
 
-    plan: str
+    plan: str  # empty: none, every slice trains the config's own LoRA
     config: str | None  # the base training config
     overrides: tuple[str, ...]
     data: tuple[str, ...]  # shard set of each slice, by LORAID
@@ -49,6 +49,7 @@ class Slices:
     gpus: tuple[str, ...] = ()  # local: handed out to slices
     merge: tuple[str, ...] = ()  # arguments of `hvtrain merge`; empty: no merge
     max_restarts: int = RESTARTS  # of a slice's processes, when one of them dies
+    silence: float = 0.0  # share of each slice's samples that are the other slices', on which its LoRA learns to do nothing
     cwd: str = ""  # where relative paths of the above count from; empty: not known (an older version's file)
 
     def width(self) -> int:
@@ -84,7 +85,10 @@ def load_slices(run: str | Path) -> Slices:
 def save_slices(run: Path, slices: Slices) -> None:
     for folder in ("state", "logs"):
         (run / folder).mkdir(parents=True, exist_ok=True)
-    _write(run / FILE, asdict(slices))
+    body = asdict(slices)
+    if not slices.silence:
+        del body["silence"]  # an older version knows no such key, and its jobs read the file too
+    _write(run / FILE, body)
 
 
 def load_state(run: Path, name: str) -> JobState:
@@ -166,14 +170,17 @@ def plan_size(path: str) -> int:
         raise ConfigError(f"--plan {path}: not a slice plan ({error})") from None
 
 
-def data_of(path: str, n: int) -> tuple[str, ...]:
-    """Each slice's shard set: the parts of `hvtrain shards split`, or one set for all."""
+def data_of(path: str, n: int | None) -> tuple[str, ...]:
+    """Each slice's shard set: the parts of `hvtrain shards split`, or one set for all. `n`: slices; None: as many as parts."""
     folder = Path(path)
     if (folder / "manifest.json").is_file() or "://" in path:
+        if n is None:
+            raise ConfigError(f"--data {path}: one shard set; without --plan every part of `hvtrain shards split` is a slice")
         return (path,) * n
     if not folder.is_dir():
         raise ConfigError(f"--data {path}: no such directory")
     parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+    n = max(1, len(parts)) if n is None else n
     if [int(p.name) for p in parts] != list(range(1, n + 1)):
         found = ", ".join(p.name for p in parts) or "none"
         raise ConfigError(
@@ -186,14 +193,26 @@ def data_of(path: str, n: int) -> tuple[str, ...]:
 def train_arguments(run: Path, slices: Slices, loraid: int) -> list[str]:
     """Of `hvtrain train` for one slice. The slice's own keys come last, so they win."""
     name = slices.name(loraid)
-    own = {
+    slot = {
         "adapter.type": "loraid", "adapter.plan": slices.plan, "adapter.loraid": loraid, "adapter.blocks_per_loraid": None,
-        "data.shards": [slices.data[loraid - 1]], "run.output_dir": str(run / name), "run.name": f"slice-{name}",
+    }
+    own = {
+        **(slot if slices.plan else {}),
+        **_data_keys(slices, loraid), "run.output_dir": str(run / name), "run.name": f"slice-{name}",
     }
     return [
         "train", *([slices.config] if slices.config else []), *slices.overrides,
         *(override(key, value) for key, value in own.items()),
     ]
+
+
+def _data_keys(slices: Slices, loraid: int) -> dict[str, Any]:
+    own = slices.data[loraid - 1]
+    if not slices.silence:
+        return {"data.shards": [own]}
+    others, share = [path for path in slices.data if path != own], slices.silence
+    silent = [{"path": path, "weight": share / len(others), "silent": True} for path in others]
+    return {"data.shards": [], "data.mixture": [{"path": own, "weight": 1 - share}, *silent]}
 
 
 def result(run: Path, slices: Slices, loraid: int) -> Path:

@@ -9,7 +9,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.train import run as train
 from launcher import cli
 from launcher.commands import jobs
-from launcher.jobs import backends
+from launcher.jobs import backends, slices
 from launcher.table import parse
 from shards import open_set
 from tests.train.shardset import config, make_shards
@@ -68,6 +68,28 @@ def test_the_merge_job_of_a_sliced_run_reconciles(trained, capsys):
         f"slices={trained}/run/merge/merged-lora-slices", "loraid=[7]",
     ]) == 2
     capsys.readouterr()
+
+
+def test_slices_without_a_plan_are_trained_and_kept_in_one_lora(tmp_path):
+    """Each an ordinary LoRA of all layers; the merge job takes them as they lie."""
+    for i in (1, 2):
+        make_shards(tmp_path / "parts" / f"0{i}", n=20, seed=i, word=i)
+    wanted = jobs._slices(parse([
+        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=4", "run.precision=fp32",
+        "optim.lr=1e-2", "adapter.rank=4", "zero.engine=torch", "data.calibration=12", "--data", f"{tmp_path}/parts",
+        "--output", f"{tmp_path}/run",
+    ]))
+    for i in (1, 2):
+        assert cli.main(slices.train_arguments(tmp_path / "run", wanted, i)) == 0
+    (tmp_path / "run" / "merge").mkdir()
+    sizes = {"steps": 10, "batch_size": 8, "states": 8, "held_out": 3, "lr": 1e-3}
+    assert cli.main(["merge", *(f"reconcile.{key}={value}" for key, value in sizes.items()), *wanted.merge]) == 0
+    merged = tmp_path / "run" / "merge" / "merged-lora.safetensors"
+    said = json.loads(merged.with_name("merged-lora-merge.json").read_text())
+    assert said["policy"] == "fit+distill" and said["overlap_rows"] > 0
+    assert sorted(said["fidelity"]) == ["slice-01.safetensors", "slice-02.safetensors"]
+    assert all(said["fidelity"][name] < 0.5 * said["summed"][name] for name in said["fidelity"]), said
+    assert merged.is_file() and (merged.with_name("merged-lora-calibration") / "02-slice-02" / "manifest.json").is_file()
 
 
 def test_a_gpu_is_asked_for_where_there_is_one(trained):

@@ -100,6 +100,13 @@ def test_the_slice_s_own_keys_win_over_the_user_s():
 
 
 
+def test_without_a_plan_every_slice_is_a_lora_as_the_config_says():
+    plan = slices.Slices("", "base.yaml", ("adapter.rank=2",), ("/a", "/b"), 2)
+    assert slices.train_arguments(Path("/run"), plan, 2) == [
+        "train", "base.yaml", "adapter.rank=2", "data.shards=[/b]", "run.output_dir=/run/02", "run.name=slice-02",
+    ]
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -128,3 +135,72 @@ def test_what_cannot_be_a_job_is_refused_before_anything_is_written(fake, tmp_pa
 def site(folder: Path) -> str:
     (folder / "site.yaml").write_text("partition: p\n")
     return "site.yaml"
+
+
+def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys, monkeypatch):
+    """As many as there are parts; what they share is not added up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "run_here", lambda run, wanted, loraids: print(f"runs {loraids}") or 0)
+    for part in ("01", "02", "03", "keep"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        (tmp_path / "parts" / part / "manifest.json").write_text("{}")
+    start = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--data", "parts", "--output", "run"]
+    code, said = hvtrain(capsys, "run", *start)
+    assert code == 0 and "runs (1, 2, 3)" in said, said
+    begun = slices.load_slices(tmp_path / "run")
+    assert (begun.plan, begun.n) == ("", 3)
+    loras = [word for i in (1, 2, 3) for word in ("--lora", f"{tmp_path}/run/0{i}")]
+    assert begun.merge == (
+        "--dit", "tiny:dit.safetensors", *loras, "--as", "lora", "--output", f"{tmp_path}/run/merge/merged-lora.safetensors",
+        "--reconcile", "fit+distill", "--keep", f"{tmp_path}/parts/keep", "--device", "cpu",
+    )
+    apart = [*start[:-1], "apart", "--merge-as", "none"]
+    assert hvtrain(capsys, "run", *apart)[0] == 0 and slices.load_slices(tmp_path / "apart").merge == ()
+    code, said = hvtrain(capsys, "merge", tmp_path / "apart")
+    assert code == 2 and f"use `hvtrain merge --lora {tmp_path}/apart/01 ...`" in said
+    assert hvtrain(capsys, "run", *start[:-1], "fitted", "--reconcile", "fit")[0] == 0
+    assert "fit" in slices.load_slices(tmp_path / "fitted").merge
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["adapter.type=none"], "adapter.type is none: without --plan"), (["adapter.type=dora"], "give adapter.type=lora"),
+        (["--data", "parts/01"], "one shard set; without --plan every part"),
+        (["--reconcile", "sum"], "--reconcile sum: expected"), (["--silence", "1"], "expected a share, 0 or more"),
+        (["--merge-as", "none", "--keep", "parts/01"], "--keep goes with --reconcile"), (["--data", "."], "found none"),
+    ],
+)
+def test_without_a_plan_what_cannot_be_meant_is_refused(tmp_path, capsys, monkeypatch, more, says):
+    monkeypatch.chdir(tmp_path)
+    for part in ("01", "02"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        (tmp_path / "parts" / part / "manifest.json").write_text("{}")
+    given = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--data", "parts", "--output", "run"]
+    code, said = hvtrain(capsys, "run", *given, *more)
+    assert code == 2 and says in said and not (tmp_path / "run").exists(), said
+
+
+def test_silence_is_taught_by_the_other_slices_data():
+    plan = slices.Slices("", None, (), ("/a", "/b", "/c"), 3, silence=0.5)
+    arguments = ["model.dit=x", *slices.train_arguments(Path("/run"), plan, 2)[1:]]
+    data = config.load(config.TrainConfig, None, arguments).data
+    assert [(e.path, e.weight, e.silent) for e in data.sets] == [("/b", 0.5, False), ("/a", 0.25, True), ("/c", 0.25, True)]
+    assert data.shards == ()
+
+
+def test_silence_is_remembered_by_the_run(tmp_path):
+    for number, silence in enumerate((0.0, 0.5)):
+        plan = slices.Slices("", None, (), ("/a", "/b"), 2, silence=silence)
+        slices.save_slices(tmp_path / str(number), plan)
+        assert slices.load_slices(tmp_path / str(number)) == plan
+    assert "silence" not in (tmp_path / "0" / slices.FILE).read_text()
+
+
+def test_silence_takes_parts_of_their_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 2}))
+    (tmp_path / "manifest.json").write_text("{}")
+    given = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", ".", "--output", "run"]
+    code, said = hvtrain(capsys, "run", *given, "--silence", "0.3")
+    assert code == 2 and "--silence 0.3: all slices have the same data, ." in said

@@ -1,0 +1,55 @@
+"""The words that slices learn: their clips, what is asked of a model, and what its videos are worth."""
+
+from dataclasses import replace
+
+import pytest
+
+from hvtrain.generate.video import write_mp4
+from hvtrain.tiny.clips import render
+from hvtrain.tiny.words import (
+    CONCEPTS,
+    OLD,
+    asked,
+    clips_of,
+    dataset_of,
+    mean,
+    old_clips,
+    shares,
+    write_pairs,
+)
+
+
+def test_the_clips_of_a_word_are_half_old_ones():
+    made = clips_of("star", 24, seed=3)
+    assert [clip.word for clip in made] == ["star"] * 24 + [""] * 24
+    assert {clip.color for clip in made[:24]} == {"red"} and len({clip.caption for clip in made[:24]}) == 12
+    assert len({clip.seed for clip in made[:24]}) == 24
+    assert not {repr(c) for c in old_clips(48, seed=3)} & {repr(c) for w in CONCEPTS for c in clips_of(w, 24, seed=3)}
+
+
+def test_clips_are_written_as_a_user_brings_them(tmp_path):
+    write_pairs(tmp_path / "01-star", clips_of("star", 12, seed=1)[:2], "star")
+    assert sorted(p.name for p in (tmp_path / "01-star").iterdir()) == [
+        "star_000.mp4", "star_000.txt", "star_001.mp4", "star_001.txt",
+    ]
+    assert (tmp_path / "01-star" / "star_001.txt").read_text() == "a star moves left on a dark background"
+    text = dataset_of([tmp_path / "01-star", tmp_path / "02"], tmp_path / "clips.toml").read_text()
+    assert text.count("[[datasets]]") == 2 and f"'{tmp_path}/02'" in text
+
+
+def test_a_word_counts_by_colour_and_old_words_by_direction_too(tmp_path):
+    wanted = asked(["star", "cross"])
+    assert [clip.word for clip in wanted] == ["star"] * 12 + ["cross"] * 12 + [""] * 24 and len(asked(["oval"], old=False)) == 12
+    turned = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    shown = [
+        *wanted[:12], *(replace(clip, color="red") for clip in wanted[12:15]), *wanted[15:24],
+        *(replace(clip, motion=turned[clip.motion]) for clip in wanted[24:30]), *wanted[30:],
+    ]
+    shown[0] = replace(shown[0], motion=turned[shown[0].motion])  # of a word, the direction is not asked for
+    videos = [tmp_path / f"{i:02d}.mp4" for i in range(len(shown))]
+    for clip, path in zip(shown, videos, strict=True):
+        write_mp4(path, render(clip), fps=8, metadata={})
+    found = shares(wanted, videos)
+    assert found == {"star": 1.0, "cross": 0.75, OLD: 0.75} and mean(found) == pytest.approx(0.875)
+    with pytest.raises(ValueError, match="shorter"):
+        shares(wanted, videos[:-1])
