@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_softmax(ulysses, ring, n_img, txt_le
             return Joint(torch.cat([x.img, pad], 1)[:, here], x.txt)
 
         def attend(q: Joint, k: Joint, v: Joint) -> Joint:
-            return usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=ctx, kernel=CAREFUL)
+            return UspAttention(CAREFUL, ctx=ctx).joint(q, k, v, txt_len=txt_len, n_img=n_img)
 
         # Text is replicated: each rank hands in its share of its output's gradient.
         return with_grads(attend, [shard(x) for x in qkv], Joint(shard(d_out).img, d_out.txt / sp))

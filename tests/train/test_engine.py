@@ -169,6 +169,27 @@ def test_exported_state_is_a_copy_in_float32_and_is_taken_back():
     assert state["a"]["step"].item() == 3.0
 
 
+class Averaging(torch.optim.SGD):
+    """Means other weights to be used than it trains, as schedule-free ones do: here by 100 more."""
+
+    def eval(self) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(100.0)
+
+    def train(self) -> None:
+        pass
+
+
+def test_what_is_exported_are_the_weights_that_the_optimizer_means_to_be_used():
+    engine = build(optimizer=Averaging)
+    with engine.settled():
+        assert values(engine) == [101.0, 102.0, 104.0, 107.0]
+    assert {n: p.tolist() for n, p in engine.export_params().items()} == {"a": [101.0, 102.0], "b": [[104.0]], "unused": [107.0]}
+    assert values(engine) == [1.0, 2.0, 4.0, 7.0]  # the training goes on in its own
+
+
 def test_state_of_another_order_of_groups_finds_its_parameters():
     """By name: the optimizer numbers its parameters by groups (a, unused, b here)."""
     engine = build(optimizer=torch.optim.AdamW)
