@@ -175,6 +175,21 @@ def test_the_operator_is_computed_once_where_it_is_kept_and_has_its_gradients():
     assert len(calls) == 6 and not sampling.trains and kernel.trains  # the kernel's own way where nothing is learnt
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_the_operator_is_used_where_one_of_three_is_learnt(which):
+    calls = []
+
+    def partial(*qkv):
+        calls.append(1)
+        return SDPA.partial(*qkv)
+
+    q, k, v = (draw(1, 4, N, D, seed=s).requires_grad_(s == which) for s in range(3))
+    want = torch.autograd.grad(softmax(q, k, v)[0].sum(), (q, k, v)[which])[0]
+    attend(replace(SDPA, partial=partial), q, k, v).sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close((q, k, v)[which].grad, want, atol=1e-5, rtol=1e-4)
+
+
 def test_the_operators_are_what_pytorch_wants_of_them():
     """Schemas, shapes without values, layouts and gradients, also traced with open sizes."""
     q, k, v = (draw(2, n, N, D, seed=n).requires_grad_() for n in (5, 7, 7))

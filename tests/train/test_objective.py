@@ -264,8 +264,8 @@ def test_an_objective_has_every_setting_of_its_config():
         return objective_of(FlowConfig(shift=7.0, **settings), spec, flavor, device=torch.device("meta"), autocast=True)
 
     found = of(
-        loss="pseudo_huber", huber_c=0.2, huber_schedule="snr", weighting="min_snr", snr_gamma=2.0, noise_offset=0.25, masked=True,
-        guidance=6.0, raw_guidance=True,
+        loss="pseudo_huber", huber_c=0.2, huber_schedule="snr", weighting="min_snr", snr_gamma=2.0, noise_offset=0.25,
+        masked=True, guidance=6.0, raw_guidance=True,
     )
     assert found.measure == Measure("pseudo_huber", 0.2, "snr", "min_snr", 2.0)
     assert (found.noise_offset, found.masked, found.task) == (0.25, True, flavor.tasks[0])
