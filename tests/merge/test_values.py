@@ -229,7 +229,8 @@ def test_layers_that_are_one_in_the_file_change_their_own_rows():
 
 def test_what_is_added_to_whole_parameters():
     """Beside the pairs of the same tensor; one that the file cuts, turns round or fuses with others is refused."""
-    sources = {"w": Fused(("a.w",)), "cut": Fused(("b", "c")), "turned": Fused(("d",), swap=True), "q": Fused(("e",), share=(0, 3))}
+    sources = {"w": Fused(("a.w",)), "cut": Fused(("b", "c")), "turned": Fused(("d",), swap=True)}
+    sources["q"] = Fused(("e",), share=(0, 3))
     found = SimpleNamespace(prefix="p.", path="f.safetensors", sources=sources)
     before = {"p.a.w": Addition(((pair([1, 1], [1, 0]), 2.0),)), "p.other": Addition()}
     parts = plan_whole(found, {"w": torch.tensor([[10.0, 20], [30, 40]])}, before)

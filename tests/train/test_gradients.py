@@ -18,3 +18,15 @@ def test_parts_are_quarters_of_the_depth():
     norms = {"a": torch.tensor(3.0), "b": torch.tensor(2.0, dtype=torch.bfloat16), "c": torch.tensor(4.0)}
     assert norms_of_parts(norms, {"x": ("a", "c"), "y": ("b",), "z": ("gone",)}) == {"x": 5.0, "y": 2.0, "z": 0.0}
     assert norms_of_parts({}, {"x": ("a",)}, total=lambda sums: sums.add_(9.0)) == {"x": 3.0}
+
+
+def test_norms_of_any_width_are_added_up_in_float32_on_the_device(monkeypatch):
+    asked = []
+    for name in ("zeros", "tensor"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: asked.append(k.get("device")) or made(*a, **k))
+    for dtype in (torch.bfloat16, torch.float64):
+        norms = {name: torch.full((), value, dtype=dtype) for name, value in (("a", 3.0), ("b", 4.0))}
+        asked.clear()
+        assert norms_of_parts(norms, {"x": ("a", "b")}, device=torch.device("cpu")) == {"x": 5.0}
+        assert asked == [torch.device("cpu")] * 2
