@@ -175,6 +175,15 @@ def test_the_operator_is_computed_once_where_it_is_kept_and_has_its_gradients():
     assert len(calls) == 6 and not sampling.trains and kernel.trains  # the kernel's own way where nothing is learnt
 
 
+def test_the_log_sum_exp_alone_teaches_nothing():
+    asked = []
+    kernel = replace(SDPA, backward=lambda *a: asked.append(1) or SDPA.backward(*a))
+    q, k, v = (draw(1, 4, N, D, seed=s).requires_grad_() for s in range(3))
+    out, lse = OP(q, k, v, kernel.number)
+    assert torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True, retain_graph=True) == (None, None, None) and asked == []
+    assert torch.autograd.grad((out.sum(), lse.sum()), q)[0].shape == q.shape and asked == [1]
+
+
 @pytest.mark.parametrize("which", range(3))
 def test_the_operator_is_used_where_one_of_three_is_learnt(which):
     calls = []

@@ -229,7 +229,34 @@ def test_a_mask_column_weighs_the_cells_and_is_no_condition():
     )
 
 
+def test_a_mask_never_reaches_what_makes_the_input():
+    """A model's own condition may have that name."""
+    seen = []
+
+    def make_input(x, sigma, cond, **options):
+        seen.extend(cond)
+        return BASE.spec.make_input(x, sigma, cond, **options)
+
+    data = {**batch(), "mask": torch.ones(2, 1, 4, 2, 2)}
+    replace(BASE, spec=replace(BASE.spec, make_input=make_input))(Recorder(), data, HERE)
+    assert seen == ["text", "text_len", "pooled"]
+
+
+def test_the_noise_levels_may_depend_on_the_latents_shape():
+    asked = []
+
+    def quantile(u, shape):
+        asked.append((tuple(u.shape), tuple(shape)))
+        return u
+
+    replace(BASE, quantile=quantile)(Recorder(), batch(), HERE)
+    assert asked == [((2,), SHAPE)]
+
+
 def test_noise_offset_is_one_number_for_a_channel_and_leaves_the_noise_as_it_was():
+    draw = generator(1, step=4, micro=0, dp_rank=0, stream="noise")  # after the noise, from the same numbers
+    want = torch.randn(SHAPE, generator=draw) + 0.5 * torch.randn(2, 3, 1, 1, 1, generator=draw)
+    torch.testing.assert_close(noise_at(HERE, replace(BASE, noise_offset=0.5)), want)
     offset = noise_at(HERE, replace(BASE, noise_offset=0.5)) - noise_at(HERE)
     assert (offset - offset[:, :, :1, :1, :1]).abs().max() < 1e-5
     many = replace(BASE, noise_offset=0.5)
