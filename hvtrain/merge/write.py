@@ -94,7 +94,7 @@ def plan_whole(found: Identified, added: Mapping[str, Tensor], parts: Mapping[st
 def _placed(pair: LoraPair, rule: Rule) -> LoraPair:
     """With the rows of the file's tensor, where it is a fusion of several layers."""
     lengths = None if pair.magnitude is None else rule.place(pair.magnitude)
-    return replace(pair, up=rule.place(pair.up), magnitude=lengths, parts=None)
+    return replace(pair, up=rule.place(pair.up), magnitude=lengths)
 
 
 def _with(value: Tensor, also: Callable[[], Tensor] | None) -> Callable[[], Tensor]:

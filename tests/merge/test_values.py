@@ -242,6 +242,8 @@ def test_what_is_added_to_whole_parameters():
     assert list(alone) == ["p.a.w"] and alone["p.a.w"].pairs == () and alone["p.a.w"].dense().tolist() == [[3, 3], [3, 3]]
     both = plan_whole(found, {"w": torch.full((2, 2), 3.0)}, {"p.a.w": Addition(dense=lambda: torch.tensor([[1.0, 2], [4, 8]]))})
     assert both["p.a.w"].dense().tolist() == [[4, 5], [7, 11]]
+    away = plan_whole(found, {"w": torch.ones(2, 2)}, {"p.a.w": Addition(dense=lambda: torch.ones(2, 2, device="meta"))})
+    assert away["p.a.w"].dense().is_meta  # summed where the layers' change was computed
     for name in ("cut", "turned", "q"):
         with pytest.raises(CheckpointError) as refused:
             plan_whole(found, {name: torch.ones(2, 2)}, {})
