@@ -195,6 +195,8 @@ def test_a_dense_change_is_computed_once_for_its_pieces():
     assert computed == [0, 100]
     parts["x.transformer_blocks.0.attn.to_q.weight"].dense()  # it was dropped for the next
     assert computed == [0, 100, 0]
+    (own,) = plan_parts(found(), {QKV: Dense(delta(0))}, {QKV: (6, 1)}).values()  # as the official file has it: whole
+    assert own.dense().flatten().tolist() == [0, 1, 2, 3, 4, 5]
     swapped = "final_layer.adaLN_modulation.1"
     parts = plan_parts(found("diffusers"), {swapped: Dense(delta(0))}, {swapped: (6, 1)})
     assert parts["norm_out.linear.weight"].dense().flatten().tolist() == [3, 4, 5, 0, 1, 2]

@@ -113,6 +113,23 @@ def test_what_is_counted_for_a_group_is_exported_and_set_with_its_type():
     assert again["a"].tolist() == [8.0, 9.0] and again["b"].tolist() == [1.0]  # those that train on, not the file's average
 
 
+def test_the_weights_that_are_trained_go_along_where_others_are_meant_to_be_used():
+    """As of a schedule-free optimizer: those in the file are its average."""
+
+    class Averaging(Plain):
+        def eval(self) -> None: ...
+
+        def train(self) -> None: ...
+
+    params = parameters()
+    for kind, own in ((Plain, {"sum"}), (Averaging, {"sum", "trained"})):
+        optimizer = kind(params.values())
+        optimizer.state[params["a"]] = {"sum": torch.ones(2)}
+        state = export_plain_state(optimizer, params)
+        assert set(state) == {"a"} and set(state["a"]) == own
+    assert state["a"]["trained"].tolist() == [1.0, 2.0]
+
+
 def test_settings_of_optimizers_that_are_one_are_theirs():
     params = parameters()
     optimizer = Together([torch.optim.SGD([params["a"]], lr=0.1, momentum=0.9), torch.optim.AdamW([params["b"]], lr=0.2)])
