@@ -72,7 +72,7 @@ def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) 
         for c in result:
             for name, cut in zip(names, cut_rows(c.pair, list(places.values())), strict=True):
                 if cut is not None:
-                    mine = replace(cut, up=rule.place(cut.up), parts=None) if rule else cut
+                    mine = _placed(cut, rule) if rule else cut
                     before = parts.get(name, Addition())
                     parts[name] = replace(before, pairs=(*before.pairs, (mine, c.multiplier)))
     return parts
@@ -83,11 +83,25 @@ def plan_whole(found: Identified, added: Mapping[str, Tensor], parts: Mapping[st
     more = {}
     for name, value in added.items():
         source = found.sources[name]
-        if len(source.parts) > 1 or source.swap:
+        if len(source.parts) > 1 or source.swap or source.share:
             raise CheckpointError(f"{found.path}: '{name}' is cut otherwise in this file; merge into the official one")
         own = f"{found.prefix}{source.parts[0]}"
-        more[own] = Addition(parts.get(own, Addition()).pairs, lambda value=value: value)  # type: ignore[misc]
+        before = parts.get(own, Addition())
+        more[own] = replace(before, dense=_with(value, before.dense))
     return {**parts, **more}
+
+
+def _placed(pair: LoraPair, rule: Rule) -> LoraPair:
+    """With the rows of the file's tensor, where it is a fusion of several layers."""
+    lengths = None if pair.magnitude is None else rule.place(pair.magnitude)
+    return replace(pair, up=rule.place(pair.up), magnitude=lengths)
+
+
+def _with(value: Tensor, also: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+    """`also`: what is added to the same tensor as to a layer."""
+    if also is None:
+        return lambda: value
+    return lambda: (other := also()) + value.to(other.device)
 
 
 class _Last:

@@ -14,7 +14,8 @@ from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.overlap import Contribution
 from hvtrain.merge import write
 from hvtrain.merge.policies import Dense
-from hvtrain.merge.write import Addition, plan_parts, refuse_scaled, write_model
+from hvtrain.merge.write import Addition, plan_parts, plan_whole, refuse_scaled, write_model
+from hvtrain.weights.keymap import Fused, KeyMap, Rule
 from tests.adapters.models import SPEC
 from tests.merge.few import model, pair, target
 
@@ -194,12 +195,61 @@ def test_a_dense_change_is_computed_once_for_its_pieces():
     assert computed == [0, 100]
     parts["x.transformer_blocks.0.attn.to_q.weight"].dense()  # it was dropped for the next
     assert computed == [0, 100, 0]
+    (own,) = plan_parts(found(), {QKV: Dense(delta(0))}, {QKV: (6, 1)}).values()  # as the official file has it: whole
+    assert own.dense().flatten().tolist() == [0, 1, 2, 3, 4, 5]
     swapped = "final_layer.adaLN_modulation.1"
     parts = plan_parts(found("diffusers"), {swapped: Dense(delta(0))}, {swapped: (6, 1)})
     assert parts["norm_out.linear.weight"].dense().flatten().tolist() == [3, 4, 5, 0, 1, 2]
     with pytest.raises(ZeroDivisionError):  # what was kept goes before the next is computed
         write._Last(lambda: 1 / 0)()
     assert write._Last.kept is None
+
+
+FUSED = KeyMap([Rule(letter, ("qkv",), share=(i, 3)) for i, letter in enumerate("qkv")], passthrough=True)
+FOUND = SimpleNamespace(spec=SimpleNamespace(name="x", key_maps={"fused": FUSED}), dialect="fused", prefix="p.")
+
+
+def test_layers_that_are_one_in_the_file_change_their_own_rows():
+    """Pairs, with a DoRA's lengths, and dense changes, of one layer and of several."""
+    one = pair([1, 2], [1.0])
+    parts = plan_parts(FOUND, {"k": [Contribution("a", one, 2.0), Contribution("b", one, 1.0)]}, {"k": (2, 1)})
+    weight = torch.zeros(6, 1)
+    parts["p.qkv.weight"].add_to(weight)
+    assert list(parts) == ["p.qkv.weight"] and weight.flatten().tolist() == [0, 0, 3, 6, 0, 0]
+    layers = {"q": Dense(lambda: torch.tensor([[1.0], [2.0]])), "k": [Contribution("a", one, 10.0)],
+              "v": Dense(lambda: torch.tensor([[5.0], [6.0]]))}  # fmt: skip
+    parts = plan_parts(FOUND, layers, dict.fromkeys(layers, (2, 1)))
+    weight = torch.full((6, 1), 100.0)
+    parts["p.qkv.weight"].add_to(weight)
+    assert list(parts) == ["p.qkv.weight"] and weight.flatten().tolist() == [101, 102, 110, 120, 105, 106]
+    long = replace(one, magnitude=torch.tensor([7.0, 8.0]))
+    (name, part), = plan_parts(FOUND, {"v": [Contribution("a", long, 1.0)]}, {"v": (2, 1)}).items()
+    weight = torch.ones(6, 1)
+    part.add_to(weight)
+    assert name == "p.qkv.weight" and weight.flatten().tolist() == [1, 1, 1, 1, 7, 8]
+
+
+def test_what_is_added_to_whole_parameters():
+    """Beside the pairs of the same tensor; one that the file cuts, turns round or fuses with others is refused."""
+    sources = {"w": Fused(("a.w",)), "cut": Fused(("b", "c")), "turned": Fused(("d",), swap=True)}
+    sources["q"] = Fused(("e",), share=(0, 3))
+    found = SimpleNamespace(prefix="p.", path="f.safetensors", sources=sources)
+    before = {"p.a.w": Addition(((pair([1, 1], [1, 0]), 2.0),)), "p.other": Addition()}
+    parts = plan_whole(found, {"w": torch.tensor([[10.0, 20], [30, 40]])}, before)
+    weight = torch.ones(2, 2)
+    parts["p.a.w"].add_to(weight)
+    assert list(parts) == ["p.a.w", "p.other"] and weight.tolist() == [[13, 21], [33, 41]]
+    assert parts["p.other"] is before["p.other"] and before["p.a.w"].dense is None
+    alone = plan_whole(found, {"w": torch.full((2, 2), 3.0)}, {})
+    assert list(alone) == ["p.a.w"] and alone["p.a.w"].pairs == () and alone["p.a.w"].dense().tolist() == [[3, 3], [3, 3]]
+    both = plan_whole(found, {"w": torch.full((2, 2), 3.0)}, {"p.a.w": Addition(dense=lambda: torch.tensor([[1.0, 2], [4, 8]]))})
+    assert both["p.a.w"].dense().tolist() == [[4, 5], [7, 11]]
+    away = plan_whole(found, {"w": torch.ones(2, 2)}, {"p.a.w": Addition(dense=lambda: torch.ones(2, 2, device="meta"))})
+    assert away["p.a.w"].dense().is_meta  # summed where the layers' change was computed
+    for name in ("cut", "turned", "q"):
+        with pytest.raises(CheckpointError) as refused:
+            plan_whole(found, {name: torch.ones(2, 2)}, {})
+        assert str(refused.value) == f"f.safetensors: '{name}' is cut otherwise in this file; merge into the official one"
 
 
 def test_scaled_eight_bit_weights_are_refused_by_name(tmp_path):

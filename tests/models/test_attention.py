@@ -14,6 +14,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.models import kernels
 from hvtrain.models.attend_op import BACKWARD_OP, OP, attend
 from hvtrain.models.attention import (
+    Attention,
     join,
     local_attend,
     rows_of_equal_length,
@@ -82,6 +83,50 @@ def test_each_sample_attends_to_its_own_valid_tokens():
     assert torch.equal(same.img, out.img) and torch.equal(same.txt, out.txt)
 
 
+def test_an_attention_is_that_of_its_kernel():
+    calls = []
+
+    def counted(*tensors):
+        calls.append([tuple(t.shape) for t in tensors])
+        return SDPA.attend(*tensors)
+
+    q, k, v = (Joint(draw(2, 6, N, D, seed=s), draw(2, 4, N, D, seed=s + 9)) for s in range(3))
+    found = Attention(replace(SDPA, attend=counted)).joint(q, k, v, txt_len=(3, 1), n_img=5)
+    assert calls == [[(1, 5 + n, N, D)] * 3 for n in (3, 1)]
+    want = local_attend(q, k, v, txt_len=(3, 1), n_img=5)
+    assert torch.equal(found.img, want.img) and torch.equal(found.txt, want.txt)
+    assert Attention().kernel is SDPA
+
+
+def test_across_each_sample_attends_to_its_own_valid_keys():
+    """Those of equal length in one call, whose result is not copied where it is the only one; zeros where there are none."""
+    q, k, v = (draw(3, n, N, D, seed=n) for n in (6, 4, 4))
+    given = torch.full((3, 6, N, D), 5.0)
+    shapes = []
+
+    def attend(*tensors):
+        shapes.append([tuple(t.shape) for t in tensors])
+        return given[: len(tensors[0])]
+
+    attention = Attention(replace(SDPA, attend=attend))
+    assert attention.cross(q, k, v, lengths=(2, 2, 2)).data_ptr() == given.data_ptr()
+    assert shapes == [[(3, 6, N, D), (3, 2, N, D), (3, 2, N, D)]]
+    found = Attention().cross(q, k, v, lengths=(3, 0, 4))
+    for b, n in ((0, 3), (2, 4)):
+        want, _ = softmax(*(x[b : b + 1].double() for x in (q, k[:, :n], v[:, :n])))
+        torch.testing.assert_close(found[b].double(), want[0], atol=1e-6, rtol=1e-5)
+    assert found.shape == q.shape and not found[1].any()
+
+
+def test_layers_of_what_has_no_keys_get_gradients_of_zero():
+    """On this rank as on those whose samples have some: an engine that reduces gradients as they come would wait for them."""
+    leaves = [draw(2, n, N, D, seed=n).requires_grad_() for n in (6, 4, 5)]
+    out = Attention().cross(*leaves, lengths=(0, 0))
+    out.sum().backward()
+    assert out.shape == (2, 6, N, D) and not out.any()
+    assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in leaves)
+
+
 @pytest.mark.parametrize("n_q, n_k", [(5, 7), (33, 20)])
 def test_partial_results_and_their_gradients(n_q, n_k):
     q, k, v, d_out = (draw(2, n, N, D, seed=n + i) for i, n in enumerate((n_q, n_k, n_k, n_q)))
@@ -128,6 +173,30 @@ def test_the_operator_is_computed_once_where_it_is_kept_and_has_its_gradients():
     with torch.no_grad():
         attend(kernel, *leaves)
     assert len(calls) == 6 and not sampling.trains and kernel.trains  # the kernel's own way where nothing is learnt
+
+
+def test_the_log_sum_exp_alone_teaches_nothing():
+    asked = []
+    kernel = replace(SDPA, backward=lambda *a: asked.append(1) or SDPA.backward(*a))
+    q, k, v = (draw(1, 4, N, D, seed=s).requires_grad_() for s in range(3))
+    out, lse = OP(q, k, v, kernel.number)
+    assert torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True, retain_graph=True) == (None, None, None) and asked == []
+    assert torch.autograd.grad((out.sum(), lse.sum()), q)[0].shape == q.shape and asked == [1]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_the_operator_is_used_where_one_of_three_is_learnt(which):
+    calls = []
+
+    def partial(*qkv):
+        calls.append(1)
+        return SDPA.partial(*qkv)
+
+    q, k, v = (draw(1, 4, N, D, seed=s).requires_grad_(s == which) for s in range(3))
+    want = torch.autograd.grad(softmax(q, k, v)[0].sum(), (q, k, v)[which])[0]
+    attend(replace(SDPA, partial=partial), q, k, v).sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close((q, k, v)[which].grad, want, atol=1e-5, rtol=1e-4)
 
 
 def test_the_operators_are_what_pytorch_wants_of_them():

@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_softmax(ulysses, ring, n_img, txt_le
             return Joint(torch.cat([x.img, pad], 1)[:, here], x.txt)
 
         def attend(q: Joint, k: Joint, v: Joint) -> Joint:
-            return usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=ctx, kernel=CAREFUL)
+            return UspAttention(CAREFUL, ctx=ctx).joint(q, k, v, txt_len=txt_len, n_img=n_img)
 
         # Text is replicated: each rank hands in its share of its output's gradient.
         return with_grads(attend, [shard(x) for x in qkv], Joint(shard(d_out).img, d_out.txt / sp))
@@ -182,6 +182,21 @@ def test_gradients_are_summed_in_float32(monkeypatch):
         for n, txt, grad in zip((1, -1, 2), (258, 256, 256), grads):  # the text's keys: in the own block alone
             assert grad.img.dtype == grad.txt.dtype == torch.bfloat16
             assert (grad.img == n * 258).all() and (grad.txt[:, :1] == n * txt).all() and not grad.txt[:, 1:].any()
+
+
+def test_what_the_ring_s_operators_give_is_as_wide_as_their_inputs_and_in_order(monkeypatch):
+    """However the inputs lie in memory: a trace without values, and what is compiled after it, rest on that."""
+
+    def rank(ctx: ParallelContext) -> None:
+        q, k, v = (Joint(*(torch.ones(2, HEADS, n, DIM).bfloat16().transpose(1, 2) for n in (2, 3))) for _ in range(3))
+        inputs, rest = (q.img, k.img, v.img, q.txt, k.txt, v.txt), ([2, 3], 4, SDPA.number, usp._place(ctx))
+        img, txt, lse = usp._ring(*inputs, *rest)
+        grads = usp._ring_backward(img, txt, *inputs, img, txt, lse, *rest)
+        assert [g.shape for g in grads] == [x.shape for x in inputs] and lse.shape == (2, HEADS, 5)
+        assert {x.dtype for x in (img, txt, *grads)} == {torch.bfloat16} and lse.dtype == torch.float32
+        assert all(x.is_contiguous() for x in (img, txt, lse, *grads))
+
+    run_threads(monkeypatch, rank, ulysses=1, ring=2)
 
 
 def test_under_autocast_what_travels_is_half_as_wide(monkeypatch):

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from shards.order import MicroBatch, count, epoch_order, mix, mixture, pick, salt, stream
+from shards.order import MicroBatch, Mixture, count, epoch_order, mix, mixture, pick, salt, stream
 
 MASK = (1 << 64) - 1
 
@@ -138,6 +138,34 @@ def test_weights_are_shares_and_each_set_is_gone_through_evenly():
     assert epochs != drawn(mixed, seed=5, epochs=8) and epochs == drawn(mixed, seed=4, epochs=8)
 
 
+def mixed_by_hand(mix_, seed, epoch):
+    """A set is passed through in an order of its own each time; the epoch's part of that, with each pass's number above its
+    samples, is shuffled as one set."""
+    groups = {}
+    for number, (buckets, n) in enumerate(zip(mix_.sets, mix_.counts, strict=True)):
+        home = {i: bucket for bucket, members in buckets.items() for i in members.tolist()}
+        for place in range(epoch * n, epoch * n + n):
+            turn, at = divmod(place, len(home))
+            one = sorted(home, key=lambda i: splitmix((i + salt(seed, turn, "passes", number)) & MASK))[at]
+            copy = turn - epoch * n // len(home)
+            groups.setdefault(home[one], []).append(one + (copy << 40))
+    batches = by_hand({bucket: np.array(members) for bucket, members in groups.items()}, mix_.batch_size, seed, epoch)
+    return [tuple(i % (1 << 40) for i in batch) for batch in batches]
+
+
+@pytest.mark.parametrize("weights", [[3, 1], [1, 3], [1, 9], [1, 1]])
+def test_the_order_of_a_mixture(weights):
+    mixed = mixture([A, B], batch_size=3, weights=weights)
+    for seed, epoch in ((0, 0), (0, 1), (1, 1), (9, 5)):
+        order = mixed.order(seed=seed, epoch=epoch)
+        assert [order.batch(i) for i in range(len(order.starts))] == mixed_by_hand(mixed, seed, epoch)
+
+
+def test_a_set_of_which_nothing_is_drawn():
+    order = Mixture((A, B), (0, 10), 20).order(seed=0, epoch=0)
+    assert sorted(i for n in range(len(order.starts)) for i in order.batch(n)) == list(range(10, 20))
+
+
 def test_copies_in_an_epoch_are_shuffled_apart():
     mixed = mixture([{"x": np.arange(40)}, {"x": np.array([40])}], batch_size=4, weights=[1, 1])
     assert mixed.counts == (21, 20)  # 20.5 each, rounded down, and one more for the first
@@ -157,6 +185,12 @@ def test_a_cursor_anywhere_in_a_mixture_is_the_rest_of_its_stream():
 def test_no_weight_is_so_small_that_a_set_is_never_seen():
     assert mixture([A, B], batch_size=1, weights=[1, 1e-6]).counts == (19, 1)
     assert mixture([A, B], batch_size=1, weights=[1, 2]).counts == (7, 13)
+
+
+def test_what_rounding_leaves_over_goes_to_those_that_lost_most():
+    assert mixture([A, B], batch_size=1, weights=[2, 1]).counts == (13, 7)  # of 13.33 and 6.67
+    assert mixture([A, B], batch_size=1, weights=[1, 2.2]).counts == (6, 14)  # of 6.25 and 13.75
+    assert mixture([A, B, A], batch_size=1, weights=[10.4, 9.9, 9.7]).counts == (10, 10, 10)
 
 
 def test_every_bucket_has_batches_of_its_own_size():

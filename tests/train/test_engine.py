@@ -136,6 +136,27 @@ def test_the_rate_is_each_group_s_own_times_the_schedule():
         again.set(5)
 
 
+def test_a_rate_that_is_a_tensor_is_set_in_place():
+    """A compiled step has it as an input: another tensor would not be seen."""
+    engine = build()
+    rates = [torch.tensor(0.5), torch.tensor(0.25)]
+    for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    assert LearningRate(engine.optimizer, lambda n: n / 4).set(2) == 0.25
+    assert [rate.item() for rate in rates] == [0.25, 0.125]
+    assert all(group["lr"] is rate for group, rate in zip(engine.optimizer.param_groups, rates, strict=True))
+
+
+def test_the_rate_of_an_optimizer_that_finds_it_is_times_what_it_found():
+    engine = build()
+    first, second = engine.optimizer.param_groups
+    first["d"], second["d"] = 0.25, 7.0
+    rate = LearningRate(engine.optimizer, lambda n: n / 4)
+    assert rate.set(2) == 0.25  # some optimizer's own d, which is no rate
+    first["d_max"] = 3.0
+    assert rate.set(2) == 0.25 * 0.25 and [first["lr"], second["lr"]] == [0.25, 0.125]
+
+
 def test_what_has_no_gradient_gets_zeros_of_its_own_shape():
     a, b = (nn.Parameter(torch.ones(2, 3, dtype=d)) for d in (torch.float32, torch.bfloat16))
     a.grad = torch.full((2, 3), 5.0)
@@ -167,6 +188,27 @@ def test_exported_state_is_a_copy_in_float32_and_is_taken_back():
     # The steps went on in their own tensors, not in what was exported.
     assert all(torch.equal(params[n], kept[0][n]) for n in params) and torch.equal(state["a"]["exp_avg"], kept[1])
     assert state["a"]["step"].item() == 3.0
+
+
+class Averaging(torch.optim.SGD):
+    """Means other weights to be used than it trains, as schedule-free ones do: here by 100 more."""
+
+    def eval(self) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(100.0)
+
+    def train(self) -> None:
+        pass
+
+
+def test_what_is_exported_are_the_weights_that_the_optimizer_means_to_be_used():
+    engine = build(optimizer=Averaging)
+    with engine.settled():
+        assert values(engine) == [101.0, 102.0, 104.0, 107.0]
+    assert {n: p.tolist() for n, p in engine.export_params().items()} == {"a": [101.0, 102.0], "b": [[104.0]], "unused": [107.0]}
+    assert values(engine) == [1.0, 2.0, 4.0, 7.0]  # the training goes on in its own
 
 
 def test_state_of_another_order_of_groups_finds_its_parameters():
@@ -309,7 +351,7 @@ def test_what_makes_sense_is_not(tmp_path, monkeypatch):
         check_engine(cfg)
 
 
-def test_norms_of_parts_are_those_of_the_gradients_in_every_second_step() -> None:
+def test_norms_of_parts_are_those_of_the_gradients_in_every_second_step(monkeypatch) -> None:
     """Of (3, 4) and of (12): 5 and 12, and 13 of all."""
     params = {"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.zeros(1))}
     step = replace(FREE, parts={"x": ("a",), "y": ("b",)}, parts_every=2)
@@ -319,7 +361,12 @@ def test_norms_of_parts_are_those_of_the_gradients_in_every_second_step() -> Non
         step=step,
     )
     slopes = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}
+    taken, asked = [], []
+    foreach, of_parts = torch._foreach_norm, engines.norms_of_parts
+    monkeypatch.setattr(torch, "_foreach_norm", lambda grads: taken.append(len(grads)) or foreach(grads))
+    monkeypatch.setattr(engines, "norms_of_parts", lambda *a, **k: asked.append(k) or of_parts(*a, **k))
     found = [engine.accumulate(sum((slopes[n] * p).sum() for n, p in params.items()), last=True) for _ in range(4)]
+    assert taken == [2] * 4 and asked == [{"device": engine.ctx.device}] * 4  # each norm once a step
     assert [one.norms for one in found] == [{}, {"x": 5.0, "y": 12.0}] * 2
     assert [one.grad_norm for one in found] == [13.0] * 4
 

@@ -26,7 +26,6 @@ from hvtrain.train import run as train
 from hvtrain.train.checkpoint import Progress
 from hvtrain.train.engine import Step, StepResult, build_engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
-from hvtrain.train.gradients import norms_of_parts, parts_of
 from hvtrain.train.loop import StepReport
 from hvtrain.train.metrics import TensorBoard, loss_by_set
 from hvtrain.train.mfu import Work, peak_of, work_of
@@ -199,18 +198,6 @@ def test_the_slowest_rank_is_named_and_peers_count_once(monkeypatch):
     assert got["data/bad_samples"] == 3 and got["speed/data_share"] == pytest.approx(0.2)
     assert got["speed/mfu"] == pytest.approx(4000 / 2 / (10 * 4 * 1e3), rel=0.01)
     assert not any("loss_by_set" in name for name in got)
-
-
-def test_parts_are_quarters_of_the_depth():
-    names = [f"blocks.{i}.w" for i in range(10)] + ["net.single.0.w", "net.single.1.b", "head.w", "blocks.9.b"]
-    assert parts_of(names) == {
-        "blocks.0-2": ("blocks.0.w", "blocks.1.w", "blocks.2.w"), "blocks.3-5": ("blocks.3.w", "blocks.4.w", "blocks.5.w"),
-        "blocks.6-8": ("blocks.6.w", "blocks.7.w", "blocks.8.w"), "blocks.9-9": ("blocks.9.w", "blocks.9.b"),
-        "net.single.0-0": ("net.single.0.w",), "net.single.1-1": ("net.single.1.b",), "rest": ("head.w",),
-    }
-    norms = {"a": torch.tensor(3.0), "b": torch.tensor(2.0, dtype=torch.bfloat16), "c": torch.tensor(4.0)}
-    assert norms_of_parts(norms, {"x": ("a", "c"), "y": ("b",), "z": ("gone",)}) == {"x": 5.0, "y": 2.0, "z": 0.0}
-    assert norms_of_parts({}, {"x": ("a",)}, total=lambda sums: sums.add_(9.0)) == {"x": 3.0}
 
 
 def test_norms_of_parts_are_found_in_the_steps_that_are_logged():

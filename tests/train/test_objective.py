@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvtrain.config import FlowConfig
+from hvtrain.flow.loss import Measure
 from hvtrain.flow.timesteps import quantile_function, stratified
 from hvtrain.models import find
 from hvtrain.models.dit import ModelInput
@@ -228,7 +229,34 @@ def test_a_mask_column_weighs_the_cells_and_is_no_condition():
     )
 
 
+def test_a_mask_never_reaches_what_makes_the_input():
+    """A model's own condition may have that name."""
+    seen = []
+
+    def make_input(x, sigma, cond, **options):
+        seen.extend(cond)
+        return BASE.spec.make_input(x, sigma, cond, **options)
+
+    data = {**batch(), "mask": torch.ones(2, 1, 4, 2, 2)}
+    replace(BASE, spec=replace(BASE.spec, make_input=make_input))(Recorder(), data, HERE)
+    assert seen == ["text", "text_len", "pooled"]
+
+
+def test_the_noise_levels_may_depend_on_the_latents_shape():
+    asked = []
+
+    def quantile(u, shape):
+        asked.append((tuple(u.shape), tuple(shape)))
+        return u
+
+    replace(BASE, quantile=quantile)(Recorder(), batch(), HERE)
+    assert asked == [((2,), SHAPE)]
+
+
 def test_noise_offset_is_one_number_for_a_channel_and_leaves_the_noise_as_it_was():
+    draw = generator(1, step=4, micro=0, dp_rank=0, stream="noise")  # after the noise, from the same numbers
+    want = torch.randn(SHAPE, generator=draw) + 0.5 * torch.randn(2, 3, 1, 1, 1, generator=draw)
+    torch.testing.assert_close(noise_at(HERE, replace(BASE, noise_offset=0.5)), want)
     offset = noise_at(HERE, replace(BASE, noise_offset=0.5)) - noise_at(HERE)
     assert (offset - offset[:, :, :1, :1, :1]).abs().max() < 1e-5
     many = replace(BASE, noise_offset=0.5)
@@ -253,3 +281,27 @@ def test_a_config_s_objective():
     torch.testing.assert_close(found.per_sample, want * 2 / (torch.pi * (1 - 2 * s + 2 * s * s)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(s, quantile_function("shift", FlowConfig(shift=7.0))(
         stratified(2, seed=1, step=4, part=0, n_parts=4)).float())
+
+
+def test_an_objective_has_every_setting_of_its_config():
+    spec = BASE.spec
+    flavor = spec.flavor(None)
+
+    def of(**settings) -> Objective:
+        return objective_of(FlowConfig(shift=7.0, **settings), spec, flavor, device=torch.device("meta"), autocast=True)
+
+    found = of(
+        loss="pseudo_huber", huber_c=0.2, huber_schedule="snr", weighting="min_snr", snr_gamma=2.0, noise_offset=0.25,
+        masked=True, guidance=6.0, raw_guidance=True,
+    )
+    assert found.measure == Measure("pseudo_huber", 0.2, "snr", "min_snr", 2.0)
+    assert (found.noise_offset, found.masked, found.task) == (0.25, True, flavor.tasks[0])
+    assert (found.spec, found.device.type, found.autocast) == (spec, "meta", True)
+    assert found.guidance == 6.0 / 1000  # what multiplies it by 1000 sees 6
+    plain = of(guidance=6.0)
+    assert (plain.guidance, plain.noise_offset, plain.masked) == (6.0, 0.0, False)
+    assert of().guidance is None and of(raw_guidance=True).guidance is None
+    u = torch.tensor([0.5], dtype=torch.float64)
+    assert plain.quantile(u).item() == pytest.approx(7 / 8)
+    by_size = of(timestep_sampling="flux_shift").quantile(u, (1, 16, 1, 32, 32))  # the flavor says that these are 256 tokens
+    assert by_size.item() == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item())

@@ -70,7 +70,7 @@ def test_the_warm_up_fits_into_the_run():
 def test_a_warm_up_as_a_share():
     factor = build_schedule(OptimConfig(warmup_share=0.25), total_steps=8)
     assert [factor(step) for step in range(3)] == [0.5, 1.0, 1.0]
-    with pytest.raises(ConfigError, match="give either optim.warmup_steps or optim.warmup_share"):
+    with pytest.raises(ConfigError, match="^optim: give either optim.warmup_steps or optim.warmup_share$"):
         build_schedule(OptimConfig(warmup_share=0.5, warmup_steps=1), total_steps=4)
 
 
@@ -82,11 +82,23 @@ def test_a_warm_up_as_a_share():
         ({"power": -1.0}, "optim.power is -1.0, expected more than 0"),
         ({"timescale": -5}, "optim.timescale is -5, expected more than 0"),
         ({"rex": (0.0, 0.5)}, r"optim.rex\[0\] is 0.0, expected more than 0"),
+        ({"rex": (0.1, -0.5)}, r"optim.rex\[1\] is -0.5, expected 0 to 1"),
         ({"warmup_share": 1.5}, "optim.warmup_share is 1.5, expected 0 to 1"),
         ({"min_lr_ratio": -0.5}, "optim.min_lr_ratio is -0.5, expected 0 to 1"),
         ({"decay_share": 0.0}, "optim.decay_share is 0.0, expected more than 0, at most 1"),
+        ({"decay_share": 1.5}, "optim.decay_share is 1.5, expected more than 0, at most 1"),
     ],
 )
 def test_numbers_that_make_no_curve(wrong, says):
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=f"^{says}"):
         build_schedule(OptimConfig(**wrong), total_steps=4)
+
+
+def test_the_ends_of_what_is_allowed():
+    """0 and 1 are shares: a rate that never falls, one that falls all the way, a curve that is a line."""
+    shares = OptimConfig(schedule="rex", min_lr_ratio=1.0, rex=(1.0, 0.0), decay_share=1.0)
+    assert build_schedule(shares, total_steps=4)(3) == 1.0
+    line = build_schedule(OptimConfig(schedule="rex", min_lr_ratio=0.0, rex=(1.0, 0.0)), total_steps=4)
+    assert [line(step) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    warm = build_schedule(OptimConfig(warmup_share=1.0), total_steps=4)
+    assert [warm(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
