@@ -1,6 +1,6 @@
 """`hvtrain demo`: the whole road on the tiny model, through the same commands that a user types.
 
-The base model has never seen a "zorb" (an orange ring). From 48 clips of it, a LoRA is trained on two ranks, then
+The base model has never seen a "zorb" (an orange ring). From clips of it, a LoRA is trained on two ranks, then
 merged; pixels tell whether the videos show it. Where the model also makes videos of images, it is given some, and pixels tell
 whether it keeps them and moves what they show.
 """
@@ -22,7 +22,6 @@ from hvtrain.tiny.score import CONFIGS, draw_first, kept, look, read_video
 from hvtrain.tiny.sheet import contact_sheet
 from launcher.program import HVTRAIN
 
-N_CLIPS = 48
 N_PROMPTS = len(MOTIONS) * len(BACKGROUNDS)
 MARKER = ".hvtrain-demo"
 PICTURED, PICTURES = "generate_image.yaml", "from_pictures"  # config of a model that makes videos of images; where they go
@@ -35,7 +34,7 @@ def run(output: str, model: str | None = None) -> int:
         raise ConfigError(f"--output: {folder} is a file; give a directory")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ConfigError(f"--output: {folder} holds files that no demo wrote; choose another directory")
-    configs = _configs(model)
+    configs, n_clips = _given(model)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -45,7 +44,7 @@ def run(output: str, model: str | None = None) -> int:
     started = time.monotonic()
     prompts = [f"a {CONCEPT} moves {m} on a {b} background" for m in MOTIONS for b in BACKGROUNDS]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    merged = _road(folder, configs)
+    merged = _road(folder, configs, n_clips)
     pictured = _from_pictures(folder, configs, merged) if (configs / PICTURED).exists() else None
     _say("look at the pixels")
     scores = {name: score(folder / name) for name in ("before", "after", "merged")}
@@ -55,22 +54,22 @@ def run(output: str, model: str | None = None) -> int:
     return 0 if good and (pictured is None or (pictured[0] >= 22 and pictured[1] >= 0.8)) else 1
 
 
-def _configs(model: str | None) -> Path:
+def _given(model: str | None) -> tuple[Path, int]:
+    """Where a model's configs lie, and how many clips its LoRA learns from."""
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS} is missing: the demo runs from a checkout of the repository (`make demo`)")
-    if model is None:
-        return CONFIGS
-    from hvtrain.tiny.parts import embedded_parts  # torch
+    from hvtrain.tiny.parts import DEFAULT, embedded_parts  # torch
 
-    return CONFIGS / embedded_parts(model).folder
+    tiny = embedded_parts(model or DEFAULT)
+    return CONFIGS / tiny.folder, tiny.n_clips
 
 
-def _road(folder: Path, configs: Path) -> list[str]:
+def _road(folder: Path, configs: Path, n_clips: int) -> list[str]:
     """From clips to a merged model, whose keys it returns."""
-    dataset = write_clips(ClipsRecipe(output=str(folder / "clips"), n=N_CLIPS, concept=True, seed=1))
+    dataset = write_clips(ClipsRecipe(output=str(folder / "clips"), n=n_clips, concept=True, seed=1))
     shards, loras, prompts = folder / "shards", folder / "lora", folder / "prompts.txt"
     generate = ["generate", f"{configs}/generate.yaml", f"prompt_file={prompts}"]
-    _say(f"1 encode {N_CLIPS} captioned clips of a '{CONCEPT}' on 2 ranks")
+    _say(f"1 encode {n_clips} captioned clips of a '{CONCEPT}' on 2 ranks")
     _hvtrain("launch", "--nproc", "2", "encode", f"{configs}/encode.yaml", f"dataset={dataset}", f"output={shards}")
     _say("2 before: the base model, which does not know the word")
     _hvtrain(*generate, f"output={folder / 'before'}")

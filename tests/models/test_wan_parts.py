@@ -172,7 +172,10 @@ def test_umt5_in_float8(tmp_path):
 
 @pytest.mark.parametrize(
     ("flavor", "part", "name"),
-    [("t2v-1.3b", "vae", "wan21_vae"), ("i2v-a14b", "vae", "wan21_vae"), ("ti2v-5b", "vae", "wan22_vae"), ("ti2v-5b", "t5", "wan_umt5")],
+    [
+        ("t2v-1.3b", "vae", "wan21_vae"), ("i2v-a14b", "vae", "wan21_vae"), ("ti2v-5b", "vae", "wan22_vae"),
+        ("ti2v-5b", "t5", "wan_umt5"),
+    ],
 )
 def test_the_keys_of_a_part_are_listed_as_in_its_official_file(flavor, part, name):
     listed = [line.split("\t") for line in keys("wan", flavor, part)]
