@@ -9,7 +9,7 @@ import torch
 from hvtrain.errors import ConfigError
 from hvtrain.models import all_specs, find
 from hvtrain.models.dit import DiT
-from hvtrain.models.spec import ModelSpec
+from hvtrain.models.spec import ModelSpec, Shapes
 from hvtrain.weights.source import shapes_of
 
 
@@ -46,7 +46,7 @@ def keys(name: str, flavor: str | None = None, part: str | None = None) -> Itera
     chosen = spec.flavor(flavor)
     dits = ("dit", *(expert.part for expert in chosen.experts))
     if part is None or part in dits:
-        shapes = shapes_of(_on_meta(spec, chosen.arch))
+        shapes: Shapes = shapes_of(_on_meta(spec, chosen.arch))
     elif part in spec.part_shapes:
         shapes = spec.part_shapes[part](chosen)
     else:
