@@ -1,6 +1,6 @@
 """`hvtrain demo`: the whole road on the tiny model, through the same commands that a user types.
 
-The base model has never seen a "zorb" (an orange ring). From 48 clips of it, a LoRA is trained on two ranks, then
+The base model has never seen a "zorb" (an orange ring). From clips of it, a LoRA is trained on two ranks, then
 merged; pixels tell whether the videos show it. Where the model also makes videos of images, it is given some, and pixels tell
 whether it keeps them and moves what they show.
 """
@@ -22,7 +22,6 @@ from hvtrain.tiny.score import CONFIGS, draw_first, kept, look, read_video
 from hvtrain.tiny.sheet import contact_sheet
 from launcher.program import HVTRAIN
 
-N_CLIPS = 48
 N_PROMPTS = len(MOTIONS) * len(BACKGROUNDS)
 MARKER = ".hvtrain-demo"
 PICTURED, PICTURES = "generate_image.yaml", "from_pictures"  # config of a model that makes videos of images; where they go
@@ -30,12 +29,12 @@ PICTURED, PICTURES = "generate_image.yaml", "from_pictures"  # config of a model
 
 def run(output: str, model: str | None = None) -> int:
     """Make everything below `output`, which is emptied if an earlier demo made it. `model`: whose tiny copy, else the default."""
-    configs = _configs(model)
+    configs, n_clips = _given(model)
     folder = emptied(output)
     started = time.monotonic()
     prompts = [f"a {CONCEPT} moves {m} on a {b} background" for m in MOTIONS for b in BACKGROUNDS]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    merged = _road(folder, configs)
+    merged = _road(folder, configs, n_clips)
     pictured = _from_pictures(folder, configs, merged) if (configs / PICTURED).exists() else None
     say("look at the pixels")
     scores = {name: score(folder / name) for name in ("before", "after", "merged")}
@@ -63,20 +62,20 @@ def emptied(output: str) -> Path:
     return folder
 
 
-def _configs(model: str | None) -> Path:
-    if model is None:
-        return CONFIGS
-    from hvtrain.tiny.parts import embedded_parts  # torch
+def _given(model: str | None) -> tuple[Path, int]:
+    """Where a model's configs lie, and how many clips its LoRA learns from."""
+    from hvtrain.tiny.parts import DEFAULT, embedded_parts  # torch
 
-    return CONFIGS / embedded_parts(model).folder
+    tiny = embedded_parts(model or DEFAULT)
+    return CONFIGS / tiny.folder, tiny.n_clips
 
 
-def _road(folder: Path, configs: Path) -> list[str]:
+def _road(folder: Path, configs: Path, n_clips: int) -> list[str]:
     """From clips to a merged model, whose keys it returns."""
-    dataset = write_clips(ClipsRecipe(output=str(folder / "clips"), n=N_CLIPS, concept=True, seed=1))
+    dataset = write_clips(ClipsRecipe(output=str(folder / "clips"), n=n_clips, concept=True, seed=1))
     shards, loras, prompts = folder / "shards", folder / "lora", folder / "prompts.txt"
     generate = ["generate", f"{configs}/generate.yaml", f"prompt_file={prompts}"]
-    say(f"1 encode {N_CLIPS} captioned clips of a '{CONCEPT}' on 2 ranks")
+    say(f"1 encode {n_clips} captioned clips of a '{CONCEPT}' on 2 ranks")
     hvtrain("launch", "--nproc", "2", "encode", f"{configs}/encode.yaml", f"dataset={dataset}", f"output={shards}")
     say("2 before: the base model, which does not know the word")
     hvtrain(*generate, f"output={folder / 'before'}")

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hvtrain.errors import ConfigError
 from hvtrain.models import all_specs, find
 from hvtrain.models.dit import DiT
-from hvtrain.models.spec import ModelSpec
+from hvtrain.models.spec import ModelSpec, Shapes
+from hvtrain.weights.source import shapes_of
 
 
 def table() -> str:
@@ -37,11 +39,21 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def keys(name: str, flavor: str | None = None) -> Iterator[str]:
-    """"key TAB shape" (3072x16x1x2x2) of every tensor of a flavor (the first unless named), as in its official file."""
+def keys(name: str, flavor: str | None = None, part: str | None = None) -> Iterator[str]:
+    """"key TAB shape" (3072x16x1x2x2) of every tensor of a flavor (the first unless named), as in its official file: of the
+    DiT, or another part. Raises ConfigError for a part whose keys are not known."""
     spec = find(name)
-    for key, tensor in _on_meta(spec, spec.flavor(flavor).arch).state_dict().items():
-        yield f"{key}\t{'x'.join(map(str, tensor.shape))}"
+    chosen = spec.flavor(flavor)
+    dits = ("dit", *(expert.part for expert in chosen.experts))
+    if part is None or part in dits:
+        shapes: Shapes = shapes_of(_on_meta(spec, chosen.arch))
+    elif part in spec.part_shapes:
+        shapes = spec.part_shapes[part](chosen)
+    else:
+        known = ", ".join(dict.fromkeys([*dits, *spec.part_shapes]))
+        raise ConfigError(f"models keys --part {part}: of {spec.name} the keys of {known} can be listed")
+    for key, shape in shapes.items():
+        yield f"{key}\t{'x'.join(map(str, shape))}"
 
 
 def _on_meta(spec: ModelSpec, arch: object) -> DiT:

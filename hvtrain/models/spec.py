@@ -290,6 +290,7 @@ class TinyParts:
     vae: TinyVae
     text: tuple[TinyText, ...]
     folder: str = ""  # of its files, below hvtrain/tiny/assets and configs/tiny
+    n_clips: int = 48  # of the demo's concept, that its LoRA learns from
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,7 @@ class ModelSpec:
     # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for a task that begins elsewhere
     start: Callable[..., Tensor] | None = None
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list
+    part_shapes: Mapping[str, Callable[[Flavor], Shapes]] = field(default_factory=dict)  # of its official files besides the DiT's
     tiny: Callable[[], TinyParts] | None = None
     musubi: MusubiCache | None = None
 

@@ -13,6 +13,7 @@ def _models_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", metavar="keys", help="list a model's parameters and their shapes")
     parser.add_argument("name", nargs="?", help="of which model")
     parser.add_argument("--flavor", help="of which of its flavors (default: the first)")
+    parser.add_argument("--part", help="which of its files, as under `model:` of a config (default: dit)")
 
 
 @command("models", "list the architectures and their sizes", options=_models_options, prints=True)
@@ -26,7 +27,7 @@ def _models(args: argparse.Namespace) -> None:
         return
     if args.name is None:
         raise ConfigError("models keys: of which model? `hvtrain models` lists them")
-    for line in listing.keys(args.name, args.flavor):
+    for line in listing.keys(args.name, args.flavor, args.part):
         print(line)
 
 

@@ -10,11 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from hvtrain.errors import CheckpointError, ConfigError, DataError
 from hvtrain.models import find
 from hvtrain.models.identify import count
+from hvtrain.models.listing import keys
 from hvtrain.models.wan.clip import ANCHORS as CLIP_ANCHORS
 from hvtrain.models.wan.clip import open_clip
 from hvtrain.models.wan.flavors import NEGATIVE_PROMPT
 from hvtrain.models.wan.images import image_conditions
-from hvtrain.models.wan.text import Umt5, cleaned, load_umt5, open_text, text_fingerprints
+from hvtrain.models.wan.text import cleaned, load_umt5, open_text, text_fingerprints
 from hvtrain.models.wan.vae import build_vae, config_of, official_name, open_vae
 from hvtrain.weights.float8 import Fp8Linear
 from hvtrain.weights.source import anchored
@@ -169,10 +170,25 @@ def test_umt5_in_float8(tmp_path):
     assert 1e-4 < (small(ids) - plain(ids)).norm() / plain(ids).norm() < 0.1
 
 
-def test_full_size_umt5_keys_equal_the_official_ones():
-    with torch.device("meta"):
-        model = Umt5(vocabulary=256384, dim=4096, inner=4096, mlp=10240, n_heads=64, n_layers=24)
-    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == shapes_in("wan_umt5")
+@pytest.mark.parametrize(
+    ("flavor", "part", "name"),
+    [
+        ("t2v-1.3b", "vae", "wan21_vae"), ("i2v-a14b", "vae", "wan21_vae"), ("ti2v-5b", "vae", "wan22_vae"),
+        ("ti2v-5b", "t5", "wan_umt5"),
+    ],
+)
+def test_the_keys_of_a_part_are_listed_as_in_its_official_file(flavor, part, name):
+    listed = [line.split("\t") for line in keys("wan", flavor, part)]
+    assert {key: tuple(map(int, shape.split("x"))) for key, shape in listed} == shapes_in(name)
+    assert len(listed) == len(shapes_in(name))
+
+
+def test_of_which_parts_keys_are_listed():
+    assert list(keys("wan", "t2v-a14b", "dit_low")) == list(keys("wan", "t2v-a14b", "dit")) == list(keys("wan", "t2v-a14b"))
+    with pytest.raises(ConfigError, match="--part clip: of wan the keys of dit, dit_low, vae, t5 can be listed"):
+        next(keys("wan", "t2v-a14b", "clip"))
+    with pytest.raises(ConfigError, match="--part dit_low: of wan the keys of dit, vae, t5 can"):
+        next(keys("wan", "ti2v-5b", "dit_low"))
 
 
 def tokenizer(folder, *, end="</s>"):

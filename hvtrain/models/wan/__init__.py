@@ -32,6 +32,7 @@ SPEC = ModelSpec(
     columns=(Column("clip", "CLIP's tokens of the image", ("clip",), later(f"{__name__}.clip", "open_clip")),),
     image_conditions=later(f"{__name__}.images", "image_conditions"),
     sizes=((832, 480), (480, 832), (1280, 720), (720, 1280), (1280, 704), (704, 1280)),
+    part_shapes={part: later(f"{__name__}.official", f"{part}_shapes") for part in ("vae", "t5")},
     tiny=later(f"{__name__}.tiny", "parts"),
     musubi=MUSUBI,
 )
