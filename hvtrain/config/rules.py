@@ -291,10 +291,8 @@ def check_generate(cfg: GenerateConfig) -> None:
     if cfg.shard_weights and cfg.blocks_to_swap:
         raise ConfigError("shard_weights and blocks_to_swap both say where the blocks' weights are; choose one")
     if cfg.shard_weights and cfg.parallel.ulysses * cfg.parallel.ring == 1:
-        raise ConfigError(
-            "shard_weights: cuts the weights over the ranks that share a video; have them share one (parallel.ulysses or "
-            "parallel.ring, with hvtrain launch --nproc N)"
-        )
+        how = "parallel.ulysses or parallel.ring, with hvtrain launch --nproc N"
+        raise ConfigError(f"shard_weights: needs ranks that share a video: {how}")
     if cfg.batch_size <= 0:
         raise ConfigError(f"batch_size is {cfg.batch_size}, expected more than 0")
     check_values(cfg.sparse, ring=cfg.parallel.ring)
