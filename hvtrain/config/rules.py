@@ -292,7 +292,7 @@ def check_generate(cfg: GenerateConfig) -> None:
         raise ConfigError("shard_weights and blocks_to_swap both say where the blocks' weights are; choose one")
     if cfg.shard_weights and cfg.parallel.ulysses * cfg.parallel.ring == 1:
         how = "parallel.ulysses or parallel.ring, with hvtrain launch --nproc N"
-        raise ConfigError(f"shard_weights: needs ranks that share a video: {how}")
+        raise ConfigError(f"shard_weights: cuts them over the ranks that share a video; have them share one ({how})")
     if cfg.batch_size <= 0:
         raise ConfigError(f"batch_size is {cfg.batch_size}, expected more than 0")
     check_values(cfg.sparse, ring=cfg.parallel.ring)
