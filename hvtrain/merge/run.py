@@ -54,9 +54,12 @@ def run(cfg: MergeConfig) -> None:
     Collective where samples are looked at (--reconcile, --evaluate); rank 0 writes.
     """
     _check(cfg)
+    plain = cfg.reconcile.how in PLAIN
+    computes = not plain or bool(cfg.evaluate)
+    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
-    known, plain = None if cfg.any_base else base.fingerprint, cfg.reconcile.how in PLAIN
+    known = None if cfg.any_base else base.fingerprint
     inputs = open_inputs(
         cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and plain
     )
@@ -65,9 +68,8 @@ def run(cfg: MergeConfig) -> None:
     chosen = choose(cfg.reconcile, inputs, layers, policy=policy, model=base.found is not None)
     how = chosen.how
     if chosen.by_itself:
-        cfg = replace(cfg, reconcile=replace(cfg.reconcile, how=how))
-    computes = how != "none" or bool(cfg.evaluate)
-    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
+        cfg, computes = replace(cfg, reconcile=replace(cfg.reconcile, how=how)), True
+        ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device)
     whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
     if whole is not None and (cfg.target == "lora" or computes):
         raise ConfigError(
