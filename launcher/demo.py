@@ -66,7 +66,7 @@ def _given(model: str | None) -> tuple[Path, int]:
     """Where a model's configs lie, and how many clips its LoRA learns from."""
     from hvtrain.tiny.parts import DEFAULT, embedded_parts  # torch
 
-    tiny = embedded_parts(model or DEFAULT)
+    tiny = embedded_parts(model or DEFAULT, key="--model")
     return CONFIGS / tiny.folder, tiny.n_clips
 
 

@@ -13,9 +13,9 @@ ASSETS = Path(__file__).parent / "assets"
 DEFAULT = ModelConfig().name
 
 
-def embedded_parts(model: str = DEFAULT) -> TinyParts:
-    """Raises ConfigError for a model that is not there, or has no small copy."""
-    spec = find(model)
+def embedded_parts(model: str = DEFAULT, *, key: str = "model") -> TinyParts:
+    """Raises ConfigError, naming the option `key`, for a model that is not there, or has no small copy."""
+    spec = find(model, key=key)
     if spec.tiny is None:
-        raise ConfigError(f"{model} has no tiny copy that ships with hvtrain")
+        raise ConfigError(f"{key}: {model} has no tiny copy that ships with hvtrain")
     return spec.tiny()

@@ -84,3 +84,8 @@ def test_what_cannot_be_shown_is_refused(more, says, capsys, monkeypatch):
     monkeypatch.chdir(demo.CONFIGS.parents[1])
     assert cli.main(["demo", *more]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_model_without_a_tiny_copy_is_refused_by_its_option(tmp_path, capsys):
+    assert cli.main(["demo", "--model", "nope", "--output", str(tmp_path / "out")]) == 2
+    assert "error: --model: no model 'nope'; choose one of: " in capsys.readouterr().err and not (tmp_path / "out").exists()
