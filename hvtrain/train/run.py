@@ -196,8 +196,14 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     if not cfg.data.allow_foreign:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
-    if whole and any(entry.silent for entry in cfg.data.sets):
-        raise ConfigError("data.mixture: silent is what an adapter is on those samples; adapter.type none trains all weights")
+    if any(entry.silent for entry in cfg.data.sets):
+        if whole:
+            raise ConfigError("data.mixture: silent is what an adapter is on those samples; adapter.type none trains all weights")
+        if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
+            raise ConfigError(
+                "data.mixture: silent samples take another forward pass on the ranks that have them, and under ZeRO-3 every rank "
+                "must take part in each; use zero.stage 0, 1 or 2"
+            )
     data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)

@@ -91,6 +91,9 @@ def test_what_teaches_nothing_is_refused(tmp_path):
         train.run(config(tmp_path, tmp_path / "run", mixed(tmp_path, True, True), "data.shards=[]"))
     with pytest.raises(ConfigError, match=r"data.mixture: silent is what an adapter is .* adapter.type none"):
         train.run(config(tmp_path, tmp_path / "run", mixed(tmp_path, False, True), "data.shards=[]", "adapter.type=none"))
+    stage3 = ("zero.engine=deepspeed", "zero.stage=3")
+    with pytest.raises(ConfigError, match=r"data.mixture: silent samples take another forward pass .* use zero.stage 0, 1 or 2"):
+        train.run(config(tmp_path, tmp_path / "run", mixed(tmp_path, False, True), "data.shards=[]", *stage3))
 
 
 def test_runs_that_were_begun_before_there_was_silence_go_on():
