@@ -19,6 +19,7 @@ from shards import ShardSet
 N_BINS = 10
 HISTOGRAM_BINS = 30
 WANDB_ID = "wandb.id"
+SEEN_S = 0.2  # after which a row is in its file; a write for each of them costs a quick step more than what is in it
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Sink(Protocol):
     def histogram(self, name: str, step: int, values: np.ndarray) -> None: ...
 
     def video(self, name: str, step: int, gif: Gif) -> None: ...
+
+    def flush(self) -> None:
+        """Nothing of what was given so far is lost if the process is killed now."""
 
     def close(self) -> None: ...
 
@@ -69,6 +73,9 @@ class TensorBoard:
 
         self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(**v) for v in values]), step)
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -78,17 +85,23 @@ class JsonLines:
 
     def __init__(self, folder: Path) -> None:
         self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.flushed = -math.inf
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self.lines.flush()
+        if time.monotonic() - self.flushed >= SEEN_S:
+            self.flush()
 
     def text(self, name: str, text: str) -> None: ...
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> None: ...
 
     def video(self, name: str, step: int, gif: Gif) -> None: ...
+
+    def flush(self) -> None:
+        self.lines.flush()
+        self.flushed = time.monotonic()
 
     def close(self) -> None:
         self.lines.close()
@@ -116,6 +129,8 @@ class WeightsAndBiases:
 
     def video(self, name: str, step: int, gif: Gif) -> None:
         self.run.log({name: self.wandb.Video(io.BytesIO(gif.data), format="gif")}, step=step)
+
+    def flush(self) -> None: ...  # their own process has it already
 
     def close(self) -> None:
         self.run.finish()
@@ -155,6 +170,10 @@ class Metrics:
         pictures[0].save(data, format="GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0)
         for sink in self.sinks:
             sink.video(name, step, Gif(data.getvalue(), *frames.shape[1:3]))
+
+    def flush(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -240,6 +240,7 @@ class Session:
         """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host, or, what ZeRO-3
         trains whole, is on the disk."""
         with self.monitor.spending("save"):
+            self.metrics.flush()  # whoever goes on from this checkpoint does not log its steps again
             if pieces := self.team.pieces():
                 self._save_parts(progress, pieces)
                 return

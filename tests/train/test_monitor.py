@@ -26,8 +26,9 @@ from hvtrain.train import run as train
 from hvtrain.train.checkpoint import Progress
 from hvtrain.train.engine import Step, StepResult, build_engine
 from hvtrain.train.evaluate import HeldOut, held_out_loss
+from hvtrain.train.files import RunFiles
 from hvtrain.train.loop import StepReport
-from hvtrain.train.metrics import TensorBoard, loss_by_set
+from hvtrain.train.metrics import SEEN_S, JsonLines, TensorBoard, loss_by_set
 from hvtrain.train.mfu import Work, peak_of, work_of
 from hvtrain.train.monitor import Monitor, collective_seconds
 from hvtrain.train.progress import ProgressLine, duration
@@ -303,6 +304,39 @@ def test_a_run_that_goes_on_from_before_says_each_step_once(tmp_path):
     assert train.run(cfg) == 0
     read = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Scalars("train/loss")
     assert [event.step for event in read] == [1, 2, 3, 4] == [row["step"] for row in rows(tmp_path / "run")]
+
+
+def test_a_row_is_seen_soon_and_a_saved_step_at_once(tmp_path):
+    """A quick run does not write for every row; a kill loses none before the last checkpoint."""
+    log = tmp_path / "metrics.jsonl"
+    rows = JsonLines(tmp_path)
+    rows.scalars(1, {"train/loss": 1.0})
+    assert len(log.read_text().splitlines()) == 1
+    rows.flushed = math.inf  # a moment ago
+    rows.scalars(2, {"train/loss": 1.0})
+    assert len(log.read_text().splitlines()) == 1
+    rows.flush()
+    assert len(log.read_text().splitlines()) == 2
+    rows.flushed = time.monotonic() - SEEN_S
+    rows.scalars(3, {"train/loss": 1.0})
+    assert len(log.read_text().splitlines()) == 3
+
+
+def test_a_checkpoint_has_all_rows_before_it(tmp_path, monkeypatch):
+    """Whoever goes on from it after a kill does not log its steps again."""
+    seen = {}
+    save = RunFiles.save
+
+    def killed_here(files, snapshot, note):
+        seen[snapshot.progress.step] = [row["step"] for row in rows(tmp_path / "run")]
+        save(files, snapshot, note)
+
+    monkeypatch.setattr(RunFiles, "save", killed_here)
+    monkeypatch.setattr("hvtrain.train.metrics.SEEN_S", math.inf)
+    cfg = config(make_shards(tmp_path / "shards", n=2), tmp_path / "run", "run.steps=4", "run.save_every_steps=3",
+                 "data.calibration=0")
+    assert train.run(cfg) == 0
+    assert seen == {3: [1, 2, 3], 4: [1, 2, 3, 4]}
 
 
 def test_the_average_counts_the_newest_most():
