@@ -59,7 +59,9 @@ def guarded(run: Callable[[], int | None]) -> int:
             return _tell(USER_ERROR, f"error: {one_line(error)}")
         if advice := PLACES.get(_number(error)):
             named = isinstance(error, OSError) and error.filename is not None
-            said = f"{error.filename}: {error.strerror}" if named else one_line(error)  # type: ignore[attr-defined]
+            said = one_line(error)
+            if named:
+                said = f"{error.filename}: {error.strerror}"  # type: ignore[attr-defined]
             return _tell(USER_ERROR, f"error: {said}; {advice}")
         return _tell(1, traceback.format_exc().rstrip())
 

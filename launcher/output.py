@@ -28,7 +28,9 @@ class Output:
     def __init__(self, stream: Any, *, ends: bool) -> None:
         self.ends = ends  # the command, with OutputLost
         self.lost: str | None = None if stream is not None else "closed"
-        self.stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 lives on
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 lives on
+        self.stream = stream
 
     def write(self, text: str) -> int:
         if self.ends and self.lost is not None:

@@ -117,7 +117,10 @@ class Tar:
 
     def _row(self, key: str, text: Tensor | None = None) -> dict[str, Any]:
         try:
-            data = self.bytes(f"{key}.json") if text is None else memoryview(text.numpy())  # type: ignore[arg-type]
+            if text is None:
+                data = self.bytes(f"{key}.json")
+            else:
+                data = memoryview(text.numpy())  # type: ignore[arg-type]
             if len(data) > _MAX_JSON:
                 raise ValueError(f"{len(data)} bytes")
             return parse_row(bytes(data))
@@ -227,7 +230,8 @@ def describe(path: Path, name: str) -> TarFile:
     """The manifest entry of a tar that is there."""
     tar = open_local(path, None)
     data = tar.fetch(0, path.stat().st_size)
-    return TarFile(name, len(data), xxhash.xxh3_128_hexdigest(data.numpy()), skeleton(data, tar.members))  # type: ignore[arg-type]
+    digest = xxhash.xxh3_128_hexdigest(data.numpy())  # type: ignore[arg-type]
+    return TarFile(name, len(data), digest, skeleton(data, tar.members))
 
 
 def _bodies(members: dict[str, Member]) -> Iterator[tuple[int, int]]:

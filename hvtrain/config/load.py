@@ -121,7 +121,8 @@ def _reference(cls: type, *, depth: int) -> list[str]:
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
         if dataclasses.is_dataclass(kind):
-            lines += [f"{pad}{f.name}:  # {notes.get(f.name, '')}".rstrip(" #"), *_reference(kind, depth=depth + 1)]  # type: ignore[arg-type]
+            lines.append(f"{pad}{f.name}:  # {notes.get(f.name, '')}".rstrip(" #"))
+            lines += _reference(kind, depth=depth + 1)  # type: ignore[arg-type]
             continue
         note = notes.get(f.name, "")
         if get_origin(kind) is Literal:

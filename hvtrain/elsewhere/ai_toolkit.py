@@ -10,8 +10,11 @@ from hvtrain.elsewhere.table import flat
 from hvtrain.errors import ConfigError
 
 _WHOLE = ("datasets", "sample.samples", "model.model_paths")
-_SAMPLE = {"prompt": "prompt", "width": "width", "height": "height", "seed": "seed", "neg": "negative_prompt",
-           "guidance_scale": "cfg_scale", "sample_steps": "steps", "fps": "fps", "num_frames": "frames", "ctrl_img": "image"}
+_SAMPLE = {
+    "prompt": "prompt", "width": "width", "height": "height", "seed": "seed", "neg": "negative_prompt",
+    "guidance_scale": "cfg_scale", "sample_steps": "steps", "fps": "fps", "num_frames": "frames",
+    "ctrl_img": "image",
+}
 
 
 def read(given: Sequence[str]) -> Foreign:

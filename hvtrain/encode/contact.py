@@ -24,7 +24,8 @@ LETTERS = 1000  # of a caption; the encoder reads little more
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>Dataset preview</title>
 <style>body{{font:15px/1.4 system-ui,sans-serif;margin:2rem;max-width:72rem}}figure{{margin:0 0 2rem}}
-img{{height:{height}px;margin-right:4px}}figcaption{{max-width:60rem}}small{{color:#666}}.bad{{color:#b00}}</style>
+img{{height:{height}px;margin-right:4px}}figcaption{{max-width:60rem}}small{{color:#666}}
+.bad{{color:#b00}}</style>
 <h1>{n} of {total} samples</h1>
 <p>First, middle and last frame of each, as they go to the encoder.</p>
 {rows}
@@ -49,7 +50,8 @@ def _row(s: PlannedSample) -> str:
     what = f"{shown(s.clip.path.name)}, frames {s.clip.frames[0]} to {s.clip.frames[-1]}, {s.bucket}"
     captions = "<br>".join(_caption(c) for c in s.captions)
     pictures = _pictures(s.clip) + "".join(f"<br>control: {_pictures(c)}" for c in s.controls)
-    return f"<figure>{pictures}<figcaption>{captions}<br><small>{html.escape(what)}</small></figcaption></figure>"
+    captions += f"<br><small>{html.escape(what)}</small>"
+    return f"<figure>{pictures}<figcaption>{captions}</figcaption></figure>"
 
 
 def _caption(text: str) -> str:

@@ -117,8 +117,9 @@ def _save_events(report: Report, folder: Path) -> Path:
     return folder
 
 
-_STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2rem;max-width:80rem}table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
+_STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2rem;max-width:80rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}
 .map td{padding:1px;border:0}.cell{position:relative;width:7rem;height:16px;background:#eee}
 .cell i{position:absolute;top:0;height:100%}small{color:#666}"""
 
@@ -126,11 +127,13 @@ td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #ddd}td:first-ch
 def page(report: Report, title: str) -> str:
     """Self-contained: no scripts, nothing fetched."""
     rows = "".join(
-        f"<tr><td>{_dot(i)} {html.escape(e.file)}</td><td>{html.escape(e.loraid)}</td><td>{e.multiplier:g}</td>"
+        f"<tr><td>{_dot(i)} {html.escape(e.file)}</td>"
+        f"<td>{html.escape(e.loraid)}</td><td>{e.multiplier:g}</td>"
         f"<td>{e.layers}</td><td>{e.rows:,}</td><td>{e.parameters:,}</td><td>{e.norm:.4g}</td></tr>"
         for i, e in enumerate(report.loras)
     )
-    head = "<tr><th>LoRA</th><th>LORAID</th><th>times</th><th>layers</th><th>rows</th><th>parameters</th><th>norm</th></tr>"
+    columns = ("LoRA", "LORAID", "times", "layers", "rows", "parameters", "norm")
+    head = "<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"
     losses = "".join(f"<tr><td>{html.escape(n)}</td><td>{v:.5f}</td></tr>" for n, v in report.losses.items())
     losses = f"<h2>Held-out loss</h2><table>{losses}</table>" if losses else ""
     kept = "".join(

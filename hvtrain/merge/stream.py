@@ -84,7 +84,8 @@ class Streamed:
         """Velocity [B C T H W], float32, on the host."""
         with self.computing():
             tokens = placed(tokens, self.ctx.device)
-            patches = self.model.sequence.gather(self.model.to_patches(tokens), tokens.n_img)  # type: ignore[operator]
+            patches = self.model.to_patches(tokens)  # type: ignore[operator]
+            patches = self.model.sequence.gather(patches, tokens.n_img)
             return self.model.unpatchify(patches, tokens.grid).float().cpu()
 
     def velocities(self, inputs: Sequence[tuple[ModelInput, Sequence[Hashable]]]) -> list[list[Tensor]]:

@@ -73,7 +73,8 @@ def block_mask(pattern: Pattern, grid: Grid, n_txt: int, device: torch.device) -
 def _ordered(which: np.ndarray) -> tuple[Tensor, Tensor]:
     """[n n] bool to how many of each row, and their columns first: [1 1 n] and [1 1 n n], int32."""
     columns = np.argsort(~which, axis=1, kind="stable")
-    return tuple(torch.from_numpy(x.astype(np.int32))[None, None] for x in (which.sum(1), columns))  # type: ignore[return-value]
+    n, first = (torch.from_numpy(x.astype(np.int32))[None, None] for x in (which.sum(1), columns))
+    return n, first
 
 
 @cache

@@ -82,11 +82,13 @@ def _set_attend(module: nn.Module, attend: Attend) -> None:
     """To all in it that attend."""
     for part in module.modules():
         if hasattr(part, "attend"):
-            setattr(part, "attend", attend)  # noqa: B010 - nn.Module's annotations know only tensors and modules
+            # nn.Module's annotations know only tensors and modules
+            setattr(part, "attend", attend)  # noqa: B010
 
 
 def _uncompiled(attend: Attention) -> Attention:
     """The same, that torch.compile does not look into."""
     apart = copy(attend)
-    apart.joint, apart.cross = torch.compiler.disable(attend.joint), torch.compiler.disable(attend.cross)  # type: ignore[method-assign]
+    apart.joint = torch.compiler.disable(attend.joint)  # type: ignore[method-assign]
+    apart.cross = torch.compiler.disable(attend.cross)  # type: ignore[method-assign]
     return apart

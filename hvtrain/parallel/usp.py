@@ -223,7 +223,9 @@ INSIDE = {torch.ops.hvtrain.ring: _ring, torch.ops.hvtrain.ring_backward: _ring_
 
 
 @ring.register_fake
-def _(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_len, n_img, kernel, place):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_len, n_img, kernel, place
+):
     b, s, n, _ = q_img.shape
     lse = q_img.new_empty(b, n, s + q_txt.shape[1], dtype=torch.float32)
     return q_img.new_empty(q_img.shape), q_txt.new_empty(q_txt.shape), lse

@@ -55,14 +55,16 @@ _STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
 table { border-collapse: collapse; margin-bottom: 20px } th, td { text-align: left; padding: 4px 14px 4px 0 }
 th { font-weight: 600; border-bottom: 1px solid #ccc } td.error { color: #b00; max-width: 40em }
-tr[data-run] { cursor: pointer } tr.off { opacity: .35 } i { display: inline-block; width: 12px; height: 12px; margin-right: 8px }
+tr[data-run] { cursor: pointer } tr.off { opacity: .35 }
+i { display: inline-block; width: 12px; height: 12px; margin-right: 8px }
 main { display: flex; flex-wrap: wrap; gap: 12px }
 svg text { font-size: 12px; fill: #444 } svg .title { font-size: 14px; fill: #000 }
 """
 _SCRIPT = """
 for (const row of document.querySelectorAll("tr[data-run]")) row.onclick = () => {
   const off = row.classList.toggle("off");
-  for (const line of document.querySelectorAll(`[data-line="${row.dataset.run}"]`)) line.style.display = off ? "none" : "";
+  const lines = document.querySelectorAll(`[data-line="${row.dataset.run}"]`);
+  for (const line of lines) line.style.display = off ? "none" : "";
 };
 """
 

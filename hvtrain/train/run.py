@@ -319,6 +319,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         kind = kind if ready.plan is None else f"LORAID {c.adapter.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
         what = f"{kind} rank {c.adapter.rank}"
     shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
+    guidance = "none" if c.flow.guidance is None else f"{c.flow.guidance:g}"
     keys, n = [key for key in team.shares if key], sum(one.subject.n_parameters for one in team.trainees.values())
     expert = f", expert{'s' * (len(keys) > 1)} {' and '.join(keys)}" if keys else ""
     if len(keys) > 1:
@@ -334,7 +335,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
-        f"levels{shift}, guidance {'none' if c.flow.guidance is None else f'{c.flow.guidance:g}'}\n"
+        f"levels{shift}, guidance {guidance}\n"
         f"{sparse_note(c.sparse, base, ready.sets)}"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "
         f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: tensorboard --logdir "

@@ -228,7 +228,8 @@ def _open_partial(partial: Path) -> BinaryIO:
         status = os.lstat(partial)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             partial.unlink()
-    file = open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b")  # noqa: SIM115
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = open(os.open(partial, flags, 0o666), "r+b")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

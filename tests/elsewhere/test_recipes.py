@@ -24,8 +24,9 @@ from tests.train.shardset import make_set
 # --- musubi-tuner: docs/hunyuan_video.md, hunyuan_video_1_5.md, wan.md, loha_lokr.md, advanced_config.md ------------------
 
 RUN = "accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 src/musubi_tuner/"
-COMMON = ("--dataset_config path/to/toml --sdpa --mixed_precision bf16 --optimizer_type adamw8bit --gradient_checkpointing "
-          "--max_data_loader_n_workers 2 --persistent_data_loader_workers --network_dim 32 --max_train_epochs 16 "
+COMMON = ("--dataset_config path/to/toml --sdpa --mixed_precision bf16 --optimizer_type adamw8bit "
+          "--gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers "
+          "--network_dim 32 --max_train_epochs 16 "
           "--save_every_n_epochs 1 --seed 42 --output_dir path/to/output_dir --output_name name-of-lora")
 HV = f"{RUN}hv_train_network.py \n    --dit path/to/mp_rank_00_model_states.pt \n    {COMMON} --fp8_base --learning_rate 2e-4 "
 HV_CACHE = (
@@ -236,5 +237,5 @@ def test_what_single_options_become() -> None:
     assert (flow.timestep_sampling, flow.logit_mean, flow.range) == ("logsnr", -6, "cut")
     assert (flow.min_sigma, flow.max_sigma) == (0.2, 0.8)
     samples = of("wan-samples").preview
-    assert (samples.prompt_file, samples.every_epochs, samples.every_steps, samples.at_start, samples.frames) == (
-        "/path/to/prompt_file.txt", 1, 1000, True, 1)
+    found = (samples.prompt_file, samples.every_epochs, samples.every_steps, samples.at_start, samples.frames)
+    assert found == ("/path/to/prompt_file.txt", 1, 1000, True, 1)

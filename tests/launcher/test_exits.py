@@ -59,7 +59,8 @@ class Ended:
 
 
 def workers(*codes: int | None) -> list[processes.Worker]:
-    return [processes.Worker(rank, Ended(code), None) for rank, code in enumerate(codes)]  # type: ignore[arg-type]
+    ended = map(Ended, codes)
+    return [processes.Worker(rank, one, None) for rank, one in enumerate(ended)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

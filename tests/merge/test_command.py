@@ -240,7 +240,8 @@ def test_one_lora_of_all(small, tmp_path, capsys):
         assert f"rank up to 1, largest error of a layer {100 * error:.3g} %" in capsys.readouterr().out
         report = json.loads((tmp_path / f"{policy}-merge.json").read_text())
         assert report["errors"] == {layer: pytest.approx(error, rel=1e-3)}
-    assert refusal(ConfigError, merge.run, MergeConfig(**{**keys, "on_overlap": "ties"}, output=str(out))) == (
+    ties = MergeConfig(**{**keys, "on_overlap": "ties"}, output=str(out))
+    assert refusal(ConfigError, merge.run, ties) == (
         "on_overlap ties makes full matrices: give rank for the LoRA, or target=model"
     )
 

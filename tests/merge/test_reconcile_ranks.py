@@ -49,7 +49,7 @@ def test_two_ranks_make_what_one_makes(place):  # noqa: F811
     assert any((base[key] != load_file(place / "one-distill.safetensors")[key]).any() for key in base)
 
 
-def test_a_distillation_that_is_killed_goes_on_at_its_step(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_killed_distillation_goes_on_at_its_step(place, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr("hvtrain.merge.distill._SAVED", 5)
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     merge.run(config(place, whole, 1, 2, how="distill"))

@@ -49,7 +49,8 @@ def model_input(reference: Reference, x: Tensor) -> Hunyuan15Input:
     states = {"text": i["text"], "glyph": i["byt5"], "vision": i["vision"]}
     told = {kind: valid(states[kind], mask) for kind, mask in masks.items()}
     cond, lengths = ({kind: pair[n] for kind, pair in told.items()} for n in (0, 1))
-    return Hunyuan15Input(x=x, t=i["t"], cond=cond, lengths=lengths, until=i.get("r"))  # type: ignore[arg-type]
+    until = i.get("r")
+    return Hunyuan15Input(x=x, t=i["t"], cond=cond, lengths=lengths, until=until)  # type: ignore[arg-type]
 
 
 def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -194,15 +195,17 @@ def _usp_under_autocast(world: int) -> list[tuple[float, float, torch.dtype]]:
         ctx = start(ulysses, world // ulysses)
         n_img, txt_len = 32, (3, 7)
         *qkv, d_out = make(n_img, len(txt_len))
-        exact, exact_grads = with_grads(lambda q, k, v: plain(q, k, v, txt_len, n_img), qkv, d_out)  # noqa: B023
+        exact, exact_grads = with_grads(partial(plain, txt_len=txt_len, n_img=n_img), qkv, d_out)
         mine = slice(ctx.sp_rank * n_img // world, (ctx.sp_rank + 1) * n_img // world)
         with torch.autocast("cpu", torch.bfloat16):
+            place = {"txt_len": txt_len, "n_img": n_img}
+            shared = partial(usp_attend, **place, ctx=ctx, kernel=KERNELS["sdpa"])
             out, grads = with_grads(
-                lambda q, k, v, c=ctx: usp_attend(q, k, v, txt_len=txt_len, n_img=n_img, ctx=c, kernel=KERNELS["sdpa"]),  # noqa: B023
+                shared,
                 [Joint(x.img[:, mine], x.txt) for x in qkv],
                 Joint(d_out.img[:, mine], d_out.txt / world),
             )
-            one, one_grads = with_grads(lambda q, k, v: local_attend(q, k, v, txt_len=txt_len, n_img=n_img), qkv, d_out)  # noqa: B023
+            one, one_grads = with_grads(partial(local_attend, **place), qkv, d_out)
         for got, lone, ref in zip([out.img, grads[2], grads[4]], [one.img, one_grads[2], one_grads[4]],
                                   [exact.img, exact_grads[2], exact_grads[4]], strict=True):  # fmt: skip
             error, usual = ((x.double() - ref[:, mine]).norm().item() for x in (got, lone[:, mine]))

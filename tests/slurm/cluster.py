@@ -13,6 +13,7 @@ from pathlib import Path
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue")
 
+PACE = "bf_interval=1,sched_interval=1,sched_min_interval=200000,batch_sched_delay=1,default_queue_depth=50"
 CONF = """ClusterName=test
 SlurmctldHost={host}
 SlurmctldPort={ctl}
@@ -36,7 +37,7 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=200000,batch_sched_delay=1,default_queue_depth=50
+SchedulerParameters={pace}
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=30
@@ -89,7 +90,7 @@ class Cluster:
         for folder in ("state", "spool.n1", "spool.n2"):
             (self.root / folder).mkdir()
         ctl, one, two = free_ports(3)
-        (self.root / "slurm.conf").write_text(CONF.format(host=self.host, root=self.root, ctl=ctl, one=one, two=two))
+        (self.root / "slurm.conf").write_text(CONF.format(pace=PACE, host=self.host, root=self.root, ctl=ctl, one=one, two=two))
         self._daemon("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)

@@ -32,7 +32,8 @@ if wish == "waits":
     time.sleep(60)
 code = 0 if wish == "done" else int(wish)
 if code == 0:
-    weights(run / "merge/merged.safetensors" if name == "merge" else run / name / f"slice-{{name}}.safetensors")
+    made = "merged" if name == "merge" else f"slice-{{name}}"
+    weights(run / name / f"{{made}}.safetensors")
 if name == "merge":
     slices.note_start(run, name, "1:1")
 slices.note_end(run, name, code)

@@ -25,7 +25,8 @@ for pid in "${pids[@]}"; do wait "$pid"; c=$?; (( c > code )) && code=$c; done
 exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1 $2" = "show hostnames" ]; then printf 'node-a\\nnode-b\\n'; else echo "scontrol $*" >> "$RECORD/asked"; fi
+if [ "$1 $2" = "show hostnames" ]; then printf 'node-a\\nnode-b\\n'
+else echo "scontrol $*" >> "$RECORD/asked"; fi
 """
 HVTRAIN = """#!/usr/bin/env bash
 { printf '%s\\n' "$@"; echo "$MASTER_ADDR $MASTER_PORT $EXTRA"; } >> "$RECORD/node$SLURM_NODEID"

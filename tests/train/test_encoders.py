@@ -72,7 +72,8 @@ def test_other_encoders_than_the_config_s(own, shards, start, tmp_path, column):
     one, other = shards("one", **mine), shards("other", **{**mine, column: "0123456789abcdef/bfloat16/0"})
     part, print_ = {"latents": ("model.vae", vae), "text": ("model.llm and model.clip", text)}[column]
     says = (
-        rf"column '{column}' of \S+other was made by other weights \(0123456789ab\) than {part} \({print_[:12]}\); encode it "
+        rf"column '{column}' of \S+other was made by other weights \(0123456789ab\) than {part} "
+        rf"\({print_[:12]}\); encode it "
         r"with these, or set data.allow_foreign=true"
     )
     with pytest.raises(DataError, match=f"data.shards: {says}"):
@@ -105,7 +106,10 @@ def test_of_another_model(own, shards, start, tmp_path):
         manifest = load_manifest(one)
         other = replace(manifest.made_by(column), model="wan")
         save_manifest(one, replace(manifest, made={**manifest.made, column: other}))
-        says = rf"column '{column}' of \S+{column} was made for wan, this run trains hunyuan-video; .* its {part}, or"
+        says = (
+            rf"column '{column}' of \S+{column} was made for wan, this run trains hunyuan-video; "
+            rf".* its {part}, or"
+        )
         with pytest.raises(DataError, match=says):
             train.run(config(one, tmp_path / "run"))
         start(one, *VAE, *TEXT)  # by the very same weights

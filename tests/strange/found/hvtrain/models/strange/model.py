@@ -86,7 +86,8 @@ class Strange(DiT):
             contexts.append("sight")
         self.time_in = TimeEmbedder(arch.dim, frequencies=64)
         self.time_mod = nn.Linear(arch.dim, 6 * arch.dim)
-        self.blocks = nn.ModuleList(Block(arch, contexts) for _ in range(arch.num_layers))  # type: ignore[assignment]
+        blocks = nn.ModuleList(Block(arch, contexts) for _ in range(arch.num_layers))
+        self.blocks = blocks  # type: ignore[assignment]
         self.head_mod = nn.Linear(arch.dim, 2 * arch.dim)
         self.head_out = nn.Linear(arch.dim, CHANNELS * 4)
         self.contexts = tuple(contexts)
