@@ -18,7 +18,8 @@ from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import sample_latents
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS, key_map, pieces
-from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.lorafiles.files import read_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.models import all_specs, find
 from hvtrain.models.conditions import drop
 from hvtrain.models.dit import DiT, ModelInput

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.files import check_output, check_sum, kept, split_ending, write_tensors
+from hvtrain.lorafiles.files import check_sum, split_ending
+from hvtrain.lorafiles.write import check_output, kept, write_tensors
 from hvtrain.weights.containers import Weights, open_weights
 
 _NUMBERED = re.compile(r"(?:.*\D)?(\d+)(?:-ema)?")  # the number at the end of a name

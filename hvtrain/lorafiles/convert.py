@@ -11,17 +11,10 @@ from pathlib import Path
 import torch
 
 from hvtrain.lorafiles.dialects import DIALECTS, Dialect, key_map, spread
-from hvtrain.lorafiles.files import (
-    FOLDED_KEY,
-    PARTS_KEY,
-    RESCALED_KEY,
-    LoraFile,
-    kept,
-    parts_entry,
-    write_tensors,
-)
+from hvtrain.lorafiles.files import FOLDED_KEY, PARTS_KEY, RESCALED_KEY, LoraFile
 from hvtrain.lorafiles.metadata import PEFT_KEY
 from hvtrain.lorafiles.pairs import LoraPair, fold_alpha
+from hvtrain.lorafiles.write import kept, parts_entry, write_tensors
 from hvtrain.models.spec import ModelSpec
 
 

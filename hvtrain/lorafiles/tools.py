@@ -15,19 +15,11 @@ from hvtrain.errors import CheckpointError, ConfigError, suggest
 from hvtrain.lorafiles.convert import converted, dora_for_comfyui
 from hvtrain.lorafiles.dialects import DIALECTS, spelling
 from hvtrain.lorafiles.experts import names_of, number_of
-from hvtrain.lorafiles.files import (
-    FOLDED_KEY,
-    PARTS_KEY,
-    LoraFile,
-    check_output,
-    kept,
-    read_lora,
-    split_ending,
-    write_lora,
-)
+from hvtrain.lorafiles.files import FOLDED_KEY, PARTS_KEY, LoraFile, read_lora, split_ending
 from hvtrain.lorafiles.lowrank import Approximation, factor, rank_for, shrink, singular_values
 from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata, of_flavor
 from hvtrain.lorafiles.runs import CONFIG, lora_in
+from hvtrain.lorafiles.write import check_output, kept, write_lora
 from hvtrain.models import all_specs
 from hvtrain.models.load import identify, whole_model
 from hvtrain.models.spec import ModelSpec

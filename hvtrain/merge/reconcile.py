@@ -14,10 +14,11 @@ from torch import Tensor
 from hvtrain.config import ReconcileConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.generate.conditions import encode_texts
-from hvtrain.lorafiles.files import STALE, write_lora
+from hvtrain.lorafiles.files import STALE
 from hvtrain.lorafiles.overlap import Contribution, by_layer, labels
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.runs import CONFIG
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
 from hvtrain.merge.distill import Draw, distill
 from hvtrain.merge.evaluate import compute_dtype

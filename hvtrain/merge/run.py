@@ -13,13 +13,14 @@ from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import MergeConfig, ParallelConfig, asset
 from hvtrain.config.rules import check_merge
 from hvtrain.errors import ConfigError
-from hvtrain.lorafiles.files import LoraFile, write_lora
+from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.lowrank import factor, shrink
 from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
 from hvtrain.lorafiles.whole import summed
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.choose import choose
 from hvtrain.merge.inputs import Inputs, PlanSlices, lora_in, open_inputs, owners_note
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine

@@ -18,7 +18,7 @@ from torch import Tensor
 from hvtrain.adapters.attach import whole_rows
 from hvtrain.config import AdapterConfig, RunSettings
 from hvtrain.errors import CheckpointError
-from hvtrain.lorafiles.files import save_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.models.load import save_dit
 from hvtrain.train import checkpoint
 from hvtrain.train.checkpoint import Progress, Snapshot

@@ -24,8 +24,9 @@ from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.pairs import add_pairs, changed_rows
+from hvtrain.lorafiles.write import save_lora
 from tests.adapters.models import SPEC, an_input, build
 
 RANK, ALPHA = 3, 1.5

@@ -12,7 +12,8 @@ from hvtrain.adapters.table import ADAPTERS
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.lorafiles.files import read_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.parallel.context import shutdown
 from hvtrain.train import run as train
 from tests.adapters.models import SPEC, an_input, build

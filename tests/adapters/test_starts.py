@@ -20,8 +20,9 @@ from hvtrain.adapters.lora import LoraLinear
 from hvtrain.adapters.table import ADAPTERS
 from hvtrain.config import AdapterConfig
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.overlap import Contribution
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.merge.run import joined
 
 OUT, IN, RANK = 20, 12, 3

@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hvtrain.lorafiles.files import write_lora
 from hvtrain.lorafiles.metadata import lora_metadata
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.models import all_specs
 from hvtrain.models.load import ARCH_KEY, FLAVOR_KEY, MODEL_KEY
 from hvtrain.models.spec import ModelSpec

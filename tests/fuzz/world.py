@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from hvtrain import models
 from hvtrain.adapters.attach import inject
-from hvtrain.lorafiles.files import save_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.models.dit import DiT
 from launcher import cli
 from tests.adapters.models import lora_tensors

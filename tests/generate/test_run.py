@@ -21,7 +21,7 @@ from hvtrain.generate import run as generate
 from hvtrain.generate import sample, write
 from hvtrain.generate.tiles import Tiles, decode_own
 from hvtrain.generate.video import read_metadata
-from hvtrain.lorafiles.files import save_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.merge.run import run as merge
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import Kernel

@@ -7,7 +7,8 @@ from diffusers import HunyuanVideoTransformer3DModel
 from hvtrain.adapters.attach import linear_shapes
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.lorafiles.files import read_lora
+from hvtrain.lorafiles.write import save_lora
 from tests.adapters.models import ARCH, SPEC, adapted, an_input, build, lora_tensors
 
 pytest.importorskip("peft")

@@ -15,9 +15,10 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.generate.loras import of_slices, open_loras
 from hvtrain.lorafiles import tools
 from hvtrain.lorafiles.experts import check_range, number_of, whose
-from hvtrain.lorafiles.files import LoraFile, read_lora, write_lora
+from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.runs import finished, lora_in
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.inputs import open_inputs
 from hvtrain.models import find
 from hvtrain.models.load import save_dit

@@ -13,8 +13,9 @@ from hvtrain.adapters.attach import linear_shapes, merge_all
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import LoraFile, read_lora, save_lora, write_lora
+from hvtrain.lorafiles.files import LoraFile, read_lora
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import save_lora, write_lora
 from tests.adapters.models import SPEC, adapted, an_input, build, lora_tensors
 
 SHAPES = linear_shapes(build())

@@ -14,10 +14,11 @@ from hvtrain.config import asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles import average, tools
 from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import read_lora, write_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.lowrank import factor, shrink, singular_values
 from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.models import find
 from hvtrain.models.load import load_dit, save_dit
 from launcher import cli

@@ -10,9 +10,10 @@ from safetensors import safe_open
 
 from hvtrain.config import LoraFileConfig, MergeConfig, dump
 from hvtrain.errors import ConfigError
-from hvtrain.lorafiles.files import read_lora, write_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge import evaluate
 from hvtrain.merge import run as merge
 from hvtrain.merge.policies import POLICIES, Options

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from hvtrain.config import LoraFileConfig, MergeConfig
 from hvtrain.errors import LaunchError
-from hvtrain.lorafiles.files import write_lora
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge import evaluate
 from hvtrain.merge import run as merge
 from hvtrain.models.load import identify, save_dit

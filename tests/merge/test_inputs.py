@@ -9,8 +9,9 @@ import torch
 from hvtrain.config import LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles import runs
-from hvtrain.lorafiles.files import LoraFile, write_lora
+from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.inputs import (
     Inputs,
     PlanSlices,

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from hvtrain.adapters.attach import linear_shapes, merge_all
 from hvtrain.config import LoraFileConfig, MergeConfig
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.files import read_lora, save_lora, write_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import save_lora, write_lora
 from hvtrain.merge import run as merge
 from hvtrain.models.load import load_dit
 from tests.adapters.models import ARCH, SPEC, adapted, an_input, build, lora_tensors

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hvtrain.lorafiles.files import save_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.merge import write
 from hvtrain.models.load import save_dit
 from hvtrain.weights.outputs import check_place, disk_bytes, size_text

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import LoraFileConfig, MergeConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.files import read_lora, write_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.metadata import lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, overlaps
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge import run as merge
 from hvtrain.merge.policies import POLICIES, Dense, Options
 from hvtrain.models.load import load_dit, save_dit

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import LoraFileConfig, MergeConfig, ModelConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
-from hvtrain.lorafiles.files import read_lora, write_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge import fit as fitting
 from hvtrain.merge import run as merge
 from hvtrain.merge.changes import Changes, Full, LowRank

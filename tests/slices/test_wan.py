@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from hvtrain.adapters.attach import linear_shapes, merge_all
 from hvtrain.config import TrainConfig, load
 from hvtrain.lorafiles import tools
-from hvtrain.lorafiles.files import read_lora, write_lora
+from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.metadata import lora_metadata
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.models import find
 from hvtrain.models.load import save_dit
 from hvtrain.slices.plan import Cut, block_of, make_plan

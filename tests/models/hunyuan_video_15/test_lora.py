@@ -12,7 +12,8 @@ from hvtrain.adapters.attach import linear_shapes
 from hvtrain.errors import CheckpointError
 from hvtrain.lorafiles.convert import converted
 from hvtrain.lorafiles.dialects import DIALECTS
-from hvtrain.lorafiles.files import read_lora, save_lora
+from hvtrain.lorafiles.files import read_lora
+from hvtrain.lorafiles.write import save_lora
 from hvtrain.merge.policies import Contribution, Dense
 from hvtrain.merge.write import plan_parts
 from hvtrain.models.load import identify
