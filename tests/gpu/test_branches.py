@@ -1,0 +1,220 @@
+"""What is done only on a GPU, with PyTorch's functions stood in for: what they are asked, and what becomes of the answer."""
+
+from __future__ import annotations
+
+import types
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.attention
+
+from hvtrain.config import ZeroConfig
+from hvtrain.fit import oom
+from hvtrain.generate.conditions import free
+from hvtrain.merge.evaluate import compute_dtype
+from hvtrain.models import kernels
+from hvtrain.models.attention import local_attend
+from hvtrain.models.dit import Joint
+from hvtrain.models.kernels import KERNELS
+from hvtrain.parallel import context
+from hvtrain.parallel.context import ParallelContext, solo_group, start
+from hvtrain.parallel.xfuser_path import XfuserAttention
+from hvtrain.rng import generator
+from hvtrain.train.engine import Step
+from hvtrain.train.monitor import memory_gib
+from hvtrain.train.prepare import idle_on_host
+from hvtrain.train.zero import ds_config
+
+GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
+ON_GPU = ParallelContext(device=GPU)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Two GPUs of 80 GiB; which were chosen."""
+    taken: list[torch.device] = []
+
+    def properties(device: torch.device) -> types.SimpleNamespace:
+        assert device == GPU
+        return types.SimpleNamespace(total_memory=80 << 30)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {GPU: 3 << 30}[device])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+def test_memory_is_the_gpu_s(card) -> None:
+    assert ON_GPU.memory_bytes == 80 << 30 and memory_gib(GPU) == 3.0
+    assert memory_gib(CPU) != 3.0 and ParallelContext().memory_bytes != 80 << 30
+
+
+def test_out_of_memory_names_the_gpu(card, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> types.SimpleNamespace:
+        asked.append(command)
+        return types.SimpleNamespace(stdout="use less", stderr="")
+
+    monkeypatch.setattr(oom.subprocess, "run", run)
+    for ctx, where, gib in (
+        (ParallelContext(world=4, device=GPU), "GPU 1 (80 GiB)", 80.0),
+        (ParallelContext(world=4), "this machine", ParallelContext().memory_bytes // 4 / 2**30),
+    ):
+        said = str(oom.explained(RuntimeError("no memory"), "", ctx, None, ()))
+        assert said.startswith(f"out of memory on {where} before the first step; use less")
+        assert asked[-1][-3:-1] == ["4", str(gib)]
+
+
+def test_what_is_no_longer_used_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    free(CPU)
+    assert not emptied
+    free(GPU)
+    assert emptied == [True]
+
+
+def test_a_merge_is_evaluated_in_half_precision() -> None:
+    assert compute_dtype(GPU) == torch.bfloat16 and compute_dtype(CPU) == torch.float32
+
+
+@pytest.mark.parametrize(("n", "stays"), [(20 << 30, False), (21 << 30, True)])
+def test_an_idle_expert_that_leaves_too_little_room_is_on_the_host(card, n: int, stays: bool) -> None:
+    """Two of n bytes each: more than half of the GPU's memory."""
+    outline = types.SimpleNamespace(parameters=lambda: [types.SimpleNamespace(numel=lambda: n)])
+    bases = [types.SimpleNamespace(outline=outline)] * 2
+    asked = {"zero": ZeroConfig(stage=2), "whole": False, "n_bytes": 1}
+    assert idle_on_host(bases, "auto", ctx=ON_GPU, **asked) is stays  # type: ignore[arg-type]
+    assert not idle_on_host(bases, "auto", ctx=ParallelContext(), **asked)  # type: ignore[arg-type]
+
+
+def test_offloaded_state_is_in_memory_that_a_gpu_reads_at_once() -> None:
+    net = torch.nn.Linear(3, 3)
+    for cuda in (True, False):
+        zero = ds_config(ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu"), net, cuda=cuda, step=Step())
+        for what in ("offload_optimizer", "offload_param"):
+            assert zero["zero_optimization"][what] == {"device": "cpu", "pin_memory": cuda}
+
+
+# --- process groups ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
+    made: list[tuple[tuple, dict]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: made.append((args, options)))
+    monkeypatch.setattr(context, "bind", lambda *args: None)
+    return made
+
+
+def test_a_job_on_gpus_has_nccl_and_gloo_side_by_side(card, groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says which GPU is its own: without, the first collective guesses."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(ParallelContext, "barrier", lambda self: None)
+    ctx = start()
+    assert card == [GPU] and (ctx.rank, ctx.world, ctx.device) == (1, 2, GPU)
+    (args, options), = groups
+    assert args == ("cpu:gloo,cuda:nccl",)
+    assert (options["device_id"], options["rank"], options["world_size"]) == (GPU, 1, 2)
+    assert options["timeout"] == context.TIMEOUT
+
+
+def test_a_group_of_one_on_a_gpu(groups) -> None:
+    solo_group(ON_GPU)
+    solo_group(ParallelContext())
+    assert [args for args, _ in groups] == [("cpu:gloo,cuda:nccl",), ("gloo",)]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class OneOther(types.SimpleNamespace):
+    """torch.ops.aten with another operator."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch.ops.aten, name)
+
+
+def test_flash_attention_4_is_pytorch_s_while_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It registers for the whole process, so before and after a call the operators are what they were."""
+    now: list[str | None] = [None]
+    used: list[tuple[str, str | None]] = []
+
+    def activate(name: str) -> None:
+        now.append(name)
+
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: now[-1])
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", now.pop)
+    sdpa = KERNELS["sdpa"]
+
+    @contextmanager
+    def only(backend: object):
+        used.append((str(backend), now[-1]))
+        yield
+
+    def forward(q, k, v):
+        used.append(("forward", now[-1]))
+        part = sdpa.partial(*(x.transpose(1, 2) for x in (q, k, v)))
+        return part.out.transpose(1, 2), part.lse, None
+
+    def backward(dout, q, k, v, merged):
+        used.append(("backward", now[-1]))
+        return sdpa.backward(dout, q, k, v, merged)
+
+    monkeypatch.setattr(kernels, "sdpa_kernel", only)
+    monkeypatch.setattr(kernels, "aten", OneOther(_scaled_dot_product_flash_attention=forward))
+    draw = generator(0, stream="flash4")
+    q, k, v, d_out = (torch.randn(1, 5, 2, 16, generator=draw) for _ in range(4))
+    want = sdpa.attend(q, k, v)
+    with monkeypatch.context() as inner:
+        inner.setattr(kernels, "_flash_backward", backward)
+        four = KERNELS["flash4"]
+        result = four.partial(q, k, v)
+        torch.testing.assert_close(result.out, want)
+        torch.testing.assert_close(four.attend(q, k, v), want)
+        grads = four.backward(d_out, q, k, v, result)
+        with kernels._as_flash("FA4"):
+            four.partial(q, k, v)  # within another: nothing changes
+    assert now == [None] and {name for _, name in used} == {"FA4"}
+    assert [what for what, _ in used] == ["forward", "SDPBackend.FLASH_ATTENTION", "backward", "forward"]
+    assert [g.shape for g in grads] == [q.shape] * 3
+
+
+def test_xfuser_gets_each_sample_s_own_text_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And everything in autocast's type, which its operators do not take part in."""
+    seen: list[torch.dtype] = []
+
+    def layer(attention, q, k, v, *, dropout_p, causal, joint_tensor_query, joint_tensor_key, joint_tensor_value, joint_strategy):
+        assert (attention, dropout_p, causal, joint_strategy) == (None, 0.0, False, "rear")
+        whole = [torch.cat(pair, 1) for pair in ((q, joint_tensor_query), (k, joint_tensor_key), (v, joint_tensor_value))]
+        seen.extend(x.dtype for x in whole)
+        return KERNELS["sdpa"].attend(*whole)
+
+    one = object.__new__(XfuserAttention)
+    one.ctx, one.layer, one.kernel, one.sparse = ParallelContext(), layer, KERNELS["sdpa"], None
+    draw = generator(0, stream="xfuser")
+    q, k, v = (Joint(torch.randn(3, 6, 2, 16, generator=draw), torch.randn(3, 4, 2, 16, generator=draw)) for _ in range(3))
+    got, want = (f(q, k, v, txt_len=(4, 0, 2), n_img=6) for f in (one.joint, local_attend))
+    torch.testing.assert_close(got, want)
+    assert set(seen) == {torch.float32}
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: {"cuda": torch.bfloat16}[device])
+    seen.clear()
+    one.joint(q, k, v, txt_len=(4, 0, 2), n_img=6)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_communication_beside_the_backward() -> None:
+    """Gradients beside the backward: only of a full fine-tune, and only where ZeRO cuts them."""
+    net, frozen = torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False))
+    for model, stage, cuda in ((net, 0, True), (net, 2, True), (net, 2, False), (frozen, 2, True)):
+        made = ds_config(ZeroConfig(stage=stage), model, cuda=cuda, step=Step())["zero_optimization"]["overlap_comm"]
+        assert made is (model is net and stage == 2 and cuda)
