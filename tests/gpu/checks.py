@@ -28,6 +28,7 @@ from hvtrain.parallel.swap import BlockSwap
 from hvtrain.parallel.usp import _merge
 from hvtrain.weights.float8 import dequantize, has_matmul, multiply, quantize
 from tests.bench.bench_step import RANK, Case, build, ceiling, flops, our_step, step_of
+from tests.gpu.ranks import shared_attention
 from tests.gpu.report import Check, Row, Setup
 from tests.gpu.sparse import sparse_attention
 from tests.gpu.work import GIB, dtype_of, peak, relative, trained
@@ -369,8 +370,9 @@ CHECKS = {
         Check("blocks", "two blocks of the 13B, eager and compiled; how often is compiled", 120, blocks),
         Check("steps", "whole steps of the 13B: time, MFU, peak memory against hvtrain fit", 120, steps),
         Check("float8", "float8 products against bfloat16", 30, float8),
-        Check("engines", "ZeRO stages of one process against plain PyTorch", 60, engines),
+        Check("engines", "ZeRO stages of one process against plain PyTorch", 30, engines),
         Check("groups", "process groups of one process", 10, groups),
+        Check("ranks", "Ulysses and ring of 2 and 4 processes that share the device", 30, shared_attention),
         Check("vae", "one tile of the VAE", 30, vae),
         Check("sparse", "sparse attention: values, and speed at the largest size beside exact", 35, sparse_attention),
     )

@@ -22,11 +22,11 @@ CPU = setup(torch.device("cpu"))
 def test_all_of_them_are_listed(capsys) -> None:
     assert check.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(checks.CHECKS) and len(lines) == 11
+    assert [line.split()[0] for line in lines] == list(checks.CHECKS) and len(lines) == 12
     assert sum(c.seconds for c in checks.CHECKS.values()) <= 9 * 60 + 10
 
 
-@pytest.mark.parametrize("name", ["versions", "kernels", "attention", "savers", "float8", "engines", "groups", "sparse"])
+@pytest.mark.parametrize("name", ["versions", "kernels", "attention", "savers", "float8", "engines", "groups", "ranks", "sparse"])
 def test_a_check_passes_here(name: str, tmp_path: Path) -> None:
     rows = carry_out(checks.CHECKS[name], CPU, tmp_path / "rows.json")
     assert rows and all(row.passed for row in rows), [r for r in rows if not r.passed]
