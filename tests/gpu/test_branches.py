@@ -26,6 +26,7 @@ from hvtrain.train.engine import Step
 from hvtrain.train.monitor import memory_gib
 from hvtrain.train.prepare import idle_on_host
 from hvtrain.train.zero import ds_config
+from hvtrain.weights.float8 import has_matmul
 
 GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
 ON_GPU = ParallelContext(device=GPU)
@@ -99,6 +100,12 @@ def test_offloaded_state_is_in_memory_that_a_gpu_reads_at_once() -> None:
         zero = ds_config(ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu"), net, cuda=cuda, step=Step())
         for what in ("offload_optimizer", "offload_param"):
             assert zero["zero_optimization"][what] == {"device": "cpu", "pin_memory": cuda}
+
+
+@pytest.mark.parametrize(("capability", "multiplies"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_is_multiplied_from_ada_on(capability: tuple[int, int], multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {GPU: capability}[device])
+    assert has_matmul(GPU) is multiplies and not has_matmul(CPU)
 
 
 # --- process groups ---------------------------------------------------------------------------------------------------
