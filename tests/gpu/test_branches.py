@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.attention
+from torch import Tensor
 
+from hvtrain.adapters.attach import adapted_layers
 from hvtrain.config import ZeroConfig
 from hvtrain.fit import oom
 from hvtrain.generate.conditions import free
 from hvtrain.merge.evaluate import compute_dtype
-from hvtrain.models import kernels
+from hvtrain.models import kernels, sparse_flex
 from hvtrain.models.attention import local_attend
 from hvtrain.models.dit import Joint
 from hvtrain.models.kernels import KERNELS
 from hvtrain.parallel import context
+from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, solo_group, start
+from hvtrain.parallel.swap import BlockSwap
 from hvtrain.parallel.xfuser_path import XfuserAttention
 from hvtrain.rng import generator
 from hvtrain.train.engine import Step
@@ -27,6 +34,7 @@ from hvtrain.train.monitor import memory_gib
 from hvtrain.train.prepare import idle_on_host
 from hvtrain.train.zero import ds_config
 from hvtrain.weights.float8 import has_matmul
+from tests.parallel.tiny_run import ARCH, Case, build_model, make_batch
 
 GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
 ON_GPU = ParallelContext(device=GPU)
@@ -108,6 +116,67 @@ def test_float8_is_multiplied_from_ada_on(capability: tuple[int, int], multiplie
     assert has_matmul(GPU) is multiplies and not has_matmul(CPU)
 
 
+# --- copies beside the computation ------------------------------------------------------------------------------------
+
+
+class Late:
+    """A stream whose copies are made when somebody waits for them, and not before; until then there is NaN."""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self.inside = self.behind = False
+        self.n_copies = 0
+
+    def wait_stream(self, main: object) -> None:
+        self.behind = True
+
+    def record_event(self) -> int:
+        self.behind = False
+        return self.n_copies
+
+    def wait_event(self, event: int) -> None:  # of the stream that computes
+        while self.n_copies - len(self.queue) < event:
+            target, copy = self.queue.pop(0)
+            copy(target)
+
+    def fetch(self, real: Callable[[Tensor], None], target: Tensor) -> None:
+        assert self.inside and self.behind, "over a block that may still be computed with"
+        target.fill_(255)
+        self.queue.append((target, real))
+        self.n_copies += 1
+
+
+@contextmanager
+def entered(late: Late):
+    late.inside = True
+    yield
+    late.inside = False
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_a_swapped_block_is_waited_for(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(late: Late | None) -> dict[str, Tensor]:
+        model, params = build_model(Case(arch=replace(ARCH, double=3, single=5), lora=True))
+        for layer in adapted_layers(model):
+            layer.dropout = 0.0
+        swapped = None if late is None else BlockSwap(model.blocks, 4, CPU)
+        if swapped is not None:
+            swapped.stream = late  # type: ignore[assignment]
+            for home in swapped.homes.values():
+                object.__setattr__(home, "fetch", partial(late.fetch, home.fetch))
+        parallelize(model, ParallelContext(), recompute=recompute, visits=swapped)
+        for step in range(2):
+            inp, target = make_batch(step, 0)
+            (model(inp) - target).square().mean().backward()
+        return {name: p.grad for name, p in params.items()}
+
+    late = Late()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: late)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    got, want = gradients(late), gradients(None)
+    assert late.n_copies > 8 and all(torch.equal(got[name], grad) for name, grad in want.items())
+
+
 # --- process groups ---------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +209,26 @@ def test_a_group_of_one_on_a_gpu(groups) -> None:
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_cudnn_s_attention_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    @contextmanager
+    def only(backend: object):
+        asked.append(backend)
+        yield
+
+    monkeypatch.setattr(kernels, "sdpa_kernel", only)
+    q, k, v = (torch.randn(1, 5, 2, 16, generator=generator(i, stream="cudnn")) for i in range(3))
+    torch.testing.assert_close(KERNELS["cudnn"].attend(q, k, v), KERNELS["sdpa"].attend(q, k, v))
+    assert asked == [torch.nn.attention.SDPBackend.CUDNN_ATTENTION]
+
+
+def test_flex_attention_is_there_on_a_gpu_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(sparse_flex.importlib.util, "find_spec", lambda name: name)
+    assert sparse_flex.missing(GPU) is None and sparse_flex.missing(CPU) is not None
 
 
 class OneOther(types.SimpleNamespace):
