@@ -17,6 +17,7 @@ from torch import Tensor
 from hvtrain.adapters.attach import adapted_layers
 from hvtrain.config import ZeroConfig
 from hvtrain.fit import oom
+from hvtrain.fit import run as fit
 from hvtrain.generate.conditions import free
 from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.models import kernels, sparse_flex
@@ -60,6 +61,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 def test_memory_is_the_gpu_s(card) -> None:
     assert ON_GPU.memory_bytes == 80 << 30 and memory_gib(GPU) == 3.0
     assert memory_gib(CPU) != 3.0 and ParallelContext().memory_bytes != 80 << 30
+
+
+def test_fit_asks_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {0: types.SimpleNamespace(total_memory=24 << 30)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", seen.__getitem__)
+    for there, gib in ((True, 24), (False, fit.DEFAULT_MEMORY_GIB)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert fit.memory_bytes(fit.Asked()) == gib * 2**30
 
 
 def test_out_of_memory_names_the_gpu(card, monkeypatch: pytest.MonkeyPatch) -> None:
