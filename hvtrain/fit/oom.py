@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ def explained(
 
     The search is made by a process of its own: this one has no memory left, and its process groups are real.
     """
-    memory = _total(ctx)
+    memory = ctx.memory_bytes if ctx.device.type == "cuda" else ctx.memory_bytes // ctx.world
     size = "0x0x0"
     if flavor is not None and len(latents) == 5:
         geometry = flavor.latent
@@ -58,9 +57,3 @@ def main(config: str, gpus: str, memory_gib: str, size: str) -> None:
 
     width, height, frames = (int(n) or None for n in size.split("x"))
     print(advice(load(TrainConfig, config), Asked((int(gpus),), float(memory_gib), width, height, frames)))
-
-
-def _total(ctx: ParallelContext) -> int:
-    if ctx.device.type == "cuda":
-        return torch.cuda.get_device_properties(ctx.device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ctx.world

@@ -72,7 +72,7 @@ def check_memory(
     ctx: ParallelContext,
 ) -> None:
     """Refuse what no setting could make fit."""
-    there = _memory_bytes(ctx)
+    there = ctx.memory_bytes
     for batch in batches:
         least = least_bytes(batch, flavor, layers, sp=ctx.sp, n_bytes=n_bytes)
         if least <= there:
@@ -127,12 +127,6 @@ def _no_room(folder: Path, jobs: Sequence[Job], flavor: Flavor, *, n: int) -> st
     if need <= free:
         return None
     return f"output: {folder} has {_size(free)} free; the latents and {len(jobs)} file(s) need at least {_size(need)}"
-
-
-def _memory_bytes(ctx: ParallelContext) -> int:
-    if ctx.device.type == "cuda":
-        return torch.cuda.get_device_properties(ctx.device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _size(n_bytes: float) -> str:

@@ -65,28 +65,34 @@ class UspAttention(Attention):
     """models.dit.Attend over the ranks of ctx. Across, every rank attends with its own part of the queries."""
 
     ctx: ParallelContext = field(kw_only=True)
+    place: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = _place(self.ctx)  # not in a block: torch.compile does not compare contexts
 
     def joint(
         self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
     ) -> Joint:
         return usp_attend(
-            q, k, v, txt_len=txt_len, n_img=n_img, ctx=self.ctx, kernel=self.kernel, fewer=self.fewer(sparse)
+            q, k, v, txt_len=txt_len, n_img=n_img, ctx=self.ctx, kernel=self.kernel, fewer=self.fewer(sparse),
+            place=self.place,
         )
 
 
 def usp_attend(
     q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, ctx: ParallelContext, kernel: Kernel,
-    fewer: Fewer | None = None,
+    fewer: Fewer | None = None, place: int | None = None,
 ) -> Joint:
     """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks.
-    `fewer` is for Ulysses alone: around a ring a rank never holds all keys of its queries."""
+    `fewer` is for Ulysses alone: around a ring a rank never holds all keys of its queries. `place`: ctx's number, where known."""
     assert fewer is None or ctx.ring == 1
     q, k, v = (_autocast(x) for x in (q, k, v))
     text = q.txt
     if ctx.ulysses > 1:
         q, k, v = _split_heads(q, k, v, ctx)
     if ctx.ring > 1:
-        img, txt, _ = ring(q.img, k.img, v.img, q.txt, k.txt, v.txt, list(txt_len), n_img, kernel.number, _place(ctx))
+        place = _place(ctx) if place is None else place
+        img, txt, _ = ring(q.img, k.img, v.img, q.txt, k.txt, v.txt, list(txt_len), n_img, kernel.number, place)
         out = Joint(img, txt)
     else:
         out = local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=kernel, fewer=fewer)

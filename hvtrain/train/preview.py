@@ -14,7 +14,7 @@ from torch import Tensor
 from hvtrain.config import ModelConfig, PreviewConfig, SparseConfig
 from hvtrain.config.sampling import given
 from hvtrain.errors import ConfigError
-from hvtrain.generate.conditions import check_own_columns, encode_requests, read_image
+from hvtrain.generate.conditions import check_own_columns, encode_requests, free, read_image
 from hvtrain.generate.requests import Request, ending, lacks, read_prompts
 from hvtrain.generate.sample import Models, sample_latents
 from hvtrain.generate.video import write_png, write_video
@@ -136,6 +136,8 @@ class Previews:
             sheet = _stacked(rows)
             write_png(self.folder / f"step{step:08d}.png", sheet, metadata={"step": step})
             yield "preview/all", sheet[None], 1
+        if self.plans:
+            free(self.ctx.device)  # what the VAE and long videos took is of no size that training asks for
         self.ctx.barrier()
 
     def _vae(self) -> Vae:

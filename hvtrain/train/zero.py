@@ -66,8 +66,7 @@ def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> d
     bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), largest))
     zero: dict[str, Any] = {
         "stage": cfg.stage,
-        # On a stream of its own, and never run by a test without a GPU: only where there is much to hide. A LoRA's gradients
-        # take milliseconds.
+        # On a stream of its own, which only a GPU has: only where there is much to hide. A LoRA's gradients take milliseconds.
         "overlap_comm": cuda and cfg.stage > 0 and all(p.requires_grad for p in model.parameters()),
         "contiguous_gradients": True,
         "reduce_scatter": True,

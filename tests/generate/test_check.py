@@ -11,7 +11,6 @@ import torch
 
 from hvtrain.config import ModelConfig, asset, build
 from hvtrain.errors import CheckpointError, ConfigError, DataError, HvtrainError
-from hvtrain.generate import check
 from hvtrain.generate.check import check_memory, check_outputs, check_parts, least_bytes, on_main
 from hvtrain.generate.conditions import check_conds
 from hvtrain.generate.requests import Job, Request
@@ -47,11 +46,11 @@ def test_what_fits_nowhere_is_refused_with_what_it_needs(monkeypatch: pytest.Mon
     assert "big.mp4: 160000 x 160000 x 1 frames are 100,000,000 image tokens" in said and "at least 2,861.0 GiB" in said
     assert said.count("\n") == 0 and "parallel.ulysses" in said
     need = 118_800 * 3072 * 5 * 2
-    monkeypatch.setattr(check, "_memory_bytes", lambda ctx: need)
+    monkeypatch.setattr(ParallelContext, "memory_bytes", need)
     check_memory([[job()]], FLAVOR, LAYERS, n_bytes=2, ctx=ctx)
     with pytest.raises(ConfigError, match=r"\(2 together\)"):
         check_memory([[job()] * 2], FLAVOR, LAYERS, n_bytes=2, ctx=ctx)
-    monkeypatch.setattr(check, "_memory_bytes", lambda ctx: need - 1)
+    monkeypatch.setattr(ParallelContext, "memory_bytes", need - 1)
     with pytest.raises(ConfigError, match="3.4 GiB"):
         check_memory([[job()]], FLAVOR, LAYERS, n_bytes=2, ctx=ctx)
 

@@ -41,13 +41,15 @@ def previews(folder: Path, cfg_scale: float) -> Previews:
     return Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=folder, precision="fp32")
 
 
-def test_a_preview_is_a_file(tmp_path: Path) -> None:
+def test_a_preview_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[torch.device] = []
+    monkeypatch.setattr(preview, "free", freed.append)
     subject = previews(tmp_path, cfg_scale=1.0)
     model = random_dit()
     (name, frames, fps), (everything, sheet, _) = subject.make(lambda sigma: model, step=7)
     assert (everything, sheet.shape) == ("preview/all", (1, 48, 5 * 48, 3))
     assert (name, frames.shape, frames.dtype, fps) == ("preview/0", (5, 48, 48, 3), np.uint8, 8)
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and freed == [torch.device("cpu")]
     assert read_metadata(tmp_path / "step00000007_0.mp4")["prompt"] == "a blue ring moves left"
 
 

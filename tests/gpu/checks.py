@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch._dynamo.utils
@@ -16,44 +18,20 @@ from torch import Tensor
 from hvtrain.config import AdapterConfig, ModelConfig, ParallelConfig, RunSettings, ZeroConfig
 from hvtrain.fit.estimate import Candidate, Training, of_sampling, of_training
 from hvtrain.fit.trace import Shape, fake_input
+from hvtrain.models.dit import ModelInput
 from hvtrain.models.kernels import KERNELS, Kernel, Partial
 from hvtrain.models.measure import RESIDUES, TOLERANCE, Size, drawn, errors, timed, wrongs
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown, start
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.parallel.usp import _merge
 from hvtrain.weights.float8 import dequantize, has_matmul, multiply, quantize
 from tests.bench.bench_step import RANK, Case, build, ceiling, flops, our_step, step_of
+from tests.gpu.ranks import shared_attention
 from tests.gpu.report import Check, Row, Setup
-
-GIB = 2**30
-
-
-def dtype_of(here: Setup) -> torch.dtype:
-    return torch.bfloat16 if here.cuda else torch.float32
-
-
-def trained(here: Setup) -> list[Kernel]:
-    """Kernels with a backward that run here."""
-    return [k for k in KERNELS.values() if k.trains and k.missing(here.device, dtype_of(here)) is None]
-
-
-def peak(here: Setup, work: Callable[[], object]) -> float | None:
-    """GiB, beyond nothing; None on the CPU."""
-    gc.collect()
-    if not here.cuda:
-        work()
-        return None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(here.device)
-    work()
-    torch.cuda.synchronize(here.device)
-    return torch.cuda.max_memory_allocated(here.device) / GIB
-
-
-def relative(have: Tensor, want: Tensor) -> float:
-    return float((have.double() - want.double()).abs().max() / want.double().abs().max())
-
+from tests.gpu.sparse import sparse_attention
+from tests.gpu.work import GIB, dtype_of, peak, relative, trained
 
 # --- 0 to 2: the machine, and attention alone -------------------------------------------------------------------------
 
@@ -88,6 +66,8 @@ def kernel_values(here: Setup) -> Iterator[Row]:
         for parts in (2, 4, 5):
             found = max(_in_parts(kernel, here, parts), key=lambda e: (e != e, e))
             yield Row(f"{kernel.name}, keys in {parts} parts", passed=found <= TOLERANCE[dtype], error=found)
+        found = max(_of_views(kernel, here), key=lambda e: (e != e, e))
+        yield Row(f"{kernel.name}, views of a fused product", passed=found <= TOLERANCE[dtype], error=found)
 
 
 def _in_parts(kernel: Kernel, here: Setup, parts: int) -> list[float]:
@@ -103,6 +83,18 @@ def _in_parts(kernel: Kernel, here: Setup, parts: int) -> list[float]:
     got = sum(p.q.float() for p in pieces), torch.cat([p.k for p in pieces], 1), torch.cat([p.v for p in pieces], 1)
     pairs = [(merged.out, whole.out), (merged.lse, whole.lse), *zip(got, want, strict=True)]
     return [relative(have, ref) for have, ref in pairs]
+
+
+def _of_views(kernel: Kernel, here: Setup) -> list[float]:
+    """q, k, v as one product leaves them, side by side, and a gradient whose heads come first."""
+    q, k, v, d_out = drawn(Size(193, 193, batch=2), here.device, dtype_of(here))
+    assert kernel.backward is not None
+    found = []
+    for tensors in ((q, k, v), torch.stack([q, k, v], 2).unbind(2)):
+        result = kernel.partial(*tensors)
+        gradient = d_out if tensors[0] is q else d_out.transpose(1, 2).contiguous().transpose(1, 2)
+        found.append([*result, *kernel.backward(gradient, *tensors, result)])
+    return [relative(have, want) for want, have in zip(*found, strict=True)]
 
 
 def attention_speed(here: Setup) -> Iterator[Row]:
@@ -130,7 +122,8 @@ def attention_speed(here: Setup) -> Iterator[Row]:
 
 
 def savers(here: Setup) -> Iterator[Row]:
-    """Swapped blocks and offloaded inputs give the plain run's gradients to the bit, five steps in a row."""
+    """Swapped blocks and offloaded inputs give the plain run's gradients to the bit, five steps in a row. Copies of swapped
+    blocks begin late: who does not wait for them computes with a block that is not there yet."""
     want = _five_steps(here, "full", 0)
     for policy, swap in [("selective", 0), ("offload", 0), ("full", 2), ("offload", 2)]:
         error = max(relative(a, b) if b.any() else 0.0 for a, b in zip(_five_steps(here, policy, swap), want, strict=True))
@@ -144,20 +137,26 @@ def _five_steps(here: Setup, policy: str, swap: int) -> list[Tensor]:
     swapped = BlockSwap(model.blocks, swap, here.device) if swap else None
     ctx = ParallelContext(device=here.device)
     parallelize(model, ctx, kernel="sdpa", recompute=policy, dtype=torch.bfloat16, visits=swapped)
-    torch.manual_seed(1)
     width, height, frames = here.sizes[0]
-    with torch.device(here.device):
-        inp = fake_input(here.spec, here.flavor, Shape(1, frames, height // 2, width // 2))
-    values = {n: torch.randn_like(c) if c.is_floating_point() else c for n, c in inp.cond.items()}
-    inp = replace(inp, x=torch.randn_like(inp.x), t=torch.full_like(inp.t, 500.0), cond=values)
-    step = step_of(model, inp, Case(True), here.device)
+    step = step_of(model, _random_input(here, here.flavor, Shape(1, frames, height // 2, width // 2)), Case(True), here.device)
     for _ in range(5):
+        if swapped is not None and swapped.stream is not None:
+            with torch.cuda.stream(swapped.stream):
+                torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
         step()
     return [p.detach() for p in model.parameters() if p.requires_grad]
 
 
+def _random_input(here: Setup, flavor: Flavor, shape: Shape) -> ModelInput:
+    torch.manual_seed(1)
+    with torch.device(here.device):
+        inp = fake_input(here.spec, flavor, shape)
+    values = {n: torch.randn_like(c) if c.is_floating_point() else c for n, c in inp.cond.items()}
+    return replace(inp, x=torch.randn_like(inp.x), t=torch.full_like(inp.t, 500.0), cond=values)
+
+
 def blocks(here: Setup) -> Iterator[Row]:
-    """Two blocks of the model: eager and compiled, and how often is compiled over five lengths of text."""
+    """Two blocks of the model: eager and compiled, where the time goes, and how often is compiled over five lengths of text."""
     arch = replace(here.flavor.arch, double=1, single=1)
     flavor = replace(here.flavor, arch=arch)
     for width, height, frames in here.sizes:
@@ -171,6 +170,12 @@ def blocks(here: Setup) -> Iterator[Row]:
             what = f"LoRA step of 2 blocks, {'compiled' if compiled else 'eager'}, {width}x{height}x{frames}"
             note = f"{times[False] / times[True]:.2f}x eager" if compiled else ""
             yield Row(what, ms=1000 * times[compiled], tflops=work / times[compiled] / 1e12, note=note)
+    yield Row("kernels that take longest, eager", note=_longest(our_step(here.spec, flavor, Case(True), inp, here.device), here))
+    width, height, frames = here.sizes[0]
+    values = _random_input(here, flavor, Shape(1, frames, height, width))
+    both = [_gradients(here, flavor, values, compiler) for compiler in (None, "inductor")]
+    error = max(relative(b, a) for a, b in zip(*both, strict=True))
+    yield Row("gradients compiled, float32", passed=error <= 1e-4, error=error)
     torch._dynamo.utils.counters.clear()
     step_of_length = partial(_with_text, inp)
     model = build(here.spec, flavor, Case(True, compiled=True), here.device)
@@ -178,6 +183,30 @@ def blocks(here: Setup) -> Iterator[Row]:
         step_of(model, step_of_length(length), Case(True), here.device)()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     yield Row("graphs over 5 text lengths", passed=graphs <= 6, note=str(graphs))
+
+
+def _gradients(here: Setup, flavor: Flavor, inp: ModelInput, compiler: str | None) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = build(here.spec, flavor, Case(True), here.device).float()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.02)  # a new LoRA adds nothing
+    parallelize(model, ParallelContext(device=here.device), kernel="sdpa", recompute="selective", compiler=compiler)
+    model(inp).square().mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def _longest(step: Callable[[], None], here: Setup) -> str:
+    """Each one's share of a step's time on the device."""
+    step()
+    with torch.profiler.profile() as seen:
+        step()
+        if here.cuda:
+            torch.cuda.synchronize(here.device)
+    time = "self_device_time_total" if here.cuda else "self_cpu_time_total"
+    found = sorted(((getattr(e, time), e.key) for e in seen.key_averages()), reverse=True)
+    total = sum(t for t, _ in found)
+    return "; ".join(f"{t / total:.0%} {name[:40]}" for t, name in found[:15])
 
 
 def _with_text(inp, length: int):  # type: ignore[no-untyped-def]
@@ -239,14 +268,27 @@ def float8(here: Setup) -> Iterator[Row]:
                 f"{name} float8, M {m:,}", passed=error < 0.1, error=error, ms=1000 * eight,
                 tflops=2 * m * n_in * n_out / eight / 1e12, note=f"{plain / eight:.2f}x bfloat16",
             )
+            yield from _scaled_products(here, f"{name} float8, M {m:,}", x, values)
+
+
+def _scaled_products(here: Setup, what: str, x: Tensor, weight: Tensor) -> Iterator[Row]:
+    """What of it is the product, summed carefully and fast, and so what is the rounding of x."""
+    ones = [torch.ones(shape, device=here.device) for shape in ((len(x), 1), (1, len(weight)))]
+    values = x.to(weight.dtype)
+    for fast in (False, True):
+        product = partial(
+            torch._scaled_mm, values, weight.t(), scale_a=ones[0], scale_b=ones[1], out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+        yield Row(f"{what}, the product alone", ms=1000 * timed(product, here.device), note=f"use_fast_accum {fast}")
 
 
 def engines(here: Setup) -> Iterator[Row]:
-    """Every ZeRO stage of one process against plain PyTorch: six steps of a small network."""
+    """Every ZeRO stage of one process against plain PyTorch: six steps of a small network, at once and from what PyTorch left
+    after three; gradients reduced beside the backward or after it."""
     from tests.parallel.test_engine import TORCH, make_engine, train
 
     alone = ParallelContext(device=here.device)
-    want = train(make_engine(TORCH, ParallelContext()), ParallelContext())
+    want, saved = (train(make_engine(TORCH, ParallelContext()), ParallelContext(), until=n) for n in (6, 3))
     ctx = start(device=here.device)
     try:
         for stage in (0, 1, 2, 3):
@@ -254,6 +296,18 @@ def engines(here: Setup) -> Iterator[Row]:
                 got = train(_on(here, make_engine, ZeroConfig(stage=stage, offload_optimizer=offload), ctx), alone)
                 error = max(relative(got.params[n], p) for n, p in want.params.items())
                 yield Row(f"ZeRO-{stage}, optimizer on {offload}", passed=error < 1e-4, error=error)
+            resumed = _on(here, make_engine, ZeroConfig(stage=stage), ctx)
+            resumed.load_state(saved.params, saved.optimizer, n_steps=3)
+            got = train(resumed, alone)
+            error = max(relative(got.params[n], p) for n, p in want.params.items())
+            yield Row(f"ZeRO-{stage}, resumed", passed=error < 1e-4, error=error)
+        for stage, beside in [(s, b) for s in (1, 2, 3) for b in (False, True)]:
+            with tempfile.TemporaryDirectory() as folder:
+                own = Path(folder, "deepspeed.json")
+                own.write_text(json.dumps({"zero_optimization": {"overlap_comm": beside}}))
+                got = train(_on(here, make_engine, ZeroConfig(stage=stage, deepspeed=str(own)), ctx), alone)
+            error = max(relative(got.params[n], p) for n, p in want.params.items())
+            yield Row(f"ZeRO-{stage}, overlap_comm {str(beside).lower()}", passed=error < 1e-4, error=error)
     finally:
         shutdown()
 
@@ -291,32 +345,35 @@ def vae(here: Setup) -> Iterator[Row]:
     if here.cuda:
         model = AutoencoderKLHunyuanVideo().to(here.device, torch.float16).eval()
         z = torch.randn(1, 16, 17, 32, 32, device=here.device, dtype=torch.float16)
+        video = torch.randn(1, 3, 65, 256, 256, device=here.device, dtype=torch.float16)
     else:
         model = AutoencoderKLHunyuanVideo(block_out_channels=(32, 32, 32, 32), layers_per_block=1).eval()
-        z = torch.randn(1, 16, 1, 4, 4)
+        z, video = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 1, 32, 32)
     for fixed in (False, True):
         torch.backends.cudnn.benchmark = fixed
-        with torch.no_grad():
-            run = partial(model.decode, z)
-            gib = peak(here, run)
-            seconds = timed(run, here.device, repeats=1)
-        note = f"720x1280x129 is 76 tiles: {76 * seconds:.0f} s"
-        yield Row(f"decode a tile, cudnn.benchmark {fixed}", ms=1000 * seconds, peak_gib=gib, note=note)
+        for what, run in (("decode", partial(model.decode, z)), ("encode", partial(model.encode, video))):
+            with torch.no_grad():
+                gib = peak(here, run)
+                seconds = timed(run, here.device, repeats=1)
+            note = f"720x1280x129 is 76 tiles: {76 * seconds:.0f} s"
+            yield Row(f"{what} a tile, cudnn.benchmark {fixed}", ms=1000 * seconds, peak_gib=gib, note=note)
     torch.backends.cudnn.benchmark = False
 
 
 CHECKS = {
     check.name: check
     for check in (
-        Check("versions", "what is here: card, cuDNN, kernels, speed of products and copies", 10, versions),
+        Check("versions", "what is here: card, cuDNN, kernels, speed of products and copies", 5, versions),
         Check("kernels", "attention kernels against float64 at all lengths, and merged as in a ring", 40, kernel_values),
         Check("attention", "every attention kernel's speed and memory at 18k, 67k and 119k tokens", 60, attention_speed),
-        Check("savers", "selective, offload and swapped blocks give the same to the bit", 60, savers),
+        Check("savers", "selective, offload and swapped blocks give the same to the bit", 40, savers),
         Check("blocks", "two blocks of the 13B, eager and compiled; how often is compiled", 120, blocks),
         Check("steps", "whole steps of the 13B: time, MFU, peak memory against hvtrain fit", 120, steps),
         Check("float8", "float8 products against bfloat16", 30, float8),
-        Check("engines", "ZeRO stages of one process against plain PyTorch", 60, engines),
-        Check("groups", "process groups of one process", 15, groups),
+        Check("engines", "ZeRO stages of one process against plain PyTorch", 30, engines),
+        Check("groups", "process groups of one process", 10, groups),
+        Check("ranks", "Ulysses and ring of 2 and 4 processes that share the device", 30, shared_attention),
         Check("vae", "one tile of the VAE", 30, vae),
+        Check("sparse", "sparse attention: values, and speed at the largest size beside exact", 35, sparse_attention),
     )
 }

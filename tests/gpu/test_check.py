@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hvtrain.models.kernels import KERNELS
+from hvtrain.models.sparse import WAYS
 from tests.gpu import check, checks
 from tests.gpu.report import Check, Row, Setup, carry_out, read, setup
 
@@ -21,11 +22,11 @@ CPU = setup(torch.device("cpu"))
 def test_all_of_them_are_listed(capsys) -> None:
     assert check.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(checks.CHECKS) and len(lines) == 10
+    assert [line.split()[0] for line in lines] == list(checks.CHECKS) and len(lines) == 12
     assert sum(c.seconds for c in checks.CHECKS.values()) <= 9 * 60 + 10
 
 
-@pytest.mark.parametrize("name", ["versions", "kernels", "attention", "savers", "float8", "groups"])
+@pytest.mark.parametrize("name", ["versions", "kernels", "attention", "savers", "float8", "engines", "groups", "ranks", "sparse"])
 def test_a_check_passes_here(name: str, tmp_path: Path) -> None:
     rows = carry_out(checks.CHECKS[name], CPU, tmp_path / "rows.json")
     assert rows and all(row.passed for row in rows), [r for r in rows if not r.passed]
@@ -45,6 +46,31 @@ def test_a_wrong_kernel_fails(tmp_path: Path, monkeypatch) -> None:
     rows = {row.what: row for row in carry_out(checks.CHECKS["kernels"], CPU, tmp_path / "rows.json")}
     assert rows["sdpa, lengths"].passed
     assert [rows[f"sdpa, keys in {n} parts"].passed for n in (2, 4, 5)] == [False] * 3
+
+
+def test_a_wrong_way_of_sparse_attention_fails(tmp_path: Path, monkeypatch) -> None:
+    gather = WAYS["gather"]
+
+    def all_pairs(one, grid, q, k, v):
+        return one.dense.partial(q, k, v)
+
+    monkeypatch.setitem(WAYS, "gather", replace(gather, partial=all_pairs))
+    rows = {row.what: row for row in carry_out(checks.CHECKS["sparse"], CPU, tmp_path / "rows.json")}
+    assert [rows[f"{name} by gather, values"].passed for name in ("tiles", "radial")] == [False, False]
+
+
+def test_float8_products_where_a_device_has_them(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum=False):
+        asked.append(use_fast_accum)
+        return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(checks, "has_matmul", lambda device: True)
+    rows = carry_out(checks.CHECKS["float8"], CPU, tmp_path / "rows.json")
+    assert len(rows) == 3 * 2 * 4 and all(row.passed for row in rows) and set(asked) == {False, True}
+    assert all(row.error for row in rows if "float8" in row.what and "alone" not in row.what)
 
 
 def _good(here: Setup) -> Iterator[Row]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import torch._dynamo.utils
 from torch import Tensor
 
-from hvtrain.adapters.attach import inject
-from hvtrain.models import all_specs
+from hvtrain.adapters.attach import inject, linear_shapes
+from hvtrain.models import all_specs, find
 from hvtrain.models.dit import DiT
-from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.swap import BlockSwap
-from tests.models.any_model import an_input, meta, random_model
+from hvtrain.slices.plan import Cut, make_plan
+from tests.models.any_model import an_input, random_model, smallest
+from tests.parallel.any_model import architectures, shrunk
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny_run import ARCH, Case, build_model, make_batch
 
@@ -86,59 +89,81 @@ def test_generated_code_computes_the_same() -> None:
     same(gradients("selective", "inductor", lora=True, steps=2), gradients("none", None, lora=True, steps=2))
 
 
-def _of_ranks() -> list[tuple[Gradients, Gradients, int]]:
-    found = []
-    for ulysses, ring in ((2, 1), (1, 2)):
-        ctx = start(ulysses, ring)
-        for recompute in ("full", "selective"):
-            want = gradients(recompute, None, lora=True, ctx=ctx)
-            got = gradients(recompute, "aot_eager", lora=True, ctx=ctx)
-            found.append((got, want, sum(counted()["graph_break"].values())))
-    return found
+EACH = pytest.mark.parametrize("which", architectures(all_specs()), ids="-".join)  # all that compute otherwise, small
+KINDS = ["full", "lora", "slice"]
 
 
-@pytest.mark.slow
-def test_ulysses_and_ring_are_compiled_without_a_break() -> None:
-    for found in run_ranks(2, _of_ranks):
-        for got, want, breaks in found:
-            same(got, want)
-            assert breaks == 0
-
-
-TINY = [
-    pytest.param(spec, flavor, id=f"{spec.name}-{flavor.name}")
-    for spec in all_specs() for flavor in spec.flavors.values() if sum(p.numel() for p in meta(spec, flavor).parameters()) < 5e6
-]  # fmt: skip
-
-
-def _model(spec: ModelSpec, flavor: Flavor, *, lora: bool) -> DiT:
+def _trained(which: tuple[str, str], kind: str) -> DiT:
+    """With a LoRA on each layer, on one of three slices of them (LORAID), which are cut through rows, or whole."""
+    spec = find(which[0])
+    flavor = shrunk(spec, spec.flavor(which[1]))
     model = random_model(spec, flavor).train()
-    if lora:
-        inject(model.requires_grad_(False), spec.lora_targets(model), rank=2, alpha=2.0, dropout=0.0)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.requires_grad:
-                    p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    if kind == "full":
+        return model
+    targets, rows = spec.lora_targets(model), None
+    if kind == "slice":
+        shapes = {name: shape for name, shape in linear_shapes(model).items() if name in targets}
+        plan = make_plan(shapes, Cut(n=3, granularity="rows", order="interleaved"), model=spec.name, flavor=flavor.name)
+        rows = {slot.module: (slot.begin, slot.end) for slot in plan.slice(2).slots}
+        targets = list(rows)
+    inject(model.requires_grad_(False), targets, rank=2, alpha=2.0, dropout=0.0, rows=rows)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return model
 
 
-def _gradients_of(spec: ModelSpec, flavor: Flavor, recompute: str, compiler: str | None, *, lora: bool) -> Gradients:
+def _gradients_of(
+    which: tuple[str, str], recompute: str, compiler: str | None, *, kind: str, ctx: ParallelContext = ALONE
+) -> Gradients:
     torch._dynamo.reset()
     counted().clear()
-    model = _model(spec, flavor, lora=lora)
-    parallelize(model, ALONE, recompute=recompute, compiler=compiler)
-    model(an_input(spec, flavor)).square().mean().backward()
+    model, spec = _trained(which, kind), find(which[0])
+    parallelize(model, ctx, recompute=recompute, compiler=compiler)
+    model(an_input(spec, shrunk(spec, spec.flavor(which[1])))).square().mean().backward()
+    assert compiler is None or (counted()["stats"]["unique_graphs"] and not counted()["graph_break"])
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("recompute", POLICIES)
-@pytest.mark.parametrize(("spec", "flavor"), TINY)
-def test_every_architecture(spec: ModelSpec, flavor: Flavor, recompute: str, lora: bool) -> None:
-    got = _gradients_of(spec, flavor, recompute, "aot_eager", lora=lora)
-    assert counted()["stats"]["unique_graphs"] and not counted()["graph_break"]
-    same(got, _gradients_of(spec, flavor, "none", None, lora=lora))
+@pytest.mark.parametrize("kind", KINDS)
+@EACH
+def test_every_architecture(which: tuple[str, str], kind: str) -> None:
+    want = _gradients_of(which, "none", None, kind=kind)
+    for recompute in POLICIES:
+        same(_gradients_of(which, recompute, "aot_eager", kind=kind), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [(spec.name, smallest(spec).name) for spec in all_specs()], ids="-".join)
+def test_generated_code_of_every_model(which: tuple[str, str]) -> None:
+    same(_gradients_of(which, "selective", "inductor", kind="lora"), _gradients_of(which, "none", None, kind="lora"))
+
+
+def _of_ranks(which: tuple[str, str], kinds: Sequence[str], policies: Sequence[str]) -> list[tuple[Gradients, Gradients]]:
+    """Compiled and not, with Ulysses and with a ring."""
+    found = []
+    for ctx, kind in product((start(2, 1), start(1, 2)), kinds):
+        want = _gradients_of(which, "none", None, kind=kind, ctx=ctx)
+        found += [(_gradients_of(which, policy, "aot_eager", kind=kind, ctx=ctx), want) for policy in policies]
+    return found
+
+
+def test_ulysses_and_ring_are_compiled_without_a_break() -> None:
+    for found in run_ranks(2, _of_ranks, ("hunyuan-video", "t2v"), ["lora"], ["selective"]):
+        for got, want in found:
+            same(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@EACH
+def test_every_architecture_on_two_ranks(which: tuple[str, str]) -> None:
+    for found in run_ranks(2, _of_ranks, which, KINDS, ["full", "selective"], timeout_s=1500):
+        assert len(found) == 2 * 3 * 2
+        for got, want in found:
+            same(got, want)
 
 
 @pytest.mark.slow

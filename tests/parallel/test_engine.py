@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -119,6 +120,18 @@ def test_every_stage_equals_one_process() -> None:
     for straight, with_nan, resumed in runs.values():
         close(straight, want)
         close(with_nan, want_nan)
+        close(resumed, want)
+
+
+def test_gradients_reduced_beside_the_backward_equal_one_process(tmp_path) -> None:
+    """As CUDA does it with a full fine-tune: from two buckets in turn."""
+    alone = ParallelContext()
+    want = train(make_engine(TORCH, alone), alone)
+    own = tmp_path / "deepspeed.json"
+    own.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
+    engines = [ZeroConfig(stage=stage, bucket_mb=mb, deepspeed=str(own)) for stage in (1, 2, 3) for mb in (None, 0.0001)]
+    for straight, _, resumed in run_ranks(2, _all_engines, engines)[0].values():
+        close(straight, want)
         close(resumed, want)
 
 
