@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvtrain.errors import ConfigError
+from hvtrain.models import onednn
+from hvtrain.models.precision import under_autocast
 from hvtrain.registry import Registry
 from hvtrain.rng import generator
 
@@ -79,7 +81,7 @@ def pick_kernel(
     SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
     """
     if name == "auto":
-        runs = [KERNELS[n] for n in _candidates(device) if KERNELS[n].missing(device, dtype) is None]
+        runs = [KERNELS[n] for n in _candidates(device, dtype) if KERNELS[n].missing(device, dtype) is None]
         if len(runs) == 1:
             return runs[0]
         from hvtrain.models import measure
@@ -94,9 +96,11 @@ def pick_kernel(
     return kernel
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
+def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """By how fast they are said to be: PyTorch's own, which everyone has, last."""
-    return ("flash4", "flash3", "cudnn", "flash2", "sdpa") if device.type == "cuda" else ("sdpa",)
+    if device.type == "cuda":
+        return "flash4", "flash3", "cudnn", "flash2", "sdpa"
+    return ("onednn",) if onednn.is_faster() and onednn.missing(device, dtype) is None else ("sdpa",)
 
 
 # --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient -------------------------------------------
@@ -156,6 +160,14 @@ def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Parti
         dout, q, k, v, out, merged.lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused
     )
     return Grads(*_heads_first(*grads))
+
+
+def _onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from hvtrain.models.attend_op import attention
+
+    if under_autocast(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return attention(q, k, v, KERNELS["onednn"].number)[0]
 
 
 def _cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -367,6 +379,10 @@ def _as_flash(name: str) -> Iterator[None]:
 
 KERNELS |= {
     "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
+    "onednn": Kernel(
+        "onednn", _onednn, lambda q, k, v: Partial(*onednn.forward(q, k, v)),
+        lambda dout, q, k, v, merged: Grads(*onednn.backward(dout, q, k, v, merged.out, merged.lse)), onednn.missing,
+    ),
     "cudnn": Kernel("cudnn", _cudnn_attend, _cudnn_partial, _cudnn_backward, _cudnn_missing),
     "flash4": Kernel(  # through PyTorch's own operators, which it takes over
         "flash4", _flash4, _flash4_partial, _flash4_backward,
