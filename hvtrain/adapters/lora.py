@@ -74,10 +74,10 @@ class LoraLinear(AdaptedLinear):
         return nn.functional.linear(x, self.start_down.to(x)) * scale
 
     def joined(self, x: Tensor, scale: float | Tensor) -> Tensor | None:
-        """Each product added by the matrix multiplication itself: what is as large as the output is written once and added to once.
+        """Each product is added by the matrix multiplication itself: what is as large as the output is written once and added to.
 
-        The base's product comes last. It is most of the work, and nothing that the backward needs is made after it begins: where a
-        block ends with such a layer, recomputation stops before it (torch.utils.checkpoint's early stop).
+        The base's product comes last. It is most of the work, and nothing that the backward needs is made after it begins:
+        where a block ends with such a layer, recomputation stops before it (torch.utils.checkpoint's early stop).
         """
         amp = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if amp else self.lora_up.weight.dtype

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvtrain.errors import ConfigError
 from hvtrain.models import onednn
-from hvtrain.models.precision import under_autocast
 from hvtrain.registry import Registry
 from hvtrain.rng import generator
+
+if TYPE_CHECKING:
+    from hvtrain.models.measure import Workload
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -74,19 +76,20 @@ _CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and 
 
 
 def pick_kernel(
-    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True
+    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True, work: Workload | None = None
 ) -> Kernel:
-    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as measured there.
+    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as measured there for such
+    `work`, or without it the one that is said to be.
 
     SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
     """
     if name == "auto":
         runs = [KERNELS[n] for n in _candidates(device, dtype) if KERNELS[n].missing(device, dtype) is None]
-        if len(runs) == 1:
+        if len(runs) == 1 or work is None:
             return runs[0]
         from hvtrain.models import measure
 
-        return measure.fastest(runs, device, dtype)
+        return measure.fastest(runs, device, dtype, work=work)
     kernel = KERNELS.find(name, key="parallel.kernel")
     reason = kernel.missing(device, dtype)
     if reason is None and training and not kernel.trains:
@@ -160,14 +163,6 @@ def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Parti
         dout, q, k, v, out, merged.lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused
     )
     return Grads(*_heads_first(*grads))
-
-
-def _onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from hvtrain.models.attend_op import attention
-
-    if under_autocast(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return attention(q, k, v, KERNELS["onednn"].number)[0]
 
 
 def _cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -380,7 +375,7 @@ def _as_flash(name: str) -> Iterator[None]:
 KERNELS |= {
     "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
     "onednn": Kernel(
-        "onednn", _onednn, lambda q, k, v: Partial(*onednn.forward(q, k, v)),
+        "onednn", onednn.attend, lambda q, k, v: Partial(*onednn.forward(q, k, v)),
         lambda dout, q, k, v, merged: Grads(*onednn.backward(dout, q, k, v, merged.out, merged.lse)), onednn.missing,
     ),
     "cudnn": Kernel("cudnn", _cudnn_attend, _cudnn_partial, _cudnn_backward, _cudnn_missing),

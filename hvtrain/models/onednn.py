@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvtrain.models.precision import without_autocast
+from hvtrain.models.precision import under_autocast, without_autocast
 
 _ROWS, _SCORES = 256, 2**22  # rows at a time, and the most scores: what is held of them is 16 MB, twice in the backward
 
@@ -29,6 +29,16 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
 def is_faster() -> bool:
     """Than PyTorch's own. By the kind of CPU and not by a clock: on a CPU the clock tells what else is running."""
     return bool(torch.cpu._is_avx512_bf16_supported()) and not torch.cpu._is_amx_tile_supported()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B S N D], differentiable."""
+    from hvtrain.models.attend_op import attention
+    from hvtrain.models.kernels import KERNELS
+
+    if under_autocast(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return attention(q, k, v, KERNELS["onednn"].number)[0]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

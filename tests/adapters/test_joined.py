@@ -1,4 +1,4 @@
-"""A LoRA's layer in one buffer: the values and gradients of the formula, no passes besides, and no product computed for nothing."""
+"""A LoRA's layer in one buffer: values and gradients of the formula, no passes besides, no product computed for nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def run(function, own: LoraLinear, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (2, 3, 5)])
-@pytest.mark.parametrize("kind", [{}, {"bias": False}, {"quantized": True}, {"start": "pissa"}], ids=["", "no bias", "fp8", "taken"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"bias": False}, {"quantized": True}, {"start": "pissa"}], ids=["plain", "no bias", "fp8", "taken"]
+)
 def test_values_and_gradients_are_the_formula_s(kind, shape):
     own, x = layer(**kind), torch.randn(*shape, IN)
     assert own.joined(x, 0.5) is not None
@@ -128,7 +130,7 @@ def test_operations_are_counted():
 
 @pytest.mark.parametrize("policy", ["full", "selective", "offload"])
 def test_the_last_product_of_a_block_is_not_computed_again(policy):
-    """Of the image's stream in a double block, of the only layer in a single block; gradients are those without recomputation."""
+    """Of the image's stream in a double block, of the only stream in a single one; gradients are those without recomputation."""
     inp = an_input()
     inp = replace(inp, lengths={"text": (5, 5)})  # one call of attention, whatever the policy
 

@@ -47,7 +47,7 @@ def test_modulated_norm(batch, per_token, learnt):
 
 @pytest.mark.parametrize("wide", [False, True], ids=["modulation bf16", "modulation fp32"])
 def test_modulated_norm_rounds_once(wide):
-    """A little more than half of bfloat16's last place from what float64 makes of the same vectors; two roundings would make one."""
+    """Half of bfloat16's last place from what float64 makes of the same vectors; two roundings would make it more."""
     x = drawn(2, 50, 64, dtype=BF16, learnt=False)
     shift, scale = (drawn(2, 1, 64 + i, dtype=FP32 if wide else BF16, learnt=False)[..., :64] for i in range(2))
     with autocast("cpu", enabled=True):
@@ -82,9 +82,9 @@ def test_root_norm(dtype, near):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
 
     fused = drawn(2, 9, 3, 4, 32, dtype=dtype)
-    compared(lambda x, w: root_norm(x[:, :, 1], w, 1e-6), lambda x, w: plain(x[:, :, 1], w), [fused, drawn(32, dtype=dtype)], **near)
-    assert torch.equal(root_norm(fused, drawn(32, dtype=dtype), 1e-6), plain(fused, drawn(32, dtype=dtype)))  # its values to the bit
-    frozen = drawn(32, dtype=dtype, learnt=False)
+    weight, frozen = drawn(32, dtype=dtype), drawn(32, dtype=dtype, learnt=False)
+    compared(lambda x, w: root_norm(x[:, :, 1], w, 1e-6), lambda x, w: plain(x[:, :, 1], w), [fused, weight], **near)
+    assert torch.equal(root_norm(fused, weight, 1e-6), plain(fused, weight))  # values to the bit
     compared(lambda x, w: root_norm(x, w, 1e-6), plain, [fused, frozen], **near)
 
 
