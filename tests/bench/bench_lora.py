@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hvtrain.adapters.attach import inject
+from hvtrain.adapters.lora import LoraLinear
 from hvtrain.models import find
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
@@ -107,6 +108,12 @@ def our_step(size: Size, **options) -> Step:
     return training(model, lambda: model(inp))
 
 
+def beside_step(size: Size) -> Step:
+    """The LoRA in products of its own, added to the base's output."""
+    LoraLinear.joined = lambda self, x, scale: None  # type: ignore[method-assign, assignment]
+    return our_step(size, recompute="full")
+
+
 def exact(size: Size) -> Tensor:
     with torch.no_grad():
         return ours(size, dtype=torch.float32, kernel="sdpa")(an_input(size))
@@ -146,6 +153,7 @@ def their_step(size: Size, *, cast: bool = True) -> Step:
 PROGRAMS: dict[str, Callable[[Size], Step]] = {
     "ours": lambda size: our_step(size, recompute="full"),
     "ours, torch's attention": lambda size: our_step(size, recompute="full", kernel="sdpa"),
+    "ours, LoRA added after": beside_step,
     "ours, recompute selective": lambda size: our_step(size, recompute="selective"),
     "ours, compiled": lambda size: our_step(size, recompute="full", compiler="inductor"),
     "diffusers, autocast": their_step,
