@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies from and to at full speed: of the size that is asked for, and no more of it than is used at a time."""
+"""Host memory that a GPU copies from and to at full speed: of the size that is asked for, no more than is used at a time."""
 
 from __future__ import annotations
 

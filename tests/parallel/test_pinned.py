@@ -57,8 +57,8 @@ def on_device(kept: list) -> list[int]:
 
 @pytest.mark.usefixtures("unlocked")
 def test_no_more_than_said_is_on_the_device() -> None:
-    """Forward: what leaves is let go of only behind its copy. Backward: a copy back is told when the one `ahead` places later is asked
-    for, and the last ones, which never left, are not copied back."""
+    """Forward: what leaves is let go of only behind its copy. Backward: a copy back is told when the one `ahead` places later is
+    asked for, and the last ones, which never left, are not copied back."""
     queue = Queue()
     copies, kept = copies_on(queue), []
     for i in range(6):
@@ -178,4 +178,5 @@ def test_the_real_queue_copies_behind_the_computation_and_says_when(monkeypatch:
     assert told == [("side", "waits for", "main"), ("on", "side"), "off"] and to.tolist() == [1, 1]
     queue.wait(event)
     assert told[-1] == ("main", "waits for", "the copy")
-    assert HostCopies().queue(torch.device("cpu")) is None and isinstance(HostCopies().queue(torch.device("cuda", 0)), hostcopy.Queue)
+    assert HostCopies().queue(torch.device("cpu")) is None
+    assert isinstance(HostCopies().queue(torch.device("cuda", 0)), hostcopy.Queue)
