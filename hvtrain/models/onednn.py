@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvtrain.models.precision import under_autocast, without_autocast
+from hvtrain.models.precision import under_autocast
 
 _ROWS, _SCORES = 256, 2**22  # rows at a time, and the most scores: what is held of them is 16 MB, twice in the backward
 
@@ -45,7 +45,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Of [B S N D] and [B T N D]: the output [B S N D] and the log-sum-exp [B N S] fp32."""
     (b, s, n, d), step = q.shape, _step(k)
     out, lse = q.new_empty(q.shape), q.new_empty(b, n, s, dtype=torch.float32)
-    with torch.no_grad(), without_autocast("cpu"):
+    with torch.no_grad():
         for i, h in _heads(b, n):
             queries, keys, values = q[i, :, h].float() * d**-0.5, k[i, :, h].float(), v[i, :, h].contiguous()
             for rows in _some(s, step):
@@ -62,7 +62,7 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     """Gradients of q, k and v, given the whole result where k and v are a part of the keys (a ring)."""
     (b, s, n, d), step = q.shape, _step(k)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    with torch.no_grad(), without_autocast("cpu"):
+    with torch.no_grad():
         for i, h in _heads(b, n):
             queries, keys, grads = (x[i, :, h].contiguous() for x in (q, k, dout))
             wide_keys, wide_values, wide_grads = keys.float(), v[i, :, h].float(), grads.float()
