@@ -1,6 +1,7 @@
 """What stands around the matrix products of a block, in few passes over the tokens and with little kept for the backward.
 
-Each is equal to the plain formula in its docstring, with its rounding; torch.compile, which fuses by itself, is given that.
+Each is equal to the plain formula in its docstring, with its rounding. That itself is computed where the vectors in it are
+learnt, and by torch.compile, which fuses by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def modulated_norm(x: Tensor, *, shift: Tensor, scale: Tensor, eps: float = 1e-6
     one = shift.shape[1] == scale.shape[1] == 1  # of all tokens of a sample
     kinds = {weight.dtype, shift.dtype}
     kernel = kinds == {x.dtype} or (x.device.type == "cpu" and x.dtype == torch.bfloat16 and kinds == {torch.float32})
-    if torch.compiler.is_compiling() or not (one and kernel):
+    learnt = weight.requires_grad or shift.requires_grad
+    if learnt or torch.compiler.is_compiling() or not (one and kernel):
         return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight + shift
     with without_autocast(x.device.type):  # on GPUs it would make a float32 copy first; the kernel computes in float32 anyway
         rows = [
@@ -54,7 +56,7 @@ class _Gated(torch.autograd.Function):
 
 def root_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in float32, cast back, then times weight [D]; x [... D]."""
-    if torch.compiler.is_compiling():
+    if weight.requires_grad or torch.compiler.is_compiling():
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
     return _RootNorm.apply(x, weight, eps)
@@ -71,13 +73,12 @@ class _RootNorm(torch.autograd.Function):
         return (wide * root if wide is x else wide.mul_(root)).to(x.dtype) * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, root, weight = ctx.saved_tensors
         normed = x.float() * root
-        by_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         inner = (grad * weight).to(x.dtype).float()
         along = (inner * normed).mean(-1, keepdim=True)
-        return (inner - normed.mul_(along)).mul_(root).to(x.dtype), by_weight, None
+        return (inner - normed.mul_(along)).mul_(root).to(x.dtype), None, None
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,8 +107,8 @@ class _Turned(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(torch.float32, cos.dtype), memory_format=torch.contiguous_format)
+    wide = x.to(torch.promote_types(torch.float32, cos.dtype)).contiguous()
     by = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]  # [S 1 D/2]
-    pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
-    out = pairs * by if wide.data_ptr() == x.data_ptr() else pairs.mul_(by)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    out = pairs * by if wide is x else pairs.mul_(by)
     return torch.view_as_real(out).flatten(-2).to(x.dtype)

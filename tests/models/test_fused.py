@@ -83,9 +83,10 @@ def test_root_norm(dtype, near):
 
     fused = drawn(2, 9, 3, 4, 32, dtype=dtype)
     weight, frozen = drawn(32, dtype=dtype), drawn(32, dtype=dtype, learnt=False)
-    compared(lambda x, w: root_norm(x[:, :, 1], w, 1e-6), lambda x, w: plain(x[:, :, 1], w), [fused, weight], **near)
-    assert torch.equal(root_norm(fused, weight, 1e-6), plain(fused, weight))  # values to the bit
-    compared(lambda x, w: root_norm(x, w, 1e-6), plain, [fused, frozen], **near)
+    compared(lambda x, w: root_norm(x[:, :, 1], w, 1e-6), lambda x, w: plain(x[:, :, 1], w), [fused, frozen], **near)
+    assert torch.equal(root_norm(fused, frozen, 1e-6), plain(fused, frozen))  # values to the bit
+    for own in (weight, frozen):
+        compared(lambda x, w: root_norm(x, w, 1e-6), plain, [fused, own], **near)
 
 
 @pytest.mark.parametrize("dtype, tables", [(FP32, FP32), (BF16, FP32), (FP32, torch.float64), (BF16, torch.float64)])
