@@ -47,6 +47,9 @@ class DoraLinear(LoraLinear):
             scale = scale[rows] if len(scale) == self.out_features else scale
         return dequantize(self.weight.detach()[rows], scale, torch.float32)
 
+    def joined(self, x: Tensor, scale: float | Tensor) -> None:
+        """No such way: what is added depends on the base's product."""
+
     def added(self, base: Tensor, delta: Tensor) -> Tensor:
         """g (W x + delta) - W x, where g is what the rows lack in length."""
         plain = base[..., slice(*self.rows)]

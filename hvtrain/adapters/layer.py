@@ -154,17 +154,27 @@ class AdaptedLinear(nn.Linear):
         return whole
 
     def forward(self, x: Tensor) -> Tensor:  # [B ... in] -> [B ... out]
-        base = linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
         if self.off:
-            return base
+            return self.plain(x)
+        scale = self.alpha / self.rank * (self.cap(self.parts) if self.how.max_norm else 1.0)
+        drops = self.training and bool(self.how.module_dropout or (self.how.rank_dropout and not self.DROPS))
+        begin, end = self.rows
+        if not drops and end - begin == self.out_features and (joined := self.joined(x, scale)) is not None:
+            return joined
+        base = self.plain(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.get_parameter(self.PARTS[self.ROWS[-1]]).dtype)
-        scale = self.alpha / self.rank * (self.cap(self.parts) if self.how.max_norm else 1.0)
         added = self.added(base, self.delta(x, scale).to(base.dtype))
-        if self.training and (self.how.module_dropout or (self.how.rank_dropout and not self.DROPS)):
+        if drops:
             added = added * self.module_kept(added)
-        begin, end = self.rows
         return base + (added if end - begin == self.out_features else F.pad(added, (begin, self.out_features - end)))
+
+    def plain(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
+
+    def joined(self, x: Tensor, scale: float | Tensor) -> Tensor | None:  # [B ... in] -> [B ... out]
+        """The layer's whole output made in one buffer; None where the kind, or this dtype, has no such way."""
+        return None
 
     def added(self, base: Tensor, delta: Tensor) -> Tensor:  # [B ... out], [B ... rows] -> [B ... rows]
         """To the base's output."""

@@ -6,11 +6,12 @@ arXiv 2106.09685; initialisation and scaling as in sd-scripts and musubi-tuner, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from hvtrain.adapters.layer import AdaptedLinear, Parts
 from hvtrain.errors import ConfigError
@@ -18,7 +19,16 @@ from hvtrain.lorafiles.lowrank import factor
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.registry import Registry
 from hvtrain.rng import generator
+from hvtrain.weights.float8 import DTYPE as FLOAT8
 from hvtrain.weights.float8 import dequantize
+
+aten = torch.ops.aten
+if aten.addmm_ not in flop_registry:  # counted by hvtrain.fit and the share of the peak that a run logs
+
+    @register_flop_formula(aten.addmm_)
+    def _(onto: Sequence[int], a: Sequence[int], b: Sequence[int], *args: object, **options: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
 
 
 class LoraLinear(AdaptedLinear):
@@ -49,15 +59,43 @@ class LoraLinear(AdaptedLinear):
             self.register_buffer("start_up", self.lora_up.weight.detach().clone(), persistent=False)
 
     def delta(self, x: Tensor, scale: float | Tensor) -> Tensor:
-        inner = self.lora_down(x) * scale  # [B ... rank]: far fewer numbers than come out
+        added = self.lora_up(self.inner(x, scale))
+        return added if not self.taken else added - nn.functional.linear(self.start(x, scale), self.start_up.to(x))
+
+    def inner(self, x: Tensor, scale: float | Tensor) -> Tensor:  # [B ... in] -> [B ... rank]
+        inner = self.lora_down(x) * scale  # here, where there are far fewer numbers than come out
         if self.training and self.dropout > 0:
             inner = inner * self.kept(inner)
         if self.training and self.how.rank_dropout > 0:
             inner = inner * self.rank_kept(inner)
-        if not self.taken:
-            return self.lora_up(inner)
-        down, up = self.start_down.to(x), self.start_up.to(x)
-        return self.lora_up(inner) - nn.functional.linear(nn.functional.linear(x, down) * scale, up)
+        return inner
+
+    def start(self, x: Tensor, scale: float | Tensor) -> Tensor:  # [B ... in] -> [B ... rank]
+        return nn.functional.linear(x, self.start_down.to(x)) * scale
+
+    def joined(self, x: Tensor, scale: float | Tensor) -> Tensor | None:
+        """Each product is added by the matrix multiplication itself: what is as large as the output is written once and added to.
+
+        The base's product comes last. It is most of the work, and nothing that the backward needs is made after it begins:
+        where a block ends with such a layer, recomputation stops before it (torch.utils.checkpoint's early stop).
+        """
+        amp = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if amp else self.lora_up.weight.dtype
+        quantized = self.weight.dtype == FLOAT8
+        if not amp and (x.dtype != dtype or not (quantized or self.weight.dtype == dtype)):
+            return None  # the adapter is wider than the base, and is computed so
+        shape, x = x.shape, x.to(dtype)
+        flat, inner = x.reshape(-1, self.in_features), self.inner(x, scale).reshape(-1, self.rank).to(dtype)
+        up = self.lora_up.weight.to(dtype).t()  # an attribute of its module: ZeRO-3 gathers what is asked for so
+        if quantized:
+            out = self.plain(flat).addmm_(inner, up)
+        else:
+            out = inner @ up if self.bias is None else torch.addmm(self.bias.to(dtype), inner, up)
+        if self.taken:
+            out.addmm_(self.start(flat, scale).to(dtype), self.start_up.to(dtype).t(), alpha=-1)
+        if not quantized:
+            out.addmm_(flat, self.weight.to(dtype).t())
+        return out.view(*shape[:-1], self.out_features)
 
     def exported(self, parts: Parts) -> dict[str, Tensor]:
         """Of a start that was taken off the weight, that too: twice the rank, and by `file_alpha` the same scale."""

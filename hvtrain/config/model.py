@@ -105,4 +105,5 @@ class ParallelConfig:
     ring: int = 1
     """Ring degree: ranks that pass keys and values around"""
     kernel: str = "auto"
-    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, or for sampling alone sage and, on several GPUs, xfuser"""
+    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, on CPUs onednn, or for sampling alone sage and, on several
+    GPUs, xfuser"""

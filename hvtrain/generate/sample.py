@@ -31,7 +31,7 @@ from hvtrain.models.load import load_dit
 from hvtrain.models.precision import autocast
 from hvtrain.models.sparse_masks import kept_note
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
-from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.apply import largest_work, parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.spread import spread_weights
 from hvtrain.parallel.swap import BlockShards, BlockSwap
@@ -237,8 +237,9 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
         visits = BlockSwap(model.blocks, n_swapped, ctx.device)
     model.to(ctx.device)
     how = plan.compute
+    work = largest_work(plan.flavor, (plan.flavor.latent.n_tokens(shape) for shape in _shapes(plan)), ctx)
     kernel = parallelize(
-        model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse
+        model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse, work=work
     )
     if ctx.is_main:
         away = f", {visits.describe()}" if visits else ""
@@ -250,7 +251,12 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
 
 
 def _left_out(plan: Plan, n_blocks: int) -> str:
-    latent, exact = plan.flavor.latent, plan.compute.sparse.exact_steps
-    shapes = [latent.shape(frames=r.frames, height=r.height, width=r.width) for r in (job.request for job in plan.jobs)]
+    exact = plan.compute.sparse.exact_steps
     first = f", after {exact} exact steps" if exact else ""
-    return kept_note(plan.compute.sparse, map(latent.grid, shapes), n_blocks) + first
+    return kept_note(plan.compute.sparse, map(plan.flavor.latent.grid, _shapes(plan)), n_blocks) + first
+
+
+def _shapes(plan: Plan) -> list[tuple[int, int, int, int]]:
+    """Latents [C T H W] of each video."""
+    latent = plan.flavor.latent
+    return [latent.shape(frames=r.frames, height=r.height, width=r.width) for r in (job.request for job in plan.jobs)]

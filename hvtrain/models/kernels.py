@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvtrain.errors import ConfigError
+from hvtrain.models import onednn
 from hvtrain.registry import Registry
 from hvtrain.rng import generator
+
+if TYPE_CHECKING:
+    from hvtrain.models.measure import Workload
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -72,19 +76,20 @@ _CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and 
 
 
 def pick_kernel(
-    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True
+    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True, work: Workload | None = None
 ) -> Kernel:
-    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as measured there.
+    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as measured there for such
+    `work`, or without it the one that is said to be.
 
     SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
     """
     if name == "auto":
-        runs = [KERNELS[n] for n in _candidates(device) if KERNELS[n].missing(device, dtype) is None]
-        if len(runs) == 1:
+        runs = [KERNELS[n] for n in _candidates(device, dtype) if KERNELS[n].missing(device, dtype) is None]
+        if len(runs) == 1 or work is None:
             return runs[0]
         from hvtrain.models import measure
 
-        return measure.fastest(runs, device, dtype)
+        return measure.fastest(runs, device, dtype, work=work)
     kernel = KERNELS.find(name, key="parallel.kernel")
     reason = kernel.missing(device, dtype)
     if reason is None and training and not kernel.trains:
@@ -94,9 +99,11 @@ def pick_kernel(
     return kernel
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
+def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """By how fast they are said to be: PyTorch's own, which everyone has, last."""
-    return ("flash4", "flash3", "cudnn", "flash2", "sdpa") if device.type == "cuda" else ("sdpa",)
+    if device.type == "cuda":
+        return "flash4", "flash3", "cudnn", "flash2", "sdpa"
+    return ("onednn",) if onednn.is_faster() and onednn.missing(device, dtype) is None else ("sdpa",)
 
 
 # --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient -------------------------------------------
@@ -367,6 +374,10 @@ def _as_flash(name: str) -> Iterator[None]:
 
 KERNELS |= {
     "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
+    "onednn": Kernel(
+        "onednn", onednn.attend, lambda q, k, v: Partial(*onednn.forward(q, k, v)),
+        lambda dout, q, k, v, merged: Grads(*onednn.backward(dout, q, k, v, merged.out, merged.lse)), onednn.missing,
+    ),
     "cudnn": Kernel("cudnn", _cudnn_attend, _cudnn_partial, _cudnn_backward, _cudnn_missing),
     "flash4": Kernel(  # through PyTorch's own operators, which it takes over
         "flash4", _flash4, _flash4_partial, _flash4_backward,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from hvtrain.models.fused import root_norm
+
 
 class RMSNorm(nn.Module):
     """Over the last axis: normalise in fp32, cast back, then multiply (the order decides the last bf16 digit)."""
@@ -19,9 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return root_norm(x, self.weight, self.eps)
 
 
 class PatchConv(nn.Conv3d):

@@ -1,7 +1,7 @@
 """Attention kernels on the device at hand: how far they are from float64, and which is the fastest.
 
-`auto` asks here once for each device, dtype and set of kernels, and the answer is kept in ~/.cache/hvtrain: a second start is not
-slower, and goes the same way.
+`auto` asks here once for each class of shapes, device, dtype and set of kernels, and the answer is kept in ~/.cache/hvtrain: a
+second start is not slower, and goes the same way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,24 @@ class Size(NamedTuple):
     dim: int = 128
 
 
-LONG = Size(16384, 16384, heads=4)  # where a kernel shows what it can do
+class Workload(NamedTuple):
+    """What one call of attention is to do: queries and keys, heads, and whether gradients follow."""
+
+    tokens: int
+    heads: int
+    dim: int
+    learns: bool
+
+
+LONG = Workload(16384, 4, 128, learns=True)  # where a kernel shows what it can do
+_CLASSES, _HEADS = (1024, 4096, 16384, 65536), 4
+
+
+def class_of(work: Workload) -> Workload:
+    """What is measured in its place: the least number of tokens in _CLASSES that is not below half of it (beyond, kernels no
+    longer get faster), and no more heads than fill a card."""
+    tokens = next((n for n in _CLASSES if work.tokens <= 2 * n), _CLASSES[-1])
+    return work._replace(tokens=tokens, heads=min(work.heads, max(1, _HEADS * 16384 // tokens)))
 
 
 class Errors(NamedTuple):
@@ -77,10 +94,12 @@ def errors(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype,
     return Errors(*(float((have.double() - want).abs().max() / want.abs().max()) for have, want in pairs))
 
 
-def wrongs(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Errors]]:
+def wrongs(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, *, dim: int = 128
+) -> Iterator[tuple[str, Errors]]:
     """Where a kernel is wrong: sizes of all residues, of unequal queries and keys, and scores far below zero."""
     sizes = [Size(256 + r, 256 + r) for r in RESIDUES] + [Size(257, 129), Size(64, 448, batch=2)]
-    for size in sizes:
+    for size in (s._replace(dim=dim) for s in sizes):
         for low in (False, True):
             found = errors(kernel, size, device, dtype, low=low)
             # Keys that are nearly alike make gradients the small differences of large numbers.
@@ -105,39 +124,45 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype) -> float:
-    """Forward and backward."""
-    q, k, v, d_out = drawn(size, device, dtype)
+def seconds(kernel: Kernel, work: Workload, device: torch.device, dtype: torch.dtype) -> float:
+    """Forward and backward; the way without a log-sum-exp where nothing is learnt."""
+    q, k, v, d_out = drawn(Size(work.tokens, work.tokens, heads=work.heads, dim=work.dim), device, dtype)
 
-    def work() -> None:
-        found = kernel.partial(q, k, v)
-        if kernel.backward is not None:
-            kernel.backward(d_out, q, k, v, found)
+    def once() -> None:
+        if not work.learns or kernel.backward is None:
+            kernel.attend(q, k, v)
+        else:
+            kernel.backward(d_out, q, k, v, kernel.partial(q, k, v))
 
     with torch.no_grad():
-        return timed(work, device)
+        return timed(once, device)
 
 
 def fastest(
-    candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, *, size: Size = LONG,
+    candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, *, work: Workload = LONG,
     kept: Path = KEPT,
 ) -> Kernel:
-    """Of those whose gradients are right on this device. The last candidate, PyTorch's own, is taken if none is."""
-    key = " | ".join([_machine(device), str(dtype), *(k.name for k in candidates), str(tuple(size))])
+    """Of those whose gradients are right on this device, for work of this class. The last candidate, PyTorch's own, is taken if
+    none is. Several processes that measure at a time agree on what one of them has kept first."""
+    work = class_of(work)
+    key = " | ".join([_machine(device), str(dtype), *(k.name for k in candidates), str(tuple(work))])
     kept = kept.expanduser()
-    known = _read(kept)
     by_name = {kernel.name: kernel for kernel in candidates}
-    if (name := known.get(key)) in by_name:
+    if (name := _read(kept).get(key)) in by_name:
         return by_name[name]
     times: dict[str, float] = {}
     for kernel in candidates:
-        wrong = next(wrongs(kernel, device, dtype), None)
+        wrong = next(wrongs(kernel, device, dtype, dim=work.dim), None)
         if wrong is not None:
             log.warning("attention kernel %s is wrong on this device at %s: error %.3g", kernel.name, wrong[0], wrong[1].worst)
             continue
-        times[kernel.name] = seconds(kernel, size, device, dtype)
+        times[kernel.name] = seconds(kernel, work, device, dtype)
     name = min(times, key=lambda n: times[n], default=candidates[-1].name)
-    log.info("attention kernels, ms: %s", ", ".join(f"{n} {1000 * s:.2f}" for n, s in times.items()))
+    told = ", ".join(f"{n} {1000 * s:.2f}" for n, s in times.items())
+    log.info("attention kernels at %d tokens x %d heads of %d, ms: %s", work.tokens, work.heads, work.dim, told)
+    known = _read(kept)
+    if (first := known.get(key)) in by_name:
+        return by_name[first]
     with suppress(OSError):  # a home that cannot be written: measured again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps({**known, key: name}, indent=1) + "\n")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hvtrain.models.dit import Grid, Rope
+from hvtrain.models.fused import turned
 
 
 def grid_rope(
@@ -26,7 +27,4 @@ def grid_rope(
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn the pairs (x0, x1), (x2, x3), ... of x [B S N D] by each token's angles, in the dtype of the tables."""
-    wide = x.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (wide * rope.cos[:, None] + turned * rope.sin[:, None]).to(x.dtype)
+    return turned(x, rope.cos, rope.sin)

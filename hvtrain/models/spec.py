@@ -200,7 +200,7 @@ class Flavor:
 
     name: str
     about: str
-    arch: Any  # a frozen dataclass of the architecture's folder
+    arch: Any  # a frozen dataclass of the architecture's folder; it has a `head_dim`
     n_heads: int
     latent: LatentGeometry
     cond: tuple[Field, ...]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Joint, Tokens
+from hvtrain.models.fused import gated, modulated_norm
 from hvtrain.models.layers import Mlp, Modulation, RMSNorm, TimeEmbedder, modulate, plain_norm
 from hvtrain.models.rope import rotate
 from hvtrain.weights.keymap import Rule
@@ -64,8 +65,9 @@ class TwoStreamBlock(nn.Module):
         q, k = rotate(q, tokens.rope), rotate(k, tokens.rope)
         joint = (Joint(*pair) for pair in zip((q, k, v), self.qkv("txt", tokens.txt, txt_mod), strict=True))
         out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse)
-        img = self.finish("img", tokens.img, out.img, img_mod)
-        return replace(tokens, img=img, txt=self.finish("txt", tokens.txt, out.txt, txt_mod))
+        txt = self.finish("txt", tokens.txt, out.txt, txt_mod)
+        img = self.finish("img", tokens.img, out.img, img_mod)  # last, so that its last product is not computed again
+        return replace(tokens, img=img, txt=txt)
 
     def img_modulation(self, tokens: Tokens) -> Sequence[Tensor]:
         """Shift, scale and gate of attention, then of the MLP: six of [B 1 E], or [B S E] where tokens differ."""
@@ -77,12 +79,12 @@ class TwoStreamBlock(nn.Module):
 
     def qkv(self, stream: str, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         part = self.get_submodule
-        q, k, v = self.project(stream, modulate(plain_norm(x), shift=mod[0], scale=mod[1]))
+        q, k, v = self.project(stream, modulated_norm(x, shift=mod[0], scale=mod[1]))
         return part(f"{stream}_attn_q_norm")(q).to(v), part(f"{stream}_attn_k_norm")(k).to(v), v
 
     def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
-        x = x + self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)) * mod[2]
-        return x + self.get_submodule(f"{stream}_mlp")(modulate(plain_norm(x), shift=mod[3], scale=mod[4])) * mod[5]
+        x = gated(x, self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)), mod[2])
+        return gated(x, self.get_submodule(f"{stream}_mlp")(modulated_norm(x, shift=mod[3], scale=mod[4])), mod[5])
 
 
 def diffusers_block(here: str, there: str) -> Iterator[Rule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from hvtrain.config import SparseConfig
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import LOCAL, Attend, DiT
 from hvtrain.models.kernels import Kernel, pick_kernel
+from hvtrain.models.measure import LONG, Workload
 from hvtrain.models.sparse import PatternOrder, check_sparse, pick_sparse
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.parallel.recompute import pick_policy
@@ -34,10 +37,12 @@ def parallelize(
     visits: BlockVisits | None = None,
     compiler: str | None = None,
     sparse: SparseConfig = EXACT,
+    work: Workload = LONG,
 ) -> Kernel:
     """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
     in (bfloat16 under autocast); `visits` has their weights in place; `compiler` is a backend of torch.compile for each
-    block; `sparse` leaves pairs of tokens out. Returns the chosen kernel, whose name the run prints once."""
+    block; `sparse` leaves pairs of tokens out; `work`: what "auto" is to be fast at. Returns the chosen kernel, whose name
+    the run prints once."""
     check_sparse(sparse, model, ring=ctx.ring, kernel=kernel if isinstance(kernel, str) else kernel.name)
     other = kernel == xfuser_path.NAME
     if other:
@@ -45,7 +50,8 @@ def parallelize(
     if isinstance(kernel, Kernel):
         chosen = kernel
     else:
-        chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training)
+        work = work._replace(learns=training)
+        chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training, work=work)
     attend: Attention
     if other:
         from hvtrain.parallel.usp import ShardedSequence
@@ -76,6 +82,12 @@ def parallelize(
     if ctx.is_main:
         log.info("attention: %s kernel, ulysses %d x ring %d", chosen.name, ctx.ulysses, ctx.ring)
     return chosen
+
+
+def largest_work(flavor: Flavor, n_tokens: Iterable[int], ctx: ParallelContext) -> Workload:
+    """One rank's share of attention in the longest of these clips: a ring shares the tokens, Ulysses the heads."""
+    longest = max(n_tokens, default=LONG.tokens)
+    return Workload(-(-longest // ctx.ring), max(1, flavor.n_heads // ctx.ulysses), flavor.arch.head_dim, learns=True)
 
 
 def _set_attend(module: nn.Module, attend: Attend) -> None:

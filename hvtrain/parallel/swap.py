@@ -19,7 +19,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.models.dit import Tokens
 from hvtrain.parallel.collectives import all_gather
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.parallel.hostcopy import page_locked
+from hvtrain.parallel.pinned import page_locked
 
 SLOTS = 2
 _ALIGN = 256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.lorafiles.experts import check_range
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.metadata import EXPERT_KEY
-from hvtrain.models.dit import DiT
+from hvtrain.models.dit import DiT, Grid
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import load_dit
 from hvtrain.models.sparse import pick_sparse
@@ -164,11 +164,16 @@ def sparse_note(cfg: SparseConfig, base: Origin, sets: Sequence[ShardSet]) -> st
     """A line of what a run leaves out; nothing where attention is exact."""
     if cfg.pattern == "none":
         return ""
-    latent, grids = base.flavor.latent, []
+    return kept_note(cfg, grids(base, sets), len(base.outline.blocks)) + "\n"
+
+
+def grids(base: Origin, sets: Iterable[ShardSet]) -> list[Grid]:
+    """Tokens of each size of clip."""
+    latent, found = base.flavor.latent, []
     for bucket in {bucket for found in sets for bucket in found.groups()}:
         frames, height, width = map(int, bucket.split("x"))
-        grids.append(latent.grid(latent.shape(frames=frames, height=height, width=width)))
-    return kept_note(cfg, grids, len(base.outline.blocks)) + "\n"
+        found.append(latent.grid(latent.shape(frames=frames, height=height, width=width)))
+    return found
 
 
 def check_whole(base: Origin, a: AdapterConfig) -> None:

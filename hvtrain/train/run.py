@@ -17,7 +17,7 @@ from hvtrain.errors import ConfigError
 from hvtrain.flow.picture import draw, lines, look
 from hvtrain.lorafiles.metadata import EXPERT_KEY, SPARSE_KEY, of_flavor
 from hvtrain.models.sparse import check_sparse
-from hvtrain.parallel.apply import parallelize
+from hvtrain.parallel.apply import largest_work, parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
 from hvtrain.parallel.swap import ModelSwap
 from hvtrain.slices.plan import SlicePlan
@@ -41,6 +41,7 @@ from hvtrain.train.prepare import (
     check_weights,
     check_whole,
     find_others,
+    grids,
     idle_on_host,
     on_all,
     open_idle,
@@ -265,6 +266,7 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
     stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
     dtype = torch.bfloat16 if whole.autocast else torch.float32
     idle, trainees = ModelSwap(ctx.device) if ready.idle_on_host else None, {}
+    work = largest_work(ready.base.flavor, map(math.prod, grids(ready.base, ready.sets)), ctx)
     for member in ready.members:
         subject = setup.open_subject(
             member.base, cfg.model, cfg.adapter, ready.plan, ctx, seed=cfg.run.seed,
@@ -272,7 +274,7 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
         )
         kernel = parallelize(
             subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, visits=subject.swap,
-            compiler="inductor" if cfg.run.compile == "blocks" else None, sparse=cfg.sparse,
+            compiler="inductor" if cfg.run.compile == "blocks" else None, sparse=cfg.sparse, work=work,
         )
         engine = build_engine(
             subject.model, subject.trainable, cfg.zero, ctx,

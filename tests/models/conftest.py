@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 
     make((9, 0))
     kernels._trial.cache_clear()
-    monkeypatch.setattr(measure, "fastest", lambda candidates, device, dtype: candidates[0])  # nothing can be timed here
+    monkeypatch.setattr(measure, "fastest", lambda candidates, device, dtype, work: candidates[0])  # nothing can be timed here
     parts = {"attend": SDPA.attend, "partial": SDPA.partial, "backward": SDPA.backward}
     monkeypatch.setitem(KERNELS, "cudnn", replace(KERNELS["cudnn"], **parts))  # as if PyTorch had it for the CPU
     yield make

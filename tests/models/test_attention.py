@@ -265,7 +265,7 @@ def test_the_trial_s_attention_is_the_same_each_time():
 
 def test_who_is_chosen_and_who_is_refused():
     assert pick_kernel("auto", device=CPU).name == pick_kernel("sdpa", device=CPU).name == "sdpa"
-    names = "auto, cudnn, flash2, flash3, flash4, sage, sdpa, xfuser"
+    names = "auto, cudnn, flash2, flash3, flash4, onednn, sage, sdpa, xfuser"
     for name, hint in (("flash_2", "did you mean 'flash2'?"), ("?", f"choose one of: {names}")):
         with pytest.raises(ConfigError, match="^" + re.escape(f"parallel.kernel: no attention kernel '{name}'; {hint}") + "$"):
             pick_kernel(name, device=CPU)
@@ -273,6 +273,6 @@ def test_who_is_chosen_and_who_is_refused():
         with pytest.raises(ConfigError, match=f"^parallel.kernel: '{name}' cannot be used: it needs a CUDA device, this is cpu"):
             pick_kernel(name, device=CPU, training=False)
     assert {name: kernel.trains for name, kernel in KERNELS.items()} == {
-        "sdpa": True, "cudnn": True, "flash2": True, "flash3": True, "flash4": True, "sage": False,
+        "sdpa": True, "onednn": True, "cudnn": True, "flash2": True, "flash3": True, "flash4": True, "sage": False,
     }  # fmt: skip
     assert all(kernel.name == name for name, kernel in KERNELS.items())

@@ -38,7 +38,10 @@ def test_the_fastest_that_works_is_taken(gpu, monkeypatch):
     install_flash3(monkeypatch)
     assert auto() == "flash3"
     assert pick_kernel("auto", device=GPU, dtype=torch.float32).name == "sdpa"
-    assert pick_kernel("auto", device=torch.device("cpu"), dtype=BF16).name == "sdpa"
+    for faster, name in ((False, "sdpa"), (True, "onednn")):
+        monkeypatch.setattr(kernels.onednn, "is_faster", lambda faster=faster: faster)
+        assert pick_kernel("auto", device=torch.device("cpu"), dtype=BF16).name == name
+        assert pick_kernel("auto", device=torch.device("cpu"), dtype=torch.float32).name == "sdpa"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import replace
 
 import pytest
@@ -13,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hvtrain.models import kernels, measure
 from hvtrain.models.kernels import KERNELS, Partial
-from hvtrain.models.measure import Errors, Size, errors, fastest, wrongs
+from hvtrain.models.measure import LONG, Errors, Size, Workload, class_of, errors, fastest, wrongs
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 SDPA = KERNELS["sdpa"]
-LITTLE = Size(256, 256)
+LITTLE, SHORT = Size(256, 256), Workload(256, 2, 16, learns=True)
 
 
 def spoiled(**parts):
@@ -67,36 +66,108 @@ def test_the_worst_of_nan_is_nan():
     assert Errors(1.0, 0.0, 0.5, 2.0, 3.0).worst == 3.0
 
 
-def slow(name: str, seconds: float):
-    def partial(q, k, v):
-        time.sleep(seconds)
-        return SDPA.partial(q, k, v)
-
-    return replace(SDPA, name=name, partial=partial)
+def clock(monkeypatch, **times: float):
+    """Kernels that take so long, by no real clock."""
+    monkeypatch.setattr(measure, "seconds", lambda kernel, *asked: times[kernel.name])
+    return [replace(SDPA, name=name) for name in times]
 
 
 def test_the_fastest_right_one_is_taken_and_kept(tmp_path, caplog, monkeypatch):
     kept = tmp_path / "cache/kernels.json"
-    wrong, late, quick = nan_at(1), slow("late", 0.02), slow("quick", 0.0)
-    wrong = replace(wrong, name="wrong")
+    (late, quick), wrong = clock(monkeypatch, late=2.0, quick=1.0), replace(nan_at(1), name="wrong")
     with caplog.at_level(logging.INFO):
-        assert fastest([wrong, late, quick], CPU, FP32, size=LITTLE, kept=kept).name == "quick"
+        assert fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept).name == "quick"
     assert "wrong is wrong on this device at 257 x 257, low scores: error nan" in caplog.text and "quick" in caplog.text
     monkeypatch.setattr(measure, "seconds", lambda *a: 1 / 0)  # not measured again
-    assert fastest([wrong, late, quick], CPU, FP32, size=LITTLE, kept=kept).name == "quick"
+    assert fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept).name == "quick"
     (key,) = json.loads(kept.read_text())
     assert all(part in key for part in ("CPU", torch.__version__, "float32", "wrong | late | quick"))
     with pytest.raises(ZeroDivisionError):  # other kernels, another question
-        fastest([late, quick], CPU, FP32, size=LITTLE, kept=kept)
+        fastest([late, quick], CPU, FP32, work=SHORT, kept=kept)
     kept.write_text("{")
     with pytest.raises(ZeroDivisionError):
-        fastest([wrong, late, quick], CPU, FP32, size=LITTLE, kept=kept)
+        fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept)
 
 
-def test_where_none_is_right_pytorch_s_own_is_taken(tmp_path):
-    assert fastest([replace(nan_at(0), name="a"), nan_at(1)], CPU, FP32, size=LITTLE, kept=tmp_path / "no").name == "spoiled"
+def test_each_class_of_shapes_has_its_own_answer(tmp_path, monkeypatch):
+    """Measured once at what stands for the class, in its head's width; forward alone where nothing is learnt."""
+    asked, checked, calls = [], [], []
+
+    def attend(q, k, v):
+        calls.append("attend")
+        return SDPA.attend(q, k, v)
+
+    def backward(*args):
+        calls.append("backward")
+        return SDPA.backward(*args)
+
+    quick = {"short": {1024}, "long": {4096, 65536}}
+
+    def seconds(kernel, work, device, dtype):
+        asked.append((kernel.name, work))
+        return 1.0 if work.tokens in quick[kernel.name] else 2.0
+
+    def wrongs_of(kernel, device, dtype, *, dim):
+        checked.append((kernel.name, dim))
+        return iter(())
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    monkeypatch.setattr(measure, "wrongs", wrongs_of)
+    pair = [replace(SDPA, name=name) for name in quick]
+
+    def pick(tokens, heads=24, dim=128, learns=True):
+        return fastest(pair, CPU, FP32, work=Workload(tokens, heads, dim, learns), kept=tmp_path / "k.json").name
+
+    assert pick(2048) == "short" and pick(2049) == "long" and pick(119_056) == "long"
+    assert {work.tokens for _, work in asked} == {1024, 4096, 65536} and len(asked) == 6
+    assert pick(700) == "short" and pick(8000) == "long" and pick(40_000) == "long" and len(asked) == 6  # kept
+    assert pick(700, dim=64) == "short" and pick(700, learns=False) == "short" and len(asked) == 10  # other classes
+    assert ("short", 64) in checked and ("long", 128) in checked
+    assert [name for key, name in sorted(json.loads((tmp_path / "k.json").read_text()).items())].count("long") == 2
+    monkeypatch.undo()
+    own = replace(SDPA, attend=attend, backward=backward)
+    measure.seconds(own, SHORT._replace(learns=False), CPU, FP32)
+    assert set(calls) == {"attend"}
+    calls.clear()
+    measure.seconds(own, SHORT, CPU, FP32)
+    assert set(calls) == {"backward"}
+
+
+def test_classes():
+    assert class_of(LONG) == LONG
+    assert class_of(Workload(119_056, 24, 128, learns=True)) == Workload(65536, 1, 128, learns=True)
+    assert class_of(Workload(500, 3, 64, learns=False)) == Workload(1024, 3, 64, learns=False)
+    assert class_of(Workload(18_616, 24, 128, learns=True)) == LONG
+
+
+def test_who_has_kept_an_answer_first_is_followed(tmp_path, monkeypatch):
+    """Of two processes that measure at a time."""
+    kept, pair = tmp_path / "k.json", [replace(SDPA, name="a"), replace(SDPA, name="b")]
+    monkeypatch.setattr(measure, "wrongs", lambda *a, **k: iter(()))
+
+    def seconds(kernel, work, device, dtype):
+        if kernel.name == "b":  # the other process is done meanwhile, and found a the fastest
+            monkeypatch.setattr(measure, "seconds", lambda kernel, *a: {"a": 1.0, "b": 2.0}[kernel.name])
+            assert fastest(pair, CPU, FP32, work=SHORT, kept=kept).name == "a"
+        return {"a": 2.0, "b": 1.0}[kernel.name]
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    assert fastest(pair, CPU, FP32, work=SHORT, kept=kept).name == "a"
+    assert list(json.loads(kept.read_text()).values()) == ["a"]
+
+
+def test_where_none_is_right_pytorch_s_own_is_taken(tmp_path, monkeypatch):
+    assert fastest([replace(nan_at(0), name="a"), nan_at(1)], CPU, FP32, work=SHORT, kept=tmp_path / "no").name == "spoiled"
     (tmp_path / "file").touch()
-    assert fastest([SDPA, slow("late", 0.01)], CPU, FP32, size=LITTLE, kept=tmp_path / "file/kernels.json") is SDPA
+    quick, late = clock(monkeypatch, quick=1.0, late=2.0)
+    assert fastest([late, quick], CPU, FP32, work=SHORT, kept=tmp_path / "file/kernels.json") is quick
+
+
+def test_the_clock_runs(monkeypatch):
+    """The least of three, without the first, which may have to compile something."""
+    ticks, done = iter([0, 9, 10, 12, 20, 21, 30, 35]), []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    assert measure.timed(lambda: done.append(1), CPU) == 1 and len(done) == 4
 
 
 # --- cuDNN's, which runs on no CPU: what PyTorch's operator is called with --------------------------------------------

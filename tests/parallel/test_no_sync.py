@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2] / "hvtrain"
 FILES = sorted({
     *ROOT.glob("models/*/model.py"), *ROOT.glob("models/*/inputs.py"), *ROOT.glob("adapters/l*.py"),
     *(set(ROOT.glob("flow/*.py")) - {ROOT / "flow" / "picture.py"}),  # which --show-timesteps draws before a run
-    *(ROOT / f"models/{name}.py" for name in ("attention", "attend_op", "kernels", "layers", "rope", "dit", "tokens", "later")),
+    *(ROOT / f"models/{name}.py" for name in ("attention", "attend_op", "kernels", "layers", "fused", "rope", "dit", "tokens")),
+    ROOT / "models" / "later.py",
     *(ROOT / "parallel" / f"{name}.py" for name in ("usp", "collectives", "recompute", "hostcopy", "apply")),
     ROOT / "train" / "objective.py",
 })  # fmt: skip

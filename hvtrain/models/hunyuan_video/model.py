@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from hvtrain.errors import DataError
 from hvtrain.models.attention import Attention
 from hvtrain.models.dit import Attend, DiT, Grid, Joint, Tokens
+from hvtrain.models.fused import gated, modulated_norm
 from hvtrain.models.hunyuan_video.arch import HunyuanVideoArch
 from hvtrain.models.hunyuan_video.inputs import HunyuanInput
-from hvtrain.models.layers import Modulation, PatchConv, RMSNorm, modulate, plain_norm
+from hvtrain.models.layers import Modulation, PatchConv, RMSNorm
 from hvtrain.models.rope import grid_rope, rotate
 from hvtrain.models.two_stream import ClockEmbedder, FinalLayer, TextEmbedder, TwoStreamBlock
 
@@ -73,8 +74,8 @@ class SingleBlock(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:
         shift, scale, gate = per_token(self.modulation, tokens, 3)
         txt_shift, txt_scale, txt_gate = self.modulation(tokens.shared["vec"])[:, None].chunk(3, dim=-1)
-        img = modulate(plain_norm(tokens.img), shift=shift, scale=scale)
-        txt = modulate(plain_norm(tokens.txt), shift=txt_shift, scale=txt_scale)
+        img = modulated_norm(tokens.img, shift=shift, scale=scale)
+        txt = modulated_norm(tokens.txt, shift=txt_shift, scale=txt_scale)
         fused, inside = self.linear1(torch.cat([img, txt], dim=1)).split(self.sizes, dim=-1)
         q, k, v = rearrange(fused, "b s (k n d) -> k b s n d", k=3, n=self.n_heads)
         sizes = [img.shape[1], txt.shape[1]]
@@ -84,7 +85,7 @@ class SingleBlock(nn.Module):
         attended = torch.cat([out.img, out.txt], dim=1).flatten(2)
         out = self.linear2(torch.cat([attended, F.gelu(inside, approximate="tanh")], dim=-1))
         out_img, out_txt = out.split(sizes, dim=1)
-        return replace(tokens, img=tokens.img + out_img * gate, txt=tokens.txt + out_txt * txt_gate)
+        return replace(tokens, img=gated(tokens.img, out_img, gate), txt=gated(tokens.txt, out_txt, txt_gate))
 
 
 def per_token(mod: nn.Module, tokens: Tokens, n: int) -> Sequence[Tensor]:
