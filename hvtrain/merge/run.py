@@ -57,7 +57,7 @@ def run(cfg: MergeConfig) -> None:
     _check(cfg)
     plain = cfg.reconcile.how in PLAIN
     computes = not plain or bool(cfg.evaluate)
-    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
+    ctx = _start(cfg) if computes else ParallelContext()
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
     known = None if cfg.any_base else base.fingerprint
@@ -70,7 +70,9 @@ def run(cfg: MergeConfig) -> None:
     how = chosen.how
     if chosen.by_itself:
         cfg, computes = replace(cfg, reconcile=replace(cfg.reconcile, how=how)), True
-        ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device)
+        ctx = _start(cfg)
+    if cfg.device == "auto":
+        cfg = replace(cfg, device=ctx.device.type)
     whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
     if whole is not None and (cfg.target == "lora" or computes):
         raise ConfigError(
@@ -108,6 +110,11 @@ def run(cfg: MergeConfig) -> None:
         print(f"report: {path}")
     if ctx.world > 1:
         shutdown()
+
+
+def _start(cfg: MergeConfig) -> ParallelContext:
+    """On a GPU if there is one, unless told otherwise: a large model's passes take hours on a CPU."""
+    return start(cfg.parallel.ulysses, cfg.parallel.ring, device=None if cfg.device == "auto" else cfg.device)
 
 
 def _write(

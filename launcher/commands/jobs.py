@@ -117,8 +117,7 @@ def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
         raise ConfigError(f"--reconcile {how}: expected {', '.join(ways)}, with a merge")
     left = Path(args.data) / "keep"
     keep = args.keep or ([str(left.resolve())] if (left / "manifest.json").is_file() else [])
-    device = "cuda" if args.backend == "slurm" or args.gpus else "cpu"
-    return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)), "--device", device)
+    return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)))
 
 
 def _check_configs(run: Path, wanted) -> None:

@@ -26,7 +26,8 @@ SHAPE = shape_of(FLAVOR, width=320, height=256, frames=17)
 
 def adapted():
     model = SPEC.build(SIZED)
-    inject(model, [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "_blocks." in n and "mod" not in n], rank=8)
+    layers = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "_blocks." in n and "mod" not in n]
+    inject(model, layers, rank=8)
     return model.train()
 
 
