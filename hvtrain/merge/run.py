@@ -61,9 +61,9 @@ def run(cfg: MergeConfig) -> None:
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
     known = None if cfg.any_base else base.fingerprint
-    inputs = open_inputs(
+    inputs = replace(open_inputs(
         cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and plain
-    )
+    ), any_base=cfg.any_base)
     layers = by_layer(inputs.loras)
     policy = cfg.on_overlap != "error" or cfg.density is not None
     chosen = choose(cfg.reconcile, inputs, layers, policy=policy, model=base.found is not None)
@@ -71,8 +71,7 @@ def run(cfg: MergeConfig) -> None:
     if chosen.by_itself:
         cfg, computes = replace(cfg, reconcile=replace(cfg.reconcile, how=how)), True
         ctx = _start(cfg)
-    if cfg.device == "auto":
-        cfg = replace(cfg, device=ctx.device.type)
+    cfg = replace(cfg, device=ctx.device.type) if cfg.device == "auto" else cfg
     whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
     if whole is not None and (cfg.target == "lora" or computes):
         raise ConfigError(
