@@ -159,7 +159,7 @@ def of_sampling(
 ) -> Estimate:
     """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
-        dit = _empty(about, getattr(torch, model.dtype)).requires_grad_(False)
+        dit = empty_model(about, getattr(torch, model.dtype)).requires_grad_(False)
         _quantize(dit, about.spec, model.quantize)
         inp = fake_input(about.spec, about.flavor, shape)
         trace = trace_step(dit.eval(), inp, ctx=ctx, training=False, sparse=sparse)
@@ -201,7 +201,7 @@ def _n_tokens(about: Candidate, shape: Shape) -> int:
     return latent.n_tokens(latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
 
 
-def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
+def empty_model(about: Candidate, dtype: torch.dtype) -> DiT:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -212,12 +212,12 @@ def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
 
 def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
-        whole = _empty(about, torch.float32).train()
+        whole = empty_model(about, torch.float32).train()
         names = set(trained([n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze))
         for name, p in whole.named_parameters():
             p.requires_grad_(name in names)
         return whole
-    model = _empty(about, getattr(torch, cfg.model.dtype))
+    model = empty_model(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
     adapter = replace(cfg.adapter, init_from=None, init="zero")
     add_adapter(model, about.spec, adapter, _plan(cfg, about, model), seed=cfg.run.seed)

@@ -120,7 +120,7 @@ def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpu
             found = of_sampling(model, ParallelConfig(*legal[0]), about, shape, n)
             row = (f"{width} x {height}", f"{found.n_tokens:,}", str(n), _pairs(legal), f"{found.budget.total / GIB:.1f}")
             table.add_row(*row, f"{found.flops / 1e12:,.0f}")
-    return _rendered(table)
+    return rendered(table)
 
 
 def memory_bytes(asked: Asked) -> int:
@@ -198,7 +198,7 @@ def _budget_table(found: dict[str, Estimate]) -> str:
     for part in next(iter(found.values())).budget.parts():
         table.add_row(part, *(f"{e.budget.parts()[part] / GIB:.2f}" for e in found.values()))
     table.add_row("worst moment", *(f"{e.budget.total / GIB:.2f}" for e in found.values()), style="bold")
-    return _rendered(table)
+    return rendered(table)
 
 
 def _host_line(host: Host) -> str:
@@ -206,7 +206,7 @@ def _host_line(host: Host) -> str:
     return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} always"
 
 
-def _rendered(table: Table) -> str:
+def rendered(table: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=120).print(table)
     return out.getvalue().rstrip("\n")

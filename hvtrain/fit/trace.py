@@ -147,7 +147,7 @@ def trace_step(
         return Trace(meter.peak, meter.grads_at_peak, meter.flops)
 
     on_cpu = replace(sparse, kernel="gather")  # nothing computes
-    kinds = _kinds(model, n_exact=sparse.exact_layers if sparse.pattern != "none" else 0)
+    kinds = kinds_of(model, n_exact=sparse.exact_layers if sparse.pattern != "none" else 0)
     few = [min(len(blocks), FEW) for blocks in kinds]
     base = total = run(few)
     for i, blocks in enumerate(kinds):
@@ -163,7 +163,7 @@ def _unchanged(model: DiT, inp: ModelInput, autocast: bool) -> Tensor:
         return model(inp).float()
 
 
-def _kinds(model: DiT, *, n_exact: int = 0) -> list[list[nn.Module]]:
+def kinds_of(model: DiT, *, n_exact: int = 0) -> list[list[nn.Module]]:
     """The blocks, those of one kind together; the first `n_exact` are apart."""
     kinds: dict[object, list[nn.Module]] = {}
     for i, block in enumerate(model.blocks):
