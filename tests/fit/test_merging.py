@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import LoraFileConfig, MergeConfig, ReconcileConfig
 from hvtrain.fit.trace import Shape
-from hvtrain.lorafiles.files import write_lora
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.write import write_lora
 from hvtrain.models import find
 from hvtrain.models.load import save_dit
 from shards.schema import EMPTY_TEXT, Chunk, Manifest, save_manifest
