@@ -265,7 +265,8 @@ def mistakes(words: list[str]) -> Iterator[str]:
         at = next((i for i, word in enumerate(rest) if word in COMMANDS), len(rest))
         rest, inner = rest[:at], rest[at:]
         yield from mistakes(["hvtrain", *inner]) if inner else ()
-    root = "generate" if command == "fit" and "--generate" in rest else WITH_CONFIG.get(command)
+    asked = next((kind for kind in ("generate", "merge") if command == "fit" and f"--{kind}" in rest), None)
+    root = asked or WITH_CONFIG.get(command)
     for word in rest:
         key, sign, _ = word.partition("=")
         if word.startswith("--") and key not in options_of(command):

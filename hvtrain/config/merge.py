@@ -87,8 +87,8 @@ class MergeConfig:
     """Dtype of the merged tensors; null: each keeps its own"""
     max_shard_gb: float | None = None
     """Cut the merged model into files of at most so many GB (output is then a directory); null: as the input"""
-    device: str = "cpu"
-    """Where sums are computed: cpu or cuda"""
+    device: str = "auto"
+    """Where it computes: cpu or cuda; auto: what runs the model (reconcile, evaluate) on a GPU if there is one"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """For reconcile on several processes (hvtrain launch --nproc N merge ...): how many share one clip in distill; in fit, and
     otherwise, each has clips of its own"""

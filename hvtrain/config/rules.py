@@ -317,8 +317,8 @@ def check_merge(cfg: MergeConfig) -> None:
     for number, entry in enumerate(cfg.lora):
         if not math.isfinite(entry.multiplier):
             raise ConfigError(f"lora[{number}].multiplier is {entry.multiplier}, expected a finite number")
-    if cfg.device not in ("cpu", "cuda"):
-        raise ConfigError(f"device: '{cfg.device}', expected cpu or cuda")
+    if cfg.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device: '{cfg.device}', expected auto, cpu or cuda")
     if not cfg.output:
         raise ConfigError("output is required: the file to write")
     if not cfg.lora and cfg.plan is None:

@@ -14,8 +14,8 @@ from hvtrain.config.load import override
 from hvtrain.config.origins import COMMAND_LINE, effective
 from hvtrain.config.write import commented, nested
 from hvtrain.errors import ConfigError
-from hvtrain.fit.estimate import Training, candidate, shape_of
-from hvtrain.fit.run import Asked, memory_bytes
+from hvtrain.fit.estimate import candidate, shape_of
+from hvtrain.fit.run import Asked, memory_bytes, sections
 from hvtrain.fit.search import USABLE, nearest
 from hvtrain.models.spec import Flavor
 from shards import open_set
@@ -52,7 +52,7 @@ def begin(
     about = candidate(cfg.model)
     largest = size or _largest([data] if data else cfg.data.shards, about.flavor) or {}
     shape, memory = shape_of(about.flavor, batch=cfg.data.batch_size, **largest), memory_bytes(Asked(memory_gib=memory_gib))
-    wanted = Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse)
+    wanted = sections(cfg)
     if "run.recompute" not in own:
         wanted = replace(wanted, run=replace(cfg.run, recompute="none"))
     found = nearest(wanted, about, shape, gpus, memory)

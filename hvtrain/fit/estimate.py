@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from hvtrain.config import (
 from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
 from hvtrain.fit.memory import Budget, Host, Layout, beside, budget, host
-from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
+from hvtrain.fit.trace import Shape, Trace, byte_counts, fake_input, simulated, trace_step
 from hvtrain.models import find
 from hvtrain.models.dit import DiT
 from hvtrain.models.load import identify
@@ -59,6 +60,7 @@ class Training:
     run: RunSettings
     optimizer: str = "adamw"
     sparse: SparseConfig = EXACT
+    silent: float = 0.0  # share of samples on which the adapter shall change nothing
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,28 @@ def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Est
         layout = Layout(
             cfg.zero, gpus, overlap=cfg.adapter.type == "none", freed_by_swap=freed, state_bytes=state_bytes(cfg.optimizer)
         )
-        trace = trace_step(
-            model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
+        step = partial(
+            trace_step, model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
             autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients, sparse=cfg.sparse,
         )
+        trace = step()
+        if cfg.silent and cfg.adapter.type != "none":
+            trace = _now_and_then(trace, step(silent=True), with_silent(cfg.silent, shape.batch))
         counts, idle = byte_counts(model), len(about.flavor.experts) - 1 if cfg.model.experts == BOTH else 0
         found = beside(budget(counts, trace, layout), counts, layout, n=idle, on_host=cfg.run.idle_expert == "host")
         whole, largest = cfg.adapter.type == "none", max(4 * p.numel() for p in model.parameters())
         return Estimate(found, trace.flops, _n_tokens(about, shape), host(counts, largest, layout) if whole else None)
+
+
+def with_silent(share: float, batch: int) -> float:
+    """Share of micro-steps with another forward pass: those in which a sample of the batch is silent, if they are drawn alone."""
+    return 1 - (1 - share) ** batch
+
+
+def _now_and_then(usual: Trace, other: Trace, share: float) -> Trace:
+    """Memory for the worse of two kinds of micro-steps, and the operations of their mean."""
+    worst = max(usual, other, key=lambda one: one.peak_bytes)
+    return replace(worst, flops=round(usual.flops + share * (other.flops - usual.flops)))
 
 
 def placed(cfg: Training, about: Candidate, memory: int) -> Training:
@@ -143,7 +159,7 @@ def of_sampling(
 ) -> Estimate:
     """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
-        dit = _empty(about, getattr(torch, model.dtype)).requires_grad_(False)
+        dit = empty_model(about, getattr(torch, model.dtype)).requires_grad_(False)
         _quantize(dit, about.spec, model.quantize)
         inp = fake_input(about.spec, about.flavor, shape)
         trace = trace_step(dit.eval(), inp, ctx=ctx, training=False, sparse=sparse)
@@ -185,7 +201,7 @@ def _n_tokens(about: Candidate, shape: Shape) -> int:
     return latent.n_tokens(latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
 
 
-def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
+def empty_model(about: Candidate, dtype: torch.dtype) -> DiT:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -196,12 +212,12 @@ def _empty(about: Candidate, dtype: torch.dtype) -> DiT:
 
 def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
-        whole = _empty(about, torch.float32).train()
+        whole = empty_model(about, torch.float32).train()
         names = set(trained([n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze))
         for name, p in whole.named_parameters():
             p.requires_grad_(name in names)
         return whole
-    model = _empty(about, getattr(torch, cfg.model.dtype))
+    model = empty_model(about, getattr(torch, cfg.model.dtype))
     _quantize(model, about.spec, cfg.model.quantize)
     adapter = replace(cfg.adapter, init_from=None, init="zero")
     add_adapter(model, about.spec, adapter, _plan(cfg, about, model), seed=cfg.run.seed)

@@ -23,8 +23,10 @@ from hvtrain.fit.estimate import (
     placed,
     shape_of,
     sparse_line,
+    with_silent,
 )
 from hvtrain.fit.memory import Host
+from hvtrain.fit.samples import silent_share
 from hvtrain.fit.search import USABLE, fits, nearest
 from hvtrain.fit.trace import Shape
 
@@ -46,7 +48,7 @@ class Asked:
 
 def training(cfg: TrainConfig, asked: Asked) -> str:
     about, memory = candidate(cfg.model), memory_bytes(asked)
-    sections = placed(_sections(cfg), about, memory)
+    wanted = placed(sections(cfg), about, memory)
     shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
     own = cfg.parallel.ulysses * cfg.parallel.ring
     lines: list[str] = []
@@ -56,18 +58,18 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
                 f"parallel: ulysses {cfg.parallel.ulysses} x ring {cfg.parallel.ring} does not divide {gpus} GPU(s); "
                 f"give --gpus a multiple of {own}"
             )
-        given = of_training(sections, about, shape, gpus)
+        given = of_training(wanted, about, shape, gpus)
         lines += [] if lines else _head(about, shape, given, cfg.sparse)
         lines.append(f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB: {_legal(about, gpus, cfg.sparse)}")
         lines.append(_budget_table({"as configured": given}))
         per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
         n_samples = gpus // own * shape.batch * cfg.run.grad_accum
-        lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs")
+        lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs{_twice(wanted.silent, shape.batch)}")
         lines += [] if given.host is None else [_host_line(given.host)]
         if fits(given, memory):
             lines.append(f"fits: {given.budget.total / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable")
             continue
-        found = nearest(sections, about, shape, gpus, memory)
+        found = nearest(wanted, about, shape, gpus, memory)
         if found is None:
             lines.append("does not fit, and no setting makes it fit: use more or larger GPUs, fewer frames or a smaller picture")
             continue
@@ -118,7 +120,7 @@ def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpu
             found = of_sampling(model, ParallelConfig(*legal[0]), about, shape, n)
             row = (f"{width} x {height}", f"{found.n_tokens:,}", str(n), _pairs(legal), f"{found.budget.total / GIB:.1f}")
             table.add_row(*row, f"{found.flops / 1e12:,.0f}")
-    return _rendered(table)
+    return rendered(table)
 
 
 def memory_bytes(asked: Asked) -> int:
@@ -135,7 +137,7 @@ def advice(cfg: TrainConfig, asked: Asked) -> str:
     """One line for a run that went out of memory: the nearest config whose prediction fits."""
     about = candidate(cfg.model)
     shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
-    found = nearest(placed(_sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked))
+    found = nearest(placed(sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked))
     if found is None:
         return "no setting makes it fit: use more or larger GPUs, or smaller clips"
     if not found.changes:
@@ -144,8 +146,14 @@ def advice(cfg: TrainConfig, asked: Asked) -> str:
     return f"what would fit: {' '.join(found.changes)} ({found.estimate.budget.total / GIB:.1f} GiB a GPU)"
 
 
-def _sections(cfg: TrainConfig) -> Training:
-    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse)
+def sections(cfg: TrainConfig) -> Training:
+    silent = silent_share(cfg.data)
+    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse, silent)
+
+
+def _twice(silent: float, batch: int) -> str:
+    share = with_silent(silent, batch)
+    return f", with a second forward pass in {share:.0%} of the micro-steps (silent samples)" if share else ""
 
 
 def _shape(about: Candidate, asked: Asked, *, batch: int, **own: int | None) -> Shape:
@@ -190,7 +198,7 @@ def _budget_table(found: dict[str, Estimate]) -> str:
     for part in next(iter(found.values())).budget.parts():
         table.add_row(part, *(f"{e.budget.parts()[part] / GIB:.2f}" for e in found.values()))
     table.add_row("worst moment", *(f"{e.budget.total / GIB:.2f}" for e in found.values()), style="bold")
-    return _rendered(table)
+    return rendered(table)
 
 
 def _host_line(host: Host) -> str:
@@ -198,7 +206,7 @@ def _host_line(host: Host) -> str:
     return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} always"
 
 
-def _rendered(table: Table) -> str:
+def rendered(table: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=120).print(table)
     return out.getvalue().rstrip("\n")

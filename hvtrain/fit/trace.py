@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hvtrain.adapters.attach import without_adapters
 from hvtrain.config import SparseConfig
 from hvtrain.models import precision
 from hvtrain.models.attend_op import attention
@@ -120,9 +121,10 @@ TRACED: Kernel = replace(KERNELS["sdpa"], name="traced", attend=_traced)
 
 def trace_step(
     model: DiT, inp: ModelInput, *, ctx: ParallelContext, recompute: str = "none", autocast: bool = True,
-    training: bool = True, keep_gradients: bool = True, sparse: SparseConfig = EXACT,
+    training: bool = True, keep_gradients: bool = True, sparse: SparseConfig = EXACT, silent: bool = False,
 ) -> Trace:
-    """A micro-step of `model`, whose tensors are fake, as rank 0 of ctx. Call it inside the mode that made the model.
+    """A micro-step of `model`, whose tensors are fake, as rank 0 of ctx. Call it inside the mode that made the model. `silent`:
+    with samples that ask what the model gives without its adapter.
 
     Of equal blocks only a few are run: what one more costs is known from the difference.
     """
@@ -137,14 +139,15 @@ def trace_step(
         with meter, torch.set_grad_enabled(training):
             with precision.autocast("cpu", enabled=autocast):
                 velocity = model(inp)
+            wanted = _unchanged(model, inp, autocast) if silent else 0.0
             if training:
-                velocity.float().square().mean().backward()
+                (velocity.float() - wanted).square().mean().backward()
         for hook in hooks:
             hook.remove()
         return Trace(meter.peak, meter.grads_at_peak, meter.flops)
 
     on_cpu = replace(sparse, kernel="gather")  # nothing computes
-    kinds = _kinds(model, n_exact=sparse.exact_layers if sparse.pattern != "none" else 0)
+    kinds = kinds_of(model, n_exact=sparse.exact_layers if sparse.pattern != "none" else 0)
     few = [min(len(blocks), FEW) for blocks in kinds]
     base = total = run(few)
     for i, blocks in enumerate(kinds):
@@ -154,7 +157,13 @@ def trace_step(
     return total
 
 
-def _kinds(model: DiT, *, n_exact: int = 0) -> list[list[nn.Module]]:
+def _unchanged(model: DiT, inp: ModelInput, autocast: bool) -> Tensor:
+    """As train/objective.py asks for it: while what the backward pass needs is kept."""
+    with torch.no_grad(), without_adapters(model), precision.autocast("cpu", enabled=autocast):
+        return model(inp).float()
+
+
+def kinds_of(model: DiT, *, n_exact: int = 0) -> list[list[nn.Module]]:
     """The blocks, those of one kind together; the first `n_exact` are apart."""
     kinds: dict[object, list[nn.Module]] = {}
     for i, block in enumerate(model.blocks):

@@ -22,6 +22,7 @@ from shards.tensors import Extent
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
 EXPERT_KEY = "hvtrain.expert"  # of a model of several: whose LoRA it is
 SPARSE_KEY = "hvtrain.sparse"  # attention was not exact in training: which pairs were left out
+BASE_LORA_KEY = "hvtrain.base_lora"  # what was in the model already: [{file, multiplier, and the sum if it has one}]
 SUM_KEY = "hvtrain.sha256"  # of the tensors' bytes in a file that hvtrain wrote
 SD_SUM_KEY = "sshs_model_hash"  # the same by sd-scripts and musubi-tuner; other tools rewrite files and leave it as it was
 _SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec

@@ -63,6 +63,7 @@ def _missing(c: ReconcileConfig, inputs: Inputs, model: bool) -> str:
             return f"{lora.path} is off"
     try:
         sources(c, inputs)
+        inputs.built_on()
     except ConfigError as error:
         return str(error)
     return ""

@@ -29,7 +29,7 @@ from hvtrain.rng import generator
 
 Pairs = Mapping[str, Sequence[LowRank]]
 STUDENT = "student"
-_A_SLICE = 2  # clips of each step for each LoRA, those of old words among them
+A_SLICE = 2  # clips of each step for each LoRA, those of old words among them
 _WARMUP = 10
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SAVED = 25  # steps between two notes of where it is
@@ -45,7 +45,7 @@ class Draw:
     def __call__(self, step: int) -> list[tuple[NoisyClip, float]]:
         own = [t for t in self.tasks if t.teacher is not None]
         kept = [t for t in self.tasks if t.teacher is None]
-        whole, n = sum(t.weight for t in self.tasks), _A_SLICE * len(own)
+        whole, n = sum(t.weight for t in self.tasks), A_SLICE * len(own)
         n_kept = round(n * sum(t.weight for t in kept) / whole)
         draw = generator(self.seed, step=step, stream="distill")
         chosen = [(kept[i % len(kept)]) for i in range(n_kept)] if kept else []
@@ -76,7 +76,8 @@ def distill(
     }
     changes.put(STUDENT, student)
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    fused = True if ctx.device.type == "cuda" else None  # else it makes as much again as the weights, for a moment
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=fused)
     done = _restore(optimizer, weights, journal)
     began = time.monotonic()
     for step in range(done, cfg.steps):
@@ -123,7 +124,7 @@ def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], journa
         weight.data.copy_(tensors[number])
         moments = dict(zip(_MOMENTS, tensors[n + 2 * number : n + 2 * number + 2], strict=True))
         state = {name: t.to(weight.device) for name, t in moments.items()}
-        optimizer.state[weight] = {"step": torch.tensor(float(done)), **state}
+        optimizer.state[weight] = {"step": torch.tensor(float(done), device=weight.device), **state}  # as fused has it
     return done
 
 
@@ -131,10 +132,9 @@ def _sum_gradients(weights: Sequence[Tensor], ctx: ParallelContext) -> None:
     """Over all ranks. Sequence-parallel peers each hand in their sample's whole loss, so theirs are too many by their number."""
     if ctx.world == 1:
         return
-    own = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    whole = ctx.sum_(torch.cat([g.flatten() for g in own])) / ctx.sp
-    for weight, grad in zip(weights, whole.split([w.numel() for w in weights]), strict=True):
-        weight.grad = grad.view_as(weight)
+    for weight in weights:  # one by one: together they would be there twice
+        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
+        weight.grad = ctx.sum_(grad).div_(ctx.sp)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -14,7 +14,7 @@ of the layers before. Every output row is a regression of its own: rows that no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,9 +104,16 @@ def fit_block(
 ) -> dict[str, list[Change]]:
     """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards. Collective:
     each rank sums over its streams, and all solve the same equations."""
-    solved: dict[str, list[Change]] = {}
     order = stages(model, block, list(targets), found[0].get(MERGED)) if model.ctx.is_main else []
     order, model.n_calls = model.ctx.gather_objects((order, model.n_calls))[0]  # another rank may have no stream to look at
+    return solve_stages(model, block, order, targets, found, ridge)
+
+
+def solve_stages(
+    model: Streamed, block: nn.Module, order: Sequence[Sequence[str]], targets: Mapping[str, Sequence[Segment]],
+    found: Sequence[Stream], ridge: float,
+) -> dict[str, list[Change]]:
+    solved: dict[str, list[Change]] = {}
     for stage in order:
         layers = {name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage}
         for stream in found:
@@ -237,7 +244,6 @@ def stages(model: Streamed, block: nn.Module, layers: Sequence[str], tokens: Tok
     plain = _watched(model, block, layers, tokens, STUDENT, stop=False)
     order = [name for name in layers if plain[name]]
     model.n_calls.update({name: len(plain[name]) for name in order})
-    level = dict.fromkeys(order, 0)
     fed: dict[str, list[str]] = {}
     for name in order:
         handle = model.model.get_submodule(name).register_forward_hook(lambda m, a, out: out * 1.5 + 1)
@@ -249,6 +255,12 @@ def stages(model: Streamed, block: nn.Module, layers: Sequence[str], tokens: Tok
             other for other in order
             if other != name and any(not torch.equal(a.x, b.x) for a, b in zip(plain[other], moved[other], strict=True))
         ]
+    return levels(order, fed)
+
+
+def levels(order: Sequence[str], fed: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """Layers in groups, none of which feeds another of its group. `fed`: by each, directly or not."""
+    level = dict.fromkeys(order, 0)
     for _ in order:  # as long as the longest chain
         for name in order:
             for other in fed[name]:

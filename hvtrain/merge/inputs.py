@@ -3,6 +3,7 @@ twice or written once."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.experts import number_of
 from hvtrain.lorafiles.files import LoraFile, read_lora
-from hvtrain.lorafiles.metadata import EXPERT_KEY
+from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, SUM_KEY
 from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
@@ -25,6 +26,25 @@ class Inputs:
     loras: list[tuple[LoraFile, float]]
     plan: SlicePlan | None
     missing: tuple[int, ...] = ()  # LORAIDs of the plan that are left out, by the user's leave
+    any_base: bool = False  # the model need not be the one that they were trained on
+
+    def built_on(self) -> list[tuple[int, ...]]:
+        """Of each LoRA, the numbers of those that were merged into the model before its training: without them it does not do
+        what it was trained to do. Raises ConfigError where one is not here as it was then."""
+        sums = [lora.metadata.get(SUM_KEY) for lora, _ in self.loras]
+        found = []
+        for lora, _ in self.loras:
+            own: list[int] = []
+            for one in json.loads(lora.metadata.get(BASE_LORA_KEY, "[]")) if not self.any_base else ():
+                number = sums.index(one[SUM_KEY]) if one.get(SUM_KEY) in sums else None
+                if number is None or self.loras[number][1] != one["multiplier"]:
+                    raise ConfigError(
+                        f"{lora.path}: was trained on top of {one['file']}, times {one['multiplier']:g}, which is not among this "
+                        "merge's LoRAs; give it too (--lora, --multiplier), or merge it into the model and say --any-base"
+                    )
+                own.append(number)
+            found.append(tuple(own))
+        return found
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,12 @@ def reconcile(
     model = Streamed(found, ctx, dtype, host_bytes=c.host_gb * 1e9)
     tasks = _tasks(c, inputs, found, clips)
     tasks += _kept(c, clips, sets, prompts, tasks, model)
-    for number, one in enumerate(inputs.loras):
-        model.changes.put(number, _changes(by_layer([one])))
     layers = by_layer(inputs.loras)
-    solved: ByLayer = _changes(layers)
+    solved: ByLayer = (every := _changes(layers))
+    names = labels(inputs.loras)
+    for number, under in enumerate(inputs.built_on()):
+        own = {names[i] for i in (number, *under)}
+        model.changes.put(number, {module: [p for p in parts if p.owner in own] for module, parts in every.items()})
     model.changes.put(SUM, solved)
     if c.own_states:
         clips.own_states(model.velocities, tasks, c.batch_size)

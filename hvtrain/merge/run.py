@@ -57,20 +57,21 @@ def run(cfg: MergeConfig) -> None:
     _check(cfg)
     plain = cfg.reconcile.how in PLAIN
     computes = not plain or bool(cfg.evaluate)
-    ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device) if computes else ParallelContext()
+    ctx = _start(cfg) if computes else ParallelContext()
     base, spec = _open_base(cfg)
     plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
     known = None if cfg.any_base else base.fingerprint
-    inputs = open_inputs(
+    inputs = replace(open_inputs(
         cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and plain
-    )
+    ), any_base=cfg.any_base)
     layers = by_layer(inputs.loras)
     policy = cfg.on_overlap != "error" or cfg.density is not None
     chosen = choose(cfg.reconcile, inputs, layers, policy=policy, model=base.found is not None)
     how = chosen.how
     if chosen.by_itself:
         cfg, computes = replace(cfg, reconcile=replace(cfg.reconcile, how=how)), True
-        ctx = start(cfg.parallel.ulysses, cfg.parallel.ring, device=cfg.device)
+        ctx = _start(cfg)
+    cfg = replace(cfg, device=ctx.device.type) if cfg.device == "auto" else cfg
     whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
     if whole is not None and (cfg.target == "lora" or computes):
         raise ConfigError(
@@ -108,6 +109,11 @@ def run(cfg: MergeConfig) -> None:
         print(f"report: {path}")
     if ctx.world > 1:
         shutdown()
+
+
+def _start(cfg: MergeConfig) -> ParallelContext:
+    """On a GPU if there is one, unless told otherwise: a large model's passes take hours on a CPU."""
+    return start(cfg.parallel.ulysses, cfg.parallel.ring, device=None if cfg.device == "auto" else cfg.device)
 
 
 def _write(

@@ -56,6 +56,8 @@ class Task:
     held: list[NoisyClip]
 
 
+LEAK_CLIPS = 2  # of each set, on which every LoRA is looked at
+OWN_STEPS = 10  # Euler steps of a sampled clip
 SILENT = 0.05  # of what a LoRA changes at most: where it changes less there is nothing of it to keep
 Forward = Callable[[Sequence[tuple[ModelInput, Sequence[Hashable]]]], list[list[Tensor]]]  # Streamed.velocities
 
@@ -108,7 +110,7 @@ class Clips:
             found.append(NoisyClip(add_noise(x0, noise, torch.tensor([sigma]))[0], x0[0], sigma, cond))
         return found
 
-    def own_states(self, forward: Forward, tasks: Sequence[Task], batch_size: int, *, steps: int = 10) -> None:
+    def own_states(self, forward: Forward, tasks: Sequence[Task], batch_size: int, *, steps: int = OWN_STEPS) -> None:
         """Replace the tasks' clips by what their own teachers make of the captions: a place of a trajectory each, of Euler
         steps from noise. All teachers' clips go through the model together."""
         every = [(task, s, kind, i) for task in tasks for kind in ("states", "held") for i, s in enumerate(getattr(task, kind))]
@@ -175,7 +177,7 @@ def fidelity(clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashabl
     return {task.name: away[task.name] / max(scale[task.name], 1e-12) for task in tasks}
 
 
-def leak(clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = 2) -> dict[str, dict[str, float]]:
+def leak(clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = LEAK_CLIPS) -> dict[str, dict[str, float]]:
     """Of each task, how strongly every other LoRA changes its clips, as a share of what its own does: 0 is silence. The reason
     why LoRAs do not add up."""
     own = [task for task in tasks if task.teacher is not None]

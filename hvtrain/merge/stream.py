@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hvtrain.merge.changes import Changes
 from hvtrain.models.dit import ModelInput, Tokens
+from hvtrain.models.kernels import Kernel
 from hvtrain.models.load import Identified, whole_model
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
@@ -33,14 +34,15 @@ class Streamed:
     """A model that is on the meta device but for the block at hand and what lies before and behind the blocks."""
 
     def __init__(
-        self, found: Identified, ctx: ParallelContext, dtype: torch.dtype, *, host_bytes: float = math.inf
+        self, found: Identified, ctx: ParallelContext, dtype: torch.dtype, *, host_bytes: float = math.inf,
+        kernel: str | Kernel = "auto",
     ) -> None:
-        """`host_bytes`: of states between blocks that lie in memory at a time."""
+        """`host_bytes`: of states between blocks that lie in memory at a time; `kernel`: of attention."""
         self.found, self.ctx, self.dtype, self.host_bytes = found, ctx, dtype, host_bytes
         self.model = whole_model(found).eval().requires_grad_(False)
         self.changes = Changes(self.model)
         self.n_calls: dict[str, int] = {}  # of a layer in one pass, where it is not 1
-        parallelize(self.model, ctx.apart, kernel="auto", recompute="none", dtype=dtype, training=False)
+        parallelize(self.model, ctx.apart, kernel=kernel, recompute="none", dtype=dtype, training=False)
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._of_block = [{names[id(p)]: name for name, p in block.named_parameters()} for block in self.model.blocks]
         inside = {name for block in self._of_block for name in block}
@@ -63,11 +65,12 @@ class Streamed:
     def block(self, number: int) -> Iterator[nn.Module]:
         """A block with its weights, for a while."""
         block = self.model.blocks[number]
+        empty = dict(block.named_parameters())
         block.load_state_dict({own: self._read(name) for name, own in self._of_block[number].items()}, assign=True)
         try:
             yield block.requires_grad_(False)
         finally:
-            block.to("meta")
+            block.load_state_dict(empty, assign=True)
 
     def enter(self, inp: ModelInput) -> Tokens:
         """What the first block takes, on the host."""
@@ -108,7 +111,8 @@ class Streamed:
             return []
         for number in range(len(self.model.blocks)):
             with self.block(number) as block:
-                states = [[(key, self.step(block, tokens, key)) for key, tokens in own] for own in states]
+                for own in states:  # each gives way to what comes of it: never all of them twice
+                    own[:] = [(key, self.step(block, tokens, key)) for key, tokens in own]
         return [[self.leave(tokens) for _, tokens in own] for own in states]
 
 
@@ -117,7 +121,7 @@ def n_bytes(value: object) -> int:
     found: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        found[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
     mapped(value, count)

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import TrainConfig, dump
+from hvtrain.config import LoraFileConfig, TrainConfig, asset, dump
 from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError
 from hvtrain.flow.picture import draw, lines, look
-from hvtrain.lorafiles.metadata import EXPERT_KEY, SPARSE_KEY, of_flavor
+from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, SPARSE_KEY, SUM_KEY, of_flavor
 from hvtrain.models.sparse import check_sparse
 from hvtrain.parallel.apply import largest_work, parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
@@ -56,6 +56,7 @@ from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
 from hvtrain.train.setup import Origin, TeamMember
 from hvtrain.train.status import FINISHED, STOPPED, told
+from hvtrain.weights.containers import open_weights
 from shards import ShardSet
 from shards.loader import BatchLoader
 from shards.remote import shown
@@ -345,6 +346,13 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     )
 
 
+def _named(lora: LoraFileConfig) -> dict[str, object]:
+    """With the sum of its tensors, by which a merge knows it again."""
+    known = open_weights(asset(lora.path)).metadata
+    told = {key: known[key] for key in (SUM_KEY,) if key in known}
+    return {"file": Path(lora.path).name, "multiplier": lora.multiplier, **told}
+
+
 def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
     """The `ss_*` entries that LoRA managers show, and what hvtrain's own verbs read."""
     c, plan, base, flow = ready.cfg, ready.plan, member.base, member.flow
@@ -356,8 +364,7 @@ def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
         owner = {"ss_loraid": a.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n}
         told |= {"loraid": a.loraid, "granularity": plan.granularity, "order": plan.order}
     if a.base_lora:
-        merged = [{"file": Path(one.path).name, "multiplier": one.multiplier} for one in a.base_lora]
-        owner |= {"hvtrain.base_lora": merged}
+        owner |= {BASE_LORA_KEY: [_named(one) for one in setup.adapter_of(a, base.expert).base_lora]}
     return owner | {"ss_network_args": told, "ss_scale_weight_norms": a.scale_weight_norms or None} | {
         "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
         "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,

@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 
 from hvtrain.errors import ConfigError
-from launcher.table import command, config_options, load_config
+from launcher.table import at_least, command, config_options, load_config
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
     add("--generate", action="store_true", help="the config is of `hvtrain generate` (default: of `hvtrain train`)")
+    add("--merge", action="store_true", help="the config is of `hvtrain merge`, one that reconciles")
+    add("--loras", type=int, metavar="N", help="with --merge: so many LoRAs, where the config names none")
+    add("--lora-rank", type=int, default=32, metavar="R", help="with --loras: their rank (default: 32)")
     add("--gpus", default="1", metavar="N,N", help="numbers of GPUs to try, as in 1,4,8 (default: 1)")
     add("--memory", type=float, metavar="GIB", help="memory of one GPU (default: this machine's GPU, else 80)")
     add("--size", metavar="WxHxF", help="width x height x frames of the clips, as in 960x544x33 (default: the flavor's own)")
@@ -45,6 +48,17 @@ def _config(args: argparse.Namespace):
         raise ConfigError(f"{error}; for a config of `hvtrain generate` add --generate") from None
 
 
+def _of_merge(args: argparse.Namespace, gpus: tuple[int, ...], size: tuple[int | None, int | None, int | None]) -> str:
+    if args.generate or args.table:
+        raise ConfigError("--merge goes without --generate and --table")
+    at_least(args, 1, "loras", "lora_rank")
+    cfg = load_config("merge", args)
+    from hvtrain.fit.merges.run import Loras, merging
+    from hvtrain.fit.run import Asked
+
+    return merging(cfg, Asked(gpus, args.memory, *size), Loras(args.loras, args.lora_rank))
+
+
 @command("fit", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
 def _fit(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.gpus):
@@ -56,6 +70,11 @@ def _fit(args: argparse.Namespace) -> None:
         if found is None:
             raise ConfigError(f"--size '{args.size}': expected width x height x frames, as in 960x544x33")
         width, height, frames = (None if part is None else int(part) for part in found.groups())
+    if args.merge:
+        print(_of_merge(args, numbers, (width, height, frames)), end="")
+        return
+    if args.loras is not None:
+        raise ConfigError("--loras is for --merge")
     cfg = _config(args)
     _weights_or_none(cfg.model)
     from hvtrain.fit import run as fit

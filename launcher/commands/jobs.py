@@ -33,19 +33,21 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="for --reconcile: what the base knows and the merge must not change (default: keep/ of --data, if it is there)")
     add("--silence", type=float, default=0.0, metavar="SHARE",
         help="share of samples, as 0.3, that are the other slices', and teach each LoRA to do nothing there (default: 0)")
+    add("--waves", type=int, default=1, metavar="N",
+        help="train the slices in N waves, each on top of the merge of those before it (default: 1, all independent)")
     add("--dry-run", action="store_true", help="slurm: print the scripts")
 
 
 @command("slices run", "train all slices of a dataset as independent jobs, then merge them", options=_run_options)
 def _run(args: argparse.Namespace) -> int | None:
-    from launcher.jobs import backends, slices
+    from launcher.jobs import slices
 
     wanted = _slices(args)
     run = Path(args.output).resolve()
     _check_configs(run, wanted)
     scripts = []
     if wanted.backend == "slurm":  # rendered before anything is written: a value may be refused
-        scripts = [backends.array_script(run, wanted, range(1, wanted.n + 1)), backends.merge_script(run, wanted, ["ARRAY"])]
+        scripts = _scripts(run, wanted)
     if args.dry_run:
         if not scripts:
             raise LaunchError("--dry-run goes with --backend slurm")
@@ -61,13 +63,24 @@ def _run(args: argparse.Namespace) -> int | None:
     return _go(run, wanted)
 
 
+def _scripts(run: Path, wanted) -> list[str]:
+    """Of every job; the numbers of those that they wait for are not known yet."""
+    from launcher.jobs import backends, waves
+
+    found = []
+    for wave in waves.every(wanted):
+        found.append(backends.array_script(run, wanted, waves.members(wanted, wave), ["MERGE"] if wave > 1 else []))
+        found.append(backends.merge_script(run, wanted, ["ARRAY"], wave))
+    return found
+
+
 def _slices(args: argparse.Namespace):
     from launcher.jobs import slices, slurm
 
     file, overrides = split_items(args.items)
     if args.backend not in ("local", "slurm"):
         raise ConfigError(f"--backend {args.backend}: expected local or slurm")
-    at_least(args, 1, "at_once", "nproc", "nodes")
+    at_least(args, 1, "at_once", "nproc", "nodes", "waves")
     at_least(args, 0, "max_restarts")
     gpus = tuple(g.strip() for g in args.gpus.split(",")) if args.gpus else ()
     if gpus and (args.backend != "local" or len(gpus) < args.at_once * args.nproc):
@@ -80,17 +93,30 @@ def _slices(args: argparse.Namespace):
     data = slices.data_of(args.data, slices.plan_size(args.plan) if args.plan else None)
     if args.silence and len(set(data)) < 2:
         raise ConfigError(f"--silence {args.silence}: all slices have the same data, {data[0]}; it takes other slices' parts")
+    if args.waves > 1:
+        _check_waves(args, len(data))
     wanted = slices.Slices(
         plan=str(Path(args.plan).resolve()) if args.plan else "", config=str(Path(file).resolve()) if file else None,
         overrides=tuple(overrides), data=data, n=len(data), nproc=args.nproc, nodes=args.nodes, time=args.time,
         site=str(Path(args.site).resolve()) if args.site else None,
-        backend=args.backend, at_once=args.at_once, gpus=gpus, silence=args.silence, cwd=str(Path.cwd()),
+        backend=args.backend, at_once=args.at_once, gpus=gpus, silence=args.silence, waves=args.waves, cwd=str(Path.cwd()),
         max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
     )
     return replace(wanted, merge=_merge_arguments(wanted, args))
 
 
+def _check_waves(args: argparse.Namespace, n: int) -> None:
+    if args.waves > n:
+        raise ConfigError(f"--waves {args.waves}: there are {n} slices; a wave needs one at least")
+    if args.merge_as == "none":
+        raise ConfigError(f"--waves {args.waves}: a wave is trained on top of the merge before it; give --merge-as lora or model")
+    if args.plan and args.reconcile:
+        raise ConfigError(f"--waves {args.waves}: slices of a plan are added up between waves; leave --reconcile or --plan away")
+
+
 def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
+    from launcher.jobs import waves
+
     kind, run = args.merge_as, Path(args.output).resolve()
     if kind not in ("lora", "model", "none"):
         raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
@@ -100,8 +126,7 @@ def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
     dit = load_config("train", args).model.dit
     if not dit:
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
-    runs = (item for i in range(1, wanted.n + 1) for item in ("--lora", str(run / wanted.name(i))))
-    which = ("--plan", wanted.plan, "--slices", str(run)) if wanted.plan else tuple(runs)
+    which = ("--plan", wanted.plan, "--slices", str(run)) if wanted.plan else tuple(waves.loras(run, wanted, wanted.waves))
     return ("--dit", dit, *which, "--as", kind, "--output", str(run / "merge" / f"merged-{kind}.safetensors"), *how)
 
 
@@ -117,14 +142,14 @@ def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
         raise ConfigError(f"--reconcile {how}: expected {', '.join(ways)}, with a merge")
     left = Path(args.data) / "keep"
     keep = args.keep or ([str(left.resolve())] if (left / "manifest.json").is_file() else [])
-    device = "cuda" if args.backend == "slurm" or args.gpus else "cpu"
-    return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)), "--device", device)
+    return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)))
 
 
 def _check_configs(run: Path, wanted) -> None:
     """Every slice's config, before anything is submitted."""
     from hvtrain import config
     from hvtrain.config import rules
+    from launcher.jobs import waves
     from launcher.jobs.slices import train_arguments
 
     for loraid in range(1, wanted.n + 1):
@@ -135,6 +160,13 @@ def _check_configs(run: Path, wanted) -> None:
             raise ConfigError(
                 f"adapter.type is {cfg.adapter.type}: without --plan (`hvtrain slices plan`) each slice trains a LoRA of the "
                 "whole model; give adapter.type=lora"
+            )
+        if waves.under(run, wanted, loraid):  # not there yet
+            cfg = replace(cfg, adapter=replace(cfg.adapter, base_lora=()))
+        elif cfg.adapter.base_lora and (wanted.waves > 1 or "--reconcile" in wanted.merge):
+            raise ConfigError(
+                "adapter.base_lora: the merge compares each slice with the model that it was trained on, and model.dit is not "
+                "that model; put it in first (`hvtrain merge`), and give the result as model.dit"
             )
         rules.check_train(cfg)
 
@@ -152,16 +184,16 @@ def _go(run: Path, wanted) -> int | None:
     with slices.only_one(run):
         found = backends.standings(run, wanted)
         backends.refuse_unknown(run, found)
-        start = backends.not_begun(found)
+        todo = backends.starts(wanted, found)
         if wanted.backend == "local" and any(s.job for s in found):
             raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
-        if not start.loraids and not start.merge:
+        if not any(todo):
             under_way = any(s.job for s in found)
             print(f"{run}: nothing to start, {'the rest is under way' if under_way else 'all slices are done and merged'}")
             return 0
         if wanted.backend == "local":
-            return backends.run_here(run, wanted, start.loraids)
-        for line in backends.submit(run, wanted, start):
+            return backends.run_here(run, wanted, tuple(loraid for start in todo for loraid in start.loraids))
+        for line in backends.submit_all(run, wanted, todo):
             print(line)
     print(f"hvtrain slices status {run}")
     return None
@@ -220,7 +252,12 @@ def _one(args: argparse.Namespace) -> int:
     return backends.run_one(run, wanted, args.loraid)
 
 
-@command("slices merge", "merge the finished slices here; what the merge job of `slices run` calls", options=_run_folder)
+def _merge_options(parser: argparse.ArgumentParser) -> None:
+    _run_folder(parser)
+    parser.add_argument("--wave", type=int, metavar="N", help="of the waves up to N only (default: all)")
+
+
+@command("slices merge", "merge the finished slices here; what the merge job of `slices run` calls", options=_merge_options)
 def _merge(args: argparse.Namespace) -> int:
     from launcher.jobs import backends
 
@@ -228,5 +265,7 @@ def _merge(args: argparse.Namespace) -> int:
     if not wanted.merge:
         which = f"--plan {wanted.plan} --slices {run}" if wanted.plan else f"--lora {run / wanted.name(1)} ..."
         raise LaunchError(f"{run}: was started with --merge-as none; use `hvtrain merge {which}`")
+    if args.wave is not None and not 1 <= args.wave <= wanted.waves:
+        raise LaunchError(f"--wave {args.wave}: expected 1 to {wanted.waves}")
     (run / "merge").mkdir(exist_ok=True)
-    return backends.run_merge(run, wanted)
+    return backends.run_merge(run, wanted, args.wave)

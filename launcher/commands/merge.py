@@ -39,7 +39,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="for dare")
     add("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: each tensor keeps its own)")
     add("--max-shard-gb", type=float, metavar="X", help="cut the model into files of at most X GB")
-    add("--device", metavar="NAME", help="where sums are computed: cpu (default) or cuda")
+    add("--device", metavar="NAME",
+        help="where it computes: cpu or cuda (default: a GPU, if there is one, for what runs the model; else the CPU)")
     add("--evaluate", action="append", metavar="SET",
         help="report the held-out loss on this shard set: base, each LoRA alone, merged")
 

@@ -7,15 +7,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvtrain.errors import LaunchError
 from hvtrain.stopping import REQUEUE
 from launcher import processes
-from launcher.jobs import slurm
+from launcher.jobs import slurm, waves
 from launcher.jobs.slices import (
-    MERGE,
     Slices,
     alive,
     job_of,
@@ -37,12 +36,13 @@ POLL_S = 0.2
 
 
 def standings(run: Path, slices: Slices) -> list[Standing]:
-    """Of each slice, in order, and of the merge."""
+    """Of each slice, in order, and of the merge; with waves, of each wave's merge."""
     queue = slurm.Queue()
     if slices.backend == "slurm":
-        names = [*(slices.name(i) for i in range(1, slices.n + 1)), MERGE]
+        names = [*(slices.name(i) for i in range(1, slices.n + 1)), *(waves.merge_name(slices, w) for w in waves.every(slices))]
         queue = slurm.queue([state.jobs[-1] for name in names if (state := load_state(run, name)).jobs])
-    return [*(standing(run, slices, i, queue) for i in range(1, slices.n + 1)), merge_standing(run, slices, queue)]
+    merges = (merge_standing(run, slices, queue, wave) for wave in waves.every(slices))
+    return [*(standing(run, slices, i, queue) for i in range(1, slices.n + 1)), *merges]
 
 
 def refuse_unknown(run: Path, found: Sequence[Standing]) -> None:
@@ -54,22 +54,41 @@ def refuse_unknown(run: Path, found: Sequence[Standing]) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """What is neither done nor under way."""
+    """What is neither done nor under way, of a wave."""
 
     loraids: tuple[int, ...]
     merge: bool
     waiting_for: tuple[str, ...] = ()  # slices' jobs under way, which the merge needs
-    instead_of: tuple[str, ...] = ()  # a merge job in the queue that waits for other jobs
+    instead_of: tuple[str, ...] = ()  # jobs in the queue that wait for other jobs
+    wave: int = 1
+    after: str = ""  # the merge before this wave, where it is under way
+
+    def __bool__(self) -> bool:
+        return bool(self.loraids or self.merge)
 
 
-def not_begun(found: Sequence[Standing]) -> Start:
-    """Of what `standings` has found."""
+def not_begun(found: Sequence[Standing], first: int = 1, *, anew: bool = False) -> Start:
+    """Of a wave's slices, the first of them LORAID `first`, and its merge. `anew`: what they wait for is started again, so those
+    in the queue would wait for a job that is gone."""
     *parts, merge = found
-    loraids = tuple(i for i, s in enumerate(parts, start=1) if s.word not in GOOD and not s.job)
-    coming = merge.job and merge.word != "blocked"
+    lost = ("blocked", "queued") if anew else ("blocked",)
+    stale = [s.job for s in parts if s.job and s.word in lost]
+    loraids = tuple(i for i, s in enumerate(parts, start=first) if s.word not in GOOD and (not s.job or s.job in stale))
+    coming = merge.job and merge.word not in lost
     needed = merge.word != "none" and bool(loraids or (merge.word not in GOOD and not coming))
     old = (merge.job,) if needed and merge.job else ()
-    return Start(loraids, needed, tuple(s.job for s in parts if s.job), old)
+    return Start(loraids, needed, tuple(s.job for s in parts if s.job and s.job not in stale), (*old, *stale))
+
+
+def starts(slices: Slices, found: Sequence[Standing]) -> list[Start]:
+    """Of each wave, by what `standings` has found: one after the other."""
+    todo: list[Start] = []
+    for wave in waves.every(slices):
+        ids, merge = waves.members(slices, wave), found[slices.n + wave - 1]
+        start = not_begun([*found[ids[0] - 1 : ids[-1]], merge], ids[0], anew=bool(todo and todo[-1].merge))
+        before = found[slices.n + wave - 2].job if wave > 1 else ""
+        todo.append(replace(start, wave=wave, after=before))
+    return todo
 
 
 def command(run: Path, *arguments: object) -> list[str]:
@@ -79,38 +98,57 @@ def command(run: Path, *arguments: object) -> list[str]:
 # --- Slurm ------------------------------------------------------------------------------------------------------------
 
 
-def array_script(run: Path, slices: Slices, loraids: Sequence[int]) -> str:
+def array_script(run: Path, slices: Slices, loraids: Sequence[int], after: Sequence[str] = ()) -> str:
     job = slurm.BatchJob(
         "array", f"{run.name}-slices", Path.cwd(), f"{slurm.literal(run / 'logs')}/%{slices.width()}a.log",
         ["slices", "one", str(run)],
         slurm.Resources(slices.nodes, slices.nproc, slices.time, max_restarts=slices.max_restarts),
-        array=",".join(map(str, loraids)) + f"%{slices.at_once}",
+        array=",".join(map(str, loraids)) + f"%{slices.at_once}", after=after,
     )
     return slurm.render(job, load_site(slices.site))
 
 
-def merge_script(run: Path, slices: Slices, after: Sequence[str]) -> str:
+def merge_script(run: Path, slices: Slices, after: Sequence[str], wave: int | None = None) -> str:
+    name = waves.merge_name(slices, wave or slices.waves)
     job = slurm.BatchJob(
-        "merge", f"{run.name}-merge", Path.cwd(), slurm.literal(run / "logs" / "merge.log"), ["slices", "merge", str(run)],
+        "merge", f"{run.name}-{name}", Path.cwd(), slurm.literal(run / "logs" / f"{name}.log"),
+        ["slices", "merge", str(run), *_which(slices, wave)],
         slurm.Resources(gpus="--reconcile" in slices.merge), after=after,
     )
     return slurm.render(job, load_site(slices.site))
 
 
+def _which(slices: Slices, wave: int | None) -> list[str]:
+    return [] if wave in (None, slices.waves) else ["--wave", str(wave)]
+
+
+def submit_all(run: Path, slices: Slices, todo: Sequence[Start]) -> list[str]:
+    """Each wave after the merge of the one before."""
+    said: list[str] = []
+    slurm.cancel([job for start in todo[1:] for job in start.instead_of])
+    for number, start in enumerate(todo):
+        if number and todo[number - 1].merge:
+            start = replace(start, after=load_state(run, waves.merge_name(slices, number)).jobs[-1])
+        said += submit(run, slices, replace(start, instead_of=() if number else start.instead_of)) if start else []
+    return said
+
+
 def submit(run: Path, slices: Slices, start: Start) -> list[str]:
     """Submit an array of these slices, and the merge after it and after what is under way. What to print."""
-    said, after = [], list(start.waiting_for)
+    before = (start.after,) if start.after else ()
+    said, after = [], [*start.waiting_for, *before]
+    name = waves.merge_name(slices, start.wave)
     slurm.cancel(start.instead_of)
     if start.loraids:
-        array = slurm.submit(array_script(run, slices, start.loraids))
+        array = slurm.submit(array_script(run, slices, start.loraids, before))
         after.append(array)
         for i in start.loraids:
             note_submitted(run, slices.name(i), f"{array}_{i}")
         said.append(f"job {array}: slices {', '.join(map(str, start.loraids))}, {slices.at_once} at a time")
     if start.merge:
-        merge = slurm.submit(merge_script(run, slices, after))
-        note_submitted(run, MERGE, merge)
-        said.append(f"job {merge}: merge, {'when all have finished' if after else 'at once: all slices are done'}")
+        merge = slurm.submit(merge_script(run, slices, after, start.wave))
+        note_submitted(run, name, merge)
+        said.append(f"job {merge}: {name}, {'when all have finished' if after else 'at once: all slices are done'}")
     return said
 
 
@@ -118,7 +156,17 @@ def submit(run: Path, slices: Slices, start: Start) -> list[str]:
 
 
 def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
-    """Run slices, `at_once` of them at a time, then the merge. Ctrl-C and SIGTERM ask them to save. The exit code."""
+    """Wave by wave: slices, `at_once` of them at a time, then the merge. Ctrl-C and SIGTERM ask them to save. The exit code."""
+    for wave in waves.every(slices):
+        own = [i for i in loraids if i in waves.members(slices, wave)]
+        if wave < slices.waves and not own and standings(run, slices)[slices.n + wave - 1].word in GOOD:
+            continue
+        if code := _wave_here(run, slices, own, wave):
+            return code
+    return 0
+
+
+def _wave_here(run: Path, slices: Slices, loraids: Sequence[int], wave: int) -> int:
     waiting, stopped = list(loraids), False
     running: dict[subprocess.Popen, tuple[int, str]] = {}
     free = [",".join(slices.gpus[i * slices.nproc : (i + 1) * slices.nproc]) for i in range(slices.at_once)]
@@ -140,17 +188,17 @@ def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
                 loraid, gpus = running.pop(process)
                 free.append(gpus)
                 print(f"slice {loraid}: {_ending(process.returncode)}", flush=True)
-        words = [s.word for s in standings(run, slices)[:-1]]
+        words = [s.word for s in standings(run, slices)[: waves.members(slices, wave)[-1]]]
         if stopped or asked or any(word not in GOOD for word in words):
             done = sum(word in GOOD for word in words)
             print(f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True)
             return 1 if "failed" in words else REQUEUE
-        return _merge_here(run, slices.gpus, asked) if slices.merge else 0
+        return _merge_here(run, slices, wave, asked) if slices.merge else 0
 
 
-def _merge_here(run: Path, gpus: Sequence[str], asked: list[int]) -> int:
-    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
-    process = subprocess.Popen(command(run, "merge", run), env=env, start_new_session=True)
+def _merge_here(run: Path, slices: Slices, wave: int, asked: list[int]) -> int:
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(slices.gpus)} if slices.gpus else {})}
+    process = subprocess.Popen(command(run, "merge", run, *_which(slices, wave)), env=env, start_new_session=True)
     while process.poll() is None:
         if asked:
             asked.clear()
@@ -194,17 +242,18 @@ def run_one(run: Path, slices: Slices, loraid: int) -> int:
     return code
 
 
-def run_merge(run: Path, slices: Slices) -> int:
+def run_merge(run: Path, slices: Slices, wave: int | None = None) -> int:
     """In this very process, so that whoever ends it ends the merge."""
     from launcher import cli
 
     job = os.environ.get("SLURM_JOB_ID") if slices.backend == "slurm" else None
-    note_start(run, MERGE, job or job_of(os.getpid()))
+    name = waves.merge_name(slices, wave or slices.waves)
+    note_start(run, name, job or job_of(os.getpid()))
     code = 1
     try:
-        code = cli.main(["merge", *slices.merge])
+        code = cli.main(["merge", *waves.merge_arguments(run, slices, wave or slices.waves)])
     finally:
-        note_end(run, MERGE, code)
+        note_end(run, name, code)
     return code
 
 

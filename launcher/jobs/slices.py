@@ -23,6 +23,7 @@ from typing import Any
 
 from hvtrain.config.load import build, override
 from hvtrain.errors import ConfigError, LaunchError
+from launcher.jobs import waves
 from launcher.jobs.slurm import RESTARTS
 from shards.atomic import write_text
 
@@ -50,6 +51,7 @@ class Slices:
     merge: tuple[str, ...] = ()  # arguments of `hvtrain merge`; empty: no merge
     max_restarts: int = RESTARTS  # of a slice's processes, when one of them dies
     silence: float = 0.0  # share of each slice's samples that are the other slices', on which its LoRA learns to do nothing
+    waves: int = 1  # one after the other, each on top of the merge of those before it: waves.py
     cwd: str = ""  # where relative paths of the above count from; empty: not known (an older version's file)
 
     def width(self) -> int:
@@ -86,8 +88,9 @@ def save_slices(run: Path, slices: Slices) -> None:
     for folder in ("state", "logs"):
         (run / folder).mkdir(parents=True, exist_ok=True)
     body = asdict(slices)
-    if not slices.silence:
-        del body["silence"]  # an older version knows no such key, and its jobs read the file too
+    for key, usual in {"silence": 0.0, "waves": 1}.items():
+        if body[key] == usual:
+            del body[key]  # an older version knows no such key, and its jobs read the file too
     _write(run / FILE, body)
 
 
@@ -198,6 +201,7 @@ def train_arguments(run: Path, slices: Slices, loraid: int) -> list[str]:
     }
     own = {
         **(slot if slices.plan else {}),
+        **({"adapter.base_lora": [{"path": str(under)}]} if (under := waves.under(run, slices, loraid)) else {}),
         **_data_keys(slices, loraid), "run.output_dir": str(run / name), "run.name": f"slice-{name}",
     }
     return [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hvtrain.stopping import REQUEUE
 from launcher.exits import USER_ERROR
+from launcher.jobs import waves
 from launcher.jobs.slices import MERGE, JobState, Slices, alive, amiss, cancelled, load_state, result
 from launcher.jobs.slurm import Queue
 
@@ -46,14 +47,17 @@ def standing(run: Path, slices: Slices, loraid: int, queue: Queue) -> Standing:
     return replace(found, step=step, steps=steps, loss=loss, eta_s=eta)
 
 
-def merge_standing(run: Path, slices: Slices, queue: Queue) -> Standing:
+def merge_standing(run: Path, slices: Slices, queue: Queue, wave: int | None = None) -> Standing:
+    """Of a wave's merge; None: the last one's, which is the run's."""
     if not slices.merge:
         return Standing(MERGE, "none", note="not asked for")
-    state, output = load_state(run, MERGE), Path(slices.merge[slices.merge.index("--output") + 1])
+    name = waves.merge_name(slices, wave or slices.waves)
+    arguments = waves.merge_arguments(run, slices, wave or slices.waves)
+    state, output = load_state(run, name), Path(arguments[arguments.index("--output") + 1])
     wrong = amiss(output)
     if not wrong and state.code == 0:
-        return Standing(MERGE, "done", note=f"{output}")
-    return _of_job(run, MERGE, state, queue, wrong)
+        return Standing(name, "done", note=f"{output}")
+    return _of_job(run, name, state, queue, wrong)
 
 
 def _of_job(run: Path, name: str, state: JobState, queue: Queue, wrong: str) -> Standing:
@@ -133,12 +137,12 @@ def last_error(log: Path) -> str:
 
 
 def table(standings: Sequence[Standing]) -> list[str]:
-    lines = []
+    lines, wide = [], max(6, *(len(s.name) + 1 for s in standings))
     for s in standings:
         progress = f"{s.step}/{s.steps}" if s.steps else (str(s.step) if s.step else "")
         loss = f"loss {s.loss:.4f}" if s.loss is not None else ""
         eta = f"{_span(s.eta_s)} left" if s.eta_s is not None else ""
-        parts = [f"{s.name:<6}{s.word:<11}", f"{progress:<14}", f"{loss:<13}", f"{eta:<14}", s.note]
+        parts = [f"{s.name:<{wide}}{s.word:<11}", f"{progress:<14}", f"{loss:<13}", f"{eta:<14}", s.note]
         lines.append("".join(parts).rstrip())
     return lines
 

@@ -130,8 +130,9 @@ def test_training_on_a_merged_base(shards, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+    own = _metadata(tmp_path / "first/lora.safetensors")["hvtrain.sha256"]
     assert json.loads(_metadata(tmp_path / "lora-a/lora.safetensors")["hvtrain.base_lora"]) == [
-        {"file": "lora.safetensors", "multiplier": 0.7}
+        {"file": "lora.safetensors", "multiplier": 0.7, "hvtrain.sha256": own}
     ]
     with pytest.raises(ConfigError, match=r"holds another run: adapter.base_lora is \[\[.*0.7\]\] there, \[\] here"):
         train.run(config(shards, tmp_path / "lora-a", "adapter.type=lora", "run.steps=2", "adapter.rank=32"))

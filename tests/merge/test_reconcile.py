@@ -292,6 +292,35 @@ def test_a_merge_that_is_killed_goes_on_at_its_block(place, tmp_path, monkeypatc
     assert not (tmp_path / ".cut.safetensors.reconcile").exists()
 
 
+@pytest.mark.parametrize("share", [64.0, 1e-6], ids=["memory", "disk"])
+def test_killed_at_any_block_it_ends_in_the_same_bytes(place, tmp_path, monkeypatch, share):
+    """Between two blocks, where the states have gone half of their way, and in the middle of a block's equations."""
+    cfg = config(place, tmp_path / "whole.safetensors", 1, 2, how="fit", states=3, held_out=1, batch_size=1, host_gb=share)
+    merge.run(cfg)
+    cut = replace(cfg, output=str(tmp_path / "cut.safetensors"))
+
+    def kill_at(name, count):
+        work, calls = getattr(fitting, name), []
+
+        def killed(*args):
+            calls.append(1)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return work(*args)
+
+        return killed
+
+    for name, counts in (("push", range(1, 7)), ("fit_block", (1, 2))):
+        for count in counts:
+            with monkeypatch.context() as patch:
+                patch.setattr(f"hvtrain.merge.reconcile.{name}", kill_at(name, count))
+                with pytest.raises(KeyboardInterrupt):
+                    merge.run(cut)
+            merge.run(cut)
+            assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes(), (name, count)
+            (tmp_path / "cut.safetensors").unlink()
+
+
 def test_what_the_host_does_not_hold_lies_on_the_disk(place, tmp_path, capsys):
     """The same merge to the last bit, whatever its share of memory."""
     for name, share in (("a", 64.0), ("b", 1e-6)):

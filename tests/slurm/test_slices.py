@@ -152,7 +152,7 @@ def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys
     loras = [word for i in (1, 2, 3) for word in ("--lora", f"{tmp_path}/run/0{i}")]
     assert begun.merge == (
         "--dit", "tiny:dit.safetensors", *loras, "--as", "lora", "--output", f"{tmp_path}/run/merge/merged-lora.safetensors",
-        "--reconcile", "fit+distill", "--keep", f"{tmp_path}/parts/keep", "--device", "cpu",
+        "--reconcile", "fit+distill", "--keep", f"{tmp_path}/parts/keep",
     )
     apart = [*start[:-1], "apart", "--merge-as", "none"]
     assert hvtrain(capsys, "run", *apart)[0] == 0 and slices.load_slices(tmp_path / "apart").merge == ()

@@ -1,0 +1,1 @@
+"""What a merge that reconciles will need: its own code, on tensors without values."""
