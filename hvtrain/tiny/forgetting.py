@@ -235,7 +235,8 @@ def _alone(way: str, how: str, place: Path, files: dict[str, Path]) -> Row:
     found = {word: score(place / f"alone-{word}", asset(DIT), [path], [word]) for word, path in files.items()}
     scores = {word: found[word][word] for word in files}
     scores[OLD] = sum(own[OLD] for own in found.values()) / len(found)
-    return Row(way, how, scores, sum(map(_seconds, files.values())) / len(files), alone=True)
+    seconds = [s for s in map(_seconds, files.values()) if s is not None]
+    return Row(way, how, scores, sum(seconds) / len(seconds) if seconds else None, alone=True)
 
 
 def _timed(output: Path, make: Callable[[], object]) -> None:
@@ -245,8 +246,10 @@ def _timed(output: Path, make: Callable[[], object]) -> None:
     output.with_suffix(".seconds.json").write_text(json.dumps(time.process_time() - began))
 
 
-def _seconds(output: Path) -> float:
-    return float(json.loads(output.with_suffix(".seconds.json").read_text()))
+def _seconds(output: Path) -> float | None:
+    """None: it was killed between the two."""
+    note = output.with_suffix(".seconds.json")
+    return float(json.loads(note.read_text())) if note.exists() else None
 
 
 def equal_rank(plan: SlicePlan, rank: int) -> int:

@@ -20,7 +20,7 @@ class Row:
     way: str
     how: str
     scores: dict[str, float]  # share of right videos of each word, and of old ones
-    seconds: float  # CPU time of what makes it: a merge, or a LoRA's training; without scoring
+    seconds: float | None  # CPU time of what makes it: a merge, or a LoRA's training; without scoring. None: not known
     alone: bool = False  # of each word, what its own LoRA shows: the measure of the merges of this way and seed
 
     @property
@@ -55,8 +55,9 @@ def markdown(seeds: Sequence[Sequence[Row]]) -> str:
             _spread([_mean(shares) for shares in of_alone]),
             _spread([min(shares) for shares in of_alone]),
             _spread([row.scores[OLD] for row, _ in found]),
-            f"{_mean([row.seconds for row, _ in found]):.0f}",
         ]
+        seconds = [row.seconds for row, _ in found if row.seconds is not None]
+        cells.append(f"{_mean(seconds):.0f}" if seconds else "")
         lines.append("| " + " | ".join([way, how, str(len(found)), *cells]) + " |")
     return "\n".join(lines)
 
