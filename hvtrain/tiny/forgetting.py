@@ -146,7 +146,7 @@ class Seed:
         return row
 
     def _base(self) -> Row:
-        return Row(BASE, "", score(Path(self.recipe.output) / "base", asset(DIT), ()), 0.0)  # the same for every seed
+        return Row(BASE, "", score(Path(self.recipe.output) / "base", asset(DIT), ()), None)  # the same for every seed
 
     def _row(self, way: Way, how: str) -> Row:
         place = self.folder / way.folder
