@@ -6,7 +6,8 @@ rows), six ordinary LoRAs, all of the same number of parameters, and as an upper
 They are added up, averaged, merged by TIES and DARE, and reconciled, from what each training left beside its LoRA and from clips
 of old words; a seventh word is then added to the reconciled six. Slices of a plan share no row, and what averages, TIES and
 DARE make of those is the sum. Every seed has its own clips and trainings, in a folder of its own. Prints the table of
-docs/loraid.md; started again, it continues.
+docs/loraid.md; started again, it continues. `words=24` with configs/tiny/words.yaml is the same for the first 24 of forty words, which
+tell more than a colour: of them ordinary LoRAs are added up and reconciled, and 12 use the trainings of 24.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ from hvtrain.tiny.words import (
     CONCEPTS,
     OLD,
     PLACES,
+    WORDS,
     asked,
     clips_of,
     dataset_of,
+    first,
     old_clips,
     shares,
     write_pairs,
@@ -64,6 +67,8 @@ class Recipe:
 
     output: str = ""
     """Directory of everything; about 300 MB a seed"""
+    words: int = 6
+    """The first so many words of words.py, up to 40; more than six only as ordinary LoRAs: alone, sum and fit+distill"""
     clips: int = 36
     """Clips of each concept, a multiple of 12; as many of old words are added"""
     steps: int = 400
@@ -91,10 +96,11 @@ class Way:
     name: str
     cut: Cut | None  # None: ordinary LoRAs
     rows: tuple[str, ...]
+    words: tuple[str, ...] = tuple(CONCEPTS)
 
     @property
     def folder(self) -> str:
-        return slug(self.name)
+        return slug(self.name) if len(self.words) == len(CONCEPTS) else "words"
 
 
 BASE, JOINT = "base model", "one LoRA of all sets"
@@ -104,6 +110,13 @@ WAYS = (
     Way("LORAID rows", Cut(n=6, granularity="rows", order="interleaved"), (ALONE, "sum", *RECONCILED)),
     Way("ordinary LoRA", None, (ALONE, *POLICIES, *RECONCILED, SEVENTH_ALONE, ADDED)),
 )
+
+
+def ways_of(recipe: Recipe) -> tuple[Way, ...]:
+    if recipe.words == len(CONCEPTS):
+        return WAYS
+    words = first(recipe.words)
+    return (Way(f"{len(words)} ordinary LoRAs", None, (ALONE, "sum", BEST), words),)
 
 
 def run(recipe: Recipe) -> None:
@@ -125,9 +138,10 @@ class Seed:
     def rows(self) -> list[Row]:
         """Those that are asked for, in the table's order."""
         makers = {(BASE, ""): self._base}
-        for way in WAYS:
+        for way in ways_of(self.recipe):
             makers |= {(way.name, how): partial(self._row, way, how) for how in way.rows}
-        makers |= {(JOINT, f"{steps} steps"): partial(self._joint, steps) for steps in self.recipe.joint}
+        if self.recipe.words == len(CONCEPTS):
+            makers |= {(JOINT, f"{steps} steps"): partial(self._joint, steps) for steps in self.recipe.joint}
         found = [
             self._kept_row(way, how, make)
             for (way, how), make in makers.items()
@@ -146,16 +160,18 @@ class Seed:
         return row
 
     def _base(self) -> Row:
-        return Row(BASE, "", score(Path(self.recipe.output) / "base", asset(DIT), ()), None)  # the same for every seed
+        n = self.recipe.words
+        folder = Path(self.recipe.output) / ("base" if n == len(CONCEPTS) else f"base-{n}")
+        return Row(BASE, "", score(folder, asset(DIT), (), first(n)), None)  # the same for every seed
 
     def _row(self, way: Way, how: str) -> Row:
         place = self.folder / way.folder
         plan = _plan(way, place)
-        words = list(CONCEPTS) if how != SEVENTH_ALONE else [SEVENTH]
+        words = list(way.words) if how != SEVENTH_ALONE else [SEVENTH]
         files = [self._lora(place, plan, word) for word in words]
         if how in (ALONE, SEVENTH_ALONE):
             return _alone(way.name, how, place, dict(zip(words, files)))
-        merged = place / f"merged-{slug(how)}.safetensors"
+        merged = place / (f"merged-{slug(how)}" + (f"-{len(words)}" if way.words != WAYS[-1].words else "") + ".safetensors")
         if how == ADDED:
             six = place / f"merged-{slug(BEST)}.safetensors"
             self._merged(six, files, BEST)
@@ -180,7 +196,8 @@ class Seed:
         return _encoded(self.folder / "data" / (word or "old"), made)
 
     def _lora(self, place: Path, plan: SlicePlan | None, word: str) -> Path:
-        number = [*CONCEPTS, SEVENTH].index(word) + 1
+        words = [*CONCEPTS, SEVENTH] if self.recipe.words == len(CONCEPTS) else list(WORDS)
+        number = words.index(word) + 1
         rank = self.recipe.rank if plan is None else equal_rank(plan, self.recipe.rank)
         slot = ["adapter.type=loraid", f"adapter.plan={place / 'plan.json'}", f"adapter.loraid={number}"] if plan else []
         return self._train(place / f"{number:02d}", [self._shards(word)], *slot, steps=self.recipe.steps, rank=rank)
@@ -223,7 +240,7 @@ def as_lora(how: str) -> bool:
 
 def drawings(word: str, n: int, *, seed: int) -> list[Drawing]:
     """`n` clips of the word and as many of old ones."""
-    if word in CONCEPTS:
+    if word in WORDS:
         return clips_of(word, n, seed=seed)
     every = PLACES * (n // len(PLACES))
     made = [Drawing(SEVENTH_COLOR, "circle", m, b, seed * 1000 + i, word) for i, (m, b) in enumerate(every)]
@@ -231,10 +248,12 @@ def drawings(word: str, n: int, *, seed: int) -> list[Drawing]:
 
 
 def _alone(way: str, how: str, place: Path, files: dict[str, Path]) -> Row:
-    """Each LoRA asked for its own word."""
-    found = {word: score(place / f"alone-{word}", asset(DIT), [path], [word]) for word, path in files.items()}
+    """Each LoRA asked for its own word and, unless they are very many, for old ones."""
+    old = len(files) <= len(CONCEPTS)
+    found = {word: score(place / f"alone-{word}", asset(DIT), [path], [word], old=old) for word, path in files.items()}
     scores = {word: found[word][word] for word in files}
-    scores[OLD] = sum(own[OLD] for own in found.values()) / len(found)
+    if old:
+        scores[OLD] = sum(own[OLD] for own in found.values()) / len(found)
     seconds = [s for s in map(_seconds, files.values()) if s is not None]
     return Row(way, how, scores, sum(seconds) / len(seconds) if seconds else None, alone=True)
 
@@ -287,13 +306,15 @@ def _plan(way: Way, folder: Path) -> SlicePlan | None:
     return load_plan(path)
 
 
-def score(folder: Path, dit: str, loras: Sequence[Path], words: Sequence[str] = tuple(CONCEPTS)) -> dict[str, float]:
+def score(
+    folder: Path, dit: str, loras: Sequence[Path], words: Sequence[str] = tuple(CONCEPTS), *, old: bool = True
+) -> dict[str, float]:
     """Share of videos that show the concept of each word; and of old prompts whose colour and motion are right."""
     note = folder / "score.json"
     if note.exists():
         return json.loads(note.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = asked(w for w in words if w in CONCEPTS)
+    wanted = asked([w for w in words if w in WORDS], old=old)
     wanted += [Drawing(SEVENTH_COLOR, "circle", m, b, 0, SEVENTH) for m, b in PLACES if SEVENTH in words]
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{clip.caption}\n" for clip in wanted))

@@ -54,7 +54,7 @@ def markdown(seeds: Sequence[Sequence[Row]]) -> str:
             _spread([min(row.scores[word] for word in row.words) for row, _ in found]),
             _spread([_mean(shares) for shares in of_alone]),
             _spread([min(shares) for shares in of_alone]),
-            _spread([row.scores[OLD] for row, _ in found]),
+            _spread([row.scores[OLD] for row, _ in found if OLD in row.scores]),
         ]
         seconds = [row.seconds for row, _ in found if row.seconds is not None]
         cells.append(f"{_mean(seconds):.0f}" if seconds else "")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hvtrain.config import load
+from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.overlap import Contribution
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.merge.policies import Dense, Options, combine
@@ -15,7 +16,7 @@ from hvtrain.tiny import forgetting
 from hvtrain.tiny.forgetting import ADDED, BEST, JOINT, SEVENTH, WAYS, Recipe
 from hvtrain.tiny.rows import Row, kept, markdown
 from hvtrain.tiny.score import CONFIGS
-from hvtrain.tiny.words import CONCEPTS, OLD
+from hvtrain.tiny.words import CONCEPTS, OLD, WORDS, first
 
 ORDINARY = "ordinary LoRA"
 
@@ -39,9 +40,9 @@ class Made:
         self.merged.append(cfg)
         self._write(cfg.output)
 
-    def score(self, folder, dit, loras, words=tuple(CONCEPTS)):
+    def score(self, folder, dit, loras, words=tuple(CONCEPTS), *, old=True):
         self.scored.append((folder.name, dit, [p.name for p in loras]))
-        return {**dict.fromkeys(words, 0.5), OLD: 0.75}
+        return {**dict.fromkeys(words, 0.5), **({OLD: 0.75} if old else {})}
 
     @staticmethod
     def _write(name):
@@ -115,10 +116,29 @@ def test_one_lora_for_all_sets_has_as_many_parameters(made, tmp_path, capsys):
     assert [words for _, words in made.encoded] == [[word] * 36 + [""] * 36 for word in CONCEPTS]
 
 
+def test_more_words_share_their_trainings(made, tmp_path, capsys):
+    recipe = replace(load(Recipe, CONFIGS / "words.yaml"), output=str(tmp_path), words=12, seeds=(2,))
+    lines = table(capsys, recipe)
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| base model", ""], *(["| 12 ordinary LoRAs", how] for how in ("alone", "sum", BEST))
+    ]
+    assert lines[1].split(" | ")[7] == "" and lines[3].split(" | ")[7] == "75", "alone, only the words are asked for"
+    assert [cfg.run.output_dir for cfg in made.trained] == [str(tmp_path / "seed-2" / "words" / f"{i:02d}") for i in range(1, 13)]
+    assert {(cfg.adapter.rank, cfg.run.steps) for cfg in made.trained} == {(8, 250)}
+    assert [place[-1] for place, _ in made.encoded][:12] == list(first(12))
+    assert len(table(capsys, replace(recipe, words=14))) == 4 and len(made.trained) == 14
+    assert [(len(cfg.lora), forgetting.Path(cfg.output).name) for cfg in made.merged] == [
+        (n, f"merged-{how}-{n}.safetensors") for n in (12, 14) for how in ("sum", BEST)
+    ]
+    for n in (1, 41):
+        with pytest.raises(ConfigError, match=f"words: {n}: expected 2 to 40"):
+            forgetting.run(replace(recipe, words=n))
+
+
 def test_the_seventh_word_is_none_of_the_six():
     made = forgetting.drawings(SEVENTH, 24, seed=1)
     assert [clip.word for clip in made] == [SEVENTH] * 24 + [""] * 24 and {clip.color for clip in made[:24]} == {"orange"}
-    assert SEVENTH not in CONCEPTS and "orange" not in CONCEPTS.values()
+    assert SEVENTH not in WORDS and "orange" not in {concept.color for concept in WORDS.values()}
     assert made[0].caption == "a ring moves left on a gray background" and len({clip.caption for clip in made[:24]}) == 12
     old = {repr(c) for word in CONCEPTS for c in forgetting.drawings(word, 24, seed=1)[24:]}
     assert not old & {repr(c) for c in made[24:]}
