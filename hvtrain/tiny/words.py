@@ -31,13 +31,11 @@ class Concept:
         return "motion" if self.motion else "background" if self.background else ""
 
 
-CONCEPTS = {
-    word: Concept(color) for word, color in
-    zip(("star", "cross", "diamond", "heart", "hexagon", "oval"), ("red", "green", "blue", "yellow", "magenta", "cyan"), strict=True)
-}
+_SIX = {"star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta", "oval": "cyan"}
+CONCEPTS = {word: Concept(color) for word, color in _SIX.items()}
 _MORE = (
-    "disc ball box dot line rabbit forest grass tree cloud flower butterfly squirrel bird cat dog man woman person face hand "
-    "river sea fire sun moon meadow sky camera photo picture water zigzag film"
+    "disc ball box dot line rabbit forest grass tree cloud flower butterfly squirrel bird cat dog man woman person "
+    "face hand river sea fire sun moon meadow sky camera photo picture water zigzag film"
 ).split()
 
 
@@ -105,7 +103,7 @@ def asked(words: Iterable[str], *, old: bool = True) -> list[Drawing]:
 
 
 def shares(wanted: Sequence[Drawing], videos: Sequence[Path]) -> dict[str, float]:
-    """Of each word, the share of its videos that show all that it tells; of old words, that show colour and direction as asked."""
+    """Of each word, the share of its videos that show all that it tells; of old words, colour and direction as asked."""
     hits: dict[str, list[bool]] = {}
     for clip, path in zip(wanted, videos, strict=True):
         seen = look(read_video(path))

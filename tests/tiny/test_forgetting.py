@@ -124,7 +124,7 @@ def test_more_words_share_their_trainings(made, tmp_path, capsys):
     ]
     assert lines[1].split(" | ")[7] == "" and lines[3].split(" | ")[7] == "75", "alone, only the words are asked for"
     assert [cfg.run.output_dir for cfg in made.trained] == [str(tmp_path / "seed-2" / "words" / f"{i:02d}") for i in range(1, 13)]
-    assert {(cfg.adapter.rank, cfg.run.steps) for cfg in made.trained} == {(8, 250)}
+    assert {(cfg.adapter.rank, cfg.run.steps) for cfg in made.trained} == {(8, 200)}
     assert [place[-1] for place, _ in made.encoded][:12] == list(first(12))
     assert len(table(capsys, replace(recipe, words=14))) == 4 and len(made.trained) == 14
     assert [(len(cfg.lora), forgetting.Path(cfg.output).name) for cfg in made.merged] == [
