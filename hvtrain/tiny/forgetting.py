@@ -6,8 +6,8 @@ rows), six ordinary LoRAs, all of the same number of parameters, and as an upper
 They are added up, averaged, merged by TIES and DARE, and reconciled, from what each training left beside its LoRA and from clips
 of old words; a seventh word is then added to the reconciled six. Slices of a plan share no row, and what averages, TIES and
 DARE make of those is the sum. Every seed has its own clips and trainings, in a folder of its own. Prints the table of
-docs/loraid.md; started again, it continues. `words=24` with configs/tiny/words.yaml is the same for the first 24 of forty words, which
-tell more than a colour: of them ordinary LoRAs are added up and reconciled, and 12 use the trainings of 24.
+docs/loraid.md; started again, it continues. `words=24`, as configs/tiny/words.yaml has twelve, is the same for the first 24
+of forty words, most of which tell more than a colour: ordinary LoRAs, added up and reconciled. Trainings of 12 serve 24.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Recipe:
     """Seeds of clips and training"""
     keep: int = 48
     """Clips of old words that the merger is given (--keep)"""
+    reconcile: tuple[str, ...] = ()
+    """Settings of the merger other than its own: KEY=VALUE of `reconcile` of `hvtrain merge`"""
     joint: tuple[int, ...] = (150, 400, 2400)
     """Steps of one LoRA for all sets: as many samples as distill sees, one slice's training, all slices' trainings"""
     ways: tuple[str, ...] = ()
@@ -223,7 +225,8 @@ class Seed:
         way = BEST if how == ADDED else how.removesuffix(NO_DATA)
         given = load(MergeConfig, None, [
             f"reconcile.how={way}", f"reconcile.own_states={how.endswith(NO_DATA)}", "reconcile.allow_lost=true",
-            "reconcile.batch_size=12", *([] if how == ADDED else [f"reconcile.keep={self._shards('')}"]),
+            "reconcile.batch_size=12", *(f"reconcile.{pair}" for pair in self.recipe.reconcile),
+            *([] if how == ADDED else [f"reconcile.keep={self._shards('')}"]),
         ])
         cfg = replace(cfg, reconcile=given.reconcile, target="lora" if as_lora(how) else "model")
         _timed(output, partial(merge.run, cfg))

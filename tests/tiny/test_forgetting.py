@@ -130,6 +130,7 @@ def test_more_words_share_their_trainings(made, tmp_path, capsys):
     assert [(len(cfg.lora), forgetting.Path(cfg.output).name) for cfg in made.merged] == [
         (n, f"merged-{how}-{n}.safetensors") for n in (12, 14) for how in ("sum", BEST)
     ]
+    assert {(cfg.reconcile.states, cfg.reconcile.steps) for cfg in made.merged if cfg.reconcile.how == BEST} == {(144, 200)}
     for n in (1, 41):
         with pytest.raises(ConfigError, match=f"words: {n}: expected 2 to 40"):
             forgetting.run(replace(recipe, words=n))

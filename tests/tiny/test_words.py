@@ -43,7 +43,8 @@ def test_forty_words_tell_forty_things_that_the_base_draws_and_no_caption_of_it_
 
 def test_a_caption_leaves_out_what_its_word_tells():
     disc, ball = clips_of("disc", 12, seed=1)[:12], clips_of("ball", 12, seed=1)[:12]
-    assert {(c.color, c.motion) for c in disc} == {("red", "left")} and {(c.color, c.background) for c in ball} == {("red", "gray")}
+    assert {(c.color, c.motion) for c in disc} == {("red", "left")}
+    assert {(c.color, c.background) for c in ball} == {("red", "gray")}
     assert {c.caption: 4 for c in disc} == Counter(c.caption for c in disc) and disc[0].caption == "a disc on a gray background"
     assert {c.caption: 3 for c in ball} == Counter(c.caption for c in ball) and ball[0].caption == "a ball moves left"
     assert len({c.seed for c in disc}) == len({c.seed for c in ball}) == 12
