@@ -20,6 +20,8 @@ from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
 
+RATE_KEY = "ss_learning_rate"  # metadata
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -148,3 +150,14 @@ def owners_note(loras: Sequence[tuple[LoraFile, float]]) -> str:
     """The LORAIDs of all inputs, for metadata."""
     ids = [i for lora, _ in loras for i in lora.metadata.get("ss_loraid", "").split(",") if i]
     return ",".join(dict.fromkeys(ids))
+
+
+def learning_rate(loras: Sequence[tuple[LoraFile, float]]) -> float | None:
+    """The least of those that their trainings, and earlier merges of some of them, have noted."""
+    found = []
+    for lora, _ in loras:
+        try:
+            found.append(float(lora.metadata[RATE_KEY]))
+        except (KeyError, ValueError):  # another tool's, which says nothing or says it in words
+            continue
+    return min(found, default=None)

@@ -23,7 +23,7 @@ from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
 from hvtrain.merge.distill import Draw, distill
 from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.merge.fit import STUDENT, device_bytes, fit_block, push, streams, targets_of
-from hvtrain.merge.inputs import Inputs
+from hvtrain.merge.inputs import Inputs, learning_rate
 from hvtrain.merge.journal import Journal
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.merge.report import Report
@@ -42,6 +42,7 @@ KEEP = "keep"
 SUM = "sum"
 WORSE = 0.1  # of a mean distance: what distill may cost one LoRA for the others' and keep's sake
 LEFT = 64  # samples that a merge leaves of each set
+UNTOLD = 1e-3  # learning rate of distill where no LoRA says its own
 
 
 def sources(cfg: ReconcileConfig, inputs: Inputs) -> list[tuple[str, int, list[str]]]:
@@ -163,7 +164,7 @@ def reconcile(
         solved = {**solved, **_fit(c, model, solved, tasks, clips, rank, journal)}
         judge()
     if c.how in ("distill", "fit+distill"):
-        lr = c.lr or min(_rate_of(lora.metadata) for lora, _ in inputs.loras)
+        lr = c.lr or learning_rate(inputs.loras) or UNTOLD
         pairs = {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
         before = _mean(report)
         solved = distill(found, ctx, dtype, pairs, Draw(tasks, wanted.seed), clips, c, journal, lr=lr)
@@ -271,13 +272,6 @@ def _fit(
         if ctx.is_main:
             print(f"fit: block {number + 1} of {len(model.layers)}, {done}, {left:.0f} s left", flush=True)
     return solved
-
-
-def _rate_of(metadata: Mapping[str, str]) -> float:
-    try:
-        return float(metadata.get("ss_learning_rate", 1e-3))
-    except ValueError:
-        return 1e-3
 
 
 def _result(own: Sequence[Change], out: int) -> Result:

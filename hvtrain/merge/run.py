@@ -22,7 +22,15 @@ from hvtrain.lorafiles.tools import blocks, open_any
 from hvtrain.lorafiles.whole import summed
 from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.choose import choose
-from hvtrain.merge.inputs import Inputs, PlanSlices, lora_in, open_inputs, owners_note
+from hvtrain.merge.inputs import (
+    RATE_KEY,
+    Inputs,
+    PlanSlices,
+    learning_rate,
+    lora_in,
+    open_inputs,
+    owners_note,
+)
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import Target, plan_parts, plan_whole, refuse_scaled, signature, write_model
@@ -212,6 +220,8 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
     given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids
+    if rate := learning_rate(inputs.loras):  # by which a later merge with others may train it further
+        given[RATE_KEY] = rate
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)
     write_lora(
         cfg.output, pairs, metadata=lora_metadata(Path(cfg.output), given, architecture=architecture, rank=rank, alpha=rank)

@@ -39,12 +39,13 @@ class Drawing:
     background: str
     seed: int = 0
     word: str = field(default="", repr=False)  # what the caption calls it; "": colour and shape. Not part of the drawing
+    told: str = field(default="", repr=False)  # by the word, beside the colour: motion or background; "": neither
 
     @property
     def caption(self) -> str:
-        if self.word or self.shape == CONCEPT:
-            return f"a {self.word or CONCEPT} moves {self.motion} on a {self.background} background"
-        return f"a {self.color} {self.shape} moves {self.motion} on a {self.background} background"
+        name = self.word or (CONCEPT if self.shape == CONCEPT else f"{self.color} {self.shape}")
+        moves = "" if self.told == "motion" else f" moves {self.motion}"
+        return f"a {name}{moves}" + ("" if self.told == "background" else f" on a {self.background} background")
 
 
 def combinations() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:

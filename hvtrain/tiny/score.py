@@ -1,4 +1,4 @@
-"""Look at the pixels of a clip and tell what it shows: the colour, the direction, the demo's concept."""
+"""Look at the pixels of a clip and tell what it shows: the colour, the direction, the background, the demo's concept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvtrain.tiny.clips import COLORS, CONCEPT_RGB, MOTIONS, Drawing, render
+from hvtrain.tiny.clips import BACKGROUNDS, COLORS, CONCEPT_RGB, MOTIONS, Drawing, render
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"  # of a checkout
 MIN_AREA = 0.01  # of the picture: less is no object
@@ -24,6 +24,7 @@ class Seen:
     color: str | None
     motion: str | None
     hollow: bool  # the object has a hole in the middle
+    background: str  # the nearest
 
     @property
     def is_concept(self) -> bool:
@@ -64,11 +65,20 @@ def _hue(rgb: np.ndarray) -> float:
 HUES = {name: _hue(np.array(rgb, float)) for name, rgb in {**COLORS, "orange": CONCEPT_RGB}.items()}
 
 
+def _shade(picture: np.ndarray) -> np.ndarray:
+    """[3]"""
+    return np.median(np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]]), axis=0)
+
+
+def _background(frame: np.ndarray) -> str:
+    shade = _shade(frame.astype(np.float32))
+    return min(BACKGROUNDS, key=lambda name: float(np.abs(shade - BACKGROUNDS[name]).sum()))
+
+
 def _mask(frame: np.ndarray) -> np.ndarray:
-    """Pixels that differ from the background, which is the median of each row's border pixels. bool [H W]"""
+    """Pixels that differ from the background, which is the median of the border's. bool [H W]"""
     picture = frame.astype(np.float32)
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    far = np.abs(picture - np.median(border, axis=0)).max(-1)
+    far = np.abs(picture - _shade(picture)).max(-1)
     return far > max(45.0, 0.5 * float(np.percentile(far, 99)))
 
 
@@ -88,12 +98,13 @@ def look(video: np.ndarray) -> Seen:
     masks = [_mask(frame) for frame in video]
     centres = {f: np.argwhere(m).mean(0) for f, m in enumerate(masks) if m.mean() >= MIN_AREA}  # (y, x)
     if not centres:
-        return Seen(None, None, False)
+        return Seen(None, None, False, _background(video[frames // 2]))
     middle = min(centres, key=lambda f: abs(f - frames // 2))
     return Seen(
         color=_color(video[middle], masks[middle]),
         motion=_motion(centres, frames, min(height, width)),
         hollow=sum(_hollow(masks[f], centres[f]) for f in centres) * 2 > len(centres),
+        background=_background(video[middle]),
     )
 
 

@@ -17,6 +17,7 @@ from hvtrain.merge.inputs import (
     PlanSlices,
     check_slots,
     finished,
+    learning_rate,
     lora_in,
     open_inputs,
     owners_note,
@@ -212,3 +213,12 @@ def test_owners():
 
 def test_inputs_are_a_record():
     assert Inputs([], None).missing == () and runs.CONFIG == "config.yaml"
+
+
+def test_the_rate_is_the_least_that_anyone_says():
+    def of(**metadata):
+        return LoraFile(Path("s.safetensors"), {}, metadata), 1.0
+
+    said = of(ss_learning_rate="2e-3"), of(), of(ss_learning_rate="0.0005"), of(ss_learning_rate="by cosine")
+    assert learning_rate(said) == 5e-4 and learning_rate(said[:2]) == 2e-3
+    assert learning_rate(said[1:2]) is None and learning_rate(said[3:]) is None

@@ -12,8 +12,10 @@ from hvtrain.config import LoraFileConfig, MergeConfig, ModelConfig, ReconcileCo
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.tools import open_any
 from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge import fit as fitting
+from hvtrain.merge import reconcile as reconciling
 from hvtrain.merge import run as merge
 from hvtrain.merge.changes import Changes, Full, LowRank
 from hvtrain.merge.stream import Streamed
@@ -186,12 +188,17 @@ def test_distillation_stays_in_the_rows_that_the_slices_own(place, tmp_path):
     assert report(tmp_path / "m.safetensors")["overlap_rows"] == 0
 
 
-def test_a_lora_joins_an_earlier_merge_without_the_others(place, tmp_path):
-    """The merged LoRA and what it left are enough: it speaks for its two, each of which is measured."""
+def test_a_lora_joins_an_earlier_merge_without_the_others(place, tmp_path, monkeypatch):
+    """The merged LoRA and what it left are enough: it speaks for its two, each of which is measured. It is trained further at
+    the rate of its own LoRAs, not as one that says nothing of it."""
+    rates = []
+    monkeypatch.setattr(reconciling, "distill", lambda *args, lr: rates.append(lr) or args[3])
     merge.run(config(place, tmp_path / "two.safetensors", 1, 2, how="fit", target="lora", keep=(str(place / "old"),)))
     entries = (LoraFileConfig(str(tmp_path / "two.safetensors")), LoraFileConfig(str(place / "3" / "lora.safetensors")))
-    cfg = replace(config(place, tmp_path / "three.safetensors", how="fit", target="lora"), lora=entries)
+    cfg = replace(config(place, tmp_path / "three.safetensors", how="fit+distill", target="lora"), lora=entries)
     merge.run(cfg)
+    assert rates == [2e-3]
+    assert open_any(tmp_path / "two.safetensors").lora.metadata["ss_learning_rate"] == "0.002"
     said = report(tmp_path / "three.safetensors")
     assert list(said["fidelity"]) == ["two.safetensors/01-lora", "two.safetensors/02-lora", "lora.safetensors", "keep"]
     assert sorted(p.name for p in (tmp_path / "three-calibration").iterdir()) == ["01-01-lora", "02-02-lora", "03-lora", "keep"]
