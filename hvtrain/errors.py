@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 
 class HvtrainError(Exception):
-    """A mistake in the input, not a bug: one line that says what was found, what is allowed and how to mend it."""
+    """A mistake in the input, not a bug: one line that says what was found, what is
+    allowed and how to mend it."""
 
 
 class ConfigError(HvtrainError):

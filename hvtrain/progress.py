@@ -11,7 +11,8 @@ B = TypeVar("B", bound="Bar")
 
 
 class Bar:
-    """Shown by one rank. `total` None: nobody knows. Where there is no terminal, a line every `every_s` and at the end."""
+    """Shown by one rank. `total` None: nobody knows. Where there is no terminal, a line
+    every `every_s` and at the end."""
 
     def __init__(
         self, label: str, total: float | None, *, done: int = 0, show: bool = True, to: TextIO | None = None,
@@ -37,7 +38,8 @@ class Bar:
         self.close()
 
     def update(self, done: float, text: str, log: Callable[[float], str] | None = None) -> None:
-        """`text` stands beside the bar; log(seconds since the beginning) is a line of its own where there is none."""
+        """`text` stands beside the bar; log(seconds since the beginning) is a line of
+        its own where there is none."""
         if self.live is not None:
             self.live.update(self.task, completed=done, text=text)
         elif self.show and log is not None:

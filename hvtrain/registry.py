@@ -1,4 +1,5 @@
-"""Tables of what a user can name: samplers, solvers, optimizers, policies, kernels. An entry stands beside its function."""
+"""Tables of what a user can name: samplers, solvers, optimizers, policies, kernels. An entry
+stands beside its function."""
 
 from __future__ import annotations
 
@@ -12,9 +13,12 @@ E = TypeVar("E")
 
 
 class Registry(dict[str, T]):
-    """name -> entry. `what` is an entry in the refusal; `also` are legal names that are looked after elsewhere."""
+    """name -> entry. `what` is an entry in the refusal; `also` are legal names that
+    are looked after elsewhere."""
 
-    def __init__(self, what: str, entries: Mapping[str, T] | Iterable[tuple[str, T]] = (), *, also: Iterable[str] = ()) -> None:
+    def __init__(
+        self, what: str, entries: Mapping[str, T] | Iterable[tuple[str, T]] = (), *, also: Iterable[str] = ()
+    ) -> None:
         super().__init__(entries)
         self.what, self.also = what, tuple(also)
 

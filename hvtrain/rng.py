@@ -1,7 +1,7 @@
 """The only seeding code: every random draw comes from a generator that is a function of where it is used.
 
-Ranks that share a data-parallel rank (sequence-parallel peers) get equal generators, other ranks different ones;
-a resumed run draws what the uninterrupted one would have drawn.
+Ranks that share a data-parallel rank (sequence-parallel peers) get equal generators, other ranks different
+ones; a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Stopping in time: a signal or a file sets a flag; all ranks agree at a step's end, save, and leave together.
+"""Stopping in time: a signal or a file sets a flag; all ranks agree at a step's
+end, save, and leave together.
 
 No torch here: the launcher uses it before it is loaded, for signals that arrive that early.
 """
@@ -27,7 +28,8 @@ def signals() -> list[int]:
 
 
 def remember() -> None:
-    """From now on these signals only leave a note: who still loads saves and leaves at the first step's end."""
+    """From now on these signals only leave a note: who still loads saves and
+    leaves at the first step's end."""
     for number in signals():
         signal.signal(number, _note)
 

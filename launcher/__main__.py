@@ -4,8 +4,8 @@ if __name__ == "__main__":
     import os
     import sys
 
-    # Python has put this folder (or with -m the working directory) in front of its own library. It goes before the first
-    # import that a file there could answer; os and sys were loaded when Python started.
+    # Python has put this folder (or with -m the working directory) in front of its own library. It goes
+    # before the first import that a file there could answer; os and sys were loaded when Python started.
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
-    # `-m` put the working directory first, where a user's data may be called `shards`: off, as in __main__.py.
+    # `-m` put the working directory first, where a user's data may be called
+    # `shards`: off, as in __main__.py.
     sys.path[:] = [*sys.path[1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from launcher import commands as commands  # fills the table
@@ -18,10 +19,12 @@ from launcher.table import COMMANDS, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code. Without argv this process is hvtrain itself: the console script and `python DIR/launcher` end with it."""
+    """The exit code. Without argv this process is hvtrain itself: the console script and
+    `python DIR/launcher` end with it."""
     if argv is not None:
         return run(argv)
-    # Helper processes (readers of data, compilers) are started by libraries with the working directory on their path.
+    # Helper processes (readers of data, compilers) are started by libraries with the
+    # working directory on their path.
     os.environ["PYTHONSAFEPATH"] = "1"
     output.prepare()
     arguments = list(sys.argv[1:])

@@ -1,8 +1,8 @@
 """`hvtrain demo`: the whole road on the tiny model, through the same commands that a user types.
 
-The base model has never seen a "zorb" (an orange ring). From clips of it, a LoRA is trained on two ranks, then
-merged; pixels tell whether the videos show it. Where the model also makes videos of images, it is given some, and pixels tell
-whether it keeps them and moves what they show.
+The base model has never seen a "zorb" (an orange ring). From clips of it, a LoRA is trained on two ranks,
+then merged; pixels tell whether the videos show it. Where the model also makes videos of images, it is given
+some, and pixels tell whether it keeps them and moves what they show.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from launcher.program import HVTRAIN
 
 N_PROMPTS = len(MOTIONS) * len(BACKGROUNDS)
 MARKER = ".hvtrain-demo"
-PICTURED, PICTURES = "generate_image.yaml", "from_pictures"  # config of a model that makes videos of images; where they go
+# config of a model that makes videos of images; where they go
+PICTURED, PICTURES = "generate_image.yaml", "from_pictures"
 
 
 def run(output: str, model: str | None = None) -> int:
-    """Make everything below `output`, which is emptied if an earlier demo made it. `model`: whose tiny copy, else the default."""
+    """Make everything below `output`, which is emptied if an earlier demo made it. `model`: whose
+    tiny copy, else the default."""
     configs, n_clips = _given(model)
     folder = emptied(output)
     started = time.monotonic()
@@ -52,12 +54,16 @@ def emptied(output: str) -> Path:
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ConfigError(f"--output: {folder} holds files that no demo wrote; choose another directory")
     if not CONFIGS.is_dir():
-        raise ConfigError(f"{CONFIGS} is missing: the demo runs from a checkout of the repository (`make demo`)")
+        raise ConfigError(
+            f"{CONFIGS} is missing: the demo runs from a checkout of the repository (`make demo`)"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"--output: {folder} cannot be made ({error.strerror}); choose another directory") from None
+        raise ConfigError(
+            f"--output: {folder} cannot be made ({error.strerror}); choose another directory"
+        ) from None
     (folder / MARKER).touch()
     return folder
 
@@ -76,7 +82,9 @@ def _road(folder: Path, configs: Path, n_clips: int) -> list[str]:
     shards, loras, prompts = folder / "shards", folder / "lora", folder / "prompts.txt"
     generate = ["generate", f"{configs}/generate.yaml", f"prompt_file={prompts}"]
     say(f"1 encode {n_clips} captioned clips of a '{CONCEPT}' on 2 ranks")
-    hvtrain("launch", "--nproc", "2", "encode", f"{configs}/encode.yaml", f"dataset={dataset}", f"output={shards}")
+    hvtrain(
+        "launch", "--nproc", "2", "encode", f"{configs}/encode.yaml", f"dataset={dataset}", f"output={shards}"
+    )
     say("2 before: the base model, which does not know the word")
     hvtrain(*generate, f"output={folder / 'before'}")
     say("3 train a LoRA on 2 ranks: data parallel 2, ZeRO-2, optimizer offloaded to the CPU")
@@ -84,12 +92,15 @@ def _road(folder: Path, configs: Path, n_clips: int) -> list[str]:
     hvtrain(*train, f"run.output_dir={loras}")
     say("4 a short run with sequence parallelism: Ulysses 2")
     hvtrain(
-        *train, f"run.output_dir={folder / 'lora_ulysses'}", "parallel.ulysses=2", "run.steps=10", "optim.warmup_steps=0",
-        "preview.every_steps=0",
+        *train, f"run.output_dir={folder / 'lora_ulysses'}", "parallel.ulysses=2", "run.steps=10",
+        "optim.warmup_steps=0", "preview.every_steps=0",
     )
     made = _loras(loras, configs)
     say("5 after: the base model with the LoRA")
-    hvtrain(*generate, f"output={folder / 'after'}", f"lora=[{', '.join(f'{{path: {lora}}}' for lora, _ in made.values())}]")
+    hvtrain(
+        *generate, f"output={folder / 'after'}",
+        f"lora=[{', '.join(f'{{path: {lora}}}' for lora, _ in made.values())}]"
+    )
     say("6 merge the LoRA into the model")
     merged = {part: folder / f"{lora.name.replace(CONCEPT, 'merged')}" for part, (lora, _) in made.items()}
     for part, (lora, base) in made.items():
@@ -101,7 +112,8 @@ def _road(folder: Path, configs: Path, n_clips: int) -> list[str]:
 
 
 def _from_pictures(folder: Path, configs: Path, merged: Sequence[str]) -> tuple[float, float]:
-    """(PSNR in dB of the worst first frame against the picture that was given, share of the videos that then move as told)"""
+    """(PSNR in dB of the worst first frame against the picture that was given, share of the
+    videos that then move as told)"""
     say("8 generate from the merged model and a picture each")
     wanted, made = concept_clips(N_PROMPTS, seed=2), folder.resolve() / PICTURES
     made.mkdir()
@@ -115,13 +127,16 @@ def _from_pictures(folder: Path, configs: Path, merged: Sequence[str]) -> tuple[
 
 
 def _loras(folder: Path, configs: Path) -> Mapping[str, tuple[Path, str]]:
-    """Part of the model -> the LoRA that was trained for it, and the part's file: one, or one for each expert."""
+    """Part of the model -> the LoRA that was trained for it, and the part's file:
+    one, or one for each expert."""
     from hvtrain.models import find  # torch
 
     model = load(GenerateConfig, configs / "generate.yaml").model
     experts = find(model.name).flavor(model.flavor).experts
     names = {expert.part: f"{CONCEPT}-{expert.name}" for expert in experts} or {"dit": CONCEPT}
-    return {part: (folder / f"{name}.safetensors", asset(model.file(part) or "")) for part, name in names.items()}
+    return {
+        part: (folder / f"{name}.safetensors", asset(model.file(part) or "")) for part, name in names.items()
+    }
 
 
 def score(folder: Path) -> float:
@@ -146,7 +161,9 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _close(folder: Path, scores: dict[str, float], pictured: tuple[float, float] | None, seconds: float) -> None:
+def _close(
+    folder: Path, scores: dict[str, float], pictured: tuple[float, float] | None, seconds: float
+) -> None:
     wanted = {"before": "<= 20 %", "after": ">= 80 %", "merged": ">= 80 %"}
     print(f"\nDone in {seconds / 60:.1f} minutes. Videos that show the concept (orange, hollow), by pixels:")
     for name, value in scores.items():
@@ -156,7 +173,9 @@ def _close(folder: Path, scores: dict[str, float], pictured: tuple[float, float]
             f"From pictures: the first frame is kept with {pictured[0]:.1f} dB or more (expected >= 22), "
             f"{pictured[1]:.0%} move as told (expected >= 80 %)"
         )
-    loras = [str(path) for path in sorted((folder / "lora").glob("*.safetensors")) if "-step" not in path.name]
+    loras = [
+        str(path) for path in sorted((folder / "lora").glob("*.safetensors")) if "-step" not in path.name
+    ]
     print(
         f"Videos:        {folder}/before, {folder}/after, {folder}/merged\n"
         f"Contact sheet: {folder}/contact_sheet.png (before | after | merged)\n"

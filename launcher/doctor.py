@@ -1,4 +1,5 @@
-"""`hvtrain doctor`: what this machine has, and what of it would stop a run. Imports nothing that it looks at."""
+"""`hvtrain doctor`: what this machine has, and what of it would stop a run.
+Imports nothing that it looks at."""
 
 from __future__ import annotations
 
@@ -42,7 +43,10 @@ def _system() -> Iterator[Finding]:
     old = sys.version_info < (3, 10)
     yield Finding("python", platform.python_version(), "3.10 or newer is needed" if old else "", fatal=old)
     scarce = cores() < 2 * count_gpus()
-    yield Finding("cores", str(cores()), "fewer than 2 for each GPU: ask for more (Slurm: cpus_per_process)" if scarce else "")
+    yield Finding(
+        "cores", str(cores()),
+        "fewer than 2 for each GPU: ask for more (Slurm: cpus_per_process)" if scarce else ""
+    )
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
         yield Finding("memory", f"{memory:.0f} GiB")
@@ -56,7 +60,9 @@ def _system() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     for name in NEEDED:
         version = _version(name)
-        yield Finding(name, version or "not installed", "" if version else f"pip install {name}", fatal=not version)
+        yield Finding(
+            name, version or "not installed", "" if version else f"pip install {name}", fatal=not version
+        )
     faster = [f"{name} {version}" for name in FASTER if (version := _version(name))]
     yield Finding("fast attention", ", ".join(faster) or "none: PyTorch's own kernels")
 
@@ -71,23 +77,31 @@ def _gpus() -> Iterator[Finding]:
         answer = None
     if answer is None or (answer.returncode == 0 and not answer.stdout.strip()):
         lost = "nvidia-smi finds none: the container or the node lacks NVIDIA's driver" if given else ""
-        yield Finding("GPU", f"Slurm gave {given}" if given else "none: runs on the CPU", lost, fatal=bool(given))
+        yield Finding(
+            "GPU", f"Slurm gave {given}" if given else "none: runs on the CPU", lost, fatal=bool(given)
+        )
         return
     if answer.returncode:
-        yield Finding("GPU", "nvidia-smi fails", f"mend the driver: {answer.stdout.strip() or answer.stderr.strip()}")
+        yield Finding(
+            "GPU", "nvidia-smi fails", f"mend the driver: {answer.stdout.strip() or answer.stderr.strip()}"
+        )
         return
     gpus = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     for gpu in gpus:
         yield Finding("GPU", gpu)
     torch = _version("torch") or ""
     if gpus and torch.endswith("+cpu"):
-        yield Finding("torch build", torch, "it has no CUDA: install PyTorch's CUDA build, see docs/install.md", fatal=True)
+        yield Finding(
+            "torch build", torch, "it has no CUDA: install PyTorch's CUDA build, see docs/install.md",
+            fatal=True
+        )
     elif expected := count_gpus():
         yield _torch_sees(expected)
 
 
 def _torch_sees(expected: int) -> Finding:
-    """Asked in a process of its own: torch takes seconds to load, and a broken one may take its process with it."""
+    """Asked in a process of its own: torch takes seconds to load, and a broken one
+    may take its process with it."""
     program = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     seen = int(done.stdout.split()[-1]) if done.returncode == 0 else 0
@@ -104,9 +118,15 @@ def count_gpus() -> int:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    n = len([line for line in done.stdout.splitlines() if line.startswith("GPU")]) if done.returncode == 0 else 0
+    n = (
+        len([line for line in done.stdout.splitlines() if line.startswith("GPU")])
+        if done.returncode == 0 else 0
+    )
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return n if chosen is None else min(n, len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
+    return (
+        n if chosen is None
+        else min(n, len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
+    )
 
 
 def _version(name: str) -> str | None:

@@ -1,7 +1,8 @@
-"""How a command ends: a user's mistake is one line and exit code 2, a bug is a traceback and 1, "start me again" is 75.
+"""How a command ends: a user's mistake is one line and exit code 2, a bug is a traceback
+and 1, "start me again" is 75.
 
-Several processes usually fail together, for one reason. Under `hvtrain launch` each one therefore leaves a record in a
-folder instead of printing, and the launcher prints the one that explains the others.
+Several processes usually fail together, for one reason. Under `hvtrain launch` each one therefore leaves a
+record in a folder instead of printing, and the launcher prints the one that explains the others.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def guarded(run: Callable[[], int | None]) -> int:
         with output.watched():
             return run() or 0
     except output.OutputLost as lost:
-        return _tell(USER_ERROR, f"error: {lost}") if lost.reason else 0  # none: `hvtrain models keys X | head`
+        # none: `hvtrain models keys X | head`
+        return _tell(USER_ERROR, f"error: {lost}") if lost.reason else 0
     except KeyboardInterrupt:
         return _tell(INTERRUPTED, "interrupted")
     except Exception as error:
@@ -67,7 +69,8 @@ def guarded(run: Callable[[], int | None]) -> int:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """The error classes are looked up among the loaded modules: importing `shards` here would import torch."""
+    """The error classes are looked up among the loaded modules: importing
+    `shards` here would import torch."""
     homes = (("hvtrain.errors", "HvtrainError"), ("shards.errors", "ShardError"))
     classes = [getattr(sys.modules[module], name) for module, name in homes if module in sys.modules]
     return isinstance(error, tuple(classes))
@@ -86,13 +89,14 @@ def one_line(error: BaseException) -> str:
 
 
 def first_cause(folder: Path) -> Failure | None:
-    """The record that explains the others: the earliest mistake of the user, else the earliest failure. The rest
-    are mostly processes that lost their peers."""
+    """The record that explains the others: the earliest mistake of the user, else the earliest failure. The
+    rest are mostly processes that lost their peers."""
     failures = [Failure(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     if not failures:
         return None
     cause = min(failures, key=lambda f: (f.code != USER_ERROR, f.time_s))
-    return min((f for f in failures if f.text == cause.text), key=lambda f: f.rank)  # all say it: then rank 0 does
+    # all say it: then rank 0 does
+    return min((f for f in failures if f.text == cause.text), key=lambda f: f.rank)
 
 
 def _tell(code: int, text: str) -> int:

@@ -1,7 +1,7 @@
 """Standard output and error whose reader may leave, whose disk may be full, or that are closed.
 
-A command whose result is what it prints ends then. One that makes files goes on in silence: what was begun for hours is not
-given up for a line that nobody reads, and its exit code says how the work itself ended.
+A command whose result is what it prints ends then. One that makes files goes on in silence: what was begun
+for hours is not given up for a line that nobody reads, and its exit code says how the work itself ended.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class Output:
             raise OutputLost(self.lost) from None
         if self.lost and self.stream is not sys.__stderr__:
             with suppress(OSError):
-                print(f"warning: standard output: {self.lost}; going on without it", file=sys.__stderr__, flush=True)
+                print(
+                    f"warning: standard output: {self.lost}; going on without it", file=sys.__stderr__,
+                    flush=True
+                )
 
     def __getattr__(self, name: str) -> Any:  # isatty, encoding, fileno ...
         return getattr(self.stream, name)
@@ -83,8 +86,8 @@ def go_on_unread() -> None:
 
 
 def prepare() -> None:
-    """Once, at the start of the program: a closed descriptor 0-2 must not become that of the next file that is opened,
-    and a file name that is no text in the terminal's encoding is printed with escapes."""
+    """Once, at the start of the program: a closed descriptor 0-2 must not become that of the next file that
+    is opened, and a file name that is no text in the terminal's encoding is printed with escapes."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,8 +1,8 @@
 """Start the processes of a job on this machine, pass signals on to them, and say once why they failed.
 
-It sets the variables that torchrun sets, and a command works the same under torchrun. The differences: a signal
-reaches the workers and they get the time that saving takes (torchrun kills after 30 s and does not pass SIGUSR1),
-exit codes 2 and 75 come through, and one error is printed once.
+It sets the variables that torchrun sets, and a command works the same under torchrun. The differences: a
+signal reaches the workers and they get the time that saving takes (torchrun kills after 30 s and does not
+pass SIGUSR1), exit codes 2 and 75 come through, and one error is printed once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from launcher.program import HVTRAIN
 PEERS_GRACE_S = 5.0  # after a failure, the time that the others get to notice and say what they saw
 TAIL_LINES = 30
 YOUNG_S = 1.0  # a worker younger than this may not hear yet
-# Below the ports that Linux hands out by itself (32768 and up), so that none is taken between choosing and binding.
+# Below the ports that Linux hands out by itself (32768 and up), so that none is taken
+# between choosing and binding.
 PORTS = range(20000, 32000)
 
 
@@ -47,13 +48,15 @@ class Topology:
         if self.nproc < 1 or self.nnodes < 1:
             raise LaunchError(f"--nproc {self.nproc} --nnodes {self.nnodes}: both must be at least 1")
         if not 0 <= self.node_rank < self.nnodes:
-            raise LaunchError(f"--node-rank {self.node_rank}: expected 0 to {self.nnodes - 1} (--nnodes {self.nnodes})")
+            raise LaunchError(
+                f"--node-rank {self.node_rank}: expected 0 to {self.nnodes - 1} (--nnodes {self.nnodes})"
+            )
         if self.master_port is not None and not 0 < self.master_port < 2**16:
             raise LaunchError(f"--master-port {self.master_port}: expected 1 to 65535")
         if self.nnodes > 1 and (self.master_port is None or self.master_addr == "127.0.0.1"):
             raise LaunchError(
-                "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port on it, "
-                "the same on every node"
+                "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port "
+                "on it, the same on every node"
             )
 
 
@@ -85,7 +88,11 @@ def _once(arguments: Sequence[str], topology: Topology, restart: int) -> int:
         with _forward_signals(workers) as mail:
             port = topology.master_port or free_port()
             for local_rank in range(topology.nproc):
-                workers.append(_start(arguments, topology, local_rank=local_rank, port=port, folder=folder, restart=restart))
+                workers.append(
+                    _start(
+                        arguments, topology, local_rank=local_rank, port=port, folder=folder, restart=restart
+                    )
+                )
             failed = _wait(workers, mail)
         return _explain(workers, failed, folder)
 
@@ -151,8 +158,8 @@ def _start(
 
 
 def _deaf() -> None:
-    """In the child, until it has handlers of its own: Slurm signals every process of a step, also one that is an instant old.
-    What it misses is sent again when it is YOUNG_S old."""
+    """In the child, until it has handlers of its own: Slurm signals every process of a step, also one that is
+    an instant old. What it misses is sent again when it is YOUNG_S old."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -204,7 +211,8 @@ def _forward_signals(workers: list[Worker]) -> Iterator[_Mail]:
 
 
 def _wait(workers: Sequence[Worker], mail: _Mail) -> Worker | None:
-    """Until all have ended; the first that failed. A stop on request (75) is no failure: its peers may still save."""
+    """Until all have ended; the first that failed. A stop on request (75) is no
+    failure: its peers may still save."""
     failed: Worker | None = None
     deadline = float("inf")
     while any(worker.process.poll() is None for worker in workers):

@@ -66,7 +66,10 @@ def load_site(path: str | None) -> Site:
     if site.gres and not site.gpus:
         raise ConfigError(f"{where}: gres is '{site.gres}' and gpus is false; leave one of them out")
     if site.cpus_per_process < 0:
-        raise ConfigError(f"{where}: cpus_per_process is {site.cpus_per_process}, expected 0 (the cluster's default) or more")
+        raise ConfigError(
+            f"{where}: cpus_per_process is {site.cpus_per_process}, expected 0 (the cluster's default) or "
+            "more"
+        )
     if site.grace_s < 1:
         raise ConfigError(f"{where}: grace_s is {site.grace_s}, expected seconds, 1 or more")
     if path is not None and not Path(path).is_file():

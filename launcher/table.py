@@ -1,4 +1,5 @@
-"""The table of commands and the parser made of it. A command's own code is imported when it runs: --help is instant."""
+"""The table of commands and the parser made of it. A command's own code is imported when
+it runs: --help is instant."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 @dataclass(frozen=True)
 class Command:
-    """One entry of the table. `check` finds the mistakes that need no model, so that `launch` starts no process."""
+    """One entry of the table. `check` finds the mistakes that need no model, so that
+    `launch` starts no process."""
 
     name: str  # "train", or a group and its command: "shards info"
     about: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]
     check: Callable[[argparse.Namespace], object] | None = None  # None: cannot run as several processes
-    prints: bool = False  # its result is what it prints: it ends when nobody reads on; others finish their work
+    # its result is what it prints: it ends when nobody reads on; others finish their work
+    prints: bool = False
 
 
 COMMANDS: dict[str, Command] = {}
@@ -66,7 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parse_leaf(leaf: Parser, arguments: Sequence[str], found: argparse.Namespace) -> argparse.Namespace:
-    """Options may stand anywhere, also between positionals; but what follows `launch ... COMMAND` belongs to that command."""
+    """Options may stand anywhere, also between positionals; but what follows `launch ...
+    COMMAND` belongs to that command."""
     whole = any(action.nargs == argparse.REMAINDER for action in leaf._actions)
     if whole or "-h" in arguments or "--help" in arguments:
         return leaf.parse_args(arguments, found)
@@ -120,7 +124,9 @@ def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
     """The config file, if one is given, and the key=value items."""
     files = [item for item in items if not OVERRIDE.match(item)]
     if len(files) > 1:
-        raise ConfigError(f"one config file expected, got {' and '.join(files)}; single values are given as key=value")
+        raise ConfigError(
+            f"one config file expected, got {' and '.join(files)}; single values are given as key=value"
+        )
     return (files[0] if files else None), [item for item in items if OVERRIDE.match(item)]
 
 

@@ -1,4 +1,5 @@
-"""One process of several: what hvtrain is when `hvtrain launch`, torchrun or `deepspeed` has started it as a rank."""
+"""One process of several: what hvtrain is when `hvtrain launch`, torchrun or
+`deepspeed` has started it as a rank."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
-    # `-m` put the working directory first, where a user's data may be called `shards`: off, as in __main__.py.
+    # `-m` put the working directory first, where a user's data may be called
+    # `shards`: off, as in __main__.py.
     sys.path[:] = [*sys.path[1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from hvtrain import stopping
@@ -27,8 +29,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         stopping.obey()  # the launcher starts its workers deaf
     _end_with_parent()
     code = cli.run(arguments)
-    # At once: the ordinary exit may wait for a collective whose other ranks have failed too, and tearing libraries'
-    # threads down now and then aborts a process that has finished its work.
+    # At once: the ordinary exit may wait for a collective whose other ranks have failed too, and tearing
+    # libraries' threads down now and then aborts a process that has finished its work.
     os._exit(code)
 
 

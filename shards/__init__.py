@@ -1,4 +1,5 @@
-"""The shard format: webdataset tars of latents and embeddings, with a manifest. A library that knows no model.
+"""The shard format: webdataset tars of latents and embeddings, with a manifest. A library that knows no
+model.
 
 Importing it costs nothing: what needs torch is loaded when it is first asked for.
 """
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from shards.reader import Sample, ShardSet, open_set
 
 __all__ = ["Sample", "ShardError", "ShardSet", "open_set", "pipeline"]
-_HOMES = {"Sample": "reader", "ShardSet": "reader", "open_set": "reader", "ShardError": "errors", "pipeline": "feed"}
+_HOMES = {
+    "Sample": "reader", "ShardSet": "reader", "open_set": "reader", "ShardError": "errors", "pipeline": "feed"
+}
 
 
 def __getattr__(name: str) -> object:

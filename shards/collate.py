@@ -30,7 +30,9 @@ def choose_caption(sample: Sample, *, seed: int, epoch: int, index: int) -> Samp
             tensors |= {name: sample.tensors[f"{name}.{number}"] for name in names}
             meta["caption"] = meta["captions"][number]
         except (KeyError, IndexError, TypeError):
-            raise ShardError(f"sample {sample.key} lacks its caption number {number}; encode column 'text' again") from None
+            raise ShardError(
+                f"sample {sample.key} lacks its caption number {number}; encode column 'text' again"
+            ) from None
     return Sample(sample.key, tensors, meta)
 
 
@@ -38,15 +40,18 @@ New = Callable[[tuple[int, ...], torch.dtype], Tensor]  # memory for one field o
 
 
 def collate(samples: Sequence[Sample], *, ragged: Container[str], new: New = empty) -> dict[str, Tensor]:
-    """Stack equal shapes, in memory from `new`; the `ragged` fields (Manifest.ragged) are padded with zeros and get a NAME_len
-    [B]."""
+    """Stack equal shapes, in memory from `new`; the `ragged` fields (Manifest.ragged) are padded with
+    zeros and get a NAME_len [B]."""
     names = list(samples[0].tensors)
     batch: dict[str, Tensor] = {}
     for name in names:
         values = [_field(sample, name) for sample in samples]
         _alike(name, samples, [str(v.dtype).removeprefix("torch.") for v in values], "dtypes")
         if name in ragged:
-            _alike(name, samples, ["x".join(["any", *map(str, v.shape[1:])]) if v.ndim else "none" for v in values], "shapes")
+            _alike(
+                name, samples,
+                ["x".join(["any", *map(str, v.shape[1:])]) if v.ndim else "none" for v in values], "shapes"
+            )
             batch |= _padded(name, values, new)
             continue
         _alike(name, samples, [tuple(v.shape) for v in values], "shapes")
@@ -60,12 +65,16 @@ def collate(samples: Sequence[Sample], *, ragged: Container[str], new: New = emp
 def _alike(name: str, samples: Sequence[Sample], seen: Sequence[object], what: str) -> None:
     if len(set(seen)) > 1 or "none" in seen:
         keys = ", ".join(s.key for s in samples)
-        raise ShardError(f"samples {keys}: '{name}' has {what} {', '.join(sorted(map(str, set(seen))))} in one bucket")
+        raise ShardError(
+            f"samples {keys}: '{name}' has {what} {', '.join(sorted(map(str, set(seen))))} in one bucket"
+        )
 
 
 def _field(sample: Sample, name: str) -> Tensor:
     if name not in sample.tensors:
-        raise ShardError(f"sample {sample.key} lacks the field '{name}' that others have; encode that column again")
+        raise ShardError(
+            f"sample {sample.key} lacks the field '{name}' that others have; encode that column again"
+        )
     return sample.tensors[name]
 
 

@@ -1,4 +1,5 @@
-"""Sets out of sets: merged, split, indexed, exported. Samples are copied as bytes after their checksum was compared."""
+"""Sets out of sets: merged, split, indexed, exported. Samples are copied as bytes after
+their checksum was compared."""
 
 from __future__ import annotations
 
@@ -43,13 +44,15 @@ from shards.writer import TarWriter, full
 SPLIT = "split.json"
 
 
-# --- merge ------------------------------------------------------------------------------------------------------------
+# --- merge --------------------------------------------------------------------------------------------------
 
 
 def merge(sources: Sequence[str], output: str | Path) -> ShardSet:
-    """Several sets as one. Whole tars are hard links where the disk allows it; a sample that two sets hold counts once.
+    """Several sets as one. Whole tars are hard links where the disk allows it; a sample
+    that two sets hold counts once.
 
-    Raises ShardError if columns or encoders differ, or one key stands for two contents. Killed, it is continued.
+    Raises ShardError if columns or encoders differ, or one key stands for two
+    contents. Killed, it is continued.
     """
     sets = [open_set(s) for s in sources]
     with making(output, f"shards merge {' '.join(s.name for s in sets)}", sets) as root:
@@ -66,7 +69,8 @@ def _each_once(sets: Sequence[ShardSet]) -> list[tuple[ShardSet, Chunk, list[str
         for what, here, there in zip(("columns", "encoders"), _alike(sets[0]), _alike(found)):
             if here != there:
                 raise ShardError(
-                    f"{found.name} has {what} {_shown(there)}, {sets[0].name} has {_shown(here)}: encode both the same way"
+                    f"{found.name} has {what} {_shown(there)}, {sets[0].name} has {_shown(here)}: encode "
+                    "both the same way"
                 )
     seen: dict[str, tuple[ShardSet, Chunk]] = {}
     taken = []
@@ -95,7 +99,9 @@ def _known(sets: Sequence[ShardSet]) -> dict[str, Made]:
                     f"column '{column}' of {other.name} holds {_fields(fields)}, that of {told[0][0].name} "
                     f"{_fields(told[0][1])}: encode both the same way"
                 )
-    return {column: max((made[column] for made in every), key=lambda m: bool(m.fields)) for column in every[0]}
+    return {
+        column: max((made[column] for made in every), key=lambda m: bool(m.fields)) for column in every[0]
+    }
 
 
 def _fields(fields: Mapping[str, Stored]) -> str:
@@ -109,13 +115,15 @@ def _held(key: str, found: ShardSet, chunk: Chunk, seen: Mapping[str, tuple[Shar
     for column in found.manifest.columns:
         if bytes(found.tar(chunk, column).checked(key)) != bytes(other.tar(place, column).checked(key)):
             raise ShardError(
-                f"sample {key} differs in '{column}' between {other.name} and {found.name}; remove one of them first"
+                f"sample {key} differs in '{column}' between {other.name} and {found.name}; remove one of "
+                "them first"
             )
     return True
 
 
 def pick(sources: Sequence[str], output: str | Path, n: int) -> int:
-    """At most n samples of several sets, evenly spread over them, as one set; how many. What is there already stays."""
+    """At most n samples of several sets, evenly spread over them, as one set; how many.
+    What is there already stays."""
     if (Path(output) / MANIFEST).exists():
         return open_set(output).manifest.n_keys
     sets = [open_set(s) for s in sources]
@@ -134,13 +142,14 @@ def pick(sources: Sequence[str], output: str | Path, n: int) -> int:
     return len(wanted)
 
 
-# --- split ------------------------------------------------------------------------------------------------------------
+# --- split --------------------------------------------------------------------------------------------------
 
 
 def split(source: str, output: str | Path, rule: Division, *, keep: int = 0) -> list[Portion]:
     """One set per part under output/NAME, and split.json that says which is which. Killed, it is continued.
 
-    `keep`: so many samples of the part `rest` go to one of their own, spread over it: of what the base knows, for merging.
+    `keep`: so many samples of the part `rest` go to one of their own, spread over it: of
+    what the base knows, for merging.
     """
     found = open_set(source)
     parts, where = rule.assign(found)
@@ -156,7 +165,9 @@ def split(source: str, output: str | Path, rule: Division, *, keep: int = 0) -> 
     parts = [replace(part, samples=sum(len(keys) for _, keys in mine)) for part, mine in zip(parts, rows)]
     for part in parts:
         if not part.samples:
-            raise ShardError(f"part {part.name} ({part.rule}) would be empty; nothing in {found.name} belongs to it")
+            raise ShardError(
+                f"part {part.name} ({part.rule}) would be empty; nothing in {found.name} belongs to it"
+            )
     with making(output, f"shards split {found.name} {rule.text}", [found]) as root:
         for part, mine in zip(parts, rows):
             _write_part(found, mine, root / part.name)
@@ -169,7 +180,10 @@ def _keep_aside(parts: list[Portion], where: dict[str, int], n: int) -> list[Por
     rest = next((i for i, part in enumerate(parts) if part.name == "rest"), None)
     keys = [key for key, number in where.items() if number == rest]
     if not 0 < n < len(keys):
-        raise ShardError(f"--keep {n}: takes samples that no --caption pattern matches, and leaves some; there are {len(keys)}")
+        raise ShardError(
+            f"--keep {n}: takes samples that no --caption pattern matches, and leaves some; there are "
+            f"{len(keys)}"
+        )
     where |= dict.fromkeys((keys[(2 * i + 1) * len(keys) // (2 * n)] for i in range(n)), len(parts))
     return [*parts, Portion("keep", "kept aside of rest, for --reconcile")]
 
@@ -183,20 +197,26 @@ def _write_part(found: ShardSet, rows: Sequence[tuple[Chunk, Sequence[str]]], fo
     save_manifest(folder, replace(found.manifest, chunks=chunks))
 
 
-# --- index, export --------------------------------------------------------------------------------------------------
+# --- index, export ------------------------------------------------------------------------------------------
 
 
 def index(root: str | Path, *, ragged: Container[str] = RAGGED, model: str = "") -> ShardSet:
     """Write the manifest and index files of a folder COLUMN/*.tar that another program (webdataset) made.
 
-    Tars of the columns belong together by their sorted names and must hold the same keys in the same order. What the fields
-    are is read off all samples: a size that varies is none, and a first one makes the field ragged, as being named in `ragged`
-    does, whatever the samples are. `model`: whose columns they are. Raises ShardError, for a field of two dtypes too.
+    Tars of the columns belong together by their sorted names and must hold the same keys in the same order.
+    What the fields are is read off all samples: a size that varies is none, and a first one makes the field
+    ragged, as being named in `ragged` does, whatever the samples are. `model`: whose columns they are. Raises
+    ShardError, for a field of two dtypes too.
     """
     folder = Path(root)
-    columns = sorted(p.name for p in folder.iterdir() if p.is_dir() and list(p.glob("*.tar"))) if folder.is_dir() else []
+    columns = (
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and list(p.glob("*.tar")))
+        if folder.is_dir() else []
+    )
     if "latents" not in columns:
-        raise ShardError(f"{folder}: expected folders of tars, one per column, 'latents' among them; found {columns}")
+        raise ShardError(
+            f"{folder}: expected folders of tars, one per column, 'latents' among them; found {columns}"
+        )
     tars = {check_column(c): sorted(p.name for p in inside(folder, c).glob("*.tar")) for c in columns}
     if len({len(found) for found in tars.values()}) > 1:
         counts = ", ".join(f"{c}: {len(found)}" for c, found in tars.items())
@@ -206,7 +226,8 @@ def index(root: str | Path, *, ragged: Container[str] = RAGGED, model: str = "")
         rows = [_indexed(folder, dict(zip(columns, names)), fields) for names in zip(*tars.values())]
         made = {
             column: Made(f"{IMPORTED}unknown", model, (), {
-                name: replace(field, dims=(None, *field.dims[1:])) if name in ragged else field for name, field in own.items()
+                name: replace(field, dims=(None, *field.dims[1:])) if name in ragged else field for name,
+                field in own.items()
             })
             for column, own in fields.items()
         }
@@ -246,7 +267,9 @@ def _widen(fields: dict[str, Stored], name: str, tensor: Tensor, where: str) -> 
     name, dtype = variant[1] if variant else name, str(tensor.dtype).removeprefix("torch.")
     known = fields.setdefault(name, Stored(tuple(tensor.shape), dtype))
     if (known.dtype, len(known.dims)) != (dtype, tensor.ndim):
-        raise ShardError(f"{where}: '{name}' is {Stored(tuple(tensor.shape), dtype)}, in samples before it {known}")
+        raise ShardError(
+            f"{where}: '{name}' is {Stored(tuple(tensor.shape), dtype)}, in samples before it {known}"
+        )
     fields[name] = Stored(tuple(a if a == b else None for a, b in zip(known.dims, tensor.shape)), dtype)
 
 
@@ -261,12 +284,15 @@ def _bucket(tar: Tar, key: str) -> str:
 
 
 def _write_index(path: Path, tar: Tar) -> None:
-    rows = [[name, m.offset, m.size, xxhash.xxh3_64_hexdigest(tar.bytes(name))] for name, m in tar.members.items()]
+    rows = [
+        [name, m.offset, m.size, xxhash.xxh3_64_hexdigest(tar.bytes(name))] for name, m in tar.members.items()
+    ]
     write_text(index_path(path), json.dumps({"members": rows}))
 
 
 def export(source: str, output: str | Path) -> int:
-    """KEY.safetensors with the tensors of all columns, their JSON in the header. Returns how many. Killed, it is continued."""
+    """KEY.safetensors with the tensors of all columns, their JSON in the header. Returns how
+    many. Killed, it is continued."""
     found = open_set(source)
     with making(output, f"shards export {found.name}", [found]) as root:
         for chunk in found.manifest.chunks:
@@ -284,15 +310,19 @@ def _plain(found: ShardSet, chunk: Chunk, key: str) -> bytes:
     for column in found.manifest.columns:
         tar = found.tar(chunk, column)
         tensors |= tar.tensors(key)
-        meta |= {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in tar.meta(key).items()}
+        meta |= {
+            n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n,
+            v in tar.meta(key).items()
+        }
     return save({n: t.contiguous() for n, t in tensors.items()}, metadata=meta)
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 
 
 def _take(found: ShardSet, chunk: Chunk, keys: Sequence[str], root: Path) -> Chunk:
-    """Some keys of a chunk as a chunk of the set at `root`; tars that are there already were made by the same command."""
+    """Some keys of a chunk as a chunk of the set at `root`; tars that are there already
+    were made by the same command."""
     tars = {}
     for column in found.manifest.columns:
         if len(keys) == len(chunk.keys) and not found.remote:

@@ -18,15 +18,17 @@ from shards.reader import Sample, ShardSet, open_set
 
 
 def pipeline(
-    root: str | Path, *, batch_size: int | None = 1, columns: Sequence[str] | None = None, seed: int = 0, buffer: int = 64
+    root: str | Path, *, batch_size: int | None = 1, columns: Sequence[str] | None = None, seed: int = 0,
+    buffer: int = 64
 ) -> webdataset.DataPipeline:
     """Batches of one pass over a set (a directory or a URL), further stages of webdataset may follow.
 
-    A batch is a dict: the fields stacked as `BatchLoader` does ("latents" [B C T H W], "text" [B L E] zero-padded, "text_len"
-    [B], ...), "__key__" and "json", each a list. It holds one bucket; the last of a bucket may be short. `batch_size` None:
-    samples, one by one. Columns are joined by key; None reads all. Nodes and DataLoader workers share the tars out among
-    them as webdataset does, so they may have unequal numbers of batches. Tars come in an order of (seed, pass), their samples
-    shuffled through `buffer` of them (0: as they lie). Of a URL, a tar is one request. Raises ShardError.
+    A batch is a dict: the fields stacked as `BatchLoader` does ("latents" [B C T H W], "text" [B L E]
+    zero-padded, "text_len" [B], ...), "__key__" and "json", each a list. It holds one bucket; the last of a
+    bucket may be short. `batch_size` None: samples, one by one. Columns are joined by key; None reads all.
+    Nodes and DataLoader workers share the tars out among them as webdataset does, so they may have unequal
+    numbers of batches. Tars come in an order of (seed, pass), their samples shuffled through `buffer` of them
+    (0: as they lie). Of a URL, a tar is one request. Raises ShardError.
     """
     found = open_set(root)
     return webdataset.DataPipeline(
@@ -55,7 +57,8 @@ class _Samples:
         self.found, self.columns, self.seed, self.buffer, self.passes = found, columns, seed, buffer, 0
 
     def __call__(self, numbers: Iterable[int]) -> Iterable[dict[str, Any]]:
-        worker = get_worker_info()  # one that is new for each pass counts none, but torch gives it another seed
+        # one that is new for each pass counts none, but torch gives it another seed
+        worker = get_worker_info()
         turn = (self.passes, worker.seed if worker else 0)
         self.passes += 1
         rows = self._rows(numbers, turn)
@@ -71,7 +74,9 @@ class _Samples:
             chunk = self.found.manifest.chunks[number]
             for sample in self.found.walk(chunk, self.columns):
                 sample = choose_caption(sample, seed=self.seed, epoch=salt(*turn), index=index)
-                yield {"__key__": sample.key, "__bucket__": chunk.bucket, "json": sample.meta, **sample.tensors}
+                yield {
+                    "__key__": sample.key, "__bucket__": chunk.bucket, "json": sample.meta, **sample.tensors
+                }
                 index += 1
 
 
@@ -93,4 +98,7 @@ class _Batches:
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         tensors = [{name: value for name, value in row.items() if isinstance(value, Tensor)} for row in rows]
         samples = [Sample(row["__key__"], fields, row["json"]) for row, fields in zip(rows, tensors)]
-        return {"__key__": [s.key for s in samples], "json": [s.meta for s in samples], **collate(samples, ragged=self.ragged)}
+        return {
+            "__key__": [s.key for s in samples], "json": [s.meta for s in samples],
+            **collate(samples, ragged=self.ragged)
+        }

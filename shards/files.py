@@ -16,8 +16,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def open_plain(path: Path) -> int:
-    """A handle for reading. Never waits for the other end of a pipe; raises ShardError for what is no plain file, OSError
-    if it cannot be opened."""
+    """A handle for reading. Never waits for the other end of a pipe; raises ShardError for what is no plain
+    file, OSError if it cannot be opened."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -35,13 +35,15 @@ def inside(root: Path, name: str) -> Path:
     path = root / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise ShardError(
-            f"{path}: a link that leads out of the set, to {os.path.realpath(path)}; refused: copy what it leads to into the set"
+            f"{path}: a link that leads out of the set, to {os.path.realpath(path)}; refused: copy what it "
+            "leads to into the set"
         )
     return path
 
 
 def parse_json(data: bytes) -> Any:
-    """Any JSON; raises ValueError if it is none, nests deeper than Python likes, or an object says one thing twice."""
+    """Any JSON; raises ValueError if it is none, nests deeper than Python likes, or an
+    object says one thing twice."""
     try:
         return json.loads(data, object_pairs_hook=_once)
     except RecursionError:

@@ -18,16 +18,23 @@ def lines(found: ShardSet) -> Iterator[str]:
         n_bytes = sum(chunk.tars[column].n_bytes for chunk in manifest.chunks if column in chunk.tars)
         made = manifest.made_by(column)
         by = " ".join(filter(None, [f"{made.model}'s" if made.model else "", " and ".join(made.parts)]))
-        yield f"column {column}: {size(n_bytes)}, made by {by + ', ' if by else ''}{made.fingerprint or 'unknown'}"
+        yield (
+            f"column {column}: {size(n_bytes)}, made by "
+            f"{by + ', ' if by else ''}{made.fingerprint or 'unknown'}"
+        )
     for bucket, n in sorted(Counter(c.bucket for c in manifest.chunks for _ in c.keys).items()):
         yield f"bucket {bucket} (frames x height x width): {n} samples"
     if sample is None:
         return
     for name, tensor in sample.tensors.items():
         padded = ", padded in a batch" if name in manifest.ragged else ""
-        yield f"field {name}: {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in {sample.key}{padded}"
+        yield (
+            f"field {name}: {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in "
+            f"{sample.key}{padded}"
+        )
     if "caption" in sample.meta:
-        words = "".join(c if c.isprintable() else " " for c in str(sample.meta["caption"]))  # nothing that steers a terminal
+        # nothing that steers a terminal
+        words = "".join(c if c.isprintable() else " " for c in str(sample.meta["caption"]))
         yield f"caption of {sample.key}: {words}"
 
 

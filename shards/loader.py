@@ -1,4 +1,5 @@
-"""Batches for training: this rank's micro-batches of the global stream, read ahead by threads or processes."""
+"""Batches for training: this rank's micro-batches of the global stream, read
+ahead by threads or processes."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Batch:
     """Stacked samples of one bucket."""
 
     keys: tuple[str, ...]
-    tensors: Mapping[str, Tensor]  # "latents" [B C T H W]; ragged fields [B L ...] zero-padded, with NAME_len [B]
+    # "latents" [B C T H W]; ragged fields [B L ...] zero-padded, with NAME_len [B]
+    tensors: Mapping[str, Tensor]
     meta: tuple[Mapping[str, Any], ...]
     epoch: int  # whole epochs consumed by then, the same on every rank
     cursor: int  # samples consumed by all ranks once each has taken its micro-batch of this round
@@ -54,12 +56,14 @@ class Phase:
 
 
 class BatchLoader:
-    """Endless. `workers` threads or processes read ahead (0: read when asked); the order does not depend on them.
+    """Endless. `workers` threads or processes read ahead (0: read when asked); the
+    order does not depend on them.
 
-    on_bad_sample: "stop" raises the ShardError that names file and key; "skip" puts the bucket's next sound sample in the
-    bad one's place and says so in Batch.bad. `pin`: batches in page-locked memory. `columns`: those of them that a set has are
-    read, and no others; None reads all. `phases`: instead of all samples, each once an epoch; a step is `per_step` micro-batches,
-    and the loader begins at `step`. A phase goes on in its own stream from where the cursor is: the cursor says all.
+    on_bad_sample: "stop" raises the ShardError that names file and key; "skip" puts the bucket's next sound
+    sample in the bad one's place and says so in Batch.bad. `pin`: batches in page-locked memory. `columns`:
+    those of them that a set has are read, and no others; None reads all. `phases`: instead of all samples,
+    each once an epoch; a step is `per_step` micro-batches, and the loader begins at `step`. A phase goes on
+    in its own stream from where the cursor is: the cursor says all.
     """
 
     def __init__(
@@ -85,14 +89,18 @@ class BatchLoader:
         self.seed, self.cursor, self.workers = seed, cursor, workers
         self.worker_type, self.skip, self.pin = worker_type, on_bad_sample == "skip", pin
         self.columns = columns
-        self.read_of = [tuple(c for c in s.manifest.columns if columns is None or c in columns) for s in self.sets]
+        self.read_of = [
+            tuple(c for c in s.manifest.columns if columns is None or c in columns) for s in self.sets
+        ]
         self.begins = np.cumsum([0, *map(len, self.sets)])
         self.groups = joined(s.groups(int(b)) for s, b in zip(self.sets, self.begins))
         self.ragged = frozenset().union(*(s.manifest.ragged for s in self.sets))
         self.phases = list(phases) or [Phase(0, mixture([self.groups], batch_size=batch_size))]
         self.step, self.per_step = step, per_step
         if not self.groups:
-            raise ShardError(f"no samples in {', '.join(s.name for s in self.sets) or 'an empty list of shard sets'}")
+            raise ShardError(
+                f"no samples in {', '.join(s.name for s in self.sets) or 'an empty list of shard sets'}"
+            )
 
     def state(self) -> int:
         """The cursor after the batch that was handed out last."""
@@ -127,7 +135,8 @@ class BatchLoader:
                 step += 1
 
     def read(self, turn: Turn, place: Callable[[Sequence[Sample]], New] | None = None) -> Batch:
-        """Both kinds of workers end here. `place`: where the memory for a batch of these samples comes from."""
+        """Both kinds of workers end here. `place`: where the memory for a batch
+        of these samples comes from."""
         bad: list[str] = []
         samples = [self._sample(index, turn.micro.epoch, bad) for index in turn.micro.samples]
         new = place(samples) if place else partial(empty, pin=self.pin)
@@ -173,7 +182,8 @@ def joined(parts: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def in_threads(turns: Iterator[Turn], read: Callable[[Turn], Batch], workers: int) -> Iterator[Batch]:
-    """Copying and checksums run outside Python's lock, so threads do for local tars, and share one page cache."""
+    """Copying and checksums run outside Python's lock, so threads do for local
+    tars, and share one page cache."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Batch]] = deque()
         try:

@@ -1,4 +1,5 @@
-"""A directory that a command makes: killed or out of disk it is continued by the same command, and by no other."""
+"""A directory that a command makes: killed or out of disk it is continued by the
+same command, and by no other."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ MARKER = ".making.json"  # whose directory it is; gone when it is done
 def making(output: str | Path, command: str, sources: Sequence[ShardSet]) -> Iterator[Path]:
     """`output` for `command`, as a person would read it, with the contents of `sources`.
 
-    It must be new, empty, or begun by the same command with the same contents. What is written in it must have a name that
-    says what is in it: what is there is kept. Raises ShardError for another command's directory, a full disk.
+    It must be new, empty, or begun by the same command with the same contents. What is written in it
+    must have a name that says what is in it: what is there is kept. Raises ShardError for another
+    command's directory, a full disk.
     """
     root, own = Path(output), {"command": command, "contents": [_contents(s) for s in sources]}
     try:
@@ -46,12 +48,13 @@ def _begun(root: Path, own: Mapping[str, object]) -> bool:
         raise ShardError(f"output: {root} holds something already; choose a new or empty directory") from None
     if command != own["command"]:
         raise ShardError(
-            f"output: {root} is half made by another command, {ascii(command)[:200]}; run that again to finish it, remove "
-            "the directory, or choose another"
+            f"output: {root} is half made by another command, {ascii(command)[:200]}; run that again to "
+            "finish it, remove the directory, or choose another"
         )
     if found != own:
         raise ShardError(
-            f"output: {root} is half made, from sets that have changed since; remove the directory, or choose another"
+            f"output: {root} is half made, from sets that have changed since; remove the directory, or "
+            "choose another"
         )
     return True
 
@@ -59,6 +62,10 @@ def _begun(root: Path, own: Mapping[str, object]) -> bool:
 def _contents(found: ShardSet) -> str:
     """What a set holds, wherever it lies."""
     m = found.manifest
-    rows = [[c.bucket, c.repeats, c.caption_dropout, {n: t.checksum for n, t in c.tars.items()}] for c in m.chunks]
-    text = json.dumps([m.columns, {c: made.fingerprint for c, made in m.made.items()}, m.dataset, rows], sort_keys=True)
+    rows = [
+        [c.bucket, c.repeats, c.caption_dropout, {n: t.checksum for n, t in c.tars.items()}] for c in m.chunks
+    ]
+    text = json.dumps(
+        [m.columns, {c: made.fingerprint for c, made in m.made.items()}, m.dataset, rows], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()

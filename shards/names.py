@@ -23,7 +23,9 @@ _PART = 200  # letters of a tar's or folder's name; splitting puts a few before 
 def check_key(key: str) -> str:
     """Keys become member names and file names, so they are plain: letters, digits, - and _."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise ShardError(f"sample key {_short(key)}: expected letters, digits, '-' and '_' only, at most 200 of them")
+        raise ShardError(
+            f"sample key {_short(key)}: expected letters, digits, '-' and '_' only, at most 200 of them"
+        )
     return key
 
 
@@ -40,20 +42,26 @@ def check_keys(keys: Sequence[str]) -> None:
 
 def check_column(name: str) -> str:
     if not isinstance(name, str) or not _COLUMN.fullmatch(name):
-        raise ShardError(f"column {_short(name)}: expected lower-case letters, digits and '_', at most 40 of them")
+        raise ShardError(
+            f"column {_short(name)}: expected lower-case letters, digits and '_', at most 40 of them"
+        )
     return name
 
 
 def check_bucket(name: str) -> str:
     if not isinstance(name, str) or not _BUCKET.fullmatch(name):
-        raise ShardError(f"bucket {_short(name)}: expected letters, digits, '-', '_', '+' and '.', at most 200 of them")
+        raise ShardError(
+            f"bucket {_short(name)}: expected letters, digits, '-', '_', '+' and '.', at most 200 of them"
+        )
     return name
 
 
 def check_field(name: str) -> str:
     """Tensors of a sample."""
     if not _FIELD.fullmatch(name):
-        raise ShardError(f"field {_short(name)}: expected letters, digits, '-', '_' and '.', at most 100 of them")
+        raise ShardError(
+            f"field {_short(name)}: expected letters, digits, '-', '_' and '.', at most 100 of them"
+        )
     return name
 
 
@@ -64,7 +72,8 @@ def check_tar_path(path: str) -> str:
     for part in path.split("/"):
         if not part or part == "." or len(part) > _PART or not part.isprintable() or set(part) & set("%?#"):
             raise ShardError(
-                f"a tar {_short(path)}: expected FOLDER/NAME.tar of printable letters other than '%', '?' and '#', "
+                f"a tar {_short(path)}: expected FOLDER/NAME.tar of printable letters other than '%', '?' "
+                "and '#', "
                 f"at most {_PART} a part"
             )
     if not path.endswith(".tar"):

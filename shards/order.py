@@ -1,13 +1,14 @@
 """The order of training samples: a pure function of (seed, epoch, buckets). No torch, no files, no ranks.
 
-The endless global stream is a list of micro-batches, each of one bucket. An epoch holds every sample exactly once: its
-samples are shuffled within their buckets, cut into micro-batches (the last of a bucket may be short), and the
-micro-batches of all buckets are shuffled together. Of weighted sets (`Mixture`) an epoch draws other numbers of samples:
-each set is gone through evenly, again and again, in an order of its own. Data-parallel rank r of n takes micro-batches r,
-r + n, ... of the stream, so all ranks get equally many, on any number of ranks. The cursor is one integer: samples consumed.
+The endless global stream is a list of micro-batches, each of one bucket. An epoch holds every sample exactly
+once: its samples are shuffled within their buckets, cut into micro-batches (the last of a bucket may be
+short), and the micro-batches of all buckets are shuffled together. Of weighted sets (`Mixture`) an epoch
+draws other numbers of samples: each set is gone through evenly, again and again, in an order of its own.
+Data-parallel rank r of n takes micro-batches r, r + n, ... of the stream, so all ranks get equally many, on
+any number of ranks. The cursor is one integer: samples consumed.
 
-Shuffling sorts by a hash of the index (splitmix64, Steele et al. 2014), not by a random generator: the order is the same
-on every machine and version of every library, and a million samples take a tenth of a second.
+Shuffling sorts by a hash of the index (splitmix64, Steele et al. 2014), not by a random generator: the order
+is the same on every machine and version of every library, and a million samples take a tenth of a second.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 
 Groups = Mapping[str, np.ndarray]  # bucket -> indices of its samples
 BatchSize = int | Mapping[str, int]  # of all buckets, or of each
-_COPY = 40  # bits of an index; above them the number of its copy in one epoch, so that copies are shuffled like others
+# bits of an index; above them the number of its copy in one epoch, so that copies are shuffled like others
+_COPY = 40
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class EpochOrder:
 
 
 def mix(values: np.ndarray, salt: int) -> np.ndarray:
-    """uint64 hashes [n] of uint64 values [n]: splitmix64's finaliser. Of different values different ones: no sort has ties."""
+    """uint64 hashes [n] of uint64 values [n]: splitmix64's finaliser. Of different values
+    different ones: no sort has ties."""
     x = values.astype(np.uint64) + np.uint64(salt) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -95,7 +98,9 @@ class Mixture:
 
     def order(self, *, seed: int, epoch: int) -> EpochOrder:
         drawn = [self._drawn(i, seed, epoch) for i in range(len(self.sets))]
-        groups = {bucket: np.concatenate([d[bucket] for d in drawn if bucket in d]) for d in drawn for bucket in d}
+        groups = {
+            bucket: np.concatenate([d[bucket] for d in drawn if bucket in d]) for d in drawn for bucket in d
+        }
         return epoch_order(groups, batch_size=self.batch_size, seed=seed, epoch=epoch)
 
     def _drawn(self, number: int, seed: int, epoch: int) -> Groups:
@@ -115,7 +120,8 @@ class Mixture:
         return {bucket: chosen[at == i] for i, bucket in enumerate(groups) if (at == i).any()}
 
     def stream(self, *, seed: int, cursor: int = 0) -> Iterator[MicroBatch]:
-        """The global stream from `cursor` samples on. A cursor inside a micro-batch starts with that micro-batch's rest."""
+        """The global stream from `cursor` samples on. A cursor inside a micro-batch starts
+        with that micro-batch's rest."""
         if not self.n:
             raise ValueError("no samples")
         epoch, inside = divmod(cursor, self.n)
@@ -132,14 +138,19 @@ class Mixture:
             epoch, inside = epoch + 1, 0
 
 
-def mixture(sets: Sequence[Groups], *, batch_size: BatchSize, weights: Sequence[float] | None = None) -> Mixture:
-    """`weights`: the sets' shares of the samples, relative to each other; None: every sample once an epoch."""
+def mixture(
+    sets: Sequence[Groups], *, batch_size: BatchSize, weights: Sequence[float] | None = None
+) -> Mixture:
+    """`weights`: the sets' shares of the samples, relative to each other; None:
+    every sample once an epoch."""
     sizes = [count(groups) for groups in sets]
     if weights is None:
         return Mixture(tuple(sets), tuple(sizes), batch_size)
     wanted = [sum(sizes) * w / sum(weights) for w in weights]
     counts = [max(int(w), 1) for w in wanted]
-    for i in sorted(range(len(sets)), key=lambda i: counts[i] - wanted[i])[: max(0, sum(sizes) - sum(counts))]:
+    for i in sorted(range(len(sets)), key=lambda i: counts[i] - wanted[i])[
+        : max(0, sum(sizes) - sum(counts))
+    ]:
         counts[i] += 1  # what rounding down left over, to those that lost most
     return Mixture(tuple(sets), tuple(counts), batch_size)
 

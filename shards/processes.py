@@ -1,8 +1,9 @@
 """Reading ahead in processes, for storage whose client holds Python's lock.
 
-Turn n is worker n mod `workers`'s, and batches are handed out in turn: the order is that of no workers at all. A worker
-collates a batch into memory that both processes map; only what lies where goes through the pipe. The memory is used again
-when the last tensor that views it is gone: fresh pages cost more than the reading, and so would torch's own way.
+Turn n is worker n mod `workers`'s, and batches are handed out in turn: the order is that of no workers at
+all. A worker collates a batch into memory that both processes map; only what lies where goes through the
+pipe. The memory is used again when the last tensor that views it is gone: fresh pages cost more than the
+reading, and so would torch's own way.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from shards.loader import AHEAD, Batch, BatchLoader, Turn
 from shards.reader import Sample, ShardSet
 
 _ALIGNED = 64
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # a worker ends when its reader does, not before
+# a worker ends when its reader does, not before
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class _Slots:
         self.dropped: tuple[int, ...] = ()
 
     def place(self, samples: Sequence[Sample]) -> New:
-        """Memory for a batch of these; which slot, its handle if it is new, and what it replaces are left in `self`."""
+        """Memory for a batch of these; which slot, its handle if it is new, and what it
+        replaces are left in `self`."""
         n_bytes, self.handle, self.dropped = _room(samples), -1, ()
         fitting = [n for n in self.free if len(self.memory[n]) >= n_bytes]
         if fitting:
@@ -70,7 +73,9 @@ class _Slots:
             try:
                 os.posix_fallocate(self.handle, 0, n_bytes)
             except OSError as error:
-                raise ShardError(f"no memory for a batch of {n_bytes} bytes ({error.strerror}); lower data.workers") from None
+                raise ShardError(
+                    f"no memory for a batch of {n_bytes} bytes ({error.strerror}); lower data.workers"
+                ) from None
             self.memory[self.slot] = _mapped(self.handle, n_bytes)
         self.free.discard(self.slot)
         whole, at = torch.from_numpy(self.memory[self.slot]), 0
@@ -113,12 +118,13 @@ class _Worker:
     """A process, seen from here."""
 
     def __init__(self, loader: BatchLoader) -> None:
-        # forkserver: a fork of a process that holds a GPU and communication threads would inherit their locks.
+        # forkserver: a fork of a process that holds a GPU and communication
+        # threads would inherit their locks.
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__])  # torch is imported once for all
         options = {
-            "batch_size": loader.batch_size, "seed": loader.seed, "on_bad_sample": "skip" if loader.skip else "stop",
-            "columns": loader.columns,
+            "batch_size": loader.batch_size, "seed": loader.seed,
+            "on_bad_sample": "skip" if loader.skip else "stop", "columns": loader.columns,
         }
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, loader.sets, options), daemon=True)
@@ -143,15 +149,17 @@ class _Worker:
         except (EOFError, ConnectionError):
             self.process.join()
             raise ShardError(
-                f"a reader process died (exit code {self.process.exitcode}); out of memory? lower data.workers, or set "
-                "data.worker_type=thread"
+                f"a reader process died (exit code {self.process.exitcode}); out of memory? lower "
+                "data.workers, or set data.worker_type=thread"
             ) from None
         for number in sent.dropped:
             del self.slots[number]
         view = self.slots[sent.slot].view()  # the tensors hold this view, and nobody else does
         weakref.finalize(view, self.freed.append, sent.slot).atexit = False
         memory = torch.from_numpy(view)
-        return replace(sent.batch, tensors={name: _view(memory, *field) for name, field in sent.fields.items()})
+        return replace(
+            sent.batch, tensors={name: _view(memory, *field) for name, field in sent.fields.items()}
+        )
 
     def close(self) -> None:
         self.connection.close()
@@ -176,7 +184,10 @@ def read_ahead(loader: BatchLoader) -> Iterator[Batch]:
             waiting.append(worker)
             if len(waiting) >= AHEAD * len(workers):
                 batch = waiting.popleft().receive()
-                yield replace(batch, tensors={n: t.pin_memory() for n, t in batch.tensors.items()}) if loader.pin else batch
+                yield (
+                    replace(batch, tensors={n: t.pin_memory() for n, t in batch.tensors.items()})
+                    if loader.pin else batch
+                )
                 del batch  # its memory is free when the consumer's is
     finally:
         close()

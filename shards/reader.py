@@ -41,7 +41,8 @@ class ShardSet:
     def __init__(self, root: str | Path) -> None:
         self.remote = Remote(str(root)) if is_url(root) else None
         self.root = Path(root)
-        self.address, self.name = str(root), shown(root)  # the name is for people, the address may hold a password
+        # the name is for people, the address may hold a password
+        self.address, self.name = str(root), shown(root)
         self.manifest: Manifest = self.remote.manifest() if self.remote else load_manifest(self.root)
         chunks = self.manifest.chunks
         self._begins = [0, *accumulate(len(c.keys) * c.repeats for c in chunks)]
@@ -86,7 +87,10 @@ class ShardSet:
         columns = columns or self.manifest.columns
         with ExitStack() as files:
             if self.remote:
-                tars = [files.enter_context(self.remote.streamed(self._entry(chunk, column))) for column in columns]
+                tars = [
+                    files.enter_context(self.remote.streamed(self._entry(chunk, column)))
+                    for column in columns
+                ]
             else:
                 tars = [self.tar(chunk, column) for column in columns]
             for key in chunk.keys:
@@ -111,7 +115,9 @@ class ShardSet:
         try:
             data = self.remote.read(EMPTY_TEXT) if self.remote else read_bytes(inside(self.root, EMPTY_TEXT))
         except FileNotFoundError:
-            raise ShardError(f"{where} is missing: caption dropout needs it; encode column 'text' again") from None
+            raise ShardError(
+                f"{where} is missing: caption dropout needs it; encode column 'text' again"
+            ) from None
         except (ShardError, OSError) as error:
             raise ShardError(f"{where} cannot be read ({error}): caption dropout needs it") from None
         self._empty_text = parse(data, where)
@@ -133,7 +139,9 @@ class ShardSet:
 
     def _entry(self, chunk: Chunk, column: str) -> TarFile:
         if column not in chunk.tars:
-            raise ShardError(f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}")
+            raise ShardError(
+                f"{self.name}: no column '{column}' for the {len(chunk.keys)} samples from {chunk.keys[0]}"
+            )
         return chunk.tars[column]
 
     def _open(self, entry: TarFile) -> Tar:
@@ -144,8 +152,9 @@ class ShardSet:
         return inside(self.root, entry.path)
 
     def check_tars(self) -> None:
-        """Every sample has its columns, and every tar of a local set is there, inside it, and has its size: a run that would
-        miss one after hours ends now. Contents are compared when they are read; of a URL nothing is asked."""
+        """Every sample has its columns, and every tar of a local set is there, inside it, and has its
+        size: a run that would miss one after hours ends now. Contents are compared when they are
+        read; of a URL nothing is asked."""
         faults: list[str] = []
         folders: dict[str, Path] = {}
         for chunk in self.manifest.chunks:
@@ -157,7 +166,9 @@ class ShardSet:
                 except ShardError as error:
                     faults.append(str(error))
         if faults:
-            more = f" ({len(faults) - 1} more tars are missing or have another size)" if len(faults) > 1 else ""
+            more = (
+                f" ({len(faults) - 1} more tars are missing or have another size)" if len(faults) > 1 else ""
+            )
             raise ShardError(faults[0] + more)
 
     def _check_tar(self, tar: TarFile, folders: dict[str, Path]) -> None:

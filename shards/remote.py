@@ -1,4 +1,5 @@
-"""Shard sets behind URLs (anything that fsspec opens: s3://, gs://, https://, memory://, ...): byte ranges, no files."""
+"""Shard sets behind URLs (anything that fsspec opens: s3://, gs://, https://, memory://,
+...): byte ranges, no files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from shards.errors import ShardError
 from shards.schema import MANIFEST, Manifest, TarFile, parse_manifest
 from shards.tar import Tar, as_tensor, parse_index
 
-# user:password@ (where a password holds "/", up to the next "@"; :8080/ is a port), and the query, which may be a signature.
+# user:password@ (where a password holds "/", up to the next "@"; :8080/ is a port), and the
+# query, which may be a signature.
 _SECRET = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s@]*:(?!\d+(?:/|$))\S*?@)|\?[^\s'\")]*")
 
 
@@ -44,7 +46,8 @@ class Remote:
             self.files, self.base = fsspec.core.url_to_fs(address.rstrip("/"))
         except (ImportError, ValueError) as error:
             raise ShardError(
-                f"{self.root}: this kind of address cannot be opened ({shown(error)}); install its fsspec package"
+                f"{self.root}: this kind of address cannot be opened ({shown(error)}); install its fsspec "
+                "package"
             ) from None
 
     def manifest(self) -> Manifest:
@@ -70,9 +73,11 @@ class Remote:
 
     @contextmanager
     def streamed(self, entry: TarFile) -> Iterator[Tar]:
-        """As `tar`, but what is asked for in the order in which it lies comes out of one request for all of it."""
+        """As `tar`, but what is asked for in the order in which it lies comes out
+        of one request for all of it."""
         tar, at = self.tar(entry), 0
-        # fsspec's files of HTTP are byte ranges, too, unless their blocks have no size; it asks for the file's unless told.
+        # fsspec's files of HTTP are byte ranges, too, unless their blocks have no size; it
+        # asks for the file's unless told.
         http = {"block_size": 0, "size": entry.n_bytes, "read_bufsize": _BUFFER}
         options = http if "http" in str(self.files.protocol) else {}
         try:

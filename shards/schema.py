@@ -1,8 +1,9 @@
 """The records of a shard set and their JSON.
 
-A set is a directory: manifest.json, a folder of tars per column, and empty_text.safetensors (the fields of the empty
-caption). Tar i of every column holds the same keys in the same order; a tar holds one bucket. Beside each tar lies its
-index (NAME.idx: members, offsets, sizes, checksums), for readers that fetch byte ranges.
+A set is a directory: manifest.json, a folder of tars per column, and empty_text.safetensors (the
+fields of the empty caption). Tar i of every column holds the same keys in the same order; a tar
+holds one bucket. Beside each tar lies its index (NAME.idx: members, offsets, sizes, checksums), for
+readers that fetch byte ranges.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ MAX_REPEATS = 1_000_000
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _SKELETON = re.compile(r"([0-9a-f]{16})?")
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,39}")
-RAGGED = frozenset({"text"})  # fields of sets that do not say: those of version 2, and what earlier versions indexed
+# fields of sets that do not say: those of version 2, and what earlier versions indexed
+RAGGED = frozenset({"text"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class TarFile:
         check_int(f"size of {self.path}", self.n_bytes, 0, MAX_BYTES)
         for pattern, value in ((_CHECKSUM, self.checksum), (_SKELETON, self.skeleton)):
             if not isinstance(value, str) or not pattern.fullmatch(value):
-                raise ShardError(f"{self.path}: {ascii(value)[:80]} is no checksum: expected {pattern.pattern}")
+                raise ShardError(
+                    f"{self.path}: {ascii(value)[:80]} is no checksum: expected {pattern.pattern}"
+                )
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,17 @@ class Chunk:
             check_column(column)
         check_int("repeats", self.repeats, 1, MAX_REPEATS)
         rate = self.caption_dropout
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+        if (
+            rate is not None
+            and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1)
+        ):
             raise ShardError(f"caption_dropout is {ascii(rate)[:80]}: expected 0 to 1")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A field of a column: one sample's tensor, None for a size that varies. If the first does, a batch pads it with zeros."""
+    """A field of a column: one sample's tensor, None for a size that varies. If the first does,
+    a batch pads it with zeros."""
 
     dims: tuple[int | None, ...]
     dtype: str  # torch's name
@@ -123,13 +131,15 @@ class Made:
 
     @property
     def encoder(self) -> str:
-        """The fingerprint of the weights alone; dtype and seed, which follow it, may differ. "" where there is none."""
+        """The fingerprint of the weights alone; dtype and seed, which follow it, may
+        differ. "" where there is none."""
         return "" if self.imported else self.fingerprint.split("/")[0]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Raises ShardError, as the records in it do, for a name or number that no set may hold, whoever wrote it."""
+    """Raises ShardError, as the records in it do, for a name or number that no set
+    may hold, whoever wrote it."""
 
     columns: tuple[str, ...]
     chunks: tuple[Chunk, ...]
@@ -175,7 +185,9 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
         "made": {column: asdict(made) for column, made in manifest.made.items()}, "dataset": manifest.dataset,
     }
     lines = [json.dumps(_chunk_row(chunk), ensure_ascii=False) for chunk in manifest.chunks]
-    body = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "chunks": [\n' + ",\n".join(lines) + "\n]}\n"
+    body = json.dumps(
+        head, indent=1, ensure_ascii=False
+    )[:-2] + ',\n "chunks": [\n' + ",\n".join(lines) + "\n]}\n"
     write_text(root / MANIFEST, body)
 
 
@@ -203,21 +215,28 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
         raw = parse_json(data)
         if raw["format"] != FORMAT or raw["version"] not in (OLD, VERSION):
             raise ShardError(
-                f"format {ascii(raw['format'])[:80]} version {ascii(raw['version'])[:80]}, this program reads {FORMAT!r} "
-                f"{VERSION}; encode again"
+                f"format {ascii(raw['format'])[:80]} version {ascii(raw['version'])[:80]}, this program "
+                f"reads {FORMAT!r} {VERSION}; encode again"
             )
         chunks = tuple(map(_chunk, _list(raw["chunks"])))
-        made = {c: Made(name) for c, name in raw["encoders"].items()} if raw["version"] == OLD else _made(raw["made"])
+        made = (
+            {c: Made(name) for c, name in raw["encoders"].items()}
+            if raw["version"] == OLD else _made(raw["made"])
+        )
         return Manifest(tuple(_list(raw["columns"])), chunks, made, raw["dataset"])
     except ShardError as error:
         raise ShardError(f"{where}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{where}: damaged manifest ({type(error).__name__}: {error}); encode again to mend it") from None
+        raise ShardError(
+            f"{where}: damaged manifest ({type(error).__name__}: {error}); encode again to mend it"
+        ) from None
 
 
 def _chunk(raw: Mapping[str, Any]) -> Chunk:
     tars = {column: TarFile(**tar) for column, tar in raw["tars"].items()}
-    return Chunk(raw["bucket"], tuple(_list(raw["keys"])), tars, raw.get("repeats", 1), raw.get("caption_dropout"))
+    return Chunk(
+        raw["bucket"], tuple(_list(raw["keys"])), tars, raw.get("repeats", 1), raw.get("caption_dropout")
+    )
 
 
 def _made(raw: Mapping[str, Any]) -> dict[str, Made]:

@@ -36,8 +36,8 @@ class Member:
 class Tar:
     """Samples of a tar by key. `fetch(offset, size)` hands out bytes, as a uint8 tensor [size].
 
-    A sample's checksum is compared, and its values are looked at, when it is read for the first time: later epochs read
-    at the speed of memory.
+    A sample's checksum is compared, and its values are looked at, when it is read for the first time: later
+    epochs read at the speed of memory.
     """
 
     def __init__(self, where: str, members: dict[str, Member], fetch: Callable[[int, int], Tensor]) -> None:
@@ -57,8 +57,8 @@ class Tar:
         if key not in self._finite:
             for name in not_finite(tensors):
                 raise ShardError(
-                    f"{self.where}: {key}: '{name}' holds NaN or infinite values; encode it again, or leave it out with "
-                    "data.on_bad_sample=skip"
+                    f"{self.where}: {key}: '{name}' holds NaN or infinite values; encode it again, or leave "
+                    "it out with data.on_bad_sample=skip"
                 )
             self._finite.add(key)
         row.pop(CHECKSUM, None)
@@ -79,8 +79,8 @@ class Tar:
             wanted = (row or self._row(key)).get(CHECKSUM, "")
         if wanted and xxhash.xxh3_64_hexdigest(data.numpy()) != wanted:  # type: ignore[arg-type]
             raise ShardError(
-                f"{self.where}: {name} (bytes {member.offset} to {member.offset + member.size}) is damaged: its checksum "
-                "is not the one it was written with; encode it again, or restore the tar"
+                f"{self.where}: {name} (bytes {member.offset} to {member.offset + member.size}) is damaged: "
+                "its checksum is not the one it was written with; encode it again, or restore the tar"
             )
         self._sound.add(key)
         return data
@@ -103,14 +103,17 @@ class Tar:
 
     def _member(self, name: str) -> Member:
         if name not in self.members:
-            raise ShardError(f"{self.where}: no member {name}; the tar does not fit the manifest, encode it again")
+            raise ShardError(
+                f"{self.where}: no member {name}; the tar does not fit the manifest, encode it again"
+            )
         return self.members[name]
 
     def _both(self, key: str) -> list[Tensor]:
         """KEY.safetensors and KEY.json: neighbours, so one request of a URL brings both."""
         pair = [self._member(f"{key}.{kind}") for kind in ("safetensors", "json")]
         begin, end = min(m.offset for m in pair), max(m.offset + m.size for m in pair)
-        if end - begin > sum(m.size for m in pair) + _NEAR:  # another program wrote them, with others in between
+        # another program wrote them, with others in between
+        if end - begin > sum(m.size for m in pair) + _NEAR:
             return [self.fetch(m.offset, m.size) for m in pair]
         data = self.fetch(begin, end - begin)
         return [data[m.offset - begin : m.offset - begin + m.size] for m in pair]
@@ -129,7 +132,8 @@ class Tar:
 
 
 def open_local(path: Path, entry: TarFile | None) -> Tar:
-    """Map a tar. With the manifest's entry, its size and everything but the tensors' bytes are compared with it."""
+    """Map a tar. With the manifest's entry, its size and everything but the tensors'
+    bytes are compared with it."""
     where = str(path)
     try:
         with open(open_plain(path), "rb") as file:
@@ -145,8 +149,8 @@ def open_local(path: Path, entry: TarFile | None) -> Tar:
         raise ShardError(f"{path}: not a readable tar ({error}); encode it again") from None
     if entry is not None and entry.skeleton and skeleton(data, members) != entry.skeleton:
         raise ShardError(
-            f"{path}: its headers or JSON are not those that were written: the tar is damaged or was swapped with another; "
-            "restore it or encode again"
+            f"{path}: its headers or JSON are not those that were written: the tar is damaged or was swapped "
+            "with another; restore it or encode again"
         )
     return Tar(where, members, lambda offset, size: data[offset : offset + size])
 
@@ -158,7 +162,8 @@ def as_tensor(content: mmap.mmap | bytes) -> Tensor:
 
 
 def _indexed(path: Path, size: int, data: Tensor, entry: TarFile | None) -> dict[str, Member] | None:
-    """Members by the index beside the tar, if the manifest's checksum of headers and JSON proves that it is this tar's."""
+    """Members by the index beside the tar, if the manifest's checksum of headers and JSON
+    proves that it is this tar's."""
     if entry is None or not entry.skeleton:
         return None
     try:
@@ -169,14 +174,17 @@ def _indexed(path: Path, size: int, data: Tensor, entry: TarFile | None) -> dict
 
 
 def parse_index(data: bytes, size: int) -> dict[str, Member]:
-    """Members of a tar of `size` bytes by what lies beside it. Raises ShardError for anything that no tar could be."""
+    """Members of a tar of `size` bytes by what lies beside it. Raises ShardError for
+    anything that no tar could be."""
     members: dict[str, Member] = {}
     try:
         for name, offset, n, checksum in parse_json(data)["members"]:
             if check_member(name) in members:
                 raise ShardError(f"member {name!r} occurs twice; refused")
             check_int(f"offset of {name!r}", offset, 0, size)
-            check_int(f"size of {name!r}, which begins at byte {offset} of a tar of {size},", n, 0, size - offset)
+            check_int(
+                f"size of {name!r}, which begins at byte {offset} of a tar of {size},", n, 0, size - offset
+            )
             if not isinstance(checksum, str):
                 raise TypeError(f"checksum {ascii(checksum)[:80]}")
             members[name] = Member(offset, n, checksum)
@@ -188,7 +196,8 @@ def parse_index(data: bytes, size: int) -> dict[str, Member]:
 def check_size(path: Path, size: int, entry: TarFile) -> None:
     if size != entry.n_bytes:
         raise ShardError(
-            f"{path}: {size} bytes, the manifest says {entry.n_bytes}; the tar is damaged or another one, encode it again"
+            f"{path}: {size} bytes, the manifest says {entry.n_bytes}; the tar is damaged or another one, "
+            "encode it again"
         )
 
 
@@ -197,7 +206,8 @@ def missing(path: Path) -> ShardError:
 
 
 def scan(path: Path, size: int) -> dict[str, Member]:
-    """Members of a tar that may come from anyone: plain files with plain names, each once, inside the tar's bytes."""
+    """Members of a tar that may come from anyone: plain files with plain names, each
+    once, inside the tar's bytes."""
     members: dict[str, Member] = {}
     with tarfile.open(path, "r:") as tar:
         for info in tar:
@@ -211,7 +221,10 @@ def scan(path: Path, size: int) -> dict[str, Member]:
             if name in members:
                 raise ShardError(f"{path}: member {name!r} occurs twice; refused")
             if info.offset_data + info.size > size:
-                raise ShardError(f"{path}: member {name!r} claims {info.size} bytes beyond the end of the tar; it is cut off")
+                raise ShardError(
+                    f"{path}: member {name!r} claims {info.size} bytes beyond the end of the tar; it is cut "
+                    "off"
+                )
             members[name] = Member(info.offset_data, info.size)
     return members
 

@@ -15,9 +15,9 @@ from shards.files import parse_json
 from shards.names import check_field
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER = 1 << 20
 _MAX_DIMS = 8
@@ -25,7 +25,8 @@ _MAX_LENGTH = 1 << 40  # of a dimension: strides of an empty tensor must be numb
 
 
 class Extent(NamedTuple):
-    """What a safetensors file says of one tensor before its values; `start` and `stop` count its bytes' places."""
+    """What a safetensors file says of one tensor before its values; `start` and
+    `stop` count its bytes' places."""
 
     name: str
     dtype: torch.dtype
@@ -64,9 +65,11 @@ def parse(data: Tensor, where: str) -> dict[str, Tensor]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of those that hold NaN or infinity. At the speed of memory: a sum is finite only if all that it adds is."""
+    """Names of those that hold NaN or infinity. At the speed of memory: a sum is finite
+    only if all that it adds is."""
     wide = {n: t.float() if t.itemsize == 1 else t for n, t in tensors.items() if t.is_floating_point()}
-    return [n for n, t in wide.items() if not t.sum().isfinite() and not t.isfinite().all()]  # else it was the sum: too large
+    # else it was the sum: too large
+    return [n for n, t in wide.items() if not t.sum().isfinite() and not t.isfinite().all()]
 
 
 @lru_cache(maxsize=1024)
@@ -91,11 +94,21 @@ def read_layout(header: bytes) -> tuple[list[Extent], dict[str, str]]:
     for name, entry in table.items():
         start, stop = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"tensor {ascii(name)[:100]} has the dtype {entry['dtype']}, which is not supported")
+            raise ValueError(
+                f"tensor {ascii(name)[:100]} has the dtype {entry['dtype']}, which is not supported"
+            )
         extent = Extent(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
-        if any(type(d) is not int or not 0 <= d <= _MAX_LENGTH for d in extent.shape) or len(extent.shape) > _MAX_DIMS:
+        if (
+            any(type(d) is not int or not 0 <= d <= _MAX_LENGTH for d in extent.shape)
+            or len(extent.shape) > _MAX_DIMS
+        ):
             raise ValueError(f"shape {ascii(extent.shape)[:80]}")
-        if type(start) is not int or type(stop) is not int or not 0 <= start <= stop or stop - start != extent.n_bytes:
-            raise ValueError(f"tensor '{name}' has {stop - start} bytes, its shape and dtype make {extent.n_bytes}")
+        if (
+            type(start) is not int or type(stop) is not int or not 0 <= start <= stop
+            or stop - start != extent.n_bytes
+        ):
+            raise ValueError(
+                f"tensor '{name}' has {stop - start} bytes, its shape and dtype make {extent.n_bytes}"
+            )
         found.append(extent)
     return found, metadata

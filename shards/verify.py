@@ -18,10 +18,13 @@ from shards.tar import Tar, open_local, parse_index, skeleton
 from shards.tensors import not_finite
 
 
-def verify(root: str | Path, *, values: bool = True, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
+def verify(
+    root: str | Path, *, values: bool = True, progress: Callable[[int], None] = lambda n: None
+) -> Iterator[str]:
     """Yield one line per fault, naming the tar, the key and the bytes; nothing if the set is sound.
 
-    `values`: also look for NaN and infinity. `progress` is called with the bytes of each tar that was looked at.
+    `values`: also look for NaN and infinity. `progress` is called with the bytes
+    of each tar that was looked at.
     """
     try:
         found = ShardSet(root)  # not open_set: every tar that is missing gets its line
@@ -54,13 +57,16 @@ class _Shapes:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest, self.ragged = manifest, manifest.ragged
-        self.seen: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}  # (bucket, field) -> shape, of which sample
+        # (bucket, field) -> shape, of which sample
+        self.seen: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
 
     def faults(self, tensors: Mapping[str, Tensor], key: str, column: str, bucket: str) -> Iterator[str]:
         told = self.manifest.made_by(column).fields
         for name, tensor in tensors.items():
             variant = VARIANT.fullmatch(name)
-            field, shape, dtype = variant[1] if variant else name, tuple(tensor.shape), str(tensor.dtype)[len("torch.") :]
+            field, shape, dtype = (
+                variant[1] if variant else name, tuple(tensor.shape), str(tensor.dtype)[len("torch.") :]
+            )
             if told and (field not in told or not told[field].fits(shape, dtype)):
                 yield f"'{name}' is {shape} {dtype}, the manifest says {told.get(field, 'nothing of it')}"
             elif field not in self.ragged:
@@ -69,12 +75,18 @@ class _Shapes:
                     yield f"'{name}' is {shape}, in {first} of bucket {bucket} it is {usual}"
 
 
-def _tar(path: Path, entry: TarFile, chunk: Chunk, column: str, *, values: bool, shapes: _Shapes) -> Iterator[str]:
-    tar, size = open_local(path, replace(entry, skeleton="")), entry.n_bytes  # what is damaged shall be named in detail
+def _tar(
+    path: Path, entry: TarFile, chunk: Chunk, column: str, *, values: bool, shapes: _Shapes
+) -> Iterator[str]:
+    # what is damaged shall be named in detail
+    tar, size = open_local(path, replace(entry, skeleton="")), entry.n_bytes
     data = tar.fetch(0, size)
     wanted = {f"{key}.{kind}" for key in chunk.keys for kind in ("safetensors", "json")}
     for name in sorted(wanted ^ set(tar.members)):
-        yield f"{path}: member {name} is {'missing' if name in wanted else 'not in the manifest'}; is this another tar?"
+        yield (
+            f"{path}: member {name} is {'missing' if name in wanted else 'not in the manifest'}; is this "
+            "another tar?"
+        )
     n_faults = 0
     for key in chunk.keys:
         for fault in _sample(tar, key, chunk.bucket, column, values=values, shapes=shapes):
@@ -82,7 +94,10 @@ def _tar(path: Path, entry: TarFile, chunk: Chunk, column: str, *, values: bool,
             yield fault
     if xxhash.xxh3_128_hexdigest(data.numpy()) != entry.checksum and not n_faults:  # type: ignore[arg-type]
         part = "headers, padding or JSON" if skeleton(data, tar.members) != entry.skeleton else "contents"
-        yield f"{path}: bytes 0 to {size}: its {part} are not those that were written; restore it or encode again"
+        yield (
+            f"{path}: bytes 0 to {size}: its {part} are not those that were written; restore it or encode "
+            "again"
+        )
         n_faults += 1
     if not n_faults and not wanted ^ set(tar.members):
         yield from _index(path, size, tar)
@@ -100,8 +115,8 @@ def _sample(tar: Tar, key: str, bucket: str, column: str, *, values: bool, shape
     member = tar.members[f"{key}.safetensors"]
     for name in not_finite(tensors) if values else ():
         yield (
-            f"{tar.where}: {key} (bytes {member.offset} to {member.offset + member.size}): '{name}' holds NaN or "
-            "infinite values"
+            f"{tar.where}: {key} (bytes {member.offset} to {member.offset + member.size}): '{name}' holds "
+            "NaN or infinite values"
         )
     yield from (f"{tar.where}: {key}: {fault}" for fault in shapes.faults(tensors, key, column, bucket))
 
@@ -117,6 +132,8 @@ def _index(path: Path, size: int, tar: Tar) -> Iterator[str]:
     except (ShardError, OSError) as error:
         yield f"{place}: {error}; `hvtrain shards index` writes it anew"
         return
-    if {n: (m.offset, m.size) for n, m in found.items()} != {n: (m.offset, m.size) for n, m in tar.members.items()}:
+    if {n: (m.offset, m.size) for n, m in found.items()} != {
+        n: (m.offset, m.size) for n, m in tar.members.items()
+    }:
         yield f"{place}: does not fit its tar; `hvtrain shards index` writes it anew"
 

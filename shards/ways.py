@@ -35,7 +35,9 @@ def by_number(n: int, *, seed: int = 0) -> Division:
 
     def assign(found: ShardSet) -> tuple[list[Portion], dict[str, int]]:
         if not 1 <= n <= found.manifest.n_keys:
-            raise ShardError(f"{found.name} holds {found.manifest.n_keys} samples; they cannot make {n} parts")
+            raise ShardError(
+                f"{found.name} holds {found.manifest.n_keys} samples; they cannot make {n} parts"
+            )
         order: dict[str, list[str]] = {}
         for chunk in found.manifest.chunks:
             order.setdefault(chunk.bucket, []).extend(chunk.keys)
@@ -51,7 +53,8 @@ def by_number(n: int, *, seed: int = 0) -> Division:
 
 
 def by_caption(patterns: Sequence[str]) -> Division:
-    """A part per pattern (regular expression, case ignored), the first that matches; what none matches is `rest`."""
+    """A part per pattern (regular expression, case ignored), the first that matches;
+    what none matches is `rest`."""
     try:
         wanted = [re.compile(p, re.IGNORECASE) for p in patterns]
     except re.error as error:
@@ -85,19 +88,24 @@ def by_folder() -> Division:
 
 
 def one_name(folders: Iterable[str]) -> dict[str, str]:
-    """folder -> the name it goes by. Lists of clips name one folder relatively and absolutely: a relative name is the
-    absolute one that ends in it, if a single one does."""
+    """folder -> the name it goes by. Lists of clips name one folder relatively and absolutely: a relative
+    name is the absolute one that ends in it, if a single one does."""
     plain = {folder: os.path.normpath(folder) for folder in folders}
     ends: dict[str, set[str]] = defaultdict(set)
     for name in filter(os.path.isabs, plain.values()):
         for at in (i for i, letter in enumerate(name) if letter == "/"):
             ends[name[at + 1 :]].add(name)
-    return {folder: next(iter(ends[name])) if len(ends.get(name, ())) == 1 else name for folder, name in plain.items()}
+    return {
+        folder: next(iter(ends[name])) if len(ends.get(name, ())) == 1 else name for folder,
+        name in plain.items()
+    }
 
 
 def _meta(found: ShardSet, column: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if column not in found.manifest.columns:
-        raise ShardError(f"{found.name} has no column '{column}' to split by; it has {', '.join(found.manifest.columns)}")
+        raise ShardError(
+            f"{found.name} has no column '{column}' to split by; it has {', '.join(found.manifest.columns)}"
+        )
     for chunk in found.manifest.chunks:
         tar = found.tar(chunk, column)
         for key in chunk.keys:

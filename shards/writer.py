@@ -30,7 +30,8 @@ _RECORD = 10240  # tars end at a multiple of this, as GNU tar writes them
 class TarWriter:
     """A tar under a temporary name until `finish`; leaving the context without it removes it.
 
-    Hashes while it writes: nothing is read back. Out of disk space is a ShardError, and nothing is left behind.
+    Hashes while it writes: nothing is read back. Out of disk space is a
+    ShardError, and nothing is left behind.
     """
 
     def __init__(self, root: Path, column: str) -> None:
@@ -70,7 +71,8 @@ class TarWriter:
         try:
             self.file.close()  # where NFS says that a quota is used up
             sync(self.temporary)
-            write_text(index_path(path), json.dumps({"members": self.members}))  # first: a tar that is there has its index
+            # first: a tar that is there has its index
+            write_text(index_path(path), json.dumps({"members": self.members}))
             os.replace(self.temporary, path)
             sync(path.parent)
         except OSError as error:
@@ -80,7 +82,9 @@ class TarWriter:
     def _member(self, name: str, data: bytes | memoryview, *, tensors: bool) -> None:
         info = tarfile.TarInfo(name)  # no owner, no time: equal samples make equal tars
         info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT if len(name) <= tarfile.LENGTH_NAME else tarfile.GNU_FORMAT))
+        self._write(
+            info.tobuf(tarfile.USTAR_FORMAT if len(name) <= tarfile.LENGTH_NAME else tarfile.GNU_FORMAT)
+        )
         self.members.append([name, self.at, len(data), xxhash.xxh3_64_hexdigest(data)])
         self._write(data, skeleton=not tensors)
         self._write(bytes(-len(data) % _BLOCK))
@@ -98,7 +102,9 @@ class TarWriter:
             raise full(error, self.folder) from None
 
 
-def write_tar(root: Path, name: str, samples: Iterable[tuple[str, Mapping[str, Tensor], Mapping[str, Any]]]) -> TarFile:
+def write_tar(
+    root: Path, name: str, samples: Iterable[tuple[str, Mapping[str, Tensor], Mapping[str, Any]]]
+) -> TarFile:
     """Write `root/name` from (key, tensors, meta) triples."""
     with TarWriter(root, str(Path(name).parent)) as out:
         for key, tensors, meta in samples:
@@ -111,10 +117,12 @@ def full(error: OSError, path: Path) -> ShardError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
         return ShardError(
-            f"{path}: the disk is full ({free / 2**20:.0f} MiB left); nothing half-written was kept: make room and run "
-            "the same command again, it continues"
+            f"{path}: the disk is full ({free / 2**20:.0f} MiB left); nothing half-written was kept: make "
+            "room and run the same command again, it continues"
         )
-    return ShardError(f"{path}: cannot be written ({error.strerror or error}); mend that and run the same command again")
+    return ShardError(
+        f"{path}: cannot be written ({error.strerror or error}); mend that and run the same command again"
+    )
 
 
 def remove_tar(path: Path) -> None:

@@ -17,18 +17,20 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Also where pytest is started in a directory that holds a `shards` or a `types.py`: no child looks for modules there.
+# Also where pytest is started in a directory that holds a `shards` or a `types.py`: no
+# child looks for modules there.
 os.environ["PYTHONSAFEPATH"] = "1"
 
-# The files that take longest, most of it in processes of their own: begun first, so that none is left for the end, when one
-# worker would have it alone and the others nothing.
+# The files that take longest, most of it in processes of their own: begun first, so that none is left for the
+# end, when one worker would have it alone and the others nothing.
 HERE = Path(__file__).parent
 LONGEST = (
     "slurm/test_real_slurm.py", "parallel/test_parity.py", "train/test_faults.py", "fit/test_command.py",
-    "parallel/test_architectures.py", "strange/test_verbs.py", "test_docs.py", "generate/test_run.py", "generate/test_resume.py",
-    "encode/test_crash.py", "test_model_contract.py", "train/test_both_experts.py", "test_workdir.py", "fit/test_memory.py",
-    "train/test_ranks.py", "train/test_monitor.py", "generate/test_experts.py", "generate/test_preview.py",
-    "train/test_optimizer_table.py", "models/hunyuan_video_15/test_road.py", "fuzz/test_commands.py", "fuzz/test_files.py",
+    "parallel/test_architectures.py", "strange/test_verbs.py", "test_docs.py", "generate/test_run.py",
+    "generate/test_resume.py", "encode/test_crash.py", "test_model_contract.py", "train/test_both_experts.py",
+    "test_workdir.py", "fit/test_memory.py", "train/test_ranks.py", "train/test_monitor.py",
+    "generate/test_experts.py", "generate/test_preview.py", "train/test_optimizer_table.py",
+    "models/hunyuan_video_15/test_road.py", "fuzz/test_commands.py", "fuzz/test_files.py",
 )
 
 
@@ -37,10 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Parity tests compare with the CPU, and a machine with one GPU has none for a second rank: `-m gpu` asks for GPUs."""
+    """Parity tests compare with the CPU, and a machine with one GPU has none for a second
+    rank: `-m gpu` asks for GPUs."""
     if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    config.option.loadscopereorder = False  # xdist would begin with the files of most tests, which are short ones
+    # xdist would begin with the files of most tests, which are short ones
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -61,8 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: a full garbage collection, of which the code under test asks for many, then does not look
-    through half a million objects (0.35 s) each time."""
+    """What is imported by now stays: a full garbage collection, of which the code under test asks for many,
+    then does not look through half a million objects (0.35 s) each time."""
     gc.freeze()
 
 
@@ -79,7 +83,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that reaches for another machine fails by name instead of passing where there happens to be a network."""
+    """A test that reaches for another machine fails by name instead of passing where
+    there happens to be a network."""
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: object) -> None:

@@ -1,6 +1,7 @@
-"""A pytest plugin for `make mutate`: while mutmut notes which test calls which function, it does so in its own process only.
-A child process would look for mutmut's settings in its working directory, and fail. And it loads what PyTorch's first optimizer
-and first operator load, before mutmut forks: else each mutant would, for a second or two."""
+"""A pytest plugin for `make mutate`: while mutmut notes which test calls which function, it does so in its
+own process only. A child process would look for mutmut's settings in its working directory, and fail. And
+it loads what PyTorch's first optimizer and first operator load, before mutmut forks: else each mutant
+would, for a second or two."""
 
 from __future__ import annotations
 

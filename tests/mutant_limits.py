@@ -1,7 +1,8 @@
 """mutmut, as `make mutate` runs it: a mutant that takes too long is ended, and nothing else.
 
-mutmut 3.8 notes each mutant's process number and signals it when the mutant's time is over, also when the mutant has ended long
-ago: by then the number can be another program's. Run as a text (`python -c`), so that nothing of tests/ is imported from here.
+mutmut 3.8 notes each mutant's process number and signals it when the mutant's time is over, also when the
+mutant has ended long ago: by then the number can be another program's. Run as a text (`python -c`), so that
+nothing of tests/ is imported from here.
 """
 
 from __future__ import annotations

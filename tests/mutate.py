@@ -1,9 +1,9 @@
 """`make mutate`: plant bugs one at a time and see whether the tests notice. `python -m tests.mutate --help`.
 
-mutmut plants them, in copies under `mutants/` (settings: [tool.mutmut] in pyproject.toml), and keeps what it learnt
-there: a run that was stopped goes on, and a later one tries only functions that changed. This script prints the score
-of each module and every survivor as a diff. A survivor that is an equal program (no test can tell the two apart) is
-listed in tests/equal_mutants/ with the reason, and counted apart.
+mutmut plants them, in copies under `mutants/` (settings: [tool.mutmut] in pyproject.toml), and keeps what it
+learnt there: a run that was stopped goes on, and a later one tries only functions that changed. This script
+prints the score of each module and every survivor as a diff. A survivor that is an equal program (no test can
+tell the two apart) is listed in tests/equal_mutants/ with the reason, and counted apart.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def mutmut(*arguments: str, output: bool) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     if done.returncode and not output:
-        raise SystemExit(f"mutmut ended with exit code {done.returncode}; `{' '.join(arguments)}` in {ROOT} shows why")
+        raise SystemExit(
+            f"mutmut ended with exit code {done.returncode}; `{' '.join(arguments)}` in {ROOT} shows why"
+        )
     return done.stdout or ""
 
 
@@ -68,7 +70,9 @@ def diff(name: str) -> str:
 
 def equals() -> dict[tuple[str, str], str]:
     """(function, diff without white space) -> the reason why no test can see it."""
-    entries = [entry for path in sorted(EQUAL.glob("*.toml")) for entry in tomllib.loads(path.read_text())["mutant"]]
+    entries = [
+        entry for path in sorted(EQUAL.glob("*.toml")) for entry in tomllib.loads(path.read_text())["mutant"]
+    ]
     return {(entry["function"], _bare(entry["diff"])): entry["reason"] for entry in entries}
 
 
@@ -85,7 +89,10 @@ def main() -> int:
     os.chdir(ROOT)
     if not args.report:
         mutmut("run", "--max-children", str(args.processes), *args.only, output=False)
-    found = [Mutant(m["name"], m["status"]) for m in RESULT.finditer(mutmut("results", "--all", "true", output=True))]
+    found = [
+        Mutant(m["name"], m["status"])
+        for m in RESULT.finditer(mutmut("results", "--all", "true", output=True))
+    ]
     known = equals()
     score: dict[str, Counter[str]] = defaultdict(Counter)
     for mutant in found:

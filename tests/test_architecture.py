@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = sorted(path for part in ("hvtrain", "launcher", "shards") for path in (ROOT / part).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-# What a module may import at its top level, within hvtrain, by layer: own layer and those below. The longest prefix
-# that matches a module decides its layer.
+# What a module may import at its top level, within hvtrain, by layer: own layer and those below. The longest
+# prefix that matches a module decides its layer.
 LAYERS = [
     ("hvtrain.errors", 0),
     ("hvtrain.registry", 0),
@@ -134,7 +134,9 @@ def test_models_do_not_know_each_other() -> None:
     bad = []
     for found in everything():
         here, there = module_name(found.path).split("."), found.name.split(".")
-        models = [parts[2] for parts in (here, there) if parts[:2] == ["hvtrain", "models"] and len(parts) > 2]
+        models = [
+            parts[2] for parts in (here, there) if parts[:2] == ["hvtrain", "models"] and len(parts) > 2
+        ]
         folders = [name for name in models if (ROOT / "hvtrain" / "models" / name).is_dir()]
         if below(found.name, "hvtrain.models") and len(there) > 2 and there[2] in folders:
             inside = here[:3] == there[:3]
@@ -161,7 +163,10 @@ def test_a_library_is_imported_in_its_home_only(package: str, homes: list[str]) 
 
 
 def test_no_torch_in_the_launcher_and_config() -> None:
-    light = ("launcher", "hvtrain.config", "hvtrain.config.load", "hvtrain.config.rules", "hvtrain.errors", "shards.order")
+    light = (
+        "launcher", "hvtrain.config", "hvtrain.config.load", "hvtrain.config.rules", "hvtrain.errors",
+        "shards.order"
+    )
     bad = [
         found
         for found in everything()
@@ -177,7 +182,10 @@ def test_the_environment_is_read_in_two_places() -> None:
         if where.startswith("launcher/") or where == "hvtrain/parallel/context.py":
             continue
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv"):
+            if (
+                isinstance(node, ast.Attribute)
+                and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
+            ):
                 bad.append(f"{where}:{node.lineno}")
     assert not bad, bad
 
@@ -191,12 +199,15 @@ def test_names_of_architectures_stay_in_their_folders() -> None:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             # The one exception: what `model.name` is when a config does not say.
-            if name.search(line) and not (where.as_posix() == "hvtrain/config/model.py" and "name: str =" in line):
+            if (
+                name.search(line)
+                and not (where.as_posix() == "hvtrain/config/model.py" and "name: str =" in line)
+            ):
                 bad.append(f"{where}:{number}: {line.strip()}")
     assert not bad, "\n".join(bad)
 
 
-# --- facts of architectures -------------------------------------------------------------------------------------------
+# --- facts of architectures ---------------------------------------------------------------------------------
 
 # Names of one model's tensors, fields and parts, and numbers that are its own.
 FACTS = re.compile(
@@ -218,7 +229,10 @@ def test_facts_of_architectures_stay_in_their_folders() -> None:
     found: dict[str, list[str]] = {}
     for path in CODE:
         where = path.relative_to(ROOT)
-        if not (where.parts[:2] == ("hvtrain", "models") and len(where.parts) > 3) and where.parts[:2] != ("hvtrain", "tiny"):
+        if (
+            not (where.parts[:2] == ("hvtrain", "models") and len(where.parts) > 3)
+            and where.parts[:2] != ("hvtrain", "tiny")
+        ):
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
                 if FACTS.search(line):
                     found.setdefault(where.as_posix(), []).append(f"{where}:{number}: {line.strip()}")
@@ -227,7 +241,7 @@ def test_facts_of_architectures_stay_in_their_folders() -> None:
     assert {name: len(lines) for name, lines in found.items()} == FACTS_LEFT, "mended: take it off FACTS_LEFT"
 
 
-# --- records and arguments --------------------------------------------------------------------------------------------
+# --- records and arguments ----------------------------------------------------------------------------------
 
 WHOLE = ("TrainConfig", "EncodeConfig", "GenerateConfig", "MergeConfig")
 # Functions that still take a command's whole config below its run.py.
@@ -238,7 +252,10 @@ def takes_whole_config(path: Path) -> Iterator[str]:
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             a = node.args
-            notes = [ast.unparse(arg.annotation) for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs) if arg.annotation]
+            notes = [
+                ast.unparse(arg.annotation)
+                for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs) if arg.annotation
+            ]
         elif isinstance(node, ast.ClassDef):  # a record that holds one hands it on
             notes = [ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)]
         else:
@@ -248,7 +265,8 @@ def takes_whole_config(path: Path) -> Iterator[str]:
 
 
 def test_a_whole_config_stays_with_its_command() -> None:
-    """Below a verb's run.py, and but for the rules, functions take sections or values: what they depend on is what they say."""
+    """Below a verb's run.py, and but for the rules, functions take sections or values: what they
+    depend on is what they say."""
     found = set()
     for path in CODE:
         where = path.relative_to(ROOT).as_posix()
@@ -258,8 +276,8 @@ def test_a_whole_config_stays_with_its_command() -> None:
 
 
 def test_a_class_has_one_home() -> None:
-    """Two records of one name are read as one. A name with an underscore before it is nobody else's, and an architecture's
-    folder is a world of its own."""
+    """Two records of one name are read as one. A name with an underscore before it is nobody else's, and an
+    architecture's folder is a world of its own."""
     homes: dict[str, list[str]] = {}
     for path in CODE:
         models = below(module_name(path), "hvtrain.models")
@@ -281,7 +299,10 @@ def test_files_and_functions_stay_small() -> None:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 n = (node.end_lineno or 0) - node.lineno + 1
                 if n > MAX_FUNCTION:
-                    bad.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {n} lines, at most {MAX_FUNCTION}")
+                    bad.append(
+                        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {n} lines, at most "
+                        f"{MAX_FUNCTION}"
+                    )
     assert not bad, "\n".join(bad)
 
 
@@ -296,6 +317,7 @@ def test_python_3_10_can_read_it() -> None:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Import) and any(alias.name == "tomllib" for alias in node.names):
                 guarded = any(
-                    isinstance(outer, (ast.If, ast.Try)) and node in ast.walk(outer) for outer in ast.walk(tree(path))
+                    isinstance(outer, (ast.If, ast.Try)) and node in ast.walk(outer)
+                    for outer in ast.walk(tree(path))
                 )
                 assert guarded, f"{path}:{node.lineno}: tomllib is new in 3.11; fall back to tomli"

@@ -1,8 +1,8 @@
-"""What README.md and docs/ show works: every command of a shell block runs, at tiny size and in its order; every command,
-option, key and file that the prose names exists.
+"""What README.md and docs/ show works: every command of a shell block runs, at tiny size and in its order;
+every command, option, key and file that the prose names exists.
 
-A command may be written for eight GPUs and 13B parameters: `tiny` says what stands in for what. Not run are the lines of
-NOT_RUN, each with its reason.
+A command may be written for eight GPUs and 13B parameters: `tiny` says what stands in for what. Not run are
+the lines of NOT_RUN, each with its reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from shards import open_set
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
-WITH_CONFIG = {"encode": "encode", "train": "train", "generate": "generate", "fit": "train", "slices run": "train"}
+WITH_CONFIG = {
+    "encode": "encode", "train": "train", "generate": "generate", "fit": "train", "slices run": "train"
+}
 
 NOT_RUN = {
     r"make (demo|test|env)\b": "this very suite, and the demo's minutes",
@@ -46,31 +48,37 @@ NOT_RUN = {
     r"hvtrain shards import-musubi ": "needs caches of another program; tests/encode makes them",
 }
 
-# What a page writes for a user's own files, and the tiny file that stands for it. {n}: new with every command.
+# What a page writes for a user's own files, and the tiny file that stands for it.
+# {n}: new with every command.
 NAMES = {
     "docs/shards.md": {
         "SET": "data/shards", "A": "parts/01", "B": "parts/02", "AB": "merged-{n}", "PARTS": "split-{n}",
         "export DIR": "exported-{n}", "index DIR": "tars", "--keep 64": "1",
     },
     "docs/slurm.md": {
-        "data.shards=/data/shards": "data.shards=data/shards", "run.output_dir=/data/runs/a": "run.output_dir=runs/b",
+        "data.shards=/data/shards": "data.shards=data/shards",
+        "run.output_dir=/data/runs/a": "run.output_dir=runs/b",
     },
     "docs/loraid.md": {
-        "FILE": "a.safetensors", "OUT": "out-{n}.safetensors", "TUNED": "tuned.safetensors", "BASE": "model.safetensors",
-        "A": "a.safetensors", "B": "b.safetensors",
-        "runs/a/lora-step00000100.safetensors": "runs/a/my_lora-step00000001.safetensors",
-        "runs/b": "runs/a", "data/general": "data/shards", "--device cuda": "cpu",
-        "--plan ...": "plan/plan.json", "--slices ...": "runs/sliced", "[--rank": "--rank", "64]": "4", "64": "4", "1 3": "2",
+        "FILE": "a.safetensors", "OUT": "out-{n}.safetensors", "TUNED": "tuned.safetensors",
+        "BASE": "model.safetensors", "A": "a.safetensors", "B": "b.safetensors",
+        "runs/a/lora-step00000100.safetensors": "runs/a/my_lora-step00000001.safetensors", "runs/b": "runs/a",
+        "data/general": "data/shards", "--device cuda": "cpu", "--plan ...": "plan/plan.json",
+        "--slices ...": "runs/sliced", "[--rank": "--rank", "64]": "4", "64": "4", "1 3": "2",
     },
 }
 VALUES = {"--nproc": "2", "--gpus": "2", "--size": "64x64x9", "--n": "2", "parallel.ulysses": "2"}
 ADDED = {
     "encode": ["samples_per_tar=2"],
-    "train": ["run.steps=2", "run.save_every_steps=1", "run.name=my_lora", "optim.warmup_steps=0", "preview.every_steps=0",
-              "data.batch_size=1"],
+    "train": [
+        "run.steps=2", "run.save_every_steps=1", "run.name=my_lora", "optim.warmup_steps=0",
+        "preview.every_steps=0", "data.batch_size=1"
+    ],
     "generate": ["steps=1"],
-    "slices run": ["run.steps=1", "optim.warmup_steps=0", "preview.every_steps=0", "data.batch_size=1", "zero.engine=torch",
-                   "zero.offload_optimizer=none"],
+    "slices run": [
+        "run.steps=1", "optim.warmup_steps=0", "preview.every_steps=0", "data.batch_size=1",
+        "zero.engine=torch", "zero.offload_optimizer=none"
+    ],
     "merge": ["reconcile.steps=2", "reconcile.states=4", "reconcile.held_out=1", "reconcile.allow_lost=true"],
     "doctor": ["--nproc", "1"],
 }
@@ -97,7 +105,9 @@ def commands_of(text: str) -> Iterator[list[str]]:
 
 
 def shown(page: Path) -> list[list[str]]:
-    return [words for language, text in split_page(page)[0] if language == "sh" for words in commands_of(text)]
+    return [
+        words for language, text in split_page(page)[0] if language == "sh" for words in commands_of(text)
+    ]
 
 
 def command_of(words: list[str]) -> tuple[str, list[str]]:
@@ -107,7 +117,7 @@ def command_of(words: list[str]) -> tuple[str, list[str]]:
     return " ".join(words[1 : 1 + n]), words[1 + n :]
 
 
-# --- at tiny size -----------------------------------------------------------------------------------------------------
+# --- at tiny size -------------------------------------------------------------------------------------------
 
 
 def tiny(words: list[str], page: Path, n: int) -> list[str]:
@@ -147,7 +157,9 @@ def small(words: list[str], command: str, page: Path, n: int) -> list[str]:
 def run(arguments: list[str]) -> None:
     """In this process where that is possible: loading torch takes longer than most of these commands."""
     if arguments[0] in ("launch", "doctor") or arguments[:2] == ["slices", "run"]:
-        done = subprocess.run([*HVTRAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
+        done = subprocess.run(
+            [*HVTRAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+        )
         assert done.returncode == 0, f"hvtrain {shlex.join(arguments)}\n{done.stdout}"
     else:
         here = Path.cwd()  # which a command of a sliced run leaves for where that run was begun
@@ -171,7 +183,8 @@ def walk(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """README's commands, run in a directory that holds nothing but the clips and the model that they start from."""
+    """README's commands, run in a directory that holds nothing but the clips and the
+    model that they start from."""
     here = tmp_path_factory.mktemp("road")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -182,24 +195,34 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ran = walk(ROOT / "README.md")
         assert len(ran) >= 10, ran
         # README submits its slices to Slurm; the pages after it ask for their results.
-        run(["slices", "run", str(TINY / "lora.yaml"), "--plan", "plan/plan.json", "--data", "parts", "--output", "runs/sliced",
-             *ADDED["slices run"]])
+        run(
+            [
+                "slices", "run", str(TINY / "lora.yaml"), "--plan", "plan/plan.json", "--data", "parts",
+                "--output", "runs/sliced", *ADDED["slices run"]
+            ]
+        )
         yield here
 
 
 def test_the_readmes_road_leaves_what_it_promises(road: Path) -> None:
-    for made in ("preview.html", "data/shards/manifest.json", "runs/a/my_lora.safetensors", "runs/a/tensorboard", "cat.mp4",
-                 "merged.safetensors", "plan/plan.png", "parts/02/manifest.json", "runs/sliced/merge/merged-lora.safetensors"):
+    for made in (
+        "preview.html", "data/shards/manifest.json", "runs/a/my_lora.safetensors", "runs/a/tensorboard",
+        "cat.mp4", "merged.safetensors", "plan/plan.png", "parts/02/manifest.json",
+        "runs/sliced/merge/merged-lora.safetensors"
+    ):
         assert (road / made).exists(), made
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if shown(page)], ids=name_of)
-def test_the_commands_of_a_page_run(page: Path, road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_run(
+    page: Path, road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     made = ["clips", "clips.toml", "model.safetensors", "data", "runs"]
     if page.stem == "shards":
         made.append("parts")
-        for i, chunk in enumerate(open_set(road / "data/shards").manifest.chunks):  # named in order, as webdataset names them
+        # named in order, as webdataset names them
+        for i, chunk in enumerate(open_set(road / "data/shards").manifest.chunks):
             for column, tar in chunk.tars.items():
                 Path("tars", column).mkdir(parents=True, exist_ok=True)
                 shutil.copy(road / "data/shards" / tar.path, f"tars/{column}/{i:06d}.tar")
@@ -225,7 +248,7 @@ def test_the_example_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_site(str(site)).cpus_per_process == 12
 
 
-# --- what the prose names ---------------------------------------------------------------------------------------------
+# --- what the prose names -----------------------------------------------------------------------------------
 
 
 @cache
@@ -251,7 +274,8 @@ SECTIONS = {key.partition(".")[0] for keys in KEYS.values() for key in keys if "
 
 
 def mistakes(words: list[str]) -> Iterator[str]:
-    """What of a command as it is written does not exist. Placeholders (FILE, N, ...) and brackets are passed over."""
+    """What of a command as it is written does not exist. Placeholders (FILE, N, ...)
+    and brackets are passed over."""
     words = [word for word in (word.strip("[]|") for word in words) if word not in ("", "...")]
     if words[1:] and words[1].startswith("--"):
         return  # hvtrain --help
@@ -271,7 +295,10 @@ def mistakes(words: list[str]) -> Iterator[str]:
         key, sign, _ = word.partition("=")
         if word.startswith("--") and key not in options_of(command):
             yield f"hvtrain {command} has no option {word}"
-        elif sign and root and re.fullmatch(r"[a-z_.]+", key) and key not in ("key", "section.key", *KEYS[root]):
+        elif (
+            sign and root and re.fullmatch(r"[a-z_.]+", key)
+            and key not in ("key", "section.key", *KEYS[root])
+        ):
             yield f"hvtrain {command} has no key {key}"
         elif word.startswith("configs/") and not (ROOT / word).is_file():
             yield f"no file {word}"
@@ -292,7 +319,10 @@ def mistakes_of_others(words: list[str]) -> Iterator[str]:
 
 def written(text: str) -> Iterator[list[str]]:
     for code in re.findall(r"`([^`]+)`", text):
-        words = shlex.split(code.replace("\n", " ")) if code.count('"') % 2 == 0 and code.count("'") % 2 == 0 else code.split()
+        words = (
+            shlex.split(code.replace("\n", " "))
+            if code.count('"') % 2 == 0 and code.count("'") % 2 == 0 else code.split()
+        )
         if words and words[0] in ("hvtrain", "python", "make", "torchrun") and len(words) > 1:
             yield words
 
@@ -313,7 +343,9 @@ def test_commands_options_keys_and_files_that_a_page_names_exist(page: Path) -> 
     assert not wrong, f"{name_of(page)}: " + "; ".join(wrong)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_the_commands_in_a_configs_comments_exist(path: Path) -> None:
     wrong = []
     for line in re.findall(r"^#.*?((?:hvtrain|python -m) .*)$", path.read_text(), flags=re.M):

@@ -1,4 +1,5 @@
-"""What every model promises, asked of every one that is found. A new architecture is tested by being there."""
+"""What every model promises, asked of every one that is found. A new architecture is tested by being
+there."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ from tests.strange import discovered
 with discovered():
     ALL = all_specs()
 SPECS = [pytest.param(spec, id=spec.name) for spec in ALL]
-FLAVORS = [pytest.param(spec, flavor, id=f"{spec.name}-{name}") for spec in ALL for name, flavor in spec.flavors.items()]
+FLAVORS = [
+    pytest.param(spec, flavor, id=f"{spec.name}-{name}") for spec in ALL for name,
+    flavor in spec.flavors.items()
+]
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +80,13 @@ def test_declared_conditions_make_a_velocity(spec, flavor):
 
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
 def test_the_loss_mask_leaves_out_what_is_given_and_nothing_else(spec, flavor):
-    """A frame that is handed over clean (the same whatever the noise) is not learnt; every other is. No mask: none is clean."""
+    """A frame that is handed over clean (the same whatever the noise) is not learnt; every other
+    is. No mask: none is clean."""
     for task in flavor.tasks:
         x, cond = batch(flavor)
         inputs = [
-            spec.make_input(x + shift, torch.tensor([0.3, 0.9]), cond, task=task, guidance=1.0) for shift in (0.0, 1.0)
+            spec.make_input(x + shift, torch.tensor([0.3, 0.9]), cond, task=task, guidance=1.0)
+            for shift in (0.0, 1.0)
         ]
         c = x.shape[1]
         moved = (inputs[1].x[:, :c] - inputs[0].x[:, :c]).abs().amax((1, 3, 4)) > 0  # [B T]
@@ -93,19 +99,36 @@ def test_the_loss_mask_leaves_out_what_is_given_and_nothing_else(spec, flavor):
 
 @pytest.mark.parametrize(("spec", "flavor"), FLAVORS)
 def test_samples_become_an_input(spec, flavor, tmp_path):
-    """From shards, by collating and caption dropout: each sample at its own lengths, a dropped one with the empty caption's."""
+    """From shards, by collating and caption dropout: each sample at its own lengths, a dropped
+    one with the empty caption's."""
     x, cond = batch(flavor)
     stored = {f.name: cond[f.name].to(f.dtype) for f in flavor.cond}
     lengths = {name: cond[f"{name}_len"].tolist() for name in stored if f"{name}_len" in cond}
-    empty = {f.name: stored[f.name][0, :1] if f.ragged else stored[f.name][0] for f in flavor.cond if f.column == "text"}
+    empty = {
+        f.name: stored[f.name][0, :1] if f.ragged else stored[f.name][0]
+        for f in flavor.cond if f.column == "text"
+    }
 
     def sample(column: str, i: int) -> dict[str, torch.Tensor]:
-        own = {"latents": x[i]} if column == "latents" else {f.name: stored[f.name][i] for f in flavor.cond if f.column == column}
-        return {name: t[: lengths[name][i]].clone() if name in lengths else t.clone() for name, t in own.items()}
+        own = (
+            {"latents": x[i]}
+            if column == "latents" else {f.name: stored[f.name][i] for f in flavor.cond if f.column == column}
+        )
+        return {
+            name: t[: lengths[name][i]].clone() if name in lengths else t.clone() for name, t in own.items()
+        }
 
-    tars = {c: write_tar(tmp_path, f"{c}/0.tar", [(k, sample(c, i), {}) for i, k in enumerate("ab")]) for c in flavor.columns}
+    tars = {
+        c: write_tar(tmp_path, f"{c}/0.tar", [(k, sample(c, i), {}) for i, k in enumerate("ab")])
+        for c in flavor.columns
+    }
     made = {
-        c: Made(fields={f.name: Stored(f.dims, str(f.dtype).removeprefix("torch.")) for f in flavor.cond if f.column == c})
+        c: Made(
+            fields={
+                f.name: Stored(f.dims, str(f.dtype).removeprefix("torch."))
+                for f in flavor.cond if f.column == c
+            }
+        )
         for c in flavor.columns
     }
     save_manifest(tmp_path, Manifest(tuple(tars), (Chunk("9x64x96", ("a", "b"), tars),), made))
@@ -121,11 +144,16 @@ def test_samples_become_an_input(spec, flavor, tmp_path):
 
     def inputs(cond) -> ModelInput:
         wide = {n: v if n.endswith("_len") else v.float() for n, v in cond.items() if n != "latents"}
-        return spec.make_input(2 * x, torch.tensor([0.3, 0.9]), wide, task=flavor.tasks[0], guidance=1.0, x0=x)
+        return spec.make_input(
+            2 * x, torch.tensor([0.3, 0.9]), wide, task=flavor.tasks[0], guidance=1.0, x0=x
+        )
 
     theirs = inputs(dropped)
     ours = inputs({**stored, **{f"{name}_len": torch.tensor(n) for name, n in lengths.items()}})
-    assert torch.equal(dropped["latents"], x) and torch.equal(theirs.x, ours.x) and theirs.lengths == ours.lengths
+    assert (
+        torch.equal(dropped["latents"], x) and torch.equal(theirs.x, ours.x)
+        and theirs.lengths == ours.lengths
+    )
     assert theirs.cond.keys() == ours.cond.keys() and theirs.cond
     for name, value in ours.cond.items():
         assert torch.equal(theirs.cond[name], value), name
@@ -168,15 +196,24 @@ def test_recomputed_gradients_are_equal(spec):
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
-        (2, [Case(ulysses=2, stage=3), Case(ring=2, stage=2, recompute="selective"), Case(stage=3, recompute="full")]),
+        (
+            2,
+            [
+                Case(ulysses=2, stage=3), Case(ring=2, stage=2, recompute="selective"),
+                Case(stage=3, recompute="full")
+            ]
+        ),
         (4, [Case(ulysses=2, ring=2, stage=2)]),
     ],
     ids=["2 ranks", "4 ranks"],
 )
 def test_gradients_over_ranks_are_those_of_one_process(world, cases):
-    """Of every parameter by itself, over sequence-parallel ranks and ZeRO's; nothing divides the token count."""
+    """Of every parameter by itself, over sequence-parallel ranks and ZeRO's;
+    nothing divides the token count."""
     small = {spec.name: [flavor for flavor in spec.flavors if is_small(spec, flavor)] for spec in ALL}
-    which = sorted({(name, flavor) for name, flavors in small.items() for flavor in (flavors[0], flavors[-1])})
+    which = sorted(
+        {(name, flavor) for name, flavors in small.items() for flavor in (flavors[0], flavors[-1])}
+    )
     results = run_ranks(world, of_layouts, which, cases)[0]
     wrong = []
     for name, flavor in which:
@@ -188,13 +225,16 @@ def test_gradients_over_ranks_are_those_of_one_process(world, cases):
         )
         for case in cases:
             errors = relative_errors(results[f"{name}-{flavor}", case], want)
-            wrong += [f"{name}-{flavor} {case}: {n} differs by {e:.1e}" for n, e in errors.items() if not e < 1e-4]
+            wrong += [
+                f"{name}-{flavor} {case}: {n} differs by {e:.1e}" for n, e in errors.items() if not e < 1e-4
+            ]
     assert not wrong, "\n".join(wrong[:20])
 
 
 @torch.no_grad()
 def without_a_say(spec: ModelSpec, flavor: Flavor, names: Collection[str]) -> bool:
-    """Whether a model gives the same velocity whatever the values of these parameters are: their gradient has to be zero."""
+    """Whether a model gives the same velocity whatever the values of these parameters are:
+    their gradient has to be zero."""
     model, inp = random_model(spec, flavor), an_input(spec, flavor)
     before = model(inp)
     for name, p in model.named_parameters():
@@ -219,7 +259,8 @@ def test_first_weights_are_a_function_of_the_generator(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_it_is_sampled(spec):
-    """Each small flavor by its own defaults, its image and its experts too: a seed's video, and with another seed another."""
+    """Each small flavor by its own defaults, its image and its experts too: a seed's video,
+    and with another seed another."""
     for flavor in (spec.flavor(name) for name in spec.flavors if is_small(spec, name)):
         model, asked = random_model(spec, flavor), []
         unit, latent = flavor.latent.unit, flavor.latent
@@ -232,10 +273,13 @@ def test_it_is_sampled(spec):
             asked.append(sigma)
             return model
 
-        def sampled(*seeds: int, flavor=flavor, models=models, request=request, cond=cond, other=other) -> torch.Tensor:
+        def sampled(
+            *seeds: int, flavor=flavor, models=models, request=request, cond=cond, other=other
+        ) -> torch.Tensor:
             ctx, uncond = ParallelContext(), {**cond, **{f: other[f] for f in text_of(flavor, other)}}
             return sample_latents(
-                models, spec, flavor, cond, request=request, ctx=ctx, uncond=uncond if request.guided else None, seeds=seeds
+                models, spec, flavor, cond, request=request, ctx=ctx,
+                uncond=uncond if request.guided else None, seeds=seeds
             )
 
         first = sampled(4, 5)
@@ -309,15 +353,17 @@ def test_an_adapter_in_every_dialect_is_the_same(spec, tmp_path):
         assert other.pairs.keys() == own.pairs.keys(), dialect.name
         for name, pair in own.pairs.items():
             theirs = other.pairs[name]
-            assert torch.equal(pair.up @ pair.down * pair.scale, theirs.up @ theirs.down * theirs.scale), (dialect.name, name)
+            assert torch.equal(
+                pair.up @ pair.down * pair.scale, theirs.up @ theirs.down * theirs.scale
+            ), (dialect.name, name)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
     "cut",
     [
-        Cut(n=3, granularity="module"), Cut(n=3, granularity="module", order="interleaved"), Cut(n=5, granularity="rows"),
-        Cut(blocks_per_loraid=1, granularity="block"),
+        Cut(n=3, granularity="module"), Cut(n=3, granularity="module", order="interleaved"),
+        Cut(n=5, granularity="rows"), Cut(blocks_per_loraid=1, granularity="block"),
     ],
     ids=["modules", "interleaved", "rows", "blocks"],
 )  # fmt: skip
@@ -339,7 +385,9 @@ def test_slices_are_disjoint_and_complete(spec, cut):
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_it_needs_is_known_without_its_data(spec):
     flavor = smallest(spec)
-    width, height = next((w, h) for w, h in spec.sizes if w % flavor.latent.unit[1] == h % flavor.latent.unit[0] == 0)
+    width, height = (
+        next((w, h) for w, h in spec.sizes if w % flavor.latent.unit[1] == h % flavor.latent.unit[0] == 0)
+    )
     table = size_table(ModelConfig(name=spec.name, flavor=flavor.name), sizes=[(width, height)], gpus=(1,))
     shape = flavor.latent.shape(frames=flavor.defaults.frames, height=height, width=width)
     assert f"{width} x {height}" in table and f"{flavor.latent.n_tokens(shape):,}" in table, table
@@ -353,7 +401,9 @@ def test_saved_and_loaded(spec, tmp_path):
     assert loaded.spec is find(spec.name) and loaded.flavor == flavor
     assert all(torch.equal(t, loaded.model.state_dict()[n]) for n, t in model.state_dict().items())
     save_dit(model, tmp_path / "b.safetensors", spec=spec, flavor=flavor, dtype=torch.bfloat16)
-    assert identify(tmp_path / "b.safetensors").weights.dtype(next(iter(model.state_dict()))) == torch.bfloat16
+    assert identify(tmp_path / "b.safetensors").weights.dtype(
+        next(iter(model.state_dict()))
+    ) == torch.bfloat16
     assert load_dit(tmp_path / "b.safetensors").fingerprint != loaded.fingerprint
 
 

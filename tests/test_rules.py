@@ -21,7 +21,10 @@ class Asked:
 
 @pytest.mark.parametrize(
     ("expression", "devices"),
-    [("", ""), ("not gpu", ""), ("slow", ""), ("slow and not gpu", ""), ("gpu", "0,1"), ("gpu or slow", "0,1")],
+    [
+        ("", ""), ("not gpu", ""), ("slow", ""), ("slow and not gpu", ""), ("gpu", "0,1"),
+        ("gpu or slow", "0,1")
+    ],
 )
 def test_gpus_are_hidden_unless_they_are_asked_for(
     expression: str, devices: str, monkeypatch: pytest.MonkeyPatch

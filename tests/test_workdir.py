@@ -1,4 +1,5 @@
-"""A working directory that holds folders and files with the names of modules, as a user's may: README calls a folder shards."""
+"""A working directory that holds folders and files with the names of modules, as a user's may:
+README calls a folder shards."""
 
 from __future__ import annotations
 
@@ -32,18 +33,23 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(odd: Path, *command: str, code: int = 0) -> str:
     """What a shell in that directory would see: nothing that our own tests set for themselves."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    done = subprocess.run(command, cwd=odd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=odd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+    )
     assert done.returncode == code, done.stdout
     return done.stdout
 
 
 def test_the_road_under_launch_with_reader_processes(odd: Path) -> None:
-    """The README's own: encode into ./shards, train from it, on two processes; the readers are processes, too."""
+    """The README's own: encode into ./shards, train from it, on two processes; the
+    readers are processes, too."""
     write_clips(ClipsRecipe(output=str(odd / "clips"), n=2, seed=3))
     encode = ["encode", f"{CONFIGS}/encode.yaml", "dataset=clips/dataset.toml", "output=shards"]
     start(odd, *HVTRAIN, "launch", "--nproc", "2", *encode)
-    train = ["train", f"{CONFIGS}/lora.yaml", "data.shards=shards", "data.batch_size=1", "run.steps=1", "optim.warmup_steps=0",
-             "preview.every_steps=0", "zero.engine=torch", "zero.offload_optimizer=none"]
+    train = [
+        "train", f"{CONFIGS}/lora.yaml", "data.shards=shards", "data.batch_size=1", "run.steps=1",
+        "optim.warmup_steps=0", "preview.every_steps=0", "zero.engine=torch", "zero.offload_optimizer=none"
+    ]
     readers = ["data.workers=1", "data.worker_type=process"] if sys.version_info >= (3, 11) else []
     start(odd, str(SCRIPTS / "hvtrain"), "launch", "--nproc", "2", *train, "run.output_dir=two", *readers)
     assert (odd / "two" / "zorb.safetensors").is_file()
@@ -62,7 +68,8 @@ def test_under_torchrun_and_deepspeeds_launcher(odd: Path) -> None:
 
 
 def test_modules_started_by_name_leave_the_working_directory(tmp_path: Path) -> None:
-    """`-m` is not how hvtrain starts itself; but who does so meets a folder of data, if not a file named as Python's own."""
+    """`-m` is not how hvtrain starts itself; but who does so meets a folder of data, if not a
+    file named as Python's own."""
     for name in ("shards", "hvtrain"):
         (tmp_path / name).mkdir()
     (tmp_path / "yaml.py").write_text("raise ImportError('yaml.py of the working directory was imported')\n")
@@ -71,7 +78,9 @@ def test_modules_started_by_name_leave_the_working_directory(tmp_path: Path) -> 
 
 
 def test_scripts_of_slurm_call_the_same_program(odd: Path) -> None:
-    text = start(odd, *HVTRAIN, "launch", "--slurm", "--dry-run", "--nproc", "2", "train", f"{CONFIGS}/lora.yaml",
-                 "data.shards=shards", "run.output_dir=a")
+    text = start(
+        odd, *HVTRAIN, "launch", "--slurm", "--dry-run", "--nproc", "2", "train", f"{CONFIGS}/lora.yaml",
+        "data.shards=shards", "run.output_dir=a"
+    )
     line = next(line for line in text.splitlines() if line.strip().startswith("srun"))
     assert f"{shlex.join(HVTRAIN)} launch" in line and " -m " not in line

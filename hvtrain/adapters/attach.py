@@ -37,8 +37,8 @@ def add_adapter(model: DiT, spec: ModelSpec, a: AdapterConfig, plan: SlicePlan |
         rows, targets = {s.module: (s.begin, s.end) for s in slots}, [s.module for s in slots]
     shapes, kind = linear_shapes(model), kind_of(a.type, a.slice_type)
     inject(
-        model, targets, kind=kind, rank=a.rank, alpha=a.alpha, dropout=a.dropout, seed=seed, rows=rows, how=how_of(a),
-        own=ranks_of(a, targets),
+        model, targets, kind=kind, rank=a.rank, alpha=a.alpha, dropout=a.dropout, seed=seed, rows=rows,
+        how=how_of(a), own=ranks_of(a, targets),
     )
     if a.init_from is not None:
         start_from(model, read_lora(a.init_from, shapes, spec=spec, decomposed=True), balance=a.init_balance)
@@ -49,8 +49,9 @@ def how_of(a: AdapterConfig) -> How:
 
 
 def ranks_of(a: AdapterConfig, targets: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """Each layer's rank and alpha: of the first pattern that its name matches, else the common ones; for rsLoRA, whose scale is
-    alpha / sqrt(rank), the alpha that is that over the rank. Raises ConfigError for a pattern that matches nothing."""
+    """Each layer's rank and alpha: of the first pattern that its name matches, else the common ones; for
+    rsLoRA, whose scale is alpha / sqrt(rank), the alpha that is that over the rank. Raises ConfigError for a
+    pattern that matches nothing."""
     found = {}
     for name in targets:
         rank = first_match(a.ranks, name, a.rank, key="adapter.ranks")
@@ -75,8 +76,8 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put an adapter on each named Linear; the names of the trainable parameters.
 
-    `alpha` None or 0 means rank, a scale of 1. `rows`: output rows of a layer that may change (default: all). `own`: rank and
-    alpha of single layers.
+    `alpha` None or 0 means rank, a scale of 1. `rows`: output rows of a layer that may change (default: all).
+    `own`: rank and alpha of single layers.
     """
     how = how or How()
     if rank < 1:
@@ -96,7 +97,9 @@ def inject(
         n, scale = (own or {}).get(name, (rank, alpha))
         mine = (rows or {}).get(name)
         check_rows(kind, name, mine, layer.out_features)
-        adapted = kind(layer, name=name, rank=n, alpha=scale or n, dropout=dropout, seed=seed, rows=mine, how=how)
+        adapted = kind(
+            layer, name=name, rank=n, alpha=scale or n, dropout=dropout, seed=seed, rows=mine, how=how
+        )
         adapted.train(layer.training)
         setattr(model.get_submodule(parent), leaf, adapted)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -110,13 +113,18 @@ def check_kind(kind: type[AdaptedLinear], dropout: float, how: How) -> None:
     if how.start != "zero" and not issubclass(kind, LoraLinear):
         raise ConfigError(f"adapter.init is {how.start}, but a {kind.LABEL} has its own start; use zero")
     if how.start == "pissa" and how.max_norm:
-        raise ConfigError("adapter.init pissa starts with a large part of the weight: scale_weight_norms would cut it; use 0")
+        raise ConfigError(
+            "adapter.init pissa starts with a large part of the weight: scale_weight_norms would cut it; use "
+            "0"
+        )
     for key, value, none in (("scale_weight_norms", how.max_norm, 0), ("init", how.start, "zero")):
         reason = kind.WITHOUT.get({"scale_weight_norms": "max_norm", "init": "start"}[key])
         if value != none and reason:
             raise ConfigError(f"adapter.{key} is {value}, but of a {kind.LABEL} {reason}; use {none}")
     if how.factor != -1 and kind is not LokrLinear:
-        raise ConfigError(f"adapter.factor is {how.factor}, but it is a LoKr's, and this is a {kind.LABEL}; use -1")
+        raise ConfigError(
+            f"adapter.factor is {how.factor}, but it is a LoKr's, and this is a {kind.LABEL}; use -1"
+        )
 
 
 def check_rows(kind: type[AdaptedLinear], name: str, rows: tuple[int, int] | None, n_out: int) -> None:
@@ -133,15 +141,19 @@ def first_match(patterns: Mapping[str, T], name: str, default: T, *, key: str) -
 
 
 def trained(names: Sequence[str], *, train: Sequence[str], freeze: Sequence[str]) -> list[str]:
-    """The parameters of a full fine-tune. Raises ConfigError for patterns that match nothing, or leave nothing."""
+    """The parameters of a full fine-tune. Raises ConfigError for patterns that
+    match nothing, or leave nothing."""
     check_patterns({"adapter.train": train, "adapter.freeze": freeze}, names)
     wanted, not_these = dict.fromkeys(train, True) or {".*": True}, dict.fromkeys(freeze, True)
     chosen = [
         name for name in names
-        if first_match(wanted, name, False, key="adapter.train") and not first_match(not_these, name, False, key="adapter.freeze")
+        if first_match(wanted, name, False, key="adapter.train")
+        and not first_match(not_these, name, False, key="adapter.freeze")
     ]  # fmt: skip
     if not chosen:
-        raise ConfigError(f"adapter.train {list(train)} and adapter.freeze {list(freeze)} leave nothing to train")
+        raise ConfigError(
+            f"adapter.train {list(train)} and adapter.freeze {list(freeze)} leave nothing to train"
+        )
     return chosen
 
 
@@ -149,7 +161,9 @@ def check_patterns(tables: Mapping[str, Iterable[str]], names: Sequence[str]) ->
     for key, patterns in tables.items():
         for pattern in patterns:
             if not any(first_match({pattern: True}, name, False, key=key) for name in names):
-                raise ConfigError(f"{key}: '{pattern}' matches nothing that is trained; an example of a name: {names[0]}")
+                raise ConfigError(
+                    f"{key}: '{pattern}' matches nothing that is trained; an example of a name: {names[0]}"
+                )
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -186,9 +200,10 @@ def seed_dropout(model: nn.Module, seed: int, *, step: int = 0, micro: int = 0, 
 
 @torch.no_grad()
 def start_from(model: nn.Module, lora: LoraFile, *, balance: bool = False) -> None:
-    """Copy a file into freshly injected adapters, to train it further; a different alpha is folded in. `balance`: a LoRA as the
-    singular vectors of what it adds, both factors of one size, at the run's ranks where these are enough: what a merge leaves
-    trains on as something that was trained would. Raises CheckpointError for one that does not fit."""
+    """Copy a file into freshly injected adapters, to train it further; a different alpha is folded in.
+    `balance`: a LoRA as the singular vectors of what it adds, both factors of one size, at the run's ranks
+    where these are enough: what a merge leaves trains on as something that was trained would. Raises
+    CheckpointError for one that does not fit."""
     layers = {layer.name: layer for layer in adapted_layers(model)}
     extra = sorted(set(lora.pairs) - set(layers))
     if extra:
@@ -198,7 +213,10 @@ def start_from(model: nn.Module, lora: LoraFile, *, balance: bool = False) -> No
         )
     for name, pair in lora.pairs.items():
         layer, delta = layers[name], lora.delta(name)
-        if delta.kind is not type(layer) and not (balance and type(layer) is LoraLinear and pair.magnitude is None):
+        if (
+            delta.kind is not type(layer)
+            and not (balance and type(layer) is LoraLinear and pair.magnitude is None)
+        ):
             raise CheckpointError(
                 f"{lora.path}: '{name}' is a {delta.kind.LABEL}, this run trains a {layer.LABEL}: "
                 f"set adapter.type, or give the file of a {layer.LABEL}"
@@ -215,18 +233,21 @@ def start_from(model: nn.Module, lora: LoraFile, *, balance: bool = False) -> No
 def _balanced(delta: Delta, layer: AdaptedLinear, path: Path) -> Delta:
     """Of the layer's rank. Raises CheckpointError where that would lose something."""
     if type(layer) is not LoraLinear:
-        raise ConfigError(f"adapter.init_balance: the factors of a {layer.LABEL} are not unique; leave it away")
+        raise ConfigError(
+            f"adapter.init_balance: the factors of a {layer.LABEL} are not unique; leave it away"
+        )
     cut = shrink([(delta.pair(), 1.0)], rank=layer.rank)
     if cut.error > 1e-3:  # less is rounding
         raise CheckpointError(
-            f"{path}: '{layer.name}' at rank {layer.rank} would lose {100 * cut.error:.3g} % of what it adds: give a higher "
-            "adapter.rank, or cut it first with `hvtrain lora resize`"
+            f"{path}: '{layer.name}' at rank {layer.rank} would lose {100 * cut.error:.3g} % of what it "
+            "adds: give a higher adapter.rank, or cut it first with `hvtrain lora resize`"
         )
     missing = layer.rank - cut.pair.rank  # of a small layer there are not so many directions
     down, up = F.pad(cut.pair.down, (0, 0, 0, missing)), F.pad(cut.pair.up, (0, missing))
     own = layer.parts["down"]
     live = down.norm(dim=1) > 1e-6 * down.norm(dim=1).max().clamp(min=1e-30)
-    down = torch.where(live[:, None], down, own.to(down))  # what the file leaves unused starts as in a new LoRA, up zero
+    # what the file leaves unused starts as in a new LoRA, up zero
+    down = torch.where(live[:, None], down, own.to(down))
     up = torch.where(live[None, :], up, 0.0)
     return Delta(LoraLinear, {"down": down, "up": up}, float(layer.rank))
 
@@ -244,7 +265,8 @@ def _fill(layer: AdaptedLinear, delta: Delta, path: Path) -> None:
         value = value[begin:end] if part in layer.ROWS else value
         if value.shape != parameter.shape:
             raise CheckpointError(
-                f"{path}: '{layer.name}' has {part} of shape {list(value.shape)}, this run's is {list(parameter.shape)}: "
+                f"{path}: '{layer.name}' has {part} of shape {list(value.shape)}, this run's is "
+                f"{list(parameter.shape)}: "
                 "set adapter.rank and adapter.factor as they were"
             )
         if part == layer.ROWS[-1]:
@@ -287,8 +309,8 @@ def merging(
 
 
 def whole_rows(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adapter parameters as an ordinary file holds them, with each layer's alpha: a slice's with zeros in the rows that are not
-    its."""
+    """Adapter parameters as an ordinary file holds them, with each layer's alpha: a slice's with zeros
+    in the rows that are not its."""
     found: dict[str, torch.Tensor] = {}
     for own in adapted_layers(model):
         names = {part: f"{own.name}.{name}" for part, name in own.PARTS.items()}

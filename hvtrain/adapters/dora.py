@@ -1,6 +1,7 @@
 """DoRA: m * (W + s up down) / |W + s up down|, where m and the norms are of output rows.
 
-arXiv 2402.09353, with the norm without a gradient as there; the axis of PEFT and of LyCORIS, whose files these become.
+arXiv 2402.09353, with the norm without a gradient as there; the axis of PEFT and of
+LyCORIS, whose files these become.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class DoraLinear(LoraLinear):
     ROWS: ClassVar[tuple[str, ...]] = ("magnitude", "up")
     ENDINGS: ClassVar = {".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
                          ".lora_magnitude_vector.default.weight": "magnitude"}  # fmt: skip
-    METADATA: ClassVar = {"ss_network_module": "lycoris.kohya", "ss_network_args": {"algo": "lora", "dora_wd": True}}
+    METADATA: ClassVar = {
+        "ss_network_module": "lycoris.kohya", "ss_network_args": {"algo": "lora", "dora_wd": True}
+    }
     WITHOUT: ClassVar[Mapping[str, str]] = {
         "max_norm": "its rows have the lengths that it learns", "start": "its start is the weight's own rows",
     }
@@ -38,8 +41,10 @@ class DoraLinear(LoraLinear):
         if not self.weight.is_meta:
             norms = torch.linalg.vector_norm(self._weight(slice(None)), dim=1)
         begin, end = self.rows
-        self.outside = norms.cpu() if end - begin < self.out_features else None  # a slice's file holds the other rows too
-        self.dora_scale = nn.Parameter(norms[begin:end].clone().to(device))  # a vector: weight decay leaves it alone
+        # a slice's file holds the other rows too
+        self.outside = norms.cpu() if end - begin < self.out_features else None
+        # a vector: weight decay leaves it alone
+        self.dora_scale = nn.Parameter(norms[begin:end].clone().to(device))
 
     def _weight(self, rows: slice) -> Tensor:  # [rows, in] float32
         scale = self.scale_weight
@@ -61,7 +66,8 @@ class DoraLinear(LoraLinear):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def _lengths(self) -> Tensor:
-        """[rows]: of the rows of W + s up down, without making it: |w|^2 + 2 s (w down^T) . u + s^2 u (down down^T) . u."""
+        """[rows]: of the rows of W + s up down, without making it: |w|^2 + 2 s (w down^T) .
+        u + s^2 u (down down^T) . u."""
         up, down = self.lora_up.weight, self.lora_down.weight
         weight = self._weight(slice(*self.rows)).to(down)
         scaled = up * (self.alpha / self.rank)
@@ -71,7 +77,8 @@ class DoraLinear(LoraLinear):
         return (squares + 2 * cross + own).clamp(min=1e-24).sqrt()
 
     def exported(self, parts: Parts) -> dict[str, Tensor]:
-        """The rows of others have the length that they have. As a column: LyCORIS tells by it which axis is meant."""
+        """The rows of others have the length that they have. As a column: LyCORIS
+        tells by it which axis is meant."""
         held = super().exported({part: t for part, t in parts.items() if part != "magnitude"})
         if "magnitude" in parts:
             held["magnitude"] = self.padded(parts["magnitude"], self.outside)[:, None]
@@ -82,5 +89,7 @@ class DoraLinear(LoraLinear):
         pair, magnitude = LoraLinear.pair(parts, alpha), parts["magnitude"]
         if magnitude.numel() != len(pair.up) or magnitude.shape[0] != len(pair.up):
             shape = list(magnitude.shape)
-            raise ValueError(f"has lengths of shape {shape}, expected one for each of its {len(pair.up)} output rows")
+            raise ValueError(
+                f"has lengths of shape {shape}, expected one for each of its {len(pair.up)} output rows"
+            )
         return replace(pair, magnitude=magnitude.flatten())

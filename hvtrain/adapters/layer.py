@@ -130,26 +130,31 @@ class AdaptedLinear(nn.Linear):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def cap(self, parts: Parts) -> Tensor | float:
-        """The factor that brings what is added to the weight down to `max_norm`. No gradient goes through it."""
+        """The factor that brings what is added to the weight down to `max_norm`.
+        No gradient goes through it."""
         if not self.how.max_norm:
             return 1.0
         norm = self.norm(parts) * (self.alpha / self.rank)
         return (self.how.max_norm / norm.clamp(min=1e-30)).clamp(max=1.0)
 
     def exported(self, parts: Parts) -> dict[str, Tensor]:
-        """Its parameters as a file of the whole layer has them: what is capped made smaller, of a slice with zeros in the rows
-        that are not its."""
+        """Its parameters as a file of the whole layer has them: what is capped made smaller, of a slice with
+        zeros in the rows that are not its."""
         held, last = dict(parts), self.ROWS[-1]
         if last in held:
             held[last] = held[last] * self.cap(parts)
         return {part: self.padded(t) if part in self.ROWS else t for part, t in held.items()}
 
     def padded(self, tensor: Tensor, outside: Tensor | None = None) -> Tensor:
-        """[rows ...] -> [out ...]: zeros, or what is `outside` [out ...], in the rows that are not its own."""
+        """[rows ...] -> [out ...]: zeros, or what is `outside` [out ...], in the rows that are not its
+        own."""
         begin, end = self.rows
         if (begin, end) == (0, self.out_features):
             return tensor
-        whole = tensor.new_zeros(self.out_features, *tensor.shape[1:]) if outside is None else outside.to(tensor).clone()
+        whole = (
+            tensor.new_zeros(self.out_features, *tensor.shape[1:])
+            if outside is None else outside.to(tensor).clone()
+        )
         whole[begin:end] = tensor
         return whole
 
@@ -167,13 +172,16 @@ class AdaptedLinear(nn.Linear):
         added = self.added(base, self.delta(x, scale).to(base.dtype))
         if drops:
             added = added * self.module_kept(added)
-        return base + (added if end - begin == self.out_features else F.pad(added, (begin, self.out_features - end)))
+        return base + (
+            added if end - begin == self.out_features else F.pad(added, (begin, self.out_features - end))
+        )
 
     def plain(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
 
     def joined(self, x: Tensor, scale: float | Tensor) -> Tensor | None:  # [B ... in] -> [B ... out]
-        """The layer's whole output made in one buffer; None where the kind, or this dtype, has no such way."""
+        """The layer's whole output made in one buffer; None where the kind, or
+        this dtype, has no such way."""
         return None
 
     def added(self, base: Tensor, delta: Tensor) -> Tensor:  # [B ... out], [B ... rows] -> [B ... rows]
@@ -194,8 +202,9 @@ class AdaptedLinear(nn.Linear):
         return self._chance("rank-dropout", inner.shape[-1], p=self.how.rank_dropout).to(inner)
 
     def module_kept(self, delta: Tensor) -> Tensor:  # [B ... rows] -> [] or [rows]
-        """0 or 1 for the layer; 1, not more: a layer without its adapter is what training without LoRA is, too. A product and not
-        a branch: every parameter then has a gradient in every step. With it the rows of what has no rank components."""
+        """0 or 1 for the layer; 1, not more: a layer without its adapter is what training without LoRA is,
+        too. A product and not a branch: every parameter then has a gradient in every step. With it the rows
+        of what has no rank components."""
         kept = (self._chance("module-dropout", p=self.how.module_dropout) > 0).to(delta)
         return kept * self.rank_kept(delta) if self.how.rank_dropout and not self.DROPS else kept
 

@@ -1,4 +1,5 @@
-"""LoKr: W + scale * (w1 ⊗ w2), the Kronecker product of a small matrix and a large one, which may be w2_a w2_b.
+"""LoKr: W + scale * (w1 ⊗ w2), the Kronecker product of a small matrix and a
+large one, which may be w2_a w2_b.
 
 Names, sizes, initialisation and scaling as in LyCORIS (arXiv 2309.14859), whose files these become.
 """
@@ -22,8 +23,8 @@ W1, W1A, W1B, W2, W2A, W2B = (f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", 
 
 
 def factorized(n: int, factor: int = -1) -> tuple[int, int]:
-    """n = small * large with small <= large: `factor` and the rest where it divides n, else the largest divisor up to it and to
-    the root of n; -1: up to the root."""
+    """n = small * large with small <= large: `factor` and the rest where it divides n, else the largest
+    divisor up to it and to the root of n; -1: up to the root."""
     if factor > 0 and n % factor == 0:
         return min(factor, n // factor), max(factor, n // factor)
     limit = math.isqrt(n) if factor < 0 else min(factor, math.isqrt(n))
@@ -32,7 +33,8 @@ def factorized(n: int, factor: int = -1) -> tuple[int, int]:
 
 
 class LokrLinear(AdaptedLinear):
-    """w1 [a, c] and w2 [b, d] for a weight of ab x cd. w2 is w2_a [b, rank] w2_b [rank, d] where that is at most half of it."""
+    """w1 [a, c] and w2 [b, d] for a weight of ab x cd. w2 is w2_a [b, rank] w2_b [rank, d] where
+    that is at most half of it."""
 
     LABEL = "LoKr"
     PARTS: ClassVar = {part: part for part in (W1, W1A, W1B, W2, W2A, W2B)}
@@ -59,7 +61,8 @@ class LokrLinear(AdaptedLinear):
             self.register_parameter(part, nn.Parameter(start.to(device)))
 
     def delta(self, x: Tensor, scale: float | Tensor) -> Tensor:
-        """(w1 ⊗ w2) x is w1 X w2^T for X [c, d], the same numbers as x: nothing of the weight's size is made."""
+        """(w1 ⊗ w2) x is w1 X w2^T for X [c, d], the same numbers as x: nothing
+        of the weight's size is made."""
         own = self.parts
         w1 = own[W1]
         inner = x.unflatten(-1, (w1.shape[1], -1))  # [... c d]
@@ -89,7 +92,9 @@ class LokrLinear(AdaptedLinear):
                 raise ValueError(f"has {part} of shape {list(tensor.shape)}, not a matrix")
         for a, b in ((W1A, W1B), (W2A, W2B)):
             if a in parts and parts[a].shape[1] != len(parts[b]):
-                raise ValueError(f"has {a} and {b} of shapes {list(parts[a].shape)} and {list(parts[b].shape)}")
+                raise ValueError(
+                    f"has {a} and {b} of shapes {list(parts[a].shape)} and {list(parts[b].shape)}"
+                )
         return KroneckerPair(*factors(parts), scale=cls.scale_of(parts, alpha), parts=parts)
 
 
@@ -100,8 +105,9 @@ def factors(parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 class KroneckerPair(LoraPair):
-    """A Kronecker product as the pair that it equals, w1 ⊗ (A B) = (w1 ⊗ A) (I ⊗ B) = (I ⊗ A) (w1 ⊗ B), whichever has less
-    rank. That may be the layer's own: it is made when it is looked at, so that only one layer's is there at a time."""
+    """A Kronecker product as the pair that it equals, w1 ⊗ (A B) = (w1 ⊗ A) (I ⊗ B) = (I ⊗ A) (w1 ⊗ B),
+    whichever has less rank. That may be the layer's own: it is made when it is looked at, so that only one
+    layer's is there at a time."""
 
     def __new__(cls, *args: Any, **values: Any) -> Any:  # dataclasses.replace makes an ordinary one
         return LoraPair(**values) if "down" in values else object.__new__(cls)
@@ -110,7 +116,9 @@ class KroneckerPair(LoraPair):
         a, b = (parts[W2A], parts[W2B]) if W2B in parts else (w2, None)
         held = {"w1": w1.float(), "a": a.float(), "b": b if b is None else b.float()}
         rank = (a.shape[1] if b is not None else min(w2.shape)) * min(w1.shape)
-        for name, value in (held | {"_rank": rank, "alpha": scale * rank, "magnitude": None, "parts": None}).items():
+        for name, value in (
+            held | {"_rank": rank, "alpha": scale * rank, "magnitude": None, "parts": None}
+        ).items():
             object.__setattr__(self, name, value)
 
     @property

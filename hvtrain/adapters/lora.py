@@ -51,8 +51,9 @@ class LoraLinear(AdaptedLinear):
         # Modules, not bare parameters: ZeRO-3 gathers a module's own parameters around its forward.
         self.lora_down = _linear(start.down, device)
         self.lora_up = _linear(torch.zeros(n_rows, self.rank) if start.up is None else start.up, device)
-        # What a start adds to the weight is taken off again, by factors that stay: the layer begins as it was, its base is
-        # nobody's but the model's, and the file is a LoRA of that. Buffers: ZeRO-3 cuts frozen parameters up.
+        # What a start adds to the weight is taken off again, by factors that stay: the layer begins
+        # as it was, its base is nobody's but the model's, and the file is a LoRA of that. Buffers:
+        # ZeRO-3 cuts frozen parameters up.
         self.taken = start.up is not None
         if self.taken:
             self.register_buffer("start_down", start.down.clone().to(device), persistent=False)
@@ -60,7 +61,10 @@ class LoraLinear(AdaptedLinear):
 
     def delta(self, x: Tensor, scale: float | Tensor) -> Tensor:
         added = self.lora_up(self.inner(x, scale))
-        return added if not self.taken else added - nn.functional.linear(self.start(x, scale), self.start_up.to(x))
+        return (
+            added if not self.taken
+            else added - nn.functional.linear(self.start(x, scale), self.start_up.to(x))
+        )
 
     def inner(self, x: Tensor, scale: float | Tensor) -> Tensor:  # [B ... in] -> [B ... rank]
         inner = self.lora_down(x) * scale  # here, where there are far fewer numbers than come out
@@ -74,10 +78,12 @@ class LoraLinear(AdaptedLinear):
         return nn.functional.linear(x, self.start_down.to(x)) * scale
 
     def joined(self, x: Tensor, scale: float | Tensor) -> Tensor | None:
-        """Each product is added by the matrix multiplication itself: what is as large as the output is written once and added to.
+        """Each product is added by the matrix multiplication itself: what is as large as the
+        output is written once and added to.
 
-        The base's product comes last. It is most of the work, and nothing that the backward needs is made after it begins:
-        where a block ends with such a layer, recomputation stops before it (torch.utils.checkpoint's early stop).
+        The base's product comes last. It is most of the work, and nothing that the backward needs is made
+        after it begins: where a block ends with such a layer, recomputation stops before it
+        (torch.utils.checkpoint's early stop).
         """
         amp = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if amp else self.lora_up.weight.dtype
@@ -86,7 +92,8 @@ class LoraLinear(AdaptedLinear):
             return None  # the adapter is wider than the base, and is computed so
         shape, x = x.shape, x.to(dtype)
         flat, inner = x.reshape(-1, self.in_features), self.inner(x, scale).reshape(-1, self.rank).to(dtype)
-        up = self.lora_up.weight.to(dtype).t()  # an attribute of its module: ZeRO-3 gathers what is asked for so
+        # an attribute of its module: ZeRO-3 gathers what is asked for so
+        up = self.lora_up.weight.to(dtype).t()
         if quantized:
             out = self.plain(flat).addmm_(inner, up)
         else:
@@ -98,7 +105,8 @@ class LoraLinear(AdaptedLinear):
         return out.view(*shape[:-1], self.out_features)
 
     def exported(self, parts: Parts) -> dict[str, Tensor]:
-        """Of a start that was taken off the weight, that too: twice the rank, and by `file_alpha` the same scale."""
+        """Of a start that was taken off the weight, that too: twice the rank, and by
+        `file_alpha` the same scale."""
         if self.taken:
             down, up = self.start_down.to(parts["down"]), self.start_up.to(parts["up"])
             parts = {"down": torch.cat([parts["down"], down]), "up": torch.cat([parts["up"], -up], dim=1)}
@@ -128,7 +136,7 @@ def _linear(weight: Tensor, device: torch.device | str) -> nn.Linear:
     return layer
 
 
-# --- where it starts --------------------------------------------------------------------------------------------------
+# --- where it starts ----------------------------------------------------------------------------------------
 
 
 class FirstFactors(NamedTuple):
@@ -142,13 +150,16 @@ STARTS: Registry[Callable[[LoraLinear, int, int], FirstFactors]] = Registry("sta
 @STARTS.add("zero")
 def zero(layer: LoraLinear, n_rows: int, seed: int) -> FirstFactors:
     down = torch.empty(layer.rank, layer.in_features)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator(seed, stream=f"lora-init/{layer.name}"))
+    nn.init.kaiming_uniform_(
+        down, a=math.sqrt(5), generator=generator(seed, stream=f"lora-init/{layer.name}")
+    )
     return FirstFactors(down)
 
 
 @STARTS.add("svd")
 def svd(layer: LoraLinear, n_rows: int, seed: int) -> FirstFactors:
-    """The input directions that the weight answers to most, as long as chance would have made them; up is zero."""
+    """The input directions that the weight answers to most, as long as chance would
+    have made them; up is zero."""
     down = _principal(layer, n_rows).down
     usual = (layer.in_features / (3 * layer.in_features)) ** 0.5  # expected length of a row of `zero`
     return FirstFactors(down / down.norm(dim=1, keepdim=True).clamp(min=1e-12) * usual)
@@ -167,8 +178,8 @@ def _principal(layer: LoraLinear, n_rows: int) -> LoraPair:
     if layer.rank > min(n_rows, layer.in_features):
         size = f"{layer.in_features} x {n_rows}"
         raise ConfigError(
-            f"adapter.init {layer.how.start}: '{layer.name}' of {size} has no {layer.rank} directions; give it a lower rank "
-            "by adapter.ranks, or init zero"
+            f"adapter.init {layer.how.start}: '{layer.name}' of {size} has no {layer.rank} directions; give "
+            "it a lower rank by adapter.ranks, or init zero"
         )
     if layer.weight.is_meta:
         return LoraPair(torch.ones(layer.rank, layer.in_features), torch.ones(n_rows, layer.rank), layer.rank)

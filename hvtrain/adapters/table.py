@@ -12,7 +12,8 @@ from hvtrain.adapters.lora import LoraLinear
 from hvtrain.registry import Registry
 
 ADAPTERS: Registry[type[AdaptedLinear]] = Registry(
-    "adapter", {"lora": LoraLinear, "loha": LohaLinear, "lokr": LokrLinear, "dora": DoraLinear}, also=("loraid", "none")
+    "adapter", {"lora": LoraLinear, "loha": LohaLinear, "lokr": LokrLinear, "dora": DoraLinear},
+    also=("loraid", "none")
 )
 
 
@@ -24,7 +25,8 @@ def kind_of(name: str, slice_type: str = "lora") -> type[AdaptedLinear]:
 
 
 def kinds_of(parts: Iterable[str]) -> list[type[AdaptedLinear]]:
-    """Whose parts these are: several where they are no one adapter's; of a DoRA and the LoRA in it the DoRA."""
+    """Whose parts these are: several where they are no one adapter's; of a DoRA
+    and the LoRA in it the DoRA."""
     parts = set(parts)
     found = [kind for kind in ADAPTERS.values() if parts & set(kind.PARTS)]
     whole = [kind for kind in found if parts <= set(kind.PARTS)]

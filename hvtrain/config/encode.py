@@ -18,14 +18,15 @@ class EncodeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The VAE and text encoders"""
     columns: tuple[str, ...] = ("latents", "text")
-    """What to encode: latents, text, image (for image to video), control, and columns of the model's own; together or one by
-    one"""
+    """What to encode: latents, text, image (for image to video), control, and columns of the model's
+    own; together or one by one"""
     batch_size: int = 1
     """Clips of one shape that go through the VAE together"""
     dtype: DType = "bfloat16"
     """Dtype of the stored tensors"""
     samples_per_tar: int = 512
-    """Samples of a tar at most; a small bucket is cut into up to 8 tars, so that several processes share it"""
+    """Samples of a tar at most; a small bucket is cut into up to 8 tars, so that several processes share
+    it"""
     workers: int = 2
     """Decoding threads"""
     seed: int = 0

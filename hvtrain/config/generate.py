@@ -37,14 +37,16 @@ class GenerateConfig(Sampling):
     prompt: str | None = None
     """What to show; or give prompt_file"""
     prompt_file: str | None = None
-    """A text file with one prompt a line, which may end with options of its own: `a cat --w 640 --h 368 --d 7`; or YAML, a list
-    of prompts with keys of their own: `- {prompt: a cat, seed: 7}`"""
+    """A text file with one prompt a line, which may end with options of its own: `a cat --w 640 --h 368 --d
+    7`; or YAML, a list of prompts with keys of their own: `- {prompt: a cat, seed: 7}`"""
     output: str = ""
-    """The .mp4 file (or .png, for frames=1); a directory with prompt_file, and without it a file is named in one"""
+    """The .mp4 file (or .png, for frames=1); a directory with prompt_file, and
+    without it a file is named in one"""
     batch_size: int = 1
     """Prompts sampled together"""
     decode: Literal["each", "last"] = "each"
-    """each: decode a video when it is sampled, with the DiT still on the GPU if both fit; last: sample all, then decode all"""
+    """each: decode a video when it is sampled, with the DiT still on the GPU if both fit; last:
+    sample all, then decode all"""
     save_latents: bool = False
     """Keep the latents of each video beside it, as NAME.latents.safetensors"""
     lora: tuple[SampledLora, ...] = ()
@@ -62,6 +64,7 @@ class GenerateConfig(Sampling):
     blocks_to_swap: int = 0
     """Keep the weights of so many blocks in host memory and bring each when it is computed"""
     shard_weights: bool = False
-    """Cut the blocks' weights over the ranks that share a video (parallel), and gather each block when it is computed"""
+    """Cut the blocks' weights over the ranks that share a video (parallel), and gather
+    each block when it is computed"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast"""

@@ -1,4 +1,5 @@
-"""Frozen dataclasses from YAML and `key=value` overrides. Strict: an unknown key or a wrong type is a ConfigError.
+"""Frozen dataclasses from YAML and `key=value` overrides. Strict: an unknown key or
+a wrong type is a ConfigError.
 
 Imports nothing heavy: `hvtrain --help` and `hvtrain launch` read configs without torch.
 """
@@ -38,15 +39,19 @@ class _Given:
     text: str
 
     def meant(self, kind: Any) -> Any:
-        """The YAML in it, but where text is wanted what was typed: `a cat: #3`, 007 and 2024-01-01 are prompts and names."""
+        """The YAML in it, but where text is wanted what was typed: `a cat: #3`, 007 and
+        2024-01-01 are prompts and names."""
         if kind not in _TEXT and (kind != _TEXTS or isinstance(self.value, list)):
             return self.value
-        quoted = isinstance(self.value, str) and self.text[:1] == self.text[-1:] and self.text[:1] in ("'", '"')
+        quoted = (
+            isinstance(self.value, str) and self.text[:1] == self.text[-1:] and self.text[:1] in ("'", '"')
+        )
         return self.value if quoted or self.text in _NULL else self.text
 
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """An instance of `cls` from a YAML file (which may name a `base:` file) and dotted `a.b=value` overrides."""
+    """An instance of `cls` from a YAML file (which may name a `base:` file) and
+    dotted `a.b=value` overrides."""
     raw = _read(Path(path), ()) if path is not None else {}
     for item in overrides:
         key, sign, text = item.partition("=")
@@ -78,7 +83,9 @@ def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "")
             kind = hints[name] | None if f.default is None else hints[name]
             values[name] = _convert(raw[name], kind, where=where, key=prefix + name)
         elif f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"{where}: key '{prefix}{name}' is required; give it there or as {prefix}{name}=...")
+            raise ConfigError(
+                f"{where}: key '{prefix}{name}' is required; give it there or as {prefix}{name}=..."
+            )
     try:
         return cls(**values)
     except ConfigError as error:  # of a record that looks at its own values
@@ -86,7 +93,8 @@ def build(cls: type[T], raw: Mapping[str, Any], *, where: str, prefix: str = "")
 
 
 def _with_rest(cls: type, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where a dataclass has a field for the keys that it does not name (REST), they go there: text, or null for none."""
+    """Where a dataclass has a field for the keys that it does not name (REST), they go
+    there: text, or null for none."""
     rest = getattr(cls, "REST", None)
     renamed: Mapping[str, str] = getattr(cls, "renamed", lambda raw: {})(raw)
     raw = {renamed.get(key, key): value for key, value in raw.items()}
@@ -127,7 +135,10 @@ def _reference(cls: type, *, depth: int) -> list[str]:
         note = notes.get(f.name, "")
         if get_origin(kind) is Literal:
             note += " (" + " | ".join(str(a) for a in get_args(kind)) + ")"
-        default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
+        default = (
+            f.default if f.default is not MISSING else f.default_factory()
+            if f.default_factory is not MISSING else None
+        )
         shown = yaml.safe_dump(plain(default), default_flow_style=True, width=10_000).splitlines()[0]
         lines += [f"{pad}# {part}" for part in textwrap.wrap(note, 110 - len(pad))]
         lines.append(f"{pad}{f.name}: {shown}")
@@ -140,12 +151,15 @@ def field_notes(cls: type) -> dict[str, str]:
     for part in [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]:
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
         for here, below in itertools.pairwise(body):
-            if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            if (
+                isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
                 notes[here.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]
     return notes
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 class KeyTwice(ValueError):
@@ -165,18 +179,23 @@ class _Loader(yaml.SafeLoader):
                 continue  # PyYAML's own words for it
             line = key_node.start_mark.line + 1
             if key in lines:
-                raise KeyTwice(f"key '{key}' is given twice, in line {lines[key]} and in line {line}; keep one")
+                raise KeyTwice(
+                    f"key '{key}' is given twice, in line {lines[key]} and in line {line}; keep one"
+                )
             lines[key] = line
         return super().construct_mapping(node, deep)
 
 
-# What PyYAML raises, and what its constructors let through of Python for odd values (a date in month 13, deep nesting).
-_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+# What PyYAML raises, and what its constructors let through of Python for odd values (a
+# date in month 13, deep nesting).
+_NOT_YAML = (
+    yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError
+)
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Plain values from YAML: UTF-8, or UTF-16 with a byte order mark. A ValueError says in one line what is wrong with it,
-    a key that is given twice included."""
+    """Plain values from YAML: UTF-8, or UTF-16 with a byte order mark. A ValueError says in one line what is
+    wrong with it, a key that is given twice included."""
     try:
         return yaml.load(text, _Loader)
     except KeyTwice:
@@ -258,7 +277,7 @@ def _nearest(key: str, cls: type, prefix: str) -> str:
     return close
 
 
-# --- types --------------------------------------------------------------------------------------------------------
+# --- types --------------------------------------------------------------------------------------------------
 
 
 def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
@@ -279,7 +298,10 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             first = dataclasses.fields(kind)[0].name
-            raise _wrong(value, f"a section with keys of its own, as in {{{first}: {_shown(value)}}}", where=where, key=key)
+            raise _wrong(
+                value, f"a section with keys of its own, as in {{{first}: {_shown(value)}}}", where=where,
+                key=key
+            )
         return build(kind, value, where=where, prefix=key + ".")  # type: ignore[arg-type]
     if origin is Mapping:
         return _mapping(value, get_args(kind)[1], where=where, key=key)
@@ -310,7 +332,9 @@ def _mapping(value: Any, kind: Any, *, where: str, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise _wrong(value, "names with values", where=where, key=key)
     plain = {name: v.value if isinstance(v, _Given) and v.text in _NULL else v for name, v in value.items()}
-    return {str(n): _convert(v, kind, where=where, key=f"{key}.{n}") for n, v in plain.items() if v is not None}
+    return {
+        str(n): _convert(v, kind, where=where, key=f"{key}.{n}") for n, v in plain.items() if v is not None
+    }
 
 
 def _number(text: str) -> float | str:

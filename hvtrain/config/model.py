@@ -48,20 +48,21 @@ class ModelConfig:
     dit: str | None = None
     """DiT weights: .safetensors, .pt, a sharded index or a directory; null in training starts from scratch"""
     experts: str | None = None
-    """In training, of a flavor that is made of several DiTs: which one is trained, on its own noise levels, or both, in turns;
-    the files are the parts that `hvtrain models` names"""
+    """In training, of a flavor that is made of several DiTs: which one is trained, on its own noise levels,
+    or both, in turns; the files are the parts that `hvtrain models` names"""
     vae: str | None = None
     """VAE weights: file or diffusers directory"""
     parts: Mapping[str, str] = field(default_factory=dict)
-    """The model's other files by name, text encoders first of all; `hvtrain models` lists each model's. model.NAME is short for
-    model.parts.NAME"""
+    """The model's other files by name, text encoders first of all; `hvtrain models` lists each model's.
+    model.NAME is short for model.parts.NAME"""
     dtype: DType = "bfloat16"
     """Dtype of the frozen DiT weights and of the text encoders"""
     quantize: Literal["none", "fp8", "fp8_scaled"] = "none"
-    """Hold the DiT's frozen Linear weights in float8: fp8 casts, fp8_scaled keeps a factor for every 64 values; a file that
-    is float8 already keeps its own values"""
+    """Hold the DiT's frozen Linear weights in float8: fp8 casts, fp8_scaled keeps a factor for every 64
+    values; a file that is float8 already keeps its own values"""
     fp8_matmul: bool = True
-    """With quantize, multiply in float8 where the GPU can (not for fp8_scaled's factors); false dequantises everywhere"""
+    """With quantize, multiply in float8 where the GPU can (not for fp8_scaled's factors);
+    false dequantises everywhere"""
     vae_dtype: DType = "float16"
     """Dtype of the VAE"""
     fp8_text: bool = False
@@ -105,5 +106,5 @@ class ParallelConfig:
     ring: int = 1
     """Ring degree: ranks that pass keys and values around"""
     kernel: str = "auto"
-    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, on CPUs onednn, or for sampling alone sage and, on several
-    GPUs, xfuser"""
+    """Attention kernel: auto, sdpa, cudnn, flash2, flash3, flash4, on CPUs onednn, or for sampling alone sage
+    and, on several GPUs, xfuser"""

@@ -39,7 +39,8 @@ def effective(cls: type, path: str | Path | None = None, overrides: Sequence[str
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[str]]]:
-    """(dotted key, value, names under which it may have been given), with the keys of a REST field as its section's own."""
+    """(dotted key, value, names under which it may have been given), with the keys of a REST
+    field as its section's own."""
     rest = getattr(type(config), "REST", None)
     renamed: Mapping[str, str] = getattr(type(config), "renamed", lambda raw: {})(vars(config))
     old = {new: before for before, new in renamed.items()}

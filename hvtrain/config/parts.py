@@ -1,4 +1,5 @@
-"""The files that each model is made of, from the `parts.yaml` in its folder: data, so that no config needs torch to be read."""
+"""The files that each model is made of, from the `parts.yaml` in its folder: data, so that no
+config needs torch to be read."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Part:
 
 @dataclass(frozen=True)
 class PartsList:
-    """A model's parts besides `dit` and `vae`, which every model has, and what keys of older configs are called now."""
+    """A model's parts besides `dit` and `vae`, which every model has, and what keys of
+    older configs are called now."""
 
     parts: Mapping[str, Part]
     renamed: Mapping[str, str]

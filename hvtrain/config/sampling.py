@@ -1,5 +1,6 @@
-"""How a video is sampled. Each parameter is declared here, once: the keys of a config, the options of a prompt line, a
-preview's keys, a flavor's own values, a request and what is written into a file all derive from this record."""
+"""How a video is sampled. Each parameter is declared here, once: the keys of a config, the options
+of a prompt line, a preview's keys, a flavor's own values, a request and what is written into a file
+all derive from this record."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from typing import Any, get_type_hints
 from hvtrain.errors import ConfigError
 
 
-def option(letter: str = "", *, above: float | None = None, most: float | None = None, alike: bool = True) -> Any:
-    """None until it is given. `letter`: of its option in a prompt line; `alike`: of all videos that are sampled together."""
+def option(
+    letter: str = "", *, above: float | None = None, most: float | None = None, alike: bool = True
+) -> Any:
+    """None until it is given. `letter`: of its option in a prompt line; `alike`: of all
+    videos that are sampled together."""
     return field(default=None, metadata={"letter": letter, "above": above, "most": most, "alike": alike})
 
 
@@ -33,12 +37,13 @@ class Sampling:
     seed: int = option("d", alike=False)
     """Seed of the noise; null: 0, and in a prompt file line i takes seed + i"""
     image: str | None = option("i", alike=False)
-    """The picture that an image-to-video flavor begins with (of a video its first frame), scaled and cropped to the size"""
+    """The picture that an image-to-video flavor begins with (of a video its first frame),
+    scaled and cropped to the size"""
     end_image: str | None = option("ei", alike=False)
     """The picture that it ends with, for a flavor of first and last frame to video"""
     video: str | None = option("v", alike=False)
-    """The smaller video that a super-resolution flavor enlarges: a file of as many frames, or NAME.latents.safetensors, which
-    save_latents keeps"""
+    """The smaller video that a super-resolution flavor enlarges: a file of as many frames, or
+    NAME.latents.safetensors, which save_latents keeps"""
     solver: str = option("ss")
     """euler, unipc or dpm++"""
     shift: float = option("fs", above=0)
@@ -48,7 +53,8 @@ class Sampling:
     cfg_scale: float = option("l")
     """True classifier-free guidance: 1 is off, above costs a second forward pass"""
     expert_cfg_scale: Mapping[str, float] = option()
-    """The same for single experts by name, where a flavor has several; null: cfg_scale if that is given, else their own"""
+    """The same for single experts by name, where a flavor has several; null: cfg_scale if
+    that is given, else their own"""
     negative_prompt: str = option("n", alike=False)
     """What not to show, for cfg_scale above 1"""
 

@@ -1,4 +1,5 @@
-"""A JSON Schema of a command's config, made of its dataclasses: editors complete keys, show what they mean and mark mistakes."""
+"""A JSON Schema of a command's config, made of its dataclasses: editors complete keys, show what
+they mean and mark mistakes."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from hvtrain.config.load import field_notes, plain
 
 _SCALARS: dict[Any, dict[str, Any]] = {
-    bool: {"type": "boolean"}, int: {"type": "integer"}, str: {"type": ["string", "number"]},  # 007 is a name, too
-    float: {"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^[-+0-9.eE_]+$"}]},  # 1e-4, to YAML a text
+    # 007 is a name, too
+    bool: {"type": "boolean"}, int: {"type": "integer"}, str: {"type": ["string", "number"]},
+    # 1e-4, to YAML a text
+    float: {"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^[-+0-9.eE_]+$"}]},
 }
 
 
@@ -22,7 +25,9 @@ def schema(cls: type, *, title: str) -> dict[str, Any]:
     whole = _section(cls, sections)
     base = {"type": "string", "description": "Another config, on which this one builds"}
     whole["properties"] = {"base": base, **whole["properties"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **whole, "$defs": sections}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **whole, "$defs": sections
+    }
 
 
 def _section(cls: type, sections: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +60,9 @@ def _kind(kind: Any, sections: dict[str, Any]) -> dict[str, Any]:
             sections[name] = _section(kind, sections)  # type: ignore[arg-type]
         return {"$ref": f"#/$defs/{name}"}
     if origin is Mapping:
-        return {"type": "object", "additionalProperties": {"anyOf": [_kind(inner[1], sections), {"type": "null"}]}}
+        return {
+            "type": "object", "additionalProperties": {"anyOf": [_kind(inner[1], sections), {"type": "null"}]}
+        }
     if origin is tuple and inner[1:] == (Ellipsis,):
         one = _kind(inner[0], sections)
         return {"anyOf": [{"type": "array", "items": one}, one]}  # shards: PATH means one

@@ -34,7 +34,9 @@ class SparseConfig:
     """flex: PyTorch's flex_attention, on CUDA; gather: parallel.kernel on the keys of each tile; auto:
     flex on CUDA, else gather"""
 
-    OWN: ClassVar[Mapping[str, tuple[str, ...]]] = {"none": (), "tiles": ("tile", "window"), "radial": ("block", "width")}
+    OWN: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "none": (), "tiles": ("tile", "window"), "radial": ("block", "width")
+    }
 
     @property
     def trained(self) -> dict[str, object]:
@@ -55,11 +57,13 @@ def check_values(cfg: SparseConfig, *, ring: int) -> None:
             raise ConfigError(f"sparse.{key} is {getattr(cfg, key)}, expected {least} or more")
     for key, three in {"tile": cfg.tile, "window": cfg.window}.items():
         if min(three) < 1:
-            raise ConfigError(f"sparse.{key} is {list(three)}, expected three numbers of 1 or more: time, height, width")
+            raise ConfigError(
+                f"sparse.{key} is {list(three)}, expected three numbers of 1 or more: time, height, width"
+            )
     if not cfg.width > 0:
         raise ConfigError(f"sparse.width is {cfg.width}, expected more than 0")
     if cfg.pattern != "none" and ring > 1:
         raise ConfigError(
-            f"sparse.pattern '{cfg.pattern}' cannot be used with parallel.ring {ring}: around a ring no rank sees whole windows; "
-            "share a sample by parallel.ulysses alone, or set it to none"
+            f"sparse.pattern '{cfg.pattern}' cannot be used with parallel.ring {ring}: around a ring no rank "
+            "sees whole windows; share a sample by parallel.ulysses alone, or set it to none"
         )

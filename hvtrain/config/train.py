@@ -19,7 +19,8 @@ class ShardsConfig:
     path: str = ""
     """Directory or URL, as in data.shards"""
     weight: float | None = None
-    """Its share of the samples, relative to the other sets' weights; null for all of them: as many as each holds"""
+    """Its share of the samples, relative to the other sets' weights; null for all of
+    them: as many as each holds"""
     buckets: tuple[str, ...] = ()
     """Patterns of the buckets to take, frames x height x width, as in 1x* (images) or *x480x832; none: all"""
     from_step: int = 0
@@ -27,7 +28,8 @@ class ShardsConfig:
     until_step: int | None = None
     """The step from which on it is not read any more; null: to the end"""
     silent: bool = False
-    """The adapter shall change nothing on these samples: what they are to give is what the model gives without it"""
+    """The adapter shall change nothing on these samples: what they are to give is
+    what the model gives without it"""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,16 @@ class DataConfig:
     """What to train on."""
 
     shards: tuple[str, ...] = ()
-    """Shard sets that hvtrain encode wrote: directories, or URLs that fsspec opens (s3://, gs://, https://)"""
+    """Shard sets that hvtrain encode wrote: directories, or URLs that fsspec
+    opens (s3://, gs://, https://)"""
     mixture: tuple[ShardsConfig, ...] = ()
-    """Instead of shards: sets with weights, buckets and steps of their own, as in [{path: A, weight: 3}, {path: B, weight: 1}]"""
+    """Instead of shards: sets with weights, buckets and steps of their own, as in [{path: A,
+    weight: 3}, {path: B, weight: 1}]"""
     batch_size: int = 1
     """Samples per data-parallel rank and micro-step"""
     batch_tokens: int | None = None
-    """Instead of batch_size: image tokens per micro-step, so that each costs alike; of each bucket what fits, at least 1"""
+    """Instead of batch_size: image tokens per micro-step, so that each costs alike; of each
+    bucket what fits, at least 1"""
     workers: int = 1
     """Threads or processes that read ahead; 0 reads when asked"""
     worker_type: Literal["thread", "process"] = "thread"
@@ -51,11 +56,14 @@ class DataConfig:
     caption_dropout: float = 0.0
     """Share of samples that are trained with the empty prompt"""
     image_share: float | None = None
-    """Share of samples that are trained with their image, of a flavor that makes videos with an image or without; null: all"""
+    """Share of samples that are trained with their image, of a flavor that makes videos with an
+    image or without; null: all"""
     calibration: int = 64
-    """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain merge --reconcile`; 0: none"""
+    """Samples that a finished LoRA leaves in run.output_dir/calibration, for `hvtrain
+    merge --reconcile`; 0: none"""
     allow_foreign: bool = False
-    """Train on shards that, by their fingerprints, other files made than those of this config, or several did"""
+    """Train on shards that, by their fingerprints, other files made than those of
+    this config, or several did"""
 
     @property
     def sets(self) -> tuple[ShardsConfig, ...]:
@@ -68,9 +76,9 @@ class AdapterConfig:
     """What is trained."""
 
     type: str = "lora"
-    """lora; dora: a LoRA and the length of each output row; loha: the product of two low-rank matrices, element by element; lokr:
-    the Kronecker product of a small matrix and a large one; loraid: one of these that owns one slice of a plan; none: the
-    weights of the DiT themselves (full fine-tune)"""
+    """lora; dora: a LoRA and the length of each output row; loha: the product of two low-rank matrices,
+    element by element; lokr: the Kronecker product of a small matrix and a large one; loraid: one of these
+    that owns one slice of a plan; none: the weights of the DiT themselves (full fine-tune)"""
     rank: int = 32
     """Rank of each pair"""
     alpha: float = 32.0
@@ -90,8 +98,9 @@ class AdapterConfig:
     scale_weight_norms: float = 0.0
     """Above 0: what a layer's adapter adds to the weight counts less where its norm is more than this"""
     init: str = "zero"
-    """Where a LoRA starts: zero; svd: zero too, but reading the directions that the weight answers to most; pissa: with the
-    weight's principal part, which is taken off the weight, so that the file has twice the rank"""
+    """Where a LoRA starts: zero; svd: zero too, but reading the directions that the weight
+    answers to most; pissa: with the weight's principal part, which is taken off the weight, so
+    that the file has twice the rank"""
     factor: int = -1
     """For lokr: size of the small matrix; -1 makes both as equal as they can be"""
     include: tuple[str, ...] = ()
@@ -101,12 +110,14 @@ class AdapterConfig:
     init_from: str | None = None
     """LoRA file to start from; {expert} in its name stands for each expert's, where a run trains several"""
     init_balance: bool = False
-    """Start from the singular vectors of what that file adds, at this run's rank: for one that merges or other ranks left"""
+    """Start from the singular vectors of what that file adds, at this run's rank: for one
+    that merges or other ranks left"""
     base_lora: tuple[LoraFileConfig, ...] = ()
     """LoRA files to merge into the model before training"""
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
-    """Learning rate as a multiple of optim.lr for the parameters whose name a pattern matches: {pattern: ratio}; the first that
-    matches. LoRA+ is {'.*lora_up.*': 16}; 0 is refused, for that is what freeze and exclude are for"""
+    """Learning rate as a multiple of optim.lr for the parameters whose name a pattern matches:
+    {pattern: ratio}; the first that matches. LoRA+ is {'.*lora_up.*': 16}; 0 is refused, for that is
+    what freeze and exclude are for"""
     train: tuple[str, ...] = ()
     """For none: patterns of the parameters to train; none: all"""
     freeze: tuple[str, ...] = ()
@@ -126,8 +137,8 @@ class FlowConfig:
     """Which noise levels are trained, and what an error at them counts."""
 
     timestep_sampling: str = "shift"
-    """Distribution of sigma: uniform, sigmoid, logit_normal, mode, shift, flux_shift, qwen_shift, logsnr, qinglong_flux,
-    qinglong_qwen or sigma; `hvtrain train CONFIG --show-timesteps` draws it"""
+    """Distribution of sigma: uniform, sigmoid, logit_normal, mode, shift, flux_shift, qwen_shift, logsnr,
+    qinglong_flux, qinglong_qwen or sigma; `hvtrain train CONFIG --show-timesteps` draws it"""
     shift: float | None = None
     """Shift towards noise, for shift; null: the flavor's own"""
     sigmoid_scale: float = 1.0
@@ -157,11 +168,13 @@ class FlowConfig:
     masked: bool = False
     """Weigh the error by the shards' column `mask`: 1 where it counts, 0 where not"""
     noise_offset: float = 0.0
-    """Add so much noise that is equal over all cells of a channel: for very dark and very bright videos; 0.05 is much"""
+    """Add so much noise that is equal over all cells of a channel: for very dark and very
+    bright videos; 0.05 is much"""
     guidance: float | None = None
     """Embedded guidance that the model is told, as in generation; null: the flavor's own"""
     raw_guidance: bool = False
-    """Tell the model flow.guidance itself instead of 1000 times it, as musubi-tuner trains; previews are as in generation"""
+    """Tell the model flow.guidance itself instead of 1000 times it, as musubi-tuner trains;
+    previews are as in generation"""
 
 
 @dataclass(frozen=True)
@@ -169,8 +182,8 @@ class OptimConfig:
     """How weights are updated."""
 
     name: str = "adamw"
-    """Optimizer: adamw, adam, adamw8bit, lion, adafactor, came, prodigy, schedulefree or muon (docs/optimizers.md), or a class by
-    its path, as in torch.optim.SGD"""
+    """Optimizer: adamw, adam, adamw8bit, lion, adafactor, came, prodigy, schedulefree or muon
+    (docs/optimizers.md), or a class by its path, as in torch.optim.SGD"""
     lr: float = 1e-4
     """Learning rate at its peak"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -244,23 +257,24 @@ class RunSettings:
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over float32 trainable weights"""
     recompute: Literal["none", "full", "selective", "offload"] = "full"
-    """Activation checkpointing: full recomputes each block in the backward pass, selective all but its attention; offload is
-    full with the blocks' inputs in host memory"""
+    """Activation checkpointing: full recomputes each block in the backward pass, selective all but its
+    attention; offload is full with the blocks' inputs in host memory"""
     compile: Literal["none", "blocks"] = "none"
-    """blocks: torch.compile of each block, which fuses what is between the matrix products; minutes in the first steps, and once
-    more for every new size of clips"""
+    """blocks: torch.compile of each block, which fuses what is between the matrix products; minutes in the
+    first steps, and once more for every new size of clips"""
     blocks_to_swap: int = 0
     """Keep the frozen weights of so many blocks in host memory and bring each when it is computed"""
     expert_turn: int = 1
-    """Where a run trains several experts: steps of one before the next is drawn, each by its share of the noise levels"""
+    """Where a run trains several experts: steps of one before the next is drawn, each by
+    its share of the noise levels"""
     idle_expert: Literal["auto", "device", "host"] = "auto"
-    """Where the frozen weights wait of an expert that is not computed with; auto: in host memory if the device has no room for
-    all, and always the whole of them in half of it"""
+    """Where the frozen weights wait of an expert that is not computed with; auto: in host memory if the
+    device has no room for all, and always the whole of them in half of it"""
     ema_decay: float = 0.0
     """Above 0: also keep an exponential moving average and save it as NAME-ema.safetensors"""
     save_every_steps: int | None = None
-    """Checkpoint every so many steps; the last step is always saved. null: 250 for an adapter without save_every_epochs, else 0;
-    0: none before the last, unless asked for"""
+    """Checkpoint every so many steps; the last step is always saved. null: 250 for an adapter without
+    save_every_epochs, else 0; 0: none before the last, unless asked for"""
     save_every_epochs: float = 0.0
     """Checkpoint every so many epochs"""
     keep_last: int = 2
@@ -270,11 +284,13 @@ class RunSettings:
     wandb: str | None = None
     """Also log to this project of Weights & Biases; needs the package wandb"""
     peak_tflops: float | None = None
-    """What one device can do, for the MFU; null: of a GPU that hvtrain knows, its data sheet's dense bf16 figure"""
+    """What one device can do, for the MFU; null: of a GPU that hvtrain knows, its
+    data sheet's dense bf16 figure"""
     profile_every: int = 100
     """Of several processes: steps between those whose time in collectives is measured; 0: none"""
     keep_best: bool = False
-    """Also keep the weights with the lowest held-out loss, as NAME-best.safetensors; needs eval.every_steps"""
+    """Also keep the weights with the lowest held-out loss, as
+    NAME-best.safetensors; needs eval.every_steps"""
     hang_timeout_s: float = 1800.0
     """End the run, and say which rank stands where, if nothing moves for so long; 0 waits for ever"""
     resume: Literal["auto", "never"] = "auto"
@@ -293,7 +309,8 @@ class SamplePrompt(Sampling):
 
 @dataclass(frozen=True)
 class PreviewConfig(Sampling):
-    """Videos made while training. What a prompt leaves out is taken from here; guidance is flow.guidance, where neither says."""
+    """Videos made while training. What a prompt leaves out is taken from here; guidance is
+    flow.guidance, where neither says."""
 
     every_steps: int = 0
     """Steps between previews; 0: not by steps"""
@@ -304,11 +321,11 @@ class PreviewConfig(Sampling):
     ema: bool = False
     """Of the moving averages (run.ema_decay) instead of the weights as they are"""
     prompt_file: str | None = None
-    """A file of prompts, besides those in prompts: text with one a line, which may end with options of its own, as for `hvtrain
-    generate`; or YAML, a list with the keys of prompts"""
+    """A file of prompts, besides those in prompts: text with one a line, which may end with options of its
+    own, as for `hvtrain generate`; or YAML, a list with the keys of prompts"""
     prompts: tuple[SamplePrompt, ...] = ()
-    """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a sample's own is taken: of
-    eval.shards, else of data.shards"""
+    """What to make, each with a prompt and keys of its own. Where an image is needed and not given, a
+    sample's own is taken: of eval.shards, else of data.shards"""
 
     @property
     def wanted(self) -> bool:

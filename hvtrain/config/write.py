@@ -1,4 +1,5 @@
-"""A config as YAML with a comment beside each value, for `hvtrain import`, `hvtrain init` and `hvtrain config show`."""
+"""A config as YAML with a comment beside each value, for `hvtrain import`, `hvtrain
+init` and `hvtrain config show`."""
 
 from __future__ import annotations
 
@@ -25,8 +26,11 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def commented(values: Mapping[str, Any], notes: Mapping[str, str], cls: type, *, head: Sequence[str] = ()) -> str:
-    """`values` and `notes` under dotted keys; sections in the order in which `cls` declares them. It loads as what it shows."""
+def commented(
+    values: Mapping[str, Any], notes: Mapping[str, str], cls: type, *, head: Sequence[str] = ()
+) -> str:
+    """`values` and `notes` under dotted keys; sections in the order in which `cls` declares
+    them. It loads as what it shows."""
     order = {f.name: i for i, f in enumerate(dataclasses.fields(cls))}  # type: ignore[arg-type]
     tree = nested(values)
     lines = [f"# {line}".rstrip() for text in head for line in text.splitlines()]
@@ -42,9 +46,14 @@ def _lines(name: str, value: Any, notes: Mapping[str, str], *, path: str, depth:
         return [f"{pad}{name}:", *(line for lines in inner for line in lines)]
     several = isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value)
     first = f"{pad}{name}:" if several else f"{pad}{name}: {_flow(value)}"
-    return [f"{first:<{COLUMN}}  # {note}" if note else first, *(f"{pad}- {_flow(item)}" for item in (value if several else ()))]
+    return [
+        f"{first:<{COLUMN}}  # {note}" if note else first,
+        *(f"{pad}- {_flow(item)}" for item in (value if several else ()))
+    ]
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(plain(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    text = yaml.safe_dump(
+        plain(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9
+    )
     return text.removesuffix("\n").removesuffix("\n...")

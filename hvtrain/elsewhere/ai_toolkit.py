@@ -22,9 +22,13 @@ def read(given: Sequence[str]) -> Foreign:
         raise ConfigError("ai-toolkit: give its config, as in `hvtrain import ai-toolkit FILE.yaml`")
     raw = read_file(given[0])
     config = raw.get("config", {})
-    processes = tables(config.get("process") if isinstance(config, Mapping) else None, f"{given[0]}: config.process")
+    processes = tables(
+        config.get("process") if isinstance(config, Mapping) else None, f"{given[0]}: config.process"
+    )
     if len(processes) != 1:
-        raise ConfigError(f"{given[0]}: config.process holds {len(processes)}; a run here is one of them: leave one in it")
+        raise ConfigError(
+            f"{given[0]}: config.process holds {len(processes)}; a run here is one of them: leave one in it"
+        )
     options = {"name": config.get("name"), **dict(flat(processes[0], whole=_WHOLE))}
     if "network.type" not in options:
         options["network.type"] = "none"
@@ -32,8 +36,10 @@ def read(given: Sequence[str]) -> Foreign:
         if options.get(key.replace("high", "low")):
             del options[key], options[key.replace("high", "low")]
             options[key.replace("high_noise", "both")] = True
-    datasets = [{"trigger_word": options.get("trigger_word"), **one} if options.get("trigger_word") else dict(one)
-                for one in tables(options.pop("datasets", None), "datasets")]
+    datasets = [
+        {"trigger_word": options.get("trigger_word"), **one} if options.get("trigger_word") else dict(one)
+        for one in tables(options.pop("datasets", None), "datasets")
+    ]
     prompts = _prompts(options)
     if prompts:
         options["sample.prompts"] = prompts
@@ -45,7 +51,9 @@ def read(given: Sequence[str]) -> Foreign:
 def _prompts(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Our prompts of its two lists; the trigger word is filled in, and seeds walk where they do."""
     walk = bool(options.get("sample.walk_seed"))
-    seed, texts = number(options.get("sample.seed", 0), "sample.seed"), options.pop("sample.prompts", None) or []
+    seed, texts = (
+        number(options.get("sample.seed", 0), "sample.seed"), options.pop("sample.prompts", None) or []
+    )
     samples = tables(options.pop("sample.samples", None), "sample.samples")
     items = [{"prompt": text} for text in (texts if isinstance(texts, list) else [texts])] + [
         {_SAMPLE[k]: v for k, v in one.items() if k in _SAMPLE} for one in samples

@@ -12,8 +12,8 @@ from hvtrain.errors import ConfigError
 
 
 def entries(made: Draft, *, unit: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """One directory of theirs is one entry for each size, and for its videos and its pictures: here an entry holds one kind.
-    `unit`: of which height and width are multiples."""
+    """One directory of theirs is one entry for each size, and for its videos and its pictures: here an entry
+    holds one kind. `unit`: of which height and width are multiples."""
     own = dict(made.values)
     where = str(own.pop("path", "") or "")
     if not where:
@@ -43,7 +43,12 @@ def _kinds(where: str, frames: list[int]) -> list[str]:
     if not folder.is_dir():
         return wanted
     found = {str(mimetypes.guess_type(path.name)[0]).partition("/")[0] for path in folder.iterdir()}
-    return [kind for kind in ("video", "image") if kind in found and (kind == "image" or any(n > 1 for n in frames))] or wanted
+    return (
+        [
+            kind for kind in ("video", "image")
+            if kind in found and (kind == "image" or any(n > 1 for n in frames))
+        ] or wanted
+    )
 
 
 def _numbers(given: Any) -> list[int]:

@@ -1,4 +1,5 @@
-"""diffusion-pipe: its config TOML, or the command line that names it, with the dataset TOML that the config names."""
+"""diffusion-pipe: its config TOML, or the command line that names it, with the dataset
+TOML that the config names."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def read(given: Sequence[str]) -> Foreign:
     files = [file for one in encoders for file in one.get("paths") or [one.get("path")]]
     options |= {f"model.text_encoders.{i}": file for i, file in enumerate(files)}
     named = options.get("dataset")
-    file = next((p for p in (Path(str(named)), Path(path).parent / str(named)) if is_file(str(p))), None) if named else None
+    file = (
+        next((p for p in (Path(str(named)), Path(path).parent / str(named)) if is_file(str(p))), None)
+        if named else None
+    )
     if named and file is None:
         options["dataset.missing"] = options.pop("dataset")
     datasets = _datasets(read_file(file)) if file else None

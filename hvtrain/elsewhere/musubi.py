@@ -1,4 +1,5 @@
-"""musubi-tuner: command lines (of caching and of training), its config TOML, or a file with a command line in it."""
+"""musubi-tuner: command lines (of caching and of training), its config TOML, or a
+file with a command line in it."""
 
 from __future__ import annotations
 

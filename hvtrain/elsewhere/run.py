@@ -51,12 +51,15 @@ class Imported:
 
 
 def convert(
-    tool: str, given: Sequence[str], *, model: str | None = None, shards: str | None = None, name: str = "lora"
+    tool: str, given: Sequence[str], *, model: str | None = None, shards: str | None = None,
+    name: str = "lora"
 ) -> Imported:
-    """`given`: files or command lines; `name`: of the files that will hold it. Raises ConfigError for what cannot be read, or a
-    model that is not here; a single option that has no equal is only said."""
+    """`given`: files or command lines; `name`: of the files that will hold it. Raises ConfigError for what
+    cannot be read, or a model that is not here; a single option that has no equal is only said."""
     source = Registry("tool", READERS).find(tool, key="import")(given)
-    own, known = yaml.safe_load((Path(__file__).parent / f"{tool}.yaml").read_text(encoding="utf-8")), _models()
+    own, known = (
+        yaml.safe_load((Path(__file__).parent / f"{tool}.yaml").read_text(encoding="utf-8")), _models()
+    )
     spec = find(_model(tool, source.called, model, known))
     table = Table.of(own, known[spec.name].get(tool, {}))
     made = apply(source.options, table, spelled=source.spelled, tool=own["called"])
@@ -67,8 +70,14 @@ def convert(
     _fit_previews(made, flavor)
     folder = str(made.values.get("run.output_dir") or "runs").rstrip("/")
     run = f"{folder}/{made.values.get('run.name', name)}"
-    made.put("run.output_dir", run, f"{made.notes.get('run.output_dir', 'yours to choose')}; a run has a directory of its own")
-    made.put("data.shards", [shards or f"{folder}/shards"], f"made by `hvtrain encode {name}-encode.yaml`", weak=True)
+    made.put(
+        "run.output_dir", run,
+        f"{made.notes.get('run.output_dir', 'yours to choose')}; a run has a directory of its own"
+    )
+    made.put(
+        "data.shards", [shards or f"{folder}/shards"], f"made by `hvtrain encode {name}-encode.yaml`",
+        weak=True
+    )
     dataset = _dataset(made, source, own, tool, name, flavor)
     encode = _encode(made, spec, flavor, name)
     for key in [key for key in made.values if key.startswith("encode.")]:
@@ -76,7 +85,9 @@ def convert(
     _refuse_one_by_one(TrainConfig, made)
     lines = sorted(made.lines, key=lambda line: KINDS.index(line.kind))
     head = [f"From {own['called']} by `hvtrain import {tool}`: {_counted(lines)}.", *map(str, lines)]
-    return Imported(commented(made.values, made.notes, TrainConfig, head=head), encode, dataset, lines, source.gpus)
+    return Imported(
+        commented(made.values, made.notes, TrainConfig, head=head), encode, dataset, lines, source.gpus
+    )
 
 
 def _models() -> dict[str, dict[str, Any]]:
@@ -89,7 +100,9 @@ def _models() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _model(tool: str, called: Sequence[str], asked: str | None, known: Mapping[str, Mapping[str, Any]]) -> str:
+def _model(
+    tool: str, called: Sequence[str], asked: str | None, known: Mapping[str, Mapping[str, Any]]
+) -> str:
     if asked is not None:
         Registry("model", known).find(asked, key="--model")
         return asked
@@ -99,15 +112,25 @@ def _model(tool: str, called: Sequence[str], asked: str | None, known: Mapping[s
             return names[name]
     said = next(filter(None, called), "")
     if said:
-        raise ConfigError(f"{tool}: no model of hvtrain is called '{said}' there; {suggest(said, names)}, or say --model NAME")
-    raise ConfigError(f"{tool}: nothing says which model it is; give --model NAME ({', '.join(sorted(known))})")
+        raise ConfigError(
+            f"{tool}: no model of hvtrain is called '{said}' there; {suggest(said, names)}, or say --model "
+            "NAME"
+        )
+    raise ConfigError(
+        f"{tool}: nothing says which model it is; give --model NAME ({', '.join(sorted(known))})"
+    )
 
 
 def _flavor(made: Draft, spec: ModelSpec) -> Flavor:
-    """The one that an option says, else the DiT's path or that of what lies with it, else the first: what it needs is in its
-    record."""
-    keys = sorted((key for key in made.values if key.startswith("model.")), key=lambda key: not key.startswith("model.dit"))
-    paths = [Path(value) for key in keys if "/" in str(value := made.values[key]) or key.startswith("model.dit")]
+    """The one that an option says, else the DiT's path or that of what lies with it, else the first:
+    what it needs is in its record."""
+    keys = sorted(
+        (key for key in made.values if key.startswith("model.")),
+        key=lambda key: not key.startswith("model.dit")
+    )
+    paths = [
+        Path(value) for key in keys if "/" in str(value := made.values[key]) or key.startswith("model.dit")
+    ]
     told = next(filter(None, map(spec.told_by, paths)), None) if spec.told_by else None
     if "model.flavor" not in made.values and told:
         made.put("model.flavor", told, "by the names of the files")
@@ -115,7 +138,8 @@ def _flavor(made: Draft, spec: ModelSpec) -> Flavor:
 
 
 def _choose_expert(made: Draft, flavor: Flavor) -> None:
-    """Of a flavor of several DiTs: by the file's name, else by the noise levels. Its file goes under its own key."""
+    """Of a flavor of several DiTs: by the file's name, else by the noise levels. Its
+    file goes under its own key."""
     if not flavor.experts:
         return
     values, files = made.values, [e for e in flavor.experts if f"model.{e.part}" in made.values]
@@ -125,12 +149,19 @@ def _choose_expert(made: Draft, flavor: Flavor) -> None:
     within = [e for e in flavor.experts if e.sigmas[0] <= low and high <= e.sigmas[1]]
     if "model.experts" not in values and len(files) == len(flavor.experts):
         made.put("model.experts", "both", "both files are given")
-        made.say("changed", "two experts", "model.experts: both", "a LoRA for each, in turns; there one is trained for both")
+        made.say(
+            "changed", "two experts", "model.experts: both",
+            "a LoRA for each, in turns; there one is trained for both"
+        )
     elif "model.experts" not in values and (named or len(within) == 1):
-        made.put("model.experts", named[1] if named else within[0].name, "by the file's name" if named else "by its noise levels")
+        made.put(
+            "model.experts", named[1] if named else within[0].name,
+            "by the file's name" if named else "by its noise levels"
+        )
     if "model.experts" not in values:
         raise ConfigError(
-            f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is {values.get('model.dit')}? Neither its "
+            f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is "
+            f"{values.get('model.dit')}? Neither its "
             "name (..high_noise.., ..low_noise..) nor the range of timesteps says"
         )
     own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.experts"]), None)
@@ -140,7 +171,10 @@ def _choose_expert(made: Draft, flavor: Flavor) -> None:
     if previews and not all(f"model.{e.part}" in values for e in flavor.experts):
         for key in previews:
             made.take(key)
-        made.say("left out", "samples", why="they need all experts' files: give model.dit and the others, and preview.*")
+        made.say(
+            "left out", "samples",
+            why="they need all experts' files: give model.dit and the others, and preview.*"
+        )
 
 
 def _fit_sampler(made: Draft) -> None:
@@ -161,12 +195,20 @@ def _fit_previews(made: Draft, flavor: Flavor) -> None:
     tall, wide = flavor.latent.unit
     for key, unit, rest in (("width", wide, 0), ("height", tall, 0), ("frames", flavor.latent.stride_t, 1)):
         value = made.values.get(f"preview.{key}")
-        if isinstance(value, int) and (near := max(rest or unit, (value - rest) // unit * unit + rest)) != value:
+        if (
+            isinstance(value, int)
+            and (near := max(rest or unit, (value - rest) // unit * unit + rest)) != value
+        ):
             made.put(f"preview.{key}", near, made.notes[f"preview.{key}"])
-            made.say("changed", f"preview.{key} {value}", f"preview.{key}: {near}", f"a size that {flavor.name} can make")
+            made.say(
+                "changed", f"preview.{key} {value}", f"preview.{key}: {near}",
+                f"a size that {flavor.name} can make"
+            )
 
 
-def _dataset(made: Draft, source: Foreign, own: Mapping[str, Any], tool: str, name: str, flavor: Flavor) -> str | None:
+def _dataset(
+    made: Draft, source: Foreign, own: Mapping[str, Any], tool: str, name: str, flavor: Flavor
+) -> str | None:
     if source.datasets is None:
         return None
     found: list[dict[str, Any]] = []
@@ -181,14 +223,19 @@ def _dataset(made: Draft, source: Foreign, own: Mapping[str, Any], tool: str, na
         made.put("flow.masked", True, "masks of the datasets")
     elif any(masked):
         found = [{key: value for key, value in entry.items() if key != "mask_directory"} for entry in found]
-        made.say("left out", "masks", why="where one dataset has them all need them: give white pictures to the others")
+        made.say(
+            "left out", "masks",
+            why="where one dataset has them all need them: give white pictures to the others"
+        )
     made.put("encode.dataset", f"{name}-dataset.yaml", f"{own['called']}'s datasets")
     text = yaml.safe_dump({"datasets": found}, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"# From {own['called']} by `hvtrain import {tool}`\n{text}"
 
 
 def _encode(made: Draft, spec: ModelSpec, flavor: Flavor, name: str) -> str | None:
-    values = {key.removeprefix("encode."): value for key, value in made.values.items() if key.startswith("encode.")}
+    values = {
+        key.removeprefix("encode."): value for key, value in made.values.items() if key.startswith("encode.")
+    }
     if "dataset" not in values:
         return None
     skip = {f"model.{key}" for key in (*_NOT_FOR_ENCODING, *(e.part for e in flavor.experts))}

@@ -1,4 +1,5 @@
-"""What a user of another tool has: a command line, a config file, a dataset file. Read here, understood elsewhere."""
+"""What a user of another tool has: a command line, a config file, a dataset file. Read
+here, understood elsewhere."""
 
 from __future__ import annotations
 
@@ -30,12 +31,15 @@ class Foreign:
     called: Sequence[str]  # what may say which model it is, the surest first
     dash: str = ""  # before an option's name, as the user wrote it
     gpus: int = 1
-    datasets: Sequence[Mapping[str, Any]] | None = None  # options of each, where our encode does not read the tool's own file
+    # options of each, where our encode does not read the tool's own file
+    datasets: Sequence[Mapping[str, Any]] | None = None
 
     def spelled(self, option: str) -> str:
         """As the user wrote it."""
         name = option.removeprefix("accelerate.")
-        return f"{self.dash}{option.replace('_args.', '_args ')}" if name == option else f"accelerate --{name}"
+        return (
+            f"{self.dash}{option.replace('_args.', '_args ')}" if name == option else f"accelerate --{name}"
+        )
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -47,7 +51,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # of TOML, YAML and UTF-8
-        raise ConfigError(f"{path}: not {path.suffix[1:].upper() or 'YAML'}: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path}: not {path.suffix[1:].upper() or 'YAML'}: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
     return raw
@@ -92,7 +98,8 @@ class Words:
 
 
 def command_line(words: Sequence[str]) -> Words:
-    """`accelerate launch --num_processes 8 train.py --lr 1e-4`. Raises ConfigError for a word that belongs to no option."""
+    """`accelerate launch --num_processes 8 train.py --lr 1e-4`. Raises ConfigError for a
+    word that belongs to no option."""
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None and "-m" in words[:-1]:
         at = list(words).index("-m") + 1
@@ -100,7 +107,8 @@ def command_line(words: Sequence[str]) -> Words:
         return Words(options=_options(words))
     program = Path(words[at]).stem if words[at].endswith(".py") else words[at].rpartition(".")[2]
     before = [word for word in words[:at] if word != "-m"]
-    starter = next((i for i, word in enumerate(before) if word in LAUNCHERS), len(before))  # after `uv run --extra X`
+    # after `uv run --extra X`
+    starter = next((i for i, word in enumerate(before) if word in LAUNCHERS), len(before))
     return Words(_options(before[starter + 1 :]), program, _options(words[at + 1 :]))
 
 
@@ -112,11 +120,15 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
             name, sign, text = word.lstrip("-").partition("=")
             found[name] = scalar(text) if sign else True
         elif name is None:
-            raise ConfigError(f"'{word}' belongs to no option; give the command line as it is, in one pair of quotes")
+            raise ConfigError(
+                f"'{word}' belongs to no option; give the command line as it is, in one pair of quotes"
+            )
         else:
             before = found[name]
             value = scalar(word)
-            found[name] = value if before is True else [*before, value] if isinstance(before, list) else [before, value]
+            found[name] = (
+                value if before is True else [*before, value] if isinstance(before, list) else [before, value]
+            )
     return found
 
 

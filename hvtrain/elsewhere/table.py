@@ -1,4 +1,5 @@
-"""What another tool's options become, as a table says: a value under one of our keys, nothing with a reason, or left out."""
+"""What another tool's options become, as a table says: a value under one of our keys, nothing
+with a reason, or left out."""
 
 from __future__ import annotations
 
@@ -21,15 +22,18 @@ class Becomes:
     """What one option becomes. In the table a text alone is `to`."""
 
     to: str | None = None  # our dotted key; "encode.KEY" is one of `hvtrain encode`
-    values: Mapping[str, Any] | None = None  # theirs, in small letters -> ours, or [ours, why]; null: there is nothing to set
+    # theirs, in small letters -> ours, or [ours, why]; null: there is nothing to set
+    values: Mapping[str, Any] | None = None
     otherwise: Any = None  # [ours, why] for a value that is not among them; null: it is left out
     times: float | None = None
     inside: str = ""  # ours is {inside: value}
     why: str = ""  # it is not quite the same here
     absent: Any = None  # what the tool takes where the option is not given, if we would take something else
     also: Mapping[str, Any] = field(default_factory=dict)  # set with it, where nothing else says
-    instead: Mapping[str, Any] = field(default_factory=dict)  # another option -> the rule where that one is given too
-    below: Mapping[str, Any] = field(default_factory=dict)  # a folder: our key -> a path in it, or [path, what its name holds]
+    # another option -> the rule where that one is given too
+    instead: Mapping[str, Any] = field(default_factory=dict)
+    # a folder: our key -> a path in it, or [path, what its name holds]
+    below: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, raw: Any) -> Becomes:
@@ -44,7 +48,8 @@ class Table:
 
     rules: Mapping[str, Becomes]
     meaningless: Mapping[str, str]  # option -> why
-    left_out: Mapping[str, Any]  # option, or `SECTION.*` -> why, or [why, the value with which nothing is lost]
+    # option, or `SECTION.*` -> why, or [why, the value with which nothing is lost]
+    left_out: Mapping[str, Any]
 
     @classmethod
     def of(cls, *raw: Mapping[str, Any]) -> Table:
@@ -53,7 +58,10 @@ class Table:
         for one in raw:
             new = [one.get(name) or {} for name in ("options", "meaningless", "left_out")]
             again = {name for part in new for name in part}
-            parts = [{k: v for k, v in old.items() if k not in again} | part for old, part in zip(parts, new, strict=True)]
+            parts = [
+                {k: v for k, v in old.items() if k not in again} | part for old,
+                part in zip(parts, new, strict=True)
+            ]
         return cls({name: Becomes.of(rule) for name, rule in parts[0].items()}, parts[1], parts[2])
 
     @property
@@ -118,7 +126,10 @@ def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], 
     for name, rule in table.rules.items():
         rule = _resolved(rule, options)
         if name not in options and rule.absent is not None:
-            _apply(rule, rule.absent, f"{spelled(name)} {_given(name, rule.absent)}, its default", made, weak=True)
+            _apply(
+                rule, rule.absent, f"{spelled(name)} {_given(name, rule.absent)}, its default", made,
+                weak=True
+            )
     for rule, value, shown in folders:
         for key, path in rule.below.items():
             path, pattern = path if isinstance(path, list) else (path, "")
@@ -128,7 +139,10 @@ def apply(options: Mapping[str, Any], table: Table, *, spelled: Callable[[str], 
 
 
 def _resolved(rule: Becomes, options: Mapping[str, Any]) -> Becomes:
-    return next((Becomes.of(other) for name, other in rule.instead.items() if options.get(name) not in (None, False)), rule)
+    return next(
+        (Becomes.of(other) for name, other in rule.instead.items() if options.get(name) not in (None, False)),
+        rule
+    )
 
 
 def _apply(rule: Becomes, value: Any, shown: str, made: Draft, *, weak: bool = False) -> None:
@@ -145,7 +159,10 @@ def _apply(rule: Becomes, value: Any, shown: str, made: Draft, *, weak: bool = F
                 return made.say("mapped", shown, "as it is here")
             legal = ", ".join(map(str, rule.values))
             return made.say("left out", shown, why=f"no such {rule.to or 'value'} here; known: {legal}")
-        ours, reason = entry if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else (entry, "")
+        ours, reason = (
+            entry if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+            else (entry, "")
+        )
         why = reason or why
     if rule.to is None and not rule.below:
         made.say("meaningless", shown, why=why)
@@ -173,12 +190,17 @@ def _given(name: str, value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, bool) else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = (
+        json.dumps(value) if isinstance(value, bool) else " ".join(map(str, value))
+        if isinstance(value, list) else str(value)
+    )
     text = " ".join(text.split())
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def flat(raw: Mapping[str, Any], prefix: str = "", *, whole: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+def flat(
+    raw: Mapping[str, Any], prefix: str = "", *, whole: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Any]]:
     """Sections as dotted names; `whole` are left as they are."""
     for key, value in raw.items():
         name = f"{prefix}{key}"

@@ -34,7 +34,8 @@ def whole(size: Size, unit: Size) -> Size:
 
 
 def sizes(area: int, unit: Size) -> list[Size]:
-    """All bucket sizes of about this area, from half to once the square's side and mirrored (musubi-tuner's rule)."""
+    """All bucket sizes of about this area, from half to once the square's side and
+    mirrored (musubi-tuner's rule)."""
     wide = set(_sizes(area, unit[0], unit[1]))
     high = {(w, h) for h, w in _sizes(area, unit[1], unit[0])}
     return sorted(wide | high)
@@ -42,7 +43,9 @@ def sizes(area: int, unit: Size) -> list[Size]:
 
 def _sizes(area: int, step: int, across: int) -> list[Size]:
     side = int(math.sqrt(area))
-    found = ((n, _down(area // n, across)) for n in range(max(step, _down(side // 2, step)), side + step, step))
+    found = (
+        (n, _down(area // n, across)) for n in range(max(step, _down(side // 2, step)), side + step, step)
+    )
     return [(n, m) for n, m in found if m]
 
 

@@ -67,11 +67,18 @@ def look(path: str, *, model: str | None, flavor: str | None, workers: int) -> D
         refused += [s for rows in found for s in rows if isinstance(s, Rejected)]
         samples += good
         n_frames = sum(_frames(clip, probes) for clip in clips)
-        used = sum(len({i for s in rows if isinstance(s, PlannedSample) for i in s.clip.frames}) for rows in found)
+        used = sum(
+            len({i for s in rows if isinstance(s, PlannedSample) for i in s.clip.frames}) for rows in found
+        )
         entries.append(EntryYield(dataset, len(clips), len(good), n_frames, used, _short(dataset, found)))
-        enlarged += [e for rows in found for s in rows[:1] if isinstance(s, PlannedSample) and (e := _enlarged(s, probes))]
+        enlarged += [
+            e for rows in found
+            for s in rows[:1] if isinstance(s, PlannedSample) and (e := _enlarged(s, probes))
+        ]
     d, geometry = chosen.defaults, chosen.latent
-    listed = [geometry.shape(frames=d.frames, height=h, width=w) for w, h in (*spec.sizes, (d.width, d.height))]
+    listed = [
+        geometry.shape(frames=d.frames, height=h, width=w) for w, h in (*spec.sizes, (d.width, d.height))
+    ]
     return DatasetReport(
         spec.name, chosen, tuple(entries), tuple(without_doubles(samples)), tuple(refused), tuple(enlarged),
         max(map(geometry.n_tokens, listed)),
@@ -103,7 +110,10 @@ def lines(report: DatasetReport) -> Iterator[str]:
     yield f"as {report.model} {report.flavor.name} sees it ({d.fps} frames a second)"
     for number, e in enumerate(report.entries, start=1):
         share = f", {100 * e.used / e.frames:.0f} % of {e.frames} frames are used" if e.frames else ""
-        yield f"entry {number} ({shown(e.dataset.path)}): {n_of(e.clips, 'clip')}, {n_of(e.samples, 'sample')}{share}"
+        yield (
+            f"entry {number} ({shown(e.dataset.path)}): {n_of(e.clips, 'clip')}, "
+            f"{n_of(e.samples, 'sample')}{share}"
+        )
         for target, n in e.short.items():
             yield f"  {n_of(n, 'clip')} too short for target_frames {target}, used for the lower ones"
     buckets = Counter(s.bucket for s in report.samples)
@@ -135,17 +145,25 @@ def _warnings(report: DatasetReport) -> Iterator[str]:
     long = [s for s in report.samples if tokens and max(map(len, s.captions)) > most]
     if long:
         letters = max(len(c) for c in long[0].captions)
-        yield (f"{n_of(len(long), 'sample')} with a caption above {most} letters, first {shown(long[0].clip.path)} "
-               f"({letters}): the encoder reads {tokens} tokens, about {most} letters, and cuts the rest off")
+        yield (
+            f"{n_of(len(long), 'sample')} with a caption above {most} letters, first "
+            f"{shown(long[0].clip.path)} " f"({letters}): the encoder reads {tokens} tokens, about {most} "
+            "letters, and cuts the rest off"
+        )
     if report.enlarged:
         worst = max(report.enlarged, key=lambda e: e.times)
         (w, h), (width, height) = worst.shown, worst.size
-        yield (f"{n_of(len(report.enlarged), 'clip')} enlarged to more than {ENLARGED} times, most {shown(worst.path)} "
-               f"({w} x {h} to {width} x {height}); lower resolution, or bucket_no_upscale = true")
+        yield (
+            f"{n_of(len(report.enlarged), 'clip')} enlarged to more than {ENLARGED} times, most "
+            f"{shown(worst.path)} " f"({w} x {h} to {width} x {height}); lower resolution, or "
+            "bucket_no_upscale = true"
+        )
     tokens = max((report.flavor.latent.n_tokens(_latent_shape(report, s)) for s in report.samples), default=0)
     if tokens > 2 * report.listed_tokens:
-        yield (f"{tokens} tokens in the largest sample; the largest video of the model's authors has {report.listed_tokens}: "
-               "lower resolution or target_frames")
+        yield (
+            f"{tokens} tokens in the largest sample; the largest video of the model's authors has "
+            f"{report.listed_tokens}: " "lower resolution or target_frames"
+        )
 
 
 def n_of(n: int, noun: str) -> str:
@@ -171,7 +189,10 @@ def _sizes(report: DatasetReport) -> Iterator[str]:
         biggest = max(report.samples, key=lambda s: s.cost)
         sizes = "x".join(map(str, _latent_shape(report, biggest)))
         yield f"largest sample: latents {sizes}, {tokens} tokens"
-    yield f"shards: about {size(latents)} of latents and {size(text)} of text, {n_of(len(report.samples), 'sample')}"
+    yield (
+        f"shards: about {size(latents)} of latents and {size(text)} of text, "
+        f"{n_of(len(report.samples), 'sample')}"
+    )
 
 
 def _text_tokens(flavor: Flavor) -> int | None:

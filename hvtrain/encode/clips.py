@@ -1,4 +1,5 @@
-"""The clips of a dataset with their captions and controls. What cannot be used is a Rejected, never dropped in silence."""
+"""The clips of a dataset with their captions and controls. What cannot be used is a
+Rejected, never dropped in silence."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ IMAGE_KEY = "image_path"  # of a line of videos: what it begins with; of a line 
 
 @dataclass(frozen=True)
 class Clip:
-    """A source file, its captions (one is drawn per epoch), what controls it, and the image that it is told by."""
+    """A source file, its captions (one is drawn per epoch), what controls it, and
+    the image that it is told by."""
 
     path: Path
     captions: tuple[str, ...]
@@ -52,10 +54,15 @@ def find_clips(dataset: Dataset) -> list[Clip | Rejected]:
     if "jsonl" in dataset.source:
         found = list(_from_jsonl(dataset))
         if not found:
-            raise DataError(f"{dataset.path}: is empty; expected lines {{\"{_path_key(dataset)}\": ..., \"caption\": ...}}")
+            raise DataError(
+                f"{dataset.path}: is empty; expected lines {{\"{_path_key(dataset)}\": ..., \"caption\": "
+                f"...}}"
+            )
         return found
     if not dataset.path.is_dir():
-        raise DataError(f"{dataset.path}: {dataset.source} names a file; give the directory, or use the JSONL key")
+        raise DataError(
+            f"{dataset.path}: {dataset.source} names a file; give the directory, or use the JSONL key"
+        )
     paths = sorted(_walk(dataset.path, deep=dataset.recursive))
     legal = VIDEOS if dataset.is_video else IMAGES
     chosen = [path for path in paths if path.suffix.lower() in legal]
@@ -98,12 +105,16 @@ def _beside_its_caption(path: Path, dataset: Dataset) -> Clip | Rejected:
         sound(path)
         if not caption.is_file():
             raise DataError(f"{path}: has no caption; write it to {caption.name} beside it")
-        return Clip(path, _captions(caption, dataset), dataset, _controls_of(path, dataset), _image_of(path, dataset),
-                    _mask_of(path, dataset))  # fmt: skip
+        return Clip(
+            path, _captions(caption, dataset), dataset, _controls_of(path, dataset), _image_of(path, dataset),
+            _mask_of(path, dataset)
+        )  # fmt: skip
     except DataError as error:
         return Rejected(str(path), str(error))
     except OSError as error:
-        return Rejected(str(path), f"{path}: its caption, control, image or mask cannot be read ({error.strerror})")
+        return Rejected(
+            str(path), f"{path}: its caption, control, image or mask cannot be read ({error.strerror})"
+        )
 
 
 def _captions(path: Path, dataset: Dataset) -> tuple[str, ...]:
@@ -113,15 +124,20 @@ def _captions(path: Path, dataset: Dataset) -> tuple[str, ...]:
     try:
         return _dressed(_caption_list(_json(text)), dataset)
     except ValueError as error:
-        raise DataError(f"{path}: {error}; expected {{\"caption\": \"...\"}} or {{\"captions\": [\"...\", ...]}}") from None
+        raise DataError(
+            f"{path}: {error}; expected {{\"caption\": \"...\"}} or {{\"captions\": [\"...\", ...]}}"
+        ) from None
 
 
 def _caption_list(raw: Any) -> list[str]:
-    """What a JSON caption file or a JSONL line says: one caption or several. A ValueError says what is wrong."""
+    """What a JSON caption file or a JSONL line says: one caption or several. A
+    ValueError says what is wrong."""
     if isinstance(raw, dict):
         given = [raw[key] for key in ("caption", "captions") if key in raw]
         if len(given) != 1:
-            raise ValueError("it has no \"caption\"" if not given else "it has both \"caption\" and \"captions\"")
+            raise ValueError(
+                "it has no \"caption\"" if not given else "it has both \"caption\" and \"captions\""
+            )
         raw = given[0]
     values = [raw] if isinstance(raw, str) else raw
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
@@ -130,7 +146,8 @@ def _caption_list(raw: Any) -> list[str]:
 
 
 def _json(text: str) -> Any:
-    """A ValueError, one line, for what JSON forbids, and for a key that is given twice, of which one would be lost."""
+    """A ValueError, one line, for what JSON forbids, and for a key that is given twice,
+    of which one would be lost."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -171,8 +188,11 @@ def _path_key(dataset: Dataset) -> str:
 def _from_jsonl(dataset: Dataset) -> Iterator[Clip | Rejected]:
     name, folder = _path_key(dataset), dataset.path.parent
     if not dataset.path.is_file():
-        raise DataError(f"{dataset.path}: {dataset.source} names no file; use the directory key for a directory")
-    for number, line in enumerate(_text(dataset.path).split("\n"), start=1):  # a caption may hold other kinds of line end
+        raise DataError(
+            f"{dataset.path}: {dataset.source} names no file; use the directory key for a directory"
+        )
+    # a caption may hold other kinds of line end
+    for number, line in enumerate(_text(dataset.path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{dataset.path}:{number}"
@@ -214,18 +234,22 @@ def _of_line(row: dict[str, Any], name: str, folder: Path, dataset: Dataset) -> 
 
 
 def _controls_of(path: Path, dataset: Dataset) -> tuple[Path, ...]:
-    """Of a clip in a directory: the same name; for images also stem_0, stem_1, ...; for videos another extension or a
-    folder of images called like the stem."""
+    """Of a clip in a directory: the same name; for images also stem_0, stem_1, ...; for videos another
+    extension or a folder of images called like the stem."""
     if dataset.control.directory is None:
         return ()
     folder = _mirrored(dataset.control.directory, path, dataset)
     legal = (*VIDEOS, *IMAGES) if dataset.is_video else IMAGES
     near = [p for p in folder.glob(f"{_literal(path.stem)}*") if p.suffix.lower() in legal or p.is_dir()]
-    exact = [p for p in near if p.stem == path.stem or (p.is_dir() and p.name == path.stem and dataset.is_video)]
+    exact = [
+        p for p in near if p.stem == path.stem or (p.is_dir() and p.name == path.stem and dataset.is_video)
+    ]
     same = [p for p in exact if p.name == path.name]
     if exact:
         return ((same or sorted(exact))[0],)
-    numbered = [p for p in near if not dataset.is_video and re.fullmatch(re.escape(path.stem) + r"_\d+", p.stem)]
+    numbered = [
+        p for p in near if not dataset.is_video and re.fullmatch(re.escape(path.stem) + r"_\d+", p.stem)
+    ]
     if not numbered:
         raise DataError(f"{path}: has no control in {folder}; expected a file called {path.stem}.*")
     return tuple(sorted(numbered, key=lambda p: int(p.stem.rsplit("_", 1)[1])))
@@ -236,21 +260,28 @@ def _image_of(path: Path, dataset: Dataset) -> Path | None:
     if dataset.image_directory is None:
         return None
     folder = _mirrored(dataset.image_directory, path, dataset)
-    found = sorted(p for p in folder.glob(f"{_literal(path.stem)}.*") if p.suffix.lower() in IMAGES and p.stem == path.stem)
+    found = sorted(
+        p for p in folder.glob(f"{_literal(path.stem)}.*")
+        if p.suffix.lower() in IMAGES and p.stem == path.stem
+    )
     if not found:
-        raise DataError(f"{path}: has no image in {folder}; expected {path.stem}.png or another picture of that name")
+        raise DataError(
+            f"{path}: has no image in {folder}; expected {path.stem}.png or another picture of that name"
+        )
     return found[0]
 
 
 def _mask_of(path: Path, dataset: Dataset) -> Path | None:
-    """Of a clip in a directory: the picture or video of the same name, or for videos a folder of pictures called so."""
+    """Of a clip in a directory: the picture or video of the same name, or for videos a
+    folder of pictures called so."""
     if dataset.mask_directory is None:
         return None
     folder = _mirrored(dataset.mask_directory, path, dataset)
     legal = (*VIDEOS, *IMAGES) if dataset.is_video else IMAGES
     found = sorted(
         p for p in folder.glob(f"{_literal(path.stem)}*")
-        if (p.stem == path.stem and p.suffix.lower() in legal) or (dataset.is_video and p.is_dir() and p.name == path.stem)
+        if (p.stem == path.stem and p.suffix.lower() in legal)
+        or (dataset.is_video and p.is_dir() and p.name == path.stem)
     )  # fmt: skip
     if not found:
         raise DataError(f"{path}: has no mask in {folder}; expected a file called {path.stem}.*")

@@ -1,4 +1,5 @@
-"""The columns of a set, one entry each: what of a sample it is made of, what makes it, and what is said of it beside."""
+"""The columns of a set, one entry each: what of a sample it is made of, what makes it,
+and what is said of it beside."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Encoder:
 
     encode: Encode
     fingerprint: str
-    empty: Callable[[], Fields | str] | None = None  # of captions: the fields of the empty one, or why there are none
+    # of captions: the fields of the empty one, or why there are none
+    empty: Callable[[], Fields | str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class ColumnKind:
     def digest(self, s: PlannedSample, encoder: str) -> str:
         """What the tensors of a sample are a function of."""
         pictures = self.pictures or self.seen
-        sources = [*(s.captions if self.pictures is None else ()), *(p.identity for p in (pictures(s) if pictures else ()))]
+        sources = [
+            *(s.captions if self.pictures is None else ()),
+            *(p.identity for p in (pictures(s) if pictures else ()))
+        ]
         return hashed(*sources, *([f"{len(s.clip.frames)} frames"] if self.given else []), encoder)
 
     def tar_name(self, chunk: PlannedChunk, encoder: str) -> str:
@@ -68,14 +73,15 @@ class ColumnKind:
 
 
 def columns_of(spec: ModelSpec) -> list[str]:
-    """In the order of the model's parts; text last: what cannot be decoded is known before captions are encoded."""
+    """In the order of the model's parts; text last: what cannot be decoded is known
+    before captions are encoded."""
     made = list(dict.fromkeys(column for part in spec.parts.values() for column in part.makes))
     return sorted([*made, MASK], key=lambda column: column == "text")
 
 
 def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
-    """The column as this flavor takes it; where it does not, as the others do. Raises ConfigError for none of the model's, and
-    for one that they take differently."""
+    """The column as this flavor takes it; where it does not, as the others do. Raises ConfigError for none of
+    the model's, and for one that they take differently."""
     if name not in (legal := columns_of(spec)):
         raise ConfigError(f"columns: no column '{name}'; choose from {', '.join(legal)}")
     taker = _taker(name, spec, flavor)
@@ -90,7 +96,9 @@ def kind_of(name: str, spec: ModelSpec, flavor: Flavor) -> ColumnKind:
         return ColumnKind(name, fields, None, _captions, _text_settings, _open_text, seen=seen)
     if name == MASK:
         cells = (Field(MASK, (1, None, None, None), torch.bfloat16, MASK),)
-        return ColumnKind(MASK, cells, lambda s: (s.mask,) if s.mask else (), _masked, _mask_settings, _open_masks)
+        return ColumnKind(
+            MASK, cells, lambda s: (s.mask,) if s.mask else (), _masked, _mask_settings, _open_masks
+        )
     if spec.column(name) is not None:
         return ColumnKind(name, fields, given, _window, _look_settings, _open_own)
     if not fields:  # no condition
@@ -106,9 +114,16 @@ def _taker(name: str, spec: ModelSpec, flavor: Flavor) -> Flavor:
     takers = [f for f in spec.flavors.values() if any(c.column == name for c in f.cond)]
     if flavor in takers or not takers or name == "text":
         return flavor
-    if len({(f.given, *((c.name, *(d is None for d in c.dims)) for c in f.cond if c.column == name)) for f in takers}) > 1:
+    if len(
+        {
+            (f.given, *((c.name, *(d is None for d in c.dims)) for c in f.cond if c.column == name))
+            for f in takers
+        }
+    ) > 1:
         names = ", ".join(f.name for f in takers)
-        raise ConfigError(f"columns: '{name}' is not the same for all of {names}; say whose it is: model.flavor=...")
+        raise ConfigError(
+            f"columns: '{name}' is not the same for all of {names}; say whose it is: model.flavor=..."
+        )
     return takers[0]
 
 
@@ -118,20 +133,21 @@ def check_images(samples: Sequence[PlannedSample], flavor: Flavor, columns: Cont
     made = [c for c in flavor.columns if c not in ("latents", "text") and c not in columns]
     if first and first.image and made:
         raise DataError(
-            f"{first.clip.path}: comes with {first.image.path}, of which column '{made[0]}' is made: encode it too, "
+            f"{first.clip.path}: comes with {first.image.path}, of which column '{made[0]}' is made: encode "
+            "it too, "
             f"columns=[..., {made[0]}]"
         )
 
 
-# --- what of a sample ---------------------------------------------------------------------------------------------------
+# --- what of a sample ---------------------------------------------------------------------------------------
 
 
 def _window(s: PlannedSample) -> dict[str, Any]:
     frames, (width, height) = s.clip.frames, s.clip.size
     image = {"image": str(s.image.path)} if s.image else {}
     return {
-        "source": str(s.clip.path), **image, "frames": [frames[0], frames[-1], len(frames)], "width": width, "height": height,
-        "bucket": s.bucket,
+        "source": str(s.clip.path), **image, "frames": [frames[0], frames[-1], len(frames)], "width": width,
+        "height": height, "bucket": s.bucket,
     }
 
 
@@ -150,7 +166,7 @@ _LATENTS: dict[str, tuple[Pictures, Callable[[PlannedSample], dict[str, Any]]]] 
 }
 
 
-# --- what makes it ------------------------------------------------------------------------------------------------------
+# --- what makes it ------------------------------------------------------------------------------------------
 
 
 def _latent_settings(t: Tools) -> tuple:
@@ -162,8 +178,8 @@ def _open_latents(kind: ColumnKind, t: Tools) -> Encoder:
     if vae.stride != (stride := (latent.stride_t, latent.stride_h, latent.stride_w)):
         own, wanted = (" x ".join(map(str, s)) for s in (vae.stride, stride))
         raise ConfigError(
-            f"model.vae compresses {own}, flavor '{t.flavor.name}' takes {wanted}; give that flavor's VAE, or another "
-            "model.flavor"
+            f"model.vae compresses {own}, flavor '{t.flavor.name}' takes {wanted}; give that flavor's VAE, "
+            "or another model.flavor"
         )
     make = Latents(vae, kind.fields[0].name, getattr(torch, t.dtype), t.seed, kind.given)
     return Encoder(_pixels(kind, make, t), f"{vae.fingerprint}/{t.dtype}/{t.seed}")

@@ -36,11 +36,15 @@ def write(samples: Sequence[PlannedSample], output: str | Path, *, n: int, worke
     """Write the page; returns how many samples it shows. They are spread evenly over the dataset."""
     if not samples:
         raise DataError("no sample can be made of this dataset; `hvtrain data check` says why")
-    chosen = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, min(n, len(samples)), dtype=int))]
+    chosen = [
+        samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, min(n, len(samples)), dtype=int))
+    ]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         rows = list(pool.map(_row, chosen))
     try:
-        write_text(Path(output), _PAGE.format(height=HEIGHT, n=len(rows), total=len(samples), rows="\n".join(rows)))
+        write_text(
+            Path(output), _PAGE.format(height=HEIGHT, n=len(rows), total=len(samples), rows="\n".join(rows))
+        )
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror})") from None
     return len(rows)

@@ -23,31 +23,35 @@ else:
     import tomli as tomllib
 
 GENERAL = {
-    "caption_extension": str, "batch_size": int, "num_repeats": int, "resolution": (int, list), "enable_bucket": bool,
-    "bucket_no_upscale": bool, "recursive": bool, "caption_prefix": str, "caption_suffix": str,
-    "caption_dropout": (float, int),
+    "caption_extension": str, "batch_size": int, "num_repeats": int, "resolution": (int, list),
+    "enable_bucket": bool, "bucket_no_upscale": bool, "recursive": bool, "caption_prefix": str,
+    "caption_suffix": str, "caption_dropout": (float, int),
 }
 SOURCES = ("video_directory", "video_jsonl_file", "image_directory", "image_jsonl_file")
 VIDEO = {
-    "target_frames": list, "frame_extraction": str, "frame_stride": int, "frame_sample": int, "max_frames": int,
-    "source_fps": (float, int),
+    "target_frames": list, "frame_extraction": str, "frame_stride": int, "frame_sample": int,
+    "max_frames": int, "source_fps": (float, int),
 }
 IMAGE = {"no_resize_control": bool, "control_resolution": (int, list)}
 KEYS: dict[str, Any] = {
-    **GENERAL, **dict.fromkeys(SOURCES, str), **VIDEO, **IMAGE, "control_directory": str, "mask_directory": str,
-    "cache_directory": str,
+    **GENERAL, **dict.fromkeys(SOURCES, str), **VIDEO, **IMAGE, "control_directory": str,
+    "mask_directory": str, "cache_directory": str,
 }
 OLD_NAMES = {
-    "flux_kontext_no_resize_control": "no_resize_control", "qwen_image_edit_no_resize_control": "no_resize_control",
+    "flux_kontext_no_resize_control": "no_resize_control",
+    "qwen_image_edit_no_resize_control": "no_resize_control",
     "qwen_image_edit_control_resolution": "control_resolution",
 }
 BOUNDS: dict[str, tuple[float, float]] = {  # both ends are legal; NaN and infinity are between no two numbers
-    "batch_size": (1, 10**6), "num_repeats": (1, 10**4), "caption_dropout": (0, 1), "source_fps": (0.01, 10**4),
-    "frame_stride": (1, 10**9), "frame_sample": (1, 10**6), "max_frames": (1, 10**9),
+    "batch_size": (1, 10**6), "num_repeats": (1, 10**4), "caption_dropout": (0, 1),
+    "source_fps": (0.01, 10**4), "frame_stride": (1, 10**9), "frame_sample": (1, 10**6),
+    "max_frames": (1, 10**9),
 }
 RESOLUTION = (960, 544)  # width and height where a dataset does not say
 MAX_SIDE = 8192  # pixels of a resolution: far above what any model was trained with
-FOREIGN = ("multiple_target", "fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post")
+FOREIGN = (
+    "multiple_target", "fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"
+)
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,18 @@ class Dataset:
 
 
 def read_dataset_file(path: str | Path, flavor: Flavor) -> list[Dataset]:
-    """The entries of a dataset file, with absolute paths (places.py) and sizes that the flavor's latents can hold. Raises
-    DataError."""
+    """The entries of a dataset file, with absolute paths (places.py) and sizes that the flavor's latents
+    can hold. Raises DataError."""
     path = Path(path)
     raw = _read(path)
     for key in raw:
         if key not in ("general", "datasets"):
             raise DataError(f"{path}: unknown key {brief(key)}; {suggest(str(key), ['general', 'datasets'])}")
     general, entries = raw.get("general") or {}, raw.get("datasets") or []
-    if not isinstance(general, dict) or not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+    if (
+        not isinstance(general, dict) or not isinstance(entries, list)
+        or not all(isinstance(e, dict) for e in entries)
+    ):
         raise DataError(f"{path}: expected keys under 'general' and a list of entries under 'datasets'")
     _check(general, GENERAL, f"{path}: [general]")
     if not entries:
@@ -120,13 +127,19 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is not a file; give a dataset file (TOML or YAML)")
-        raw = parse_yaml(path.read_bytes()) if kind == "YAML" else tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        raw = (
+            parse_yaml(path.read_bytes())
+            if kind == "YAML" else tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        )
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise DataError(f"{path}: not {kind}: nested too deeply") from None
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # of TOML's odd dates and numbers, too
-        raise DataError(f"{path}: not {kind}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    # of TOML's odd dates and numbers, too
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise DataError(
+            f"{path}: not {kind}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise DataError(f"{path}: expected 'general' and 'datasets', found {type(raw).__name__}")
@@ -136,7 +149,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _check(table: Mapping[str, Any], legal: Mapping[str, Any], where: str) -> None:
     for key, value in table.items():
         if key in FOREIGN:
-            raise DataError(f"{where}: {key} belongs to another architecture (FramePack, image editing); remove it")
+            raise DataError(
+                f"{where}: {key} belongs to another architecture (FramePack, image editing); remove it"
+            )
         if key not in legal:
             raise DataError(f"{where}: unknown key {brief(key)}; {suggest(str(key), legal)}")
         kinds = legal[key] if isinstance(legal[key], tuple) else (legal[key],)
@@ -168,9 +183,15 @@ def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) ->
     if source.startswith("image") and (odd := [k for k in VIDEO if k in table]):
         raise DataError(f"{where}: '{odd[0]}' is for videos, this entry has {source}")
     if source.startswith("video") and (odd := [k for k in IMAGE if k in table]):
-        raise DataError(f"{where}: '{odd[0]}' is for images, this entry has {source}; a control video takes the clip's size")
+        raise DataError(
+            f"{where}: '{odd[0]}' is for images, this entry has {source}; a control video takes the clip's "
+            "size"
+        )
     if images and len(flavor.given) > 1:
-        raise DataError(f"{where}: image_directory: '{flavor.name}' takes first and last frame, those of the clip; remove it")
+        raise DataError(
+            f"{where}: image_directory: '{flavor.name}' takes first and last frame, those of the clip; "
+            "remove it"
+        )
     rule = FrameRule(
         latent.stride_t, target_frames=tuple(table.get("target_frames", [1])),
         extraction=table.get("frame_extraction", "head"), stride=table.get("frame_stride", 1),
@@ -179,19 +200,23 @@ def _dataset(table: dict[str, Any], where: str, folder: Path, flavor: Flavor) ->
     _check_frames(rule, where)
     extension = table.get("caption_extension", ".txt")
     if not re.fullmatch(r"\.[^/\0]*[^/\0.]", extension):
-        raise DataError(f"{where}: caption_extension is {brief(extension)}, expected one with its dot, for example \".txt\"")
+        raise DataError(
+            f"{where}: caption_extension is {brief(extension)}, expected one with its dot, for example "
+            "\".txt\""
+        )
     return Dataset(
         source=source, path=_placed(table, source, where, folder),
         frames=rule if source.startswith("video") else FrameRule(latent.stride_t),
         bucket=BucketRule(
-            _resolution(table.get("resolution", list(whole(RESOLUTION, unit))), "resolution", where, unit), unit,
-            table.get("enable_bucket", False), table.get("bucket_no_upscale", False),
+            _resolution(table.get("resolution", list(whole(RESOLUTION, unit))), "resolution", where, unit),
+            unit, table.get("enable_bucket", False), table.get("bucket_no_upscale", False),
         ),
         control=_control(table, where, folder, unit),
         image_directory=_directory(table, "image_directory", where, folder) if images else None,
         mask_directory=_masks(table, where, folder),
-        caption_extension=extension, caption_prefix=table.get("caption_prefix"), prompt_prefix=flavor.defaults.prompt_prefix,
-        caption_suffix=table.get("caption_suffix", ""), num_repeats=table.get("num_repeats", 1),
+        caption_extension=extension, caption_prefix=table.get("caption_prefix"),
+        prompt_prefix=flavor.defaults.prompt_prefix, caption_suffix=table.get("caption_suffix", ""),
+        num_repeats=table.get("num_repeats", 1),
         caption_dropout=float(table["caption_dropout"]) if "caption_dropout" in table else None,
         recursive=table.get("recursive", False),
         source_fps=float(table["source_fps"]) if "source_fps" in table else None,
@@ -214,14 +239,21 @@ def _directory(table: Mapping[str, Any], key: str, where: str, folder: Path) -> 
 
 def _masks(table: Mapping[str, Any], where: str, folder: Path) -> Path | None:
     if "mask_directory" in table and "jsonl" in next(s for s in SOURCES if s in table):
-        raise DataError(f"{where}: mask_directory goes with a directory of clips; in JSONL give \"mask_path\" per line")
+        raise DataError(
+            f"{where}: mask_directory goes with a directory of clips; in JSONL give \"mask_path\" per line"
+        )
     return _directory(table, "mask_directory", where, folder) if "mask_directory" in table else None
 
 
 def _control(table: Mapping[str, Any], where: str, folder: Path, unit: Size) -> ControlRule:
-    directory = _directory(table, "control_directory", where, folder) if "control_directory" in table else None
+    directory = (
+        _directory(table, "control_directory", where, folder) if "control_directory" in table else None
+    )
     if directory is not None and "jsonl" in next(s for s in SOURCES if s in table):
-        raise DataError(f"{where}: control_directory goes with a directory of clips; in JSONL give \"control_path\" per line")
+        raise DataError(
+            f"{where}: control_directory goes with a directory of clips; in JSONL give \"control_path\" per "
+            "line"
+        )
     if table.get("no_resize_control") and "control_resolution" in table:
         raise DataError(f"{where}: no_resize_control and control_resolution exclude each other; keep one")
     key = "control_resolution"
@@ -231,19 +263,27 @@ def _control(table: Mapping[str, Any], where: str, folder: Path, unit: Size) -> 
 
 def _check_frames(rule: FrameRule, where: str) -> None:
     if rule.extraction not in LEGAL:
-        raise DataError(f"{where}: frame_extraction {brief(rule.extraction)}; {suggest(rule.extraction, LEGAL)}")
+        raise DataError(
+            f"{where}: frame_extraction {brief(rule.extraction)}; {suggest(rule.extraction, LEGAL)}"
+        )
     if not rule.target_frames or not all(_is_number(t) for t in rule.target_frames):
-        raise DataError(f"{where}: target_frames is {brief(list(rule.target_frames))}, expected numbers like [1, 25, 49]")
+        raise DataError(
+            f"{where}: target_frames is {brief(list(rule.target_frames))}, expected numbers like [1, 25, 49]"
+        )
 
 
 def _resolution(value: int | list, key: str, where: str, unit: Size) -> Size:
     pair = value if isinstance(value, list) else [value, value]
     if len(pair) != 2 or not all(_is_number(n) and n <= MAX_SIDE for n in pair):
-        raise DataError(f"{where}: {key} is {brief(value)}, expected a number up to {MAX_SIDE}, or [width, height]")
+        raise DataError(
+            f"{where}: {key} is {brief(value)}, expected a number up to {MAX_SIDE}, or [width, height]"
+        )
     for n, step in zip(pair, unit):
         if n % step:
             near = max(step, round(n / step) * step)
-            raise DataError(f"{where}: {key} {pair[0]} x {pair[1]}: expected multiples of {step}, for example {near}")
+            raise DataError(
+                f"{where}: {key} {pair[0]} x {pair[1]}: expected multiples of {step}, for example {near}"
+            )
     return pair[0], pair[1]
 
 

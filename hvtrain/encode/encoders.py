@@ -1,5 +1,5 @@
-"""Samples into tensors: pixels through the VAE or another encoder, captions through the text encoders. In order, a few
-samples at a time."""
+"""Samples into tensors: pixels through the VAE or another encoder, captions through the text encoders. In
+order, a few samples at a time."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Shot:
 
 @dataclass(frozen=True)
 class Latents:
-    """Pictures through the VAE: NAME, NAME_1, ... `given`: they are these frames of a clip of the sample's length that is grey
-    otherwise."""
+    """Pictures through the VAE: NAME, NAME_1, ... `given`: they are these frames of a clip of the sample's
+    length that is grey otherwise."""
 
     vae: Vae
     name: str
@@ -88,14 +88,18 @@ class Looks:
         n = frames.shape[1]
         seen = self.eye.encode(frames.flatten(0, 1))
         return [
-            {name: torch.cat([one[name] for one in seen[i : i + n]]).to("cpu", self.dtype) for name in seen[i]}
+            {
+                name: torch.cat([one[name] for one in seen[i : i + n]]).to("cpu", self.dtype)
+                for name in seen[i]
+            }
             for i in range(0, len(seen), n)
         ]
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Pictures to how much of each latent cell is white, 0 to 1: a cell spans so many frames and pixels, the first one frame."""
+    """Pictures to how much of each latent cell is white, 0 to 1: a cell spans so many frames and
+    pixels, the first one frame."""
 
     stride_t: int
     stride_h: int
@@ -105,7 +109,10 @@ class Masks:
     def __call__(self, pixels: Tensor, shots: Sequence[Shot]) -> list[Fields]:
         light = pixels.float().mean(-1) / 255  # [B F H W]
         cells = F.avg_pool2d(light, (self.stride_h, self.stride_w))  # frames as channels
-        first, rest = cells[:, :1], cells[:, 1:].unflatten(1, ((cells.shape[1] - 1) // self.stride_t, self.stride_t)).mean(2)
+        first, rest = (
+            cells[:, :1],
+            cells[:, 1:].unflatten(1, ((cells.shape[1] - 1) // self.stride_t, self.stride_t)).mean(2)
+        )
         return [{MASK: mask[None].bfloat16()} for mask in torch.cat([first, rest], dim=1)]  # [1 T h w]
 
 
@@ -126,7 +133,9 @@ class PixelEncoder:
             key = shot.sample.key
             left[key] -= 1
             before = done.get(key, {})
-            done[key] = before if isinstance(before, str) else result if isinstance(result, str) else before | result
+            done[key] = (
+                before if isinstance(before, str) else result if isinstance(result, str) else before | result
+            )
             while waiting and not left[waiting[0].key]:
                 yield waiting[0], done.pop(waiting.popleft().key)
 
@@ -157,7 +166,8 @@ class PixelEncoder:
             try:
                 for unit in units:
                     ahead.append((unit, pool.submit(_decode, unit)))
-                    # One per thread and one in hand: enough to keep the VAE busy, little enough to fit in memory.
+                    # One per thread and one in hand: enough to keep the VAE busy,
+                    # little enough to fit in memory.
                     if len(ahead) > max(1, self.workers):
                         first, future = ahead.popleft()
                         yield from zip(first, future.result())
@@ -189,12 +199,14 @@ def _decode(unit: Sequence[Shot]) -> list[np.ndarray | str]:
     except DataError as error:
         if len(unit) == 1:
             return [str(error)]
-    return [result for shot in unit for result in _decode([shot])]  # the early windows of a damaged file may be sound
+    # the early windows of a damaged file may be sound
+    return [result for shot in unit for result in _decode([shot])]
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Captions through the text encoders; windows of one clip share theirs, unless the encoders see each one's picture."""
+    """Captions through the text encoders; windows of one clip share theirs, unless the
+    encoders see each one's picture."""
 
     text: TextEncoders
     dtype: torch.dtype
@@ -210,7 +222,11 @@ class TextEncoder:
             for s, picture in part:
                 found = [self.cache[c, picture] for c in s.captions]
                 faults = [f for f in found if isinstance(f, str)]
-                yield s, f"{s.clip.path}: {faults[0]}" if faults else _numbered([f for f in found if not isinstance(f, str)])
+                yield (
+                    s,
+                    f"{s.clip.path}: {faults[0]}"
+                    if faults else _numbered([f for f in found if not isinstance(f, str)])
+                )
 
     def _encode(self, captions: Sequence[tuple[str, Picture | None]]) -> None:
         """Make sure that these are in the cache, which otherwise keeps the last ones only."""
@@ -248,7 +264,9 @@ class TextEncoder:
 
 def _numbered(captions: Sequence[Fields]) -> Fields:
     """The first caption's fields under their names, those of caption i as NAME.i."""
-    return {f"{name}.{i}" if i else name: t for i, fields in enumerate(captions) for name, t in fields.items()}
+    return {
+        f"{name}.{i}" if i else name: t for i, fields in enumerate(captions) for name, t in fields.items()
+    }
 
 
 def rejected(sample: PlannedSample, reason: str) -> Rejected:

@@ -1,4 +1,5 @@
-"""The directory that a set is made in: whose it is, what stays of earlier runs, and its manifest at the end."""
+"""The directory that a set is made in: whose it is, what stays of earlier runs,
+and its manifest at the end."""
 
 from __future__ import annotations
 
@@ -62,7 +63,10 @@ def claim(folder: Folder, columns: Iterable[str]) -> None:
         here = [p.name for p in root.iterdir()] if root.is_dir() else []
         strangers = [name for name in here if name not in known and not name.startswith(".")]
         if strangers:
-            problem = f"output: {root} holds other files ('{sorted(strangers)[0]}'); choose an empty or new directory"
+            problem = (
+                f"output: {root} holds other files ('{sorted(strangers)[0]}'); choose an empty or new "
+                "directory"
+            )
         if problem is None:
             try:
                 root.mkdir(parents=True, exist_ok=True)
@@ -76,12 +80,14 @@ def claim(folder: Folder, columns: Iterable[str]) -> None:
 
 
 def carried(root: Path, manifest: Manifest | None, asked: Iterable[str], spec: ModelSpec) -> list[str]:
-    """Columns of an earlier run that stay. Raises DataError for another model's: with them it would be no set."""
+    """Columns of an earlier run that stay. Raises DataError for another model's:
+    with them it would be no set."""
     others = [c for c in manifest.columns if c not in asked] if manifest else []
     for column in others:
         if manifest and (model := manifest.made_by(column).model) not in ("", spec.name):
             raise DataError(
-                f"output: {root} holds column '{column}' of {model}, this is {spec.name}; choose another directory, or "
+                f"output: {root} holds column '{column}' of {model}, this is {spec.name}; choose another "
+                "directory, or "
                 f"encode it as well: columns=[..., {column}]"
             )
     return others
@@ -90,11 +96,14 @@ def carried(root: Path, manifest: Manifest | None, asked: Iterable[str], spec: M
 def finish(
     folder: Folder, filled: Sequence[Filled], chunks: Sequence[PlannedChunk], refused: Sequence[Rejected]
 ) -> int:
-    """Collective: leave out what a column could not make, write the manifest and the list of the refused, then remove the tars
-    that only the runs before made. Returns the samples of an epoch, on rank 0."""
+    """Collective: leave out what a column could not make, write the manifest and the list of the refused,
+    then remove the tars that only the runs before made. Returns the samples of an epoch, on rank 0."""
     ctx, root = folder.ctx, folder.root
     own = [
-        {n: shrink(f.kind, root, f.made.fingerprint, row, chunks[n], folder.file(JOURNAL)) for n, row in f.rows.items()}
+        {
+            n: shrink(f.kind, root, f.made.fingerprint, row, chunks[n], folder.file(JOURNAL)) for n,
+            row in f.rows.items()
+        }
         for f in filled
     ]
     shares = ctx.gather_objects(own)
@@ -110,7 +119,9 @@ def finish(
             raise DataError(f"every sample was refused; the first reason: {refused[0].reason}")
         before = set(Known(root).tars)
         made = {
-            f.kind.name: replace(f.made, fields=f.made.fields or stored(root, f.kind.name, f.kind.fields, rows))
+            f.kind.name: replace(
+                f.made, fields=f.made.fields or stored(root, f.kind.name, f.kind.fields, rows)
+            )
             for f in filled
         }
         save_manifest(root, Manifest(tuple(made), tuple(rows), made, _dataset_hash(filled, chunks)))
@@ -128,11 +139,14 @@ def finish(
 def _dataset_hash(filled: Sequence[Filled], chunks: Sequence[PlannedChunk]) -> str:
     """Of all that the set's tensors are a function of."""
     columns = sorted((f.kind.name, f) for f in filled)
-    return hashed(*[f.kind.digest(s, f.made.fingerprint) for c in chunks for s in c.samples for _, f in columns])
+    return hashed(
+        *[f.kind.digest(s, f.made.fingerprint) for c in chunks for s in c.samples for _, f in columns]
+    )
 
 
 def stored(root: Path, column: str, fields: Sequence[Field], rows: Sequence[Chunk]) -> dict[str, Stored]:
-    """What a column's fields look like: the model says which sizes vary, a sample of each bucket which the others are."""
+    """What a column's fields look like: the model says which sizes vary, a sample of each
+    bucket which the others are."""
     found = {}
     for tar in {row.bucket: row.tars[column] for row in rows}.values():
         opened = open_local(root / tar.path, tar)

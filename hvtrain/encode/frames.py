@@ -43,9 +43,11 @@ class FrameRule:
 
 
 def kept_frames(n: int, *, source_fps: float | None, target_fps: float) -> list[int]:
-    """Indices of the frames that remain when a clip is brought to the model's rate by dropping; none are doubled.
+    """Indices of the frames that remain when a clip is brought to the model's rate
+    by dropping; none are doubled.
 
-    Frame i is at time i / source; it stays if it begins a new frame of the target, floor(i * target / source).
+    Frame i is at time i / source; it stays if it begins a new frame of the
+    target, floor(i * target / source).
     """
     if source_fps is None or source_fps <= target_fps:
         return list(range(n))
@@ -57,7 +59,8 @@ SLIDES = 100  # frames shown per frame stored, on average: more is a damaged clo
 
 
 def is_constant(times: Sequence[float]) -> bool:
-    """Whether frames that begin at these ascending times come at one rate, but for rounding (half a frame in all)."""
+    """Whether frames that begin at these ascending times come at one rate, but for
+    rounding (half a frame in all)."""
     if len(times) < 3:
         return True
     steps = np.diff(times)
@@ -67,16 +70,20 @@ def is_constant(times: Sequence[float]) -> bool:
 
 
 def shown_frames(times: Sequence[float], *, source_fps: float | None, target_fps: float) -> list[int]:
-    """Indices of the frames of a clip of variable rate, brought to a constant one by the times at which they begin.
+    """Indices of the frames of a clip of variable rate, brought to a constant one by
+    the times at which they begin.
 
-    The rate is that of its usual step; with `source_fps` the model's, if that is lower. At tick k the newest frame with
-    time < (k + 1/2) / rate is on the screen: one that stays long repeats, one that is gone at once is left out.
+    The rate is that of its usual step; with `source_fps` the model's, if that is lower. At tick k
+    the newest frame with time < (k + 1/2) / rate is on the screen: one that stays long repeats, one
+    that is gone at once is left out.
     """
     steps = np.diff(times)
     usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
     n_ticks = (times[-1] - times[0]) / usual + 1 if usual else np.inf
     if not n_ticks < SLIDES * len(times):
-        raise DataError(f"its {len(times)} frames begin at times that make no sense; re-encode it at a constant rate")
+        raise DataError(
+            f"its {len(times)} frames begin at times that make no sense; re-encode it at a constant rate"
+        )
     rate = 1 / usual if source_fps is None else min(1 / usual, target_fps)
     ticks = np.arange(int((times[-1] - times[0]) * rate + 0.5) + 1)
     begun = np.searchsorted((np.asarray(times) - times[0]) * rate - 0.5, ticks, side="left")
@@ -105,7 +112,8 @@ def _uniform(n: int, t: int, rule: FrameRule) -> list[int]:
     """`frame_sample` of them, evenly spread; one is the head."""
     if rule.sample == 1:
         return [0]
-    return [int(i) for i in np.linspace(0, n - t, min(rule.sample, n - t + 1), dtype=int)]  # there are no more starts
+    # there are no more starts
+    return [int(i) for i in np.linspace(0, n - t, min(rule.sample, n - t + 1), dtype=int)]
 
 
 LEGAL = (*EXTRACTIONS, "full")

@@ -1,4 +1,5 @@
-"""Which encoder a column is made by, remembered by the sizes and times of its files: what is all there needs no model."""
+"""Which encoder a column is made by, remembered by the sizes and times of its files: what
+is all there needs no model."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ENCODERS = ".encoders.json"  # beside the set; without it the encoders are only 
 
 
 def signature(files: Iterable[str | None], settings: object) -> str:
-    """Of weights and tokenizers, each a file or a directory, as they lie on the disk, and of how they are used."""
+    """Of weights and tokenizers, each a file or a directory, as they lie on the
+    disk, and of how they are used."""
     parts = [repr(settings)]
     for name in files:
         place = Path(name) if name else None

@@ -1,4 +1,5 @@
-"""Pixels out of files: PyAV for videos, PIL for images, as people see them (view.py), fitted to a bucket's size."""
+"""Pixels out of files: PyAV for videos, PIL for images, as people see them
+(view.py), fitted to a bucket's size."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def check_kind(path: Path) -> None:
 
 
 def probe(path: Path) -> Probe:
-    """Size, frames and rate, by counting packets: only the first frame is decoded. A folder of images is a video too."""
+    """Size, frames and rate, by counting packets: only the first frame is decoded. A
+    folder of images is a video too."""
     check_kind(path)
     if path.is_dir() or path.suffix.lower() in IMAGES:
         files = _stills(path) if path.is_dir() else [path]
@@ -80,7 +82,8 @@ def read_windows(path: Path, windows: Sequence[Sequence[int]], *, size: tuple[in
 
 
 def read_frames(path: Path, indices: Sequence[int], *, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [F H W 3]: the frames at these ascending indices, as they will be seen. size is (width, height)."""
+    """uint8 [F H W 3]: the frames at these ascending indices, as they will be
+    seen. size is (width, height)."""
     if path.is_dir():
         files = _stills(path)
         return np.stack([_still(files[i], size) for i in indices])
@@ -97,8 +100,8 @@ def read_frames(path: Path, indices: Sequence[int], *, size: tuple[int, int]) ->
                 break
     if len(found) != len(indices):
         raise DataError(
-            f"{path}: only {len(found)} of the {len(indices)} frames up to number {indices[-1]} can be decoded; "
-            "the file is cut off or damaged: replace it or remove it from the dataset"
+            f"{path}: only {len(found)} of the {len(indices)} frames up to number {indices[-1]} can be "
+            "decoded; the file is cut off or damaged: replace it or remove it from the dataset"
         )
     return np.stack(found)
 
@@ -122,7 +125,9 @@ def _open_image(path: Path) -> tuple[Image.Image, View]:
             image = Image.open(path)
         except Image.DecompressionBombError:
             most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-            raise DataError(f"{path}: has more than the {most:.0f} million pixels that are decoded; scale it down") from None
+            raise DataError(
+                f"{path}: has more than the {most:.0f} million pixels that are decoded; scale it down"
+            ) from None
         image.load()
         return image, view_of_image(image)
 

@@ -25,7 +25,9 @@ from shards.schema import IMPORTED, Chunk, Made, Manifest, save_manifest
 from shards.writer import TarWriter
 
 # {stem}_{start}-{frames}_{w}x{h}_{arch} for videos, {stem}_{w}x{h}_{arch} for images
-NAME = re.compile(r"(?P<stem>.+?)(_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_\d{4,}x\d{4,}_(?P<arch>\w+?)\.safetensors")
+NAME = re.compile(
+    r"(?P<stem>.+?)(_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_\d{4,}x\d{4,}_(?P<arch>\w+?)\.safetensors"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class _Pair:
 
 
 def run(
-    caches: Sequence[str], output: str, *, model: str | None, samples_per_tar: int, strict: bool, flavor: str | None = None
+    caches: Sequence[str], output: str, *, model: str | None, samples_per_tar: int, strict: bool,
+    flavor: str | None = None
 ) -> Iterator[str]:
     """Yields what to print. `flavor`: whose columns these are; None: the first that reads all of them."""
     root = Path(output)
@@ -68,17 +71,27 @@ def run(
     rows: list[Chunk] = []
     for bucket, pairs in sorted(buckets.items()):
         for i in range(0, len(pairs), samples_per_tar):
-            rows += _chunk(root, bucket, pairs[i : i + samples_per_tar], spec, tuple(rows[0].tars) if rows else (), refuse)
+            rows += _chunk(
+                root, bucket, pairs[i : i + samples_per_tar], spec, tuple(rows[0].tars) if rows else (),
+                refuse
+            )
     if not rows:
-        raise DataError(f"nothing could be imported; first: {refused[0].reason if refused else 'no cache files'}")
+        raise DataError(
+            f"nothing could be imported; first: {refused[0].reason if refused else 'no cache files'}"
+        )
     whose = spec.flavor(flavor) if flavor else _flavor_of(spec, rows[0].tars)
     made_by = f"{IMPORTED}musubi-tuner {spec.musubi.full}"
     made = {
-        column: Made(made_by, spec.name, fields=stored(root, column, kind_of(column, spec, whose).fields, rows))
+        column: Made(
+            made_by, spec.name, fields=stored(root, column, kind_of(column, spec, whose).fields, rows)
+        )
         for column in rows[0].tars
     }
     save_manifest(root, Manifest(tuple(made), tuple(rows), made))
-    yield f"{root}: {sum(len(r.keys) for r in rows)} samples of {spec.name} {whose.name} in {len(rows)} tars a column"
+    yield (
+        f"{root}: {sum(len(r.keys) for r in rows)} samples of {spec.name} {whose.name} in {len(rows)} tars a "
+        "column"
+    )
     yield "the caches hold no empty caption: data.caption_dropout needs column 'text' encoded by hvtrain"
     if refused:
         write_text(root / REJECTED, "".join(row.row() + "\n" for row in refused))
@@ -97,7 +110,8 @@ def _model_of(caches: Sequence[str]) -> ModelSpec:
     if len(known) != 1:
         legal = ", ".join(f"'{short}' ({spec.name})" for short, spec in shorts.items())
         raise DataError(
-            f"{', '.join(caches)}: latent caches of {sorted(seen) or 'no architecture'} found; known are {legal}; "
+            f"{', '.join(caches)}: latent caches of {sorted(seen) or 'no architecture'} found; known are "
+            f"{legal}; "
             "give the right directory, or --model"
         )
     return shorts[known[0]]
@@ -120,7 +134,9 @@ def _pairs(caches: Sequence[str], short: str, refuse: Callable[[Path, str], None
                 continue
             text = path.with_name(f"{match['stem']}_{short}_te.safetensors")
             if not text.is_file():
-                refuse(path, f"its text cache {text.name} is missing; run musubi-tuner's text encoder caching")
+                refuse(
+                    path, f"its text cache {text.name} is missing; run musubi-tuner's text encoder caching"
+                )
                 continue
             stem = re.sub(r"[^A-Za-z0-9]+", "-", match["stem"]).strip("-")[:60] or "clip"
             tail = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
@@ -164,7 +180,10 @@ def _chunk(
             for column, fields in found.items():
                 if column not in tars:
                     tars[column] = files.enter_context(TarWriter(root, column))
-                said = {"caption": words.meta.get("caption1", "")} if column == "text" else {**pair.meta, "bucket": bucket}
+                said = (
+                    {"caption": words.meta.get("caption1", "")}
+                    if column == "text" else {**pair.meta, "bucket": bucket}
+                )
                 tars[column].add(pair.key, fields, said)
             good.append(pair.key)
         if not good:
@@ -175,7 +194,9 @@ def _chunk(
 
 
 def _by_column(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, dict[str, Tensor]]:
-    homes = {"latents": "latents"} | {f.name: f.column for flavor in spec.flavors.values() for f in flavor.cond}
+    homes = {"latents": "latents"} | {
+        f.name: f.column for flavor in spec.flavors.values() for f in flavor.cond
+    }
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found.setdefault(homes[name], {})[name] = tensor

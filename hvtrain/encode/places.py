@@ -17,26 +17,31 @@ _BRIEF.maxlevel = 3
 def place(name: str, beside: Path) -> Path:
     """The absolute path that `name` means in a file that lies in the folder `beside`.
 
-    A relative one counts from that folder; where nothing has that name there, from the working directory, as in
-    musubi-tuner. One that begins with a dot counts from the folder alone. A DataError if there is nothing at either place,
-    or something else at each.
+    A relative one counts from that folder; where nothing has that name there, from the working directory, as
+    in musubi-tuner. One that begins with a dot counts from the folder alone. A DataError if there is nothing
+    at either place, or something else at each.
     """
     sound(name)
     if not name:
         raise DataError("'' is no path")
     dotted = os.path.isabs(name) or name.startswith(".")
-    tried = list(dict.fromkeys(map(_absolute, [beside / name] if dotted else [beside / name, Path.cwd() / name])))
+    tried = list(
+        dict.fromkeys(map(_absolute, [beside / name] if dotted else [beside / name, Path.cwd() / name]))
+    )
     found = {p: status for p in tried if (status := _status(p)) is not None}
     if not found:
         looked = "" if os.path.isabs(name) else f" (looked for {' and '.join(map(shown, tried))})"
         raise DataError(f"'{shown(name)}' does not exist{looked}")
     if len(found) == 2 and not os.path.samestat(*found.values()):
-        raise DataError(f"'{shown(name)}' could be {shown(tried[0])} or {shown(tried[1])}; give the whole path")
+        raise DataError(
+            f"'{shown(name)}' could be {shown(tried[0])} or {shown(tried[1])}; give the whole path"
+        )
     return next(iter(found))
 
 
 def shown(name: str | Path) -> str:
-    """A name on one line that any terminal can print: control characters and bytes that are not UTF-8 are escaped."""
+    """A name on one line that any terminal can print: control characters and bytes
+    that are not UTF-8 are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
@@ -49,7 +54,8 @@ def brief(value: Any) -> str:
 
 
 def sound(name: str | Path) -> None:
-    """A DataError for a name that cannot be written down as UTF-8: shard sets keep where a sample came from."""
+    """A DataError for a name that cannot be written down as UTF-8: shard sets
+    keep where a sample came from."""
     try:
         str(name).encode()
     except UnicodeEncodeError:
@@ -60,7 +66,8 @@ def _absolute(path: Path) -> Path:
     """A link keeps its own name, unless `..` has to be followed through links."""
     try:
         return path.resolve() if ".." in path.parts else Path(os.path.abspath(path))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
+    # RuntimeError: a circle of links, before Python 3.13
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"'{shown(path)}' cannot be looked up ({shown(str(error))})") from None
 
 

@@ -1,4 +1,5 @@
-"""Progress over all ranks: each leaves its count in a file, rank 0 adds them up. No collective, so no rank waits."""
+"""Progress over all ranks: each leaves its count in a file, rank 0 adds them up. No
+collective, so no rank waits."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ EVERY_S = 2.0
 
 
 class Meter:
-    """Samples and cost (frames x area) over all columns: a live bar on a terminal, else a line every five seconds."""
+    """Samples and cost (frames x area) over all columns: a live bar on a terminal,
+    else a line every five seconds."""
 
     def __init__(self, root: Path, *, rank: int, world: int, samples: int, cost: float) -> None:
         """`samples` and `cost`: of all ranks and columns together."""
         self.root, self.rank, self.world = root, rank, world
         self.samples, self.cost = samples, cost
         self.column = ""
-        self.mine = [0, 0.0, 0.0]  # samples that are done, cost of those that were encoded, cost of the others
+        # samples that are done, cost of those that were encoded, cost of the others
+        self.mine = [0, 0.0, 0.0]
         self.bar = Bar("encoding", max(cost, 1.0), show=rank == 0)
         self.last = time.monotonic()
 

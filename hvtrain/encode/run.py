@@ -72,11 +72,15 @@ def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
     old = {name: known.manifest.made_by(name) for name in kept if known.manifest}
     filled, chunks, rejected = _columns(folder, kinds, old, tools, chunks, known, strict=cfg.strict)
     refused += rejected
-    counts = [[int(ctx.all_reduce_sum(n)) for n in (f.tally.encoded, f.tally.copied, f.tally.kept)] for f in filled]
+    counts = [
+        [int(ctx.all_reduce_sum(n)) for n in (f.tally.encoded, f.tally.copied, f.tally.kept)] for f in filled
+    ]
     n = finish(folder, filled, chunks, refused)
     if ctx.is_main:
         rest = "" if any(n[0] + n[1] for n in counts) else "nothing to do, all of it was there; "
-        rest += "; ".join(f"{f.kind.name}: {a} encoded, {b} copied, {c} kept" for f, (a, b, c) in zip(filled, counts))
+        rest += "; ".join(
+            f"{f.kind.name}: {a} encoded, {b} copied, {c} kept" for f, (a, b, c) in zip(filled, counts)
+        )
         print(f"{folder.root}: {n} samples; {rest}", flush=True)
         if refused:
             listed = folder.root / REJECTED
@@ -85,7 +89,7 @@ def run(cfg: EncodeConfig, ctx: ParallelContext | None = None) -> None:
         shutdown()
 
 
-# --- planning ---------------------------------------------------------------------------------------------------------
+# --- planning -----------------------------------------------------------------------------------------------
 
 
 def _look(
@@ -94,7 +98,9 @@ def _look(
     """What each clip gives. Every rank opens its share of the files."""
     clips = [clip for dataset in datasets for clip in find_clips(dataset)]
     probes, ctx = Probes(folder.root), folder.ctx
-    shares = ctx.gather_objects(plan_clips(clips[ctx.rank :: ctx.world], probes, target_fps=fps, workers=workers))
+    shares = ctx.gather_objects(
+        plan_clips(clips[ctx.rank :: ctx.world], probes, target_fps=fps, workers=workers)
+    )
     new = ctx.gather_objects(probes.new)
     if ctx.is_main and any(new):
         for part in new:
@@ -106,7 +112,8 @@ def _look(
 def _usable(
     found: Sequence[Sequence[PlannedSample | Rejected]], root: Path, *, asked: Container[str], strict: bool
 ) -> tuple[list[PlannedSample], list[Rejected]]:
-    """The samples, and what is refused: with a digest, one of the samples that an earlier run could not encode."""
+    """The samples, and what is refused: with a digest, one of the samples that an
+    earlier run could not encode."""
     refused = [row for rows in found for row in rows if isinstance(row, Rejected)]
     samples = without_doubles([row for rows in found for row in rows if isinstance(row, PlannedSample)])
     for column, lacks in (("control", lambda s: not s.controls), (MASK, lambda s: s.mask is None)):
@@ -120,21 +127,23 @@ def _usable(
     hopeless = [known[s.state] for s in samples if s.state in known]
     refused += hopeless
     if refused and strict:
-        raise DataError(f"{refused[0].reason} (strict; {len(refused)} cannot be used, `hvtrain data check` lists them)")
+        raise DataError(
+            f"{refused[0].reason} (strict; {len(refused)} cannot be used, `hvtrain data check` lists them)"
+        )
     if len(hopeless) == len(samples):
         raise DataError(f"no sample can be made of this dataset; the first reason: {refused[0].reason}")
     return samples, refused
 
 
-# --- encoding ---------------------------------------------------------------------------------------------------------
+# --- encoding -----------------------------------------------------------------------------------------------
 
 
 def _columns(
-    folder: Folder, kinds: Sequence[ColumnKind], old: Mapping[str, Made], tools: Tools, chunks: list[PlannedChunk],
-    known: Known, *, strict: bool,
+    folder: Folder, kinds: Sequence[ColumnKind], old: Mapping[str, Made], tools: Tools,
+    chunks: list[PlannedChunk], known: Known, *, strict: bool,
 ) -> tuple[list[Filled], list[PlannedChunk], list[Rejected]]:
-    """Each column; what is left of the chunks, and which samples of all ranks could not be made. `old`: what made the columns
-    that are not encoded now."""
+    """Each column; what is left of the chunks, and which samples of all ranks could not be made. `old`: what
+    made the columns that are not encoded now."""
     ctx, rejected = folder.ctx, []
     mine = share_out(chunks, rank=ctx.rank, world=ctx.world)
 
@@ -155,9 +164,15 @@ def _columns(
             if kind.name in old:
                 made, encode = old[kind.name], copier(kind.name, folder.root)
             else:
-                made, encode = _open(folder, kind, tools, [chunks[n] for n in mine if chunks[n].samples], known)
-            writer = ColumnWriter(kind, folder.root, made.fingerprint, encode, known, folder.file(JOURNAL), refuse)
-            filled.append(Filled(kind, made, {n: writer.write(chunks[n], meter.advance) for n in mine}, writer.tally))
+                made, encode = (
+                    _open(folder, kind, tools, [chunks[n] for n in mine if chunks[n].samples], known)
+                )
+            writer = ColumnWriter(
+                kind, folder.root, made.fingerprint, encode, known, folder.file(JOURNAL), refuse
+            )
+            filled.append(
+                Filled(kind, made, {n: writer.write(chunks[n], meter.advance) for n in mine}, writer.tally)
+            )
             del encode, writer
             gc.collect()  # one encoder in memory at a time
             lost = {key for part in ctx.gather_objects(filled[-1].lost(chunks)) for key in part}

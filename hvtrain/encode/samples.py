@@ -1,4 +1,5 @@
-"""From clips to samples to tars: what is to be encoded, under which key, and what would make it out of date."""
+"""From clips to samples to tars: what is to be encoded, under which key, and what would make it out of
+date."""
 
 from __future__ import annotations
 
@@ -169,7 +170,10 @@ def _kept(seen: Probe, *, source_fps: float | None, target_fps: float) -> list[i
 
 
 def _named(path: Path, error: Exception) -> str:
-    reason = f"{error.strerror or error}; give a file that can be read" if isinstance(error, OSError) else str(error)
+    reason = (
+        f"{error.strerror or error}; give a file that can be read"
+        if isinstance(error, OSError) else str(error)
+    )
     return reason if str(path) in reason else f"{path}: {reason}"
 
 
@@ -177,23 +181,29 @@ def _too_short(path: Path, n: int, dataset: Dataset) -> str:
     if dataset.frames.extraction == "full":
         return f"{path}: has no frames"
     least = min(dataset.frames.targets)
-    return f"{path}: {n} frames, target_frames asks for {least} or more; lower it, or use frame_extraction 'full'"
+    return (
+        f"{path}: {n} frames, target_frames asks for {least} or more; lower it, or use frame_extraction "
+        "'full'"
+    )
 
 
 def without_doubles(samples: Sequence[PlannedSample]) -> list[PlannedSample]:
-    """Two entries that make the same sample of the same file count once; with different captions they are an error."""
+    """Two entries that make the same sample of the same file count once; with different
+    captions they are an error."""
     unique: dict[str, PlannedSample] = {}
     for s in samples:
         if s.key in unique and unique[s.key].captions != s.captions:
             raise DataError(
-                f"{s.clip.path}: listed twice with different captions; keep one, or give several as \"captions\": [...]"
+                f"{s.clip.path}: listed twice with different captions; keep one, or give several as "
+                "\"captions\": [...]"
             )
         unique.setdefault(s.key, s)
     return list(unique.values())
 
 
 def cut_chunks(samples: Sequence[PlannedSample], *, samples_per_tar: int) -> list[PlannedChunk]:
-    """Tars of one bucket, repeat count and dropout each. A function of the samples alone, not of the number of ranks."""
+    """Tars of one bucket, repeat count and dropout each. A function of the samples alone,
+    not of the number of ranks."""
     groups: dict[tuple[str, int, float], list[PlannedSample]] = {}
     for s in samples:
         rate = -1.0 if s.caption_dropout is None else s.caption_dropout

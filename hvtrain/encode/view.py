@@ -1,4 +1,5 @@
-"""A stored picture as people see it: turned or mirrored, its pixels squeezed, as its file says; then fitted to a size."""
+"""A stored picture as people see it: turned or mirrored, its pixels squeezed, as its file
+says; then fitted to a size."""
 
 from __future__ import annotations
 
@@ -15,16 +16,17 @@ from hvtrain.errors import DataError
 Turn = Image.Transpose
 SQUEEZE = 10  # pixels that are longer than this in one direction: a damaged file, not a picture
 
-# The signs of (a, b, c, d) in x' = a x + c y, y' = b x + d y, y pointing down. The turns count against the clock.
+# The signs of (a, b, c, d) in x' = a x + c y, y' = b x + d y, y pointing down. The
+# turns count against the clock.
 TURNS: dict[tuple[int, int, int, int], Turn | None] = {
-    (1, 0, 0, 1): None, (0, -1, 1, 0): Turn.ROTATE_90, (-1, 0, 0, -1): Turn.ROTATE_180, (0, 1, -1, 0): Turn.ROTATE_270,
-    (-1, 0, 0, 1): Turn.FLIP_LEFT_RIGHT, (1, 0, 0, -1): Turn.FLIP_TOP_BOTTOM,
+    (1, 0, 0, 1): None, (0, -1, 1, 0): Turn.ROTATE_90, (-1, 0, 0, -1): Turn.ROTATE_180,
+    (0, 1, -1, 0): Turn.ROTATE_270, (-1, 0, 0, 1): Turn.FLIP_LEFT_RIGHT, (1, 0, 0, -1): Turn.FLIP_TOP_BOTTOM,
     (0, 1, 1, 0): Turn.TRANSPOSE, (0, -1, -1, 0): Turn.TRANSVERSE,
 }
 EXIF_ORIENTATION = 0x0112
 EXIF: dict[int, Turn] = {
-    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
-    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }
 SIDEWAYS = (Turn.ROTATE_90, Turn.ROTATE_270, Turn.TRANSPOSE, Turn.TRANSVERSE)
 
@@ -57,10 +59,13 @@ def view_of_image(image: Image.Image) -> View:
 
 
 def view_of_frame(frame: Any, aspect: Fraction | None) -> View:
-    """Of a decoded frame; `aspect`: what its stream says, None or 0 if nothing. A DataError if it cannot be shown so."""
+    """Of a decoded frame; `aspect`: what its stream says, None or 0 if nothing. A
+    DataError if it cannot be shown so."""
     aspect = aspect or Fraction(1)
     if not Fraction(1, SQUEEZE) <= aspect <= SQUEEZE:
-        raise DataError(f"its pixels are {aspect} times as wide as high, expected at most {SQUEEZE} or 1/{SQUEEZE}")
+        raise DataError(
+            f"its pixels are {aspect} times as wide as high, expected at most {SQUEEZE} or 1/{SQUEEZE}"
+        )
     raw = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if raw is None:
         return View(None, aspect)
@@ -68,7 +73,9 @@ def view_of_frame(frame: Any, aspect: Fraction | None) -> View:
     most = max(map(abs, (a, b, c, d)))
     signs = tuple((v > 0) - (v < 0) if abs(v) > most / 100 else 0 for v in (a, b, c, d))
     if signs not in TURNS:
-        raise DataError(f"its display matrix ({a}, {b}, {c}, {d}) is not of quarter turns: re-encode it the right way up")
+        raise DataError(
+            f"its display matrix ({a}, {b}, {c}, {d}) is not of quarter turns: re-encode it the right way up"
+        )
     return View(TURNS[signs], aspect)
 
 

@@ -31,7 +31,9 @@ class Known:
         with suppress(ShardError):  # no earlier set, or a damaged one: then only the journal counts
             self.manifest = load_manifest(root)
         rows = self.manifest.chunks if self.manifest else ()
-        self.tars: dict[str, TarFile | None] = {tar.path: tar for chunk in rows for tar in chunk.tars.values()}
+        self.tars: dict[str, TarFile | None] = {
+            tar.path: tar for chunk in rows for tar in chunk.tars.values()
+        }
         for path in sorted(root.glob(f"{JOURNAL}.*")):
             for name in path.read_text().split():
                 self.tars.setdefault(name, None)
@@ -104,7 +106,10 @@ class ColumnWriter:
             for s in chunk.samples:
                 advance(s, False)
             return Written(entry, chunk.samples)
-        old = {s.key: self.known.find(self.column.name, self.column.digest(s, self.encoder)) for s in chunk.samples}
+        old = {
+            s.key: self.known.find(self.column.name, self.column.digest(s, self.encoder))
+            for s in chunk.samples
+        }
         fresh = self.encode([s for s in chunk.samples if old[s.key] is None])
         written = []
         with TarWriter(self.root, self.column.name) as out:
@@ -138,7 +143,9 @@ class ColumnWriter:
         return True
 
 
-def shrink(kind: ColumnKind, root: Path, encoder: str, written: Written, keep: PlannedChunk, journal: Path) -> Written:
+def shrink(
+    kind: ColumnKind, root: Path, encoder: str, written: Written, keep: PlannedChunk, journal: Path
+) -> Written:
     """A chunk's column without samples that another column could not make."""
     if written.tar is None or not keep.samples or len(keep.samples) == len(written.samples):
         return written if keep.samples else Written(None, ())
@@ -158,7 +165,9 @@ def note(path: Path, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); run the same command again, it continues") from None
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); run the same command again, it continues"
+        ) from None
 
 
 def read_rejected(root: Path) -> list[Rejected]:

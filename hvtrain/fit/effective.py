@@ -18,7 +18,8 @@ _SAMPLED = {f.name for f in fields(Sampling)}
 
 
 def of_model(model: ModelConfig, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Under the dotted keys of `values` that are None, the flavor's own; and which flavor that is, or why none is known."""
+    """Under the dotted keys of `values` that are None, the flavor's own; and which flavor
+    that is, or why none is known."""
     try:
         flavor = _flavor(model)
     except HvtrainError as error:

@@ -1,4 +1,5 @@
-"""From a config to a budget: build the model without values, trace a step as one rank of the job, add what the engine keeps."""
+"""From a config to a budget: build the model without values, trace a step as one rank of the
+job, add what the engine keeps."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ class Estimate:
 
 
 def candidate(model: ModelConfig) -> Candidate:
-    """The flavor that a config means; of the weights only the headers are read, if there are any. Of several experts the one
-    that is named, which is trained, else the largest: one is computed with at a time."""
+    """The flavor that a config means; of the weights only the headers are read, if there are any. Of several
+    experts the one that is named, which is trained, else the largest: one is computed with at a time."""
     spec = find(model.name)
     one = model.experts not in (None, BOTH)
     parts = {part_of(model)} if one else {"dit", *(e.part for f in spec.flavors.values() for e in f.experts)}
@@ -88,37 +89,48 @@ def candidate(model: ModelConfig) -> Candidate:
 
 
 def degrees(heads: int, gpus: int, sparse: SparseConfig = EXACT) -> list[tuple[int, int]]:
-    """Every (Ulysses, ring) over all `gpus`: Ulysses must divide the heads, the ring takes any number. The fastest first: Ulysses
-    as far as one machine reaches, whose all-to-all nothing hides, and between machines a ring, whose messages attention hides.
-    Sparse attention has no ring."""
+    """Every (Ulysses, ring) over all `gpus`: Ulysses must divide the heads, the ring takes any number. The
+    fastest first: Ulysses as far as one machine reaches, whose all-to-all nothing hides, and between machines
+    a ring, whose messages attention hides. Sparse attention has no ring."""
     legal = [(u, gpus // u) for u in range(gpus, 0, -1) if gpus % u == 0 and heads % u == 0]
     legal = [(u, r) for u, r in legal if r == 1 or sparse.pattern == "none"]
     return sorted(legal, key=lambda one: one[0] > MACHINE)
 
 
 def of_training(cfg: Training, about: Candidate, shape: Shape, gpus: int) -> Estimate:
-    """One rank of `gpus`, on CUDA, where a full fine-tune's gradients are reduced while the backward goes on."""
+    """One rank of `gpus`, on CUDA, where a full fine-tune's gradients are reduced
+    while the backward goes on."""
     with simulated(world=gpus, ulysses=cfg.parallel.ulysses, ring=cfg.parallel.ring) as ctx:
         model = _build(cfg, about)
-        freed = 0 if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3 else _freed(model, cfg.run.blocks_to_swap)
+        freed = (
+            0 if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
+            else _freed(model, cfg.run.blocks_to_swap)
+        )
         layout = Layout(
-            cfg.zero, gpus, overlap=cfg.adapter.type == "none", freed_by_swap=freed, state_bytes=state_bytes(cfg.optimizer)
+            cfg.zero, gpus, overlap=cfg.adapter.type == "none", freed_by_swap=freed,
+            state_bytes=state_bytes(cfg.optimizer)
         )
         step = partial(
-            trace_step, model, fake_input(about.spec, about.flavor, shape), ctx=ctx, recompute=cfg.run.recompute,
-            autocast=cfg.run.precision == "bf16", keep_gradients=layout.keeps_gradients, sparse=cfg.sparse,
+            trace_step, model, fake_input(about.spec, about.flavor, shape), ctx=ctx,
+            recompute=cfg.run.recompute, autocast=cfg.run.precision == "bf16",
+            keep_gradients=layout.keeps_gradients, sparse=cfg.sparse,
         )
         trace = step()
         if cfg.silent and cfg.adapter.type != "none":
             trace = _now_and_then(trace, step(silent=True), with_silent(cfg.silent, shape.batch))
         counts, idle = byte_counts(model), len(about.flavor.experts) - 1 if cfg.model.experts == BOTH else 0
-        found = beside(budget(counts, trace, layout), counts, layout, n=idle, on_host=cfg.run.idle_expert == "host")
+        found = beside(
+            budget(counts, trace, layout), counts, layout, n=idle, on_host=cfg.run.idle_expert == "host"
+        )
         whole, largest = cfg.adapter.type == "none", max(4 * p.numel() for p in model.parameters())
-        return Estimate(found, trace.flops, _n_tokens(about, shape), host(counts, largest, layout) if whole else None)
+        return Estimate(
+            found, trace.flops, _n_tokens(about, shape), host(counts, largest, layout) if whole else None
+        )
 
 
 def with_silent(share: float, batch: int) -> float:
-    """Share of micro-steps with another forward pass: those in which a sample of the batch is silent, if they are drawn alone."""
+    """Share of micro-steps with another forward pass: those in which a sample of the batch is
+    silent, if they are drawn alone."""
     return 1 - (1 - share) ** batch
 
 
@@ -154,31 +166,37 @@ def swap_for(cfg: Training, about: Candidate, excess: int) -> int | None:
 
 
 def of_sampling(
-    model: ModelConfig, parallel: ParallelConfig, about: Candidate, shape: Shape, gpus: int, *, blocks_to_swap: int = 0,
-    shard_weights: bool = False, sparse: SparseConfig = EXACT,
+    model: ModelConfig, parallel: ParallelConfig, about: Candidate, shape: Shape, gpus: int, *,
+    blocks_to_swap: int = 0, shard_weights: bool = False, sparse: SparseConfig = EXACT,
 ) -> Estimate:
-    """One sampling step of one rank; a second pass of classifier-free guidance costs as much again, not more memory."""
+    """One sampling step of one rank; a second pass of classifier-free guidance costs as
+    much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
         dit = empty_model(about, getattr(torch, model.dtype)).requires_grad_(False)
         _quantize(dit, about.spec, model.quantize)
         inp = fake_input(about.spec, about.flavor, shape)
         trace = trace_step(dit.eval(), inp, ctx=ctx, training=False, sparse=sparse)
-        freed = shard_savings(dit.blocks, ctx.sp) if shard_weights and ctx.sp > 1 else _freed(dit, blocks_to_swap)
+        freed = (
+            shard_savings(dit.blocks, ctx.sp) if shard_weights and ctx.sp > 1 else _freed(dit, blocks_to_swap)
+        )
         layout = Layout(world=gpus, freed_by_swap=freed)
         return Estimate(budget(byte_counts(dit), trace, layout), trace.flops, _n_tokens(about, shape))
 
 
 def flops_of_sample(cfg: Training, about: Candidate, shape: Shape) -> int:
-    """Forward and backward on one device with nothing recomputed; also inside a job, whose ranks it does not touch."""
+    """Forward and backward on one device with nothing recomputed; also inside a job,
+    whose ranks it does not touch."""
     with FakeTensorMode():
         model = _build(replace(cfg, model=replace(cfg.model, quantize="none")), about)
         return trace_step(model, fake_input(about.spec, about.flavor, shape), ctx=ParallelContext()).flops
 
 
 def shape_of(
-    flavor: Flavor, *, width: int | None = None, height: int | None = None, frames: int | None = None, batch: int = 1
+    flavor: Flavor, *, width: int | None = None, height: int | None = None, frames: int | None = None,
+    batch: int = 1
 ) -> Shape:
-    """Of the flavor's own size where none is given. Raises ConfigError for one that its latents cannot hold."""
+    """Of the flavor's own size where none is given. Raises ConfigError for one
+    that its latents cannot hold."""
     flavor.latent.check_size(width=width, height=height, frames=frames)
     d = flavor.defaults
     return Shape(batch, frames or d.frames, height or d.height, width or d.width)
@@ -186,12 +204,18 @@ def shape_of(
 
 def sparse_line(cfg: SparseConfig, about: Candidate, shape: Shape) -> str:
     """How much of attention is left."""
-    grid = about.flavor.latent.grid(about.flavor.latent.shape(frames=shape.frames, height=shape.height, width=shape.width))
+    grid = about.flavor.latent.grid(
+        about.flavor.latent.shape(frames=shape.frames, height=shape.height, width=shape.width)
+    )
     with torch.device("meta"):
         n_blocks = len(about.spec.build(about.flavor.arch).blocks)
-    blocks = f", by flex_attention {Blocks(pattern_of(cfg), grid, 0).density:.1%} of the blocks" if cfg.kernel != "gather" else ""
+    blocks = (
+        f", by flex_attention {Blocks(pattern_of(cfg), grid, 0).density:.1%} of the blocks"
+        if cfg.kernel != "gather" else ""
+    )
     return (
-        f"sparse attention, NOT exact ({pattern_of(cfg).describe()}): {kept_share(cfg, grid, n_blocks):.1%} of the pairs of "
+        f"sparse attention, NOT exact ({pattern_of(cfg).describe()}): {kept_share(cfg, grid, n_blocks):.1%} "
+        "of the pairs of "
         f"{' x '.join(map(str, grid))} video tokens are computed{blocks}"
     )
 
@@ -213,7 +237,11 @@ def empty_model(about: Candidate, dtype: torch.dtype) -> DiT:
 def _build(cfg: Training, about: Candidate) -> DiT:
     if cfg.adapter.type == "none":
         whole = empty_model(about, torch.float32).train()
-        names = set(trained([n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze))
+        names = set(
+            trained(
+                [n for n, _ in whole.named_parameters()], train=cfg.adapter.train, freeze=cfg.adapter.freeze
+            )
+        )
         for name, p in whole.named_parameters():
             p.requires_grad_(name in names)
         return whole
@@ -231,10 +259,16 @@ def _plan(cfg: Training, about: Candidate, model: DiT) -> SlicePlan | None:
     if a.plan is not None:
         return load_plan(a.plan)
     if a.blocks_per_loraid is None:
-        raise ConfigError("plan: a slice's size is in its plan; give adapter.plan or adapter.blocks_per_loraid")
+        raise ConfigError(
+            "plan: a slice's size is in its plan; give adapter.plan or adapter.blocks_per_loraid"
+        )
     shapes = linear_shapes(model)
-    layers = {name: shapes[name] for name in about.spec.lora_targets(model, include=a.include, exclude=a.exclude)}
-    return make_plan(layers, Cut(blocks_per_loraid=a.blocks_per_loraid), model=about.spec.name, flavor=about.flavor.name)
+    layers = {
+        name: shapes[name] for name in about.spec.lora_targets(model, include=a.include, exclude=a.exclude)
+    }
+    return make_plan(
+        layers, Cut(blocks_per_loraid=a.blocks_per_loraid), model=about.spec.name, flavor=about.flavor.name
+    )
 
 
 def _quantize(model: DiT, spec: ModelSpec, how: str) -> None:

@@ -20,7 +20,8 @@ class Layout:
 
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     world: int = 1
-    overlap: bool = True  # DeepSpeed on CUDA reduces a full fine-tune's gradients in the backward, from two buckets
+    # DeepSpeed on CUDA reduces a full fine-tune's gradients in the backward, from two buckets
+    overlap: bool = True
     freed_by_swap: int = 0
     state_bytes: float = 8.0  # of the optimizer, per trained value: Adam's two moments in fp32
 
@@ -32,8 +33,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of one rank. `total` is the worst moment, which can be less than the sum: gradients fill up while activations
-    go."""
+    """Bytes of one rank. `total` is the worst moment, which can be less than the sum: gradients
+    fill up while activations go."""
 
     weights: int
     gradients: int
@@ -47,7 +48,8 @@ class Budget:
 
 
 def budget(counts: Mapping[str, int], trace: Trace, layout: Layout) -> Budget:
-    """`counts`: see trace.byte_counts; `trace` is of a micro-step with gradients kept or dropped as the layout says."""
+    """`counts`: see trace.byte_counts; `trace` is of a micro-step with gradients kept or
+    dropped as the layout says."""
     n, trained, frozen = counts["n_trained"], counts["trained"], counts["frozen"] - layout.freed_by_swap
     if n == 0:
         return Budget(frozen, 0, 0, trace.peak_bytes, 0, frozen + trace.peak_bytes)
@@ -61,17 +63,21 @@ def budget(counts: Mapping[str, int], trace: Trace, layout: Layout) -> Budget:
 
 
 def beside(one: Budget, counts: Mapping[str, int], layout: Layout, *, n: int, on_host: bool) -> Budget:
-    """With `n` more models like it that take turns: their weights, the frozen ones on the device or not, and optimizer state."""
+    """With `n` more models like it that take turns: their weights, the frozen ones on the device
+    or not, and optimizer state."""
     held = counts["trained"] + (0 if on_host else counts["frozen"] - layout.freed_by_swap)
     if layout.zero.engine == "deepspeed" and layout.zero.stage == 3:
         held = 0 if layout.zero.offload_param != "none" else -(-held // layout.world)
     more, state = n * held, n * one.optimizer
-    return replace(one, weights=one.weights + more, optimizer=one.optimizer + state, total=one.total + more + state)
+    return replace(
+        one, weights=one.weights + more, optimizer=one.optimizer + state, total=one.total + more + state
+    )
 
 
 @dataclass(frozen=True)
 class Host:
-    """Bytes of host memory of a full fine-tune: of rank 0 while it loads and while the job saves, of every rank all the time."""
+    """Bytes of host memory of a full fine-tune: of rank 0 while it loads and while the job saves,
+    of every rank all the time."""
 
     load: int
     resident: int
@@ -81,8 +87,9 @@ class Host:
 def host(counts: Mapping[str, int], largest: int, layout: Layout) -> Host:
     """`largest`: bytes of the largest tensor, fp32.
 
-    ZeRO-3 cuts up what rank 0 has read, and saves piece by piece: a rank's part of one tensor at a time; on rank 0 also one whole
-    tensor, and in bf16, of the result that is made of the parts. Else rank 0 has all that is saved.
+    ZeRO-3 cuts up what rank 0 has read, and saves piece by piece: a rank's part of one tensor at a
+    time; on rank 0 also one whole tensor, and in bf16, of the result that is made of the parts.
+    Else rank 0 has all that is saved.
     """
     n, weights = counts["n_trained"], counts["trained"] + counts["frozen"]
     if layout.zero.engine == "torch" or layout.zero.stage < 3:
@@ -92,7 +99,8 @@ def host(counts: Mapping[str, int], largest: int, layout: Layout) -> Host:
 
 def _offloaded(n: int, weights: int, layout: Layout) -> int:
     part, zero = -(-n // layout.world), layout.zero
-    state = int((4 + layout.state_bytes + 4) * part) if zero.offload_optimizer == "cpu" else 0  # and gradients
+    # and gradients
+    state = int((4 + layout.state_bytes + 4) * part) if zero.offload_optimizer == "cpu" else 0
     return state + (-(-weights // layout.world) if zero.offload_param == "cpu" else 0)
 
 
@@ -111,4 +119,6 @@ def _sharded(n: int, trained: int, frozen: int, activations: int, trace: Trace, 
         weights = held + min(weights, (_LIVE + _PREFETCH) * size)
     in_step = gradients + own  # once more
     in_backward = trace.peak_bytes + buffers + (0 if layout.keeps_gradients else gradients)
-    return Budget(weights, gradients, optimizer, activations, buffers, weights + optimizer + max(in_step, in_backward))
+    return Budget(
+        weights, gradients, optimizer, activations, buffers, weights + optimizer + max(in_step, in_backward)
+    )

@@ -26,8 +26,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explained(
     error: BaseException, config: str, ctx: ParallelContext, flavor: Flavor | None, latents: Sequence[int]
 ) -> HvtrainError:
-    """The error to raise instead. `config`: the training's, as YAML; `latents`: the shape [B C T H W] of the batch at hand, empty
-    if there was none yet.
+    """The error to raise instead. `config`: the training's, as YAML; `latents`: the shape [B C T H W] of the
+    batch at hand, empty if there was none yet.
 
     The search is made by a process of its own: this one has no memory left, and its process groups are real.
     """
@@ -42,13 +42,22 @@ def explained(
         path.write_text(config)
         command = [sys.executable, "-c", _PROGRAM, str(path), str(ctx.world), str(memory / 2**30), size]
         try:
-            done = subprocess.run(command, env=without_job(), capture_output=True, text=True, timeout=_SECONDS, check=False)
-            advice = done.stdout.strip() or f"`hvtrain fit` could not tell what would fit: {done.stderr.strip()[-300:]}"
+            done = subprocess.run(
+                command, env=without_job(), capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
+            advice = (
+                done.stdout.strip()
+                or f"`hvtrain fit` could not tell what would fit: {done.stderr.strip()[-300:]}"
+            )
         except (OSError, subprocess.TimeoutExpired):
             advice = "see `hvtrain fit` for what would fit"
-    where = "this machine" if ctx.device.type == "cpu" else f"GPU {ctx.device.index} ({memory / 2**30:.0f} GiB)"
+    where = (
+        "this machine" if ctx.device.type == "cpu" else f"GPU {ctx.device.index} ({memory / 2**30:.0f} GiB)"
+    )
     at = f" with clips of {size}" if size != "0x0x0" else " before the first step"
-    return HvtrainError(f"out of memory on {where}{at}; {advice}. What was asked for: {str(error).splitlines()[0][:200]}")
+    return HvtrainError(
+        f"out of memory on {where}{at}; {advice}. What was asked for: {str(error).splitlines()[0][:200]}"
+    )
 
 
 def main(config: str, gpus: str, memory_gib: str, size: str) -> None:

@@ -55,7 +55,8 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
     for gpus in asked.gpus:
         if gpus % own:
             raise ConfigError(
-                f"parallel: ulysses {cfg.parallel.ulysses} x ring {cfg.parallel.ring} does not divide {gpus} GPU(s); "
+                f"parallel: ulysses {cfg.parallel.ulysses} x ring {cfg.parallel.ring} does not divide {gpus} "
+                "GPU(s); "
                 f"give --gpus a multiple of {own}"
             )
         given = of_training(wanted, about, shape, gpus)
@@ -64,14 +65,20 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
         lines.append(_budget_table({"as configured": given}))
         per_step = given.flops * gpus * cfg.run.grad_accum / 1e12
         n_samples = gpus // own * shape.batch * cfg.run.grad_accum
-        lines.append(f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all GPUs{_twice(wanted.silent, shape.batch)}")
+        lines.append(
+            f"a step of {n_samples} sample(s): {per_step:,.0f} TFLOP on all "
+            f"GPUs{_twice(wanted.silent, shape.batch)}"
+        )
         lines += [] if given.host is None else [_host_line(given.host)]
         if fits(given, memory):
             lines.append(f"fits: {given.budget.total / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable")
             continue
         found = nearest(wanted, about, shape, gpus, memory)
         if found is None:
-            lines.append("does not fit, and no setting makes it fit: use more or larger GPUs, fewer frames or a smaller picture")
+            lines.append(
+                "does not fit, and no setting makes it fit: use more or larger GPUs, fewer frames or a "
+                "smaller picture"
+            )
             continue
         lines.append(f"does not fit. The nearest that does: {' '.join(found.changes)}")
         lines.append(_budget_table({"nearest": found.estimate}))
@@ -87,7 +94,9 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
         legal = degrees(about.flavor.n_heads, gpus, cfg.sparse)
         if not legal:
             heads = about.flavor.n_heads
-            raise ConfigError(f"--gpus {gpus}: sparse attention has no ring, and {gpus} does not divide {heads} heads")
+            raise ConfigError(
+                f"--gpus {gpus}: sparse attention has no ring, and {gpus} does not divide {heads} heads"
+            )
         found = {
             f"U{u} x R{r}": of_sampling(
                 cfg.model, ParallelConfig(u, r), about, shape, gpus, blocks_to_swap=cfg.blocks_to_swap,
@@ -104,13 +113,17 @@ def sampling(cfg: GenerateConfig, asked: Asked) -> str:
     return "\n".join(lines) + "\n"
 
 
-def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpus: Sequence[int] = GPUS) -> str:
-    """Every size that the model's authors list and the flavor's latents can hold, on every number of GPUs: what one GPU holds and
-    computes for a sampling step."""
+def size_table(
+    model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpus: Sequence[int] = GPUS
+) -> str:
+    """Every size that the model's authors list and the flavor's latents can hold, on every number of GPUs:
+    what one GPU holds and computes for a sampling step."""
     about = candidate(model)
     tall, wide = about.flavor.latent.unit
     frames = about.flavor.defaults.frames
-    table = Table(title=f"{about.spec.name} {about.flavor.name}, {frames} frames, {model.dtype}: one sampling step")
+    table = Table(
+        title=f"{about.spec.name} {about.flavor.name}, {frames} frames, {model.dtype}: one sampling step"
+    )
     for name in ("width x height", "tokens", "GPUs", "ulysses x ring", "GiB a GPU", "TFLOP a GPU"):
         table.add_column(name, justify="left" if name == "width x height" else "right")
     for width, height in [(w, h) for w, h in sizes or about.spec.sizes if w % wide == h % tall == 0]:
@@ -118,7 +131,10 @@ def size_table(model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), gpu
         for n in gpus:
             legal = degrees(about.flavor.n_heads, n)
             found = of_sampling(model, ParallelConfig(*legal[0]), about, shape, n)
-            row = (f"{width} x {height}", f"{found.n_tokens:,}", str(n), _pairs(legal), f"{found.budget.total / GIB:.1f}")
+            row = (
+                f"{width} x {height}", f"{found.n_tokens:,}", str(n), _pairs(legal),
+                f"{found.budget.total / GIB:.1f}"
+            )
             table.add_row(*row, f"{found.flops / 1e12:,.0f}")
     return rendered(table)
 
@@ -137,18 +153,25 @@ def advice(cfg: TrainConfig, asked: Asked) -> str:
     """One line for a run that went out of memory: the nearest config whose prediction fits."""
     about = candidate(cfg.model)
     shape = _batch(cfg.data, about, _shape(about, asked, batch=cfg.data.batch_size))
-    found = nearest(placed(sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked))
+    found = nearest(
+        placed(sections(cfg), about, memory_bytes(asked)), about, shape, asked.gpus[0], memory_bytes(asked)
+    )
     if found is None:
         return "no setting makes it fit: use more or larger GPUs, or smaller clips"
     if not found.changes:
         total = found.estimate.budget.total / GIB
-        return f"`hvtrain fit` says that {total:.1f} GiB would do, so something else uses this GPU, or try run.recompute=offload"
+        return (
+            f"`hvtrain fit` says that {total:.1f} GiB would do, so something else uses this GPU, or try "
+            "run.recompute=offload"
+        )
     return f"what would fit: {' '.join(found.changes)} ({found.estimate.budget.total / GIB:.1f} GiB a GPU)"
 
 
 def sections(cfg: TrainConfig) -> Training:
     silent = silent_share(cfg.data)
-    return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse, silent)
+    return Training(
+        cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run, cfg.optim.name, cfg.sparse, silent
+    )
 
 
 def _twice(silent: float, batch: int) -> str:
@@ -203,7 +226,10 @@ def _budget_table(found: dict[str, Estimate]) -> str:
 
 def _host_line(host: Host) -> str:
     gib = [n / GIB for n in (host.load, host.save, host.resident)]
-    return f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank {gib[2]:.1f} always"
+    return (
+        f"host memory: rank 0 {gib[0]:.1f} GiB while it loads, {gib[1]:.1f} while it saves; each rank "
+        f"{gib[2]:.1f} always"
+    )
 
 
 def rendered(table: Table) -> str:

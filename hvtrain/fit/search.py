@@ -1,4 +1,5 @@
-"""The nearest config that fits: one change after the other, the cheapest in time first, until the budget is met."""
+"""The nearest config that fits: one change after the other, the cheapest in time
+first, until the budget is met."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Fit:
 
 
 def nearest(cfg: Training, about: Candidate, shape: Shape, gpus: int, memory: int) -> Fit | None:
-    """The first that fits into `memory` bytes a GPU, the given config itself included; None if nothing does."""
+    """The first that fits into `memory` bytes a GPU, the given config itself
+    included; None if nothing does."""
     changes: tuple[str, ...] = ()
     estimate = of_training(cfg, about, shape, gpus)
     if fits(estimate, memory):
@@ -47,7 +49,9 @@ def fits(estimate: Estimate, memory: int) -> bool:
 def _change(cfg: Training, section: str, **values: Any) -> tuple[tuple[str, ...], Training]:
     """As overrides, and made."""
     changed = replace(getattr(cfg, section), **values)
-    return tuple(f"{section}.{key}={value}" for key, value in values.items()), replace(cfg, **{section: changed})
+    return (
+        tuple(f"{section}.{key}={value}" for key, value in values.items()), replace(cfg, **{section: changed})
+    )
 
 
 def _ladder(cfg: Training, about: Candidate, gpus: int) -> Iterator[tuple[tuple[str, ...], Training]]:

@@ -1,7 +1,9 @@
-"""One step of the real code on tensors without values: which bytes live when, and how many operations it takes.
+"""One step of the real code on tensors without values: which bytes live when, and how many operations it
+takes.
 
-The model, its blocks, its recompute policy and its sequence-parallel attention are the ones that train; only the values
-are missing (torch's FakeTensorMode) and the other ranks (torch's fake process group). So nothing here knows a model.
+The model, its blocks, its recompute policy and its sequence-parallel attention are the ones that train;
+only the values are missing (torch's FakeTensorMode) and the other ranks (torch's fake process group).
+So nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ class Shape:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end. (torch's MemTracker refuses a model with frozen weights,
-    in 2.13 at least, and cannot leave out what lies in host memory.)"""
+    """Follows every storage from the operation that makes it to its end. (torch's MemTracker refuses a model
+    with frozen weights, in 2.13 at least, and cannot leave out what lies in host memory.)"""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -99,7 +101,9 @@ class Ledger(TorchDispatchMode):
         self.live += n
         if self.live > self.peak:
             self.peak = self.live
-            self.grads_at_peak = sum(p.grad.untyped_storage().nbytes() for p in self.params if p.grad is not None)
+            self.grads_at_peak = sum(
+                p.grad.untyped_storage().nbytes() for p in self.params if p.grad is not None
+            )
 
     def _gone(self, key: int, _: object) -> None:
         entry = self.held.pop(key, None)
@@ -110,8 +114,8 @@ class Ledger(TorchDispatchMode):
 FEW = 2
 
 
-# Attention as a flash kernel allocates it, output and log-sum-exp forward and the three gradients backward: the operator, which
-# computes nothing here.
+# Attention as a flash kernel allocates it, output and log-sum-exp forward and the three gradients backward:
+# the operator, which computes nothing here.
 def _traced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q, k, v, TRACED.number)[0]
 
@@ -123,8 +127,8 @@ def trace_step(
     model: DiT, inp: ModelInput, *, ctx: ParallelContext, recompute: str = "none", autocast: bool = True,
     training: bool = True, keep_gradients: bool = True, sparse: SparseConfig = EXACT, silent: bool = False,
 ) -> Trace:
-    """A micro-step of `model`, whose tensors are fake, as rank 0 of ctx. Call it inside the mode that made the model. `silent`:
-    with samples that ask what the model gives without its adapter.
+    """A micro-step of `model`, whose tensors are fake, as rank 0 of ctx. Call it inside the mode that made
+    the model. `silent`: with samples that ask what the model gives without its adapter.
 
     Of equal blocks only a few are run: what one more costs is known from the difference.
     """
@@ -133,8 +137,12 @@ def trace_step(
         chosen = {id(b) for blocks, n in zip(kinds, counts, strict=True) for b in blocks[:n]}
         model.zero_grad()
         meter = Ledger(model)
-        parallelize(model, replace(ctx, rank=1), kernel=TRACED, recompute=recompute, training=training, sparse=on_cpu)
-        model.run_block = _only(chosen, Offload(HostCopies(made=meter.leave_out)) if recompute == "offload" else model.run_block)
+        parallelize(
+            model, replace(ctx, rank=1), kernel=TRACED, recompute=recompute, training=training, sparse=on_cpu
+        )
+        model.run_block = _only(
+            chosen, Offload(HostCopies(made=meter.leave_out)) if recompute == "offload" else model.run_block
+        )
         hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in meter.params]
         with meter, torch.set_grad_enabled(training):
             with precision.autocast("cpu", enabled=autocast):
@@ -153,7 +161,12 @@ def trace_step(
     for i, blocks in enumerate(kinds):
         if times := len(blocks) - few[i]:
             more = run([n + (i == j) for j, n in enumerate(few)])
-            total = Trace(*(t + times * (m - b) for t, m, b in zip(astuple(total), astuple(more), astuple(base), strict=True)))
+            total = Trace(
+                *(
+                    t + times * (m - b) for t, m,
+                    b in zip(astuple(total), astuple(more), astuple(base), strict=True)
+                )
+            )
     return total
 
 

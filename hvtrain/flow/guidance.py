@@ -8,9 +8,11 @@ from hvtrain.flow.solvers import Velocity
 
 
 def classifier_free(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
-    """From the unconditional velocity through the conditional one and beyond (arXiv:2207.12598); 1 is the latter.
+    """From the unconditional velocity through the conditional one and beyond
+    (arXiv:2207.12598); 1 is the latter.
 
-    Two forward passes rather than one of twice the batch: the prompts differ in length, and memory stays the same.
+    Two forward passes rather than one of twice the batch: the prompts differ in
+    length, and memory stays the same.
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from hvtrain.errors import ConfigError
 from hvtrain.registry import Registry
 
-SMALLEST = 1e-3  # sigma below which a weight no longer grows: the first of the 1000 levels of a discrete schedule
+# sigma below which a weight no longer grows: the first of the 1000 levels of a discrete schedule
+SMALLEST = 1e-3
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-# --- what an error is -------------------------------------------------------------------------------------------------
+# --- what an error is ---------------------------------------------------------------------------------------
 
 # (error, c [B 1 ...]) -> the same shape. All are error^2 where it is small against c.
 LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("loss")
@@ -57,7 +58,7 @@ HUBER_SCHEDULES: Registry[Callable[[Tensor, float], Tensor]] = Registry("schedul
     "snr": lambda sigma, c: c + (1 - c) * (1 - sigma).pow(2),
 })
 
-# --- what it counts ---------------------------------------------------------------------------------------------------
+# --- what it counts -----------------------------------------------------------------------------------------
 
 # (sigma, gamma) -> weight, both [B]
 WEIGHTINGS: Registry[Callable[[Tensor, float], Tensor]] = Registry("weighting")
@@ -82,8 +83,9 @@ def cosmap(sigma: Tensor, gamma: float) -> Tensor:
 
 @WEIGHTINGS.add("min_snr")
 def min_snr(sigma: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) sigma^2 with SNR = ((1 - sigma) / sigma)^2: arXiv 2303.09556 weighs the error of the clean latents, which
-    is sigma times that of the velocity. Nothing counts more than (1 - sigma)^2, nor in pure noise."""
+    """min(SNR, gamma) sigma^2 with SNR = ((1 - sigma) / sigma)^2: arXiv 2303.09556 weighs the error of
+    the clean latents, which is sigma times that of the velocity. Nothing counts more than (1 -
+    sigma)^2, nor in pure noise."""
     return torch.minimum((1 - sigma).pow(2), gamma * sigma.pow(2))
 
 
@@ -102,14 +104,17 @@ class Measure:
         HUBER_SCHEDULES.find(self.huber_schedule, key="flow.huber_schedule")
         WEIGHTINGS.find(self.weighting, key="flow.weighting")
         if not self.huber_c > 0 or not self.snr_gamma > 0:
-            raise ConfigError(f"flow.huber_c {self.huber_c} and flow.snr_gamma {self.snr_gamma}: expected more than 0")
+            raise ConfigError(
+                f"flow.huber_c {self.huber_c} and flow.snr_gamma {self.snr_gamma}: expected more than 0"
+            )
 
     def weight(self, sigma: Tensor) -> Tensor:
         """[B] -> [B]."""
         return WEIGHTINGS[self.weighting](sigma, self.snr_gamma)
 
     def __call__(self, velocity: Tensor, wanted: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B]: each sample's weighted mean error in float32, over the elements by the mask [B 1 T 1|h 1|w], 0 to 1."""
+        """[B]: each sample's weighted mean error in float32, over the elements by the
+        mask [B 1 T 1|h 1|w], 0 to 1."""
         error = velocity.float() - wanted.float()
         sigma = sigma.float()
         c = HUBER_SCHEDULES[self.huber_schedule](sigma, self.huber_c).view(-1, *[1] * (error.ndim - 1))

@@ -1,4 +1,5 @@
-"""Pictures of noise levels: how often each is trained, and what an error at it counts. For the terminal, and as a PNG."""
+"""Pictures of noise levels: how often each is trained, and what an error at it counts. For
+the terminal, and as a PNG."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def look(quantile: Quantile, weight: Callable[[Tensor], Tensor], shape: Sequence
 
 def lines(levels: Levels, width: int = 40) -> Iterator[str]:
     """A row for each second bin: its bar, density and weight."""
-    density, counted, weight = (x.view(-1, 2).mean(1) for x in (levels.density, levels.counted, levels.weight))
+    density, counted, weight = (
+        x.view(-1, 2).mean(1) for x in (levels.density, levels.counted, levels.weight)
+    )
     yield f"sigma  {'density':<{width}}  density  weight  counts"
     for i, (d, w, c) in enumerate(zip(density.tolist(), weight.tolist(), counted.tolist(), strict=True)):
         bar = "#" * round(width * d / max(density.max().item(), 1e-30))

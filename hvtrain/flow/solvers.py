@@ -1,8 +1,9 @@
 """How a video is integrated from noise along the velocity, a step at a time.
 
-What a multistep method remembers lies in its State, as tensors like x: a sampling that was stopped between two steps goes
-on from a file and ends with the same values. With x = (1 - sigma) x0 + sigma eps the literature's alpha is 1 - sigma, its
-half log-SNR lambda = log(alpha / sigma), and its data prediction m = x - sigma v.
+What a multistep method remembers lies in its State, as tensors like x: a sampling that was
+stopped between two steps goes on from a file and ends with the same values. With x = (1 - sigma)
+x0 + sigma eps the literature's alpha is 1 - sigma, its half log-SNR lambda = log(alpha / sigma),
+and its data prediction m = x - sigma v.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Solver:
         return sigmas(steps, shift=shift, first=self.first)
 
     def step(self, velocity: Velocity, state: State, schedule: Tensor) -> State:
-        """From sigma number `state.step` of the schedule (falling, float64) to the next. One call of the velocity."""
+        """From sigma number `state.step` of the schedule (falling, float64) to the
+        next. One call of the velocity."""
         levels = schedule[: state.step + 2].tolist()
 
         def at(sigma: float) -> Tensor:
@@ -70,15 +72,16 @@ def euler(velocity: Callable[[float], Tensor], state: State, levels: list[float]
 
 
 def dpm_solver_2m(velocity: Callable[[float], Tensor], state: State, levels: list[float]) -> State:
-    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: exact for the linear part, the data prediction m extrapolated from
-    two. The first step, and one to sigma 0, take one. history: m of the step before."""
+    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: exact for the linear part, the data prediction m
+    extrapolated from two. The first step, and one to sigma 0, take one. history: m of the step before."""
     m = state.x - levels[-2] * velocity(levels[-2])
     return State(_predict(state.x, m, state.history[:1], levels), state.step + 1, (m,))
 
 
 def unipc(velocity: Callable[[float], Tensor], state: State, levels: list[float]) -> State:
-    """UniPC of order 2, arXiv 2302.04867, with B(h) = e^h - 1 ("bh2"): the new m first corrects the step that led to it,
-    then predicts the next, as 2M does. history: the corrected x of the step before, its m, the m before that."""
+    """UniPC of order 2, arXiv 2302.04867, with B(h) = e^h - 1 ("bh2"): the new m first corrects the
+    step that led to it, then predicts the next, as 2M does. history: the corrected x of the step
+    before, its m, the m before that."""
     m, x = state.x - levels[-2] * velocity(levels[-2]), state.x
     if state.history:
         start, *known = state.history
@@ -87,7 +90,8 @@ def unipc(velocity: Callable[[float], Tensor], state: State, levels: list[float]
 
 
 def _predict(x: Tensor, m: Tensor, before: tuple[Tensor, ...], levels: list[float]) -> Tensor:
-    """One exponential step from levels[-2] to levels[-1]. m: prediction at x; `before`: the one a level earlier, if any."""
+    """One exponential step from levels[-2] to levels[-1]. m: prediction at x; `before`: the
+    one a level earlier, if any."""
     here, there = levels[-2:]
     if before and there > 0:
         ratio = (_lambda(here) - _lambda(levels[-3])) / (_lambda(there) - _lambda(here))
@@ -96,13 +100,14 @@ def _predict(x: Tensor, m: Tensor, before: tuple[Tensor, ...], levels: list[floa
 
 
 def _correct(start: Tensor, m: Tensor, known: list[Tensor], levels: list[float]) -> Tensor:
-    """The step from `start` at levels[-2] to levels[-1] once more, knowing m at its end. known: the m at its beginning, and
-    the one a level earlier, if any."""
+    """The step from `start` at levels[-2] to levels[-1] once more, knowing m at its end. known: the m at its
+    beginning, and the one a level earlier, if any."""
     here, there = levels[-2:]
     change, end = known[0], 0.5
     if len(known) > 1:
         h = _lambda(there) - _lambda(here)
-        ratio = (_lambda(levels[-3]) - _lambda(here)) / h  # negative; -inf where the first level is pure noise
+        # negative; -inf where the first level is pure noise
+        ratio = (_lambda(levels[-3]) - _lambda(here)) / h
         first = 1 / -math.expm1(-h) - 1 / h  # the two conditions of order 2, solved for both weights
         second = 1 / -math.expm1(-h) - 2 / h * first
         weight = (second - first) / (ratio - 1)

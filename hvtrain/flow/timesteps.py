@@ -1,10 +1,10 @@
 """Which noise levels are trained: a timestep sampler is one quantile function u in (0, 1) -> sigma in [0, 1].
 
-Non-decreasing in u. Stratification over the global batch, truncation that keeps the distribution's shape, and the
-fixed quantiles of the held-out loss then exist once, here, for all of them. A sampler's keyword arguments are keys of
-the config's `flow` section, or what a batch's latents say. Formulas: facts common to SD3 (arXiv 2403.03206)
-and the sd-scripts family. But for `uniform`, `mode` and `sigma` all are normal in logit(sigma), for a shift
-by s adds log s to it.
+Non-decreasing in u. Stratification over the global batch, truncation that keeps the distribution's shape, and
+the fixed quantiles of the held-out loss then exist once, here, for all of them. A sampler's keyword arguments
+are keys of the config's `flow` section, or what a batch's latents say. Formulas: facts common to SD3 (arXiv
+2403.03206) and the sd-scripts family. But for `uniform`, `mode` and `sigma` all are normal in logit(sigma),
+for a shift by s adds log s to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Quantile(Protocol):
 
 
 SAMPLERS: Registry[Callable[..., Tensor]] = Registry("distribution")
-SAMPLER_KEYS = ("shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale")  # of the config's `flow` section
+# of the config's `flow` section
+SAMPLER_KEYS = ("shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale")
 _EDGE = 1e-7  # the normal quantile is infinite at 0 and 1
 _LEVELS = 1000  # of the discrete schedules
 _STYLE = (5.36, 1.0)  # mean and width of log SNR in the noise-free end of the qinglong mixtures
@@ -55,8 +56,8 @@ def logit_normal(u: Tensor, *, logit_mean: float, logit_std: float) -> Tensor:
 
 @SAMPLERS.add("mode")
 def mode(u: Tensor, *, mode_scale: float) -> Tensor:
-    """SD3's heavy tails: 1 - v - s (cos^2(pi v / 2) - 1 + v) of v = 1 - u; s > 0 favours the middle, s < 0 the ends,
-    and s from -1 to 2 / (pi - 2) is a distribution."""
+    """SD3's heavy tails: 1 - v - s (cos^2(pi v / 2) - 1 + v) of v = 1 - u; s > 0 favours the middle, s < 0
+    the ends, and s from -1 to 2 / (pi - 2) is a distribution."""
     return (u - mode_scale * ((torch.sin(math.pi / 2 * u)) ** 2 - u)).clamp(0, 1)
 
 
@@ -85,7 +86,9 @@ def logsnr(u: Tensor, *, logit_mean: float, logit_std: float) -> Tensor:
 
 
 @SAMPLERS.add("qinglong_flux")
-def qinglong_flux(u: Tensor, *, sigmoid_scale: float, logit_mean: float, logit_std: float, frame_tokens: int) -> Tensor:
+def qinglong_flux(
+    u: Tensor, *, sigmoid_scale: float, logit_mean: float, logit_std: float, frame_tokens: int
+) -> Tensor:
     """79 % flux_shift, 11 % logsnr, 10 % almost without noise."""
     style = (0.11, -logit_mean / 2, logit_std / 2), (0.1, -_STYLE[0] / 2, _STYLE[1] / 2)
     return _mixture(u, (0.79, flux_line(frame_tokens), sigmoid_scale), *style)
@@ -121,8 +124,8 @@ def _logistic_normal(u: Tensor, mean: float, std: float) -> Tensor:
 
 
 def _mixture(u: Tensor, *parts: tuple[float, float, float]) -> Tensor:
-    """The quantile function of a mixture of (share, mean, width) of logit(sigma), by bisection: its parts' are known, its
-    own has no formula."""
+    """The quantile function of a mixture of (share, mean, width) of logit(sigma), by bisection: its parts'
+    are known, its own has no formula."""
     u = u.double().clamp(_EDGE, 1 - _EDGE)
     low = torch.full_like(u, min(mean - 6 * std for _, mean, std in parts))
     high = torch.full_like(u, max(mean + 6 * std for _, mean, std in parts))
@@ -133,7 +136,7 @@ def _mixture(u: Tensor, *parts: tuple[float, float, float]) -> Tensor:
     return torch.sigmoid((low + high) / 2)
 
 
-# --- of a config ------------------------------------------------------------------------------------------------------
+# --- of a config --------------------------------------------------------------------------------------------
 
 
 def parameters(name: str) -> list[str]:
@@ -143,8 +146,8 @@ def parameters(name: str) -> list[str]:
 
 
 def quantile_function(name: str, settings: Any, flavor: Flavor | None = None) -> Quantile:
-    """The sampler `name` with its parameters from `settings` (a FlowConfig) and the latents of a `flavor`, cut to
-    [min_sigma, max_sigma] or squeezed into it. Raises ConfigError."""
+    """The sampler `name` with its parameters from `settings` (a FlowConfig) and the latents of a `flavor`,
+    cut to [min_sigma, max_sigma] or squeezed into it. Raises ConfigError."""
     keys = parameters(name)
     low, high = settings.min_sigma, settings.max_sigma
     if not 0 <= low < high <= 1:
@@ -170,7 +173,10 @@ def quantile_function(name: str, settings: Any, flavor: Flavor | None = None) ->
     cut = within(plain, low, high, what=f"flow.timestep_sampling '{name}'")
     if flavor is not None:  # what can be refused is refused now: at the flavor's own size
         d = flavor.defaults
-        cut(torch.zeros(1, dtype=torch.float64), flavor.latent.shape(frames=d.frames, height=d.height, width=d.width))
+        cut(
+            torch.zeros(1, dtype=torch.float64),
+            flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)
+        )
     elif "frame_tokens" not in keys:
         cut(torch.zeros(1, dtype=torch.float64))
     return cut
@@ -215,8 +221,8 @@ def _inverse(quantile: Quantile, sigma: float, shape: Sequence[int] | None = Non
 def stratified(n: int, *, seed: int, step: int, part: int, n_parts: int) -> Tensor:
     """[n] numbers in (0, 1): this part's share of n * n_parts equal strata, one number in each.
 
-    A part is one rank's micro-step. All parts of a step share one shuffle of the strata, so the global batch covers
-    the distribution evenly whatever the number of ranks.
+    A part is one rank's micro-step. All parts of a step share one shuffle of the strata, so the global batch
+    covers the distribution evenly whatever the number of ranks.
     """
     total = n * n_parts
     order = torch.randperm(total, generator=generator(seed, step=step, stream="strata"))

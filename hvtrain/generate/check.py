@@ -1,4 +1,5 @@
-"""What would end a generation late, found before weights are read: the headers of all parts, memory, and the output."""
+"""What would end a generation late, found before weights are read: the headers of all
+parts, memory, and the output."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.context import ParallelContext
 
 T = TypeVar("T")
-_BLOCK_TENSORS = 5  # [B S E] of a block that are there at once: the residual stream, what goes into attention, and q, k, v
+# [B S E] of a block that are there at once: the residual stream, what goes into attention, and q, k, v
+_BLOCK_TENSORS = 5
 _VIDEO_BYTES = 3 * 4 * 2  # of a decoded pixel: float32 RGB, before and after it is clamped
 _COMPRESSED = 100  # a file is hardly smaller than this part of its pixels
 
 
 def on_main(ctx: ParallelContext, act: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; a user's mistake that it finds is raised on every rank. Collective."""
+    """What rank 0 finds, on every rank; a user's mistake that it finds is raised on every rank.
+    Collective."""
     answer: tuple[T | None, HvtrainError | None] = None, None
     if ctx.is_main:
         try:
@@ -48,8 +51,10 @@ def check_parts(model: ModelConfig, spec: ModelSpec, flavor: Flavor) -> dict[str
     own = (flavor.latent.stride_t, flavor.latent.stride_h, flavor.latent.stride_w)
     if (vae.channels, vae.stride) != (flavor.latent.channels, own):
         raise CheckpointError(
-            f"model.vae: {model.vae} has latents of {vae.channels} channels, {' x '.join(map(str, vae.stride))} smaller than the "
-            f"video; those of {flavor.name} have {flavor.latent.channels}, {' x '.join(map(str, own))} smaller"
+            f"model.vae: {model.vae} has latents of {vae.channels} channels, "
+            f"{' x '.join(map(str, vae.stride))} smaller than the video; those of {flavor.name} have "
+            f"{flavor.latent.channels}, {' x '.join(map(str, own))} "
+            "smaller"
         )
     return {"vae": vae.fingerprint, "text": open_text(spec, model, nowhere, flavor).fingerprint}
 
@@ -57,8 +62,9 @@ def check_parts(model: ModelConfig, spec: ModelSpec, flavor: Flavor) -> dict[str
 def least_bytes(
     batch: Sequence[Job], flavor: Flavor, layers: Mapping[str, tuple[int, int]], *, sp: int, n_bytes: int
 ) -> int:
-    """What one rank cannot do without to make these videos together: hidden states of a block with values of `n_bytes`, or one
-    decoded video. The weights are not counted, and no kernel's buffers: what is above this fits nowhere."""
+    """What one rank cannot do without to make these videos together: hidden states of a block with
+    values of `n_bytes`, or one decoded video. The weights are not counted, and no kernel's buffers:
+    what is above this fits nowhere."""
     r = batch[0].request
     shape = flavor.latent.shape(frames=r.frames, height=r.height, width=r.width)
     width = Counter(n_in for _, n_in in layers.values()).most_common(1)[0][0]
@@ -78,26 +84,37 @@ def check_memory(
         if least <= there:
             continue
         r, name = batch[0].request, batch[0].output.name
-        n_tokens = flavor.latent.n_tokens(flavor.latent.shape(frames=r.frames, height=r.height, width=r.width))
+        n_tokens = flavor.latent.n_tokens(
+            flavor.latent.shape(frames=r.frames, height=r.height, width=r.width)
+        )
         together = f" ({len(batch)} together)" if len(batch) > 1 else ""
         raise ConfigError(
-            f"{name}: {r.width} x {r.height} x {r.frames} frames{together} are {n_tokens:,} image tokens each and "
-            f"need at least {_size(least)} besides the weights; {ctx.device} has {_size(there)}. Lower width, height or "
-            "frames, or share a video among more processes (parallel.ulysses, parallel.ring)"
+            f"{name}: {r.width} x {r.height} x {r.frames} frames{together} are {n_tokens:,} image tokens "
+            "each and "
+            f"need at least {_size(least)} besides the weights; {ctx.device} has {_size(there)}. Lower "
+            "width, height or frames, or share a video among more processes (parallel.ulysses, parallel.ring)"
         )
 
 
 def check_outputs(
     jobs: Sequence[Job], flavor: Flavor, *, n_sampled: int, decode: str, size: int, ctx: ParallelContext
 ) -> None:
-    """Try every folder, and ask for the room that `n_sampled` of the videos need at least. Collective. Raises DataError."""
+    """Try every folder, and ask for the room that `n_sampled` of the videos need at least.
+    Collective. Raises DataError."""
     problem = None
     try:
         for folder in dict.fromkeys(job.output.parent for job in jobs):
             _try_folder(folder, ctx.rank)
-            problem = problem or _no_room(folder, jobs, flavor, n=min(n_sampled, size) if decode == "each" else n_sampled)
+            problem = (
+                problem or _no_room(
+                    folder, jobs, flavor, n=min(n_sampled, size) if decode == "each" else n_sampled
+                )
+            )
         problem = problem or next(
-            (f"output: {job.output} is a directory; give the name of a file" for job in jobs if job.output.is_dir()), None
+            (
+                f"output: {job.output} is a directory; give the name of a file"
+                for job in jobs if job.output.is_dir()
+            ), None
         )
     except OSError as error:
         problem = f"output: {error.filename or jobs[0].output.parent} cannot be written ({error.strerror})"
@@ -126,7 +143,10 @@ def _no_room(folder: Path, jobs: Sequence[Job], flavor: Flavor, *, n: int) -> st
     free = shutil.disk_usage(folder).free
     if need <= free:
         return None
-    return f"output: {folder} has {_size(free)} free; the latents and {len(jobs)} file(s) need at least {_size(need)}"
+    return (
+        f"output: {folder} has {_size(free)} free; the latents and {len(jobs)} file(s) need at least "
+        f"{_size(need)}"
+    )
 
 
 def _size(n_bytes: float) -> str:

@@ -1,4 +1,5 @@
-"""What a video is conditioned on: prompts through the text encoders, images through the VAE and encoders of the model's own.
+"""What a video is conditioned on: prompts through the text encoders, images through the VAE
+and encoders of the model's own.
 
 All encoders live on rank 0 only, one kind at a time, and not for long; the others are sent what they make.
 """
@@ -30,7 +31,8 @@ Cond = Mapping[str, Tensor]  # a flavor's condition fields, batched
 
 @dataclass(frozen=True)
 class Shown:
-    """Images at a size: what a video begins with, or also what it ends with; and the smaller one that it is made of."""
+    """Images at a size: what a video begins with, or also what it ends with; and the
+    smaller one that it is made of."""
 
     images: tuple[str, ...]
     width: int
@@ -52,10 +54,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Said:
-    """A text as the encoders read it, and what they see beside it, if they do: nothing beside a negative prompt."""
+    """A text as the encoders read it, and what they see beside it, if they do:
+    nothing beside a negative prompt."""
 
     text: str
-    seen: Shown | int | None = None  # the number of a request that begins with something else than an image file
+    # the number of a request that begins with something else than an image file
+    seen: Shown | int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def encode_requests(
     requests: Sequence[Request], spec: ModelSpec, flavor: Flavor, model: ModelConfig, ctx: ParallelContext, *,
     pictures: Mapping[int, Tensor] | None = None,
 ) -> Conditions:
-    """`pictures` [3 H W] in [-1, 1]: by number, what requests without an image begin with. Raises CheckpointError for encoders
-    of another model, DataError for an image that cannot be read. Collective."""
+    """`pictures` [3 H W] in [-1, 1]: by number, what requests without an image begin with. Raises
+    CheckpointError for encoders of another model, DataError for an image that cannot be read. Collective."""
     given = pictures or {}
     texts = [prompt_of(r, flavor, i if i in given else None) for i, r in enumerate(requests)]
     texts = list(dict.fromkeys([*texts, *(Said(r.negative_prompt) for r in requests if r.guided)]))
@@ -103,7 +107,9 @@ def encode_requests(
         return [found, of_images]
 
     of_texts, of_images = on_main(ctx, encode)
-    return Conditions(flavor, dict(zip(texts, of_texts, strict=True)), dict(zip(shown, of_images, strict=True)))
+    return Conditions(
+        flavor, dict(zip(texts, of_texts, strict=True)), dict(zip(shown, of_images, strict=True))
+    )
 
 
 def encode_texts(
@@ -134,29 +140,40 @@ def _encode_images(
 ) -> list[dict[str, Tensor]]:
     vae = open_vae(spec, model, device)
     seen = any(one.images for one in wanted)
-    encoders = {name: open_column(spec, model, name, device) for name in own_columns(spec, flavor)} if seen else {}
+    encoders = (
+        {name: open_column(spec, model, name, device) for name in own_columns(spec, flavor)} if seen else {}
+    )
     enlarger = open_enlarger(spec, model, device, flavor) if flavor.enlarges else None
     found = []
     for one in wanted:
-        shape, made = flavor.latent.shape(frames=one.frames, height=one.height, width=one.width), dict[str, Tensor]()
+        shape, made = (
+            flavor.latent.shape(frames=one.frames, height=one.height, width=one.width), dict[str, Tensor]()
+        )
         if one.images:
             assert spec.image_conditions is not None
-            images = torch.stack([read_image(path, width=one.width, height=one.height) for path in one.images]).to(device)
+            images = torch.stack(
+                [read_image(path, width=one.width, height=one.height) for path in one.images]
+            ).to(device)
             made |= spec.image_conditions(vae, encoders, images if len(images) > 1 else images[0], shape)
         if one.video is not None and enlarger is not None:
             low = read_low(one.video, flavor, vae, frames=one.frames)
             made |= enlarger(low, shape, generator=generator(one.seed, stream="low"))
         fields = {name: value.cpu() for name, value in made.items()}
-        if broken := [name for name, value in fields.items() if value.is_floating_point() and not value.isfinite().all()]:
+        if broken := [
+            name for name, value in fields.items() if value.is_floating_point() and not value.isfinite().all()
+        ]:
             what = "image" if one.images else "video"
-            raise DataError(f"{what}: '{broken[0]}' of {(*one.images, one.video)[0]} is not finite; use model.vae_dtype float32")
+            raise DataError(
+                f"{what}: '{broken[0]}' of {(*one.images, one.video)[0]} is not finite; use model.vae_dtype "
+                "float32"
+            )
         found.append(fields)
     return found
 
 
 def read_image(path: str, *, width: int, height: int) -> Tensor:
-    """[3 H W] in [-1, 1], as people see it: turned as its file says, scaled to cover the size, cropped in the middle. As training
-    data is read. Raises DataError."""
+    """[3 H W] in [-1, 1], as people see it: turned as its file says, scaled to cover the size, cropped in the
+    middle. As training data is read. Raises DataError."""
     try:
         pixels = read_frames(Path(path), [0], size=(width, height))[0]
     except DataError as error:
@@ -170,14 +187,19 @@ def own_columns(spec: ModelSpec, flavor: Flavor) -> list[str]:
 
 
 def check_own_columns(spec: ModelSpec, flavor: Flavor, model: ModelConfig) -> dict[str, str]:
-    """column -> its encoder's fingerprint, from headers. Raises ConfigError for a file that is not given, CheckpointError."""
+    """column -> its encoder's fingerprint, from headers. Raises ConfigError for a file that is
+    not given, CheckpointError."""
     if flavor.beyond_text and spec.image_conditions is None:
-        raise ConfigError(f"model.flavor: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, which no image gives")
+        raise ConfigError(
+            f"model.flavor: '{flavor.name}' also needs {', '.join(flavor.beyond_text)}, which no image gives"
+        )
     found = {}
     for name in own_columns(spec, flavor):
         needed = [n for n, part in spec.parts.items() if name in part.makes and not part.optional]
         if missing := [n for n in needed if model.file(n) is None]:
-            raise ConfigError(f"model.{missing[0]} is not set; '{flavor.name}' needs it ({spec.parts[missing[0]].about})")
+            raise ConfigError(
+                f"model.{missing[0]} is not set; '{flavor.name}' needs it ({spec.parts[missing[0]].about})"
+            )
         found[name] = open_column(spec, model, name, torch.device("meta")).fingerprint
     return found
 
@@ -191,8 +213,8 @@ def check_conds(conds: Sequence[Cond], spec: ModelSpec, flavor: Flavor) -> None:
             found = list(cond[field.name].shape[1:])
             if not field.fits(found):
                 raise CheckpointError(
-                    f"{keys_of(spec, field.column)}: the encoders make '{field.name}' of shape {found}, {flavor.name} expects "
-                    f"{field}: they belong to another model"
+                    f"{keys_of(spec, field.column)}: the encoders make '{field.name}' of shape {found}, "
+                    f"{flavor.name} expects {field}: they belong to another model"
                 )
 
 

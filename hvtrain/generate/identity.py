@@ -36,17 +36,23 @@ class Sources:
 
 
 def sources_of(
-    model: ModelConfig, loras: Sequence[Applied], prints: Mapping[str, Any], *, precision: str, images: Sequence[str] = (),
+    model: ModelConfig, loras: Sequence[Applied], prints: Mapping[str, Any], *, precision: str,
+    images: Sequence[str] = (),
 ) -> Sources:
-    """`prints`: of the flavor, of every part and of sparse attention; that of "vae" is the pixels', the others
-    are the latents'."""
+    """`prints`: of the flavor, of every part and of sparse attention; that of "vae" is the pixels',
+    the others are the latents'."""
     m = model
     how = [precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
-    changed = [(fingerprint(open_weights(one.lora.path)), one.multiplier, one.expert) for one in loras if one.multiplier]
+    changed = [
+        (fingerprint(open_weights(one.lora.path)), one.multiplier, one.expert)
+        for one in loras if one.multiplier
+    ]
     vae = [prints["vae"], m.vae_dtype, asdict(m.vae_tiling)]
     begins = [vae] if images else []  # what an image becomes is the VAE's too
     return Sources(
-        sampling=_digest([{name: value for name, value in prints.items() if name != "vae"}, how, changed, begins]),
+        sampling=_digest(
+            [{name: value for name, value in prints.items() if name != "vae"}, how, changed, begins]
+        ),
         decoding=_digest(vae),
         images={path: image_digest(path) for path in images},
     )

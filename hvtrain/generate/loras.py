@@ -29,19 +29,24 @@ class Applied:
 
 def on_expert(loras: Sequence[Applied], expert: Expert | None) -> list[tuple[LoraFile, float]]:
     """Those that change this expert's weights, or those of the one DiT."""
-    return [(one.lora, one.multiplier) for one in loras if expert is None or one.expert in (None, expert.name)]
+    return [
+        (one.lora, one.multiplier) for one in loras if expert is None or one.expert in (None, expert.name)
+    ]
 
 
 def open_loras(
     wanted: Sequence[SampledLora], shapes: Shapes, spec: ModelSpec, flavor: Flavor, *, quiet: bool = False,
     bases: Mapping[str, str] | None = None,
 ) -> list[Applied]:
-    """Read them, and say which blocks each holds and whether any two change the same rows. `bases`: the fingerprint of each
-    expert's weights. Raises ConfigError for one of other noise levels than its expert's."""
+    """Read them, and say which blocks each holds and whether any two change the same rows.
+    `bases`: the fingerprint of each expert's weights. Raises ConfigError for one of other
+    noise levels than its expert's."""
     names = [expert.name for expert in flavor.experts]
     for w in wanted:
         if not math.isfinite(w.multiplier):
-            raise ConfigError(f"the multiplier of {w.path} is {w.multiplier}, expected a finite number; 0 switches it off")
+            raise ConfigError(
+                f"the multiplier of {w.path} is {w.multiplier}, expected a finite number; 0 switches it off"
+            )
         if w.expert is not None and w.expert not in names:
             hint = suggest(w.expert, names) if names else "leave lora.expert out"
             raise ConfigError(f"lora.expert of {w.path}: '{flavor.name}' has no expert '{w.expert}'; {hint}")
@@ -51,11 +56,17 @@ def open_loras(
             name = f"LORAID {one.lora.metadata['ss_loraid']}, " if one.lora.metadata.get("ss_loraid") else ""
             off = " (off)" if one.multiplier == 0 else ""
             of = f" on {one.expert}" if one.expert else f" on all of {', '.join(names)}" if names else ""
-            print(f"{one.lora.summary()}, times {one.multiplier:g}{off}{of}; {name}{blocks(one.lora.pairs)}", flush=True)
+            print(
+                f"{one.lora.summary()}, times {one.multiplier:g}{off}{of}; {name}{blocks(one.lora.pairs)}",
+                flush=True
+            )
         if len(loras) > 1:
             together = [by_layer(on_expert(loras, expert)) for expert in flavor.experts or (None,)]
             shared = max(sum(o.n_rows for o in overlaps(found)) for found in together)
-            print(f"{shared} rows are changed by more than one" if shared else "no two change the same rows", flush=True)
+            print(
+                f"{shared} rows are changed by more than one" if shared else "no two change the same rows",
+                flush=True
+            )
     return loras
 
 
@@ -72,7 +83,10 @@ def _applied(
         if sure and wish is not None and own != wish:
             span = trained_range(lora.metadata)
             levels = f", on sigma {span[0]:g} to {span[1]:g}" if span else ""
-            raise ConfigError(f"lora.expert of {path} is '{wish}', but it was trained as '{own}'{levels}; leave lora.expert out")
+            raise ConfigError(
+                f"lora.expert of {path} is '{wish}', but it was trained as '{own}'{levels}; leave "
+                "lora.expert out"
+            )
         name = wish or own
         if name is not None and name in experts:
             check_range(lora, experts[name])
@@ -82,7 +96,8 @@ def _applied(
 def of_slices(
     folder: Path, loraid: Sequence[int], multipliers: Sequence[float], experts: Sequence[str] = ()
 ) -> list[SampledLora]:
-    """The finished slices of a sliced run: those with these LORAIDs, or all; of runs that trained several experts, each one's."""
+    """The finished slices of a sliced run: those with these LORAIDs, or all; of runs that trained
+    several experts, each one's."""
     runs = {int(p.name): p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.isdigit()}
     ids = loraid or tuple(runs)
     unknown = [i for i in ids if i not in runs]

@@ -1,4 +1,5 @@
-"""The smaller video that super-resolution enlarges: a video file, or the latents that a generation of it has kept."""
+"""The smaller video that super-resolution enlarges: a video file, or the latents that
+a generation of it has kept."""
 
 from __future__ import annotations
 
@@ -17,12 +18,15 @@ LATENTS = ".safetensors"
 
 
 def check_low(path: str, request: Request, spec: ModelSpec, flavor: Flavor) -> None:
-    """Raises ConfigError for one that the request does not enlarge, DataError for a file that cannot be read."""
+    """Raises ConfigError for one that the request does not enlarge, DataError for
+    a file that cannot be read."""
     latent = flavor.latent
     if path.endswith(LATENTS):
         found, made = spool.read(Path(path))
         if made.get("model") != spec.name:
-            raise ConfigError(f"video: {path} holds latents of {made.get('model')}, expected those of {spec.name}")
+            raise ConfigError(
+                f"video: {path} holds latents of {made.get('model')}, expected those of {spec.name}"
+            )
         _, t, h, w = found.shape
         frames, height, width = (t - 1) * latent.stride_t + 1, h * latent.stride_h, w * latent.stride_w
         fits = frames == request.frames
@@ -35,10 +39,13 @@ def check_low(path: str, request: Request, spec: ModelSpec, flavor: Flavor) -> N
         fits = frames >= request.frames
     if not fits:
         most = (frames - 1) // latent.stride_t * latent.stride_t + 1
-        raise ConfigError(f"video: {path} has {frames} frames, but frames is {request.frames}: give frames={most}")
+        raise ConfigError(
+            f"video: {path} has {frames} frames, but frames is {request.frames}: give frames={most}"
+        )
     if width * height >= request.width * request.height:
         raise ConfigError(
-            f"video: {path} is {width}x{height}, no smaller than the {request.width}x{request.height} that '{flavor.name}' shall "
+            f"video: {path} is {width}x{height}, no smaller than the {request.width}x{request.height} that "
+            f"'{flavor.name}' shall "
             "make of it: give a larger width and height, or a smaller video"
         )
 

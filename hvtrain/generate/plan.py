@@ -65,7 +65,8 @@ class Compute:
 
 @dataclass(frozen=True)
 class Lot:
-    """Videos that are sampled together, from `step` on: 0, or where a run before was stopped, or all: only to be decoded."""
+    """Videos that are sampled together, from `step` on: 0, or where a run before was stopped,
+    or all: only to be decoded."""
 
     jobs: list[Job]
     step: int
@@ -110,7 +111,8 @@ def last_step(request: Request, expert: Expert | None) -> int:
 
 
 def open_headers(model: ModelConfig) -> Dits:
-    """Of the DiTs. Raises ConfigError for an expert that is not given, CheckpointError for files that do not fit."""
+    """Of the DiTs. Raises ConfigError for an expert that is not given,
+    CheckpointError for files that do not fit."""
     found = identify(asset(str(model.dit)), model=model.name, flavor=model.flavor)
     flavor = found.flavor
     files = {DIT: found}
@@ -120,13 +122,18 @@ def open_headers(model: ModelConfig) -> Dits:
         path = model.file(expert.part)
         if path is None:
             about = found.spec.parts[expert.part].about
-            raise ConfigError(f"model.{expert.part} is not set; '{flavor.name}' samples with it too ({about})")
+            raise ConfigError(
+                f"model.{expert.part} is not set; '{flavor.name}' samples with it too ({about})"
+            )
         other = files[expert.part] = identify(asset(path), model=found.spec.name, flavor=model.flavor)
         if other.arch != found.arch:
-            raise CheckpointError(f"model.{expert.part}: {path} has other sizes than model.dit, {model.dit}: not of one model")
+            raise CheckpointError(
+                f"model.{expert.part}: {path} has other sizes than model.dit, {model.dit}: not of one model"
+            )
     for expert in flavor.experts:
         flavor.check_file(expert, files[expert.part].path)
-    empty, *_ = [whole_model(one).requires_grad_(False) for one in files.values()]  # all: their tensors are compared in it
+    # all: their tensors are compared in it
+    empty, *_ = [whole_model(one).requires_grad_(False) for one in files.values()]
     return Dits(found.spec, flavor, files, linear_shapes(empty), empty)
 
 
@@ -139,7 +146,10 @@ def find_sources(
     prints |= {"flavor": dits.flavor.name, **check_parts(model, dits.spec, dits.flavor)}
     shown = {path: job.request for job in jobs for path in job.request.images.values()}
     if shown or not dits.flavor.image_optional:
-        prints |= {f"column {name}": value for name, value in check_own_columns(dits.spec, dits.flavor, model).items()}
+        prints |= {
+            f"column {name}": value for name,
+            value in check_own_columns(dits.spec, dits.flavor, model).items()
+        }
     for path, request in shown.items():
         read_image(path, width=request.width, height=request.height)
     if dits.flavor.enlarges:
@@ -153,14 +163,15 @@ def find_sources(
 
 
 def remaining(grouped: list[list[Job]], sources: Sources, *, save_latents: bool = False) -> list[Lot]:
-    """What of the batches is still to do. Batches stay as they are, so that a video does not depend on how often the run was
-    stopped; only what a run before has carried to other steps is apart."""
+    """What of the batches is still to do. Batches stay as they are, so that a video does not depend on how
+    often the run was stopped; only what a run before has carried to other steps is apart."""
     lots = []
     for batch in grouped:
         steps = {}
         for job in batch:
             if _is_there(job, sources):
-                spool.forget(job.output, save=save_latents)  # of a run that was killed after it had written the file
+                # of a run that was killed after it had written the file
+                spool.forget(job.output, save=save_latents)
                 continue
             kept = spool.find(job.output, sources.latents(job.request))
             steps[job.output] = kept.step if kept else 0
@@ -172,7 +183,9 @@ def remaining(grouped: list[list[Job]], sources: Sources, *, save_latents: bool 
 def _is_there(job: Job, sources: Sources) -> bool:
     """Whether the file is what this run would make."""
     try:
-        return job.output.is_file() and read_metadata(job.output).get("identity") == sources.video(job.request)
+        return (
+            job.output.is_file() and read_metadata(job.output).get("identity") == sources.video(job.request)
+        )
     except DataError:
         return False
 

@@ -14,4 +14,7 @@ class StepsBar(Bar):
 
     def step(self) -> None:
         self.done += 1
-        self.update(self.done, f"{self.done}/{self.steps} steps", lambda _: f"sampling: step {self.done} of {self.steps}")
+        self.update(
+            self.done, f"{self.done}/{self.steps} steps",
+            lambda _: f"sampling: step {self.done} of {self.steps}"
+        )

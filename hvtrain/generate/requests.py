@@ -1,4 +1,5 @@
-"""What to make: one record per video, complete and checked, from the config and the lines of a prompt file."""
+"""What to make: one record per video, complete and checked, from the config and
+the lines of a prompt file."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Request(Sampling):
 
     @classmethod
     def of(cls, flavor: Flavor, *, prompt: str = "", **given: Any) -> Request:
-        """None is the flavor's own value. Refuses what the flavor's latents cannot hold, and what it does not take."""
+        """None is the flavor's own value. Refuses what the flavor's latents cannot
+        hold, and what it does not take."""
         chosen = {name: value for name, value in given.items() if value is not None}
         own = {f.name: getattr(flavor.defaults, f.name) for f in fields(Sampling)}
         request = cls(prompt=prompt, **own | chosen)
@@ -36,7 +38,8 @@ class Request(Sampling):
         request = replace(request, expert_cfg_scale=_expert_scales(flavor, chosen))
         if flavor.unguided and request.guided:
             raise ConfigError(
-                f"cfg_scale is {request.cfg_scale:g}, but '{flavor.name}' is distilled to be sampled without it: leave it out"
+                f"cfg_scale is {request.cfg_scale:g}, but '{flavor.name}' is distilled to be sampled without "
+                "it: leave it out"
             )
         return request
 
@@ -45,28 +48,36 @@ class Request(Sampling):
         check_limits(self)
         SOLVERS.find(self.solver, key="solver")
         if self.guidance is not None and flavor.defaults.guidance is None:
-            raise ConfigError(f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance null")
+            raise ConfigError(
+                f"guidance is {self.guidance:g}, but this '{flavor.name}' embeds no guidance: leave guidance "
+                "null"
+            )
         if self.video is not None and not flavor.enlarges:
             raise ConfigError(
-                f"video is {self.video}, but '{flavor.name}' enlarges none: leave it out, or take a flavor of super-resolution "
-                "(`hvtrain models`)"
+                f"video is {self.video}, but '{flavor.name}' enlarges none: leave it out, or take a flavor "
+                "of super-resolution (`hvtrain models`)"
             )
         for name, path in self.images.items():
             if name not in _images_of(flavor):
                 raise ConfigError(
-                    f"{name} is {path}, but '{flavor.name}' takes none: leave it out, or take a flavor of image to video "
-                    "(`hvtrain models`)"
+                    f"{name} is {path}, but '{flavor.name}' takes none: leave it out, or take a flavor of "
+                    "image to video (`hvtrain models`)"
                 )
         for name in ("prompt", "negative_prompt"):
             try:
                 getattr(self, name).encode()
             except UnicodeEncodeError as error:
-                raise ConfigError(f"{name} holds what is no text ({error.reason} at letter {error.start})") from None
+                raise ConfigError(
+                    f"{name} holds what is no text ({error.reason} at letter {error.start})"
+                ) from None
 
     @property
     def images(self) -> dict[str, str]:
         """key -> path of those that are given."""
-        return {name: path for name, path in (("image", self.image), ("end_image", self.end_image)) if path is not None}
+        return {
+            name: path for name,
+            path in (("image", self.image), ("end_image", self.end_image)) if path is not None
+        }
 
     @property
     def files(self) -> dict[str, str]:
@@ -121,12 +132,17 @@ def _images_of(flavor: Flavor) -> tuple[str, ...]:
 
 def lacks(request: Request, flavor: Flavor) -> list[str]:
     """Images, or the video, without which it cannot be made."""
-    needed = [*(() if flavor.image_optional else _images_of(flavor)), *(("video",) if flavor.enlarges else ())]
+    needed = [
+        *(() if flavor.image_optional else _images_of(flavor)), *(("video",) if flavor.enlarges else ())
+    ]
     return [name for name in needed if name not in request.files]
 
 
-def single_job(flavor: Flavor, given: Mapping[str, Any], *, prompt: str, output: str, also: object = None) -> Job:
-    """One video. In a directory its file is named after the prompt and all else that makes it: `also` is what is not in it."""
+def single_job(
+    flavor: Flavor, given: Mapping[str, Any], *, prompt: str, output: str, also: object = None
+) -> Job:
+    """One video. In a directory its file is named after the prompt and all else that makes it:
+    `also` is what is not in it."""
     request = _complete(flavor, **given, prompt=prompt)
     return Job(request, _single_output(output, request, also))
 
@@ -166,11 +182,14 @@ def _single_output(where: str, request: Request, also: object) -> Path:
         return output / f"{words}-{digest[:8]}{ending(request)}"
     if output.suffix not in (VIDEO, PICTURE):
         raise ConfigError(
-            f"output is {where}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a directory: "
+            f"output is {where}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a "
+            "directory: "
             f"one that exists, or {where}/"
         )
     if output.suffix == PICTURE and request.frames != 1:
-        raise ConfigError(f"output is {where}, one picture, but frames is {request.frames}: give frames=1, or NAME{VIDEO}")
+        raise ConfigError(
+            f"output is {where}, one picture, but frames is {request.frames}: give frames=1, or NAME{VIDEO}"
+        )
     return output
 
 
@@ -179,8 +198,8 @@ def ending(request: Request) -> str:
 
 
 def read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, values) of each prompt: of text one a line, where empty lines and those that begin with # are comments; of YAML and
-    JSON a list with the keys of a prompt."""
+    """(where, values) of each prompt: of text one a line, where empty lines and those that begin with # are
+    comments; of YAML and JSON a list with the keys of a prompt."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -203,7 +222,9 @@ def _listed(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except ValueError as error:
         raise DataError(f"prompt_file: {path}: not YAML: {error}") from None
     if not isinstance(raw, list) or not raw:
-        raise DataError(f"prompt_file: {path}: expected a list of prompts, as in `- {{prompt: a cat, seed: 7}}`")
+        raise DataError(
+            f"prompt_file: {path}: expected a list of prompts, as in `- {{prompt: a cat, seed: 7}}`"
+        )
     for n, item in enumerate(raw, start=1):
         where = f"{path}, prompt {n}"
         one = build(SamplePrompt, item if isinstance(item, Mapping) else {"prompt": item}, where=where)

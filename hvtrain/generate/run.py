@@ -1,7 +1,9 @@
-"""From prompts to videos: text encoders, DiT, VAE. Each video is on the disk soon after it is sampled; its latents are before.
+"""From prompts to videos: text encoders, DiT, VAE. Each video is on the disk soon after it is
+sampled; its latents are before.
 
-Text and images are encoded by rank 0 and sent to the others. Sequence-parallel ranks walk through one sampling together and
-end with the same latents; data-parallel groups take different videos, and the first rank of each writes them.
+Text and images are encoded by rank 0 and sent to the others. Sequence-parallel ranks walk through one
+sampling together and end with the same latents; data-parallel groups take different videos, and the
+first rank of each writes them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from hvtrain.weights.containers import fingerprint
 
 
 def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
-    """Make the videos of a config that are not there yet; the files of all, in order. Collective: every rank calls it.
+    """Make the videos of a config that are not there yet; the files of all, in order.
+    Collective: every rank calls it.
 
     Raises Stopped on every rank after a signal that `hvtrain.stopping.remember` has noted.
     """
@@ -72,14 +75,18 @@ def run(cfg: GenerateConfig, ctx: ParallelContext | None = None) -> list[Path]:
 
 def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     """Reads the LoRA files, the headers of all other parts, and what a run before has left. Collective."""
-    model, compute = cfg.model, Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap, cfg.shard_weights, cfg.sparse)
+    model, compute = (
+        cfg.model,
+        Compute(cfg.precision, cfg.parallel.kernel, cfg.blocks_to_swap, cfg.shard_weights, cfg.sparse)
+    )
     dits = open_headers(model)
     flavor = dits.flavor
     check_heads(flavor.n_heads, ctx.ulysses)
     jobs = jobs_of(cfg, flavor)
     if len(jobs) < ctx.dp:
         raise ConfigError(
-            f"parallel: {len(jobs)} video(s) for {ctx.dp} data-parallel groups of processes; let the processes share "
+            f"parallel: {len(jobs)} video(s) for {ctx.dp} data-parallel groups of processes; let the "
+            "processes share "
             f"a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
         )
     check_placing(compute, dits.empty, ctx)
@@ -91,12 +98,16 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
         wanted += of_slices(Path(cfg.slices), cfg.loraid, cfg.lora_multiplier, names)
     bases = {expert.name: fingerprint(dits.files[expert.part].weights) for expert in flavor.experts}
     loras = open_loras(wanted, dits.layers, dits.spec, flavor, quiet=not ctx.is_main, bases=bases)
-    sources = on_main(ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision, sparse=cfg.sparse))
+    sources = on_main(
+        ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision, sparse=cfg.sparse)
+    )
     lots = on_main(ctx, lambda: remaining(grouped, sources, save_latents=cfg.save_latents))
     left = [job for lot in lots for job in lot.jobs]
     if left:
         # Between two experts, the latents of all wait on the disk.
-        decode, sampled = "last" if flavor.experts else cfg.decode, sum(len(lot.jobs) for lot in lots if lot.n_left)
+        decode, sampled = (
+            "last" if flavor.experts else cfg.decode, sum(len(lot.jobs) for lot in lots if lot.n_left)
+        )
         check_outputs(left, flavor, n_sampled=sampled, decode=decode, size=size * ctx.dp, ctx=ctx)
     return Plan(model, dits, compute, loras, sources, jobs, lots)
 
@@ -135,16 +146,24 @@ def _announce(plan: Plan) -> None:
     left = [job for lot in plan.lots for job in lot.jobs]
     there = [job.output for job in plan.jobs if job not in left]
     if there:
-        print(f"{len(there)} of {len(plan.jobs)} are there already, made with these parameters: {_names(there)}", flush=True)
+        print(
+            f"{len(there)} of {len(plan.jobs)} are there already, made with these parameters: "
+            f"{_names(there)}", flush=True
+        )
     decode = [job.output for lot in plan.lots if not lot.n_left for job in lot.jobs]
     if decode:
-        print(f"{len(decode)} of {len(plan.jobs)} are sampled already and only decoded: {_names(decode)}", flush=True)
+        print(
+            f"{len(decode)} of {len(plan.jobs)} are sampled already and only decoded: {_names(decode)}",
+            flush=True
+        )
     for lot in plan.lots:
         if lot.step and lot.n_left:
             outputs = [job.output for job in lot.jobs]
             print(f"{_names(outputs)}: goes on after step {lot.step} of {lot.step + lot.n_left}", flush=True)
     if other := [job.output for job in left if job.output.exists()]:
-        print(f"{_names(other)}: made with other parameters, and replaced when the new one is there", flush=True)
+        print(
+            f"{_names(other)}: made with other parameters, and replaced when the new one is there", flush=True
+        )
 
 
 def _names(outputs: Sequence[Path]) -> str:
@@ -154,6 +173,7 @@ def _names(outputs: Sequence[Path]) -> str:
 
 def _out_of_memory(error: Exception, ctx: ParallelContext) -> HvtrainError:
     return HvtrainError(
-        f"out of memory on {ctx.device}: share a video with parallel.ulysses (and shard_weights=true), or use blocks_to_swap "
-        f"or model.quantize=fp8_scaled (`hvtrain fit --generate` says what fits). {str(error).splitlines()[0][:200]}"
+        f"out of memory on {ctx.device}: share a video with parallel.ulysses (and shard_weights=true), or "
+        "use blocks_to_swap or model.quantize=fp8_scaled (`hvtrain fit --generate` says what fits). "
+        f"{str(error).splitlines()[0][:200]}"
     )

@@ -1,7 +1,8 @@
 """From noise to latents: DiT and solver, on all ranks that share a video.
 
-Where a flavor has experts, all videos are sampled with the one for much noise, then all with the next: each is loaded once,
-and never two of them are in memory. In between, the solver's state of each video lies on the disk, as when a run is stopped.
+Where a flavor has experts, all videos are sampled with the one for much noise, then all with the next: each
+is loaded once, and never two of them are in memory. In between, the solver's state of each video lies on the
+disk, as when a run is stopped.
 """
 
 from __future__ import annotations
@@ -60,24 +61,32 @@ def sample_latents(
 ) -> Tensor:
     """Scaled latents [B C T H W], float32, the same on every sequence-parallel rank. Collective among them.
 
-    One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one for
-    each. `uncond` holds the negative prompts, as many; `x0` a clip's latents, for conditions that a model takes from there.
-    The caller chooses autocast. `on_step` is called on every rank after each step; `begin` goes on from such a state and
-    ends with the same latents, or with those after `until` steps. Sparse attention begins after `exact_steps`.
+    One video per entry of cond; all take the request's size and schedule, and its seed unless `seeds` has one
+    for each. `uncond` holds the negative prompts, as many; `x0` a clip's latents, for conditions that a model
+    takes from there. The caller chooses autocast. `on_step` is called on every rank after each step; `begin`
+    goes on from such a state and ends with the same latents, or with those after `until` steps. Sparse
+    attention begins after `exact_steps`.
     """
     seeds = seeds or [request.seed]
     n = len(next(iter(cond.values())))
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} prompts")
     if uncond is None and request.guided:
-        raise ConfigError(f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without")
+        raise ConfigError(
+            f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without"
+        )
     task, conds = flavor.tasks[0], [_placed(c, ctx.device) for c in (cond, uncond) if c is not None]
     solver = SOLVERS[request.solver]
     schedule = solver.schedule(request.steps, shift=request.shift)
 
-    def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0, exact: bool = False) -> ModelInput:
-        cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}  # some are told where a step ends
-        return replace(spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0), exact=exact)
+    def given(
+        x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0, exact: bool = False
+    ) -> ModelInput:
+        # some are told where a step ends
+        cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}
+        return replace(
+            spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0), exact=exact
+        )
 
     def velocity_at(step: int) -> Velocity:
         level, until = (float(sigma) for sigma in schedule[step : step + 2])
@@ -90,8 +99,11 @@ def sample_latents(
 
     if begin is None:
         shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
-        # On the CPU whatever the device, and per video: neither the machine nor the batch changes a seed's video.
-        noise = torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds]).to(ctx.device)
+        # On the CPU whatever the device, and per video: neither the machine nor the
+        # batch changes a seed's video.
+        noise = torch.stack(
+            [torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds]
+        ).to(ctx.device)
         begin = State(noise if spec.start is None else spec.start(noise, conds[0], task=task, x0=x0))
     x = begin.x.to(ctx.device)
     hold = _holding(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
@@ -105,8 +117,8 @@ def sample_latents(
 
 
 def _holding(inp: ModelInput, *, channels: int) -> Callable[[Tensor], Tensor]:
-    """Puts back the cells of the latents that a model's input gives and its loss leaves out, as an image in the first frame: the
-    solver moves them too."""
+    """Puts back the cells of the latents that a model's input gives and its loss leaves out, as an image in
+    the first frame: the solver moves them too."""
     if inp.loss_mask is None:
         return lambda x: x
     where, value = inp.loss_mask == 0, inp.x[:, :channels]  # [B 1 T 1 1], [B C T H W]
@@ -114,16 +126,19 @@ def _holding(inp: ModelInput, *, channels: int) -> Callable[[Tensor], Tensor]:
 
 
 def _placed(cond: Cond, device: torch.device) -> dict[str, Tensor]:
-    """Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work."""
+    """Lengths stay on the CPU: the model reads them as numbers, and to fetch them would
+    wait for all the GPU's work."""
     return {name: v if name.endswith("_len") else v.to(device) for name, v in cond.items()}
 
 
 def sample_lots(
     plan: Plan, lots: Sequence[Lot], conds: Conditions, *, ctx: ParallelContext, stop: Stop
 ) -> Iterator[Lot]:
-    """Each lot when its latents are on the disk; the DiT lives in here. Collective among the ranks that share videos.
+    """Each lot when its latents are on the disk; the DiT lives in here. Collective
+    among the ranks that share videos.
 
-    Raises Stopped at the end of a step, with what is under way on the disk too, and DataError for latents that are not finite.
+    Raises Stopped at the end of a step, with what is under way on the disk too, and DataError
+    for latents that are not finite.
     """
     if not lots:
         return
@@ -146,7 +161,8 @@ def sample_lots(
 
 
 def _sample(
-    model: DiT, plan: Plan, lot: Lot, until: int, conds: Conditions, *, ctx: ParallelContext, stop: Stop, progress: StepsBar
+    model: DiT, plan: Plan, lot: Lot, until: int, conds: Conditions, *, ctx: ParallelContext, stop: Stop,
+    progress: StepsBar
 ) -> None:
     """A lot's next steps, to the disk."""
     requests, fields = [job.request for job in lot.jobs], plan.flavor.cond
@@ -178,7 +194,8 @@ def _sample(
 
 
 def keep_lot(plan: Plan, lot: Lot, state: State, *, ctx: ParallelContext) -> None:
-    """A lot's latents to the disk, each video's in a file of its own: by the first of the ranks that share it."""
+    """A lot's latents to the disk, each video's in a file of its own: by the first
+    of the ranks that share it."""
     if ctx.sp_rank == 0:
         history = state.history if state.step < lot.jobs[0].request.steps else ()
         for job, x, *rest in zip(lot.jobs, state.x.cpu(), *(h.cpu() for h in history), strict=True):
@@ -194,7 +211,10 @@ def _begin(plan: Plan, lot: Lot) -> State | None:
     found = [find(job.output, plan.sources.latents(job.request)) for job in lot.jobs]
     sound = [kept for kept in found if kept is not None and kept.step == lot.step]
     if len(sound) < len(lot.jobs):
-        raise DataError(f"{lot.jobs[0].output.parent}: the latents that process 0 left there are not seen by every process")
+        raise DataError(
+            f"{lot.jobs[0].output.parent}: the latents that process 0 left there are not seen by every "
+            "process"
+        )
     history = zip(*(kept.history for kept in sound), strict=True)
     return State(torch.stack([kept.x for kept in sound]), lot.step, tuple(map(torch.stack, history)))
 
@@ -205,9 +225,10 @@ def _refuse_broken(lot: Lot, n: int, x: Tensor) -> None:
         if not torch.isfinite(one).all():
             r = job.request
             raise DataError(
-                f"{job.output}: its latents are not finite after step {n} of {r.steps} (guidance {r.guidance}, cfg_scale "
-                f"{r.cfg_scale:g}, shift {r.shift:g}): the weights, a LoRA or its multiplier, or model.dtype does it; try "
-                "without LoRAs, then precision=fp32 with model.dtype=float32"
+                f"{job.output}: its latents are not finite after step {n} of {r.steps} (guidance "
+                f"{r.guidance}, cfg_scale {r.cfg_scale:g}, shift {r.shift:g}): the weights, a LoRA or its "
+                "multiplier, or model.dtype does it; try without LoRAs, then precision=fp32 with "
+                "model.dtype=float32"
             )
 
 
@@ -239,12 +260,16 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
     how = plan.compute
     work = largest_work(plan.flavor, (plan.flavor.latent.n_tokens(shape) for shape in _shapes(plan)), ctx)
     kernel = parallelize(
-        model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse, work=work
+        model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse,
+        work=work
     )
     if ctx.is_main:
         away = f", {visits.describe()}" if visits else ""
         who = f"{expert.name}: " if expert else ""
-        print(f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{away}", flush=True)
+        print(
+            f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{away}",
+            flush=True
+        )
         if how.sparse.sampled:
             print(_left_out(plan, len(model.blocks)), flush=True)
     return model
@@ -259,4 +284,7 @@ def _left_out(plan: Plan, n_blocks: int) -> str:
 def _shapes(plan: Plan) -> list[tuple[int, int, int, int]]:
     """Latents [C T H W] of each video."""
     latent = plan.flavor.latent
-    return [latent.shape(frames=r.frames, height=r.height, width=r.width) for r in (job.request for job in plan.jobs)]
+    return [
+        latent.shape(frames=r.frames, height=r.height, width=r.width)
+        for r in (job.request for job in plan.jobs)
+    ]

@@ -1,7 +1,7 @@
 """Latents on the disk between sampling and decoding: what a run that is killed need not sample again.
 
-A hidden safetensors file beside the video: the solver's state of one video (x [C T H W] float32) after `step` of the
-request's steps, and whose latents they are.
+A hidden safetensors file beside the video: the solver's state of one video (x [C T H W] float32) after `step`
+of the request's steps, and whose latents they are.
 """
 
 from __future__ import annotations
@@ -40,13 +40,19 @@ def keep(output: Path, kept: State, *, identity: str, parameters: Mapping[str, A
     tensors = {"latents": kept.x, **{f"history.{i}": h for i, h in enumerate(kept.history)}}
     try:
         with atomic_path(path) as temporary:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, str(temporary), metadata={_KEY: json.dumps(note)})
+            save_file(
+                {n: t.contiguous() for n, t in tensors.items()}, str(temporary),
+                metadata={_KEY: json.dumps(note)}
+            )
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: the latents cannot be written ({error}); make room and start again") from None
+        raise DataError(
+            f"{path}: the latents cannot be written ({error}); make room and start again"
+        ) from None
 
 
 def find(output: Path, identity: str) -> State | None:
-    """A video's latents, whole or on their way. A file that is damaged, or of other parameters, counts as none."""
+    """A video's latents, whole or on their way. A file that is damaged, or of other
+    parameters, counts as none."""
     for path in (hidden(output), visible(output)):
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -60,20 +66,27 @@ def find(output: Path, identity: str) -> State | None:
 
 
 def read(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Finished latents [C T H W] from such a file, and the parameters that they were made with. Raises DataError."""
+    """Finished latents [C T H W] from such a file, and the parameters that they were
+    made with. Raises DataError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             note = json.loads((file.metadata() or {})[_KEY])
             made: dict[str, Any] = note["parameters"]
             if note["step"] < made["steps"]:
-                raise DataError(f"{path}: its latents are those after step {note['step']} of {made['steps']}: not finished")
+                raise DataError(
+                    f"{path}: its latents are those after step {note['step']} of {made['steps']}: not "
+                    "finished"
+                )
             return file.get_tensor("latents"), made
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a file of latents that save_latents kept ({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"{path}: not a file of latents that save_latents kept ({type(error).__name__}: {error})"
+        ) from None
 
 
 def forget(output: Path, *, save: bool) -> None:
-    """The video is there: its latents go, or stay under a name that is not hidden; so does what killed runs left half-written."""
+    """The video is there: its latents go, or stay under a name that is not hidden; so does what
+    killed runs left half-written."""
     waiting = hidden(output)
     left = [p for path in (output, waiting) for p in output.parent.glob(f".{escape(path.name)}.*.tmp")]
     if waiting.exists():

@@ -1,4 +1,5 @@
-"""Leaving in time: a signal is noted at once and obeyed at the end of a sampling step, by all ranks of the job."""
+"""Leaving in time: a signal is noted at once and obeyed at the end of a sampling
+step, by all ranks of the job."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """SIGTERM or SIGUSR1, if `hvtrain.stopping.remember` was called. Ranks that share a video decide together; the other
-    groups are told through the job's key-value store, because they are at other videos and steps."""
+    """SIGTERM or SIGUSR1, if `hvtrain.stopping.remember` was called. Ranks that share a video
+    decide together; the other groups are told through the job's key-value store, because they
+    are at other videos and steps."""
 
     def __init__(self, ctx: ParallelContext) -> None:
         self.ctx, self.raised = ctx, False
@@ -57,7 +59,8 @@ class Stop:
         return found.item() > 0
 
     def wait_for_all(self) -> None:
-        """For every rank to come here, however long it takes: a collective would give up after its time limit."""
+        """For every rank to come here, however long it takes: a collective would
+        give up after its time limit."""
         if self.store is None:
             return
         self.store.set(f"{self.key}/done/{self.ctx.rank}", "1")

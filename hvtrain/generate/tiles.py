@@ -1,4 +1,5 @@
-"""A large video's tiles over the ranks that share it: each decodes every n-th of them, and the first puts them together."""
+"""A large video's tiles over the ranks that share it: each decodes every n-th of them, and
+the first puts them together."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def decode_own(tiles: Tiles, ctx: ParallelContext) -> list[Tensor]:
 
 
 def collect(own: list[Tensor], tiles: Tiles, vae: VideoVae, ctx: ParallelContext) -> list[Tensor]:
-    """All in order on the first rank; on the others nothing. Collective among the ranks that share the video."""
+    """All in order on the first rank; on the others nothing. Collective among the
+    ranks that share the video."""
     if ctx.sp_rank:
         for tile in own:
             dist.send(tile, group=ctx.sp_group, group_dst=0)

@@ -18,15 +18,16 @@ from PIL.PngImagePlugin import PngInfo
 from hvtrain.errors import DataError
 from shards.atomic import atomic_path
 
-# Visually lossless. Of the same frames the same video, on every machine: x264's macroblock tree reads memory that nobody wrote,
-# and what it makes of frames depends on the number of threads, by default the machine's.
+# Visually lossless. Of the same frames the same video, on every machine: x264's macroblock tree reads memory
+# that nobody wrote, and what it makes of frames depends on the number of threads, by default the machine's.
 QUALITY = {"crf": "17", "preset": "medium", "threads": "8", "x264-params": "mbtree=0"}
 _COMMENT = "comment"
 BT709 = 1  # its number as color primaries and as transfer function (ITU-T H.273)
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, *, fps: float, metadata: Mapping[str, Any]) -> None:
-    """frames uint8 [F H W 3], sides even. The metadata is JSON in the container's comment, where players show it.
+    """frames uint8 [F H W 3], sides even. The metadata is JSON in the container's
+    comment, where players show it.
 
     Raises DataError where the file cannot be written; one of that name stays as it was.
     """
@@ -45,13 +46,16 @@ def write_mp4(path: str | Path, frames: np.ndarray, *, fps: float, metadata: Map
         stream.codec_context.color_trc = BT709
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
 def write_png(path: str | Path, image: np.ndarray, *, metadata: Mapping[str, Any]) -> None:
-    """image uint8 [H W 3]. The metadata is JSON in the text chunk "comment". Raises DataError as write_mp4 does."""
+    """image uint8 [H W 3]. The metadata is JSON in the text chunk "comment". Raises
+    DataError as write_mp4 does."""
     text = PngInfo()
     text.add_itxt(_COMMENT, json.dumps(dict(metadata), ensure_ascii=False))
     with _placed(Path(path)) as temporary:

@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 def decode(vae: Any, latents: Tensor) -> list[np.ndarray]:
     """Each video's frames, uint8 [F H W 3]; one video at a time goes through the VAE."""
-    # Contiguous, as those that were on the disk are: another layout rounds otherwise, and H.264 makes much of it.
+    # Contiguous, as those that were on the disk are: another layout rounds
+    # otherwise, and H.264 makes much of it.
     return [to_bytes(vae.decode(one.contiguous())[0]) for one in latents.split(1)]
 
 
@@ -41,8 +42,8 @@ def to_bytes(video: Tensor) -> np.ndarray:
 
 
 class Writer:
-    """From latents on the disk to files. The VAE is opened for the first and waits in host memory between two lots, so that a
-    video is decoded when it is sampled although the device belongs to the DiT."""
+    """From latents on the disk to files. The VAE is opened for the first and waits in host memory between two
+    lots, so that a video is decoded when it is sampled although the device belongs to the DiT."""
 
     def __init__(self, plan: Plan, *, ctx: ParallelContext, stop: Stop, save_latents: bool = False) -> None:
         self.plan, self.ctx, self.stop, self.save_latents = plan, ctx, stop, save_latents
@@ -52,9 +53,9 @@ class Writer:
         self.pending: Future[None] | None = None  # the file that is being written
 
     def write(self, lot: Lot, *, beside: bool = False) -> bool:
-        """False if a device has no room for the VAE beside the DiT. The first of the ranks that share the videos writes; where
-        the VAE cuts a video, all of them decode. Collective among them; raises Stopped on all, with what is not written still on
-        the disk."""
+        """False if a device has no room for the VAE beside the DiT. The first of the ranks that share the
+        videos writes; where the VAE cuts a video, all of them decode. Collective among them; raises Stopped
+        on all, with what is not written still on the disk."""
         room = True
         try:
             self._write(lot)
@@ -65,7 +66,10 @@ class Writer:
                 raise self._too_large(lot, error) from None
             room = False
             if self.ctx.sp_rank == 0:
-                print(f"{self.ctx.device}: no room for the VAE beside the DiT; decoding is left to the end", flush=True)
+                print(
+                    f"{self.ctx.device}: no room for the VAE beside the DiT; decoding is left to the end",
+                    flush=True
+                )
         self._leave_device()
         self.stop.check()
         return room
@@ -94,7 +98,9 @@ class Writer:
             return None
         kept = find(job.output, self.plan.sources.latents(job.request))
         if kept is None or kept.step < job.request.steps:
-            raise DataError(f"{job.output}: its latents are gone from the disk; start again to sample it anew")
+            raise DataError(
+                f"{job.output}: its latents are gone from the disk; start again to sample it anew"
+            )
         self._open()
         return kept.x[None]
 
@@ -151,7 +157,8 @@ class Writer:
         """A file, by a thread: the GPUs go on meanwhile."""
         if not torch.isfinite(video).all():
             raise DataError(
-                f"{job.output}: the VAE makes values that are not finite in model.vae_dtype {self.plan.model.vae_dtype}; start "
+                f"{job.output}: the VAE makes values that are not finite in model.vae_dtype "
+                f"{self.plan.model.vae_dtype}; start "
                 "again with bfloat16 or float32: the latents are kept, only decoding is done again"
             )
         about = {**parameters(self.plan, job.request), "identity": self.plan.sources.video(job.request)}
@@ -178,8 +185,9 @@ class Writer:
     def _too_large(self, lot: Lot, error: Exception) -> HvtrainError:
         r = lot.jobs[0].request
         return HvtrainError(
-            f"out of memory on {self.ctx.device} in decoding {r.width} x {r.height} x {r.frames} frames: lower "
-            f"model.vae_tiling.spatial or .temporal, and start again: the latents are kept. {str(error).splitlines()[0][:200]}"
+            f"out of memory on {self.ctx.device} in decoding {r.width} x {r.height} x {r.frames} frames: "
+            "lower model.vae_tiling.spatial or .temporal, and start again: the latents are kept. "
+            f"{str(error).splitlines()[0][:200]}"
         )
 
 
@@ -192,7 +200,10 @@ def parameters(plan: Plan, request: Request) -> dict[str, Any]:
         "flavor": plan.flavor.name,
         "dit": dit_names(plan),
         "lora": [
-            {"file": Path(one.lora.path).name, "multiplier": one.multiplier, **({"expert": one.expert} if one.expert else {})}
+            {
+                "file": Path(one.lora.path).name, "multiplier": one.multiplier,
+                **({"expert": one.expert} if one.expert else {})
+            }
             for one in plan.loras
         ],
         "precision": plan.compute.precision,

@@ -1,6 +1,7 @@
 """Averages of LoRA files: along one run's checkpoints (post-hoc EMA), over several LoRAs, over slices.
 
-Post-hoc EMA: Karras et al. 2024 (arXiv 2312.02696), the power-function profile given by its relative width sigma_rel.
+Post-hoc EMA: Karras et al. 2024 (arXiv 2312.02696), the power-function profile given
+by its relative width sigma_rel.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Averaged:
 
 
 def checkpoints(paths: Sequence[str], *, output: str | Path | None = None) -> list[Path]:
-    """The files of a run, oldest first. One file stands for its siblings NAME-step00000010 ..., a directory for the LoRA
-    files in it and in its sub-folders (epoch_1/, epoch_2/, ...); several are taken as they are, in their order. The
-    `output` of an earlier average is not one of them.
+    """The files of a run, oldest first. One file stands for its siblings NAME-step00000010 ..., a directory
+    for the LoRA files in it and in its sub-folders (epoch_1/, epoch_2/, ...); several are taken as they are,
+    in their order. The `output` of an earlier average is not one of them.
 
     Raises ConfigError if there are fewer than two.
     """
@@ -45,26 +46,32 @@ def checkpoints(paths: Sequence[str], *, output: str | Path | None = None) -> li
         return given
     (path,) = given
     if path.is_dir():
-        found = [p for p in path.rglob("*.safetensors") if not p.name.startswith(".") and "checkpoints" not in p.parts]
+        found = [
+            p for p in path.rglob("*.safetensors")
+            if not p.name.startswith(".") and "checkpoints" not in p.parts
+        ]
     else:
         stem = re.sub(r"[-_]?(step|epoch)?[-_]?\d+$", "", path.stem)
         sibling = re.compile(re.escape(stem) + r"([-_]?(step|epoch)?[-_]?\d+)?")
         found = [p for p in path.parent.glob("*.safetensors") if sibling.fullmatch(p.stem)]
     found = [p for p in found if output is None or p.absolute() != Path(output).absolute()]
     if len(found) < 2:
-        raise ConfigError(f"{path}: {len(found)} LoRA file(s) found, an average needs two or more; name them all")
+        raise ConfigError(
+            f"{path}: {len(found)} LoRA file(s) found, an average needs two or more; name them all"
+        )
     folders = len({p.parent for p in found}) > 1
     return sorted(found, key=lambda p: _age(p, folders=folders))
 
 
 def _age(path: Path, *, folders: bool) -> tuple[bool, int, int, str]:
-    """By the number at the end of the folder's name, where they differ, or of the file's; one without is the last."""
+    """By the number at the end of the folder's name, where they differ, or of the
+    file's; one without is the last."""
     names = (path.parent.name, path.stem) if folders else (path.stem,)
     number = next((m for name in names if (m := _NUMBERED.fullmatch(name))), None)
     return number is None, int(number[1]) if number else 0, path.stat().st_mtime_ns, path.name
 
 
-# --- profiles ---------------------------------------------------------------------------------------------------------
+# --- profiles -----------------------------------------------------------------------------------------------
 
 
 def constant(beta: float) -> Callable[[int, int], float]:
@@ -77,9 +84,12 @@ def linear(first: float, last: float) -> Callable[[int, int], float]:
 
 
 def power(sigma_rel: float) -> Callable[[int, int], float]:
-    """beta_t = (1 - 1/t)^(gamma + 1), t = 1, 2, ... counting the first file (its own beta is 0: it is the start)."""
+    """beta_t = (1 - 1/t)^(gamma + 1), t = 1, 2, ... counting the first file (its own
+    beta is 0: it is the start)."""
     if not 0 < sigma_rel < 0.2886:  # a flat profile has 1 / sqrt(12)
-        raise ConfigError(f"--sigma-rel {sigma_rel}: expected more than 0 and less than 0.2886 (a flat average)")
+        raise ConfigError(
+            f"--sigma-rel {sigma_rel}: expected more than 0 and less than 0.2886 (a flat average)"
+        )
     inverse = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     gamma = max(float(r.real) for r in roots if abs(r.imag) < 1e-9)
@@ -95,13 +105,16 @@ def weights_of(beta: Callable[[int, int], float], n: int) -> list[float]:
     return shares
 
 
-# --- averages -----------------------------------------------------------------------------------------------------------
+# --- averages -----------------------------------------------------------------------------------------------
 
 
-def average(files: Sequence[Path], shares: Sequence[float], output: str | Path, *, democratic: bool = False) -> Averaged:
+def average(
+    files: Sequence[Path], shares: Sequence[float], output: str | Path, *, democratic: bool = False
+) -> Averaged:
     """Tensor by tensor, in float32, each in its own dtype again; metadata of the last file, all LORAIDs kept.
 
-    `democratic`: a layer that only some files hold is averaged over those; otherwise all files must hold the same.
+    `democratic`: a layer that only some files hold is averaged over those;
+    otherwise all files must hold the same.
     """
     check_output(str(output), *files)
     opened = [open_weights(path) for path in files]
@@ -131,7 +144,9 @@ def _mean(name: str, opened: Sequence[Weights], shares: Sequence[float]) -> Tens
         value = w.get(name)
         if value.shape != first.shape:
             shapes = f"{list(value.shape)}, elsewhere {list(first.shape)}"
-            raise CheckpointError(f"{w.path}: '{name}' is {shapes}: other ranks do not average, `hvtrain lora resize` first")
+            raise CheckpointError(
+                f"{w.path}: '{name}' is {shapes}: other ranks do not average, `hvtrain lora resize` first"
+            )
         total += value.double() * (share / whole)
     return total.to(first.dtype)
 
@@ -141,8 +156,8 @@ def _same_layers(files: Sequence[Path], opened: Sequence[Weights], names: Sequen
         missing = [name for name in names if name not in w]
         if missing:
             raise CheckpointError(
-                f"{path}: lacks '{missing[0]}' that other files hold: not the same LoRA. Different slices are combined by "
-                "`hvtrain merge`, or averaged where both hold a layer with --democratic"
+                f"{path}: lacks '{missing[0]}' that other files hold: not the same LoRA. Different slices "
+                "are combined by `hvtrain merge`, or averaged where both hold a layer with --democratic"
             )
 
 
@@ -155,5 +170,7 @@ def _same_alphas(files: Sequence[Path], opened: Sequence[Weights]) -> None:
             alpha = float(w.get(name))
             before, where = seen.setdefault(name, (alpha, path))
             if before != alpha:
-                raise CheckpointError(f"{path}: '{name}' is {alpha:g}, in {where.name} {before:g}: convert one of them first")
+                raise CheckpointError(
+                    f"{path}: '{name}' is {alpha:g}, in {where.name} {before:g}: convert one of them first"
+                )
 

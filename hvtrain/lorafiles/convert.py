@@ -29,25 +29,31 @@ class Converted:
         write_tensors(path, self.tensors, metadata=self.metadata)
 
 
-def converted(lora: LoraFile, spec: ModelSpec, to: Dialect, *, fold: bool | None = None, expert: int = 0) -> Converted:
+def converted(
+    lora: LoraFile, spec: ModelSpec, to: Dialect, *, fold: bool | None = None, expert: int = 0
+) -> Converted:
     """The layers and names of the dialect; in diffusers' q, k and v are apart.
 
-    With `fold` (default: as the dialect likes it), alpha / rank is multiplied into the up-projection, which is exact where
-    the scale is a power of two. `expert`: whose LoRA it is, of a model of several.
+    With `fold` (default: as the dialect likes it), alpha / rank is multiplied into the up-projection, which
+    is exact where the scale is a power of two. `expert`: whose LoRA it is, of a model of several.
     """
     pairs = spread(lora.pairs, key_map(spec, spec.lora_keys.get(to.name, to.keys)))
     metadata = kept(lora.about_pairs, FOLDED_KEY, PEFT_KEY, PARTS_KEY) | parts_entry(pairs)
     if to.alpha == "rank" or (to.folds if fold is None else fold):
-        metadata[FOLDED_KEY] = json.dumps({name: pair.alpha for name, pair in pairs.items() if pair.scale != 1.0})
+        metadata[FOLDED_KEY] = json.dumps(
+            {name: pair.alpha for name, pair in pairs.items() if pair.scale != 1.0}
+        )
         pairs = {name: fold_alpha(pair) for name, pair in pairs.items()}
     elif to.alpha == "metadata":
-        metadata[PEFT_KEY] = json.dumps({to.prefix(expert) + key: value for key, value in peft_config(pairs).items()})
+        metadata[PEFT_KEY] = json.dumps(
+            {to.prefix(expert) + key: value for key, value in peft_config(pairs).items()}
+        )
     return Converted(to.tensors(pairs, expert=expert), metadata)
 
 
 def dora_for_comfyui(lora: LoraFile, weight: Callable[[str], torch.Tensor], *, expert: int = 0) -> Converted:
-    """A DoRA for a program that divides by the lengths of the model's own rows, not of those with the LoRA added: what the
-    latter come to is put into the lengths. `weight`: of a layer [out, in], float32."""
+    """A DoRA for a program that divides by the lengths of the model's own rows, not of those with the LoRA
+    added: what the latter come to is put into the lengths. `weight`: of a layer [out, in], float32."""
     dialect, lengths = DIALECTS["comfyui"], {}
     for name, pair in lora.pairs.items():
         if pair.magnitude is None:

@@ -1,4 +1,5 @@
-"""How programs name a LoRA's tensors, and its pairs between the official layers and theirs, by the model's key maps."""
+"""How programs name a LoRA's tensors, and its pairs between the official layers and
+theirs, by the model's key maps."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ class Dialect:
 
     name: str
     about: str
-    prefixes: tuple[str, ...]  # before a layer's name; several: one for each of a model's experts, in their order
+    # before a layer's name; several: one for each of a model's experts, in their order
+    prefixes: tuple[str, ...]
     keys: str = "official"  # the model's key map that names the layers
     flat: bool = False  # with underscores instead of dots
     down: str = "lora_A"
     up: str = "lora_B"
-    alpha: Literal["tensor", "metadata", "rank"] = "tensor"  # where it is; "rank": nowhere, it is taken to be the rank
+    # where it is; "rank": nowhere, it is taken to be the rank
+    alpha: Literal["tensor", "metadata", "rank"] = "tensor"
     folds: bool = False  # alpha / rank is multiplied into `up` unless asked otherwise
 
     def prefix(self, expert: int = 0) -> str:
@@ -54,7 +57,10 @@ DIALECTS: Registry[Dialect] = Registry("dialect", ((d.name, d) for d in (
     MUSUBI,
     Dialect("comfyui", "comfyui", ("diffusion_model.",)),
     # Every version of diffusers loads a folded alpha rightly; those since 0.34 read it from the metadata too.
-    Dialect("diffusers", "diffusers", ("transformer.", "transformer_2."), keys="diffusers", alpha="metadata", folds=True),
+    Dialect(
+        "diffusers", "diffusers", ("transformer.", "transformer_2."), keys="diffusers", alpha="metadata",
+        folds=True
+    ),
     Dialect("diffusion-pipe", "diffusion-pipe", ("diffusion_model.",), alpha="rank", folds=True),
 )))  # fmt: skip
 
@@ -72,8 +78,9 @@ def key_map(spec: ModelSpec, dialect: str) -> KeyMap:
 
 
 def pieces(key: KeyMap, module: str, n_out: int) -> dict[str, torch.Tensor]:
-    """The dialect's layers that make up an official one, each with its rows' places among the n_out official rows; one that is a
-    fusion of several official layers has these rows among its own (weights.keymap.Rule.share)."""
+    """The dialect's layers that make up an official one, each with its rows' places among the n_out official
+    rows; one that is a fusion of several official layers has these rows among its own
+    (weights.keymap.Rule.share)."""
     rule = key.rule_of_official(module)
     if rule is None:
         if not key.passthrough:
@@ -167,7 +174,8 @@ def _unfused(
 
 
 def same_layer(module: str, n_out: int, held: Container[str], spec: ModelSpec | None) -> str | None:
-    """The one among the names that a file holds that is this official layer, row by row; None where it is cut or swapped."""
+    """The one among the names that a file holds that is this official layer, row by row; None
+    where it is cut or swapped."""
     if module in held:
         return module
     for key in spec.key_maps.values() if spec else ():

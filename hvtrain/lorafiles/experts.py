@@ -23,7 +23,9 @@ def number_of(spec: ModelSpec, name: str | None, *, key: str) -> int | None:
     """Its place in that order. Raises ConfigError."""
     names = names_of(spec)
     if name is not None and name not in names:
-        raise ConfigError(f"{key}: {spec.name} has no expert '{name}'; {suggest(name, names) if names else 'leave it out'}")
+        raise ConfigError(
+            f"{key}: {spec.name} has no expert '{name}'; {suggest(name, names) if names else 'leave it out'}"
+        )
     return None if name is None else names.index(name)
 
 
@@ -46,9 +48,11 @@ def by_name(path: Path, names: Sequence[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def whose(lora: LoraFile, experts: Sequence[Expert], bases: Mapping[str, str] | None = None) -> tuple[str | None, bool]:
-    """The expert that a LoRA is for, and whether the file says so itself, by metadata or names of tensors, and not only by its
-    own name. `bases`: fingerprint of each expert's weights."""
+def whose(
+    lora: LoraFile, experts: Sequence[Expert], bases: Mapping[str, str] | None = None
+) -> tuple[str | None, bool]:
+    """The expert that a LoRA is for, and whether the file says so itself, by metadata or names of tensors,
+    and not only by its own name. `bases`: fingerprint of each expert's weights."""
     names, said = [expert.name for expert in experts], lora.metadata.get(EXPERT_KEY)
     if said in names:
         return said, True
@@ -57,7 +61,9 @@ def whose(lora: LoraFile, experts: Sequence[Expert], bases: Mapping[str, str] | 
     if len(same) == 1:
         return same[0], True
     if span := trained_range(lora.metadata):
-        within = [e.name for e in experts if e.sigmas[0] - _NEAR <= span[0] and span[1] <= e.sigmas[1] + _NEAR]
+        within = [
+            e.name for e in experts if e.sigmas[0] - _NEAR <= span[0] and span[1] <= e.sigmas[1] + _NEAR
+        ]
         if len(within) == 1:
             return within[0], True
     number = prefix_number(lora.path) or 0
@@ -71,6 +77,8 @@ def check_range(lora: LoraFile, expert: Expert) -> None:
     span = trained_range(lora.metadata)
     if span and (span[1] <= expert.sigmas[0] + _NEAR or span[0] >= expert.sigmas[1] - _NEAR):
         raise ConfigError(
-            f"{lora.path}: trained on sigma {span[0]:g} to {span[1]:g}, the expert '{expert.name}' predicts from "
-            f"{expert.sigmas[0]:g} to {expert.sigmas[1]:g}: it would never be asked what it learned; give it to another expert"
+            f"{lora.path}: trained on sigma {span[0]:g} to {span[1]:g}, the expert '{expert.name}' predicts "
+            "from "
+            f"{expert.sigmas[0]:g} to {expert.sigmas[1]:g}: it would never be asked what it learned; give it "
+            "to another expert"
         )

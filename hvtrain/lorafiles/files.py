@@ -1,8 +1,9 @@
 """LoRA files: written under the sd-scripts / musubi-tuner names, read under anyone's.
 
 A file names each adapted Linear in one of many spellings: `lora_unet_` + the official name with underscores,
-`diffusion_model.` or `transformer.` + the official name, ComfyUI's or diffusers' own names for the same layer. All of
-them end in a name that a model's key maps know, so a reader only looks for the longest such ending.
+`diffusion_model.` or `transformer.` + the official name, ComfyUI's or diffusers' own names
+for the same layer. All of them end in a name that a model's key maps know, so a reader only
+looks for the longest such ending.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from hvtrain.weights.containers import Weights, open_weights
 from hvtrain.weights.stream import data_sum
 
 PARTS_KEY = "hvtrain.parts"  # metadata: ranks of the blocks that a joined pair was stacked from, by layer
-FOLDED_KEY = "hvtrain.folded_alpha"  # metadata: the alphas that were multiplied into `up`, by the file's layer names
+# metadata: the alphas that were multiplied into `up`, by the file's layer names
+FOLDED_KEY = "hvtrain.folded_alpha"
 RESCALED_KEY = "hvtrain.dora"  # metadata: whose division by lengths of rows a DoRA was rewritten for
-STALE = ("sshs_", SUM_KEY)  # beginnings of metadata keys that describe a file's bytes: never copied to another file
+# beginnings of metadata keys that describe a file's bytes: never copied to another file
+STALE = ("sshs_", SUM_KEY)
 _ENDINGS = {".alpha": "alpha"} | {
     ending: part
     for kind in ADAPTERS.values()
@@ -51,14 +54,15 @@ _OTHER_KINDS = {"hada_t": "convolution LoHa", "lokr_t": "convolution LoKr", "lor
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in memory: one pair for each adapted layer, by the layer's official name. Another kind of adapter is an exact pair
-    too; what the file itself holds of such a layer is in `others`."""
+    """A LoRA in memory: one pair for each adapted layer, by the layer's official name. Another kind of
+    adapter is an exact pair too; what the file itself holds of such a layer is in `others`."""
 
     path: Path
     pairs: dict[str, LoraPair]
     metadata: dict[str, str] = field(default_factory=dict)
     others: Mapping[str, Delta] = field(default_factory=dict)
-    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what is added to whole parameters, by official name
+    # what is added to whole parameters, by official name
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def delta(self, name: str) -> Delta:
         """A layer's adapter as the file holds it."""
@@ -78,9 +82,14 @@ class LoraFile:
         deltas = [self.delta(name) for name in self.pairs]
         ranks = sorted({delta.rank for delta in deltas})
         scales = sorted({round(delta.scale, 6) for delta in deltas})
-        kinds = "".join(f"{label}, " for label in sorted({delta.kind.LABEL for delta in self.others.values()}))
+        kinds = "".join(
+            f"{label}, " for label in sorted({delta.kind.LABEL for delta in self.others.values()})
+        )
         whole = f", {len(self.whole)} whole tensors" if self.whole else ""
-        return f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank {_span(scales)}{whole}"
+        return (
+            f"{self.path.name}: {kinds}{len(self.pairs)} layers, rank {_span(ranks)}, alpha/rank "
+            f"{_span(scales)}{whole}"
+        )
 
 
 def _span(values: list) -> str:
@@ -88,7 +97,8 @@ def _span(values: list) -> str:
 
 
 def check_sum(weights: Weights) -> None:
-    """Raise CheckpointError if a file's bytes are not those that it was written with; see `edited` of `read_lora`.
+    """Raise CheckpointError if a file's bytes are not those that it was written
+    with; see `edited` of `read_lora`.
 
     Other programs' checksums only make a warning: many tools rewrite a file and keep its metadata.
     """
@@ -103,24 +113,29 @@ def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> N
         return
     if ours:
         raise CheckpointError(
-            f"{path}: damaged: its tensors are not those that its checksum ({SUM_KEY}) was taken of; copy it again, or make it "
-            f"again from the run's checkpoint. If another program changed it and you trust that, `hvtrain lora convert {path} "
+            f"{path}: damaged: its tensors are not those that its checksum ({SUM_KEY}) was taken of; copy it "
+            "again, or make it again from the run's checkpoint. If another program changed it and you trust "
+            "that, `hvtrain "
+            f"lora convert {path} "
             "--edited --to musubi --output NEW` gives it a new checksum"
         )
-    print(f"warning: {path}: its tensors do not fit its {SD_SUM_KEY}: damaged, or rewritten by another program",
-          file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"warning: {path}: its tensors do not fit its {SD_SUM_KEY}: damaged, or rewritten by another program",
+        file=sys.stderr, flush=True
+    )  # fmt: skip
 
 
 def read_lora(
-    path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False, expert: int | None = None,
-    decomposed: bool = False, foreign: bool = False,
+    path: str | Path, shapes: Shapes, *, spec: ModelSpec | None = None, edited: bool = False,
+    expert: int | None = None, decomposed: bool = False, foreign: bool = False,
 ) -> LoraFile:
     """A LoRA file for a model whose Linear layers have these official names and [out, in] shapes.
 
-    With `spec`, names of the model's other dialects are understood too, and a refusal says what the file looks like.
-    `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one for each expert. `decomposed`:
-    the caller has the weights that what a DoRA adds depends on; otherwise one is refused.
-    `foreign`: also take differences of whole tensors, as distilled ones hold, and leave out layers that only other flavors have.
+    With `spec`, names of the model's other dialects are understood too, and a refusal says what the file
+    looks like. `edited`: do not compare its checksum. `expert`: which LoRA is meant of a file that holds one
+    for each expert. `decomposed`: the caller has the weights that what a DoRA adds depends on; otherwise one
+    is refused. `foreign`: also take differences of whole tensors, as distilled ones hold, and leave out
+    layers that only other flavors have.
     """
     path = Path(path)
     weights, names = open_weights(path), known_names(spec, shapes)
@@ -139,17 +154,21 @@ def read_lora(
     deltas = {name: _delta(path, stem, stems[stem], peft) for name, stem in found.items()}
     if not decomposed and any(delta.kind is DoraLinear for delta in deltas.values()):
         raise CheckpointError(
-            f"{path}: is a DoRA: what it adds to a weight depends on the weight, so it cannot be cut, joined or converted by "
-            "itself; `hvtrain merge --dit MODEL` merges it, `hvtrain generate` and adapter.init_from take it"
+            f"{path}: is a DoRA: what it adds to a weight depends on the weight, so it cannot be cut, joined "
+            "or converted by itself; `hvtrain merge --dit MODEL` merges it, `hvtrain generate` and "
+            "adapter.init_from take it"
         )
     given = {name: _pair(path, found[name], delta) for name, delta in deltas.items()}
-    given = {name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()}
+    given = {
+        name: unfold_alpha(pair, folded[name]) if name in folded else pair for name, pair in given.items()
+    }
     pairs = gather(path, given, spec, shapes)
     parts = json_entry(path, weights.metadata, PARTS_KEY)
     for name, pair in pairs.items():
         pair.check_shape(path, name, shapes[name])
         told = parts.get(name)
-        if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):  # the tensors decide
+        # the tensors decide
+        if isinstance(told, list) and all(isinstance(rank, int) and rank >= 0 for rank in told):
             pairs[name] = replace(pair, parts=tuple(told))  # of other kinds none are told
     held = {name: same_layer(name, shapes[name][0], deltas, spec) for name in pairs}
     others = {name: deltas[own] for name, own in held.items() if own and deltas[own].kind is not LoraLinear}
@@ -160,12 +179,15 @@ def _folded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     folded = json_entry(path, metadata, FOLDED_KEY)
     for name, alpha in folded.items():
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
-            raise CheckpointError(f"{path}: damaged: its metadata '{FOLDED_KEY}' gives '{name}' the alpha {alpha!r}")
+            raise CheckpointError(
+                f"{path}: damaged: its metadata '{FOLDED_KEY}' gives '{name}' the alpha {alpha!r}"
+            )
     return folded
 
 
 def split_ending(key: str) -> tuple[str, str]:
-    """The layer's part of a tensor name, and which part of its adapter the tensor is: "down", "up", "alpha", ... ("" if none)."""
+    """The layer's part of a tensor name, and which part of its adapter the tensor is: "down",
+    "up", "alpha", ... ("" if none)."""
     for ending, kind in _ENDINGS.items():
         if key.endswith(ending):
             return key.removesuffix(ending), kind
@@ -189,14 +211,18 @@ def _group(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[st
     return stems
 
 
-def _of_expert(path: Path, stems: dict[str, dict[str, torch.Tensor]], expert: int | None) -> dict[str, dict[str, torch.Tensor]]:
+def _of_expert(
+    path: Path, stems: dict[str, dict[str, torch.Tensor]], expert: int | None
+) -> dict[str, dict[str, torch.Tensor]]:
     """Those of one expert, where the file holds the LoRAs of several."""
     for dialect in DIALECTS.values():
         held = _prefixes(dialect, stems)
         if len(held) < 2:
             continue
         if expert is None or dialect.prefixes[expert : expert + 1] not in [(prefix,) for prefix in held]:
-            raise CheckpointError(f"{path}: holds LoRAs of {len(held)} experts ({', '.join(held)}); say which one is meant")
+            raise CheckpointError(
+                f"{path}: holds LoRAs of {len(held)} experts ({', '.join(held)}); say which one is meant"
+            )
         return {stem: tensors for stem, tensors in stems.items() if stem.startswith(dialect.prefixes[expert])}
     return stems
 
@@ -208,7 +234,8 @@ def _prefixes(dialect: Dialect, stems: Iterable[str]) -> list[str]:
 
 
 def prefix_number(path: Path) -> int | None:
-    """Whose LoRA the file is by its tensors' prefix, where that is an expert's own: its number; -1 for those of several."""
+    """Whose LoRA the file is by its tensors' prefix, where that is an expert's own: its
+    number; -1 for those of several."""
     stems = {split_ending(name)[0] for name in open_weights(path)}
     for dialect in DIALECTS.values():
         held = _prefixes(dialect, stems)
@@ -245,7 +272,8 @@ def _resolve(
     metadata: Mapping[str, str],
     spec: ModelSpec | None,
 ) -> dict[str, str]:
-    """Layer name -> stem in the file. `names` maps every accepted spelling to the layer's name in its dialect."""
+    """Layer name -> stem in the file. `names` maps every accepted spelling to the
+    layer's name in its dialect."""
     found, strange, prefixes = {}, [], set()
     stems = list(stems)
     for stem in stems:
@@ -276,7 +304,9 @@ def _refusal(
         return f"{path}: mixes the prefixes {', '.join(sorted(prefixes))}: not one LoRA of {model}"
     text = f"{path}: a LoRA of another architecture"
     if strange:
-        text += f": {len(strange)} of its {len(stems)} layers are not in {model}, first {', '.join(strange[:3])}"
+        text += (
+            f": {len(strange)} of its {len(stems)} layers are not in {model}, first {', '.join(strange[:3])}"
+        )
     looks = said or lora_looks_like(stems)
     hint = "its metadata says" if said else "it looks like"
     return f"{text}; {hint} {looks}; give a LoRA for {model}" if looks else text
@@ -286,21 +316,27 @@ def _delta(path: Path, stem: str, tensors: Mapping[str, torch.Tensor], peft: Pef
     held = set(tensors) - {"alpha"}
     kinds = kinds_of(held) or [LoraLinear]
     if len(kinds) > 1:
-        raise CheckpointError(f"{path}: '{stem}' is a {' and a '.join(sorted(kind.LABEL for kind in kinds))} at once")
+        raise CheckpointError(
+            f"{path}: '{stem}' is a {' and a '.join(sorted(kind.LABEL for kind in kinds))} at once"
+        )
     (kind,) = kinds
     forms = kind.FORMS or (tuple(kind.PARTS),)
     form = min(forms, key=lambda form: len(held ^ set(form)))
     if missing := [part for part in form if part not in tensors]:
         raise CheckpointError(f"{path}: '{stem}' has no {missing[0]}-projection: the file is incomplete")
     if held - set(form):
-        raise CheckpointError(f"{path}: '{stem}' has {', '.join(sorted(held))}: more than make one {kind.LABEL}")
+        raise CheckpointError(
+            f"{path}: '{stem}' has {', '.join(sorted(held))}: more than make one {kind.LABEL}"
+        )
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path}: '{stem}' holds values that are not finite: the training run diverged")
     parts = {part: tensors[part] for part in form}
     delta = Delta(kind, parts, 0.0)
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
-            raise CheckpointError(f"{path}: '{stem}' has an alpha of shape {list(tensors['alpha'].shape)}, expected one number")
+            raise CheckpointError(
+                f"{path}: '{stem}' has an alpha of shape {list(tensors['alpha'].shape)}, expected one number"
+            )
         alpha = float(tensors["alpha"])
     else:
         alpha = peft.of(stem, delta.rank) if peft else float(delta.rank)

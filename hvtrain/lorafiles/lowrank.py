@@ -23,8 +23,8 @@ class Approximation:
 
 
 def factor(matrix: Tensor, *, rank: int) -> Approximation:
-    """The best pair of this rank for a matrix [out, in] (Eckart-Young), alpha = rank. Randomised above 1024 rows and
-    columns (Halko et al. 2011, arXiv 0909.4061), with oversampling and power iterations."""
+    """The best pair of this rank for a matrix [out, in] (Eckart-Young), alpha = rank. Randomised above 1024
+    rows and columns (Halko et al. 2011, arXiv 0909.4061), with oversampling and power iterations."""
     matrix = matrix.float()
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= _EXACT:
@@ -75,7 +75,8 @@ def singular_values(pair: LoraPair) -> Tensor:
 
 
 def squared_norm(pair: LoraPair) -> float:
-    """Of the pair's delta, sum of its squared values: trace of (up' up) (down down'), no larger than rank x rank."""
+    """Of the pair's delta, sum of its squared values: trace of (up' up) (down down'),
+    no larger than rank x rank."""
     up, down = pair.up.double(), pair.down.double()
     return float(((up.T @ up) * (down @ down.T)).sum()) * pair.scale**2
 

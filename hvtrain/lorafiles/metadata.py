@@ -1,4 +1,5 @@
-"""What a LoRA file says about itself: the `ss_*`, `modelspec.*` and `sshs_*` entries that other tools read."""
+"""What a LoRA file says about itself: the `ss_*`, `modelspec.*` and `sshs_*`
+entries that other tools read."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ from shards.tensors import Extent
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
 EXPERT_KEY = "hvtrain.expert"  # of a model of several: whose LoRA it is
 SPARSE_KEY = "hvtrain.sparse"  # attention was not exact in training: which pairs were left out
-BASE_LORA_KEY = "hvtrain.base_lora"  # what was in the model already: [{file, multiplier, and the sum if it has one}]
+# what was in the model already: [{file, multiplier, and the sum if it has one}]
+BASE_LORA_KEY = "hvtrain.base_lora"
 SUM_KEY = "hvtrain.sha256"  # of the tensors' bytes in a file that hvtrain wrote
-SD_SUM_KEY = "sshs_model_hash"  # the same by sd-scripts and musubi-tuner; other tools rewrite files and leave it as it was
+# the same by sd-scripts and musubi-tuner; other tools rewrite files and leave it as it was
+SD_SUM_KEY = "sshs_model_hash"
 _SPEC = "1.0.0"  # of https://github.com/Stability-AI/ModelSpec
 _LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UIs hashed
 
@@ -32,7 +35,8 @@ _LEGACY = slice(0x100000, 0x110000)  # the 64 KiB at 1 MiB that the first web UI
 def lora_metadata(
     path: Path, given: Mapping[str, object], *, architecture: str, rank: int, alpha: float,
 ) -> dict[str, str]:
-    """The caller's entries, completed by those that every LoRA file needs. Values are text; containers are JSON."""
+    """The caller's entries, completed by those that every LoRA file needs. Values
+    are text; containers are JSON."""
     made = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -50,7 +54,8 @@ def lora_metadata(
         made["ss_base_model_version"] = architecture.replace("-", "_")
         own = next((spec.lora_about for spec in all_specs() if spec.name == architecture), {})
     full = {**made, **given}
-    full |= {key: value for key, value in own.items() if full.get(key) == made[key]}  # another kind of adapter says so
+    # another kind of adapter says so
+    full |= {key: value for key, value in own.items() if full.get(key) == made[key]}
     return {key: _text(value) for key, value in full.items() if value is not None}
 
 
@@ -66,11 +71,13 @@ def _text(value: object) -> str:
 
 
 def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` as sd-scripts defines them, and the first as our readers' checksum.
+    """`sshs_model_hash` and `sshs_legacy_hash` as sd-scripts defines them, and the
+    first as our readers' checksum.
 
-    Both are taken from a file that holds these tensors and the `ss_*` entries only, so that later edits of the title
-    do not change them. The first is the SHA-256 of all that follows the header, that is of the tensors' bytes in
-    file order; the second is the first 8 digits of the SHA-256 of one 64 KiB window of the file.
+    Both are taken from a file that holds these tensors and the `ss_*` entries only, so that later
+    edits of the title do not change them. The first is the SHA-256 of all that follows the header,
+    that is of the tensors' bytes in file order; the second is the first 8 digits of the SHA-256 of
+    one 64 KiB window of the file.
     """
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     head, placed = lay_out(file_order(tensors), kept)
@@ -88,14 +95,16 @@ def model_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def file_order(tensors: Mapping[str, torch.Tensor]) -> list[Extent]:
-    """The order of the safetensors library's own writer: wide dtypes first (`lay_out` sees to it), then by name."""
+    """The order of the safetensors library's own writer: wide dtypes first
+    (`lay_out` sees to it), then by name."""
     return [Extent(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
 
 
 def other_architecture(metadata: Mapping[str, str], architecture: str) -> str | None:
     """What the file says that it was trained for, where that is not the model's `architecture`.
 
-    Needed because names and shapes do not always tell: two published architectures share both for all their blocks.
+    Needed because names and shapes do not always tell: two published architectures
+    share both for all their blocks.
     """
     own = _plain(architecture)
     for key in ("modelspec.architecture", "ss_base_model_version"):
@@ -116,7 +125,9 @@ def json_entry(path: Path, metadata: Mapping[str, str], key: str) -> dict:
     except ValueError:
         table = None
     if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: damaged: its metadata '{key}' is no JSON table: {metadata[key][:60]!r}")
+        raise CheckpointError(
+            f"{path}: damaged: its metadata '{key}' is no JSON table: {metadata[key][:60]!r}"
+        )
     return table
 
 
@@ -130,25 +141,35 @@ class PeftAlpha:
 
     @classmethod
     def parse(cls, path: Path, metadata: Mapping[str, str], prefix: str = "") -> PeftAlpha | None:
-        """From a file's metadata, if it has any. The keys carry the component's prefix ("transformer."); of several, this."""
+        """From a file's metadata, if it has any. The keys carry the component's prefix
+        ("transformer."); of several, this."""
         if PEFT_KEY not in metadata:
             return None
         table = json_entry(path, metadata, PEFT_KEY)
         own = {key: value for key, value in table.items() if key.startswith(prefix)} or table
         config = {key.rpartition(".")[2]: value for key, value in own.items()}
         alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-        numbers = [*([] if alpha is None else [alpha]), *(patterns.values() if isinstance(patterns, dict) else ["no table"])]
+        numbers = [
+            *([] if alpha is None else [alpha]),
+            *(patterns.values() if isinstance(patterns, dict) else ["no table"])
+        ]
         if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise CheckpointError(f"{path}: its metadata '{PEFT_KEY}' holds alphas that are not numbers: {numbers[:3]}")
+            raise CheckpointError(
+                f"{path}: its metadata '{PEFT_KEY}' holds alphas that are not numbers: {numbers[:3]}"
+            )
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise CheckpointError(f"{path}: its metadata '{PEFT_KEY}' holds no pattern: '{pattern}' ({error})") from None
+                raise CheckpointError(
+                    f"{path}: its metadata '{PEFT_KEY}' holds no pattern: '{pattern}' ({error})"
+                ) from None
         return cls(alpha, patterns, bool(config.get("use_rslora")))
 
     def of(self, layer: str, rank: int) -> float:
         """As PEFT matches: a pattern is a regular expression for the name or for its last parts."""
-        found = (alpha for key, alpha in self.patterns.items() if re.search(rf"(^|\.)({key.lstrip('^')})$", layer))
+        found = (
+            alpha for key, alpha in self.patterns.items() if re.search(rf"(^|\.)({key.lstrip('^')})$", layer)
+        )
         alpha = next(found, self.default if self.default is not None else float(rank))
         return float(alpha * rank**0.5 if self.rank_stable else alpha)

@@ -26,7 +26,10 @@ class Contribution:
     @cached_property
     def rows(self) -> Tensor:
         """bool [out]: output rows that it changes, told from the tensors themselves."""
-        return self.pair.up.ne(0).any(dim=1) if self.pair.down.any() else torch.zeros(len(self.pair.up), dtype=torch.bool)
+        return (
+            self.pair.up.ne(0).any(dim=1)
+            if self.pair.down.any() else torch.zeros(len(self.pair.up), dtype=torch.bool)
+        )
 
     def delta(self) -> Tensor:
         return self.pair.delta() * self.multiplier
@@ -60,7 +63,8 @@ def by_layer(loras: Sequence[tuple[LoraFile, float]]) -> dict[str, list[Contribu
 
 
 def labels(loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
-    """A name for each that no other has: the file's, with as many of its folders as that takes. Runs often share theirs."""
+    """A name for each that no other has: the file's, with as many of its folders as that
+    takes. Runs often share theirs."""
     parts = [lora.path.absolute().parts for lora, _ in loras]
 
     def label(number: int, own: tuple[str, ...]) -> str:

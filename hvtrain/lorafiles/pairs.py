@@ -1,8 +1,10 @@
-"""The mathematics of one low-rank pair: what it adds to a weight, and how it is cut and joined along output rows.
+"""The mathematics of one low-rank pair: what it adds to a weight, and how it is
+cut and joined along output rows.
 
-Checkpoints disagree on whether q, k and v are one Linear or three. Cutting a fused pair gives each part its rows of
-`up` and the same `down`. Joining parts whose `down` differ has to stack: down [r1+r2+r3, in] and a block-diagonal up.
-`LoraPair.parts` remembers such a stack, so that cutting it again gives back the very tensors that went in.
+Checkpoints disagree on whether q, k and v are one Linear or three. Cutting a fused pair gives each part
+its rows of `up` and the same `down`. Joining parts whose `down` differ has to stack: down [r1+r2+r3,
+in] and a block-diagonal up. `LoraPair.parts` remembers such a stack, so that cutting it again gives
+back the very tensors that went in.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class LoraPair:
     up: torch.Tensor
     alpha: float
     parts: tuple[int, ...] | None = None  # ranks of a block-diagonal stack, 0 where a part has no adapter
-    magnitude: torch.Tensor | None = None  # [out]: of a DoRA, what length the changed weight's rows are brought to
+    # [out]: of a DoRA, what length the changed weight's rows are brought to
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -54,16 +57,19 @@ class LoraPair:
         own = self.shape
         if own != shape:
             raise CheckpointError(
-                f"{path}: '{name}' adapts a layer of shape {own[0]}x{own[1]}, this model's is {shape[0]}x{shape[1]}: "
+                f"{path}: '{name}' adapts a layer of shape {own[0]}x{own[1]}, this model's is "
+                f"{shape[0]}x{shape[1]}: "
                 "the LoRA was trained on a model of another size"
             )
 
 
 @torch.no_grad()
 def add_pairs(weight: torch.Tensor, pairs: Iterable[tuple[LoraPair, float]]) -> None:
-    """weight [out, in] += sum of multiplier * delta, in place: float32 sums, one rounding to the weight's dtype.
+    """weight [out, in] += sum of multiplier * delta, in place: float32 sums, one
+    rounding to the weight's dtype.
 
-    In row chunks, so that a big layer costs no float32 copy of itself. A multiplier of 0 leaves the weight alone.
+    In row chunks, so that a big layer costs no float32 copy of itself. A
+    multiplier of 0 leaves the weight alone.
     """
     device = weight.device
     factors = []
@@ -92,7 +98,9 @@ def add_pairs(weight: torch.Tensor, pairs: Iterable[tuple[LoraPair, float]]) -> 
                     total.addmm_(up[mine], down)
                     continue
                 changed = torch.addmm(rows.float(), up[mine], down)
-                changed *= lengths[mine, None] / torch.linalg.vector_norm(changed, dim=1, keepdim=True).clamp(min=1e-12)
+                changed *= lengths[mine, None] / torch.linalg.vector_norm(
+                    changed, dim=1, keepdim=True
+                ).clamp(min=1e-12)
                 total += multiplier * (changed - rows.float())
             rows.copy_(total)
 
@@ -134,8 +142,9 @@ def cut_rows(pair: LoraPair, rows: Sequence[torch.Tensor]) -> list[LoraPair | No
 def _stacked_ranks(pair: LoraPair, ups: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
     """The ranks of a block-diagonal `up`, one block for each set of rows: those of `parts`, else equal ones.
 
-    The tensors decide. A stack is also cut in other places than where it was joined (a model that fuses q, k and v takes
-    it whole), another tool may have resized it and kept its metadata, or made one without any. None: no such stack.
+    The tensors decide. A stack is also cut in other places than where it was joined (a model that fuses
+    q, k and v takes it whole), another tool may have resized it and kept its metadata, or made one
+    without any. None: no such stack.
     """
     n = len(ups)
     ranks = pair.parts if pair.parts is not None else (pair.rank // n,) * n if n > 1 else ()
@@ -150,7 +159,8 @@ def _stacked_ranks(pair: LoraPair, ups: Sequence[torch.Tensor]) -> tuple[int, ..
 
 
 def join_rows(pairs: Sequence[LoraPair | None], rows: Sequence[torch.Tensor]) -> LoraPair:
-    """The inverse: one pair from the parts of its rows. Its `down` stays shared where the parts share theirs."""
+    """The inverse: one pair from the parts of its rows. Its `down` stays shared
+    where the parts share theirs."""
     present = [pair for pair in pairs if pair is not None]
     first = present[0]
     n_out = sum(len(index) for index in rows)
@@ -162,7 +172,8 @@ def join_rows(pairs: Sequence[LoraPair | None], rows: Sequence[torch.Tensor]) ->
             up[index] = pair.up.to(dtype)
         return LoraPair(first.down, up, first.alpha, magnitude=lengths)
     ranks = tuple(0 if pair is None else pair.rank for pair in pairs)
-    # One alpha for all: differing scales move into `up`, which is float32 then, so that they round nothing away.
+    # One alpha for all: differing scales move into `up`, which is float32 then, so
+    # that they round nothing away.
     scale = next((part.scale for part in present if part.scale), 1.0)
     equal = all(math.isclose(part.scale, scale, rel_tol=1e-12) for part in present)
     up = first.up.new_zeros(n_out, sum(ranks), dtype=dtype if equal else torch.float32)
@@ -181,7 +192,9 @@ def _joined_lengths(
     if all(lengths is None for lengths in held):
         return None
     if any(lengths is None for lengths in held):
-        raise ValueError("is a DoRA in a part of a layer only; merge it into a model whose layers are apart as in the file")
+        raise ValueError(
+            "is a DoRA in a part of a layer only; merge it into a model whose layers are apart as in the file"
+        )
     whole = torch.empty(n_out)
     for index, lengths in zip(rows, held, strict=True):
         whole[index] = lengths.float()  # type: ignore[union-attr]

@@ -34,15 +34,17 @@ class Recognised:
     lora: LoraFile
     spec: ModelSpec
     sizes: str  # whose layer sizes fit: a flavor, or the model file
-    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # [out, in] of its Linear layers
+    # [out, in] of its Linear layers
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
 
 def open_any(
-    path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None, decomposed: bool = False
+    path: str | Path, *, dit: str | None = None, edited: bool = False, expert: str | None = None,
+    decomposed: bool = False
 ) -> Recognised:
-    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` and `decomposed` as in
-    `read_lora`.
-    The directory of a finished run stands for its result; `expert` names whose LoRA is meant in a file of several.
+    """Read a LoRA without its model: by the flavors' layer sizes, or by those of a model file; `edited` and
+    `decomposed` as in `read_lora`. The directory of a finished run stands for its result; `expert` names
+    whose LoRA is meant in a file of several.
 
     Raises CheckpointError with the reason of the nearest architecture.
     """
@@ -77,7 +79,7 @@ def lora_of(path: str | Path, expert: str | None = None) -> Path:
     return lora_in(path, expert) if Path(path, CONFIG).is_file() else Path(path)
 
 
-# --- info -----------------------------------------------------------------------------------------------------------
+# --- info ---------------------------------------------------------------------------------------------------
 
 
 def dialect_of(path: str | Path) -> str:
@@ -99,17 +101,23 @@ def info(path: str | Path, *, dit: str | None = None, expert: str | None = None)
     yield f"{sum(p.up.numel() + p.down.numel() for p in lora.pairs.values()):,} parameters"
     yield f"blocks: {blocks(lora.pairs)}"
     if meta.get("ss_loraid"):
-        yield f"LORAID {meta['ss_loraid']}" + (f", plan {meta['hvtrain.plan'][:12]}" if "hvtrain.plan" in meta else "")
+        yield f"LORAID {meta['ss_loraid']}" + (
+            f", plan {meta['hvtrain.plan'][:12]}" if "hvtrain.plan" in meta else ""
+        )
     if EXPERT_KEY in meta:
         yield f"of the expert {meta[EXPERT_KEY]}"
     if "hvtrain.base" in meta:
         yield f"trained from {meta['hvtrain.base']}"
-    norms = {name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()}
+    norms = {
+        name: torch.linalg.vector_norm(singular_values(pair)).item() for name, pair in lora.pairs.items()
+    }
     largest = sorted(norms, key=lambda n: -norms[n])[:3]
     total = sum(n * n for n in norms.values()) ** 0.5
     of = "deltas, before the lengths of their rows," if kind == "DoRA" else "deltas"
     yield f"norm of all {of} {total:.4g}; largest: " + ", ".join(f"{n} {norms[n]:.3g}" for n in largest)
-    for key in ("ss_output_name", "ss_steps", "ss_epoch", "ss_learning_rate", "ss_training_comment", "modelspec.date"):
+    for key in (
+        "ss_output_name", "ss_steps", "ss_epoch", "ss_learning_rate", "ss_training_comment", "modelspec.date"
+    ):
         if meta.get(key):
             yield f"{key}: {meta[key]}"
 
@@ -144,12 +152,12 @@ def _counted(values: Counter) -> str:
     return ", ".join(f"{value:g} ({n} layers)" for value, n in sorted(values.items()))
 
 
-# --- convert, resize, extract ---------------------------------------------------------------------------------------
+# --- convert, resize, extract -------------------------------------------------------------------------------
 
 
 def convert(
-    path: str, output: str, *, target: str, fold: bool | None = None, dit: str | None = None, edited: bool = False,
-    expert: str | None = None,
+    path: str, output: str, *, target: str, fold: bool | None = None, dit: str | None = None,
+    edited: bool = False, expert: str | None = None,
 ) -> str:
     """To another dialect; `fold` None: as that likes it."""
     dialect = DIALECTS.find(target, key="--to")
@@ -166,11 +174,13 @@ def convert(
     if any(pair.magnitude is not None for pair in lora.pairs.values()):
         if dit is None:
             raise ConfigError(
-                "--to comfyui of a DoRA: ComfyUI brings other rows to its lengths, those of the model alone; give the model, "
-                "--dit FILE, and the file's lengths will be such that its videos are right"
+                "--to comfyui of a DoRA: ComfyUI brings other rows to its lengths, those of the model alone; "
+                "give the model, --dit FILE, and the file's lengths will be such that its videos are right"
             )
         found = identify(asset(dit))
-        own = dora_for_comfyui(lora, lambda name: found.read(f"{name}.weight", dtype=torch.float32), expert=number)
+        own = dora_for_comfyui(
+            lora, lambda name: found.read(f"{name}.weight", dtype=torch.float32), expert=number
+        )
     else:
         own = converted(lora, known.spec, dialect, fold=fold, expert=number)
     own.save(output)
@@ -178,7 +188,8 @@ def convert(
 
 
 def resize(
-    path: str, output: str, *, rank: int | None, energy: float | None, dit: str | None = None, expert: str | None = None
+    path: str, output: str, *, rank: int | None, energy: float | None, dit: str | None = None,
+    expert: str | None = None
 ) -> Iterator[str]:
     """Cut to a rank, or to the smallest rank per layer that keeps a share of the squared norm."""
     if (rank is None) == (energy is None):
@@ -190,7 +201,9 @@ def resize(
     check_output(output, lora_of(path, expert))
     lora = open_any(path, dit=dit, expert=expert).lora
     cuts = {
-        name: shrink([(pair, 1.0)], rank=rank if rank is not None else rank_for(singular_values(pair), energy or 1.0))
+        name: shrink(
+            [(pair, 1.0)], rank=rank if rank is not None else rank_for(singular_values(pair), energy or 1.0)
+        )
         for name, pair in lora.pairs.items()
     }
     ranks = Counter(cut.pair.rank for cut in cuts.values())
@@ -215,7 +228,9 @@ def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
     check_output(output, tuned, base)
     new, old = identify(asset(tuned)), identify(asset(base))
     if new.spec.name != old.spec.name or new.arch != old.arch:
-        raise CheckpointError(f"{tuned} is {new.spec.name} {new.arch}, {base} is {old.spec.name} {old.arch}: not one model")
+        raise CheckpointError(
+            f"{tuned} is {new.spec.name} {new.arch}, {base} is {old.spec.name} {old.arch}: not one model"
+        )
     model = whole_model(new)
     whole_model(old)
     targets = set(lora_targets(new.spec, model, include=[".*"]))
@@ -231,10 +246,15 @@ def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
         cuts[module] = factor(delta, rank=rank)
     if not cuts:
         raise CheckpointError(f"{tuned} and {base} have equal weights in all layers that a LoRA can adapt")
-    about = of_flavor(new.flavor) | {"ss_training_comment": f"extracted: {Path(tuned).name} - {Path(base).name}"}
+    about = of_flavor(new.flavor) | {
+        "ss_training_comment": f"extracted: {Path(tuned).name} - {Path(base).name}"
+    }
     full = lora_metadata(Path(output), about, architecture=new.spec.name, rank=rank, alpha=rank)
     write_lora(output, {name: cut.pair for name, cut in cuts.items()}, metadata=full)
     yield f"{output}: {len(cuts)} layers, rank {rank}"
     yield f"lost: {_lost(cuts):.3g} % of the norm of all differences"
     if other:
-        yield f"{len(other)} changed tensors are not layers that a LoRA adapts and are left out, first '{other[0]}'"
+        yield (
+            f"{len(other)} changed tensors are not layers that a LoRA adapts and are left out, first "
+            f"'{other[0]}'"
+        )

@@ -1,4 +1,5 @@
-"""Whole tensors in a LoRA file: what distilled ones add to norms, biases, modulation and layers outside the blocks."""
+"""Whole tensors in a LoRA file: what distilled ones add to norms, biases, modulation
+and layers outside the blocks."""
 
 from __future__ import annotations
 
@@ -16,12 +17,14 @@ from hvtrain.models.targets import layers_of
 if TYPE_CHECKING:
     from hvtrain.lorafiles.files import LoraFile
 
-_ENDINGS = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}  # the last: a block's learnt shifts and scales
+# the last: a block's learnt shifts and scales
+_ENDINGS = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}
 _PREFIX = "diffusion_model."  # under which programs write them
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is no whole tensor's difference, and those by the parameter's official name; many are zeros, and left out."""
+    """What is no whole tensor's difference, and those by the parameter's official name;
+    many are zeros, and left out."""
     rest, whole = {}, {}
     for key, tensor in tensors.items():
         ending = next((e for e in _ENDINGS if key.endswith(e)), None)
@@ -34,16 +37,19 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 @lru_cache
 def relatives(model: str) -> frozenset[str]:
-    """Names of the Linear layers of all the model's flavors: a LoRA of one may be meant for another that lacks some."""
+    """Names of the Linear layers of all the model's flavors: a LoRA of one may be meant
+    for another that lacks some."""
     names: set[str] = set()
     for arch in dict.fromkeys(flavor.arch for flavor in find(model).flavors.values()):
         names |= layers_of(find(model).build, arch).keys()
     return frozenset(names)
 
 
-def summed(loras: Sequence[tuple[LoraFile, float]], shapes: Mapping[str, Sequence[int]], *, once: bool) -> dict[str, Tensor]:
-    """What they add together, by parameter, float32. `shapes`: the model's own; a parameter that it lacks is named on stderr.
-    `once`: no two may change one. Raises CheckpointError for that, and for another shape."""
+def summed(
+    loras: Sequence[tuple[LoraFile, float]], shapes: Mapping[str, Sequence[int]], *, once: bool
+) -> dict[str, Tensor]:
+    """What they add together, by parameter, float32. `shapes`: the model's own; a parameter that it lacks is
+    named on stderr. `once`: no two may change one. Raises CheckpointError for that, and for another shape."""
     found: dict[str, Tensor] = {}
     for lora, multiplier in loras:
         missing = [name for name in lora.whole if name not in shapes]
@@ -54,17 +60,23 @@ def summed(loras: Sequence[tuple[LoraFile, float]], shapes: Mapping[str, Sequenc
                 continue
             if tuple(value.shape) != tuple(shapes[name]):
                 raise CheckpointError(
-                    f"{lora.path}: changes '{name}' of shape {list(value.shape)}, this model's is {list(shapes[name])}"
+                    f"{lora.path}: changes '{name}' of shape {list(value.shape)}, this model's is "
+                    f"{list(shapes[name])}"
                 )
             if once and name in found:
-                raise CheckpointError(f"{lora.path}: changes '{name}', as a LoRA before it does; --on-overlap sum adds them up")
+                raise CheckpointError(
+                    f"{lora.path}: changes '{name}', as a LoRA before it does; --on-overlap sum adds them up"
+                )
             found[name] = found.get(name, 0) + multiplier * value.float()
     return found
 
 
 def warn(file: str, names: Sequence[str], what: str) -> None:
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    print(f"warning: {file}: left out {len(names)} {what} that this model lacks: {listed}", file=sys.stderr, flush=True)
+    print(
+        f"warning: {file}: left out {len(names)} {what} that this model lacks: {listed}", file=sys.stderr,
+        flush=True
+    )
 
 
 def editing(

@@ -30,8 +30,8 @@ def save_lora(
     architecture: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write trained adapters of one kind: `tensors` under their parameter names (`X.lora_down.weight`, `X.hada_w1_a`), and
-    `X.alpha` where a layer's is not `alpha`."""
+    """Write trained adapters of one kind: `tensors` under their parameter names (`X.lora_down.weight`,
+    `X.hada_w1_a`), and `X.alpha` where a layer's is not `alpha`."""
     found: dict[str, torch.Tensor] = {}
     parts = set()
     for name, tensor in tensors.items():
@@ -77,7 +77,9 @@ def parts_entry(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
     return {PARTS_KEY: json.dumps(parts)} if parts else {}
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str]
+) -> None:
     """A file of any dialect, its hashes included, appearing under its name only when complete."""
     slots = file_order(tensors)
     with open_writer(path, slots, metadata={**metadata, **model_hashes(tensors, metadata)}) as writer:
@@ -86,7 +88,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], *, meta
 
 
 def check_output(output: str, *sources: str | Path) -> None:
-    """Before long work: refuse a name that is no file's, an input's, or in a place that cannot be written to."""
+    """Before long work: refuse a name that is no file's, an input's, or in a
+    place that cannot be written to."""
     target = Path(output)
     if target.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")

@@ -1,5 +1,5 @@
-"""What LoRAs do to a model's layers, added while it runs: one copy of the weights serves the base, each LoRA alone, and what
-the merge will be."""
+"""What LoRAs do to a model's layers, added while it runs: one copy of the weights serves the base, each LoRA
+alone, and what the merge will be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hvtrain.lorafiles.pairs import changed_rows
 
 @dataclass
 class LowRank:
-    """A change of the output rows from `begin` on: up [rows, r] @ down [r, in], scales and multipliers folded in."""
+    """A change of the output rows from `begin` on: up [rows, r] @ down [r, in],
+    scales and multipliers folded in."""
 
     down: Tensor
     up: Tensor
@@ -85,4 +86,6 @@ class Changes:
 def low_rank(c: Contribution) -> LowRank:
     """A LoRA's change of one layer, in the rows that it changes."""
     begin, end = changed_rows(c.pair.up)
-    return LowRank(c.pair.down.float(), c.pair.up[begin:end].float() * (c.multiplier * c.pair.scale), begin, c.lora)
+    return LowRank(
+        c.pair.down.float(), c.pair.up[begin:end].float() * (c.multiplier * c.pair.scale), begin, c.lora
+    )

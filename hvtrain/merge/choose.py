@@ -1,5 +1,5 @@
-"""What becomes of rows that several LoRAs change, where the user has not said it: they are reconciled, if all that it takes is
-there."""
+"""What becomes of rows that several LoRAs change, where the user has not said it: they are reconciled, if
+all that it takes is there."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ class Chosen:
         """What to say of it. `keep`: clips of what the base knows are given."""
         if self.by_itself:
             held = "" if keep else "; what the base knows is held by --keep, where it is given"
-            yield f"reconciled by {self.how}, from the samples beside each (--on-overlap adds weights up instead){held}"
+            yield (
+                f"reconciled by {self.how}, from the samples beside each (--on-overlap adds weights up "
+                f"instead){held}"
+            )
 
 
 def choose(
-    c: ReconcileConfig, inputs: Inputs, layers: Mapping[str, Sequence[Contribution]], *, policy: bool, model: bool
+    c: ReconcileConfig, inputs: Inputs, layers: Mapping[str, Sequence[Contribution]], *, policy: bool,
+    model: bool
 ) -> Chosen:
-    """`layers`: contributions to each; `policy`: the user has said how weights are added up; `model`: it is given. Raises
-    ConfigError where --samples or --keep are given for nothing."""
+    """`layers`: contributions to each; `policy`: the user has said how weights are added up; `model`: it is
+    given. Raises ConfigError where --samples or --keep are given for nothing."""
     if c.how != "auto":
         return Chosen(c.how)
     shared = not policy and any(overlaps(layers))
@@ -43,7 +47,8 @@ def choose(
         return Chosen(DEFAULT, by_itself=True)
     if c.samples or c.keep:
         raise ConfigError(
-            f"{'samples' if c.samples else 'keep'} is for a merge that reconciles, and this one does not by itself: "
+            f"{'samples' if c.samples else 'keep'} is for a merge that reconciles, and this one does not by "
+            "itself: "
             + (why_not or ("--on-overlap decides" if policy else "no row is changed by more than one"))
             + "; give --reconcile fit, distill or fit+distill"
         )

@@ -1,9 +1,11 @@
-"""The merge trained towards what each LoRA does alone: a hundred steps with the LoRAs as teachers, inside their own rows.
+"""The merge trained towards what each LoRA does alone: a hundred steps with the LoRAs as
+teachers, inside their own rows.
 
-    loss = mean over noisy clips of || v_merged - v_teacher ||^2;  teacher: base + one LoRA on its own captions, base on keep's
+    loss = mean over noisy clips of || v_merged - v_teacher ||^2;  teacher: base + one LoRA on
+    its own captions, base on keep's
 
-The teachers' velocities are computed before, so that a step costs what a training step costs. Only the pairs are trained: their
-rows are those of the LoRAs (of a plan: its slots), and no other weight can move.
+The teachers' velocities are computed before, so that a step costs what a training step costs. Only the pairs
+are trained: their rows are those of the LoRAs (of a plan: its slots), and no other weight can move.
 """
 
 from __future__ import annotations
@@ -51,11 +53,17 @@ class Draw:
         chosen = [(kept[i % len(kept)]) for i in range(n_kept)] if kept else []
         order = torch.randperm(len(own), generator=draw).tolist()
         chosen += [own[order[i % len(own)]] for i in range(n - n_kept)]
-        return [(task.states[int(torch.multinomial(told_shares(task), 1, generator=draw))], self.scale(task)) for task in chosen]
+        return [
+            (task.states[int(torch.multinomial(told_shares(task), 1, generator=draw))], self.scale(task))
+            for task in chosen
+        ]
 
     def scale(self, task: Task) -> float:
-        """Each LoRA's error counts by what it changes in all, so that the weak are not lost: keep's by their mean."""
-        told = {t.name: sum(s.told for s in t.states) / len(t.states) for t in self.tasks if t.teacher is not None}
+        """Each LoRA's error counts by what it changes in all, so that the weak are not
+        lost: keep's by their mean."""
+        told = {
+            t.name: sum(s.told for s in t.states) / len(t.states) for t in self.tasks if t.teacher is not None
+        }
         mean = sum(told.values()) / len(told)
         return 1.0 if task.teacher is None else mean / max(told[task.name], 1e-12)
 
@@ -64,19 +72,22 @@ def distill(
     found: Identified, ctx: ParallelContext, dtype: torch.dtype, pairs: Pairs, draw: Draw, clips: Clips,
     cfg: ReconcileConfig, journal: Journal, *, lr: float,
 ) -> dict[str, list[LowRank]]:
-    """The trained pairs, on the CPU. Needs the whole model on the device, as training does. Collective: data-parallel ranks take
-    parts of a step's clips, sequence-parallel ones share each. Goes on at the last noted step."""
+    """The trained pairs, on the CPU. Needs the whole model on the device, as training does.
+    Collective: data-parallel ranks take parts of a step's clips, sequence-parallel ones share each.
+    Goes on at the last noted step."""
     loaded = load_found(found, dtype=dtype, device=ctx.device)
     model = loaded.model.eval().requires_grad_(False)
     recompute = "full" if ctx.device.type == "cuda" else "none"
     parallelize(model, ctx, kernel="auto", recompute=recompute, dtype=dtype)
     changes = Changes(model)
     student = {
-        name: [replace(p, down=_parameter(p.down, ctx), up=_parameter(p.up, ctx)) for p in own] for name, own in pairs.items()
+        name: [replace(p, down=_parameter(p.down, ctx), up=_parameter(p.up, ctx)) for p in own] for name,
+        own in pairs.items()
     }
     changes.put(STUDENT, student)
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
-    fused = True if ctx.device.type == "cuda" else None  # else it makes as much again as the weights, for a moment
+    # else it makes as much again as the weights, for a moment
+    fused = True if ctx.device.type == "cuda" else None
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=fused)
     done = _restore(optimizer, weights, journal)
     began = time.monotonic()
@@ -108,7 +119,8 @@ def distill(
             if ctx.is_main:
                 print(f"distill: step {step + 1}/{cfg.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
     return {
-        name: [replace(p, down=p.down.detach().cpu(), up=p.up.detach().cpu()) for p in own] for name, own in student.items()
+        name: [replace(p, down=p.down.detach().cpu(), up=p.up.detach().cpu()) for p in own] for name,
+        own in student.items()
     }
 
 
@@ -124,12 +136,14 @@ def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], journa
         weight.data.copy_(tensors[number])
         moments = dict(zip(_MOMENTS, tensors[n + 2 * number : n + 2 * number + 2], strict=True))
         state = {name: t.to(weight.device) for name, t in moments.items()}
-        optimizer.state[weight] = {"step": torch.tensor(float(done), device=weight.device), **state}  # as fused has it
+        # as fused has it
+        optimizer.state[weight] = {"step": torch.tensor(float(done), device=weight.device), **state}
     return done
 
 
 def _sum_gradients(weights: Sequence[Tensor], ctx: ParallelContext) -> None:
-    """Over all ranks. Sequence-parallel peers each hand in their sample's whole loss, so theirs are too many by their number."""
+    """Over all ranks. Sequence-parallel peers each hand in their sample's whole loss, so theirs
+    are too many by their number."""
     if ctx.world == 1:
         return
     for weight in weights:  # one by one: together they would be there twice

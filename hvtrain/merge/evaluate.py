@@ -1,7 +1,8 @@
 """Held-out losses around a merge: of the base, of each LoRA alone, and of all together.
 
-On a GPU the model lies there once, in bfloat16, and computes under autocast as in training. No weight is copied aside: what a
-LoRA touches is read from the model's file again, changed in float32 and rounded once, as the merged file is.
+On a GPU the model lies there once, in bfloat16, and computes under autocast as in training. No weight
+is copied aside: what a LoRA touches is read from the model's file again, changed in float32 and
+rounded once, as the merged file is.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ MAX_BATCHES = 32
 
 
 def losses_of(
-    found: Identified, inputs: Inputs, combined: Mapping[str, Result], sets: Sequence[str], ctx: ParallelContext,
-    expert: str | None = None,
+    found: Identified, inputs: Inputs, combined: Mapping[str, Result], sets: Sequence[str],
+    ctx: ParallelContext, expert: str | None = None,
 ) -> dict[str, float]:
-    """Name -> loss at fixed noise levels and seeds, all on the same samples of these shard sets. `expert`: which one the model
-    is, of several: on its own noise levels; None: the one that the LoRAs were trained as, if they say so."""
+    """Name -> loss at fixed noise levels and seeds, all on the same samples of these shard sets.
+    `expert`: which one the model is, of several: on its own noise levels; None: the one that the LoRAs
+    were trained as, if they say so."""
     said = (lora.metadata[EXPERT_KEY] for lora, _ in inputs.loras if EXPERT_KEY in lora.metadata)
     expert = expert or next(said, None)
     dtype = compute_dtype(ctx.device)
@@ -80,6 +82,8 @@ def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext, expert: 
     flow = flow_of(FlowConfig(), flavor, next((e for e in flavor.experts if e.name == expert), None))
     autocast = compute_dtype(ctx.device) != torch.float32
     objective = objective_of(flow, loaded.spec, flavor, device=ctx.device, autocast=autocast)
-    held = HeldOut(open_shards(sets, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns)
+    held = HeldOut(
+        open_shards(sets, flavor, key="--evaluate"), 1, fixed.quantiles, MAX_BATCHES, flavor.columns
+    )
     model = loaded.model.eval()
     return held_out_loss(lambda sigma: model, objective, held, ctx=ctx)["eval/loss"]

@@ -1,15 +1,18 @@
-"""Least squares, layer after layer: what each layer must add so that the merged model's outputs are the teachers'.
+"""Least squares, layer after layer: what each layer must add so that the merged
+model's outputs are the teachers'.
 
-Of a layer with weight W [out, in], with X_T its inputs [n, in] in a teacher's own run (the base and one LoRA), dW that
-LoRA's change and X_S the inputs for the same noisy clips in the merged model, whose earlier layers are solved already:
+Of a layer with weight W [out, in], with X_T its inputs [n, in] in a teacher's own run (the base and one
+LoRA), dW that LoRA's change and X_S the inputs for the same noisy clips in the merged model, whose
+earlier layers are solved already:
 
     D = argmin  sum_t w_t || X_S (W + D)' - X_T (W + dW)' ||^2  +  e || D - P ||^2
       = (C + e P) (G + e)^-1,   G = sum_t w_t X_S' X_S,   C = sum_t w_t (X_T (W + dW)' - X_S W')' X_S
 
-over noisy clips t of all teachers, e = ridge x mean of G's diagonal, P the LoRAs' sum: what no clip speaks of is added up, one
-LoRA alone comes back exactly, and so do several that read different inputs. RegMean (arXiv 2212.09849) takes both inputs
-from the teachers; taking the merged model's own (IterIS, arXiv 2411.15231) and the teacher's *output* is what repairs the drift
-of the layers before. Every output row is a regression of its own: rows that no LoRA owns are left out, and stay bit for bit.
+over noisy clips t of all teachers, e = ridge x mean of G's diagonal, P the LoRAs' sum: what no clip speaks of
+is added up, one LoRA alone comes back exactly, and so do several that read different inputs. RegMean (arXiv
+2212.09849) takes both inputs from the teachers; taking the merged model's own (IterIS, arXiv 2411.15231) and
+the teacher's *output* is what repairs the drift of the layers before. Every output row is a regression of its
+own: rows that no LoRA owns are left out, and stay bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ STUDENT = "student"
 
 @dataclass
 class Stream:
-    """Noisy clips of one teacher on their way through the blocks: in the teacher's own run, and in the merged model's."""
+    """Noisy clips of one teacher on their way through the blocks: in the teacher's own
+    run, and in the merged model's."""
 
     teacher: Hashable  # its set of changes
     weights: Tensor  # [B] of each clip
@@ -47,7 +51,9 @@ class Stream:
         return state.read() if isinstance(state, OnDisk) else state
 
     def put(self, which: int, tokens: Tokens) -> None:
-        self.states[which] = tokens if self.folder is None else OnDisk(self.folder / f"{which}.safetensors", tokens)
+        self.states[which] = (
+            tokens if self.folder is None else OnDisk(self.folder / f"{which}.safetensors", tokens)
+        )
 
 
 TAUGHT, MERGED = 0, 1
@@ -55,7 +61,8 @@ TAUGHT, MERGED = 0, 1
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of a layer to solve, the LoRAs that change all of them, and the rank that is kept (None: the whole matrix)."""
+    """Rows of a layer to solve, the LoRAs that change all of them, and the rank that is
+    kept (None: the whole matrix)."""
 
     begin: int
     end: int
@@ -73,7 +80,8 @@ class Segment:
 
 
 def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> list[Segment]:
-    """The rows that LoRAs change, cut where one begins or ends: what a slice owns stays its own. `rank`: from ranks' sum."""
+    """The rows that LoRAs change, cut where one begins or ends: what a slice owns stays its
+    own. `rank`: from ranks' sum."""
     edges = sorted({edge for p in parts for edge in (p.begin, p.begin + len(p.up))})
     found = []
     for begin, end in pairwise(edges):
@@ -83,9 +91,11 @@ def targets_of(parts: Sequence[LowRank], rank: Callable[[int], int | None]) -> l
     return found
 
 
-def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]], folder: Path) -> list[Stream]:
-    """This rank's part of the (input, teacher, weights [B]), before the first block. What the host's share does not hold lies in
-    `folder`."""
+def streams(
+    model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor]], folder: Path
+) -> list[Stream]:
+    """This rank's part of the (input, teacher, weights [B]), before the first block. What the host's share
+    does not hold lies in `folder`."""
     found, size = [], 0
     for number, (inp, teacher, weights) in enumerate(model.ctx.share(inputs)):
         tokens = model.enter(inp)
@@ -100,22 +110,26 @@ def streams(model: Streamed, inputs: Sequence[tuple[ModelInput, Hashable, Tensor
 
 
 def fit_block(
-    model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Segment]], found: Sequence[Stream], ridge: float
+    model: Streamed, block: nn.Module, targets: Mapping[str, Sequence[Segment]], found: Sequence[Stream],
+    ridge: float
 ) -> dict[str, list[Change]]:
-    """Solve a block's layers, those that do not feed one another together. The student's set has them afterwards. Collective:
-    each rank sums over its streams, and all solve the same equations."""
+    """Solve a block's layers, those that do not feed one another together. The student's set has them
+    afterwards. Collective: each rank sums over its streams, and all solve the same equations."""
     order = stages(model, block, list(targets), found[0].get(MERGED)) if model.ctx.is_main else []
-    order, model.n_calls = model.ctx.gather_objects((order, model.n_calls))[0]  # another rank may have no stream to look at
+    # another rank may have no stream to look at
+    order, model.n_calls = model.ctx.gather_objects((order, model.n_calls))[0]
     return solve_stages(model, block, order, targets, found, ridge)
 
 
 def solve_stages(
-    model: Streamed, block: nn.Module, order: Sequence[Sequence[str]], targets: Mapping[str, Sequence[Segment]],
-    found: Sequence[Stream], ridge: float,
+    model: Streamed, block: nn.Module, order: Sequence[Sequence[str]],
+    targets: Mapping[str, Sequence[Segment]], found: Sequence[Stream], ridge: float,
 ) -> dict[str, list[Change]]:
     solved: dict[str, list[Change]] = {}
     for stage in order:
-        layers = {name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage}
+        layers = {
+            name: _Sums(model.model.get_submodule(name), targets[name], model.ctx.device) for name in stage
+        }
         for stream in found:
             wanted = _watched(model, block, stage, stream.get(TAUGHT), stream.teacher)
             seen = _watched(model, block, stage, stream.get(MERGED), STUDENT)
@@ -131,8 +145,8 @@ def solve_stages(
 
 
 def device_bytes(model: Streamed, layers: Mapping[str, Sequence[object]]) -> int:
-    """The most that a block takes beside one clip's activations: its weights, G and C of its layers, and of the largest of them
-    G's root and the solution; all in double precision."""
+    """The most that a block takes beside one clip's activations: its weights, G and C of its layers, and of
+    the largest of them G's root and the solution; all in double precision."""
     most = 0
     for block, names in zip(model.model.blocks, model.layers, strict=True):
         shapes = [model.model.get_parameter(f"{name}.weight").shape for name in names if name in layers]
@@ -150,8 +164,8 @@ def push(model: Streamed, block: nn.Module, found: Sequence[Stream]) -> None:
 
 
 class _Sums:
-    """G and C of one layer, on the device: products in float32, their sums in double precision, or the solution would depend on
-    the order of the clips, and so on the number of ranks."""
+    """G and C of one layer, on the device: products in float32, their sums in double precision, or the
+    solution would depend on the order of the clips, and so on the number of ranks."""
 
     def __init__(self, layer: nn.Module, targets: Sequence[Segment], device: torch.device) -> None:
         width = targets[0].parts[0].down.shape[1]
@@ -162,7 +176,8 @@ class _Sums:
     def add(self, seen: list[_Call], wanted: list[_Call], weights: Tensor) -> None:
         """`seen`: in the merged model, where this layer has no change yet, so its output is X_S W'."""
         for mine, theirs in zip(seen, wanted, strict=True):
-            n = mine.x[..., 0].numel() // len(weights)  # tokens of a clip: each clip counts once, whatever its size
+            # tokens of a clip: each clip counts once, whatever its size
+            n = mine.x[..., 0].numel() // len(weights)
             root = (weights / n).sqrt().view(-1, *[1] * (mine.x.ndim - 1))
             x = (mine.x.float() * root).flatten(0, -2)
             error = ((theirs.out - mine.out)[..., self.rows].float() * root).flatten(0, -2)
@@ -178,19 +193,22 @@ class _Sums:
         for target in targets:
             c = self.c[target.begin - self.rows.start : target.end - self.rows.start]
             matrix = torch.cholesky_solve((c + shift * target.prior().to(c)).T, root).T.float()
-            solved.append(Full(matrix.cpu, target.begin) if target.rank is None else _cut(matrix, root.float(), target))
+            solved.append(
+                Full(matrix.cpu, target.begin) if target.rank is None else _cut(matrix, root.float(), target)
+            )
         return solved
 
 
 def _cut(matrix: Tensor, root: Tensor, target: Segment) -> LowRank:
-    """The best of this rank for the outputs: what G's inputs (root root' = G) make of it, not the matrix itself, is kept."""
+    """The best of this rank for the outputs: what G's inputs (root root' = G) make of it, not
+    the matrix itself, is kept."""
     rank = min(target.rank or 0, *matrix.shape)
     basis = torch.linalg.qr(factor(matrix @ root, rank=rank).pair.up).Q  # [rows, rank]
     pair = shrink([(LoraPair(basis.T @ matrix, basis, float(rank)), 1.0)], rank=rank).pair
     return LowRank(pair.down.cpu(), pair.up.cpu(), target.begin, target.owner)
 
 
-# --- looking into a block -------------------------------------------------------------------------------------------
+# --- looking into a block -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -253,7 +271,8 @@ def stages(model: Streamed, block: nn.Module, layers: Sequence[str], tokens: Tok
             handle.remove()
         fed[name] = [
             other for other in order
-            if other != name and any(not torch.equal(a.x, b.x) for a, b in zip(plain[other], moved[other], strict=True))
+            if other != name
+            and any(not torch.equal(a.x, b.x) for a, b in zip(plain[other], moved[other], strict=True))
         ]
     return levels(order, fed)
 

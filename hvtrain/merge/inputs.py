@@ -1,5 +1,5 @@
-"""What goes into a merge: LoRA files, finished slice directories, or all slices of a plan; checked before anything is read
-twice or written once."""
+"""What goes into a merge: LoRA files, finished slice directories, or all slices of a plan; checked before
+anything is read twice or written once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Inputs:
     any_base: bool = False  # the model need not be the one that they were trained on
 
     def built_on(self) -> list[tuple[int, ...]]:
-        """Of each LoRA, the numbers of those that were merged into the model before its training: without them it does not do
-        what it was trained to do. Raises ConfigError where one is not here as it was then."""
+        """Of each LoRA, the numbers of those that were merged into the model before its
+        training: without them it does not do what it was trained to do. Raises ConfigError
+        where one is not here as it was then."""
         sums = [lora.metadata.get(SUM_KEY) for lora, _ in self.loras]
         found = []
         for lora, _ in self.loras:
@@ -41,8 +42,9 @@ class Inputs:
                 number = sums.index(one[SUM_KEY]) if one.get(SUM_KEY) in sums else None
                 if number is None or self.loras[number][1] != one["multiplier"]:
                     raise ConfigError(
-                        f"{lora.path}: was trained on top of {one['file']}, times {one['multiplier']:g}, which is not among this "
-                        "merge's LoRAs; give it too (--lora, --multiplier), or merge it into the model and say --any-base"
+                        f"{lora.path}: was trained on top of {one['file']}, times {one['multiplier']:g}, "
+                        "which is not among this merge's LoRAs; give it too (--lora, --multiplier), or merge "
+                        "it into the model and say --any-base"
                     )
                 own.append(number)
             found.append(tuple(own))
@@ -59,11 +61,12 @@ class PlanSlices:
 
 
 def open_inputs(
-    entries: Sequence[LoraFileConfig], slices: PlanSlices | None, shapes: Shapes, spec: ModelSpec, *, base: str | None,
-    expert: str | None = None, decomposed: bool = False,
+    entries: Sequence[LoraFileConfig], slices: PlanSlices | None, shapes: Shapes, spec: ModelSpec, *,
+    base: str | None, expert: str | None = None, decomposed: bool = False,
 ) -> Inputs:
-    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint; None: any will do.
-    `expert`: whose LoRAs, of a model of several. `decomposed`: also those that scale the weights' columns (DoRA)."""
+    """Read all LoRAs. `shapes`: [out, in] of the model's Linear layers; `base`: its fingerprint;
+    None: any will do. `expert`: whose LoRAs, of a model of several. `decomposed`: also those that
+    scale the weights' columns (DoRA)."""
     plan: SlicePlan | None = None
     missing: list[int] = []
     paths: list[tuple[Path, float]] = [(lora_in(entry.path, expert), entry.multiplier) for entry in entries]
@@ -71,16 +74,25 @@ def open_inputs(
     if slices is not None:
         plan = load_plan(slices.plan)
         # a plan is every expert's; each LoRA knows its own weights
-        check_fits(plan, model=spec.name, shapes=shapes, base=base if expert is None else None, where=slices.plan)
+        check_fits(
+            plan, model=spec.name, shapes=shapes, base=base if expert is None else None, where=slices.plan
+        )
         found, gaps = slices_of(plan, slices.folder or slices.plan.parent, expert)
         missing = list(gaps)
         if gaps and not slices.allow_missing:
             listed = "; ".join(f"LORAID {i}: {reason}" for i, reason in gaps.items())
-            raise CheckpointError(f"{len(gaps)} of {plan.n} slices are not there: {listed}. Finish them, or --allow-missing")
+            raise CheckpointError(
+                f"{len(gaps)} of {plan.n} slices are not there: {listed}. Finish them, or --allow-missing"
+            )
         paths += [(path, 1.0) for path in found.values()]
     if not paths:
-        raise ConfigError("lora: nothing to merge; give at least one LoRA file, or a plan with finished slices")
-    own = [read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed, foreign=True) for path, _ in paths]
+        raise ConfigError(
+            "lora: nothing to merge; give at least one LoRA file, or a plan with finished slices"
+        )
+    own = [
+        read_lora(path, shapes, spec=spec, expert=number, decomposed=decomposed, foreign=True) for path,
+        _ in paths
+    ]
     loras = [(lora, multiplier) for lora, (_, multiplier) in zip(own, paths, strict=True)]
     _check_experts(own, expert)
     for lora, _ in loras:
@@ -98,11 +110,16 @@ def _check_experts(loras: Sequence[LoraFile], wanted: str | None) -> None:
     for path, name in said.items():
         if name != first:
             what = f"--expert {wanted}" if wanted else f"{next(iter(said))} as '{first}'"
-            raise CheckpointError(f"{path}: was trained as the expert '{name}', {what}; a merge is into one expert")
+            raise CheckpointError(
+                f"{path}: was trained as the expert '{name}', {what}; a merge is into one expert"
+            )
 
 
-def slices_of(plan: SlicePlan, folder: Path, expert: str | None = None) -> tuple[dict[int, Path], dict[int, str]]:
-    """LORAID -> LoRA file, and LORAID -> why there is none. Slice 3 is in folder/3, folder/03 or folder/slices/03."""
+def slices_of(plan: SlicePlan, folder: Path, expert: str | None = None) -> tuple[
+    dict[int, Path], dict[int, str]
+]:
+    """LORAID -> LoRA file, and LORAID -> why there is none. Slice 3 is in folder/3,
+    folder/03 or folder/slices/03."""
     found: dict[int, Path] = {}
     gaps: dict[int, str] = {}
     for s in plan.slices:
@@ -131,7 +148,8 @@ def check_slots(lora: LoraFile, plan: SlicePlan) -> None:
         begin, end = allowed.get(module, (0, 0))
         if len(rows) and (rows[0] < begin or rows[-1] >= end):
             raise CheckpointError(
-                f"{lora.path}: LORAID {said} changes rows {int(rows[0])} to {int(rows[-1])} of '{module}', it owns "
+                f"{lora.path}: LORAID {said} changes rows {int(rows[0])} to {int(rows[-1])} of '{module}', "
+                "it owns "
                 + (f"{begin} to {end - 1}" if end else "none of that layer")
             )
 
@@ -141,8 +159,8 @@ def _check_base(lora: LoraFile, base: str | None) -> None:
     if base is None or own in (None, "scratch", base):
         return
     raise CheckpointError(
-        f"{lora.path}: trained on other weights ({own[:16]}) than this model's ({base[:16]}); give the model it was trained "
-        "on, or --any-base if it is meant to go onto this one"
+        f"{lora.path}: trained on other weights ({own[:16]}) than this model's ({base[:16]}); give the model "
+        "it was trained on, or --any-base if it is meant to go onto this one"
     )
 
 

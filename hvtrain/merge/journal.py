@@ -1,5 +1,5 @@
-"""What is solved already, block by block on the disk: a merge that is killed goes on where it was, and the changes of a 13B model
-(36 GB as matrices) never lie in memory together."""
+"""What is solved already, block by block on the disk: a merge that is killed goes on where it was, and the
+changes of a 13B model (36 GB as matrices) never lie in memory together."""
 
 from __future__ import annotations
 
@@ -34,11 +34,17 @@ class Journal:
         table = []
         for module, parts in solved.items():
             for number, part in enumerate(parts):
-                own = {"matrix": part.matrix()} if isinstance(part, Full) else {"down": part.down, "up": part.up}
+                own = (
+                    {"matrix": part.matrix()}
+                    if isinstance(part, Full) else {"down": part.down, "up": part.up}
+                )
                 tensors |= {f"{module}/{number}/{name}": t.contiguous() for name, t in own.items()}
                 table.append([module, number, part.begin, getattr(part, "owner", "")])
         with writing(path := self._path(block)), atomic_path(path) as temporary:
-            save_file(tensors, str(temporary), metadata={_KEY: json.dumps({"signature": self.signature, "parts": table})})
+            save_file(
+                tensors, str(temporary),
+                metadata={_KEY: json.dumps({"signature": self.signature, "parts": table})}
+            )
 
     def load(self, block: int) -> dict[str, list[Change]] | None:
         """None: not solved yet, or for another merge. Matrices stay on the disk until they are used."""

@@ -1,7 +1,8 @@
-"""LoRAs that change the same rows of the same layer: who overwrites whom, and the named ways to reconcile them.
+"""LoRAs that change the same rows of the same layer: who overwrites whom, and the named ways to reconcile
+them.
 
-`sum`, `average`, `orthogonal` and `priority` keep low-rank pairs; `ties` and `dare` choose single elements of the deltas and
-make dense matrices. A policy is one decorated function over the contributions to one layer.
+`sum`, `average`, `orthogonal` and `priority` keep low-rank pairs; `ties` and `dare` choose single elements of
+the deltas and make dense matrices. A policy is one decorated function over the contributions to one layer.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ def _error(found: Sequence[Contribution], module: str, options: Options) -> Resu
         others = ", ".join(name for name in POLICIES if name != "error")
         why_not = f" (by what each does they cannot be: {options.why_not})" if options.why_not else ""
         raise CheckpointError(
-            f"{shared.first} and {shared.second} both change {shared.n_rows} rows of '{module}': added up, neither is what it "
-            f"was trained to be. Train them as slices of one plan, or say how to reconcile them: --on-overlap {others}{why_not}"
+            f"{shared.first} and {shared.second} both change {shared.n_rows} rows of '{module}': added up, "
+            "neither is what it was trained to be. Train them as slices of one plan, or say how to reconcile "
+            "them: "
+            f"--on-overlap {others}{why_not}"
         )
     return list(found)
 
 
-# --- low-rank -----------------------------------------------------------------------------------------------------------
+# --- low-rank -----------------------------------------------------------------------------------------------
 
 
 @POLICIES.add("sum")
@@ -83,8 +86,8 @@ def _priority(found: Sequence[Contribution], module: str, options: Options) -> R
 
 @POLICIES.add("orthogonal")
 def _orthogonal(found: Sequence[Contribution], module: str, options: Options) -> Result:
-    """A later LoRA no longer answers to input directions that an earlier one reads: its down-projection is projected onto
-    what theirs leave (Gram-Schmidt over the row spaces; cf. O-LoRA, arXiv 2310.14152)."""
+    """A later LoRA no longer answers to input directions that an earlier one reads: its down-projection is
+    projected onto what theirs leave (Gram-Schmidt over the row spaces; cf. O-LoRA, arXiv 2310.14152)."""
     seen: list[Tensor] = []
     kept = []
     for c in found:
@@ -101,13 +104,13 @@ def _with_up(c: Contribution, up: Tensor) -> Contribution:
     return replace(c, pair=replace(c.pair, up=up))
 
 
-# --- dense --------------------------------------------------------------------------------------------------------------
+# --- dense --------------------------------------------------------------------------------------------------
 
 
 @POLICIES.add("ties")
 def _ties(found: Sequence[Contribution], module: str, options: Options) -> Result:
-    """TIES (arXiv 2306.01708): keep each delta's largest elements, elect the sign with the greater sum, average those that
-    agree with it. Density 0.2 unless given."""
+    """TIES (arXiv 2306.01708): keep each delta's largest elements, elect the sign with the greater sum,
+    average those that agree with it. Density 0.2 unless given."""
     density = 0.2 if options.density is None else options.density
 
     def delta() -> Tensor:
@@ -128,8 +131,8 @@ def _ties(found: Sequence[Contribution], module: str, options: Options) -> Resul
 
 @POLICIES.add("dare")
 def _dare(found: Sequence[Contribution], module: str, options: Options) -> Result:
-    """DARE (arXiv 2311.03099): keep each element by chance, rescale what stays by one over that chance, add. Density 0.5
-    unless given."""
+    """DARE (arXiv 2311.03099): keep each element by chance, rescale what stays by one over that chance,
+    add. Density 0.5 unless given."""
     density = 0.5 if options.density is None else options.density
 
     def delta() -> Tensor:
@@ -152,7 +155,7 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     return torch.where(delta.abs() > limit, delta, 0.0)
 
 
-# --- use ----------------------------------------------------------------------------------------------------------------
+# --- use ----------------------------------------------------------------------------------------------------
 
 
 def combine(layers: dict[str, list[Contribution]], policy: str, options: Options) -> dict[str, Result]:
@@ -163,6 +166,9 @@ def combine(layers: dict[str, list[Contribution]], policy: str, options: Options
     for module, found in layers.items():
         shared = any(True for _ in overlaps({module: found}))
         if shared and policy not in ("error", "sum") and any(c.pair.magnitude is not None for c in found):
-            raise ConfigError(f"--on-overlap {policy}: '{module}' is changed by a DoRA, whose change no policy can cut; use sum")
+            raise ConfigError(
+                f"--on-overlap {policy}: '{module}' is changed by a DoRA, whose change no policy can cut; "
+                "use sum"
+            )
         combined[module] = POLICIES[policy](found, module, options) if shared else list(found)
     return combined

@@ -1,4 +1,5 @@
-"""`hvtrain merge --reconcile`: from LoRAs and a few dozen clips of what each was trained on to changes that keep them all."""
+"""`hvtrain merge --reconcile`: from LoRAs and a few dozen clips of what each was trained on to
+changes that keep them all."""
 
 from __future__ import annotations
 
@@ -46,20 +47,26 @@ UNTOLD = 1e-3  # learning rate of distill where no LoRA says its own
 
 
 def sources(cfg: ReconcileConfig, inputs: Inputs) -> list[tuple[str, int, list[str]]]:
-    """(name, number of the LoRA, its sets) of each task, before anything heavy is read. Raises ConfigError."""
+    """(name, number of the LoRA, its sets) of each task, before anything heavy is read. Raises
+    ConfigError."""
     loras = [lora for lora, _ in inputs.loras]
     names = labels(inputs.loras)
     if cfg.samples and len(cfg.samples) != len(loras):
-        raise ConfigError(f"reconcile.samples: {len(cfg.samples)} sets for {len(loras)} LoRAs; give one for each, in order")
+        raise ConfigError(
+            f"reconcile.samples: {len(cfg.samples)} sets for {len(loras)} LoRAs; give one for each, in order"
+        )
     found: list[tuple[str, int, list[str]]] = []
     for number, lora in enumerate(loras):
         place = Path(cfg.samples[number]) if cfg.samples else left_beside(lora.path)
         if not place.is_dir():
             raise ConfigError(
-                f"{lora.path}: nothing says what it was trained on: no {place}; train with data.calibration, or name a shard set "
-                "of its data for each LoRA with --samples"
+                f"{lora.path}: nothing says what it was trained on: no {place}; train with data.calibration, "
+                "or name a shard set of its data for each LoRA with --samples"
             )
-        parts = {p.name: [str(p)] for p in sorted(place.iterdir()) if (p / "manifest.json").is_file() and p.name != KEEP}
+        parts = {
+            p.name: [str(p)]
+            for p in sorted(place.iterdir()) if (p / "manifest.json").is_file() and p.name != KEEP
+        }
         if (place / "manifest.json").is_file():
             found.append((names[number], number, [str(place)]))
         elif parts:  # of a LoRA that is a merge itself: what each of its own LoRAs left
@@ -84,7 +91,8 @@ def kept_sets(cfg: ReconcileConfig, inputs: Inputs) -> list[str]:
 
 
 def leave_calibration(cfg: ReconcileConfig, inputs: Inputs, output: Path) -> Path:
-    """NAME-calibration/ beside a merged LoRA: with it and this file, LoRAs can be added to the merge later."""
+    """NAME-calibration/ beside a merged LoRA: with it and this file, LoRAs can be added to the merge
+    later."""
     root = output.with_name(f"{output.stem}-{CALIBRATION}")
     for number, (name, _, sets) in enumerate(sources(cfg, inputs), start=1):
         pick(sets, root / f"{number:02d}-{Path(name).stem}", LEFT)
@@ -127,9 +135,11 @@ class Reconciled:
 
 
 def reconcile(
-    c: ReconcileConfig, inputs: Inputs, report: Report, found: Identified, ctx: ParallelContext, wanted: Wanted
+    c: ReconcileConfig, inputs: Inputs, report: Report, found: Identified, ctx: ParallelContext,
+    wanted: Wanted
 ) -> Reconciled:
-    """The merge's changes; `report` gets the distances. Collective. Raises CheckpointError if a LoRA is lost."""
+    """The merge's changes; `report` gets the distances. Collective. Raises
+    CheckpointError if a LoRA is lost."""
     dtype = compute_dtype(ctx.device)
     clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed)
     sets, files = _sets_and_files(kept_sets(c, inputs))
@@ -142,14 +152,18 @@ def reconcile(
     names = labels(inputs.loras)
     for number, under in enumerate(inputs.built_on()):
         own = {names[i] for i in (number, *under)}
-        model.changes.put(number, {module: [p for p in parts if p.owner in own] for module, parts in every.items()})
+        model.changes.put(
+            number, {module: [p for p in parts if p.owner in own] for module, parts in every.items()}
+        )
     model.changes.put(SUM, solved)
     if c.own_states:
         clips.own_states(model.velocities, tasks, c.batch_size)
     measure(clips, model.velocities, tasks, c.batch_size)
     for task in tasks:
         if task.teacher is not None and not any(s.told for s in (*task.states, *task.held)):
-            raise CheckpointError(f"{task.name}: changes nothing on its samples, so there is nothing to keep; leave it out")
+            raise CheckpointError(
+                f"{task.name}: changes nothing on its samples, so there is nothing to keep; leave it out"
+            )
     report.summed = report.fidelity = fidelity(clips, model.velocities, tasks, SUM, c.batch_size)
     report.leak = leak(clips, model.velocities, tasks)
     journal = Journal(wanted.output, _signature(c, inputs, found, wanted.about))
@@ -173,7 +187,9 @@ def reconcile(
     for line in report.kept() if ctx.is_main else ():
         print(line, flush=True)
     _refuse_lost(c, report)
-    return Reconciled({name: _result(own, len(layers[name][0].pair.up)) for name, own in solved.items()}, journal)
+    return Reconciled(
+        {name: _result(own, len(layers[name][0].pair.up)) for name, own in solved.items()}, journal
+    )
 
 
 def _mean(report: Report) -> float:
@@ -184,7 +200,8 @@ def _mean(report: Report) -> float:
 def _refuse_worse(before: float, after: float, lr: float) -> None:
     if not after <= max(2 * before, before + WORSE):
         raise CheckpointError(
-            f"distill took the merge further from its LoRAs (mean distance {after:.3g}, {before:.3g} before it): its rate of "
+            f"distill took the merge further from its LoRAs (mean distance {after:.3g}, {before:.3g} before "
+            "it): its rate of "
             f"{lr:g} is too high; give reconcile.lr={lr / 4:g}; nothing was written"
         )
 
@@ -193,8 +210,10 @@ def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
     lost = [name for name, away in report.fidelity.items() if name != KEEP and not away <= c.lost]
     if lost and not c.allow_lost:
         raise CheckpointError(
-            f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): {', '.join(lost)}; give more "
-            "reconcile.states or reconcile.steps, another --reconcile, or reconcile.allow_lost=true; nothing was written"
+            f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): "
+            f"{', '.join(lost)}; give more "
+            "reconcile.states or reconcile.steps, another --reconcile, or reconcile.allow_lost=true; nothing "
+            "was written"
         )
 
 
@@ -207,8 +226,8 @@ def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) 
 
 
 def _kept(
-    c: ReconcileConfig, clips: Clips, sets: Sequence[str], prompts: Sequence[Mapping[str, Tensor]], tasks: Sequence[Task],
-    model: Streamed,
+    c: ReconcileConfig, clips: Clips, sets: Sequence[str], prompts: Sequence[Mapping[str, Tensor]],
+    tasks: Sequence[Task], model: Streamed,
 ) -> list[Task]:
     """The base as the teacher of its own words: of sets, and of captions, in the size of the LoRAs' clips."""
     n, task = max(1, clips.n * len(tasks) // 4), Task(KEEP, None, c.keep_weight * len(tasks), [], [])
@@ -247,15 +266,25 @@ def _fit(
     ]
     ctx = model.ctx
     running = streams(model, jobs, journal.folder / "states")
-    there, gone = (sum(s.n_bytes for s in running if (s.folder is None) == here) / 1e9 for here in (True, False))
-    said = f"{there:.2g} GB of states in memory, {gone:.2g} GB on the disk, up to {device_bytes(model, layers) / 1e9:.2g} GB for "
+    there, gone = (
+        sum(s.n_bytes for s in running if (s.folder is None) == here) / 1e9 for here in (True, False)
+    )
+    said = (
+        f"{there:.2g} GB of states in memory, {gone:.2g} GB on the disk, up to "
+        f"{device_bytes(model, layers) / 1e9:.2g} GB for "
+    )
     if ctx.is_main:
         each = f" of each of {ctx.world} processes" if ctx.world > 1 else ""
-        print(f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}a block's weights and sums{each}", flush=True)
+        print(
+            f"fit: {len(counts)} noisy clips of {len(tasks)} sets; {said}a block's weights and sums{each}",
+            flush=True
+        )
     solved: dict[str, list[Change]] = {}
     began = time.monotonic()
     for number, names in enumerate(model.layers):
-        parts = {name: [p for p in layers[name] if isinstance(p, LowRank)] for name in names if name in layers}
+        parts = {
+            name: [p for p in layers[name] if isinstance(p, LowRank)] for name in names if name in layers
+        }
         targets = {name: targets_of(own, rank) for name, own in parts.items()}
         known = journal.load(number)
         with model.block(number) as block:
@@ -281,7 +310,8 @@ def _result(own: Sequence[Change], out: int) -> Result:
         return Dense(lambda: _whole(own, out))
     ups = [F.pad(p.up, (0, 0, p.begin, out - p.begin - len(p.up))) for p in pairs]
     return [
-        Contribution(p.owner or "merged", LoraPair(p.down, up, float(len(p.down))), 1.0) for p, up in zip(pairs, ups, strict=True)
+        Contribution(p.owner or "merged", LoraPair(p.down, up, float(len(p.down))), 1.0) for p,
+        up in zip(pairs, ups, strict=True)
     ]
 
 
@@ -294,17 +324,22 @@ def _whole(own: Sequence[Change], out: int) -> Tensor:
 
 
 def write_slices(output: Path, inputs: Inputs, changes: Mapping[str, Result]) -> Path | None:
-    """Each slice of a plan as the merge has changed it, in NAME-slices/01, 02, ...: `--loraid` takes them as it takes the slices
-    themselves. None where there is no plan, or matrices that are nobody's."""
+    """Each slice of a plan as the merge has changed it, in NAME-slices/01, 02, ...: `--loraid` takes them as
+    it takes the slices themselves. None where there is no plan, or matrices that are nobody's."""
     if inputs.plan is None or any(isinstance(result, Dense) for result in changes.values()):
         return None
     root = output.with_name(f"{output.stem}-slices")
     for name, (lora, _) in zip(labels(inputs.loras), inputs.loras, strict=True):
-        pairs = {m: c.pair for m, result in changes.items() if isinstance(result, list) for c in result if c.lora == name}
+        pairs = {
+            m: c.pair for m,
+            result in changes.items() if isinstance(result, list) for c in result if c.lora == name
+        }
         number = f"{int(lora.metadata['ss_loraid']):02d}"
         kept = {key: value for key, value in lora.metadata.items() if not key.startswith(STALE)}
         (root / number).mkdir(parents=True, exist_ok=True)
         write_lora(root / number / f"slice-{number}.safetensors", pairs, metadata=kept)
-        write_text(root / number / CONFIG, f"# made by `hvtrain merge --reconcile`\nrun: {{name: slice-{number}}}\n")
+        write_text(
+            root / number / CONFIG, f"# made by `hvtrain merge --reconcile`\nrun: {{name: slice-{number}}}\n"
+        )
     save_plan(inputs.plan, root / FILE)
     return root

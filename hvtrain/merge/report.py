@@ -1,4 +1,5 @@
-"""What a merge did: per LoRA what it holds and how strong it is, what overlaps, held-out losses. JSON and one HTML file."""
+"""What a merge did: per LoRA what it holds and how strong it is, what overlaps, held-out
+losses. JSON and one HTML file."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Report:
     occupancy: dict[str, list[list]]  # layer -> [first row, last row + 1, number of the LoRA]
     errors: dict[str, float] = field(default_factory=dict)  # layer -> what cutting the rank lost
     losses: dict[str, float] = field(default_factory=dict)
-    # How far the merge is from what each LoRA does alone, on clips held out: 0 as it alone, 1 as the base. Summed up, and now
+    # How far the merge is from what each LoRA does alone, on clips held out: 0 as it alone, 1 as
+    # the base. Summed up, and now
     summed: dict[str, float] = field(default_factory=dict)
     fidelity: dict[str, float] = field(default_factory=dict)
     # On each one's clips, how strongly every other fires, as a share of what its own does
@@ -66,7 +68,9 @@ class Report:
                 n_rows[c.lora] += len(rows)
                 squares[c.lora] += squared_norm(c.pair) * c.multiplier**2
                 if len(rows):
-                    occupancy.setdefault(module, []).append([int(rows[0]), int(rows[-1]) + 1, names.index(c.lora)])
+                    occupancy.setdefault(module, []).append(
+                        [int(rows[0]), int(rows[-1]) + 1, names.index(c.lora)]
+                    )
         seen = list(overlaps(dict(layers)))
         entries = [
             Entry(
@@ -76,15 +80,22 @@ class Report:
             for name, (lora, multiplier) in zip(names, inputs.loras, strict=True)
         ]
         return cls(
-            policy, entries, sum(o.n_rows for o in seen), len({o.module for o in seen}), [asdict(o) for o in seen[:SHOWN]],
-            inputs.missing, inputs.plan.hash if inputs.plan else None, occupancy,
+            policy, entries, sum(o.n_rows for o in seen), len({o.module for o in seen}),
+            [asdict(o) for o in seen[:SHOWN]], inputs.missing, inputs.plan.hash if inputs.plan else None,
+            occupancy,
         )
 
     def lines(self) -> Iterator[str]:
         if self.overlap_rows:
-            yield f"{self.overlap_rows} rows of {self.overlap_layers} layers are changed by more than one: {self.policy}"
+            yield (
+                f"{self.overlap_rows} rows of {self.overlap_layers} layers are changed by more than one: "
+                f"{self.policy}"
+            )
         elif len(self.loras) > 1:
-            yield f"disjoint: no row of {sum(1 for _ in self.occupancy)} layers is changed by more than one of {len(self.loras)}"
+            yield (
+                f"disjoint: no row of {sum(1 for _ in self.occupancy)} layers is changed by more than one of "
+                f"{len(self.loras)}"
+            )
         if self.missing:
             yield f"left out: LORAID {', '.join(map(str, self.missing))}"
 
@@ -94,10 +105,13 @@ class Report:
 
 
 def save_report(report: Report, output: Path) -> list[Path]:
-    """NAME-merge.json and NAME-merge.html beside the output; of a merge that reconciled also NAME-merge/, for TensorBoard."""
+    """NAME-merge.json and NAME-merge.html beside the output; of a merge that reconciled also
+    NAME-merge/, for TensorBoard."""
     folder, stem = (output.parent, output.stem) if output.suffix else (output, output.name)
     paths = [folder / f"{stem}-merge.json", folder / f"{stem}-merge.html"]
-    for path, text in zip(paths, (json.dumps(asdict(report), indent=1) + "\n", page(report, stem)), strict=True):
+    for path, text in zip(
+        paths, (json.dumps(asdict(report), indent=1) + "\n", page(report, stem)), strict=True
+    ):
         with writing(path):
             write_text(path, text)
     if report.fidelity:
@@ -118,7 +132,8 @@ def _save_events(report: Report, folder: Path) -> Path:
 
 
 _STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2rem;max-width:80rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}
 .map td{padding:1px;border:0}.cell{position:relative;width:7rem;height:16px;background:#eee}
 .cell i{position:absolute;top:0;height:100%}small{color:#666}"""
@@ -137,14 +152,19 @@ def page(report: Report, title: str) -> str:
     losses = "".join(f"<tr><td>{html.escape(n)}</td><td>{v:.5f}</td></tr>" for n, v in report.losses.items())
     losses = f"<h2>Held-out loss</h2><table>{losses}</table>" if losses else ""
     kept = "".join(
-        f"<tr><td>{html.escape(n)}</td><td>{report.summed[n]:.3f}</td><td>{v:.3f}</td></tr>" for n, v in report.fidelity.items()
+        f"<tr><td>{html.escape(n)}</td><td>{report.summed[n]:.3f}</td><td>{v:.3f}</td></tr>" for n,
+        v in report.fidelity.items()
     )
-    kept = f"<h2>{FIDELITY}</h2><table><tr><th></th><th>summed</th><th>merged</th></tr>{kept}</table>" if kept else ""
+    kept = (
+        f"<h2>{FIDELITY}</h2><table><tr><th></th><th>summed</th><th>merged</th></tr>{kept}</table>"
+        if kept else ""
+    )
     kept += _leak(report)
     facts = "".join(f"<p>{html.escape(line)}</p>" for line in report.lines())
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1>{facts}<table>{head}{rows}</table>{kept}{losses}<h2>Who changes what</h2>{_map(report)}\n"
+        f"<h1>{html.escape(title)}</h1>{facts}<table>{head}{rows}</table>{kept}{losses}<h2>Who changes "
+        f"what</h2>{_map(report)}\n"
     )
 
 
@@ -157,7 +177,10 @@ def _leak(report: Report) -> str:
         f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{value:.2f}</td>' for value in row.values())}</tr>"
         for name, row in report.leak.items()
     )
-    return f"<h2>On the clips of (row), how strongly does (column) fire, alone?</h2><table><tr><th></th>{head}</tr>{rows}</table>"
+    return (
+        "<h2>On the clips of (row), how strongly does (column) fire, "
+        f"alone?</h2><table><tr><th></th>{head}</tr>{rows}</table>"
+    )
 
 
 def _map(report: Report) -> str:

@@ -43,7 +43,9 @@ from hvtrain.weights.outputs import check_place
 
 MERGED_KEY = "hvtrain.merged"  # metadata: what has been merged into a model, oldest first
 _STALE = ("sshs_", "modelspec.hash_sha256")  # metadata that describes the bytes as they were
-RECONCILERS: Registry[None] = Registry("way", dict.fromkeys(("auto", "none", "fit", "distill", "fit+distill")))
+RECONCILERS: Registry[None] = Registry(
+    "way", dict.fromkeys(("auto", "none", "fit", "distill", "fit+distill"))
+)
 PLAIN = ("auto", "none")  # so long as nothing is chosen
 _DTYPES = Registry("dtype", {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")})
 
@@ -58,7 +60,8 @@ class Base:
 
 
 def run(cfg: MergeConfig) -> None:
-    """Check, combine, write, report. A merged model has the input's names, layout, dtypes and metadata, as safetensors.
+    """Check, combine, write, report. A merged model has the input's names, layout,
+    dtypes and metadata, as safetensors.
 
     Collective where samples are looked at (--reconcile, --evaluate); rank 0 writes.
     """
@@ -67,10 +70,14 @@ def run(cfg: MergeConfig) -> None:
     computes = not plain or bool(cfg.evaluate)
     ctx = _start(cfg) if computes else ParallelContext()
     base, spec = _open_base(cfg)
-    plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
+    plan = (
+        None if cfg.plan is None
+        else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
+    )
     known = None if cfg.any_base else base.fingerprint
     inputs = replace(open_inputs(
-        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=cfg.target == "model" and plain
+        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert,
+        decomposed=cfg.target == "model" and plain
     ), any_base=cfg.any_base)
     layers = by_layer(inputs.loras)
     policy = cfg.on_overlap != "error" or cfg.density is not None
@@ -83,14 +90,20 @@ def run(cfg: MergeConfig) -> None:
     whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
     if whole is not None and (cfg.target == "lora" or computes):
         raise ConfigError(
-            f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge it into a model, "
-            "without --reconcile and --evaluate"
+            f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge "
+            "it into a model, without --reconcile and --evaluate"
         )
-    combined = combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed, chosen.why_not)) if how == "none" else {}
+    combined = (
+        combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed, chosen.why_not))
+        if how == "none" else {}
+    )
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
     if ctx.is_main:
         for lora, multiplier in inputs.loras:
-            print(f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; {blocks(lora.pairs)}")
+            print(
+                f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; "
+                f"{blocks(lora.pairs)}"
+            )
         for line in (*report.lines(), *chosen.lines(bool(cfg.reconcile.keep))):
             print(line)
     if how != "none":
@@ -125,7 +138,8 @@ def _start(cfg: MergeConfig) -> ParallelContext:
 
 
 def _write(
-    cfg: MergeConfig, base: Base, spec: ModelSpec, inputs: Inputs, combined: Mapping[str, Result], report: Report
+    cfg: MergeConfig, base: Base, spec: ModelSpec, inputs: Inputs, combined: Mapping[str, Result],
+    report: Report
 ) -> None:
     if cfg.target == "lora":
         report.errors = _write_lora(cfg, inputs, combined, spec.name)
@@ -137,7 +151,9 @@ def _write(
     from hvtrain.merge.reconcile import leave_calibration, write_slices
 
     if cfg.target == "lora":
-        print(f"{leave_calibration(cfg.reconcile, inputs, Path(cfg.output))}: to add LoRAs to this merge later")
+        print(
+            f"{leave_calibration(cfg.reconcile, inputs, Path(cfg.output))}: to add LoRAs to this merge later"
+        )
     if folder := write_slices(Path(cfg.output), inputs, combined):
         print(f"{folder}: the slices as they are in this merge (generate slices={folder} --loraid ...)")
 
@@ -166,15 +182,17 @@ def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
     return Base(found, shapes, fingerprint(found.weights)), found.spec
 
 
-# --- into the model -------------------------------------------------------------------------------------------------
+# --- into the model -----------------------------------------------------------------------------------------
 
 
 def _write_model(
-    cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result], shapes: Mapping[str, tuple[int, int]]
+    cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result],
+    shapes: Mapping[str, tuple[int, int]]
 ) -> None:
     added = summed(inputs.loras, found.shapes, once=cfg.on_overlap == "error")
     parts = plan_whole(found, added, plan_parts(found, combined, shapes))
-    weights = open_weights(Path(asset(cfg.dit)))  # every tensor under the file's own name, also those that are not the DiT's
+    # every tensor under the file's own name, also those that are not the DiT's
+    weights = open_weights(Path(asset(cfg.dit)))
     refuse_scaled(weights, parts)
     target = Target(
         Path(cfg.output), _DTYPES[cfg.dtype] if cfg.dtype else None,
@@ -196,17 +214,22 @@ def _metadata(weights: Weights, loras: Sequence[tuple[LoraFile, float]]) -> dict
     return {**kept, MERGED_KEY: json.dumps(history)}
 
 
-# --- into one LoRA --------------------------------------------------------------------------------------------------
+# --- into one LoRA ------------------------------------------------------------------------------------------
 
 
-def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result], architecture: str) -> dict[str, float]:
+def _write_lora(
+    cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result], architecture: str
+) -> dict[str, float]:
     """One pair per layer; the relative error of each that was cut."""
     pairs: dict[str, LoraPair] = {}
     errors: dict[str, float] = {}
     for module, result in combined.items():
         if isinstance(result, Dense):
             if cfg.rank is None:
-                raise ConfigError(f"on_overlap {cfg.on_overlap} makes full matrices: give rank for the LoRA, or target=model")
+                raise ConfigError(
+                    f"on_overlap {cfg.on_overlap} makes full matrices: give rank for the LoRA, or "
+                    "target=model"
+                )
             cut = factor(result.delta(), rank=cfg.rank)
         elif cfg.rank is not None:
             cut = shrink([(c.pair, c.multiplier) for c in result], rank=cfg.rank)
@@ -224,7 +247,8 @@ def _write_lora(cfg: MergeConfig, inputs: Inputs, combined: Mapping[str, Result]
         given[RATE_KEY] = rate
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)
     write_lora(
-        cfg.output, pairs, metadata=lora_metadata(Path(cfg.output), given, architecture=architecture, rank=rank, alpha=rank)
+        cfg.output, pairs,
+        metadata=lora_metadata(Path(cfg.output), given, architecture=architecture, rank=rank, alpha=rank)
     )
     worst = f", largest error of a layer {100 * max(errors.values()):.3g} %" if errors else ", exact"
     print(f"{cfg.output}: LoRA of {len(pairs)} layers, rank up to {rank}{worst}")

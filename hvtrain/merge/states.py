@@ -1,7 +1,8 @@
-"""What a merge is reconciled by: noisy clips of each LoRA's own data, with the caption and how far from done they are.
+"""What a merge is reconciled by: noisy clips of each LoRA's own data, with the caption
+and how far from done they are.
 
-A set gives the clips as its data (`states_of`), or only the captions, and the LoRA itself samples the clips (`own_states`). Part
-of them is held out: the merge is made from the others, and measured on these.
+A set gives the clips as its data (`states_of`), or only the captions, and the LoRA itself samples the clips
+(`own_states`). Part of them is held out: the merge is made from the others, and measured on these.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class NoisyClip:
     @property
     def form(self) -> tuple:
         """States of equal form make a batch without padding."""
-        lengths = {n: tuple(v.tolist()) if n.endswith("_len") else tuple(v.shape) for n, v in self.cond.items()}
+        lengths = {
+            n: tuple(v.tolist()) if n.endswith("_len") else tuple(v.shape) for n, v in self.cond.items()
+        }
         return (tuple(self.x.shape), *sorted(lengths.items()))
 
 
@@ -59,7 +62,8 @@ class Task:
 LEAK_CLIPS = 2  # of each set, on which every LoRA is looked at
 OWN_STEPS = 10  # Euler steps of a sampled clip
 SILENT = 0.05  # of what a LoRA changes at most: where it changes less there is nothing of it to keep
-Forward = Callable[[Sequence[tuple[ModelInput, Sequence[Hashable]]]], list[list[Tensor]]]  # Streamed.velocities
+# Streamed.velocities
+Forward = Callable[[Sequence[tuple[ModelInput, Sequence[Hashable]]]], list[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,16 @@ class Clips:
         task, guidance = self.flavor.tasks[0], self.flavor.defaults.guidance
         return self.spec.make_input(x, sigma, cond, task=task, guidance=guidance, x0=x0)
 
-    def states_of(self, sets: Sequence[ShardSet], name: str, n: int | None = None) -> tuple[list[NoisyClip], list[NoisyClip]]:
-        """(to merge by, held out): clips spread over the sets, noised at levels spread over the sampling schedule. A clip is
-        taken again, with other noise, only where there are too few; held-out ones are never used for both."""
+    def states_of(self, sets: Sequence[ShardSet], name: str, n: int | None = None) -> tuple[
+        list[NoisyClip], list[NoisyClip]
+    ]:
+        """(to merge by, held out): clips spread over the sets, noised at levels spread over the
+        sampling schedule. A clip is taken again, with other noise, only where there are too few;
+        held-out ones are never used for both."""
         chosen, held = self._chosen(sets, n or self.n)
-        return self._noised(chosen, f"{name}/fit", n or self.n), self._noised(held, f"{name}/held", self.n_held)
+        return (
+            self._noised(chosen, f"{name}/fit", n or self.n), self._noised(held, f"{name}/held", self.n_held)
+        )
 
     def _chosen(self, sets: Sequence[ShardSet], n: int) -> tuple[list[Sample], list[Sample]]:
         places = [(found, index) for found in sets for index in range(len(found))]
@@ -94,7 +103,9 @@ class Clips:
         n = min(n, len(rest))
         used = [rest[int((i + 0.5) * len(rest) / n)] for i in range(n)]
         columns = self.flavor.columns
-        read = [[found.get(i, columns) for found, i in part] for part in (used, [places[i] for i in sorted(held)])]
+        read = [
+            [found.get(i, columns) for found, i in part] for part in (used, [places[i] for i in sorted(held)])
+        ]
         return read[0], read[1]
 
     def _noised(self, samples: Sequence[Sample], stream: str, n: int) -> list[NoisyClip]:
@@ -106,20 +117,29 @@ class Clips:
             cond = _conditions(samples[number % len(samples)], self.flavor)
             x0 = cond.pop("latents")
             sigma = shift * u / (1 + (shift - 1) * u)
-            noise = torch.randn(x0.shape, generator=generator(self.seed, step=number, stream=f"noise/{stream}"))
+            noise = torch.randn(
+                x0.shape, generator=generator(self.seed, step=number, stream=f"noise/{stream}")
+            )
             found.append(NoisyClip(add_noise(x0, noise, torch.tensor([sigma]))[0], x0[0], sigma, cond))
         return found
 
-    def own_states(self, forward: Forward, tasks: Sequence[Task], batch_size: int, *, steps: int = OWN_STEPS) -> None:
-        """Replace the tasks' clips by what their own teachers make of the captions: a place of a trajectory each, of Euler
-        steps from noise. All teachers' clips go through the model together."""
-        every = [(task, s, kind, i) for task in tasks for kind in ("states", "held") for i, s in enumerate(getattr(task, kind))]
+    def own_states(
+        self, forward: Forward, tasks: Sequence[Task], batch_size: int, *, steps: int = OWN_STEPS
+    ) -> None:
+        """Replace the tasks' clips by what their own teachers make of the captions: a place of a trajectory
+        each, of Euler steps from noise. All teachers' clips go through the model together."""
+        every = [
+            (task, s, kind, i) for task in tasks for kind in ("states", "held") for i,
+            s in enumerate(getattr(task, kind))
+        ]
         schedule = sigmas(steps, shift=self.flavor.defaults.shift).tolist()
         moving = []
         for task, state, kind, number in every:
             draw = generator(self.seed, step=number, stream=f"own/{task.name}/{kind}")
             stop = int(torch.randint(steps, (1,), generator=draw))
-            moving.append((task, state, replace(state, x=torch.randn(state.x.shape, generator=draw), sigma=1.0), stop))
+            moving.append(
+                (task, state, replace(state, x=torch.randn(state.x.shape, generator=draw), sigma=1.0), stop)
+            )
         for number, (here, there) in enumerate(pairwise(schedule)):
             left = [entry for entry in moving if entry[3] > number]
             jobs = batches([(task.teacher, now) for task, _, now, _ in left], batch_size)
@@ -163,9 +183,12 @@ def measure(clips: Clips, forward: Forward, tasks: Sequence[Task], batch_size: i
         task.states = [s for s in task.states if task.teacher is None or s.told >= SILENT * most]
 
 
-def fidelity(clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashable, batch_size: int) -> dict[str, float]:
-    """Of each task, on its held-out states: squared distance of the velocity from the teacher's over the base's, so 0 is as
-    the LoRA alone and 1 as if it were not there. Of the base's own words: over the base's velocity, so 0 is unchanged."""
+def fidelity(
+    clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashable, batch_size: int
+) -> dict[str, float]:
+    """Of each task, on its held-out states: squared distance of the velocity from the teacher's over the
+    base's, so 0 is as the LoRA alone and 1 as if it were not there. Of the base's own words: over the base's
+    velocity, so 0 is unchanged."""
     jobs = batches([(task.name, s) for task in tasks for s in task.held], batch_size)
     inputs = [clips.input([s for _, s in job]) for job in jobs]
     away: dict[Hashable, float] = defaultdict(float)
@@ -177,14 +200,18 @@ def fidelity(clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashabl
     return {task.name: away[task.name] / max(scale[task.name], 1e-12) for task in tasks}
 
 
-def leak(clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = LEAK_CLIPS) -> dict[str, dict[str, float]]:
-    """Of each task, how strongly every other LoRA changes its clips, as a share of what its own does: 0 is silence. The reason
-    why LoRAs do not add up."""
+def leak(
+    clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = LEAK_CLIPS
+) -> dict[str, dict[str, float]]:
+    """Of each task, how strongly every other LoRA changes its clips, as a share of what its own does: 0 is
+    silence. The reason why LoRAs do not add up."""
     own = [task for task in tasks if task.teacher is not None]
     teachers = list(dict.fromkeys(task.teacher for task in own))
     jobs = batches([(task.name, s) for task in own for s in task.held[:n]], 1)
     inputs = [clips.input([s for _, s in job]) for job in jobs]
-    found: dict[str, dict[str, float]] = {task.name: dict.fromkeys((t.name for t in own), 0.0) for task in own}
+    found: dict[str, dict[str, float]] = {
+        task.name: dict.fromkeys((t.name for t in own), 0.0) for task in own
+    }
     told: dict[str, float] = defaultdict(float)
     results = forward([(inp, (None, *teachers)) for inp in inputs])
     for job, inp, (plain, *others) in zip(jobs, inputs, results, strict=True):
@@ -193,12 +220,15 @@ def leak(clips: Clips, forward: Forward, tasks: Sequence[Task], n: int = LEAK_CL
         for teacher, velocity in zip(teachers, others, strict=True):
             for task in (t for t in own if t.teacher == teacher):
                 found[name][task.name] += squared_error(velocity, plain, inp.loss_mask).item()
-    return {name: {other: v / max(told[name], 1e-12) for other, v in row.items()} for name, row in found.items()}
+    return {
+        name: {other: v / max(told[name], 1e-12) for other, v in row.items()} for name, row in found.items()
+    }
 
 
 def spread(tasks: Sequence[Task]) -> Iterator[tuple[Task, NoisyClip, float]]:
-    """Every state to merge by, with what it counts: a task's weight, shared out by how much its teacher changes there. Clips
-    that a slice was trained with but learnt nothing of (old words among its own data) then count for little."""
+    """Every state to merge by, with what it counts: a task's weight, shared out by how much its teacher
+    changes there. Clips that a slice was trained with but learnt nothing of (old words among its own
+    data) then count for little."""
     for task in tasks:
         for state, share in zip(task.states, told_shares(task).tolist(), strict=True):
             yield task, state, task.weight * share

@@ -1,7 +1,8 @@
-"""Forward passes of a model of which only one block's weights are in memory, and the states between blocks on the host.
+"""Forward passes of a model of which only one block's weights are in memory, and the
+states between blocks on the host.
 
-All inputs go through a block before the next one is read, so that a 13B model's passes need a block, one input's activations
-and the host's memory, whatever the number of inputs.
+All inputs go through a block before the next one is read, so that a 13B model's passes need a block, one
+input's activations and the host's memory, whatever the number of inputs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ T = TypeVar("T")
 
 
 class Streamed:
-    """A model that is on the meta device but for the block at hand and what lies before and behind the blocks."""
+    """A model that is on the meta device but for the block at hand and what lies
+    before and behind the blocks."""
 
     def __init__(
         self, found: Identified, ctx: ParallelContext, dtype: torch.dtype, *, host_bytes: float = math.inf,
@@ -44,13 +46,16 @@ class Streamed:
         self.n_calls: dict[str, int] = {}  # of a layer in one pass, where it is not 1
         parallelize(self.model, ctx.apart, kernel=kernel, recompute="none", dtype=dtype, training=False)
         names = {id(p): name for name, p in self.model.named_parameters()}
-        self._of_block = [{names[id(p)]: name for name, p in block.named_parameters()} for block in self.model.blocks]
+        self._of_block = [
+            {names[id(p)]: name for name, p in block.named_parameters()} for block in self.model.blocks
+        ]
         inside = {name for block in self._of_block for name in block}
         rest = {name: self._read(name) for name in self.model.state_dict() if name not in inside}
         self.model.load_state_dict(rest, strict=False, assign=True)
         modules = {id(m): name for name, m in self.model.named_modules()}
         self.layers = [
-            [modules[id(m)] for m in block.modules() if isinstance(m, nn.Linear)] for block in self.model.blocks
+            [modules[id(m)] for m in block.modules() if isinstance(m, nn.Linear)]
+            for block in self.model.blocks
         ]
 
     def _read(self, name: str) -> Tensor:
@@ -66,7 +71,9 @@ class Streamed:
         """A block with its weights, for a while."""
         block = self.model.blocks[number]
         empty = dict(block.named_parameters())
-        block.load_state_dict({own: self._read(name) for name, own in self._of_block[number].items()}, assign=True)
+        block.load_state_dict(
+            {own: self._read(name) for name, own in self._of_block[number].items()}, assign=True
+        )
         try:
             yield block.requires_grad_(False)
         finally:
@@ -92,8 +99,9 @@ class Streamed:
             return self.model.unpatchify(patches, tokens.grid).float().cpu()
 
     def velocities(self, inputs: Sequence[tuple[ModelInput, Sequence[Hashable]]]) -> list[list[Tensor]]:
-        """Of each input, its velocity [B C T H W] under each of these sets of changes (None: the base). In rounds, each of as
-        many as the host's share holds. Collective: each rank takes a part of the inputs, and all have all results."""
+        """Of each input, its velocity [B C T H W] under each of these sets of changes (None: the base).
+        In rounds, each of as many as the host's share holds. Collective: each rank takes a part of the
+        inputs, and all have all results."""
         found: list[list[Tensor]] = []
         states: list[list[tuple[Hashable, Tokens]]] = []
         size = 0
@@ -160,7 +168,10 @@ class OnDisk:
         self.path, self.form = path, mapped(value, take)
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path):
-            save_file({f"{i:03d}": t.clone(memory_format=torch.contiguous_format) for i, t in enumerate(tensors)}, str(path))
+            save_file(
+                {f"{i:03d}": t.clone(memory_format=torch.contiguous_format) for i, t in enumerate(tensors)},
+                str(path)
+            )
 
     def read(self) -> Tokens:
         with safe_open(str(self.path), "pt") as file:

@@ -1,4 +1,5 @@
-"""The merged model, tensor by tensor: memory does not depend on its size, and a run that was killed goes on where it was."""
+"""The merged model, tensor by tensor: memory does not depend on its size, and a run that was
+killed goes on where it was."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to one tensor of the file: pairs cut to its rows with their multipliers, or a dense delta."""
+    """What is added to one tensor of the file: pairs cut to its rows with their
+    multipliers, or a dense delta."""
 
     pairs: tuple[tuple[LoraPair, float], ...] = ()
     dense: Callable[[], Tensor] | None = None
@@ -78,13 +80,17 @@ def plan_parts(found: Identified, layers: Mapping[str, Result], shapes: Shapes) 
     return parts
 
 
-def plan_whole(found: Identified, added: Mapping[str, Tensor], parts: Mapping[str, Addition]) -> dict[str, Addition]:
+def plan_whole(
+    found: Identified, added: Mapping[str, Tensor], parts: Mapping[str, Addition]
+) -> dict[str, Addition]:
     """`parts`, and what is added to whole parameters (`added`, by official names)."""
     more = {}
     for name, value in added.items():
         source = found.sources[name]
         if len(source.parts) > 1 or source.swap or source.share:
-            raise CheckpointError(f"{found.path}: '{name}' is cut otherwise in this file; merge into the official one")
+            raise CheckpointError(
+                f"{found.path}: '{name}' is cut otherwise in this file; merge into the official one"
+            )
         own = f"{found.prefix}{source.parts[0]}"
         before = parts.get(own, Addition())
         more[own] = replace(before, dense=_with(value, before.dense))
@@ -131,7 +137,8 @@ def _rows_of(
 
 
 def refuse_scaled(weights: Weights, parts: Mapping[str, Addition]) -> None:
-    """Eight-bit weights that count times a factor kept elsewhere cannot take a sum: the factor is not applied here."""
+    """Eight-bit weights that count times a factor kept elsewhere cannot take a sum: the
+    factor is not applied here."""
     scaled = any(name.endswith((".scale_weight", "scaled_fp8")) for name in weights)
     beside = any(file.with_name(f"{file.stem}_map.pt").exists() for file in weights.files)
     name = next((name for name in parts if weights.dtype(name) in _FLOAT8), None)
@@ -141,21 +148,34 @@ def refuse_scaled(weights: Weights, parts: Mapping[str, Addition]) -> None:
         )
 
 
-def write_model(weights: Weights, parts: Mapping[str, Addition], target: Target, *, metadata: Mapping[str, str]) -> list[Path]:
+def write_model(
+    weights: Weights, parts: Mapping[str, Addition], target: Target, *, metadata: Mapping[str, str]
+) -> list[Path]:
     """One file, or a directory of shards and their index. Returns the files."""
-    slots = {name: Extent(name, _dtype(entry.dtype, target.dtype), entry.shape) for name, entry in weights.entries.items()}
+    slots = {
+        name: Extent(name, _dtype(entry.dtype, target.dtype), entry.shape) for name,
+        entry in weights.entries.items()
+    }
     home = _homes(weights, slots, target)
-    contents = {path: [slot for name, slot in slots.items() if home[name] == path] for path in dict.fromkeys(home.values())}
+    contents = {
+        path: [slot for name, slot in slots.items() if home[name] == path]
+        for path in dict.fromkeys(home.values())
+    }
     files = list(contents)
     folder = files[0].parent
-    sizes = {path: len(lay_out(own, metadata)[0]) + sum(slot.n_bytes for slot in own) for path, own in contents.items()}
+    sizes = {
+        path: len(lay_out(own, metadata)[0]) + sum(slot.n_bytes for slot in own) for path,
+        own in contents.items()
+    }
     with writing(files[0]):
         _check_room(folder, sizes)
     for path, own in contents.items():
         _write_file(weights, parts, path, own, metadata, target)
     if folder == target.output:
         table = {name: path.name for name, path in home.items()}
-        index = {"metadata": {"total_size": sum(slot.n_bytes for slot in slots.values())}, "weight_map": table}
+        index = {
+            "metadata": {"total_size": sum(slot.n_bytes for slot in slots.values())}, "weight_map": table
+        }
         with writing(place := target.output / _index_name(weights)):
             write_text(place, json.dumps(index, indent=2))
     return files
@@ -165,15 +185,17 @@ _SPARE = 2**20  # bytes for the report, and for what a file system notes of its 
 
 
 def _check_room(folder: Path, sizes: Mapping[Path, int]) -> None:
-    """Refuse before the first byte if the files, written one after the other, will not fit. What an interrupted merge left
-    under a file's temporary name is used again; an existing output goes only when its successor is complete."""
+    """Refuse before the first byte if the files, written one after the other, will not fit. What an
+    interrupted merge left under a file's temporary name is used again; an existing output goes only
+    when its successor is complete."""
     room = free_bytes(folder)
     free = room - _SPARE
     for path, size in sizes.items():
         free += disk_bytes(partial_of(path)) - size
         if free < 0:
             raise ConfigError(
-                f"output: {folder} has {size_text(room)} free, {size_text(-free)} too little for the merged model "
+                f"output: {folder} has {size_text(room)} free, {size_text(-free)} too little for the merged "
+                "model "
                 f"of {size_text(sum(sizes.values()))}{_old_ones(folder, sizes)}"
             )
         free += disk_bytes(path)
@@ -194,7 +216,10 @@ def _homes(weights: Weights, slots: Mapping[str, Extent], target: Target) -> dic
     single = output.suffix == ".safetensors"
     if target.max_shard_bytes is not None:
         if single:
-            raise ConfigError(f"output: {output} must be a directory, because max_shard_gb cuts the model into several files")
+            raise ConfigError(
+                f"output: {output} must be a directory, because max_shard_gb cuts the model into several "
+                "files"
+            )
         groups: list[list[str]] = [[]]
         size = 0
         for name, slot in slots.items():
@@ -207,20 +232,28 @@ def _homes(weights: Weights, slots: Mapping[str, Extent], target: Target) -> dic
         names = [f"diffusion_pytorch_model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         return {name: output / file for file, group in zip(names, groups, strict=True) for name in group}
     if not single and len(weights.files) == 1:
-        raise ConfigError(f"output: {output} must end in .safetensors: {weights.path} is a single file (max_shard_gb cuts it)")
+        raise ConfigError(
+            f"output: {output} must end in .safetensors: {weights.path} is a single file (max_shard_gb cuts "
+            "it)"
+        )
     own = {file: file.with_suffix(".safetensors").name for file in weights.files}
     return {name: output if single else output / own[entry.file] for name, entry in weights.entries.items()}
 
 
 def _write_file(
-    weights: Weights, parts: Mapping[str, Addition], path: Path, slots: Sequence[Extent], metadata: Mapping[str, str],
-    target: Target,
+    weights: Weights, parts: Mapping[str, Addition], path: Path, slots: Sequence[Extent],
+    metadata: Mapping[str, str], target: Target,
 ) -> None:
     wanted = {slot.name: slot.dtype for slot in slots}
     largest = max(slot.n_bytes for slot in slots)
     with ExitStack() as stack:
-        files = {f: stack.enter_context(f.open("rb")).fileno() for f in {weights.entries[s.name].file for s in slots}}
-        writer = stack.enter_context(open_resumable(path, slots, metadata=metadata, signature=target.signature))
+        files = {
+            f: stack.enter_context(f.open("rb")).fileno()
+            for f in {weights.entries[s.name].file for s in slots}
+        }
+        writer = stack.enter_context(
+            open_resumable(path, slots, metadata=metadata, signature=target.signature)
+        )
         own = threading.local()
 
         def write(name: str) -> None:
@@ -244,7 +277,8 @@ _THREADS = 2  # one reads and writes while the other computes; more would each n
 
 
 def _in_threads(work: Callable[[str], None], names: Sequence[str]) -> None:
-    """The first error ends it. Each thread computes with its share of the cores: else they wait for one another."""
+    """The first error ends it. Each thread computes with its share of the cores:
+    else they wait for one another."""
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // _THREADS))
     try:

@@ -1,4 +1,5 @@
-"""The architectures. A model is a sub-folder that defines SPEC: it is found, never listed, here or elsewhere on Python's path."""
+"""The architectures. A model is a sub-folder that defines SPEC: it is found, never listed, here or
+elsewhere on Python's path."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Attention with its log-sum-exp as an operator of PyTorch: torch.compile passes it by, selective recomputation keeps its result,
-a count of FLOP finds it, and a trace without values knows its shapes.
+"""Attention with its log-sum-exp as an operator of PyTorch: torch.compile passes it by, selective
+recomputation keeps its result, a count of FLOP finds it, and a trace without values knows its shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from hvtrain.models.precision import under_autocast
 
 @torch.library.custom_op("hvtrain::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
-    """Of [B S N D] and [B T N D]: the output [B S N D] and the log-sum-exp [B N S] fp32. `kernel`: Kernel.number."""
+    """Of [B S N D] and [B T N D]: the output [B S N D] and the log-sum-exp [B N S]
+    fp32. `kernel`: Kernel.number."""
     out, lse = numbered(kernel).partial(q, k, v)
     return out.contiguous(), lse.float().contiguous()
 
@@ -78,7 +79,8 @@ def _(dout: Any, q: Any, k: Any, *args: Any, **options: Any) -> int:
 
 
 def attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B S N D], differentiable. Where nothing is learnt, the kernel's own way, which need not give a log-sum-exp."""
+    """[B S N D], differentiable. Where nothing is learnt, the kernel's own way, which
+    need not give a log-sum-exp."""
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not (kernel.trains and learns):
         return kernel.attend(q, k, v)

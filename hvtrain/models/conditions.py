@@ -1,5 +1,5 @@
-"""A batch's conditions, by the flavor's fields: stacked, dropped, made up. Ragged ones are padded with zeros to the longest,
-and NAME_len [B] says each one's length."""
+"""A batch's conditions, by the flavor's fields: stacked, dropped, made up. Ragged ones are padded with zeros
+to the longest, and NAME_len [B] says each one's length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ Conds = Mapping[str, Tensor]
 
 def batch_of_one(sample: Conds, fields: Sequence[Field]) -> dict[str, Tensor]:
     """A sample's fields, without the batch, as a batch of one."""
-    lengths = {f"{f.name}_len": torch.tensor([len(sample[f.name])]) for f in fields if f.ragged and f.name in sample}
+    lengths = {
+        f"{f.name}_len": torch.tensor([len(sample[f.name])]) for f in fields if f.ragged and f.name in sample
+    }
     return {name: value[None] for name, value in sample.items()} | lengths
 
 
@@ -35,7 +37,8 @@ def stack(conds: Sequence[Conds], fields: Sequence[Field]) -> dict[str, Tensor]:
 
 
 def drop(batch: Conds, empty: Conds, dropped: Tensor, fields: Sequence[Field]) -> dict[str, Tensor]:
-    """These samples (bool [B]) with the empty prompt's fields (without a batch) instead of their caption's."""
+    """These samples (bool [B]) with the empty prompt's fields (without a batch)
+    instead of their caption's."""
     result = dict(batch)
     for f in fields:
         if f.column != "text" or f.name not in batch:
@@ -43,7 +46,9 @@ def drop(batch: Conds, empty: Conds, dropped: Tensor, fields: Sequence[Field]) -
         value, blank = batch[f.name], empty[f.name][None].to(batch[f.name].dtype)
         if f.ragged:
             longest = max(value.shape[1], blank.shape[1])
-            result[f"{f.name}_len"] = torch.where(dropped, torch.tensor(blank.shape[1]), batch[f"{f.name}_len"])
+            result[f"{f.name}_len"] = torch.where(
+                dropped, torch.tensor(blank.shape[1]), batch[f"{f.name}_len"]
+            )
             value, blank = _padded(value, longest), _padded(blank, longest)
         result[f.name] = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), blank, value)
     return result
@@ -53,8 +58,9 @@ def example(
     flavor: Flavor, latents: Sequence[int], *, lengths: Sequence[int] = (), optional: bool = False,
     draw: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """Conditions as the flavor declares them for latents [B C T H W], with values if `draw` is given: what a contract test
-    or a planner feeds a model whose data it does not have. `lengths`: of the ragged fields, by sample; else the longest."""
+    """Conditions as the flavor declares them for latents [B C T H W], with values if `draw` is given: what
+    a contract test or a planner feeds a model whose data it does not have. `lengths`: of the ragged fields,
+    by sample; else the longest."""
     n, (_, t, h, w) = latents[0], latents[1:]
     cond: dict[str, Any] = {}
     for f in flavor.cond:
@@ -64,7 +70,8 @@ def example(
         if f.ragged:
             cond[f"{f.name}_len"] = Lengths(own) if draw is None else torch.tensor(own)
         free = [max(own)] if f.ragged else []
-        # Dimensions that vary beside a ragged one are the latents' own: frames, height, width, from the right.
+        # Dimensions that vary beside a ragged one are the latents' own: frames,
+        # height, width, from the right.
         sizes = iter(free + [t, h, w][3 - sum(d is None for d in f.dims) + len(free) :])
         shape = (n, *(next(sizes) if d is None else d for d in f.dims))
         value = torch.empty(shape) if draw is None else torch.randn(shape, generator=draw)

@@ -1,10 +1,11 @@
 """What every diffusion transformer is made of: tokens, attention, blocks and the one forward.
 
-Model code is single-device. How tokens are split over ranks (`sequence`), how a module attends (`module.attend`) and how
-a block is run (`run_block`) are attributes that functions over the model set; see parallel/apply.py.
+Model code is single-device. How tokens are split over ranks (`sequence`), how a module attends
+(`module.attend`) and how a block is run (`run_block`) are attributes that functions over the
+model set; see parallel/apply.py.
 
-Shape legend of the whole package: B batch, C latent channels, T/H/W latent frames/height/width, S image tokens,
-L text tokens, N heads, D head dim, E width.
+Shape legend of the whole package: B batch, C latent channels, T/H/W latent frames/height/width, S image
+tokens, L text tokens, N heads, D head dim, E width.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Rope(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What flows from block to block. `img`, `rope` and `per_token` are split together over sequence-parallel ranks; all
-    else is whole on each of them."""
+    """What flows from block to block. `img`, `rope` and `per_token` are split together over sequence-parallel
+    ranks; all else is whole on each of them."""
 
     img: Tensor  # [B S E]
     rope: Rope
@@ -49,9 +50,12 @@ class Tokens:
     grid: Grid
     txt: Tensor  # [B L E], zero or garbage beyond txt_len; L may be 0
     txt_len: tuple[int, ...]
-    shared: Mapping[str, Tensor] = field(default_factory=dict)  # [B ...]: conditioning vectors, contexts to cross-attend
-    per_token: Mapping[str, Tensor] = field(default_factory=dict)  # [B S ...] or [1 S ...]: which modulation a token takes
-    sparse: Grid | None = None  # the grid, where the tokens are in a sparse pattern's order and attention may leave pairs out
+    # [B ...]: conditioning vectors, contexts to cross-attend
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    # [B S ...] or [1 S ...]: which modulation a token takes
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    # the grid, where the tokens are in a sparse pattern's order and attention may leave pairs out
+    sparse: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ class ModelInput:
 
     x: Tensor  # [B C T H W]: the noised latents and whatever channels the model takes beside them
     t: Tensor  # [B], fp32, as the model counts it
-    cond: Mapping[str, Tensor]  # the flavor's condition fields, batched; ragged ones padded with zeros to the longest
+    # the flavor's condition fields, batched; ragged ones padded with zeros to the longest
+    cond: Mapping[str, Tensor]
     lengths: Mapping[str, tuple[int, ...]]  # of each ragged field, by sample
     loss_mask: Tensor | None = None  # [B 1 T 1 1], 0 where the velocity is not to be learnt
-    exact: bool = field(default=False, kw_only=True)  # all pairs of tokens attend, also where attention is sparse
+    # all pairs of tokens attend, also where attention is sparse
+    exact: bool = field(default=False, kw_only=True)
 
 
 class TokenSplit(Protocol):
@@ -97,15 +103,16 @@ class Attend(Protocol):
     """All attention of a model. Every module that attends has one as `attend`, and parallelize() sets it."""
 
     def joint(
-        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int,
+        sparse: Grid | None = None
     ) -> Joint:
         """Over the first n_img image tokens of all ranks and the valid text; padding comes back as zeros.
         `sparse` is that of the tokens."""
         ...
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: tuple[int, ...]) -> Tensor:
-        """q [B S N D], whatever part of a sequence this rank holds, over the first lengths[b] of k and v [B L N D], which
-        every rank holds whole. A sample of length 0 gets zeros."""
+        """q [B S N D], whatever part of a sequence this rank holds, over the first lengths[b] of k and v [B L
+        N D], which every rank holds whole. A sample of length 0 gets zeros."""
         ...
 
 
@@ -120,7 +127,8 @@ class DiT(nn.Module):
     blocks: Sequence[nn.Module]  # in the order of execution; each takes and returns Tokens
     sequence: TokenSplit = LOCAL
     order: TokenOrder | None = None  # of sparse attention
-    # Whether blocks know a token's place by its rope and per_token alone, and hand tokens.sparse on to `joint`.
+    # Whether blocks know a token's place by its rope and per_token alone, and hand
+    # tokens.sparse on to `joint`.
     may_be_sparse: ClassVar[bool] = False
     run_block: Callable[[nn.Module, Tokens], Tokens] = staticmethod(run_plain)
 

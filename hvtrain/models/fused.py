@@ -1,7 +1,8 @@
-"""What stands around the matrix products of a block, in few passes over the tokens and with little kept for the backward.
+"""What stands around the matrix products of a block, in few passes over the tokens and
+with little kept for the backward.
 
-Each is equal to the plain formula in its docstring, with its rounding. That itself is computed where the vectors in it are
-learnt, and by torch.compile, which fuses by itself.
+Each is equal to the plain formula in its docstring, with its rounding. That itself is computed where the
+vectors in it are learnt, and by torch.compile, which fuses by itself.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from hvtrain.models.precision import without_autocast
 
 
 def modulated_norm(x: Tensor, *, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """layer_norm(x) * (1 + scale) + shift in float32, rounded once; x [B S E], shift and scale [B 1 E] or per token [B S E].
-    In the dtype of x where that is narrower than float32."""
+    """layer_norm(x) * (1 + scale) + shift in float32, rounded once; x [B S E], shift and scale [B 1 E] or per
+    token [B S E]. In the dtype of x where that is narrower than float32."""
     weight = 1 + scale
     one = shift.shape[1] == scale.shape[1] == 1  # of all tokens of a sample
     kinds = {weight.dtype, shift.dtype}
-    kernel = kinds == {x.dtype} or (x.device.type == "cpu" and x.dtype == torch.bfloat16 and kinds == {torch.float32})
+    kernel = (
+        kinds == {x.dtype}
+        or (x.device.type == "cpu" and x.dtype == torch.bfloat16 and kinds == {torch.float32})
+    )
     learnt = weight.requires_grad or shift.requires_grad
     if learnt or torch.compiler.is_compiling() or not (one and kernel):
         return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight + shift
-    with without_autocast(x.device.type):  # on GPUs it would make a float32 copy first; the kernel computes in float32 anyway
+    # on GPUs it would make a float32 copy first; the kernel computes in float32 anyway
+    with without_autocast(x.device.type):
         rows = [
             F.layer_norm(x[i : i + 1], x.shape[-1:], weight[i, 0], shift[i, 0], eps) if len(x) > 1
             else F.layer_norm(x, x.shape[-1:], weight[0, 0], shift[0, 0], eps) for i in range(len(x))
@@ -36,8 +41,8 @@ def modulated_norm(x: Tensor, *, shift: Tensor, scale: Tensor, eps: float = 1e-6
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + update * gate; x and update [B S E], gate [B 1 E] or per token [B S E].
 
-    A gate that is not learnt is no saved tensor: where a block ends with this, its recomputation can stop before the product
-    that made `update`, since nothing after that is needed.
+    A gate that is not learnt is no saved tensor: where a block ends with this, its recomputation can stop
+    before the product that made `update`, since nothing after that is needed.
     """
     plain = gate.requires_grad or gate.shape[1] != 1 or not x.dtype == update.dtype == gate.dtype
     return x + update * gate if plain or torch.compiler.is_compiling() else _Gated.apply(x, update, gate)
@@ -82,8 +87,8 @@ class _RootNorm(torch.autograd.Function):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x0, x1), (x2, x3), ... of x [B S N D] turned by each token's angles, whose cosine and sine come twice in a row
-    [S D]; in the dtype of the tables, then cast back."""
+    """The pairs (x0, x1), (x2, x3), ... of x [B S N D] turned by each token's angles, whose cosine and sine
+    come twice in a row [S D]; in the dtype of the tables, then cast back."""
     if torch.compiler.is_compiling() or x.device.type == "meta":
         wide = x.to(torch.promote_types(torch.float32, cos.dtype))
         even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)

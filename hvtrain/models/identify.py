@@ -1,4 +1,5 @@
-"""Whose weights these are, of which sizes and flavor: told from names, shapes and what the file says of itself."""
+"""Whose weights these are, of which sizes and flavor: told from names, shapes and
+what the file says of itself."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def parse_arch(kind: type, values: Any) -> Any:
     if missing := [n for n, f in known.items() if f.default is MISSING and n not in values]:
         raise CheckpointError(f"metadata '{ARCH_KEY}' is incomplete: it lacks {', '.join(missing)}")
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return kind(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
     except TypeError as error:
         raise CheckpointError(f"metadata '{ARCH_KEY}': {error}") from None
 
@@ -44,8 +47,9 @@ def flavor_of(
 ) -> Flavor:
     """The flavor of a file's architecture, with exactly this architecture's sizes.
 
-    `name` is what the user says and must fit; `hint` is what the file says of itself; `likely` is what its path speaks of,
-    believed where it fits. Weights do not tell flavors of equal shapes apart: with none, the first that fits is taken.
+    `name` is what the user says and must fit; `hint` is what the file says of itself; `likely` is what
+    its path speaks of, believed where it fits. Weights do not tell flavors of equal shapes apart: with
+    none, the first that fits is taken.
     """
     flavors = spec.flavors
     if name is not None:
@@ -53,7 +57,8 @@ def flavor_of(
         if different := differences(spec, flavor.arch, arch):
             field, (wanted, found) = next(iter(different.items()))
             raise CheckpointError(
-                f"flavor '{name}' has {field} {wanted}, the file has {found}: it looks like {_resembles(spec, arch)}"
+                f"flavor '{name}' has {field} {wanted}, the file has {found}: it looks like "
+                f"{_resembles(spec, arch)}"
             )
         return spec.fitted(flavor, replace(arch, **{key: getattr(flavor.arch, key) for key in spec.unseen}))
     if hint is not None and hint in flavors:
@@ -83,7 +88,9 @@ def count(names: Iterable[str], pattern: str) -> int:
 def count_some(names: Iterable[str], blocks: str) -> int:
     """As `count`, of `blocks.N.`. Raises CheckpointError for none."""
     if not (n := count(names, re.escape(blocks) + r"\.(\d+)\.")):
-        raise CheckpointError(f"missing keys '{blocks}.*': the file has no such block; is it one part of several?")
+        raise CheckpointError(
+            f"missing keys '{blocks}.*': the file has no such block; is it one part of several?"
+        )
     return n
 
 
@@ -92,13 +99,17 @@ def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     if name not in shapes:
         raise CheckpointError(f"missing key '{name}', which tells the size of the model")
     if len(shapes[name]) != ndim or 0 in shapes[name]:
-        raise CheckpointError(f"'{name}' has the shape {shapes[name]}, expected {ndim} dimensions, none of them 0")
+        raise CheckpointError(
+            f"'{name}' has the shape {shapes[name]}, expected {ndim} dimensions, none of them 0"
+        )
     return shapes[name]
 
 
 def _related(spec: ModelSpec, arch: Any) -> list[Flavor]:
     """Flavors that do the same at other sizes."""
-    return [f for f in spec.flavors.values() if all(getattr(f.arch, k) == getattr(arch, k) for k in spec.kind)]
+    return [
+        f for f in spec.flavors.values() if all(getattr(f.arch, k) == getattr(arch, k) for k in spec.kind)
+    ]
 
 
 def _kind(spec: ModelSpec, arch: Any) -> str:

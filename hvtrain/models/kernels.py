@@ -1,7 +1,8 @@
-"""Kernels of attention: PyTorch's own and those of optional packages, which are tried with values before they are chosen.
+"""Kernels of attention: PyTorch's own and those of optional packages, which are tried with
+values before they are chosen.
 
-A `Kernel` also yields the log-sum-exp and a backward that takes it, which is what a ring needs to merge partial results
-(parallel/usp.py).
+A `Kernel` also yields the log-sum-exp and a backward that takes it, which is what a ring needs to merge
+partial results (parallel/usp.py).
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ class Kernel:
     name: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # differentiable if `trains`
     partial: Callable[[Tensor, Tensor, Tensor], Partial]  # not differentiable
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Partial], Grads] | None  # (dout, q, k, v, merged result)
+    # (dout, q, k, v, merged result)
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Partial], Grads] | None
     missing: Callable[[torch.device, torch.dtype], str | None]  # why it cannot run there, or None
-    number: int = field(init=False, compare=False, repr=False)  # by which an operator, whose arguments are numbers, names it
+    # by which an operator, whose arguments are numbers, names it
+    number: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "number", len(_NUMBERED))
@@ -76,10 +79,11 @@ _CUDNN = 91501  # 9.15.1: before, its attention was wrong for some lengths, and 
 
 
 def pick_kernel(
-    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True, work: Workload | None = None
+    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True,
+    work: Workload | None = None
 ) -> Kernel:
-    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as measured there for such
-    `work`, or without it the one that is said to be.
+    """The kernel called `name`; "auto" takes the fastest that runs on this device with this dtype, as
+    measured there for such `work`, or without it the one that is said to be.
 
     SageAttention quantises q and k, so "auto" never chooses it: it changes the result.
     """
@@ -106,7 +110,7 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return ("onednn",) if onednn.is_faster() and onednn.missing(device, dtype) is None else ("sdpa",)
 
 
-# --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient -------------------------------------------
+# --- torch's own kernels: CPU flash, CUDA flash, CUDA memory-efficient --------------------------------------
 
 _ALIGN_LSE = 32  # the CUDA memory-efficient kernel pads its log-sum-exp to a multiple of this
 
@@ -160,7 +164,8 @@ def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Parti
     dout, q, k, v, out = _heads_first(dout, q, k, v, merged.out)
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state
     grads = aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, merged.lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused
+        dout, q, k, v, out, merged.lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, unused,
+        unused
     )
     return Grads(*_heads_first(*grads))
 
@@ -176,12 +181,13 @@ def _cudnn_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Partial) -> Grads:
-    # Its graph is built for the layout that the forward's output has: that of q. The log-sum-exp comes as [B N S 1].
+    # Its graph is built for the layout that the forward's output has: that of q. The
+    # log-sum-exp comes as [B N S 1].
     dout, q, k, v, out = _heads_first(dout.contiguous(), q, k, v, merged.out.to(q.dtype).contiguous())
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's random state
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, merged.lse.contiguous().unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0,
-        False,
+        dout, q, k, v, out, merged.lse.contiguous().unsqueeze(-1), unused, unused, None, None, None,
+        q.shape[2], k.shape[2], 0.0, False,
     )
     return Grads(*_heads_first(*grads))
 
@@ -203,7 +209,7 @@ def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-# --- optional packages, imported when used ------------------------------------------------------------------------
+# --- optional packages, imported when used ------------------------------------------------------------------
 
 
 def _package_missing(
@@ -239,8 +245,9 @@ def _installed(package: str) -> bool:
 def _trial(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Call all of a kernel on a little attention and compare: what is wrong, or None.
 
-    A package of that name may be another one (flash-attn-4 brings a `flash_attn` without FlashAttention 2), built for another
-    PyTorch, or have changed its private functions; else that shows in the first step, after minutes of loading.
+    A package of that name may be another one (flash-attn-4 brings a `flash_attn` without FlashAttention
+    2), built for another PyTorch, or have changed its private functions; else that shows in the first
+    step, after minutes of loading.
     """
     kernel = KERNELS[name]
     q, k, v, d_out = _little_attention(device, dtype)
@@ -357,8 +364,8 @@ def _flash4_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Part
 
 @contextmanager
 def _as_flash(name: str) -> Iterator[None]:
-    """While entered, PyTorch's flash operators are this implementation: it registers for the whole process, so it is done only
-    where the name changes."""
+    """While entered, PyTorch's flash operators are this implementation: it registers for the whole process,
+    so it is done only where the name changes."""
     from torch.nn import attention
 
     before = attention.current_flash_attention_impl()
@@ -376,7 +383,8 @@ KERNELS |= {
     "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
     "onednn": Kernel(
         "onednn", onednn.attend, lambda q, k, v: Partial(*onednn.forward(q, k, v)),
-        lambda dout, q, k, v, merged: Grads(*onednn.backward(dout, q, k, v, merged.out, merged.lse)), onednn.missing,
+        lambda dout, q, k, v, merged: Grads(*onednn.backward(dout, q, k, v, merged.out, merged.lse)),
+        onednn.missing,
     ),
     "cudnn": Kernel("cudnn", _cudnn_attend, _cudnn_partial, _cudnn_backward, _cudnn_missing),
     "flash4": Kernel(  # through PyTorch's own operators, which it takes over
@@ -384,11 +392,14 @@ KERNELS |= {
         _package_missing("flash_attn.cute", "flash4", since=(9, 0), until=(11, 0)),
     ),
     "flash2": Kernel(
-        "flash2", _flash2, _flash2_partial, _flash2_backward, _package_missing("flash_attn", "flash2", since=(8, 0))
+        "flash2", _flash2, _flash2_partial, _flash2_backward,
+        _package_missing("flash_attn", "flash2", since=(8, 0))
     ),
     "flash3": Kernel(  # for Hopper alone
         "flash3", _flash3, _flash3_partial, _flash3_backward,
         _package_missing("flash_attn_interface", "flash3", since=(9, 0), until=(10, 0)),
     ),
-    "sage": Kernel("sage", _sage, _sage_partial, None, _package_missing("sageattention", "sage", since=(8, 0))),
+    "sage": Kernel(
+        "sage", _sage, _sage_partial, None, _package_missing("sageattention", "sage", since=(8, 0))
+    ),
 }

@@ -1,7 +1,7 @@
 """A decoder-only language model as a text encoder: transformers' class, without the layers that nobody reads.
 
-A Hugging Face directory (language model alone or inside a larger one), or ComfyUI's single file, plain or scaled float8.
-Prefixes differ between them and between transformers 4 and 5: the prefix is found, not listed.
+A Hugging Face directory (language model alone or inside a larger one), or ComfyUI's single file, plain or
+scaled float8. Prefixes differ between them and between transformers 4 and 5: the prefix is found, not listed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ class LanguageModel:
 
 
 def load_language_model(
-    path: str | Path, kind: LanguageModel, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
+    path: str | Path, kind: LanguageModel, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+    fp8: bool = False
 ) -> LoadedEncoder:
-    """The library's model without the last two layers and without its norm: its output is hidden_states[-3]."""
+    """The library's model without the last two layers and without its norm: its
+    output is hidden_states[-3]."""
     source = anchored(path, {"embed_tokens.weight": OWN_NAMES}, what=kind.what)
     config = config_for(source, kind)
     module = import_module(kind.module)
@@ -61,19 +63,26 @@ def load_language_model(
     return LoadedEncoder(model.eval().requires_grad_(False), fingerprint(source.weights))
 
 
-def given_config(source: Source, types: tuple[str, ...], *, section: str = "text_config") -> Mapping[str, Any]:
+def given_config(
+    source: Source, types: tuple[str, ...], *, section: str = "text_config"
+) -> Mapping[str, Any]:
     """The encoder's own config, of a composite model's its section, without what is no size or fact."""
 
-    def mine(config: Mapping[str, Any]) -> bool:  # a single file among others: the config.json may not be its own
+    # a single file among others: the config.json may not be its own
+    def mine(config: Mapping[str, Any]) -> bool:
         return source.path.is_dir() or config.get("model_type") in types
 
     config = config_of(source.path, source.weights.metadata, METADATA_KEY, mine=mine)
     given = config.get(section, config)
-    return {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype", "architectures", "layer_types")}
+    return {
+        key: value for key,
+        value in given.items() if key not in ("dtype", "torch_dtype", "architectures", "layer_types")
+    }
 
 
 def config_for(source: Source, kind: LanguageModel) -> Any:
-    """Sizes from shapes (composite configs leave some out), the rest from the config or the official model."""
+    """Sizes from shapes (composite configs leave some out), the rest from the
+    config or the official model."""
     vocabulary, hidden = source.shape("embed_tokens.weight")
     given = given_config(source, kind.types)
     n_layers = given.get("num_hidden_layers") or count(source.sources, r"layers\.(\d+)\.")
@@ -92,7 +101,9 @@ def config_for(source: Source, kind: LanguageModel) -> Any:
     }
     facts = {k: v for k, v in kind.facts.items() if not (k == "rope_theta" and "rope_parameters" in given)}
     # Without a padding id: it only zeroes an embedding row's gradient, and may lie past a trimmed vocabulary.
-    return getattr(import_module(kind.module), kind.classes[0])(**{**facts, **given, **sizes, "pad_token_id": None})
+    return getattr(import_module(kind.module), kind.classes[0])(
+        **{**facts, **given, **sizes, "pad_token_id": None}
+    )
 
 
 def heads_of(source: Source, hidden: int, head_dim: int) -> int:

@@ -13,7 +13,8 @@ from hvtrain.models.fused import root_norm
 
 
 class RMSNorm(nn.Module):
-    """Over the last axis: normalise in fp32, cast back, then multiply (the order decides the last bf16 digit)."""
+    """Over the last axis: normalise in fp32, cast back, then multiply (the order
+    decides the last bf16 digit)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -25,7 +26,8 @@ class RMSNorm(nn.Module):
 
 
 class PatchConv(nn.Conv3d):
-    """A Conv3d whose kernel is its stride, computed as the linear map that it is (bf16 Conv3d is slow on GPUs)."""
+    """A Conv3d whose kernel is its stride, computed as the linear map that it is
+    (bf16 Conv3d is slow on GPUs)."""
 
     def forward(self, x: Tensor) -> Tensor:
         pt, ph, pw = self.kernel_size
@@ -45,10 +47,11 @@ class Mlp(nn.Module):
 
 
 def frequencies(half: int, *, max_period: float, device: torch.device) -> Tensor:
-    """max_period^(-i/half), fp32: the exponent in fp32 as officially, but its exp in fp64, so that all machines agree.
+    """max_period^(-i/half), fp32: the exponent in fp32 as officially, but its exp in
+    fp64, so that all machines agree.
 
-    torch's fp32 exp differs in the last bit between CPUs, and one bit moves the angle of a guidance of 6000 so far
-    that the model's output changes by 1e-5.
+    torch's fp32 exp differs in the last bit between CPUs, and one bit moves the angle of a guidance of 6000
+    so far that the model's output changes by 1e-5.
     """
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=device) / half
     return exponent.double().exp().float()

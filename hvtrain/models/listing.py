@@ -40,8 +40,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def keys(name: str, flavor: str | None = None, part: str | None = None) -> Iterator[str]:
-    """"key TAB shape" (3072x16x1x2x2) of every tensor of a flavor (the first unless named), as in its official file: of the
-    DiT, or another part. Raises ConfigError for a part whose keys are not known."""
+    """"key TAB shape" (3072x16x1x2x2) of every tensor of a flavor (the first unless named), as in its
+    official file: of the DiT, or another part. Raises ConfigError for a part whose keys are not known."""
     spec = find(name)
     chosen = spec.flavor(flavor)
     dits = ("dit", *(expert.part for expert in chosen.experts))

@@ -1,6 +1,8 @@
-"""From a weights file to a model: whose is it, which sizes, is it whole; then tensor by tensor out of the memory map.
+"""From a weights file to a model: whose is it, which sizes, is it whole; then tensor
+by tensor out of the memory map.
 
-Official names, ComfyUI's and diffusers' are accepted, with the prefixes that all-in-one files and wrappers add.
+Official names, ComfyUI's and diffusers' are accepted, with the prefixes that
+all-in-one files and wrappers add.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Identified(Source):
-    """What a file holds, told from names and shapes alone; its tensors under official names, prefix stripped."""
+    """What a file holds, told from names and shapes alone; its tensors under
+    official names, prefix stripped."""
 
     spec: ModelSpec
     arch: Any
@@ -54,7 +57,8 @@ class LoadedDit:
 
 
 def identify(path: str | Path, *, model: str | None = None, flavor: str | None = None) -> Identified:
-    """Read the header only. `model` and `flavor` are what the user says; a file that contradicts is refused."""
+    """Read the header only. `model` and `flavor` are what the user says; a file
+    that contradicts is refused."""
     path = Path(path)
     whole = open_weights(path)
     prefix, weights = strip_prefix(whole)
@@ -66,13 +70,17 @@ def identify(path: str | Path, *, model: str | None = None, flavor: str | None =
         if not spec.signature(shapes):
             continue
         if (stated := weights.metadata.get(MODEL_KEY, spec.name)) != spec.name:
-            raise CheckpointError(f"{path}: its metadata says that it is '{stated}', its tensors are {spec.name}'s")
+            raise CheckpointError(
+                f"{path}: its metadata says that it is '{stated}', its tensors are {spec.name}'s"
+            )
         try:
             arch = arch_of(spec, shapes, weights.metadata)
             likely = spec.told_by(path) if spec.told_by else None
             chosen = flavor_of(spec, arch, flavor, hint=weights.metadata.get(FLAVOR_KEY), likely=likely)
             if flavor and likely and spec.flavor(likely).tasks[0] != chosen.tasks[0]:
-                raise CheckpointError(f"its name or config says '{likely}', which does another task than flavor '{flavor}'")
+                raise CheckpointError(
+                    f"its name or config says '{likely}', which does another task than flavor '{flavor}'"
+                )
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _refuse_integers(weights, sources)
@@ -86,25 +94,31 @@ def load_dit(
     dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
     edit: Edit | None = None, spread: Spread | None = None,
 ) -> LoadedDit:
-    """The model in a file. Peak host memory: one copy in `dtype`, or in float8 with `quantize_to` (fp8, fp8_scaled).
+    """The model in a file. Peak host memory: one copy in `dtype`, or in float8 with
+    `quantize_to` (fp8, fp8_scaled).
 
-    `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is loaded. `spread`: Source.fill.
+    `edit` changes a layer's weight before it is quantised: how LoRAs are merged into what is
+    loaded. `spread`: Source.fill.
     """
     return load_found(
-        identify(path, model=model, flavor=flavor), dtype=dtype, device=device, quantize_to=quantize_to, edit=edit,
-        spread=spread,
+        identify(path, model=model, flavor=flavor), dtype=dtype, device=device, quantize_to=quantize_to,
+        edit=edit, spread=spread,
     )
 
 
 def load_found(
-    found: Identified, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", quantize_to: str = "none",
-    edit: Edit | None = None, spread: Spread | None = None,
+    found: Identified, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+    quantize_to: str = "none", edit: Edit | None = None, spread: Spread | None = None,
 ) -> LoadedDit:
     """The same, of a file whose header was read already."""
     empty = whole_model(found)
     eight_bit = set(found.spec.lora_targets(empty)) if quantize_to != "none" else set()
-    found.fill(empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit, spread=spread)
-    return LoadedDit(empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata)
+    found.fill(
+        empty, dtype=dtype, device=device, eight_bit=eight_bit, how=quantize_to, edit=edit, spread=spread
+    )
+    return LoadedDit(
+        empty, found.spec, found.arch, found.flavor, fingerprint(found.weights), found.weights.metadata
+    )
 
 
 def whole_model(found: Identified) -> DiT:
@@ -125,8 +139,8 @@ def save_dit(
     state = model.state_dict()
     slots = [Extent(name, dtype or t.dtype, tuple(t.shape)) for name, t in state.items()]
     metadata = {
-        MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(model.arch)), FLAVOR_KEY: flavor.name, "format": "pt",
-        **(extra or {}),
+        MODEL_KEY: spec.name, ARCH_KEY: json.dumps(asdict(model.arch)), FLAVOR_KEY: flavor.name,
+        "format": "pt", **(extra or {}),
     }
     with open_writer(path, slots, metadata=metadata) as writer:
         for name in writer.waiting:
@@ -135,7 +149,8 @@ def save_dit(
 
 
 def strip_prefix(weights: Weights) -> tuple[str, Weights]:
-    """The file's tensors without the prefix that the DiT's share; other parts of an all-in-one file are left out."""
+    """The file's tensors without the prefix that the DiT's share; other parts of an
+    all-in-one file are left out."""
     for prefix in PREFIXES:
         names = {name: name[len(prefix) :] for name in weights if name.startswith(prefix)}
         # "model." and the like are also beginnings of other programs' own names: then all must have it.
@@ -146,12 +161,19 @@ def strip_prefix(weights: Weights) -> tuple[str, Weights]:
 
 def _with_scales(weights: Weights) -> Weights:
     """The official float8 file keeps its scales in another one, X_map.pt: module name -> factor."""
-    if not any(f.suffix == ".pt" for f in weights.files) or not any(e.dtype in _FLOAT8 for e in weights.entries.values()):
+    if (
+        not any(f.suffix == ".pt" for f in weights.files)
+        or not any(e.dtype in _FLOAT8 for e in weights.entries.values())
+    ):
         return weights
     scales = weights.files[0].with_name(weights.files[0].stem + "_map.pt")
     if not scales.is_file():
-        raise CheckpointError(f"{weights.path}: float8 weights without their scales: put {scales.name} beside it")
-    table = {f"{name.removesuffix('.weight')}.{SCALES[0]}": e for name, e in open_weights(scales).entries.items()}
+        raise CheckpointError(
+            f"{weights.path}: float8 weights without their scales: put {scales.name} beside it"
+        )
+    table = {
+        f"{name.removesuffix('.weight')}.{SCALES[0]}": e for name, e in open_weights(scales).entries.items()
+    }
     return replace(weights, entries={**weights.entries, **table})
 
 
@@ -160,7 +182,9 @@ def _refuse_integers(weights: Weights, sources: Mapping[str, Fused]) -> None:
     for name in (part for source in sources.values() for part in source.parts):
         if not weights.dtype(name).is_floating_point:
             kind = str(weights.dtype(name)).removeprefix("torch.")
-            raise CheckpointError(f"{weights.path}: '{name}' is {kind}: quantised weights are not supported, but float8")
+            raise CheckpointError(
+                f"{weights.path}: '{name}' is {kind}: quantised weights are not supported, but float8"
+            )
 
 
 def _dialect_of(spec: ModelSpec, weights: Weights) -> tuple[str, dict[str, Fused]]:

@@ -1,7 +1,7 @@
 """Attention kernels on the device at hand: how far they are from float64, and which is the fastest.
 
-`auto` asks here once for each class of shapes, device, dtype and set of kernels, and the answer is kept in ~/.cache/hvtrain: a
-second start is not slower, and goes the same way.
+`auto` asks here once for each class of shapes, device, dtype and set of kernels, and the answer is kept in
+~/.cache/hvtrain: a second start is not slower, and goes the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from hvtrain.rng import generator
 from shards.atomic import write_text
 
 log = logging.getLogger(__name__)
-RESIDUES = (0, 1, 63, 64, 65, 127)  # of a length modulo 128: kernels have been wrong for some, and clips and texts make them all
+# of a length modulo 128: kernels have been wrong for some, and clips and texts make them all
+RESIDUES = (0, 1, 63, 64, 65, 127)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 3e-2}
 KEPT = Path("~/.cache/hvtrain/kernels.json")
 
@@ -49,8 +50,8 @@ _CLASSES, _HEADS = (1024, 4096, 16384, 65536), 4
 
 
 def class_of(work: Workload) -> Workload:
-    """What is measured in its place: the least number of tokens in _CLASSES that is not below half of it (beyond, kernels no
-    longer get faster), and no more heads than fill a card."""
+    """What is measured in its place: the least number of tokens in _CLASSES that is not below half of it
+    (beyond, kernels no longer get faster), and no more heads than fill a card."""
     tokens = next((n for n in _CLASSES if work.tokens <= 2 * n), _CLASSES[-1])
     return work._replace(tokens=tokens, heads=min(work.heads, max(1, _HEADS * 16384 // tokens)))
 
@@ -70,23 +71,29 @@ class Errors(NamedTuple):
 
 
 def drawn(size: Size, device: torch.device, dtype: torch.dtype, *, low: bool = False) -> list[Tensor]:
-    """q, k, v and the output's gradient, [B S N D]. `low`: scores so far below zero that the log-sum-exp is under -88.7, whose
-    exponential is no float32: there a cuDNN lost its gradients (pytorch#196678)."""
+    """q, k, v and the output's gradient, [B S N D]. `low`: scores so far below zero that the log-sum-exp is
+    under -88.7, whose exponential is no float32: there a cuDNN lost its gradients (pytorch#196678)."""
     draw = generator(size.queries * 1000 + size.keys, stream="kernel-errors")
     b, n, d = size.batch, size.heads, size.dim
-    q, k, v, g = (torch.randn(b, s, n, d, generator=draw) for s in (size.queries, size.keys, size.keys, size.queries))
+    q, k, v, g = (
+        torch.randn(b, s, n, d, generator=draw) for s in (size.queries, size.keys, size.keys, size.queries)
+    )
     if low:
         q, k = q * 0.1 + 1, k - 120 / d**0.5
     return [x.to(device, dtype) for x in (q, k, v, g)]
 
 
-def errors(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype, *, low: bool = False) -> Errors:
+def errors(
+    kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype, *, low: bool = False
+) -> Errors:
     q, k, v, d_out = drawn(size, device, dtype, low=low)
     with torch.enable_grad():
         wide = [x.double().requires_grad_() for x in (q, k, v)]
         scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / size.dim**0.5
         out = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
-        wanted = [x.detach() for x in (out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.double()))]
+        wanted = [
+            x.detach() for x in (out, scores.logsumexp(-1), *torch.autograd.grad(out, wide, d_out.double()))
+        ]
     with torch.no_grad():
         found = kernel.partial(q, k, v)
         grads = kernel.backward(d_out, q, k, v, found) if kernel.backward else wanted[2:]
@@ -97,7 +104,8 @@ def errors(kernel: Kernel, size: Size, device: torch.device, dtype: torch.dtype,
 def wrongs(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, *, dim: int = 128
 ) -> Iterator[tuple[str, Errors]]:
-    """Where a kernel is wrong: sizes of all residues, of unequal queries and keys, and scores far below zero."""
+    """Where a kernel is wrong: sizes of all residues, of unequal queries and
+    keys, and scores far below zero."""
     sizes = [Size(256 + r, 256 + r) for r in RESIDUES] + [Size(257, 129), Size(64, 448, batch=2)]
     for size in (s._replace(dim=dim) for s in sizes):
         for low in (False, True):
@@ -142,8 +150,9 @@ def fastest(
     candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, *, work: Workload = LONG,
     kept: Path = KEPT,
 ) -> Kernel:
-    """Of those whose gradients are right on this device, for work of this class. The last candidate, PyTorch's own, is taken if
-    none is. Several processes that measure at a time agree on what one of them has kept first."""
+    """Of those whose gradients are right on this device, for work of this class. The last
+    candidate, PyTorch's own, is taken if none is. Several processes that measure at a time agree on
+    what one of them has kept first."""
     work = class_of(work)
     key = " | ".join([_machine(device), str(dtype), *(k.name for k in candidates), str(tuple(work))])
     kept = kept.expanduser()
@@ -154,12 +163,17 @@ def fastest(
     for kernel in candidates:
         wrong = next(wrongs(kernel, device, dtype, dim=work.dim), None)
         if wrong is not None:
-            log.warning("attention kernel %s is wrong on this device at %s: error %.3g", kernel.name, wrong[0], wrong[1].worst)
+            log.warning(
+                "attention kernel %s is wrong on this device at %s: error %.3g", kernel.name, wrong[0],
+                wrong[1].worst
+            )
             continue
         times[kernel.name] = seconds(kernel, work, device, dtype)
     name = min(times, key=lambda n: times[n], default=candidates[-1].name)
     told = ", ".join(f"{n} {1000 * s:.2f}" for n, s in times.items())
-    log.info("attention kernels at %d tokens x %d heads of %d, ms: %s", work.tokens, work.heads, work.dim, told)
+    log.info(
+        "attention kernels at %d tokens x %d heads of %d, ms: %s", work.tokens, work.heads, work.dim, told
+    )
     known = _read(kept)
     if (first := known.get(key)) in by_name:
         return by_name[first]

@@ -1,8 +1,10 @@
-"""Attention on a CPU by oneDNN's matrix products, for bfloat16: some rows of the scores at a time, for each head.
+"""Attention on a CPU by oneDNN's matrix products, for bfloat16: some rows of the
+scores at a time, for each head.
 
-PyTorch's own kernel multiplies small tiles, and forms the float32 scores with whatever BLAS it was built with: on CPUs that have
-bfloat16 instructions but no matrix unit (AMX) that is half as fast. Rounded where a flash kernel rounds: scores, softmax and
-log-sum-exp are float32, the probabilities that multiply v are bfloat16.
+PyTorch's own kernel multiplies small tiles, and forms the float32 scores with whatever BLAS it
+was built with: on CPUs that have bfloat16 instructions but no matrix unit (AMX) that is half as
+fast. Rounded where a flash kernel rounds: scores, softmax and log-sum-exp are float32, the
+probabilities that multiply v are bfloat16.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from hvtrain.models.precision import under_autocast
 
-_ROWS, _SCORES = 256, 2**22  # rows at a time, and the most scores: what is held of them is 16 MB, twice in the backward
+# rows at a time, and the most scores: what is held of them is 16 MB, twice in the backward
+_ROWS, _SCORES = 256, 2**22
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -27,7 +30,8 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def is_faster() -> bool:
-    """Than PyTorch's own. By the kind of CPU and not by a clock: on a CPU the clock tells what else is running."""
+    """Than PyTorch's own. By the kind of CPU and not by a clock: on a CPU the clock
+    tells what else is running."""
     return bool(torch.cpu._is_avx512_bf16_supported()) and not torch.cpu._is_amx_tile_supported()
 
 
@@ -58,7 +62,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the whole result where k and v are a part of the keys (a ring)."""
     (b, s, n, d), step = q.shape, _step(k)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

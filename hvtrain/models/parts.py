@@ -31,7 +31,10 @@ def open_column(spec: ModelSpec, model: ModelConfig, name: str, device: Device) 
 def text_fingerprints(spec: ModelSpec, model: ModelConfig, flavor: Flavor | None) -> tuple[str, ...]:
     """What the text encoders' fingerprint may be; empty where not all of their files are given."""
     needed = [name for name, part in spec.parts.items() if "text" in part.makes and not part.optional]
-    return spec.text_fingerprints(model.files, **_sees(flavor)) if all(name in model.parts for name in needed) else ()
+    return (
+        spec.text_fingerprints(model.files, **_sees(flavor))
+        if all(name in model.parts for name in needed) else ()
+    )
 
 
 def _sees(flavor: Flavor | None) -> dict[str, int]:

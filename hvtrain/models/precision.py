@@ -8,8 +8,8 @@ import torch
 
 
 def autocast(device_type: str, *, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
-    """Without autocast's cache: it would keep a second copy of every float32 weight until the end of the forward pass (26 GB of a
-    13B model that is fully trained), and each weight is used once."""
+    """Without autocast's cache: it would keep a second copy of every float32 weight until the end of the
+    forward pass (26 GB of a 13B model that is fully trained), and each weight is used once."""
     return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
@@ -20,4 +20,7 @@ def under_autocast(device_type: str) -> bool:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """For what must be computed in the dtype that it comes in. The meta device has no autocast to leave."""
-    return autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+    return (
+        autocast(device_type, enabled=False)
+        if torch.amp.is_autocast_available(device_type) else nullcontext()
+    )

@@ -1,4 +1,5 @@
-"""Rotary position embedding of a video's token grid (RoFormer, arXiv:2104.09864; one share of the head per axis)."""
+"""Rotary position embedding of a video's token grid (RoFormer, arXiv:2104.09864; one
+share of the head per axis)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from hvtrain.models.fused import turned
 
 
 def grid_rope(
-    grid: Grid, dims: tuple[int, int, int], *, theta: float, device: torch.device, dtype: torch.dtype = torch.float32
+    grid: Grid, dims: tuple[int, int, int], *, theta: float, device: torch.device,
+    dtype: torch.dtype = torch.float32
 ) -> Rope:
-    """Tables for the tokens of a grid in t, h, w order. Integer positions from 0; fp32 at least: bf16 cannot tell
-    neighbouring positions apart from 256 on."""
+    """Tables for the tokens of a grid in t, h, w order. Integer positions from 0; fp32 at least: bf16 cannot
+    tell neighbouring positions apart from 256 on."""
     angles = []
     for axis, (n, dim) in enumerate(zip(grid, dims, strict=True)):
         frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
@@ -26,5 +28,6 @@ def grid_rope(
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs (x0, x1), (x2, x3), ... of x [B S N D] by each token's angles, in the dtype of the tables."""
+    """Turn the pairs (x0, x1), (x2, x3), ... of x [B S N D] by each token's angles,
+    in the dtype of the tables."""
     return turned(x, rope.cos, rope.sin)

@@ -56,7 +56,8 @@ class SparseWay:
 
     name: str
     partial: Callable[[Sparse, Grid, Tensor, Tensor, Tensor], Partial]
-    backward: Callable[[Sparse, Grid, Tensor, Tensor, Tensor, Tensor, Partial], Grads]  # (.., dout, q, k, v, result)
+    # (.., dout, q, k, v, result)
+    backward: Callable[[Sparse, Grid, Tensor, Tensor, Tensor, Tensor, Partial], Grads]
     missing: Callable[[torch.device], str | None]  # why it cannot run there, or None
 
 
@@ -64,7 +65,8 @@ WAYS: Registry[SparseWay] = Registry("sparse kernel", also=("auto",))
 
 
 def pick_sparse(
-    cfg: SparseConfig, *, dense: Kernel, device: torch.device, dtype: torch.dtype = torch.float32, training: bool = True
+    cfg: SparseConfig, *, dense: Kernel, device: torch.device, dtype: torch.dtype = torch.float32,
+    training: bool = True
 ) -> Sparse | None:
     """What `sparse` of a config means on this device; None: exact attention."""
     if cfg.pattern == "none":
@@ -77,7 +79,10 @@ def pick_sparse(
     if reason is None and name == "flex":
         reason = _trial(device, dtype)
     if reason:
-        other = "" if name == "gather" else "; sparse.kernel=gather computes the same with parallel.kernel, slower"
+        other = (
+            "" if name == "gather"
+            else "; sparse.kernel=gather computes the same with parallel.kernel, slower"
+        )
         raise ConfigError(f"sparse.kernel: '{name}' cannot be used: {reason}{other}")
     return found
 
@@ -88,13 +93,18 @@ def check_sparse(cfg: SparseConfig, model: DiT, *, ring: int, kernel: str) -> No
         return
     reason = None
     if ring > 1:  # rules.py says it first
-        reason = f"parallel.ring is {ring}: around a ring no rank sees whole windows; share the sample by parallel.ulysses alone"
+        reason = (
+            f"parallel.ring is {ring}: around a ring no rank sees whole windows; share the sample by "
+            "parallel.ulysses alone"
+        )
     elif kernel == "xfuser":
         reason = "parallel.kernel is xfuser, which computes all pairs; set it to auto"
     elif not model.may_be_sparse:
         reason = f"the blocks of {type(model).__name__} do not say where their tokens lie"
     elif cfg.exact_layers >= len(model.blocks):
-        reason = f"sparse.exact_layers is {cfg.exact_layers} of {len(model.blocks)} blocks, which leaves nothing"
+        reason = (
+            f"sparse.exact_layers is {cfg.exact_layers} of {len(model.blocks)} blocks, which leaves nothing"
+        )
     if reason:
         raise ConfigError(f"sparse.pattern '{cfg.pattern}' cannot be used: {reason}, or set it to none")
 
@@ -136,7 +146,7 @@ class _Places(NamedTuple):
     back: Tensor
 
 
-# --- the operator -------------------------------------------------------------------------------------------------
+# --- the operator -------------------------------------------------------------------------------------------
 
 _QKV = "Tensor q, Tensor k, Tensor v"
 _WHERE = "SymInt[] grid, SymInt sparse"
@@ -152,7 +162,9 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grid: Sequence[int], sparse: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     one = _NUMBERED[sparse]
-    dq, dk, dv = (x.contiguous() for x in one.way.backward(one, Grid(*grid), dout, q, k, v, Partial(out, lse)))
+    dq, dk, dv = (
+        x.contiguous() for x in one.way.backward(one, Grid(*grid), dout, q, k, v, Partial(out, lse))
+    )
     return dq, dk, dv
 
 
@@ -205,7 +217,9 @@ def _(q: Any, k: Any, v: Any, grid: Any, sparse: Any, *args: Any, **options: Any
 
 
 @register_flop_formula(BACKWARD_OP)
-def _(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, grid: Any, sparse: Any, *args: Any, **options: Any) -> int:
+def _(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, grid: Any, sparse: Any, *args: Any, **options: Any
+) -> int:
     return 5 * _product(q, grid, sparse)  # as of exact attention
 
 
@@ -216,7 +230,7 @@ def attend_sparse(sparse: Sparse, q: Tensor, k: Tensor, v: Tensor, *, grid: Grid
     return sparse_attention(q, k, v, list(grid), sparse.number)[0]
 
 
-# --- gather: the exact kernel on what each run of tokens attends; nothing is masked -----------------------------------
+# --- gather: the exact kernel on what each run of tokens attends; nothing is masked -------------------------
 
 
 class _Group(NamedTuple):
@@ -231,7 +245,9 @@ def _groups(pattern: Pattern, grid: Grid, device: torch.device) -> list[_Group]:
     layout = layout_of(pattern, grid)
     run = np.repeat(np.arange(len(layout.keep)), layout.sizes)  # [S]
     rows, which = np.unique(layout.keep, axis=0, return_inverse=True)
-    found = [(np.flatnonzero((which.ravel() == i)[run]), np.flatnonzero(row[run])) for i, row in enumerate(rows)]
+    found = [
+        (np.flatnonzero((which.ravel() == i)[run]), np.flatnonzero(row[run])) for i, row in enumerate(rows)
+    ]
     return [_Group(*(torch.from_numpy(x).to(device) for x in both)) for both in found]
 
 
@@ -268,7 +284,7 @@ def _gathered_backward(
     return Grads(dq, dk.to(k), dv.to(v))
 
 
-# --- flex -------------------------------------------------------------------------------------------------------------
+# --- flex ---------------------------------------------------------------------------------------------------
 
 
 def _flex(sparse: Sparse, grid: Grid, q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -280,7 +296,9 @@ def _flex_backward(
     sparse: Sparse, grid: Grid, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Partial
 ) -> Grads:
     n_txt = q.shape[1] - grid.t * grid.h * grid.w
-    return sparse_flex.backward(dout, q, k, v, result, sparse_flex.block_mask(sparse.pattern, grid, n_txt, q.device))
+    return sparse_flex.backward(
+        dout, q, k, v, result, sparse_flex.block_mask(sparse.pattern, grid, n_txt, q.device)
+    )
 
 
 WAYS |= {
@@ -300,7 +318,12 @@ def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
     draw = generator(0, stream="sparse-trial")
     n = grid.t * grid.h * grid.w + n_txt
     q, k, v, d_out = (torch.randn(1, n, 2, 128, generator=draw).to(device, dtype) for _ in range(4))
-    plain, flex = (Sparse(SlidingTiles((2, 4, 16), (1, 1, 1)), WAYS[name], KERNELS["sdpa"]) for name in ("gather", "flex"))
+    plain, flex = (
+
+            Sparse(SlidingTiles((2, 4, 16), (1, 1, 1)), WAYS[name], KERNELS["sdpa"])
+            for name in ("gather", "flex")
+
+    )
     with torch.no_grad():
         want = plain.way.partial(plain, grid, q, k, v)
         wanted = [*want, *plain.way.backward(plain, grid, d_out, q, k, v, want)]
@@ -309,5 +332,8 @@ def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
             found = [*have, *flex.way.backward(flex, grid, d_out, q, k, v, have)]
         except Exception as error:  # of any kind: it is not our code
             return f"a call of it fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    near = all(float((a.float() - b.float()).abs().max()) <= 0.1 * float(b.float().abs().max()) for a, b in zip(found, wanted))
+    near = all(
+        float((a.float() - b.float()).abs().max()) <= 0.1 * float(b.float().abs().max()) for a,
+        b in zip(found, wanted)
+    )
     return None if near else "it computes something else here"

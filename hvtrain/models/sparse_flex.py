@@ -44,7 +44,8 @@ class Blocks:
         self.keep = np.pad(keep, (0, 1), constant_values=True)
         ends = np.arange(1, -(-len(self.run) // BLOCK) + 1) * BLOCK
         first, last = self.run[::BLOCK], self.run[ends.clip(max=len(self.run)) - 1] + 1
-        corner = np.pad(self.keep.astype(int).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # kept pairs of runs before it
+        # kept pairs of runs before it
+        corner = np.pad(self.keep.astype(int).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         kept = corner[np.ix_(last, last)] - corner[np.ix_(first, last)] - corner[np.ix_(last, first)]
         kept += corner[np.ix_(first, first)]
         inside = ends <= len(self.run)  # the last block may reach beyond the tokens
@@ -67,7 +68,9 @@ def block_mask(pattern: Pattern, grid: Grid, n_txt: int, device: torch.device) -
 
     n = len(blocks.run)
     some, whole = ([x.to(device) for x in _ordered(which)] for which in (blocks.some, blocks.whole))
-    return BlockMask.from_kv_blocks(some[0], some[1], whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=kept, seq_lengths=(n, n))
+    return BlockMask.from_kv_blocks(
+        some[0], some[1], whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=kept, seq_lengths=(n, n)
+    )
 
 
 def _ordered(which: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -108,8 +111,8 @@ def _same(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 _OPTIONS = {
-    "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True,
-    "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
+    "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
 }
 
 
@@ -118,6 +121,7 @@ def _grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator behind flex_attention's backward, whose log-sum-exp is of base 2."""
     grads = torch.ops.higher_order.flex_attention_backward(
-        q, k, v, out, lse / math.log(2), dout, None, _same, None, mask.as_tuple(), q.shape[-1] ** -0.5, _OPTIONS, (), ()
+        q, k, v, out, lse / math.log(2), dout, None, _same, None, mask.as_tuple(), q.shape[-1] ** -0.5,
+        _OPTIONS, (), ()
     )
     return grads[0], grads[1], grads[2]

@@ -77,7 +77,10 @@ def kept_note(cfg: SparseConfig, grids: Iterable[Grid], n_blocks: int) -> str:
     """For people: how much of attention is left at these sizes."""
     shares = sorted(kept_share(cfg, grid, n_blocks) for grid in set(grids))
     least, most = f"{shares[0]:.1%}", f"{shares[-1]:.1%}"
-    return f"attention is NOT exact: {least if least == most else f'{least} to {most}'} of the pairs of video tokens are computed"
+    return (
+        f"attention is NOT exact: {least if least == most else f'{least} to {most}'} of the pairs of video "
+        "tokens are computed"
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class Radial:
         low, high = begin - frame * s, end - frame * s
         apart = np.maximum(low[None] - high[:, None], low[:, None] - high[None]) + 1
         near = self._kept(np.abs(frame[:, None] - frame), apart.clip(0), s) | (frame == 0)[None]
-        firsts = np.searchsorted(block, np.arange(-(-n // self.block)))  # pieces are in the order of their blocks
+        # pieces are in the order of their blocks
+        firsts = np.searchsorted(block, np.arange(-(-n // self.block)))
         keep = np.logical_or.reduceat(np.logical_or.reduceat(near, firsts, axis=0), firsts, axis=1)
         return RunPairs(np.append(np.arange(len(firsts)) * self.block, n), keep)
 
@@ -152,7 +156,9 @@ class Radial:
         return ((reach >= 1) & (apart + 1 <= reach)) | ((apart == 0) & (frames % np.ceil(1 / reach) == 0))
 
     def describe(self) -> str:
-        return f"radial in blocks of {self.block}" + (f", {self.width:g} times as wide" if self.width != 1 else "")
+        return f"radial in blocks of {self.block}" + (
+            f", {self.width:g} times as wide" if self.width != 1 else ""
+        )
 
 
 PATTERNS |= {

@@ -1,4 +1,5 @@
-"""The record of an architecture: data and a few functions that the rest of the program calls without knowing its name."""
+"""The record of an architecture: data and a few functions that the rest of the program
+calls without knowing its name."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Parts = Mapping[str, str]  # name of a part -> its file or directory
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class LatentGeometry:
         """Height and width in pixels are multiples of these."""
         return self.stride_h * self.patch[1], self.stride_w * self.patch[2]
 
-    def check_size(self, *, width: int | None = None, height: int | None = None, frames: int | None = None) -> None:
-        """Raises ConfigError for a size that the latents cannot hold, with one near it; None is not asked for."""
+    def check_size(
+        self, *, width: int | None = None, height: int | None = None, frames: int | None = None
+    ) -> None:
+        """Raises ConfigError for a size that the latents cannot hold, with one
+        near it; None is not asked for."""
         for name, value, unit in (("width", width, self.unit[1]), ("height", height, self.unit[0])):
             if value is not None and (value <= 0 or value % unit):
                 near = max(unit, (value + unit // 2) // unit * unit)
@@ -70,7 +74,8 @@ class LatentGeometry:
 class Field:
     """A tensor that a sample must bring along: `dims` without the batch, None for a length that varies.
 
-    The first of them None makes it ragged: a batch pads it with zeros to its longest, and says each one's length.
+    The first of them None makes it ragged: a batch pads it with zeros to its
+    longest, and says each one's length.
     """
 
     name: str
@@ -86,13 +91,15 @@ class Field:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether one sample's tensor has this shape."""
-        return len(shape) == len(self.dims) and all(want in (None, have) for want, have in zip(self.dims, shape))
+        return (
+            len(shape) == len(self.dims) and all(want in (None, have) for want, have in zip(self.dims, shape))
+        )
 
     def __str__(self) -> str:
         return " x ".join("any" if n is None else str(n) for n in self.dims)
 
 
-# --- what a model is made of ------------------------------------------------------------------------------------------
+# --- what a model is made of --------------------------------------------------------------------------------
 
 
 class Vae(Protocol):
@@ -120,10 +127,11 @@ class Vae(Protocol):
 
 
 class TextEncoders(Protocol):
-    """Prompts to the fields of column "text", one by one at their own length, so that no prompt depends on its batch.
+    """Prompts to the fields of column "text", one by one at their own length, so that
+    no prompt depends on its batch.
 
-    Those of a flavor that `sees` take the picture of each prompt too, [3 H W] in [-1, 1]; none is what stands in for it where
-    a prompt is dropped or negative: `encode(prompts, pictures)`."""
+    Those of a flavor that `sees` take the picture of each prompt too, [3 H W] in [-1, 1]; none is what stands
+    in for it where a prompt is dropped or negative: `encode(prompts, pictures)`."""
 
     fingerprint: str
 
@@ -151,14 +159,17 @@ class Enlarger(Protocol):
 
     fingerprint: str
 
-    def __call__(self, latents: Tensor, shape: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(
+        self, latents: Tensor, shape: Sequence[int], *, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Scaled [C T h w] -> fields without the batch, on the CPU, for a video of latents [C T H W]."""
         ...
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column that the model has besides the common ones (latents, image, control, text): how it is encoded."""
+    """A column that the model has besides the common ones (latents, image,
+    control, text): how it is encoded."""
 
     name: str
     about: str
@@ -209,11 +220,14 @@ class Flavor:
     experts: tuple[Expert, ...] = ()  # none: one DiT for all noise levels
     unguided: bool = False  # distilled so far that classifier-free guidance breaks it
     image_optional: bool = False  # of one that takes an image: it also makes videos without
-    mixes: bool = False  # it can be trained with and without, as those can: cond["image_given"] [B] bool tells
+    # it can be trained with and without, as those can: cond["image_given"] [B] bool tells
+    mixes: bool = False
     enlarges: bool = False  # it makes a larger video of a smaller one
     sees: int = 0  # above 0 its text encoders see the image too, every n-th token of which the DiT reads
-    given: tuple[int, ...] = (0,)  # frames of a clip that its image conditions are made of: 0 the first, -1 the last
-    # Where the training shift follows a clip's size: two points (image tokens of all its frames, log of the shift) of a line
+    # frames of a clip that its image conditions are made of: 0 the first, -1 the last
+    given: tuple[int, ...] = (0,)
+    # Where the training shift follows a clip's size: two points (image tokens of all its
+    # frames, log of the shift) of a line
     shift_by_tokens: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     @property
@@ -227,31 +241,37 @@ class Flavor:
         return [field.name for field in self.cond if field.column != "text"]
 
     def check_file(self, expert: Expert, path: str | Path) -> None:
-        """Raises ConfigError where the name of an expert's file, or of its directory, is another's: no weight would show it."""
+        """Raises ConfigError where the name of an expert's file, or of its directory, is
+        another's: no weight would show it."""
         for name in (Path(path).name.lower(), Path(path).parent.name.lower()):
             said = [e for e in self.experts if e.named and re.search(e.named, name)]
             if said == [expert]:
                 return
             if len(said) == 1:
                 raise ConfigError(
-                    f"model.{expert.part}: {path} is by its name the expert '{said[0].name}', and this is the file of "
+                    f"model.{expert.part}: {path} is by its name the expert '{said[0].name}', and this is "
+                    "the file of "
                     f"'{expert.name}', which predicts other noise levels; give that, or rename it"
                 )
 
     def expert(self, sigma: float) -> Expert | None:
         """Whose noise level this is; None where there is one DiT for all."""
-        return next((e for e in self.experts if e.sigmas[0] <= sigma < e.sigmas[1] or sigma >= e.sigmas[1] >= 1), None)
+        return next(
+            (e for e in self.experts if e.sigmas[0] <= sigma < e.sigmas[1] or sigma >= e.sigmas[1] >= 1), None
+        )
 
 
 class MakeInput(Protocol):
-    """(noised latents [B C T H W], sigma [B], a batch's conditions and, as NAME_len [B], their lengths) -> the input.
+    """(noised latents [B C T H W], sigma [B], a batch's conditions and, as NAME_len
+    [B], their lengths) -> the input.
 
-    `x0` are the clean latents where there are any (training): what a condition defaults to is the model's to say.
+    `x0` are the clean latents where there are any (training): what a condition
+    defaults to is the model's to say.
     """
 
     def __call__(
-        self, x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str, guidance: float | None,
-        x0: Tensor | None = None,
+        self, x_sigma: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], *, task: str,
+        guidance: float | None, x0: Tensor | None = None,
     ) -> ModelInput: ...
 
 
@@ -259,11 +279,14 @@ class MakeInput(Protocol):
 class TinyVae:
     """A VAE that hvtrain/tiny trains at small widths."""
 
-    build: Callable[..., Any]  # (channels, norm_groups, latent_channels) -> untrained, posterior nearly without noise
+    # (channels, norm_groups, latent_channels) -> untrained, posterior nearly without noise
+    build: Callable[..., Any]
     save: Callable[[Any, str], None]  # in half precision
-    moments: Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # video [B 3 F H W] -> mean, log-variance [B C T h w], unscaled
+    # video [B 3 F H W] -> mean, log-variance [B C T h w], unscaled
+    moments: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
     decode: Callable[[Any, Tensor], Tensor]  # unscaled latents -> video
-    whiten: Callable[[Any, Tensor, Tensor], None]  # (mean [C], deviation [C]): scaled latents get mean 0, deviation 1
+    # (mean [C], deviation [C]): scaled latents get mean 0, deviation 1
+    whiten: Callable[[Any, Tensor, Tensor], None]
     encoder: str  # pattern of parameters that hold still while the decoder alone is trained
     branches: str  # pattern of parameters that end a residual branch
 
@@ -275,7 +298,8 @@ class TinyText:
     part: str  # its key under `model:`, and its directory
     build: Callable[[Any], Any]  # tokenizer -> module
     gains: Mapping[str, float]  # kind of weight -> factor of its deviation
-    # what transformers calls special tokens -> them; the first also stands for what is unknown. None: no tokenizer
+    # what transformers calls special tokens -> them; the first also stands for what
+    # is unknown. None: no tokenizer
     specials: Mapping[str, str]
     more_specials: tuple[str, ...] = ()
     atoms: Sequence[str] = ()  # one token each wherever they occur
@@ -320,23 +344,30 @@ class ModelSpec:
     open_vae: Callable[..., Vae]  # (path, *, dtype, device, tiling)
     # (parts, *, dtype, device, fp8), and `sees` for a flavor that does
     open_text: Callable[..., TextEncoders]
-    text_fingerprints: Callable[..., tuple[str, ...]]  # (parts), `sees` too: what open_text's may be, from headers and values
+    # (parts), `sees` too: what open_text's may be, from headers and values
+    text_fingerprints: Callable[..., tuple[str, ...]]
     key_maps: Mapping[str, KeyMap]  # dialect -> map to and from the official names
     is_lora_target: Callable[[str], bool]  # module name -> trained unless excluded
-    lora_about: Mapping[str, str] = field(default_factory=dict)  # metadata of LoRAs as others write them, where not its name
-    lora_keys: Mapping[str, str] = field(default_factory=dict)  # dialect of LoRAs -> key map, where it is not the dialect's own
+    # metadata of LoRAs as others write them, where not its name
+    lora_about: Mapping[str, str] = field(default_factory=dict)
+    # dialect of LoRAs -> key map, where it is not the dialect's own
+    lora_keys: Mapping[str, str] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()  # fields of `arch` that no weight shows: the flavor tells them
-    told_by: Callable[[Path], str | None] | None = None  # a file's path -> the flavor that its names speak of, if any
+    # a file's path -> the flavor that its names speak of, if any
+    told_by: Callable[[Path], str | None] | None = None
     may_differ: tuple[str, ...] = ()  # fields of it in which a file of a flavor may differ
     columns: tuple[Column, ...] = ()  # its own, besides the common ones
-    # (vae, encoders of its own columns by name, the given frames [n 3 H W] in [-1, 1] or the only one [3 H W], latents'
-    # [C T H W]) -> condition fields without the batch: what a flavor needs beyond a prompt
+    # (vae, encoders of its own columns by name, the given frames [n 3 H W] in [-1, 1] or the only one [3 H
+    # W], latents' [C T H W]) -> condition fields without the batch: what a flavor needs beyond a prompt
     image_conditions: Callable[..., dict[str, Tensor]] | None = None
-    open_enlarger: Callable[..., Enlarger] | None = None  # (parts, flavor, *, device), for flavors that enlarge
-    # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for a task that begins elsewhere
+    # (parts, flavor, *, device), for flavors that enlarge
+    open_enlarger: Callable[..., Enlarger] | None = None
+    # (noise [B C T H W], a batch's conditions, *, task, x0) -> where sampling begins, for
+    # a task that begins elsewhere
     start: Callable[..., Tensor] | None = None
     sizes: tuple[tuple[int, int], ...] = ()  # width and height of the videos that its authors list
-    part_shapes: Mapping[str, Callable[[Flavor], Shapes]] = field(default_factory=dict)  # of its official files besides the DiT's
+    # of its official files besides the DiT's
+    part_shapes: Mapping[str, Callable[[Flavor], Shapes]] = field(default_factory=dict)
     tiny: Callable[[], TinyParts] | None = None
     musubi: MusubiCache | None = None
 

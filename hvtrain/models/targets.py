@@ -18,7 +18,8 @@ from hvtrain.models.spec import ModelSpec
 def lora_targets(
     spec: ModelSpec, model: DiT, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Names in the model's order. Patterns are regular expressions for the whole name of a module inside a block.
+    """Names in the model's order. Patterns are regular expressions for the whole
+    name of a module inside a block.
 
     As in musubi-tuner, `exclude` removes and `include` brings back what is excluded (modulation by default).
     """
@@ -27,7 +28,9 @@ def lora_targets(
     for option, patterns in (("adapter.include", include), ("adapter.exclude", exclude)):
         for pattern in patterns:
             if not any(_matches(pattern, name, option=option) for name in names):
-                raise ConfigError(f"{option}: '{pattern}' matches no module; an example of a name: {names[0]}")
+                raise ConfigError(
+                    f"{option}: '{pattern}' matches no module; an example of a name: {names[0]}"
+                )
     chosen = []
     for name in names:
         wanted = spec.is_lora_target(name) and not any(_matches(p, name) for p in exclude)
@@ -47,7 +50,11 @@ def _matches(pattern: str, name: str, *, option: str = "adapter.include/exclude"
 
 @cache
 def layers_of(build: Callable[[Any], nn.Module], arch: Any) -> Mapping[str, tuple[int, int]]:
-    """[out, in] of every Linear of a model that is not there, by name; `build`: the ModelSpec's. Flavors share many."""
+    """[out, in] of every Linear of a model that is not there, by name; `build`: the
+    ModelSpec's. Flavors share many."""
     with torch.device("meta"):
         modules = build(arch).named_modules()
-    return {name: (layer.out_features, layer.in_features) for name, layer in modules if isinstance(layer, nn.Linear)}
+    return {
+        name: (layer.out_features, layer.in_features) for name,
+        layer in modules if isinstance(layer, nn.Linear)
+    }

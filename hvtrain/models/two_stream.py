@@ -1,5 +1,6 @@
-"""What two-stream transformers share: the block of two streams, and around the blocks the clock, the refiner of the text
-and the last layer; their names in diffusers, and their first weights. Parameter names are those of the official checkpoints."""
+"""What two-stream transformers share: the block of two streams, and around the blocks the clock, the refiner
+of the text and the last layer; their names in diffusers, and their first weights. Parameter names are those
+of the official checkpoints."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from hvtrain.weights.keymap import Rule
 
 
 class ClockEmbedder(TimeEmbedder):
-    """A time or guidance to a vector. Of a near-tie in the frequency table, the released code's outputs (tests/oracles) tell
-    that it has the other neighbour; on GPUs the last bit is as arbitrary."""
+    """A time or guidance to a vector. Of a near-tie in the frequency table, the released code's outputs
+    (tests/oracles) tell that it has the other neighbour; on GPUs the last bit is as arbitrary."""
 
     def table(self, device: torch.device) -> Tensor:
         table = super().table(device)
@@ -40,7 +41,8 @@ class ContextEmbedder(nn.Module):
 
 
 class TwoStreamBlock(nn.Module):
-    """Two streams with weights of their own and one attention. The parameters' names tell the stream: img_*, txt_*.
+    """Two streams with weights of their own and one attention. The parameters' names
+    tell the stream: img_*, txt_*.
 
     `into`: the layers that make q, k and v, each of how many of them.
     """
@@ -66,11 +68,13 @@ class TwoStreamBlock(nn.Module):
         joint = (Joint(*pair) for pair in zip((q, k, v), self.qkv("txt", tokens.txt, txt_mod), strict=True))
         out = self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse)
         txt = self.finish("txt", tokens.txt, out.txt, txt_mod)
-        img = self.finish("img", tokens.img, out.img, img_mod)  # last, so that its last product is not computed again
+        # last, so that its last product is not computed again
+        img = self.finish("img", tokens.img, out.img, img_mod)
         return replace(tokens, img=img, txt=txt)
 
     def img_modulation(self, tokens: Tokens) -> Sequence[Tensor]:
-        """Shift, scale and gate of attention, then of the MLP: six of [B 1 E], or [B S E] where tokens differ."""
+        """Shift, scale and gate of attention, then of the MLP: six of [B 1 E], or
+        [B S E] where tokens differ."""
         return self.get_submodule("img_mod")(tokens.shared["vec"])[:, None].chunk(6, dim=-1)
 
     def project(self, stream: str, x: Tensor) -> Sequence[Tensor]:
@@ -84,13 +88,16 @@ class TwoStreamBlock(nn.Module):
 
     def finish(self, stream: str, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
         x = gated(x, self.get_submodule(f"{stream}_attn_proj")(attended.flatten(2)), mod[2])
-        return gated(x, self.get_submodule(f"{stream}_mlp")(modulated_norm(x, shift=mod[3], scale=mod[4])), mod[5])
+        return gated(
+            x, self.get_submodule(f"{stream}_mlp")(modulated_norm(x, shift=mod[3], scale=mod[4])), mod[5]
+        )
 
 
 def diffusers_block(here: str, there: str) -> Iterator[Rule]:
     """The names of such a block, but for q, k and v."""
     for stream, norm, ff, mod, proj in (
-        ("img", "norm", "ff", "norm1", "to_out.0"), ("txt", "norm_added", "ff_context", "norm1_context", "to_add_out"),
+        ("img", "norm", "ff", "norm1", "to_out.0"),
+        ("txt", "norm_added", "ff_context", "norm1_context", "to_add_out"),
     ):  # fmt: skip
         yield Rule(f"{here}.{stream}_mod.linear", (f"{there}.{mod}.linear",))
         for part in "qk":
@@ -116,8 +123,11 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, txt_len: tuple[int, ...]) -> Tensor:
         gate_attn, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        q, k, v = rearrange(self.self_attn_qkv(self.norm1(x)), "b l (k n d) -> k b l n d", k=3, n=self.n_heads)
-        # The official mask lets padding attend to token 0, which no valid token ever sees: dropping it is equal.
+        q, k, v = (
+            rearrange(self.self_attn_qkv(self.norm1(x)), "b l (k n d) -> k b l n d", k=3, n=self.n_heads)
+        )
+        # The official mask lets padding attend to token 0, which no valid token
+        # ever sees: dropping it is equal.
         attended = self.attend.cross(q, k, v, lengths=txt_len).flatten(2)
         x = x + self.self_attn_proj(attended) * gate_attn
         return x + self.mlp(self.norm2(x)) * gate_mlp
@@ -130,10 +140,12 @@ class TokenRefiner(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """A language model's states [B L dim] to the text stream [B L E], refined knowing t and the mean of the states."""
+    """A language model's states [B L dim] to the text stream [B L E], refined knowing t
+    and the mean of the states."""
 
     def __init__(
-        self, dim: int, width: int, *, n_heads: int, mlp_dim: int, depth: int, clock: type[TimeEmbedder] = ClockEmbedder
+        self, dim: int, width: int, *, n_heads: int, mlp_dim: int, depth: int,
+        clock: type[TimeEmbedder] = ClockEmbedder
     ) -> None:
         super().__init__()
         self.input_embedder = nn.Linear(dim, width)
@@ -164,10 +176,12 @@ class FinalLayer(nn.Module):
 
 
 def init_weights(model: DiT, generator: torch.Generator) -> None:
-    """Weights for training from scratch, as in DiT (arXiv:2212.09748): every block starts as the identity and the
-    velocity as zero, because modulation, gates and the last layer are zero."""
+    """Weights for training from scratch, as in DiT (arXiv:2212.09748): every block starts as the identity and
+    the velocity as zero, because modulation, gates and the last layer are zero."""
     zero = ("_mod.linear", "modulation.linear", "adaLN_modulation.1", "final_layer.linear")
-    embedder = ("time_in.", "time_r_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder.")
+    embedder = (
+        "time_in.", "time_r_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."
+    )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             if name.endswith(zero):

@@ -1,4 +1,5 @@
-"""A video VAE of the diffusers library behind the small class that everything here uses; each architecture opens its own.
+"""A video VAE of the diffusers library behind the small class that everything here uses;
+each architecture opens its own.
 
 Latents outside are SCALED: (the library's - shift) * scale, as the DiT sees them.
 """
@@ -23,13 +24,14 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class VideoVae:
-    """models.spec.Vae around a library's model. `encode` makes mean and deviation of a video on the model's device (no deviation:
-    always the mode is taken), `decode` a video of unscaled latents; `scale` and `shift` are numbers, or one for each channel
-    [C 1 1 1]. What cuts large videos has `tile` make each piece."""
+    """models.spec.Vae around a library's model. `encode` makes mean and deviation of a video on the model's
+    device (no deviation: always the mode is taken), `decode` a video of unscaled latents; `scale` and `shift`
+    are numbers, or one for each channel [C 1 1 1]. What cuts large videos has `tile` make each piece."""
 
     def __init__(
-        self, model: Any, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], decode: Callable[[Tensor], Tensor], *,
-        channels: int, stride: tuple[int, int, int], scale: Tensor | float, shift: Tensor | float = 0.0, fingerprint: str = "",
+        self, model: Any, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        decode: Callable[[Tensor], Tensor], *, channels: int, stride: tuple[int, int, int],
+        scale: Tensor | float, shift: Tensor | float = 0.0, fingerprint: str = "",
     ) -> None:
         self.model, self._encode, self._decode = model.eval().requires_grad_(False), encode, decode
         self.channels, self.stride, self.fingerprint = channels, stride, fingerprint
@@ -96,10 +98,11 @@ def _noise(like: Tensor, generator: Generators) -> Tensor:
 
 @torch.no_grad()
 def rescale(
-    into: Any, out_of: Any, mean: Tensor, std: Tensor, *, to_mean: Tensor | float = 0.0, to_std: Tensor | float = 1.0
+    into: Any, out_of: Any, mean: Tensor, std: Tensor, *, to_mean: Tensor | float = 0.0,
+    to_std: Tensor | float = 1.0
 ) -> None:
-    """Give latents of mean and deviation [C] others, by an exact change of the 1x1x1 convolutions `into` moments, whose first
-    C channels are the mean, and `out_of` latents."""
+    """Give latents of mean and deviation [C] others, by an exact change of the 1x1x1 convolutions `into`
+    moments, whose first C channels are the mean, and `out_of` latents."""
     gain = to_std / std
     n = len(mean)
     out_of.bias += (out_of.weight[:, :, 0, 0, 0] * (mean - to_mean / gain)).sum(1)
@@ -110,7 +113,8 @@ def rescale(
 
 
 def save_vae(model: Any, path: str | Path, *, key: str, dtype: torch.dtype | None = None) -> None:
-    """Write a VAE (VideoVae or the library's model) under the library's names, with its config in the metadata as `key`."""
+    """Write a VAE (VideoVae or the library's model) under the library's names, with its
+    config in the metadata as `key`."""
     model = model.model if isinstance(model, VideoVae) else model
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}

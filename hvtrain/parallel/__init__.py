@@ -1,1 +1,2 @@
-"""Parallelism as functions over a single-device model: process groups, exact attention over ranks, recompute."""
+"""Parallelism as functions over a single-device model: process groups, exact
+attention over ranks, recompute."""

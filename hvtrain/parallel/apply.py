@@ -39,10 +39,10 @@ def parallelize(
     sparse: SparseConfig = EXACT,
     work: Workload = LONG,
 ) -> Kernel:
-    """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention computes
-    in (bfloat16 under autocast); `visits` has their weights in place; `compiler` is a backend of torch.compile for each
-    block; `sparse` leaves pairs of tokens out; `work`: what "auto" is to be fast at. Returns the chosen kernel, whose name
-    the run prints once."""
+    """Set the model's token split, every block's attention and how blocks are run. `dtype` is what attention
+    computes in (bfloat16 under autocast); `visits` has their weights in place; `compiler` is a backend of
+    torch.compile for each block; `sparse` leaves pairs of tokens out; `work`: what "auto" is to be fast at.
+    Returns the chosen kernel, whose name the run prints once."""
     check_sparse(sparse, model, ring=ctx.ring, kernel=kernel if isinstance(kernel, str) else kernel.name)
     other = kernel == xfuser_path.NAME
     if other:
@@ -51,7 +51,9 @@ def parallelize(
         chosen = kernel
     else:
         work = work._replace(learns=training)
-        chosen = pick_kernel("auto" if other else kernel, device=ctx.device, dtype=dtype, training=training, work=work)
+        chosen = pick_kernel(
+            "auto" if other else kernel, device=ctx.device, dtype=dtype, training=training, work=work
+        )
     attend: Attention
     if other:
         from hvtrain.parallel.usp import ShardedSequence
@@ -85,9 +87,12 @@ def parallelize(
 
 
 def largest_work(flavor: Flavor, n_tokens: Iterable[int], ctx: ParallelContext) -> Workload:
-    """One rank's share of attention in the longest of these clips: a ring shares the tokens, Ulysses the heads."""
+    """One rank's share of attention in the longest of these clips: a ring shares
+    the tokens, Ulysses the heads."""
     longest = max(n_tokens, default=LONG.tokens)
-    return Workload(-(-longest // ctx.ring), max(1, flavor.n_heads // ctx.ulysses), flavor.arch.head_dim, learns=True)
+    return Workload(
+        -(-longest // ctx.ring), max(1, flavor.n_heads // ctx.ulysses), flavor.arch.head_dim, learns=True
+    )
 
 
 def _set_attend(module: nn.Module, attend: Attend) -> None:

@@ -1,8 +1,9 @@
 """Collectives with their true adjoints, for autograd.
 
-Convention of the whole engine: the loss is the sum of what the ranks compute, so each rank's gradient of a replicated
-value is a partial one and SUM over the sequence-parallel ranks is the whole. It holds only if the backward of every
-collective is its mathematical transpose: all-gather <-> reduce-scatter with sum, all-to-all <-> the inverse all-to-all.
+Convention of the whole engine: the loss is the sum of what the ranks compute, so each rank's gradient of a
+replicated value is a partial one and SUM over the sequence-parallel ranks is the whole. It holds only if
+the backward of every collective is its mathematical transpose: all-gather <-> reduce-scatter with sum,
+all-to-all <-> the inverse all-to-all.
 """
 
 from __future__ import annotations
@@ -55,5 +56,7 @@ class _Gather(torch.autograd.Function):
         whole = grad.transpose(0, ctx.dim).contiguous()
         n, *rest = whole.shape
         mine = whole.new_empty(n // dist.get_world_size(ctx.group), *rest)
-        _named("reduce_scatter_single", "reduce_scatter_tensor")(mine, whole, op=dist.ReduceOp.SUM, group=ctx.group)
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(
+            mine, whole, op=dist.ReduceOp.SUM, group=ctx.group
+        )
         return mine.transpose(0, ctx.dim).contiguous(), None, None

@@ -1,8 +1,9 @@
-"""Who am I among the processes, and which of them share what: the only library code that reads the environment.
+"""Who am I among the processes, and which of them share what: the only library
+code that reads the environment.
 
-World = data parallel x ring x Ulysses, a reshaped arange whose slices are the groups. Ulysses ranks are neighbours
-(its all-to-all wants the fastest links), a ring is strided over them, data parallelism is outermost. The ranks of one
-ring x Ulysses block hold one sample together: "sequence-parallel peers".
+World = data parallel x ring x Ulysses, a reshaped arange whose slices are the groups. Ulysses ranks are
+neighbours (its all-to-all wants the fastest links), a ring is strided over them, data parallelism is
+outermost. The ranks of one ring x Ulysses block hold one sample together: "sequence-parallel peers".
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from hvtrain.errors import ConfigError, LaunchError
 from hvtrain.parallel.cores import bind
 
 T = TypeVar("T")
-DEVICE = "HVTRAIN_DEVICE"  # cpu or cuda: what processes compute on where no one says; unset: a GPU if there is one
+# cpu or cuda: what processes compute on where no one says; unset: a GPU if there is one
+DEVICE = "HVTRAIN_DEVICE"
 TIMEOUT = timedelta(hours=2)  # later than the watchdog of a run (train/watchdog.py), which can say who hangs
 
 
@@ -43,7 +45,8 @@ class ParallelContext:
     ulysses_group: dist.ProcessGroup | None = None  # None where the degree is 1
     ring_group: dist.ProcessGroup | None = None
     sp_group: dist.ProcessGroup | None = None
-    restarts: int = 0  # how often this job's processes were started anew (torchrun, hvtrain launch --max-restarts)
+    # how often this job's processes were started anew (torchrun, hvtrain launch --max-restarts)
+    restarts: int = 0
     job: str = ""  # of Slurm
     requeues: int = 0  # how often Slurm started that job again
 
@@ -87,8 +90,8 @@ class ParallelContext:
     def apart(self) -> ParallelContext:
         """The same processes, each with whole samples of its own."""
         return replace(
-            self, dp=self.world, dp_rank=self.rank, ulysses=1, ring=1, sp_rank=0, ulysses_group=None, ring_group=None,
-            sp_group=None,
+            self, dp=self.world, dp_rank=self.rank, ulysses=1, ring=1, sp_rank=0, ulysses_group=None,
+            ring_group=None, sp_group=None,
         )
 
     def barrier(self) -> None:
@@ -99,7 +102,8 @@ class ParallelContext:
         return self._reduce(value, dist.ReduceOp.SUM)
 
     def all_reduce_mean(self, value: float) -> float:
-        """Mean over all ranks; of a value that sequence-parallel peers share, that is the mean over data parallelism."""
+        """Mean over all ranks; of a value that sequence-parallel peers share, that is the
+        mean over data parallelism."""
         return self._reduce(value, dist.ReduceOp.SUM) / self.world
 
     def all_reduce_max(self, value: float) -> float:
@@ -142,7 +146,8 @@ class ParallelContext:
 
 
 def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = None) -> ParallelContext:
-    """Join the processes that torchrun started (or be the only one) and build the groups. All ranks must call it.
+    """Join the processes that torchrun started (or be the only one) and build the
+    groups. All ranks must call it.
 
     May be called again with other degrees: the process group is made once.
     """
@@ -151,7 +156,8 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
     dp = _data_degree(world, ulysses=ulysses, ring=ring)
     place = _pick_device(device, local_rank)
     bind(place, local_rank, _env_int("LOCAL_WORLD_SIZE", 1))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it starts and that it stops
+    # else the profiler says on stderr that it starts and that it stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if place.type != "cuda":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for a GPU, and warns
     if world > 1 and not dist.is_initialized():
@@ -175,13 +181,14 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
         job=os.environ.get("SLURM_JOB_ID", ""),
         requeues=_env_int("SLURM_RESTART_COUNT", 0),
     )
-    ctx.barrier()  # one that ends for a mistake while another still connects would leave that one with an error of its own
+    # one that ends for a mistake while another still connects would leave that one with an error of its own
+    ctx.barrier()
     return ctx
 
 
 def start_simulated(world: int, *, ulysses: int, ring: int) -> ParallelContext:
-    """Rank 0 of a job of `world` processes, of which only this one exists: collectives return at once, with nothing in them.
-    For tensors without values (hvtrain/plan)."""
+    """Rank 0 of a job of `world` processes, of which only this one exists: collectives return at once, with
+    nothing in them. For tensors without values (hvtrain/plan)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dp = _data_degree(world, ulysses=ulysses, ring=ring)
@@ -190,7 +197,8 @@ def start_simulated(world: int, *, ulysses: int, ring: int) -> ParallelContext:
     grid = torch.arange(world).reshape(dp, ring, ulysses)
     return ParallelContext(
         world=world, dp=dp, ulysses=ulysses, ring=ring, ulysses_group=_my_group(grid.reshape(-1, ulysses), 0),
-        ring_group=_my_group(grid.transpose(1, 2).reshape(-1, ring), 0), sp_group=_my_group(grid.reshape(-1, ulysses * ring), 0),
+        ring_group=_my_group(grid.transpose(1, 2).reshape(-1, ring), 0),
+        sp_group=_my_group(grid.reshape(-1, ulysses * ring), 0),
     )
 
 
@@ -204,7 +212,8 @@ _closers: list[Callable[[], object]] = []
 
 
 def at_shutdown(close: Callable[[], object]) -> None:
-    """Have a library that keeps groups of its own close them; a later `start` in this process then begins afresh."""
+    """Have a library that keeps groups of its own close them; a later `start` in this
+    process then begins afresh."""
     if close not in _closers:
         _closers.append(close)
 
@@ -241,7 +250,8 @@ def _data_degree(world: int, *, ulysses: int, ring: int) -> int:
     if world % (ulysses * ring):
         raise ConfigError(
             f"parallel: ulysses {ulysses} x ring {ring} = {ulysses * ring} does not divide the {world} "
-            f"process(es) of this job; start a multiple of {ulysses * ring} (hvtrain launch --nproc N) or lower them"
+            f"process(es) of this job; start a multiple of {ulysses * ring} (hvtrain launch --nproc N) or "
+            "lower them"
         )
     return world // (ulysses * ring)
 
@@ -250,7 +260,9 @@ def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.de
     if device is None:
         device = os.environ.get(DEVICE) or None
         if device not in (None, "cpu", "cuda"):
-            raise LaunchError(f"environment variable {DEVICE} is '{device}', expected cpu or cuda, or nothing at all")
+            raise LaunchError(
+                f"environment variable {DEVICE} is '{device}', expected cpu or cuda, or nothing at all"
+            )
     if device is None:
         if not torch.cuda.is_available():
             _refuse_unseen_gpus()
@@ -261,25 +273,30 @@ def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.de
         if local_rank >= n_gpus:
             raise LaunchError(
                 f"process {local_rank} of this machine has no GPU: PyTorch sees {n_gpus}; "
-                f"start one process per GPU (--nproc {max(1, n_gpus)}), or set {DEVICE}=cpu to compute on the CPU"
+                f"start one process per GPU (--nproc {max(1, n_gpus)}), or set {DEVICE}=cpu to compute on "
+                "the CPU"
             )
         place = torch.device("cuda", place.index if place.index is not None else local_rank)
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-            # Read when the GPU is first used. Every text length makes blocks of other sizes: without, gaps fill the memory.
+            # Read when the GPU is first used. Every text length makes blocks of other sizes:
+            # without, gaps fill the memory.
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(place)
     return place
 
 
 def _refuse_unseen_gpus() -> None:
-    """Raise if there are GPUs that PyTorch does not see: 13 billion parameters on a CPU look like a run that hangs.
+    """Raise if there are GPUs that PyTorch does not see: 13 billion parameters on a
+    CPU look like a run that hangs.
 
     Whoever hides them (CUDA_VISIBLE_DEVICES set to nothing or to no GPU) means it.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
         return
     files = sorted(glob.glob("/dev/nvidia[0-9]*"))
-    given = next((f"{n}={os.environ[n]}" for n in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS") if os.environ.get(n)), None)
+    given = next(
+        (f"{n}={os.environ[n]}" for n in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS") if os.environ.get(n)), None
+    )
     found = f"this machine has {files[0]}" if files else f"Slurm gave this job {given}" if given else None
     if found is None:
         return
@@ -289,17 +306,22 @@ def _refuse_unseen_gpus() -> None:
     except Exception as error:  # of several kinds: no driver, an old one, a CPU build
         reason = str(error).strip().splitlines()[0].rstrip(".")
     raise LaunchError(
-        f"{found}, but PyTorch {torch.__version__} sees no GPU: {reason}. Install the build of PyTorch for your driver "
-        f"(docs/install.md), or have Slurm give the job its GPUs; {DEVICE}=cpu computes on the CPU all the same"
+        f"{found}, but PyTorch {torch.__version__} sees no GPU: {reason}. Install the build of PyTorch for "
+        "your driver "
+        f"(docs/install.md), or have Slurm give the job its GPUs; {DEVICE}=cpu computes on the CPU all the "
+        "same"
     )
 
 
 def _join(place: torch.device) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
     if missing:
-        raise LaunchError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or hvtrain launch")
+        raise LaunchError(
+            f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or hvtrain launch"
+        )
     store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun keeps its store over a restart: without a name of its own, an attempt finds the addresses of the dead.
+    # torchrun keeps its store over a restart: without a name of its own, an attempt
+    # finds the addresses of the dead.
     store = dist.PrefixStore(f"hvtrain/attempt-{_env_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     where = {"store": store, "rank": rank, "world_size": world, "timeout": TIMEOUT}
     if place.type == "cuda":
@@ -326,4 +348,6 @@ def _env_int(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise LaunchError(f"environment variable {name} is '{text}', expected a number; start with torchrun") from None
+        raise LaunchError(
+            f"environment variable {name} is '{text}', expected a number; start with torchrun"
+        ) from None

@@ -1,4 +1,5 @@
-"""Which CPU cores a rank computes with: those beside its GPU, shared fairly with the other ranks of its machine."""
+"""Which CPU cores a rank computes with: those beside its GPU, shared fairly with the
+other ranks of its machine."""
 
 from __future__ import annotations
 
@@ -12,10 +13,14 @@ import torch
 SYSTEM = Path("/sys")
 
 
-def cores_of(mine: int, nodes: Sequence[int | None], allowed: set[int], cores: Mapping[int, set[int]]) -> set[int]:
-    """Of rank `mine` among a machine's ranks, whose GPUs hang at these NUMA `nodes` (None: unknown); `cores` by node.
+def cores_of(
+    mine: int, nodes: Sequence[int | None], allowed: set[int], cores: Mapping[int, set[int]]
+) -> set[int]:
+    """Of rank `mine` among a machine's ranks, whose GPUs hang at these NUMA `nodes`
+    (None: unknown); `cores` by node.
 
-    Ranks of one node share its cores without overlap; where a node has none for them, or is not known, all share alike."""
+    Ranks of one node share its cores without overlap; where a node has none for them, or is
+    not known, all share alike."""
     node = nodes[mine]
     here = set() if node is None else allowed & cores.get(node, set())
     sharers = [rank for rank, node in enumerate(nodes) if node == nodes[mine]]
@@ -27,8 +32,9 @@ def cores_of(mine: int, nodes: Sequence[int | None], allowed: set[int], cores: M
 
 
 def bind(device: torch.device, local_rank: int, n_ranks: int, *, system: Path = SYSTEM) -> None:
-    """Have this process run beside its GPU. Only where GPUs are, several ranks share the machine, and nobody (Slurm, numactl) has
-    given each rank cores of its own: then its mask is smaller than the machine. Linux only."""
+    """Have this process run beside its GPU. Only where GPUs are, several ranks share the machine,
+    and nobody (Slurm, numactl) has given each rank cores of its own: then its mask is smaller
+    than the machine. Linux only."""
     if device.type != "cuda" or n_ranks < 2 or not hasattr(os, "sched_setaffinity"):
         return
     allowed = os.sched_getaffinity(0)
@@ -36,7 +42,8 @@ def bind(device: torch.device, local_rank: int, n_ranks: int, *, system: Path = 
         return
     mine = cores_of(local_rank, [node_of(i, system) for i in range(n_ranks)], allowed, node_cores(system))
     os.sched_setaffinity(0, mine)
-    torch.set_num_threads(max(1, len(mine) // 2))  # two hardware threads a core, as a rule; loaders need some too
+    # two hardware threads a core, as a rule; loaders need some too
+    torch.set_num_threads(max(1, len(mine) // 2))
 
 
 def node_of(gpu: int, system: Path = SYSTEM) -> int | None:
@@ -53,5 +60,7 @@ def node_cores(system: Path = SYSTEM) -> dict[int, set[int]]:
     found = {}
     for folder in (system / "devices/system/node").glob("node[0-9]*"):
         ranges = [part.partition("-") for part in (folder / "cpulist").read_text().strip().split(",") if part]
-        found[int(folder.name[4:])] = {n for low, _, high in ranges for n in range(int(low), int(high or low) + 1)}
+        found[int(folder.name[4:])] = {
+            n for low, _, high in ranges for n in range(int(low), int(high or low) + 1)
+        }
     return found

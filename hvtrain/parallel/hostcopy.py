@@ -1,9 +1,11 @@
-"""Saved activations in pinned host memory: copied out behind the forward pass, and back ahead of the backward.
+"""Saved activations in pinned host memory: copied out behind the forward pass,
+and back ahead of the backward.
 
-On CUDA both copies run on a stream of their own. The CPU is far ahead of the GPU, so what is on the device is bounded by events:
-in the forward the computation waits for the copy of the block `ahead` places before, whose memory is then free; in the backward a
-copy back begins when the GPU, not the CPU, is `ahead` places from where it is needed. The memory is the computing stream's own,
-so it is free for others as soon as it is dropped. On a CPU the same calls copy within host memory.
+On CUDA both copies run on a stream of their own. The CPU is far ahead of the GPU, so what is on the device is
+bounded by events: in the forward the computation waits for the copy of the block `ahead` places before, whose
+memory is then free; in the backward a copy back begins when the GPU, not the CPU, is `ahead` places from
+where it is needed. The memory is the computing stream's own, so it is free for others as soon as it is
+dropped. On a CPU the same calls copy within host memory.
 """
 
 from __future__ import annotations
@@ -125,4 +127,5 @@ class HostCopies:
             copy.back = copy.host.clone()
             return
         copy.back = torch.empty(copy.host.shape, dtype=copy.host.dtype, device=copy.device)
-        copy.arrived = copy.queue.copy(copy.back, copy.host)  # behind the copy to the host, which is on the same stream
+        # behind the copy to the host, which is on the same stream
+        copy.arrived = copy.queue.copy(copy.back, copy.host)

@@ -1,4 +1,5 @@
-"""Host memory that a GPU copies from and to at full speed: of the size that is asked for, no more than is used at a time."""
+"""Host memory that a GPU copies from and to at full speed: of the size that is asked for, no
+more than is used at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +14,17 @@ _ROOM, _SLACK = 2**21, 1.25  # sizes are multiples of 2 MB; how much larger a ro
 
 
 def page_locked(n_bytes: int) -> Tensor:
-    """uint8 [n_bytes]. Of this size: PyTorch's own allocator rounds up to a power of two, which of a block of 283 MB
-    would be 512."""
+    """uint8 [n_bytes]. Of this size: PyTorch's own allocator rounds up to a power of two, which of a
+    block of 283 MB would be 512."""
     memory = torch.empty(n_bytes, dtype=torch.uint8)
     failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), n_bytes, 0))
     if not failed:
         _LOCKED.add(memory.data_ptr())
         return memory
-    log.warning("%d MB of host memory could not be locked in place (CUDA error %d); rounded up instead", n_bytes >> 20, failed)
+    log.warning(
+        "%d MB of host memory could not be locked in place (CUDA error %d); rounded up instead",
+        n_bytes >> 20, failed
+    )
     return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
 
@@ -33,8 +37,9 @@ def unlock(memory: Tensor) -> None:
 
 
 class Rooms:
-    """Page-locked memory that is used again. All of it together is at most what was in use at one time, the sizes rounded up to
-    2 MB, by a quarter more: where clips of other sizes come, what fits none of them goes first."""
+    """Page-locked memory that is used again. All of it together is at most what was in use at one
+    time, the sizes rounded up to 2 MB, by a quarter more: where clips of other sizes come, what
+    fits none of them goes first."""
 
     def __init__(self) -> None:
         self.free: list[Tensor] = []

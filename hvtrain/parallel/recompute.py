@@ -20,18 +20,19 @@ from hvtrain.registry import Registry
 
 Block = Callable[[Tokens], Tokens]
 RunBlock = Callable[[nn.Module, Tokens], Tokens]
-KEPT = [attend_op.OP.default, sparse.OP.default]  # operators whose results `selective` keeps; usp.py adds the ring
+# operators whose results `selective` keeps; usp.py adds the ring
+KEPT = [attend_op.OP.default, sparse.OP.default]
 
 
 def _full(block: Block, tokens: Tokens) -> Tokens:
-    """One block's input per block stays in memory; costs one more forward. Collectives are replayed in the same order
-    on all ranks, because every rank runs the same blocks."""
+    """One block's input per block stays in memory; costs one more forward. Collectives are replayed in the
+    same order on all ranks, because every rank runs the same blocks."""
     return checkpoint(block, tokens, use_reentrant=False)
 
 
 def _selective(block: Block, tokens: Tokens) -> Tokens:
-    """As full, but attention's output and log-sum-exp are kept too: all but the part whose cost is quadratic is computed
-    again. Around a ring the keys and values then travel once, not twice, before the backward."""
+    """As full, but attention's output and log-sum-exp are kept too: all but the part whose cost is quadratic
+    is computed again. Around a ring the keys and values then travel once, not twice, before the backward."""
     return checkpoint(block, tokens, use_reentrant=False, context_fn=keeping_attention)
 
 
@@ -42,8 +43,9 @@ def keeping_attention() -> tuple[AbstractContextManager, AbstractContextManager]
 
 
 class _Keeping(TorchDispatchMode):
-    """Appends what operators in KEPT give, or gives that instead of having it computed again. PyTorch's own contexts for this ask
-    for the same other operators in both runs: swapped blocks and ZeRO-3 have others in each."""
+    """Appends what operators in KEPT give, or gives that instead of having it computed again.
+    PyTorch's own contexts for this ask for the same other operators in both runs: swapped blocks and
+    ZeRO-3 have others in each."""
 
     def __init__(self, kept: list[tuple[Tensor, ...]], *, replay: bool) -> None:
         super().__init__()
@@ -59,7 +61,8 @@ class _Keeping(TorchDispatchMode):
         if not self.replay:
             self.kept.append(func(*args, **(kwargs or {})))
         self.next += 1
-        return tuple(t.detach() for t in self.kept[self.next - 1])  # the kept themselves must not become part of a graph
+        # the kept themselves must not become part of a graph
+        return tuple(t.detach() for t in self.kept[self.next - 1])
 
 
 class Offload:
@@ -71,7 +74,8 @@ class Offload:
     def __call__(self, block: Block, tokens: Tokens) -> Tokens:
         if not torch.is_grad_enabled():
             return block(tokens)
-        # Only what is passed as a tensor goes through the hooks, and nothing else may hold on to the activations.
+        # Only what is passed as a tensor goes through the hooks, and nothing else
+        # may hold on to the activations.
         nothing = tokens.img.new_empty(0)
         rest = replace(tokens, img=nothing, txt=nothing)
 
@@ -83,7 +87,9 @@ class Offload:
 
 
 RECOMPUTE: Registry[Callable[[], RunBlock]] = Registry("policy")
-RECOMPUTE |= {"none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": Offload}
+RECOMPUTE |= {
+    "none": lambda: run_plain, "full": lambda: _full, "selective": lambda: _selective, "offload": Offload
+}
 
 
 def pick_policy(name: str) -> RunBlock:

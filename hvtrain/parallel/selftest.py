@@ -1,5 +1,5 @@
-"""What `hvtrain doctor` has all processes do together: collectives with their bandwidth, sequence-parallel attention against
-one process, and a directory that all of them must see."""
+"""What `hvtrain doctor` has all processes do together: collectives with their bandwidth, sequence-parallel
+attention against one process, and a directory that all of them must see."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Check:
     mend: str = ""
 
     def line(self) -> str:
-        return f"{'pass' if self.passed else 'FAIL':8}{self.name:22}{self.found}" + ("" if self.passed else f"  -> {self.mend}")
+        return f"{'pass' if self.passed else 'FAIL':8}{self.name:22}{self.found}" + (
+            "" if self.passed else f"  -> {self.mend}"
+        )
 
 
 def run(folder: str | None) -> int:
@@ -50,12 +52,18 @@ def run(folder: str | None) -> int:
 
 
 def _kernels(ctx: ParallelContext) -> Check:
-    """Every attention kernel that runs here, against float64, at the lengths and scores where kernels are known to go wrong."""
+    """Every attention kernel that runs here, against float64, at the lengths and scores where
+    kernels are known to go wrong."""
     dtype = torch.bfloat16 if ctx.device.type == "cuda" else torch.float32
     here = [k for k in KERNELS.values() if k.trains and k.missing(ctx.device, dtype) is None]
-    wrong = [f"{k.name} at {where}: {found.worst:.2g}" for k in here for where, found in wrongs(k, ctx.device, dtype)]
+    wrong = [
+        f"{k.name} at {where}: {found.worst:.2g}" for k in here for where,
+        found in wrongs(k, ctx.device, dtype)
+    ]
     found = "; ".join(wrong) or f"{', '.join(k.name for k in here)}: right at all lengths"
-    return Check("attention kernels", not wrong, found, "set parallel.kernel to another; auto passes these by")
+    return Check(
+        "attention kernels", not wrong, found, "set parallel.kernel to another; auto passes these by"
+    )
 
 
 def _checks(ctx: ParallelContext, folder: str | None) -> Iterator[Check]:
@@ -102,7 +110,9 @@ def _all_reduce(ctx: ParallelContext, x: torch.Tensor) -> bool:
 def _all_to_all(ctx: ParallelContext, x: torch.Tensor) -> bool:
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x)
-    wanted = torch.arange(1, ctx.world + 1, device=x.device, dtype=x.dtype).repeat_interleave(len(x) // ctx.world)
+    wanted = torch.arange(
+        1, ctx.world + 1, device=x.device, dtype=x.dtype
+    ).repeat_interleave(len(x) // ctx.world)
     return bool((out == wanted).all())
 
 
@@ -114,13 +124,15 @@ def _parity(name: str, degrees: tuple[int, int]) -> Check:
     draw = generator(0, stream="selftest")
     n_img, n_txt, heads, dim = 64 * ctx.world + 3, 16, ctx.world * 2, 64
     whole = [
-        Joint(*(torch.randn(1, n, heads, dim, generator=draw).to(ctx.device, dtype) for n in (n_img, n_txt))) for _ in range(3)
+        Joint(*(torch.randn(1, n, heads, dim, generator=draw).to(ctx.device, dtype) for n in (n_img, n_txt)))
+        for _ in range(3)
     ]
     alone = local_attend(*whole, txt_len=(n_txt,), n_img=n_img, kernel=kernel)
     chunk = -(-n_img // ctx.sp)
     pad = (0, 0, 0, 0, 0, chunk * ctx.sp - n_img)
     mine = [
-        Joint(torch.nn.functional.pad(x.img, pad)[:, ctx.sp_rank * chunk : (ctx.sp_rank + 1) * chunk], x.txt) for x in whole
+        Joint(torch.nn.functional.pad(x.img, pad)[:, ctx.sp_rank * chunk : (ctx.sp_rank + 1) * chunk], x.txt)
+        for x in whole
     ]
     out = usp_attend(*mine, txt_len=(n_txt,), n_img=n_img, ctx=ctx, kernel=kernel)
     wanted = torch.nn.functional.pad(alone.img, pad)[:, ctx.sp_rank * chunk : (ctx.sp_rank + 1) * chunk]
@@ -151,6 +163,7 @@ def _directory(ctx: ParallelContext, folder: Path) -> Iterator[Check]:
     ctx.barrier()
     own.unlink(missing_ok=True)
     yield Check(
-        "shared directory", not problems, problems[0] if problems else f"{folder}: seen by all, {slowest:.2f} GB/s written",
+        "shared directory", not problems,
+        problems[0] if problems else f"{folder}: seen by all, {slowest:.2f} GB/s written",
         "use a file system that all nodes mount, and that you may write",
     )

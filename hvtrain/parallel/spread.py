@@ -1,6 +1,8 @@
-"""Weights that one process reads for the others: broadcast to their devices, or laid into memory that a machine shares.
+"""Weights that one process reads for the others: broadcast to their devices, or laid
+into memory that a machine shares.
 
-A job of many processes then reads a file once, and its host memory holds one copy of the model, not one for each GPU.
+A job of many processes then reads a file once, and its host memory holds one copy of
+the model, not one for each GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from hvtrain.parallel.context import ParallelContext
 
 log = logging.getLogger(__name__)
 Make = Callable[[], Sequence[Tensor | None]]
-Spread = Callable[[Make], Sequence[Tensor | None]]  # `make` is called where the file is read; everyone gets what it gave
+# `make` is called where the file is read; everyone gets what it gave
+Spread = Callable[[Make], Sequence[Tensor | None]]
 
 
 class Outline(NamedTuple):
@@ -36,11 +39,13 @@ class Outline(NamedTuple):
 
 
 @contextmanager
-def spread_weights(ctx: ParallelContext, *, frozen: bool, device: torch.device, cut: bool = False) -> Iterator[Spread | None]:
+def spread_weights(
+    ctx: ParallelContext, *, frozen: bool, device: torch.device, cut: bool = False
+) -> Iterator[Spread | None]:
     """How this job's processes get the weights that are to lie on `device`. None: each reads for itself.
 
-    `cut`: ZeRO-3 sends every tensor from rank 0 itself, so the others need only room, whose pages nobody touches. On the CPU,
-    `frozen` weights are shared; what is trained is every process's own. Collective.
+    `cut`: ZeRO-3 sends every tensor from rank 0 itself, so the others need only room, whose pages nobody
+    touches. On the CPU, `frozen` weights are shared; what is trained is every process's own. Collective.
     """
     if ctx.world == 1:
         yield None
@@ -55,7 +60,9 @@ def spread_weights(ctx: ParallelContext, *, frozen: bool, device: torch.device, 
         yield lambda make: _from_first(ctx, make, device, send=not cut)
 
 
-def _from_first(ctx: ParallelContext, make: Make, device: torch.device, *, send: bool) -> Sequence[Tensor | None]:
+def _from_first(
+    ctx: ParallelContext, make: Make, device: torch.device, *, send: bool
+) -> Sequence[Tensor | None]:
     tensors: list[Tensor | None] = []
 
     def read() -> Sequence[Tensor | None]:
@@ -71,8 +78,11 @@ def _from_first(ctx: ParallelContext, make: Make, device: torch.device, *, send:
     return tensors
 
 
-def _outlines(make: Make | None, *, source: int, group: dist.ProcessGroup | None = None) -> list[Outline | None]:
-    """Of what `make` gives on the process that has it, for all. Its mistakes are raised on all: they would wait for ever."""
+def _outlines(
+    make: Make | None, *, source: int, group: dist.ProcessGroup | None = None
+) -> list[Outline | None]:
+    """Of what `make` gives on the process that has it, for all. Its mistakes are raised on
+    all: they would wait for ever."""
     said: list[Any] = [None]
     if make is not None:
         try:
@@ -86,8 +96,8 @@ def _outlines(make: Make | None, *, source: int, group: dist.ProcessGroup | None
 
 
 class _SharedMemory:
-    """An unnamed file in memory that grows by every tensor and that all processes of this machine map: unlike /dev/shm, it knows
-    no limit of its own (64 MB in a container)."""
+    """An unnamed file in memory that grows by every tensor and that all processes of this machine map: unlike
+    /dev/shm, it knows no limit of its own (64 MB in a container)."""
 
     def __init__(self, file: int, reader: int, group: dist.ProcessGroup | None, *, reads: bool) -> None:
         self.file, self.reader, self.group, self.reads, self.end = file, reader, group, reads, 0
@@ -106,7 +116,9 @@ class _SharedMemory:
         try:
             file = os.open(path, os.O_RDWR) if file < 0 else file
         except OSError as error:
-            log.warning("the weights are not shared between this machine's processes: %s; each reads them", error)
+            log.warning(
+                "the weights are not shared between this machine's processes: %s; each reads them", error
+            )
         if ctx.any(file < 0):
             if file >= 0:
                 os.close(file)
@@ -115,7 +127,9 @@ class _SharedMemory:
 
     def __call__(self, make: Make) -> list[Tensor | None]:
         start = self.end
-        told = _outlines(partial(self._read, make) if self.reads else None, source=self.reader, group=self.group)
+        told = _outlines(
+            partial(self._read, make) if self.reads else None, source=self.reader, group=self.group
+        )
         self.end = start
         return [o if o is None else self._view(o) for o in told]
 

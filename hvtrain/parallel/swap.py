@@ -1,9 +1,10 @@
-"""Blocks whose frozen weights live elsewhere and visit the device when their block runs: in pinned host memory (block swap), or
-spread over the ranks that share a video.
+"""Blocks whose frozen weights live elsewhere and visit the device when their block runs: in pinned host
+memory (block swap), or spread over the ranks that share a video.
 
-Each such block is one flat buffer and comes, by one copy or one all-gather, to one of two slots on the device; while a block
-computes, the next one is under way on a stream of its own. Nothing goes back: frozen weights do not change. The order is
-followed in both directions, so it works in the forward, in the backward that recomputes, and in sampling.
+Each such block is one flat buffer and comes, by one copy or one all-gather, to one of two slots on the
+device; while a block computes, the next one is under way on a stream of its own. Nothing goes back: frozen
+weights do not change. The order is followed in both directions, so it works in the forward, in the backward
+that recomputes, and in sampling.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class _Slot:
 
 
 class BlockVisits:
-    """Has the weights of blocks in place when they are computed. Build it when all that is to be trained requires grad."""
+    """Has the weights of blocks in place when they are computed. Build it when all that is
+    to be trained requires grad."""
 
     def __init__(self, homes: Mapping[int, _Home | _Spread], device: torch.device) -> None:
         self.device, self.homes, self.away = device, homes, sorted(homes)
@@ -102,7 +104,8 @@ class BlockVisits:
         self.last = -1
 
     def wrap(self, blocks: Sequence[nn.Module], run: Callable) -> Callable[[nn.Module, Tokens], Tokens]:
-        """A way to run blocks that has a block's weights in place whenever it is computed, also when again."""
+        """A way to run blocks that has a block's weights in place whenever it is computed, also when
+        again."""
         index = {id(block): i for i, block in enumerate(blocks)}
 
         def run_block(block: nn.Module, tokens: Tokens) -> Tokens:
@@ -151,7 +154,8 @@ class BlockVisits:
         if self.stream is None:
             home.fetch(target)
         else:
-            # All that used the slot is in the queue already: a block's backward ends before the next one begins.
+            # All that used the slot is in the queue already: a block's backward
+            # ends before the next one begins.
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 home.fetch(target)
@@ -163,8 +167,8 @@ class BlockVisits:
 
 
 class BlockSwap(BlockVisits):
-    """Takes the weights of enough evenly spaced blocks off the device that `n` average blocks' worth of it is free,
-    the two slots counted. Build it before the model is moved.
+    """Takes the weights of enough evenly spaced blocks off the device that `n` average blocks' worth of it is
+    free, the two slots counted. Build it before the model is moved.
 
     Raises ConfigError where so many cannot be freed.
     """
@@ -173,15 +177,20 @@ class BlockSwap(BlockVisits):
         sizes = [_n_bytes(block) for block in blocks]
         homes = {i: _pack(blocks[i], device, pinned=device.type == "cuda") for i in _choose(sizes, n)}
         super().__init__(homes, device)
-        self.n_blocks, self.freed = len(blocks), sum(sizes[i] for i in homes) - SLOTS * self.slots[0].buffer.numel()
+        self.n_blocks, self.freed = (
+            len(blocks), sum(sizes[i] for i in homes) - SLOTS * self.slots[0].buffer.numel()
+        )
 
     def describe(self) -> str:
-        return f"{len(self.away)} of {self.n_blocks} blocks in host memory, which frees {self.freed / 2**30:.2f} GiB"
+        return (
+            f"{len(self.away)} of {self.n_blocks} blocks in host memory, which frees "
+            f"{self.freed / 2**30:.2f} GiB"
+        )
 
 
 class BlockShards(BlockVisits):
-    """Cuts every block's weights over the ranks that share a video; they compute the same block at the same time, and gather
-    it then. Build it on all of them, before the model is moved."""
+    """Cuts every block's weights over the ranks that share a video; they compute the same block at the same
+    time, and gather it then. Build it on all of them, before the model is moved."""
 
     def __init__(self, blocks: Sequence[nn.Module], ctx: ParallelContext) -> None:
         assert ctx.sp_group is not None
@@ -199,8 +208,8 @@ class BlockShards(BlockVisits):
 
 
 class ModelSwap:
-    """Keeps the frozen weights of several models of equal size in host memory, and those of one at a time on the device too.
-    Nothing is copied back. What a BlockSwap has already taken of a model stays with it."""
+    """Keeps the frozen weights of several models of equal size in host memory, and those of one at a time on
+    the device too. Nothing is copied back. What a BlockSwap has already taken of a model stays with it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.homes = device, dict[str, _Home]()
@@ -233,7 +242,10 @@ class ModelSwap:
 def resident_bytes(model: nn.Module, visits: BlockVisits | None = None) -> int:
     """Bytes of the model's weights on its device, of the slots and of this rank's part of what is cut up."""
     slots = [slot.buffer for slot in visits.slots] if visits is not None else []
-    slots += [home.own for home in visits.homes.values() if isinstance(home, _Spread)] if visits is not None else []
+    slots += (
+        [home.own for home in visits.homes.values() if isinstance(home, _Spread)]
+        if visits is not None else []
+    )
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers(), *slots]
@@ -279,13 +291,15 @@ def _choose(sizes: Sequence[int], n: int) -> list[int]:
         if freed >= n * total / n_blocks:
             return hosted
     raise ConfigError(
-        f"blocks_to_swap: {n} of {n_blocks} blocks cannot be kept off the device, because {SLOTS} have to be there at a time; "
+        f"blocks_to_swap: {n} of {n_blocks} blocks cannot be kept off the device, because {SLOTS} have to be "
+        "there at a time; "
         f"at most {most}"
     )
 
 
 def _pack(module: nn.Module, device: torch.device, *, pinned: bool, parts: int = 1) -> _Home:
-    """The frozen weights of a module in one buffer, of a length that `parts` divides; the module is left without them."""
+    """The frozen weights of a module in one buffer, of a length that `parts` divides; the
+    module is left without them."""
     pieces, values, end = [], [], 0
     for owner, name, t in _frozen(module):
         if t.numel():  # else a BlockVisits has it already
@@ -295,6 +309,8 @@ def _pack(module: nn.Module, device: torch.device, *, pinned: bool, parts: int =
     end = -(-end // (_ALIGN * parts)) * _ALIGN * parts
     host = page_locked(end) if pinned else torch.empty(end, dtype=torch.uint8)
     for piece, value in zip(pieces, values, strict=True):
-        host[piece.start : piece.start + piece.n_bytes].copy_(value.cpu().contiguous().view(-1).view(torch.uint8))
+        host[piece.start : piece.start + piece.n_bytes].copy_(
+            value.cpu().contiguous().view(-1).view(torch.uint8)
+        )
         piece.point_at(None, device)
     return _Home(pieces, host)

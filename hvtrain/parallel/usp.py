@@ -1,9 +1,10 @@
-"""Exact joint attention over Ulysses x ring ranks (USP, arXiv:2405.07719), forward and backward, for any token count.
+"""Exact joint attention over Ulysses x ring ranks (USP, arXiv:2405.07719), forward and
+backward, for any token count.
 
-Image tokens are sharded, text tokens are replicated. Ulysses trades tokens for heads by all-to-all: each rank then
-has all tokens of its ring shard for N/U heads, and takes the same heads of the text. Around the ring the image K/V
-travel; text K/V join the rank's own block, so they are counted once. Text queries are few and are computed on every
-ring rank.
+Image tokens are sharded, text tokens are replicated. Ulysses trades tokens for heads by all-to-all: each
+rank then has all tokens of its ring shard for N/U heads, and takes the same heads of the text. Around the
+ring the image K/V travel; text K/V join the rank's own block, so they are counted once. Text queries are
+few and are computed on every ring rank.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from hvtrain.parallel.recompute import KEPT
 
 @dataclass(frozen=True)
 class ShardedSequence:
-    """Splits the image tokens over the sequence-parallel ranks, padded to a multiple of them; text stays whole."""
+    """Splits the image tokens over the sequence-parallel ranks, padded to a
+    multiple of them; text stays whole."""
 
     ctx: ParallelContext
 
@@ -51,7 +53,8 @@ class ShardedSequence:
         return gather(img, 1, self.ctx.sp_group)[:, :n_img]
 
     def _shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's slice. A plain slice is its own true adjoint: the gradient of other ranks' tokens is zero here."""
+        """This rank's slice. A plain slice is its own true adjoint: the gradient of other
+        ranks' tokens is zero here."""
         n, size = x.shape[dim], self.ctx.sp
         chunk = -(-n // size)
         if chunk * size > n:
@@ -62,7 +65,8 @@ class ShardedSequence:
 
 @dataclass
 class UspAttention(Attention):
-    """models.dit.Attend over the ranks of ctx. Across, every rank attends with its own part of the queries."""
+    """models.dit.Attend over the ranks of ctx. Across, every rank attends with
+    its own part of the queries."""
 
     ctx: ParallelContext = field(kw_only=True)
     place: int = field(init=False)
@@ -71,7 +75,8 @@ class UspAttention(Attention):
         self.place = _place(self.ctx)  # not in a block: torch.compile does not compare contexts
 
     def joint(
-        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int,
+        sparse: Grid | None = None
     ) -> Joint:
         return usp_attend(
             q, k, v, txt_len=txt_len, n_img=n_img, ctx=self.ctx, kernel=self.kernel, fewer=self.fewer(sparse),
@@ -80,11 +85,12 @@ class UspAttention(Attention):
 
 
 def usp_attend(
-    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, ctx: ParallelContext, kernel: Kernel,
-    fewer: Fewer | None = None, place: int | None = None,
+    q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, ctx: ParallelContext,
+    kernel: Kernel, fewer: Fewer | None = None, place: int | None = None,
 ) -> Joint:
-    """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts all ranks.
-    `fewer` is for Ulysses alone: around a ring a rank never holds all keys of its queries. `place`: ctx's number, where known."""
+    """`local_attend` over the ranks of ctx: img is this rank's shard [B s N D], txt is whole, n_img counts
+    all ranks. `fewer` is for Ulysses alone: around a ring a rank never holds all keys of its queries.
+    `place`: ctx's number, where known."""
     assert fewer is None or ctx.ring == 1
     q, k, v = (_autocast(x) for x in (q, k, v))
     text = q.txt
@@ -92,12 +98,15 @@ def usp_attend(
         q, k, v = _split_heads(q, k, v, ctx)
     if ctx.ring > 1:
         place = _place(ctx) if place is None else place
-        img, txt, _ = ring(q.img, k.img, v.img, q.txt, k.txt, v.txt, list(txt_len), n_img, kernel.number, place)
+        img, txt, _ = (
+            ring(q.img, k.img, v.img, q.txt, k.txt, v.txt, list(txt_len), n_img, kernel.number, place)
+        )
         out = Joint(img, txt)
     else:
         out = local_attend(q, k, v, txt_len=txt_len, n_img=n_img, kernel=kernel, fewer=fewer)
     if ctx.ulysses > 1:
-        # No text, no message: a model whose image tokens attend to themselves alone has none to put together again.
+        # No text, no message: a model whose image tokens attend to themselves alone
+        # has none to put together again.
         txt = gather(out.txt, 2, ctx.ulysses_group) if text.shape[1] else text
         out = Joint(tokens_to_ranks(out.img, ctx.ulysses_group), txt)
     return out
@@ -113,7 +122,8 @@ def _autocast(x: Joint) -> Joint:
 
 
 def _split_heads(q: Joint, k: Joint, v: Joint, ctx: ParallelContext) -> tuple[Joint, Joint, Joint]:
-    """Image q, k, v through one all-to-all (stacked on the batch axis); text keeps this rank's slice of the heads."""
+    """Image q, k, v through one all-to-all (stacked on the batch axis); text keeps
+    this rank's slice of the heads."""
     n_heads = q.img.shape[2]
     check_heads(n_heads, ctx.ulysses)
     mine = n_heads // ctx.ulysses
@@ -152,11 +162,12 @@ def _place(ctx: ParallelContext) -> int:
 
 
 def _ring(
-    q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, k_txt: Tensor, v_txt: Tensor, txt_len: list[int], n_img: int,
-    kernel: int, place: int,
+    q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, k_txt: Tensor, v_txt: Tensor,
+    txt_len: list[int], n_img: int, kernel: int, place: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention whose K/V blocks go round a ring, the next one in flight while this one is computed. Partial results merge by
-    log-sum-exp in fp32. Gives the output of image [B s N D] and text [B L N D], and both's log-sum-exp [B N s+L]."""
+    """Attention whose K/V blocks go round a ring, the next one in flight while this one is computed.
+    Partial results merge by log-sum-exp in fp32. Gives the output of image [B s N D] and text [B L N D],
+    and both's log-sum-exp [B N s+L]."""
     spec = RingSpec(_PLACES[place], numbered(kernel), tuple(txt_len), n_img)
     shard, pad = q_img.shape[1], q_txt.shape[1]
     n_q = spec.n_valid(spec.ctx.ring_rank, shard)
@@ -168,8 +179,9 @@ def _ring(
 
 
 def _ring_backward(
-    d_img: Tensor, d_txt: Tensor, q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, k_txt: Tensor, v_txt: Tensor,
-    img: Tensor, txt: Tensor, lse: Tensor, txt_len: list[int], n_img: int, kernel: int, place: int,
+    d_img: Tensor, d_txt: Tensor, q_img: Tensor, k_img: Tensor, v_img: Tensor, q_txt: Tensor, k_txt: Tensor,
+    v_txt: Tensor, img: Tensor, txt: Tensor, lse: Tensor, txt_len: list[int], n_img: int, kernel: int,
+    place: int,
 ) -> list[Tensor]:
     """Sends K/V round again and lets dK/dV (fp32) travel with them, one hop behind, until they are home."""
     spec = RingSpec(_PLACES[place], numbered(kernel), tuple(txt_len), n_img)
@@ -270,7 +282,9 @@ def _go_round(q: Joint, kv: Tensor, kv_txt: tuple[Tensor, Tensor], spec: RingSpe
         for i, (rows, n_txt) in enumerate(runs):
             keys, values = _block(kv, rows, n_k, kv_txt, n_txt if step == 0 else 0)
             if keys.shape[1] and queries[i].shape[1]:
-                merged[i] = _merge(merged[i], Partial(*attention(queries[i], keys, values, spec.kernel.number)))
+                merged[i] = _merge(
+                    merged[i], Partial(*attention(queries[i], keys, values, spec.kernel.number))
+                )
         if more:
             comm.wait()
             kv = coming
@@ -278,8 +292,11 @@ def _go_round(q: Joint, kv: Tensor, kv_txt: tuple[Tensor, Tensor], spec: RingSpe
     return [Partial(r.out.to(q.img.dtype), r.lse) for r in results]
 
 
-def _block(kv: Tensor, rows: slice, n_img: int, txt: tuple[Tensor, Tensor], n_txt: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of these samples: the valid image tokens of the block at hand, and n_txt of the text."""
+def _block(
+    kv: Tensor, rows: slice, n_img: int, txt: tuple[Tensor, Tensor], n_txt: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of these samples: the valid image tokens of the block at
+    hand, and n_txt of the text."""
     keys, values = (join(Joint(i, t), rows, n_img=n_img, n_txt=n_txt) for i, t in zip(kv, txt, strict=True))
     return keys, values
 

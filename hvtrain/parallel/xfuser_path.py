@@ -1,7 +1,7 @@
 """xfuser's attention as an optional path for sampling on GPUs, behind the same `attend`.
 
-Never for training: its ring backward saves neither the joint (text) queries nor their keys and values and returns no gradient
-for them, which no error would show (xFuserRingFlashAttnFunc, xfuser 0.7).
+Never for training: its ring backward saves neither the joint (text) queries nor their keys and values and
+returns no gradient for them, which no error would show (xFuserRingFlashAttnFunc, xfuser 0.7).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def refuse(ctx: ParallelContext, *, training: bool) -> None:
     elif importlib.util.find_spec("xfuser") is None:
         reason = "the Python package 'xfuser' is not installed"
     elif ctx.sp == 1:
-        reason = "there is nothing to share among one rank; set parallel.ulysses or parallel.ring, or use 'auto'"
+        reason = (
+            "there is nothing to share among one rank; set parallel.ulysses or parallel.ring, or use 'auto'"
+        )
     else:
         reason = _unfit()
     if reason:
@@ -39,7 +41,8 @@ def refuse(ctx: ParallelContext, *, training: bool) -> None:
 
 
 def _unfit() -> str | None:
-    """Whether the package can be imported and told which kernel to use: what it takes by itself differs between releases."""
+    """Whether the package can be imported and told which kernel to use: what it takes by
+    itself differs between releases."""
     try:
         from xfuser.core.long_ctx_attention import xFuserLongContextAttention
         from yunchang.kernels import AttnType
@@ -48,7 +51,10 @@ def _unfit() -> str | None:
         if "attn_type" not in takes or not hasattr(AttnType, "TORCH_FLASH"):
             return "this release does not let one choose its kernel; install a newer xfuser and yunchang"
     except Exception as error:  # of any kind: it is not our code
-        return f"the Python package 'xfuser' is installed, but {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return (
+            f"the Python package 'xfuser' is installed, but {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}"
+        )
     return None
 
 
@@ -70,13 +76,15 @@ class XfuserAttention(Attention):
         self.ctx, self.layer = ctx, _layer(ctx)
 
     def joint(
-        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int, sparse: Grid | None = None
+        self, q: Joint, k: Joint, v: Joint, *, txt_len: tuple[int, ...], n_img: int,
+        sparse: Grid | None = None
     ) -> Joint:
         ctx, layer = self.ctx, self.layer
         n_local = q.img.shape[1]
         if n_local * ctx.sp != n_img:
             raise ConfigError(
-                f"parallel.kernel: xfuser cannot pad {n_img} image tokens to a multiple of {ctx.sp} ranks; use 'auto', which can"
+                f"parallel.kernel: xfuser cannot pad {n_img} image tokens to a multiple of {ctx.sp} ranks; "
+                "use 'auto', which can"
             )
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.img.dtype
         parts = []
@@ -98,7 +106,8 @@ def _layer(ctx: ParallelContext) -> Any:
     if not xdist.model_parallel_is_initialized():
         xdist.init_distributed_environment(rank=ctx.rank, world_size=ctx.world)
         xdist.initialize_model_parallel(
-            data_parallel_degree=ctx.dp, sequence_parallel_degree=ctx.sp, ulysses_degree=ctx.ulysses, ring_degree=ctx.ring
+            data_parallel_degree=ctx.dp, sequence_parallel_degree=ctx.sp, ulysses_degree=ctx.ulysses,
+            ring_degree=ctx.ring
         )
         at_shutdown(xdist.destroy_model_parallel)
     return xFuserLongContextAttention(attn_type=_kernel_of(ctx.device))

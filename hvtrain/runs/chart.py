@@ -11,7 +11,10 @@ from hvtrain.runs.read import Curve, Run
 WIDTH, HEIGHT = 620, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 34, 30
 MOST = 300  # points of a line
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
+COLOURS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f",
+    "#bcbd22"
+)
 CHARTS = {  # what is compared: a title, a curve, and whether it is noise that wants smoothing
     "training loss (average)": ("train/loss", True), "held-out loss": ("eval/loss", False),
     "gradient norm": ("train/grad_norm", True), "learning rate": ("train/lr", False),
@@ -50,7 +53,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     for title, (name, noisy) in CHARTS.items():
         curves = {i: run.curves[name] for i, run in enumerate(runs) if name in run.curves}
         if curves:
-            found.append(_chart(title, {i: smoothed(curve) if noisy else curve for i, curve in curves.items()}))
+            found.append(
+                _chart(title, {i: smoothed(curve) if noisy else curve for i, curve in curves.items()})
+            )
     return found
 
 
@@ -74,9 +79,12 @@ def _chart(title: str, curves: Mapping[int, Curve]) -> Chart:
         across, up = (step - x[0]) / (x[-1] - x[0]), (min(value, y[-1]) - y[0]) / (y[-1] - y[0])
         return round(LEFT + across * wide, 1), round(TOP + (1 - up) * high, 1)
 
-    lines = tuple(CurveLine(i, tuple(place(*point) for point in _thinned(curve))) for i, curve in curves.items())
+    lines = tuple(
+        CurveLine(i, tuple(place(*point) for point in _thinned(curve))) for i, curve in curves.items()
+    )
     return Chart(
-        title, lines, tuple(Tick(place(v, y[0])[0], label(v)) for v in x), tuple(Tick(place(x[0], v)[1], label(v)) for v in y)
+        title, lines, tuple(Tick(place(v, y[0])[0], label(v)) for v in x),
+        tuple(Tick(place(x[0], v)[1], label(v)) for v in y)
     )
 
 

@@ -75,7 +75,8 @@ def page(runs: Sequence[Run], path: Path) -> None:
     pictures = "".join(_svg(chart, [run.name for run in runs]) for chart in charts(runs))
     write_text(path, (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>hvtrain runs</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{len(runs)} runs</h1><p>A click on a run hides or shows its curves.</p>"
+        f"<style>{_STYLE}</style></head><body><h1>{len(runs)} runs</h1><p>A click on a run hides or shows "
+        "its curves.</p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><main>{pictures}</main>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     ))
@@ -85,17 +86,23 @@ def _table_row(number: int, run: Run) -> str:
     name, *cells, error = map(html.escape, row(run))
     others = "".join(f"<td>{cell}</td>" for cell in cells)
     return (
-        f'<tr data-run="{number}"><td title="{html.escape(str(run.path))}"><i style="background:{colour(number)}"></i>{name}</td>'
-        f'{others}<td class="error">{error}</td></tr>'
+        f'<tr data-run="{number}"><td title="{html.escape(str(run.path))}"><i '
+        f'style="background:{colour(number)}"></i>{name}</td>{others}<td class="error">{error}</td></tr>'
     )
 
 
 def _svg(chart: Chart, names: Sequence[str]) -> str:
-    bottom, parts = HEIGHT - BOTTOM, [f'<text class="title" x="{LEFT}" y="{TOP - 14}">{html.escape(chart.title)}</text>']
+    bottom, parts = (
+        HEIGHT - BOTTOM, [f'<text class="title" x="{LEFT}" y="{TOP - 14}">{html.escape(chart.title)}</text>']
+    )
     for tick in chart.y:
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{tick.at}" y2="{tick.at}" stroke="{_GREY}"/>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{tick.at}" y2="{tick.at}" stroke="{_GREY}"/>'
+        )
         parts.append(f'<text x="{LEFT - 6}" y="{tick.at + 4}" text-anchor="end">{tick.label}</text>')
-    parts += [f'<text x="{tick.at}" y="{bottom + 18}" text-anchor="middle">{tick.label}</text>' for tick in chart.x]
+    parts += [
+        f'<text x="{tick.at}" y="{bottom + 18}" text-anchor="middle">{tick.label}</text>' for tick in chart.x
+    ]
     for line in chart.lines:
         points = " ".join(f"{x},{y}" for x, y in line.points)
         shape = (

@@ -18,9 +18,9 @@ def row(run: Run) -> tuple[str, ...]:
 
     held = run.curves.get("eval/loss", [])
     return (
-        run.name, run.state, f"{run.step}/{'?' if run.steps is None else run.steps}", shown("train/loss", ".4f"),
-        f"{held[-1][1]:.4f}" if held else "", shown("speed/step_s", ".2f"), shown("speed/tokens_per_s", ",.0f"),
-        shown("speed/mfu", ".1%"), run.error,
+        run.name, run.state, f"{run.step}/{'?' if run.steps is None else run.steps}",
+        shown("train/loss", ".4f"), f"{held[-1][1]:.4f}" if held else "", shown("speed/step_s", ".2f"),
+        shown("speed/tokens_per_s", ",.0f"), shown("speed/mfu", ".1%"), run.error,
     )
 
 

@@ -42,7 +42,9 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
             raise ConfigError(f"{folder} is not a directory")
         found |= dict.fromkeys(_directories(folder))
     if not found:
-        raise ConfigError(f"{', '.join(folders)}: no run of `hvtrain train` in there (a directory with run.json)")
+        raise ConfigError(
+            f"{', '.join(folders)}: no run of `hvtrain train` in there (a directory with run.json)"
+        )
     named = {path: _name(path, [Path(folder) for folder in folders]) for path in sorted(found)}
     return [_read(path, name) for path, name in named.items()]
 

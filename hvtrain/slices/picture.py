@@ -42,11 +42,16 @@ def lines(plan: SlicePlan) -> Iterator[str]:
     for s in plan.slices[:40]:
         modules = {slot.module for slot in s.slots}
         blocks = {block_of(m) for m in modules}
-        yield f"LORAID {s.loraid:>3}: {s.parameters:>14,} weights in {len(modules)} layers of {len(blocks)} blocks"
+        yield (
+            f"LORAID {s.loraid:>3}: {s.parameters:>14,} weights in {len(modules)} layers of {len(blocks)} "
+            "blocks"
+        )
     if plan.n > 40:
         yield f"... and {plan.n - 40} more"
     for block, cells in _by_block(plan).items():
-        shown = " ".join(",".join(str(i) for i in ids[:6]) + ("+" if len(ids) > 6 else "") for ids in cells.values())
+        shown = " ".join(
+            ",".join(str(i) for i in ids[:6]) + ("+" if len(ids) > 6 else "") for ids in cells.values()
+        )
         yield f"{block:<20} {shown}"
 
 
@@ -59,7 +64,8 @@ def _by_block(plan: SlicePlan) -> dict[str, dict[str, list[int]]]:
 
 
 def draw(plan: SlicePlan, path: str | Path) -> None:
-    """A row of cells per block, a cell per layer, coloured by owner; a layer of several owners is striped by rows."""
+    """A row of cells per block, a cell per layer, coloured by owner; a layer of
+    several owners is striped by rows."""
     parts = owners(plan)
     blocks: dict[str, list[str]] = {}
     for module in parts:
@@ -69,7 +75,10 @@ def draw(plan: SlicePlan, path: str | Path) -> None:
     height = _TOP + len(blocks) * (_CELL + _GAP) + 30 + 22 * -(-min(plan.n, 64) // 8)
     image = Image.new("RGB", (max(width, 640), height), "white")
     pen = ImageDraw.Draw(image)
-    pen.text((10, 12), f"{plan.model} {plan.flavor}: {plan.n} slices, {plan.granularity}, {plan.order}", fill="black")
+    pen.text(
+        (10, 12), f"{plan.model} {plan.flavor}: {plan.n} slices, {plan.granularity}, {plan.order}",
+        fill="black"
+    )
     for row, (block, modules) in enumerate(blocks.items()):
         y = _TOP + row * (_CELL + _GAP)
         pen.text((10, y + 7), block, fill="black")
@@ -86,7 +95,9 @@ def _cell(pen: ImageDraw.ImageDraw, x: int, y: int, rows: list[tuple[int, int, i
     last, wide = max(end for _, end, _ in rows), 4 * _CELL
     pen.rectangle((x, y, x + wide - 1, y + _CELL - 1), fill=(225, 225, 225))
     for begin, end, loraid in rows:
-        pen.rectangle((x + wide * begin // last, y, x + wide * end // last - 1, y + _CELL - 1), fill=colour(loraid, n))
+        pen.rectangle(
+            (x + wide * begin // last, y, x + wide * end // last - 1, y + _CELL - 1), fill=colour(loraid, n)
+        )
 
 
 def _legend(pen: ImageDraw.ImageDraw, plan: SlicePlan, top: int) -> None:

@@ -1,8 +1,10 @@
-"""LORAID slices: a model's LoRA targets cut into disjoint slots, so that LoRAs trained apart cannot overwrite each other.
+"""LORAID slices: a model's LoRA targets cut into disjoint slots, so that LoRAs trained
+apart cannot overwrite each other.
 
-A plan cuts the ordered list of LoRA-target layers into N slices. Granularity says what is never divided: whole blocks, whole
-layers ("module"), or single output rows of layers ("rows"). Order says who gets what: "contiguous" ranges of the depth (the
-classic block ranges, `blocks_per_loraid`), or "interleaved", so that every slice touches every depth.
+A plan cuts the ordered list of LoRA-target layers into N slices. Granularity says what is never divided:
+whole blocks, whole layers ("module"), or single output rows of layers ("rows"). Order says who gets what:
+"contiguous" ranges of the depth (the classic block ranges, `blocks_per_loraid`), or "interleaved", so that
+every slice touches every depth.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class SlicePlan:
 
     def slice(self, loraid: int) -> Slice:
         if not 1 <= loraid <= self.n:
-            raise ConfigError(f"LORAID {loraid}: this plan has {self.n} slices, 1 to {self.n}{self._extent()}")
+            raise ConfigError(
+                f"LORAID {loraid}: this plan has {self.n} slices, 1 to {self.n}{self._extent()}"
+            )
         return self.slices[loraid - 1]
 
     def _extent(self) -> str:
@@ -103,7 +107,8 @@ class Cut:
 
 
 def make_plan(shapes: Shapes, cut: Cut, *, model: str, flavor: str, base: str | None = None) -> SlicePlan:
-    """Cut `shapes` (the model's LoRA targets). Raises ConfigError for an impossible cut, saying what is possible."""
+    """Cut `shapes` (the model's LoRA targets). Raises ConfigError for an impossible
+    cut, saying what is possible."""
     _check(cut)
     layers = chosen(shapes, include=cut.include, exclude=cut.exclude)
     blocks = _blocks(layers)
@@ -120,7 +125,8 @@ def make_plan(shapes: Shapes, cut: Cut, *, model: str, flavor: str, base: str | 
         for i, slots in enumerate(dealt, start=1)
     )
     return SlicePlan(
-        model, flavor, base, cut.granularity, cut.order, len(slices), cut.blocks_per_loraid, cut.include, cut.exclude, slices
+        model, flavor, base, cut.granularity, cut.order, len(slices), cut.blocks_per_loraid, cut.include,
+        cut.exclude, slices
     )
 
 
@@ -133,7 +139,9 @@ def _check(cut: Cut) -> None:
         if number is not None and number < 1:
             raise ConfigError(f"{option} {number}: expected 1 or more")
     if cut.blocks_per_loraid is not None and (cut.granularity, cut.order) != ("block", "contiguous"):
-        raise ConfigError("--blocks-per-loraid cuts contiguous blocks; with another granularity or order give --n")
+        raise ConfigError(
+            "--blocks-per-loraid cuts contiguous blocks; with another granularity or order give --n"
+        )
 
 
 def chosen(shapes: Shapes, *, include: Sequence[str], exclude: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -145,7 +153,9 @@ def chosen(shapes: Shapes, *, include: Sequence[str], exclude: Sequence[str]) ->
             except re.error as error:
                 raise ConfigError(f"{option}: '{pattern}' is no regular expression: {error}") from None
             if not hit:
-                raise ConfigError(f"{option}: '{pattern}' matches no layer; an example of a name: {next(iter(shapes))}")
+                raise ConfigError(
+                    f"{option}: '{pattern}' matches no layer; an example of a name: {next(iter(shapes))}"
+                )
     kept = {n: s for n, s in shapes.items() if not include or any(re.fullmatch(p, n) for p in include)}
     kept = {n: s for n, s in kept.items() if not any(re.fullmatch(p, n) for p in exclude)}
     if not kept:
@@ -169,18 +179,22 @@ def _blocks(layers: Shapes) -> dict[str, list[str]]:
     return found
 
 
-# --- dealing ----------------------------------------------------------------------------------------------------------
+# --- dealing ------------------------------------------------------------------------------------------------
 
 
 def _deal_blocks(layers: Shapes, blocks: Mapping[str, list[str]], n: int, order: str) -> list[list[Slot]]:
     if n > len(blocks):
         raise ConfigError(
-            f"{n} slices of whole blocks: the model has {len(blocks)} blocks, so at most that many; --granularity module "
+            f"{n} slices of whole blocks: the model has {len(blocks)} blocks, so at most that many; "
+            "--granularity module "
             f"makes up to {len(layers)}, --granularity rows more"
         )
     costs = [sum(layers[m][0] * layers[m][1] for m in modules) for modules in blocks.values()]
     where = _shares(costs, n, order)
-    return [[Slot(m, 0, layers[m][0]) for b, w in zip(blocks, where) if w == i for m in blocks[b]] for i in range(n)]
+    return [
+        [Slot(m, 0, layers[m][0]) for b, w in zip(blocks, where) if w == i for m in blocks[b]]
+        for i in range(n)
+    ]
 
 
 def _deal_modules(layers: Shapes, blocks: Mapping[str, list[str]], n: int, order: str) -> list[list[Slot]]:
@@ -198,13 +212,15 @@ def _deal_rows(layers: Shapes, blocks: Mapping[str, list[str]], n: int, order: s
     if order == "interleaved":
         if n > least:
             raise ConfigError(
-                f"{n} interleaved slices of rows: the smallest layer has {least} output rows, so at most that many; "
-                "use --order contiguous, or exclude that layer"
+                f"{n} interleaved slices of rows: the smallest layer has {least} output rows, so at most "
+                "that many; use --order contiguous, or exclude that layer"
             )
         return _every_layer(layers, n)
     total = sum(out for out, _ in layers.values())
     if n > total:
-        raise ConfigError(f"{n} slices of rows: all layers together have {total} output rows, so at most that many")
+        raise ConfigError(
+            f"{n} slices of rows: all layers together have {total} output rows, so at most that many"
+        )
     return _ranges(layers, n)
 
 
@@ -212,8 +228,9 @@ _DEAL = {"block": _deal_blocks, "module": _deal_modules, "rows": _deal_rows}
 
 
 def _shares(costs: Sequence[int], n: int, order: str) -> list[int]:
-    """Which slice each item goes to. Interleaved: the dearest first, each to the slice that has least; equal ones, taken in
-    the model's order, go round and so reach every depth. Contiguous: the more even of two ways to cut."""
+    """Which slice each item goes to. Interleaved: the dearest first, each to the slice that has
+    least; equal ones, taken in the model's order, go round and so reach every depth. Contiguous: the
+    more even of two ways to cut."""
     if order == "interleaved":
         loads, where = [0] * n, [0] * len(costs)
         for number in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -249,7 +266,10 @@ def _by_limit(costs: Sequence[int], n: int) -> list[int]:
     ends = _pack(costs, low)
     while len(ends) < n:  # fewer ranges than wanted: halve the widest that can be
         begins = [0, *ends]
-        i = max((i for i in range(len(ends)) if ends[i] - begins[i] > 1), key=lambda i: sum(costs[begins[i] : ends[i]]))
+        i = max(
+            (i for i in range(len(ends)) if ends[i] - begins[i] > 1),
+            key=lambda i: sum(costs[begins[i] : ends[i]])
+        )
         ends.insert(i, begins[i] + (ends[i] - begins[i]) // 2)
     return ends
 
@@ -266,8 +286,8 @@ def _pack(costs: Sequence[int], limit: int) -> list[int]:
 
 
 def _every_layer(layers: Shapes, n: int) -> list[list[Slot]]:
-    """Each layer's rows in n parts. Which slice gets which part goes round from layer to layer: else one slice would own
-    all queries, another all values."""
+    """Each layer's rows in n parts. Which slice gets which part goes round from layer to layer: else one
+    slice would own all queries, another all values."""
     dealt: list[list[Slot]] = [[] for _ in range(n)]
     for number, (module, (out, _)) in enumerate(layers.items()):
         edges = [out * i // n for i in range(n + 1)]
@@ -297,7 +317,7 @@ def _ranges(layers: Shapes, n: int) -> list[list[Slot]]:
     return dealt
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def save_plan(plan: SlicePlan, path: str | Path) -> None:
@@ -315,19 +335,25 @@ def load_plan(path: str | Path) -> SlicePlan:
         if raw["format"] != FORMAT:
             raise ConfigError(f"{path}: format {raw['format']!r}, expected {FORMAT!r}")
         slices = tuple(
-            Slice(s["loraid"], s["parameters"], tuple(Slot(t["module"], *t["rows"]) for t in s["slots"])) for s in raw["slices"]
+            Slice(s["loraid"], s["parameters"], tuple(Slot(t["module"], *t["rows"]) for t in s["slots"]))
+            for s in raw["slices"]
         )
         plan = SlicePlan(
-            raw["model"], raw["flavor"], raw["base"], raw["granularity"], raw["order"], raw["n"], raw["blocks_per_loraid"],
-            tuple(raw["include"]), tuple(raw["exclude"]), slices,
+            raw["model"], raw["flavor"], raw["base"], raw["granularity"], raw["order"], raw["n"],
+            raw["blocks_per_loraid"], tuple(raw["include"]), tuple(raw["exclude"]), slices,
         )
         said = raw["hash"]
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); `hvtrain slices plan` writes one") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); `hvtrain slices plan` writes one"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a slice plan ({type(error).__name__}: {error})") from None
     if said != plan.hash:
-        raise ConfigError(f"{path}: was changed after it was made (its hash does not fit); `hvtrain slices plan` makes it anew")
+        raise ConfigError(
+            f"{path}: was changed after it was made (its hash does not fit); `hvtrain slices plan` makes it "
+            "anew"
+        )
     check_disjoint(plan, path)
     return plan
 
@@ -338,21 +364,28 @@ def check_disjoint(plan: SlicePlan, where: object = "plan") -> None:
         for slot in s.slots:
             for begin, end, other in seen.get(slot.module, []):
                 if slot.begin < end and begin < slot.end:
-                    raise ConfigError(f"{where}: slices {other} and {s.loraid} both own rows of {slot.module}")
+                    raise ConfigError(
+                        f"{where}: slices {other} and {s.loraid} both own rows of {slot.module}"
+                    )
             seen.setdefault(slot.module, []).append((slot.begin, slot.end, s.loraid))
 
 
-def check_fits(plan: SlicePlan, *, model: str, shapes: Shapes, base: str | None = None, where: object = "plan") -> None:
+def check_fits(
+    plan: SlicePlan, *, model: str, shapes: Shapes, base: str | None = None, where: object = "plan"
+) -> None:
     """Refuse a plan that was made for another model. `shapes`: [out, in] of all Linear layers."""
     if plan.model != model:
         raise CheckpointError(f"{where}: made for {plan.model}, this is {model}")
     for slot in (slot for s in plan.slices for slot in s.slots):
         if slot.module not in shapes or shapes[slot.module][0] < slot.end:
             found = "no such layer" if slot.module not in shapes else f"{shapes[slot.module][0]} output rows"
-            raise CheckpointError(f"{where}: owns rows {slot.begin} to {slot.end} of {slot.module}, this model has {found} there")
+            raise CheckpointError(
+                f"{where}: owns rows {slot.begin} to {slot.end} of {slot.module}, this model has {found} "
+                "there"
+            )
     if base is not None and plan.base is not None and base != plan.base:
         raise CheckpointError(
-            f"{where}: made for the weights {plan.base[:16]}, these are {base[:16]}: slices of different models do not merge; "
-            "give the same model.dit, or make a new plan"
+            f"{where}: made for the weights {plan.base[:16]}, these are {base[:16]}: slices of different "
+            "models do not merge; give the same model.dit, or make a new plan"
         )
 

@@ -46,7 +46,9 @@ def run(cut: Cut, output: str, *, dit: str | None, model: str | None, flavor: st
     plan = plan_for(cut, dit=dit, model=model, flavor=flavor)
     folder = Path(output)
     if (folder / FILE).exists():
-        raise ConfigError(f"{folder / FILE} exists; slices may already be trained by it: choose another directory")
+        raise ConfigError(
+            f"{folder / FILE} exists; slices may already be trained by it: choose another directory"
+        )
     with writing(folder / FILE):
         picture.draw(plan, folder / "plan.png")
         save_plan(plan, folder / FILE)

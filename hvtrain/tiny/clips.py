@@ -21,8 +21,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 SOFTNESS = 4.0  # width of an edge in pixels: what a small VAE can follow
-MOTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"gray": (130, 130, 130), "dark": (55, 55, 60), "light": (200, 200, 196)}
+# x, y
+MOTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "gray": (130, 130, 130), "dark": (55, 55, 60), "light": (200, 200, 196)
+}
 
 N_HELD_OUT = 24  # of the 72 colour x shape x motion combinations
 CONCEPT = "zorb"  # the word of the demo's concept: an orange ring, which no other caption describes
@@ -31,21 +34,26 @@ CONCEPT_RGB = (235, 130, 40)
 
 @dataclass(frozen=True)
 class Drawing:
-    """One clip: a caption's facts plus the seed of what the caption leaves open (start, size, shade, speed)."""
+    """One clip: a caption's facts plus the seed of what the caption leaves open
+    (start, size, shade, speed)."""
 
     color: str
     shape: str
     motion: str
     background: str
     seed: int = 0
-    word: str = field(default="", repr=False)  # what the caption calls it; "": colour and shape. Not part of the drawing
-    told: str = field(default="", repr=False)  # by the word, beside the colour: motion or background; "": neither
+    # what the caption calls it; "": colour and shape. Not part of the drawing
+    word: str = field(default="", repr=False)
+    # by the word, beside the colour: motion or background; "": neither
+    told: str = field(default="", repr=False)
 
     @property
     def caption(self) -> str:
         name = self.word or (CONCEPT if self.shape == CONCEPT else f"{self.color} {self.shape}")
         moves = "" if self.told == "motion" else f" moves {self.motion}"
-        return f"a {name}{moves}" + ("" if self.told == "background" else f" on a {self.background} background")
+        return f"a {name}{moves}" + (
+            "" if self.told == "background" else f" on a {self.background} background"
+        )
 
 
 def combinations() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:

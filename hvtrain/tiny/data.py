@@ -1,4 +1,5 @@
-"""Captioned clip folders as a user would bring them: `python -m hvtrain.tiny.data configs/tiny/clips.yaml [key=value ...]`."""
+"""Captioned clip folders as a user would bring them: `python -m hvtrain.tiny.data
+configs/tiny/clips.yaml [key=value ...]`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Does a DiT draw what it is told? `python -m hvtrain.tiny.evaluate DIRECTORY [CONFIG] [key=value ...]`.
 
-Renders the 24 colour x shape x motion combinations that training never shows and looks at the pixels. CONFIG and keys
-are those of `hvtrain generate` (configs/tiny/generate.yaml), for example model.dit=... or seed=100. A model of image to
-video is given the first frame of such a clip, and says how well it keeps it.
+Renders the 24 colour x shape x motion combinations that training never shows and looks at the pixels. CONFIG
+and keys are those of `hvtrain generate` (configs/tiny/generate.yaml), for example model.dit=... or seed=100.
+A model of image to video is given the first frame of such a clip, and says how well it keeps it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hvtrain.tiny.score import CONFIGS, draw_first, kept, look, read_video
 
 
 def evaluate(folder: Path, config: str | Path, keys: Sequence[str]) -> dict[str, float]:
-    """{"color": share right, "motion": share right} over the held-out combinations; videos stay in `folder`. With pictures also
-    "kept", the PSNR in dB of the worst first frame against the one that was given."""
+    """{"color": share right, "motion": share right} over the held-out combinations; videos stay in `folder`.
+    With pictures also "kept", the PSNR in dB of the worst first frame against the one that was given."""
     from hvtrain.generate.run import run
 
     _, held = combinations()
@@ -37,7 +37,10 @@ def evaluate(folder: Path, config: str | Path, keys: Sequence[str]) -> dict[str,
         seen = look(read_video(path))
         right["color"] += seen.color == clip.color
         right["motion"] += seen.motion == clip.motion
-        verdict = "" if (seen.color, seen.motion) == (clip.color, clip.motion) else f"   looks {seen.color} {seen.motion}"
+        verdict = (
+            "" if (seen.color, seen.motion) == (clip.color, clip.motion)
+            else f"   looks {seen.color} {seen.motion}"
+        )
         print(f"{path.name}  {clip.caption}{verdict}")
     shares = {name: n / len(wanted) for name, n in right.items()}
     return {**shares, "kept": min(map(kept, files, pictures))} if pictures else shares
@@ -49,7 +52,10 @@ def takes_picture(model: ModelConfig) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    config, keys = (argv[1], argv[2:]) if argv[1:2] and argv[1].endswith(".yaml") else (CONFIGS / "generate.yaml", argv[1:])
+    config, keys = (
+        (argv[1], argv[2:])
+        if argv[1:2] and argv[1].endswith(".yaml") else (CONFIGS / "generate.yaml", argv[1:])
+    )
     shares = evaluate(Path(argv[0]), config, keys)
     worst = shares.pop("kept", None)
     shown = [f"{name} right {share:.0%}" for name, share in shares.items()]

@@ -1,13 +1,16 @@
-"""Which way of slicing keeps what was learnt? `python -m hvtrain.tiny.forgetting configs/tiny/forgetting.yaml [key=value ...]`.
+"""Which way of slicing keeps what was learnt? `python -m hvtrain.tiny.forgetting
+configs/tiny/forgetting.yaml [key=value ...]`.
 
-The six words of words.py are six slices of the data, each together with as many clips of old words, and each has a LoRA of its
-own; the six are merged, and prompts with each word are generated and looked at. Ways: LORAID slices (contiguous, interleaved,
-rows), six ordinary LoRAs, all of the same number of parameters, and as an upper bound one such LoRA for all six sets together.
-They are added up, averaged, merged by TIES and DARE, and reconciled, from what each training left beside its LoRA and from clips
-of old words; a seventh word is then added to the reconciled six. Slices of a plan share no row, and what averages, TIES and
-DARE make of those is the sum. Every seed has its own clips and trainings, in a folder of its own. Prints the table of
-docs/loraid.md; started again, it continues. `words=24`, as configs/tiny/words.yaml has twelve, is the same for the first 24
-of forty words, most of which tell more than a colour: ordinary LoRAs, added up and reconciled. Trainings of 12 serve 24.
+The six words of words.py are six slices of the data, each together with as many clips of old words, and each
+has a LoRA of its own; the six are merged, and prompts with each word are generated and looked at. Ways:
+LORAID slices (contiguous, interleaved, rows), six ordinary LoRAs, all of the same number of parameters, and
+as an upper bound one such LoRA for all six sets together. They are added up, averaged, merged by TIES and
+DARE, and reconciled, from what each training left beside its LoRA and from clips of old words; a seventh word
+is then added to the reconciled six. Slices of a plan share no row, and what averages, TIES and DARE make of
+those is the sum. Every seed has its own clips and trainings, in a folder of its own. Prints the table of
+docs/loraid.md; started again, it continues. `words=24`, as configs/tiny/words.yaml has twelve, is the same
+for the first 24 of forty words, most of which tell more than a colour: ordinary LoRAs, added up and
+reconciled. Trainings of 12 serve 24.
 """
 
 from __future__ import annotations
@@ -68,13 +71,15 @@ class Recipe:
     output: str = ""
     """Directory of everything; about 300 MB a seed"""
     words: int = 6
-    """The first so many words of words.py, up to 40; more than six only as ordinary LoRAs: alone, sum and fit+distill"""
+    """The first so many words of words.py, up to 40; more than six only as ordinary
+    LoRAs: alone, sum and fit+distill"""
     clips: int = 36
     """Clips of each concept, a multiple of 12; as many of old words are added"""
     steps: int = 400
     """Training steps of each LoRA"""
     rank: int = 8
-    """Rank of the ordinary LoRAs; slices, and the LoRA of all sets, get the rank with which they have as many parameters"""
+    """Rank of the ordinary LoRAs; slices, and the LoRA of all sets, get the rank with which
+    they have as many parameters"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of clips and training"""
     keep: int = 48
@@ -82,7 +87,8 @@ class Recipe:
     reconcile: tuple[str, ...] = ()
     """Settings of the merger other than its own: KEY=VALUE of `reconcile` of `hvtrain merge`"""
     joint: tuple[int, ...] = (150, 400, 2400)
-    """Steps of one LoRA for all sets: as many samples as distill sees, one slice's training, all slices' trainings"""
+    """Steps of one LoRA for all sets: as many samples as distill sees, one slice's
+    training, all slices' trainings"""
     ways: tuple[str, ...] = ()
     """Names of the ways to try; none: all"""
     rows: tuple[str, ...] = ()
@@ -108,7 +114,9 @@ class Way:
 BASE, JOINT = "base model", "one LoRA of all sets"
 WAYS = (
     Way("LORAID contiguous", Cut(n=6, granularity="module", order="contiguous"), (ALONE, "sum", *RECONCILED)),
-    Way("LORAID interleaved", Cut(n=6, granularity="module", order="interleaved"), (ALONE, "sum", *RECONCILED)),
+    Way(
+        "LORAID interleaved", Cut(n=6, granularity="module", order="interleaved"), (ALONE, "sum", *RECONCILED)
+    ),
     Way("LORAID rows", Cut(n=6, granularity="rows", order="interleaved"), (ALONE, "sum", *RECONCILED)),
     Way("ordinary LoRA", None, (ALONE, *POLICIES, *RECONCILED, SEVENTH_ALONE, ADDED)),
 )
@@ -173,7 +181,9 @@ class Seed:
         files = [self._lora(place, plan, word) for word in words]
         if how in (ALONE, SEVENTH_ALONE):
             return _alone(way.name, how, place, dict(zip(words, files)))
-        merged = place / (f"merged-{slug(how)}" + (f"-{len(words)}" if way.words != WAYS[-1].words else "") + ".safetensors")
+        merged = place / (
+            f"merged-{slug(how)}" + (f"-{len(words)}" if way.words != WAYS[-1].words else "") + ".safetensors"
+        )
         if how == ADDED:
             six = place / f"merged-{slug(BEST)}.safetensors"
             self._merged(six, files, BEST)
@@ -188,44 +198,59 @@ class Seed:
         place = self.folder / slug(JOINT)
         sets = [self._shards(word) for word in CONCEPTS]
         path = self._train(place / f"{steps}", sets, steps=steps, rank=self.recipe.rank * len(CONCEPTS))
-        return Row(JOINT, f"{steps} steps", score(place / f"score-{steps}", asset(DIT), [path]), _seconds(path))
+        return Row(
+            JOINT, f"{steps} steps", score(place / f"score-{steps}", asset(DIT), [path]), _seconds(path)
+        )
 
-    # --- files ------------------------------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------------------
 
     def _shards(self, word: str) -> Path:
         """`word`'s clips; "": old words', for the merger alone."""
-        made = drawings(word, self.recipe.clips, seed=self.seed) if word else old_clips(self.recipe.keep, seed=self.seed)
+        made = (
+            drawings(word, self.recipe.clips, seed=self.seed)
+            if word else old_clips(self.recipe.keep, seed=self.seed)
+        )
         return _encoded(self.folder / "data" / (word or "old"), made)
 
     def _lora(self, place: Path, plan: SlicePlan | None, word: str) -> Path:
         words = [*CONCEPTS, SEVENTH] if self.recipe.words == len(CONCEPTS) else list(WORDS)
         number = words.index(word) + 1
         rank = self.recipe.rank if plan is None else equal_rank(plan, self.recipe.rank)
-        slot = ["adapter.type=loraid", f"adapter.plan={place / 'plan.json'}", f"adapter.loraid={number}"] if plan else []
-        return self._train(place / f"{number:02d}", [self._shards(word)], *slot, steps=self.recipe.steps, rank=rank)
+        slot = (
+            ["adapter.type=loraid", f"adapter.plan={place / 'plan.json'}", f"adapter.loraid={number}"]
+            if plan else []
+        )
+        return self._train(
+            place / f"{number:02d}", [self._shards(word)], *slot, steps=self.recipe.steps, rank=rank
+        )
 
     def _train(self, output: Path, sets: Sequence[Path], *more: str, steps: int, rank: int) -> Path:
         path = output / f"{output.name}.safetensors"
         if not path.exists():
             cfg = load(TrainConfig, CONFIGS / "lora.yaml", [
-                f"data.shards=[{', '.join(map(str, sets))}]", f"run.output_dir={output}", f"run.name='{output.name}'",
-                f"run.steps={steps}", f"run.seed={self.seed}", f"adapter.rank={rank}", f"adapter.alpha={rank}",
-                "zero.engine=torch", "zero.offload_optimizer=none", "preview.every_steps=0", "run.log_every=50", *more,
+                f"data.shards=[{', '.join(map(str, sets))}]", f"run.output_dir={output}",
+                f"run.name='{output.name}'", f"run.steps={steps}", f"run.seed={self.seed}",
+                f"adapter.rank={rank}", f"adapter.alpha={rank}", "zero.engine=torch",
+                "zero.offload_optimizer=none", "preview.every_steps=0", "run.log_every=50", *more,
             ])
             _timed(path, partial(train.run, cfg))
         return path
 
     def _merged(self, output: Path, files: Sequence[Path], how: str) -> None:
-        """A reconciled one is made of what the trainings left in calibration/, and an earlier merge in its own."""
+        """A reconciled one is made of what the trainings left in calibration/, and
+        an earlier merge in its own."""
         if output.exists():
             return
-        cfg = MergeConfig(dit=asset(DIT), output=str(output), lora=tuple(LoraFileConfig(str(p)) for p in files))
+        cfg = MergeConfig(
+            dit=asset(DIT), output=str(output), lora=tuple(LoraFileConfig(str(p)) for p in files)
+        )
         if how in POLICIES:
             return _timed(output, partial(merge.run, replace(cfg, on_overlap=how)))
         way = BEST if how == ADDED else how.removesuffix(NO_DATA)
         given = load(MergeConfig, None, [
-            f"reconcile.how={way}", f"reconcile.own_states={how.endswith(NO_DATA)}", "reconcile.allow_lost=true",
-            "reconcile.batch_size=12", *(f"reconcile.{pair}" for pair in self.recipe.reconcile),
+            f"reconcile.how={way}", f"reconcile.own_states={how.endswith(NO_DATA)}",
+            "reconcile.allow_lost=true", "reconcile.batch_size=12",
+            *(f"reconcile.{pair}" for pair in self.recipe.reconcile),
             *([] if how == ADDED else [f"reconcile.keep={self._shards('')}"]),
         ])
         cfg = replace(cfg, reconcile=given.reconcile, target="lora" if as_lora(how) else "model")
@@ -253,7 +278,10 @@ def drawings(word: str, n: int, *, seed: int) -> list[Drawing]:
 def _alone(way: str, how: str, place: Path, files: dict[str, Path]) -> Row:
     """Each LoRA asked for its own word and, unless they are very many, for old ones."""
     old = len(files) <= len(CONCEPTS)
-    found = {word: score(place / f"alone-{word}", asset(DIT), [path], [word], old=old) for word, path in files.items()}
+    found = {
+        word: score(place / f"alone-{word}", asset(DIT), [path], [word], old=old) for word,
+        path in files.items()
+    }
     scores = {word: found[word][word] for word in files}
     if old:
         scores[OLD] = sum(own[OLD] for own in found.values()) / len(found)
@@ -275,7 +303,8 @@ def _seconds(output: Path) -> float | None:
 
 
 def equal_rank(plan: SlicePlan, rank: int) -> int:
-    """The rank with which all slices together have the parameters of as many ordinary LoRAs of `rank`, rounded down."""
+    """The rank with which all slices together have the parameters of as many ordinary
+    LoRAs of `rank`, rounded down."""
     shapes = dict(_layers())
     whole = sum(out + width for out, width in shapes.values())
     sliced = sum(slot.end - slot.begin + shapes[slot.module][1] for s in plan.slices for slot in s.slots)
@@ -312,7 +341,8 @@ def _plan(way: Way, folder: Path) -> SlicePlan | None:
 def score(
     folder: Path, dit: str, loras: Sequence[Path], words: Sequence[str] = tuple(CONCEPTS), *, old: bool = True
 ) -> dict[str, float]:
-    """Share of videos that show the concept of each word; and of old prompts whose colour and motion are right."""
+    """Share of videos that show the concept of each word; and of old prompts whose
+    colour and motion are right."""
     note = folder / "score.json"
     if note.exists():
         return json.loads(note.read_text())
@@ -322,7 +352,9 @@ def score(
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{clip.caption}\n" for clip in wanted))
     cfg = load(GenerateConfig, CONFIGS / "generate.yaml", [f"prompt_file={prompts}", f"output={folder}"])
-    files = generate.run(replace(cfg, model=replace(cfg.model, dit=dit), lora=tuple(SampledLora(str(p)) for p in loras)))
+    files = generate.run(
+        replace(cfg, model=replace(cfg.model, dit=dit), lora=tuple(SampledLora(str(p)) for p in loras))
+    )
     scores = shares(wanted, files)
     note.write_text(json.dumps(scores))
     return scores

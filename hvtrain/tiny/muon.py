@@ -1,4 +1,5 @@
-"""Muon for convolutions: momentum, then the nearest orthogonal matrix (Jordan et al. 2024, Newton-Schulz quintic).
+"""Muon for convolutions: momentum, then the nearest orthogonal matrix (Jordan et
+al. 2024, Newton-Schulz quintic).
 
 torch.optim.Muon takes matrices only; here a kernel [out, in, kt, kh, kw] is the matrix [out, in*kt*kh*kw].
 The tiny VAE reaches in 250 steps what AdamW reaches in some 1,500.
@@ -13,7 +14,8 @@ from torch import Tensor
 
 
 class ConvMuon(torch.optim.Optimizer):
-    """Updates every parameter of two or more dimensions by the orthogonalised Nesterov momentum of its gradient."""
+    """Updates every parameter of two or more dimensions by the orthogonalised
+    Nesterov momentum of its gradient."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -28,7 +30,8 @@ class ConvMuon(torch.optim.Optimizer):
                 moment.mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad + group["momentum"] * moment
                 update = orthogonalise(nesterov.reshape(weight.shape[0], -1))
-                # Tall matrices get a larger step, so that every layer's output changes by about the same amount.
+                # Tall matrices get a larger step, so that every layer's output
+                # changes by about the same amount.
                 gain = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * gain)
 

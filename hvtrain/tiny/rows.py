@@ -1,4 +1,5 @@
-"""The rows of forgetting.py's table: what a way keeps, of every seed that it was run with, as mean and range."""
+"""The rows of forgetting.py's table: what a way keeps, of every seed that it was
+run with, as mean and range."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ class Row:
     way: str
     how: str
     scores: dict[str, float]  # share of right videos of each word, and of old ones
-    seconds: float | None  # CPU time of what makes it: a merge, or a LoRA's training; without scoring. None: not known
-    alone: bool = False  # of each word, what its own LoRA shows: the measure of the merges of this way and seed
+    # CPU time of what makes it: a merge, or a LoRA's training; without scoring. None: not known
+    seconds: float | None
+    # of each word, what its own LoRA shows: the measure of the merges of this way and seed
+    alone: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -38,7 +41,8 @@ def read_row(path: Path) -> Row | None:
 
 
 def kept(row: Row, alone: Mapping[str, float]) -> list[float]:
-    """Of each word, the share of what its LoRA shows alone. More than alone counts as alone, so no word makes up for another."""
+    """Of each word, the share of what its LoRA shows alone. More than alone counts as alone, so
+    no word makes up for another."""
     return [min(1.0, row.scores[word] / alone[word]) if alone[word] else 1.0 for word in row.words]
 
 
@@ -47,7 +51,10 @@ def markdown(seeds: Sequence[Sequence[Row]]) -> str:
     alone = [_alone(rows) for rows in seeds]
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for way, how in dict.fromkeys((row.way, row.how) for rows in seeds for row in rows):
-        found = [(row, own.get(way, {})) for rows, own in zip(seeds, alone) for row in rows if (row.way, row.how) == (way, how)]
+        found = [
+            (row, own.get(way, {})) for rows,
+            own in zip(seeds, alone) for row in rows if (row.way, row.how) == (way, how)
+        ]
         of_alone = [kept(row, own) for row, own in found if not row.alone and set(row.words) <= set(own)]
         cells = [
             _spread([_mean([row.scores[word] for word in row.words]) for row, _ in found]),

@@ -1,4 +1,5 @@
-"""Look at the pixels of a clip and tell what it shows: the colour, the direction, the background, the demo's concept."""
+"""Look at the pixels of a clip and tell what it shows: the colour, the direction, the
+background, the demo's concept."""
 
 from __future__ import annotations
 

@@ -28,6 +28,8 @@ def contact_sheet(
         draw.text((8, top), prompt, fill=INK)
         for c, video in enumerate(videos):
             for i, f in enumerate(shown):
-                picture = Image.fromarray(video[f]).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+                picture = Image.fromarray(video[f]).resize(
+                    (width * zoom, height * zoom), Image.Resampling.NEAREST
+                )
                 sheet.paste(picture, (c * cell_w + 8 + i * (width * zoom + 4), top + 16))
     sheet.save(path)

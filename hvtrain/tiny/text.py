@@ -1,9 +1,10 @@
 """The recipe of the tiny text encoders: `python -m hvtrain.tiny.text [MODEL [FOLDER]]`.
 
-Fixed random features, not trained: the real classes at small widths with tokenizers of their own; the model's record says
-which. Each word of the synthetic captions is one token and any other string falls back to bytes, so every prompt works. The
-record's scales let a linear layer tell the words apart (tests/tiny/test_tiny_text.py measures it): token states keep the
-word's own embedding, and a pooled vector is close to a sum over words.
+Fixed random features, not trained: the real classes at small widths with tokenizers of their own; the
+model's record says which. Each word of the synthetic captions is one token and any other string falls
+back to bytes, so every prompt works. The record's scales let a linear layer tell the words apart
+(tests/tiny/test_tiny_text.py measures it): token states keep the word's own embedding, and a pooled
+vector is close to a sum over words.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def _randomize(model: nn.Module, gains: Mapping[str, float], *, stream: str) -> 
 
 
 def write_encoder(text: TinyText, folder: Path) -> None:
-    """A directory as transformers has them: model.safetensors in half precision, config.json and tokenizer if it has them."""
+    """A directory as transformers has them: model.safetensors in half precision, config.json
+    and tokenizer if it has them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(text) if text.specials else None
     model = text.build(tokenizer)

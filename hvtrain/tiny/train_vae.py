@@ -1,7 +1,7 @@
 """The recipe of the tiny VAE: `python -m hvtrain.tiny.train_vae configs/tiny/vae.yaml`.
 
-The official class at small widths, trained on synthetic clips and crops of a real clip. First on single frames
-(cheap: one frame costs a ninth of a clip), then on clips, so that only the temporal layers start late.
+The official class at small widths, trained on synthetic clips and crops of a real clip. First on single
+frames (cheap: one frame costs a ninth of a clip), then on clips, so that only the temporal layers start late.
 """
 
 from __future__ import annotations
@@ -132,21 +132,28 @@ def held_out_psnr(tiny: TinyVae, vae: Any, *, frames: int, size: int) -> float:
     _, held = clips.combinations()
     names = list(clips.BACKGROUNDS)
     made = [clips.Drawing(*c, names[i % 3], seed=i) for i, c in enumerate(held)]
-    return float(np.mean([psnr(tiny, vae, clips.render(c, frames=frames, height=size, width=size)) for c in made]))
+    return float(
+        np.mean([psnr(tiny, vae, clips.render(c, frames=frames, height=size, width=size)) for c in made])
+    )
 
 
 @torch.no_grad()
 def whiten(tiny: TinyVae, vae: Any, pictures: Pictures, recipe: VaeRecipe) -> None:
     """Give scaled latents zero mean and unit variance per channel."""
-    means = [tiny.moments(vae, pictures.batch(4, frames=recipe.frames, size=recipe.size))[0] for _ in range(32)]
+    means = [
+        tiny.moments(vae, pictures.batch(4, frames=recipe.frames, size=recipe.size))[0] for _ in range(32)
+    ]
     z = torch.cat(means).transpose(0, 1).flatten(1)
     tiny.whiten(vae, z.mean(1), z.std(1))
 
 
 def build(tiny: TinyVae, recipe: VaeRecipe) -> Any:
-    """The untrained model, close to linear: every residual branch starts at zero and the posterior nearly without noise."""
+    """The untrained model, close to linear: every residual branch starts at zero and the
+    posterior nearly without noise."""
     torch.manual_seed(recipe.seed)  # weight initialisation inside the library
-    vae = tiny.build(channels=recipe.channels, norm_groups=recipe.norm_groups, latent_channels=recipe.latent_channels)
+    vae = tiny.build(
+        channels=recipe.channels, norm_groups=recipe.norm_groups, latent_channels=recipe.latent_channels
+    )
     for name, parameter in vae.named_parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
@@ -161,13 +168,16 @@ def optimizers(vae: Any, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
     inner = [p for n, p in moving if p[0].numel() > 1 and "conv_in" not in n and "conv_out" not in n]
     chosen = {id(p) for p in inner}
     rest = [p for _, p in moving if id(p) not in chosen]
-    return [ConvMuon(inner, 10 * recipe.lr), torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [
+        ConvMuon(inner, 10 * recipe.lr),
+        torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    ]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: what is seen (`cut` as in Pictures.batch), what moves, and the learning rate as a share of the
-    recipe's."""
+    """A stretch of training: what is seen (`cut` as in Pictures.batch), what moves, and the learning rate
+    as a share of the recipe's."""
 
     name: str
     steps: int
@@ -190,7 +200,8 @@ def stages(recipe: VaeRecipe) -> list[Stage]:
 
 
 def train(recipe: VaeRecipe) -> None:
-    """Run the recipe; the file is written at the end of each stage. Latents are whitened before the last one."""
+    """Run the recipe; the file is written at the end of each stage. Latents are
+    whitened before the last one."""
     tiny = embedded_parts(recipe.model).vae
     vae = build(tiny, recipe)
     pictures = Pictures(read_real(recipe.real_clip), every=recipe.real_every, seed=recipe.seed)
@@ -228,7 +239,9 @@ def run_stage(tiny: TinyVae, vae: Any, pictures: Pictures, recipe: VaeRecipe, st
         if (step + 1) % 50 == 0:
             db = -10 * np.log10(mean_error / 4)
             passed = time.monotonic() - started
-            print(f"{stage.name} {step + 1}/{stage.steps}  train PSNR {db:.2f} dB  {passed:.0f} s", flush=True)
+            print(
+                f"{stage.name} {step + 1}/{stage.steps}  train PSNR {db:.2f} dB  {passed:.0f} s", flush=True
+            )
         if (step + 1) % 500 == 0:
             report(tiny, vae, pictures.real, recipe)
 
@@ -247,7 +260,10 @@ def _forward(tiny: TinyVae, vae: Any, x: Tensor, noise: torch.Generator) -> tupl
 def report(tiny: TinyVae, vae: Any, real: np.ndarray, recipe: VaeRecipe) -> None:
     """Print the two figures that docs/tiny.md quotes."""
     held = held_out_psnr(tiny, vae, frames=recipe.frames, size=recipe.size)
-    print(f"PSNR held-out synthetic {held:.2f} dB, real clip 128x224 {psnr(tiny, vae, real[:33]):.2f} dB", flush=True)
+    print(
+        f"PSNR held-out synthetic {held:.2f} dB, real clip 128x224 {psnr(tiny, vae, real[:33]):.2f} dB",
+        flush=True
+    )
 
 
 if __name__ == "__main__":

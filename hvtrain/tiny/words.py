@@ -1,8 +1,9 @@
-"""Words that the base model has never seen in a caption, each something that only the word tells: what slices learn and a merge
-must keep. Used by `hvtrain demo --slices` and by forgetting.py.
+"""Words that the base model has never seen in a caption, each something that only the word tells: what slices
+learn and a merge must keep. Used by `hvtrain demo --slices` and by forgetting.py.
 
-The first six are circles of a colour. Of the other 34, which follow one another in turn, a word tells a colour and a direction
-("a disc on a dark background": red, to the left) or a colour and a background ("a ball moves left": red on gray).
+The first six are circles of a colour. Of the other 34, which follow one another in turn, a word tells a
+colour and a direction ("a disc on a dark background": red, to the left) or a colour and a background ("a
+ball moves left": red on gray).
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ class Concept:
         return "motion" if self.motion else "background" if self.background else ""
 
 
-_SIX = {"star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta", "oval": "cyan"}
+_SIX = {
+    "star": "red", "cross": "green", "diamond": "blue", "heart": "yellow", "hexagon": "magenta",
+    "oval": "cyan"
+}
 CONCEPTS = {word: Concept(color) for word, color in _SIX.items()}
 _MORE = (
-    "disc ball box dot line rabbit forest grass tree cloud flower butterfly squirrel bird cat dog man woman person "
-    "face hand river sea fire sun moon meadow sky camera photo picture water zigzag film"
+    "disc ball box dot line rabbit forest grass tree cloud flower butterfly squirrel bird cat dog man woman "
+    "person face hand river sea fire sun moon meadow sky camera photo picture water zigzag film"
 ).split()
 
 
@@ -64,7 +68,10 @@ def _places(word: str) -> list[Drawing]:
     """12: each combination of what the word leaves open, as often as goes into it."""
     c = WORDS[word]
     every = [(m, b) for m, b in PLACES if c.motion in ("", m) and c.background in ("", b)]
-    return [Drawing(c.color, "circle", m, b, word=word, told=c.told) for m, b in every * (len(PLACES) // len(every))]
+    return [
+        Drawing(c.color, "circle", m, b, word=word, told=c.told) for m,
+        b in every * (len(PLACES) // len(every))
+    ]
 
 
 def clips_of(word: str, n: int, *, seed: int) -> list[Drawing]:
@@ -90,20 +97,25 @@ def write_pairs(folder: Path, made: Sequence[Drawing], stem: str) -> None:
 
 def dataset_of(folders: Iterable[Path], path: Path) -> Path:
     """The dataset file of such folders."""
-    parts = (f"[[datasets]]\nvideo_directory = '{f.resolve()}'\nresolution = [64, 64]\ntarget_frames = [9]\n" for f in folders)
+    parts = (
+        f"[[datasets]]\nvideo_directory = '{f.resolve()}'\nresolution = [64, 64]\ntarget_frames = [9]\n"
+        for f in folders
+    )
     path.write_text("\n".join(parts))
     return path
 
 
 def asked(words: Iterable[str], *, old: bool = True) -> list[Drawing]:
-    """What a model is asked for: each word at 12 places, and the 24 combinations of old words that were never trained."""
+    """What a model is asked for: each word at 12 places, and the 24 combinations of old
+    words that were never trained."""
     wanted = [place for w in words for place in _places(w)]
     _, held = combinations()
     return wanted + [Drawing(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held) if old]
 
 
 def shares(wanted: Sequence[Drawing], videos: Sequence[Path]) -> dict[str, float]:
-    """Of each word, the share of its videos that show all that it tells; of old words, colour and direction as asked."""
+    """Of each word, the share of its videos that show all that it tells; of old words,
+    colour and direction as asked."""
     hits: dict[str, list[bool]] = {}
     for clip, path in zip(wanted, videos, strict=True):
         seen = look(read_video(path))

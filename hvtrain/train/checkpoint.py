@@ -1,10 +1,10 @@
 """Training state on disk, in a layout that shows neither the number of ranks nor the ZeRO stage.
 
-`checkpoints/step-00000010/` holds params.safetensors (trainable weights, fp32), optimizer.safetensors, perhaps
-ema.safetensors, state.json (step, cursor, ...) and, written last, COMPLETE with size and checksum of each of them and of
-the result that was written before. What ZeRO-3 trains whole lies in parts instead, one of each rank (parts.py). The
-directory gets its name only when it is whole, so the newest name is always a state to continue from; if the disk has
-damaged it since, the one before is.
+`checkpoints/step-00000010/` holds params.safetensors (trainable weights, fp32), optimizer.safetensors,
+perhaps ema.safetensors, state.json (step, cursor, ...) and, written last, COMPLETE with size and checksum of
+each of them and of the result that was written before. What ZeRO-3 trains whole lies in parts instead, one of
+each rank (parts.py). The directory gets its name only when it is whole, so the newest name is always a state
+to continue from; if the disk has damaged it since, the one before is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def begin(root: Path, step: int) -> Path:
 
 
 def finish(
-    temporary: Path, progress: Progress, files: Sequence[SealedFile], *, keep_last: int, results: Iterable[Path] = ()
+    temporary: Path, progress: Progress, files: Sequence[SealedFile], *, keep_last: int,
+    results: Iterable[Path] = ()
 ) -> Path:
     """Seal what is written and give the directory its name. For one rank only."""
     root, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(".writing-"))
@@ -91,17 +92,20 @@ def finish(
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     flat = {
-        f"{name}{SEPARATOR}{key}": value if value.ndim else value.clone()  # a scalar may be one tensor for all
+        # a scalar may be one tensor for all
+        f"{name}{SEPARATOR}{key}": value if value.ndim else value.clone()
         for name, state in snapshot.optimizer.items()
         for key, value in state.items()
     }
-    files: dict[str, Mapping[str, Tensor]] = {"params": snapshot.params, "optimizer": flat, "ema": snapshot.ema}
+    files: dict[str, Mapping[str, Tensor]] = {
+        "params": snapshot.params, "optimizer": flat, "ema": snapshot.ema
+    }
     for name, tensors in files.items():
         if tensors or name != "ema":
             save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / f"{name}.safetensors"))
 
 
-# --- seals ------------------------------------------------------------------------------------------------------------
+# --- seals --------------------------------------------------------------------------------------------------
 
 
 def seal(path: Path) -> list:
@@ -125,7 +129,8 @@ def seal_results(path: Path, results: Iterable[Path]) -> None:
 
 
 def result_is_whole(path: Path, result: Path) -> bool:
-    """Whether a file of the finished run is what was written with the checkpoint `path`; without a seal, whether it opens."""
+    """Whether a file of the finished run is what was written with the checkpoint `path`;
+    without a seal, whether it opens."""
     if not result.is_file():
         return False
     wanted = _seals(path).get("results", {}).get(result.name)
@@ -135,10 +140,12 @@ def result_is_whole(path: Path, result: Path) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its seal. Raises CheckpointError. Those of older versions have none: their
-    files are opened, which shows that they are whole, not that they are right."""
+    """Compare every file of a checkpoint with its seal. Raises CheckpointError. Those of older versions have
+    none: their files are opened, which shows that they are whole, not that they are right."""
     seals = _seals(path).get("files") or {}
-    required = {"state.json"} if has_parts(seals) else {"params.safetensors", "optimizer.safetensors", "state.json"}
+    required = (
+        {"state.json"} if has_parts(seals) else {"params.safetensors", "optimizer.safetensors", "state.json"}
+    )
     for name in sorted(required | set(seals)):
         file = path / name
         if not file.is_file():
@@ -175,7 +182,8 @@ def _seals(path: Path) -> dict[str, dict[str, list]]:
 
 
 def check_room(root: Path, snapshot: Snapshot, *, results: int = 0) -> None:
-    """Raises CheckpointError if the disk has no room for it, and for `results` bytes that are written before."""
+    """Raises CheckpointError if the disk has no room for it, and for `results`
+    bytes that are written before."""
     tensors = [*snapshot.params.values(), *snapshot.ema.values()]
     tensors += [t for state in snapshot.optimizer.values() for t in state.values()]
     check_free(root, snapshot.progress.step, sum(t.numel() * t.element_size() for t in tensors) + results)
@@ -187,7 +195,9 @@ def check_free(root: Path, step: int, needed: int) -> None:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
     except OSError as error:
-        raise CheckpointError(f"{root} cannot be written ({error.strerror}); mend that and start again") from None
+        raise CheckpointError(
+            f"{root} cannot be written ({error.strerror}); mend that and start again"
+        ) from None
     if free < needed:
         raise CheckpointError(
             f"{root}: {_size(free)} free, step {step} needs {_size(needed)} for its checkpoint and its "
@@ -228,13 +238,17 @@ def newest_sound(root: Path, say: Callable[[str], None]) -> Path | None:
         return path
     if damaged:
         raise CheckpointError(
-            f"{damaged[0][1]}, and no sound checkpoint is left in {root}; remove that directory to begin this run anew"
+            f"{damaged[0][1]}, and no sound checkpoint is left in {root}; remove that directory to begin "
+            "this run anew"
         )
     return None
 
 
 def _free_name(path: Path) -> Path:
-    return next(p for n in range(1, 1000) if not (p := path if n == 1 else path.with_name(f"{path.name}-{n}")).exists())
+    return next(
+        p for n in range(1, 1000)
+        if not (p := path if n == 1 else path.with_name(f"{path.name}-{n}")).exists()
+    )
 
 
 def load(path: Path) -> Snapshot:
@@ -249,7 +263,8 @@ def load(path: Path) -> Snapshot:
             name, _, state = key.rpartition(SEPARATOR)
             optimizer.setdefault(name, {})[state] = value
         return Snapshot(
-            progress, load_file(str(path / "params.safetensors")), optimizer, load_file(str(ema)) if ema.exists() else {}
+            progress, load_file(str(path / "params.safetensors")), optimizer,
+            load_file(str(ema)) if ema.exists() else {}
         )
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None

@@ -1,8 +1,9 @@
-"""A run's shard sets, compared with what its flavor takes: fields, shapes and, by fingerprint, the weights that encoded them.
+"""A run's shard sets, compared with what its flavor takes: fields, shapes and, by fingerprint,
+the weights that encoded them.
 
-Shards of another VAE or text encoder have the right shapes and the wrong values. A fingerprint is of a file's headers and
-samples: the same weights in another layout or dtype are another file, which `data.allow_foreign` is for. Columns that another
-program encoded have none to compare.
+Shards of another VAE or text encoder have the right shapes and the wrong values. A fingerprint is of a file's
+headers and samples: the same weights in another layout or dtype are another file, which `data.allow_foreign`
+is for. Columns that another program encoded have none to compare.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Groups = Mapping[str, Sequence[ShardSet]]  # by the config's key that names them
 
 
 def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str, masked: bool = False) -> list[ShardSet]:
-    """Open shard sets and compare a sample of each with what the model needs; `masked`: and the loss, a mask of the latents'
-    cells. Raises DataError and ShardError."""
+    """Open shard sets and compare a sample of each with what the model needs; `masked`: and the loss, a mask
+    of the latents' cells. Raises DataError and ShardError."""
     sets = [open_set(path) for path in paths]
     for found in sets:
         if not len(found):
@@ -41,7 +42,8 @@ def open_shards(paths: Sequence[str], flavor: Flavor, *, key: str, masked: bool 
         if masked and ("mask" not in tensors or tuple(tensors["mask"].shape) != cells):
             held = f"holds one of shape {tuple(tensors['mask'].shape)}" if "mask" in tensors else "lacks it"
             raise DataError(
-                f"{key}: flow.masked needs the field 'mask' of shape {cells}, {found.name} {held}; encode column 'mask'"
+                f"{key}: flow.masked needs the field 'mask' of shape {cells}, {found.name} {held}; encode "
+                "column 'mask'"
             )
         optional = {field.name for field in flavor.cond if field.optional}
         _check_fields(tensors, flavor, f"{key}: {found.name}", columns=flavor.columns, may_lack=optional)
@@ -64,7 +66,10 @@ def check_image_share(share: float | None, sets: Sequence[ShardSet], flavor: Fla
         raise ConfigError(f"data.image_share is {share:g}, but '{flavor.name}' {why}: leave it null")
     for found in sets if share else ():
         if lacking := [c for c in flavor.columns if c not in found.manifest.columns]:
-            raise DataError(f"data.image_share is {share:g}, but {found.name} has no column '{lacking[0]}'; encode it, or give 0")
+            raise DataError(
+                f"data.image_share is {share:g}, but {found.name} has no column '{lacking[0]}'; encode it, "
+                "or give 0"
+            )
 
 
 def drops_captions(sets: Sequence[ShardSet], share: float) -> bool:
@@ -86,16 +91,16 @@ def _check_fields(
         shape = tensors[field.name].shape
         if not field.fits(shape):
             raise DataError(
-                f"{where} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes {field}; "
-                f"{again}"
+                f"{where} holds '{field.name}' of shape {tuple(shape)}, flavor '{flavor.name}' takes "
+                f"{field}; {again}"
             )
 
 
 def check_encoders(
     groups: Groups, columns: Iterable[str], model: ModelConfig, spec: ModelSpec, flavor: Flavor | None = None
 ) -> None:
-    """Compare what made the columns of all sets with the config's own encoders, where it has them, else with each
-    other. Raises DataError."""
+    """Compare what made the columns of all sets with the config's own encoders, where it has them, else with
+    each other. Raises DataError."""
     for column in columns:
         every = [(key, s, s.manifest.made_by(column)) for key, sets in groups.items() for s in sets]
         made = [(key, s, name) for key, s, by in every if (name := by.encoder)]
@@ -117,7 +122,8 @@ def check_encoders(
                 )
             if not own and name != made[0][2]:
                 raise DataError(
-                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than that "
+                    f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than "
+                    "that "
                     f"of {made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or {ANYWAY}"
                 )
 

@@ -1,10 +1,11 @@
-"""What a training step needs from the machinery under it: backward, step, and state in a layout no rank shows in.
+"""What a training step needs from the machinery under it: backward, step, and
+state in a layout no rank shows in.
 
 `TorchEngine` is plain PyTorch with an all-reduce: the reference, and enough for one device. `DeepSpeedEngine`
-(zero.py) is the product. One convention: every rank hands in the full loss of its sample, also sequence-parallel peers,
-and gradients are averaged over all ranks. Because each collective has its true adjoint (parallel/collectives.py), the
-peers' gradients of their sample are parts of sp times the whole, so this mean over all is the SUM over
-sequence-parallel peers of loss / sp and the MEAN over data-parallel ranks.
+(zero.py) is the product. One convention: every rank hands in the full loss of its sample, also
+sequence-parallel peers, and gradients are averaged over all ranks. Because each collective has its true
+adjoint (parallel/collectives.py), the peers' gradients of their sample are parts of sp times the whole, so
+this mean over all is the SUM over sequence-parallel peers of loss / sp and the MEAN over data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Engine(Protocol):
         ...
 
     def export_params(self) -> dict[str, Tensor]:
-        """Trainable parameters, whole, fp32 on the CPU. Collective; the result is for rank 0 (others may get {})."""
+        """Trainable parameters, whole, fp32 on the CPU. Collective; the result is for
+        rank 0 (others may get {})."""
         ...
 
     def export_optimizer(self) -> OptimizerState:
@@ -83,15 +85,18 @@ class Engine(Protocol):
         ...
 
     def settled(self) -> AbstractContextManager[None]:
-        """Within, the model has the weights that its optimizer means to be used: an average, where it keeps one."""
+        """Within, the model has the weights that its optimizer means to be used: an
+        average, where it keeps one."""
         ...
 
     def pieces(self) -> list[Piece]:
-        """Of parameters and optimizer state, what this rank has: for a full fine-tune under ZeRO-3. Empty: export it whole."""
+        """Of parameters and optimizer state, what this rank has: for a full fine-tune under
+        ZeRO-3. Empty: export it whole."""
         ...
 
     def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
-        """Continue from exported state, whatever engine, stage or number of ranks exported it. Every rank passes it."""
+        """Continue from exported state, whatever engine, stage or number of ranks
+        exported it. Every rank passes it."""
         ...
 
 
@@ -124,8 +129,8 @@ def check_engine(zero: ZeroConfig) -> None:
     _check_places(zero)
     if zero.engine == "torch" and (zero.deepspeed or zero.communication_dtype != "fp32" or zero.bucket_mb):
         raise ConfigError(
-            "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; "
-            "use zero.engine=deepspeed"
+            "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is "
+            "torch; use zero.engine=deepspeed"
         )
     if zero.deepspeed:
         own_settings(zero.deepspeed)
@@ -151,7 +156,9 @@ def _check_places(zero: ZeroConfig) -> None:
     if nvme and zero.stage != 3:
         raise ConfigError(f"zero.offload_optimizer: {where} cannot put it on nvme; use zero.stage=3, or cpu")
     if zero.offload_param == "nvme" and zero.offload_optimizer != "nvme":
-        raise ConfigError("zero.offload_param: nvme needs the optimizer there too; set zero.offload_optimizer=nvme")
+        raise ConfigError(
+            "zero.offload_param: nvme needs the optimizer there too; set zero.offload_optimizer=nvme"
+        )
     if nvme != (zero.nvme_path is not None):
         raise ConfigError(
             "zero.nvme_path: give a directory on a local disk for what is offloaded to nvme" if nvme
@@ -161,11 +168,14 @@ def _check_places(zero: ZeroConfig) -> None:
 
 # What the Engine protocol rests on: another value would be silently wrong, or belongs to an option of ours.
 _OURS = {
-    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum", "fp16": "run.precision",
-    "gradient_clipping": "optim.max_grad_norm", "train_batch_size": "data.batch_size", "bf16": "run.precision",
-    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision", "torch_autocast": "run.precision",
-    "zero_optimization.stage": "zero.stage", "communication_data_type": "zero.communication_dtype",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer", "sequence_parallel_size": "parallel.ulysses",
+    "optimizer": "optim", "scheduler": "optim.schedule", "gradient_accumulation_steps": "run.grad_accum",
+    "fp16": "run.precision", "gradient_clipping": "optim.max_grad_norm",
+    "train_batch_size": "data.batch_size", "bf16": "run.precision",
+    "train_micro_batch_size_per_gpu": "data.batch_size", "amp": "run.precision",
+    "torch_autocast": "run.precision", "zero_optimization.stage": "zero.stage",
+    "communication_data_type": "zero.communication_dtype",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "sequence_parallel_size": "parallel.ulysses",
     "zero_optimization.offload_param.device": "zero.offload_param",
 }
 
@@ -177,7 +187,9 @@ def own_settings(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"zero.deepspeed: {path} is not a JSON file: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name")
+        raise ConfigError(
+            f"zero.deepspeed: {path} holds a {type(found).__name__}, expected DeepSpeed's settings by name"
+        )
     _refuse_ours(found, path)
     return found
 
@@ -185,33 +197,40 @@ def own_settings(path: str) -> dict[str, Any]:
 def _refuse_ours(settings: Mapping[str, Any], path: str, prefix: str = "") -> None:
     for key, value in settings.items():
         if own := _OURS.get(prefix + key):
-            raise ConfigError(f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that instead")
+            raise ConfigError(
+                f"zero.deepspeed: {path} sets '{prefix}{key}', which hvtrain sets from {own}; set that "
+                "instead"
+            )
         if isinstance(value, dict):
             _refuse_ours(value, path, f"{prefix}{key}.")
 
 
 def _check_toolkit() -> None:
-    """Where PyTorch sees a GPU, DeepSpeed compiles its disk access against CUDA's headers, also if the run is on the CPU."""
+    """Where PyTorch sees a GPU, DeepSpeed compiles its disk access against CUDA's headers,
+    also if the run is on the CPU."""
     if not torch.cuda.is_available():
         return
     from torch.utils.cpp_extension import CUDA_HOME
 
     if CUDA_HOME is None or not Path(CUDA_HOME, "include").is_dir():
         raise ConfigError(
-            "zero.offload_optimizer: nvme needs a CUDA toolkit to compile DeepSpeed's disk access, and CUDA_HOME is "
+            "zero.offload_optimizer: nvme needs a CUDA toolkit to compile DeepSpeed's disk access, and "
+            "CUDA_HOME is "
             f"{CUDA_HOME}; install the toolkit of PyTorch's CUDA version and set CUDA_HOME to it, or use cpu"
         )
 
 
 class LearningRate:
-    """Sets each group's rate to its own base times the schedule, so a resumed run needs only the step number."""
+    """Sets each group's rate to its own base times the schedule, so a resumed run
+    needs only the step number."""
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
         self.optimizer, self.schedule = optimizer, schedule
         self.bases = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, n_steps: int) -> float:
-        """The first group's rate of step `n_steps`, after setting all: times d, of an optimizer that finds it."""
+        """The first group's rate of step `n_steps`, after setting all: times d, of
+        an optimizer that finds it."""
         factor = self.schedule(n_steps)
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             if torch.is_tensor(group["lr"]):  # a compiled optimizer's
@@ -273,7 +292,8 @@ class TorchEngine:
 
 
 def filled_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Every parameter's gradient, zeros where the loss does not depend on it: all ranks then reduce the same list."""
+    """Every parameter's gradient, zeros where the loss does not depend on it: all
+    ranks then reduce the same list."""
     params = list(params)
     for p in params:
         if p.grad is None:
@@ -282,7 +302,8 @@ def filled_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def clip_(grads: list[Tensor], max_norm: float, each: Sequence[Tensor] = ()) -> Tensor:
-    """The global norm; the gradients are scaled down to max_norm in place (0: left alone). `each`: their norms, if known."""
+    """The global norm; the gradients are scaled down to max_norm in place (0: left alone).
+    `each`: their norms, if known."""
     norm = torch.linalg.vector_norm(torch.stack(list(each or torch._foreach_norm(grads))).float())
     if max_norm > 0:
         torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))

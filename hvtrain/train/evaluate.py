@@ -1,4 +1,5 @@
-"""Held-out loss at fixed quantiles of the training distribution and fixed noise: comparable from step to step."""
+"""Held-out loss at fixed quantiles of the training distribution and fixed noise:
+comparable from step to step."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ class HeldOut:
 def held_out_loss(
     models: Callable[[float], nn.Module], objective: Objective, held: HeldOut, *, ctx: ParallelContext
 ) -> dict[str, float]:
-    """{"eval/loss": mean, "eval/loss_q0.1": ...}; the same on all ranks. Collective. `models`: who predicts at a noise level, in
-    evaluation mode."""
+    """{"eval/loss": mean, "eval/loss_q0.1": ...}; the same on all ranks. Collective. `models`: who predicts
+    at a noise level, in evaluation mode."""
     loader = BatchLoader(
         list(held.sets), batch_size=held.batch_size, dp_rank=ctx.dp_rank, dp_size=ctx.dp, seed=0, workers=0,
         columns=held.columns,

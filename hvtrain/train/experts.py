@@ -1,8 +1,9 @@
 """Who is computed with: the one DiT of a run, or one of several that share the noise levels.
 
-A run that trains several is several runs in turns. Whose turn it is, is drawn first, by the expert's share of the noise levels;
-sigma is then drawn from its own range. Each has an engine of its own, so that no other's gradients, clipping or moments touch
-it: its steps are those of a run of its own, at the places of this run that were drawn for it.
+A run that trains several is several runs in turns. Whose turn it is, is drawn first, by the expert's share
+of the noise levels; sigma is then drawn from its own range. Each has an engine of its own, so that no
+other's gradients, clipping or moments touch it: its steps are those of a run of its own, at the places of
+this run that were drawn for it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def drawn(shares: Mapping[str, float], *, seed: int, turn: int) -> str:
-    """Whose turn it is, the same on every rank. Multiples of the golden ratio fill [0, 1) evenly from wherever they begin: each
-    gets its share of every stretch of the run, not only of the whole and in expectation."""
+    """Whose turn it is, the same on every rank. Multiples of the golden ratio fill [0, 1)
+    evenly from wherever they begin: each gets its share of every stretch of the run, not only
+    of the whole and in expectation."""
     begin = torch.rand((), generator=generator(seed, stream="expert"), dtype=torch.float64).item()
     place = (begin + turn * _GOLDEN) % 1 * sum(shares.values())
-    return next((key for key, end in zip(shares, accumulate(shares.values())) if place < end), list(shares)[-1])
+    return next(
+        (key for key, end in zip(shares, accumulate(shares.values())) if place < end), list(shares)[-1]
+    )
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Trainee:
 
 
 class Team:
-    """The engine of a run (see engine.py), which may be several. Names of parameters begin with their expert's where there is
-    more than one. `open_idle` loads an expert that is not trained, for as long as videos are made."""
+    """The engine of a run (see engine.py), which may be several. Names of parameters begin with
+    their expert's where there is more than one. `open_idle` loads an expert that is not trained,
+    for as long as videos are made."""
 
     def __init__(
         self, trainees: Mapping[str, Trainee], *, seed: int, turn: int, idle: ModelSwap | None = None,
@@ -105,7 +110,7 @@ class Team:
                 for one in self.trainees.values():
                     one.engine.model.train()
 
-    # --- an engine ------------------------------------------------------------------------------------------------
+    # --- an engine ------------------------------------------------------------------------------------------
 
     def accumulate(self, loss: Tensor, *, last: bool) -> StepResult | None:
         self.now.engine.n_steps = self.n_steps  # the schedule is the run's
@@ -126,7 +131,10 @@ class Team:
         return self._named({key: one.engine.export_optimizer() for key, one in self.trainees.items()})
 
     def pieces(self) -> list[Piece]:
-        return [p._replace(key=self.prefixes[key] + p.key) for key, one in self.trainees.items() for p in one.engine.pieces()]
+        return [
+            p._replace(key=self.prefixes[key] + p.key) for key,
+            one in self.trainees.items() for p in one.engine.pieces()
+        ]
 
     def load_state(self, params: Mapping[str, Tensor], optimizer: States, *, n_steps: int) -> None:
         for key, one in self.trainees.items():
@@ -135,8 +143,12 @@ class Team:
                 continue
             own = {name: self.prefixes[key] + name for name in one.subject.trainable}
             state = {name: optimizer[there] for name, there in own.items() if there in optimizer}
-            one.engine.load_state({name: params[there] for name, there in own.items()}, state, n_steps=n_steps)
+            one.engine.load_state(
+                {name: params[there] for name, there in own.items()}, state, n_steps=n_steps
+            )
         self.n_steps = n_steps
 
     def _named(self, of: Mapping[str, Mapping]) -> dict:
-        return {self.prefixes[key] + name: value for key, values in of.items() for name, value in values.items()}
+        return {
+            self.prefixes[key] + name: value for key, values in of.items() for name, value in values.items()
+        }

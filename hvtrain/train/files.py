@@ -68,7 +68,8 @@ def results_of(run: RunSettings, names: Sequence[str]) -> list[Path]:
 
 
 def is_finished(results: Sequence[Path], found: Path, *, steps: int) -> bool:
-    """Whether the checkpoint `found` is the run's end, and the results that were written with it are still whole."""
+    """Whether the checkpoint `found` is the run's end, and the results that were
+    written with it are still whole."""
     over = checkpoint.step_of(found) >= steps
     return over and all(checkpoint.result_is_whole(found, path) for path in results)
 
@@ -91,8 +92,8 @@ class RunFiles:
         return Path(self.run.output_dir)
 
     def save(self, snapshot: Snapshot, note: Callable[[str], None]) -> None:
-        """The user's files, then the checkpoint: a run that dies in between comes back to before this step and writes
-        them again. Raises CheckpointError at once where the disk has no room."""
+        """The user's files, then the checkpoint: a run that dies in between comes back to before this step
+        and writes them again. Raises CheckpointError at once where the disk has no room."""
         self.background.wait()
         self.lock.check()
         results = self._result_bytes(snapshot, last=snapshot.progress.step >= self.steps)
@@ -100,7 +101,8 @@ class RunFiles:
         self._save(snapshot, note, partial(checkpoint.save, self.checkpoints, snapshot))
 
     def begin_parts(self, step: int) -> Path:
-        """Before every rank writes its part (session.py): three fp32 values of each parameter, and then the result in bf16."""
+        """Before every rank writes its part (session.py): three fp32 values of each parameter,
+        and then the result in bf16."""
         self.background.wait()
         self.lock.check()
         n_parameters = sum(p.subject.n_parameters for p in self.products)
@@ -111,13 +113,15 @@ class RunFiles:
         self, folder: Path, progress: Progress, parts: Sequence[SealedFile], note: Callable[[str], None], *,
         best: float | None = None,
     ) -> None:
-        """As `save`, of what all ranks have written in `folder`: the user's file is made of that, tensor by tensor. `best`: as
-        `save_best`, of this loss."""
+        """As `save`, of what all ranks have written in `folder`: the user's file is made of that, tensor by
+        tensor. `best`: as `save_best`, of this loss."""
         params, optimizer = open_parts(folder)
         if best is not None:
             self.save_best(params, progress, best, then=partial(shutil.rmtree, folder))
             return
-        self._save(Snapshot(progress, params, optimizer), note, partial(checkpoint.finish, folder, progress, parts))
+        self._save(
+            Snapshot(progress, params, optimizer), note, partial(checkpoint.finish, folder, progress, parts)
+        )
 
     def _save(self, snapshot: Snapshot, note: Callable[[str], None], keep: Callable[..., Path]) -> None:
         progress = snapshot.progress
@@ -132,11 +136,14 @@ class RunFiles:
                 keep(keep_last=self.run.keep_last, results=self.results if last else ())
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start again: "
-                    "the run continues from the checkpoint before"
+                    f"{self.output}: step {progress.step} could not be saved ({error}); mend that and start "
+                    "again: the run continues from the checkpoint before"
                 ) from error
             self.saved = progress.step
-            note(f"step {progress.step}: saved {', '.join(f'{p.name}{ending}.safetensors' for p in self.products)}")
+            note(
+                f"step {progress.step}: saved "
+                f"{', '.join(f'{p.name}{ending}.safetensors' for p in self.products)}"
+            )
 
         self.background.start(write)
 
@@ -149,8 +156,8 @@ class RunFiles:
         return results_of(self.run, [product.name for product in self.products])
 
     def mend_results(self, found: Path) -> list[str]:
-        """Write those results of the finished run again, from its last checkpoint, that are gone or not what was
-        written; their names."""
+        """Write those results of the finished run again, from its last checkpoint, that are gone or not
+        what was written; their names."""
         lost = [path for path in self.results if not checkpoint.result_is_whole(found, path)]
         if not lost:
             return []
@@ -160,7 +167,8 @@ class RunFiles:
             averaged = path in self.results[len(self.products) :]
             if averaged and not snapshot.ema:
                 raise CheckpointError(
-                    f"{path} is lost, and {found} holds no moving average to make it from; set run.ema_decay=0"
+                    f"{path} is lost, and {found} holds no moving average to make it from; set "
+                    "run.ema_decay=0"
                 )
             product = self.products[self.results.index(path) % len(self.products)]
             self._write(path, product, snapshot.ema if averaged else snapshot.params, snapshot.progress)
@@ -187,7 +195,8 @@ class RunFiles:
         return max(float(open_weights(path).metadata.get(BEST_LOSS, "inf")) for path in self.best)
 
     def save_best(
-        self, params: Mapping[str, Tensor], progress: Progress, loss: float, then: Callable[[], object] = lambda: None
+        self, params: Mapping[str, Tensor], progress: Progress, loss: float,
+        then: Callable[[], object] = lambda: None
     ) -> None:
         def write() -> None:
             self.export("-best", params, progress, {BEST_LOSS: loss})
@@ -197,7 +206,8 @@ class RunFiles:
         self.background.start(write)
 
     def export(
-        self, ending: str, params: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object] | None = None
+        self, ending: str, params: Mapping[str, Tensor], progress: Progress,
+        extra: Mapping[str, object] | None = None
     ) -> None:
         """One file of each product, which ends so."""
         for product in self.products:
@@ -210,7 +220,8 @@ class RunFiles:
         a, subject, params = self.adapter, product.subject, _own(product, params)
         if a.type != "none":
             save_lora(
-                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha, architecture=subject.spec.name,
+                path, whole_rows(subject.model, dict(params)), rank=a.rank, alpha=a.alpha,
+                architecture=subject.spec.name,
                 metadata={**product.about, **self._now(progress), **(extra or {})},
             )
             return

@@ -1,4 +1,5 @@
-"""The training loop: what happens when is read from top to bottom. It knows neither model nor loss nor DeepSpeed."""
+"""The training loop: what happens when is read from top to bottom. It knows neither
+model nor loss nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class StepReport:
     waited: float  # of these, for data
     sets: tuple[int, ...] = ()  # of each sample: the number of its shard set
     work: tuple[tuple[int, int], ...] = ()  # of each micro-step: samples, and image tokens of one
-    kept: tuple[float, ...] = ()  # of each micro-step: share of attention's pairs of image tokens that were computed
+    # of each micro-step: share of attention's pairs of image tokens that were computed
+    kept: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def train(
     engine: Engine, batches: Iterator, hooks: Hooks, *, cadence: Cadence, start: Progress, seed: int,
     ctx: ParallelContext, folder: Path | None = None,
 ) -> bool:
-    """Run from `start` to cadence.steps. True: finished; False: stopped early by a signal, with everything saved."""
+    """Run from `start` to cadence.steps. True: finished; False: stopped early by a
+    signal, with everything saved."""
     progress, bad_in_a_row = start, 0
     with StopFlag(folder, show=ctx.is_main) as stop:
         if cadence.preview_first and not progress.step:
@@ -92,7 +95,10 @@ def train(
             stopping = stop.agreed(ctx) and progress.step < cadence.steps
             passed = _passed(before, progress, cadence.save_samples)
             asked = stop.asked_to_save(ctx)
-            if _due(progress.step, cadence.save) or passed or asked or stopping or progress.step == cadence.steps:
+            if (
+                _due(progress.step, cadence.save) or passed or asked or stopping
+                or progress.step == cadence.steps
+            ):
                 hooks.save(progress)
             if stopping:
                 return False
@@ -129,9 +135,9 @@ def _step(
     mean = ctx.all_reduce_mean(sum(r.loss.item() for r in results) / len(results))
     return StepReport(
         progress=after, result=outcome, loss=mean, sample_loss=losses,
-        sigma=torch.cat([r.sigma for r in results]).float().cpu().numpy(), n_tokens=sum(n * of_one for n, of_one in work),
-        keys=tuple(keys), seconds=time.monotonic() - started, waited=waited, sets=tuple(sets), work=tuple(work),
-        kept=tuple(r.kept for r in results),
+        sigma=torch.cat([r.sigma for r in results]).float().cpu().numpy(),
+        n_tokens=sum(n * of_one for n, of_one in work), keys=tuple(keys), seconds=time.monotonic() - started,
+        waited=waited, sets=tuple(sets), work=tuple(work), kept=tuple(r.kept for r in results),
     )
 
 

@@ -1,4 +1,5 @@
-"""Where a run's numbers go, from one rank: TensorBoard, the same in metrics.jsonl, and Weights & Biases if it is asked for."""
+"""Where a run's numbers go, from one rank: TensorBoard, the same in metrics.jsonl, and Weights
+& Biases if it is asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from shards import ShardSet
 N_BINS = 10
 HISTOGRAM_BINS = 30
 WANDB_ID = "wandb.id"
-SEEN_S = 0.2  # after which a row is in its file; a write for each of them costs a quick step more than what is in it
+# after which a row is in its file; a write for each of them costs a quick step more than what is in it
+SEEN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class JsonLines:
         self.flushed = -math.inf
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        # JSON has no NaN
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         if time.monotonic() - self.flushed >= SEEN_S:
             self.flush()
@@ -108,7 +111,8 @@ class JsonLines:
 
 
 class WeightsAndBiases:
-    """One run of theirs for one of ours, however often it is started again: its id lies beside the metrics."""
+    """One run of theirs for one of ours, however often it is started again: its
+    id lies beside the metrics."""
 
     def __init__(self, folder: Path, project: str, name: str) -> None:
         import wandb
@@ -116,7 +120,9 @@ class WeightsAndBiases:
         self.wandb, known = wandb, folder / WANDB_ID
         if not known.exists():
             known.write_text(secrets.token_hex(8))
-        self.run = wandb.init(project=project, name=name, id=known.read_text(), resume="allow", dir=str(folder))
+        self.run = wandb.init(
+            project=project, name=name, id=known.read_text(), resume="allow", dir=str(folder)
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)

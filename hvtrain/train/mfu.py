@@ -1,7 +1,8 @@
-"""Model FLOPs utilization: the operations that training needs, as a share of what the devices could do in that time.
+"""Model FLOPs utilization: the operations that training needs, as a share of what the
+devices could do in that time.
 
-Recomputed activations do not count. A DiT's operations are a quadratic polynomial in its image tokens (linear layers and
-attention), so three traces of the real code on tensors without values give those of every size.
+Recomputed activations do not count. A DiT's operations are a quadratic polynomial in its image tokens (linear
+layers and attention), so three traces of the real code on tensors without values give those of every size.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from hvtrain.parallel.apply import EXACT
 
 # Dense bf16 TFLOPS by the makers' data sheets; the first name that is in the device's.
 PEAKS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "GB200": 2500, "B200": 2250,
-    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A6000": 155,
-    "RTX 6000 Ada": 364, "5090": 209, "4090": 165, "3090": 71, "MI300X": 1307, "MI250X": 383,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "GB200": 2500,
+    "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125,
+    "A6000": 155, "RTX 6000 Ada": 364, "5090": 209, "4090": 165, "3090": 71, "MI300X": 1307, "MI250X": 383,
 }
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one sample forward and backward, a + b n + c n^2 of n image tokens, the last for their attention among each
-    other; and a device's per second."""
+    """Operations of one sample forward and backward, a + b n + c n^2 of n image tokens, the last for their
+    attention among each other; and a device's per second."""
 
     a: float
     b: float
@@ -53,18 +54,21 @@ def peak_of(device_name: str, tflops: float | None) -> float | None:
 
 
 def work_of(
-    spec: ModelSpec, flavor: Flavor, model: ModelConfig, adapter: AdapterConfig, run: RunSettings, *, peak: float,
-    sparse: SparseConfig = EXACT,
+    spec: ModelSpec, flavor: Flavor, model: ModelConfig, adapter: AdapterConfig, run: RunSettings, *,
+    peak: float, sparse: SparseConfig = EXACT,
 ) -> Work:
     from hvtrain.fit.estimate import Candidate, Training, flops_of_sample
     from hvtrain.fit.trace import Shape
 
-    kind = "lora" if adapter.type == "loraid" else adapter.type  # a slice's backward goes through all blocks too
+    # a slice's backward goes through all blocks too
+    kind = "lora" if adapter.type == "loraid" else adapter.type
     cfg = Training(model, replace(adapter, type=kind), ParallelConfig(), ZeroConfig("torch", 0), run)
     counts, flops, (height, width) = [], [], flavor.latent.unit
     for times in (2, 4, 6):
         shape = Shape(1, 1, times * height, times * width)
-        counts.append(flavor.latent.n_tokens(flavor.latent.shape(frames=1, height=shape.height, width=shape.width)))
+        counts.append(
+            flavor.latent.n_tokens(flavor.latent.shape(frames=1, height=shape.height, width=shape.width))
+        )
         flops.append(flops_of_sample(cfg, Candidate(spec, flavor), shape))
     c, b, a = np.polyfit(np.array(counts, dtype=float), np.array(flops, dtype=float), 2)
     with torch.device("meta"):

@@ -33,7 +33,8 @@ class Monitor:
     work: Work | None = None  # what the device could do; None: not known, or nobody asked
     profile: int = 0  # steps between profiled ones, of several processes
     n_bad: int = 0  # samples that this rank skipped
-    spent: dict[str, float] = field(default_factory=dict)  # seconds of this rank since the last entry, by what for
+    # seconds of this rank since the last entry, by what for
+    spent: dict[str, float] = field(default_factory=dict)
     sigmas: list[np.ndarray] = field(default_factory=list)  # since the last histogram
     flops: float = 0.0
     since: float = field(default_factory=time.monotonic)
@@ -48,8 +49,8 @@ class Monitor:
 
     @contextmanager
     def measured(self, step: int) -> Iterator[None]:
-        """Around a step. Every `profile` steps, the time in collectives is measured: where they run beside the computing,
-        it is not the time that they cost."""
+        """Around a step. Every `profile` steps, the time in collectives is measured: where they run beside
+        the computing, it is not the time that they cost."""
         if not self.profile or self.ctx.world == 1 or step % self.profile:
             yield
             return
@@ -64,20 +65,25 @@ class Monitor:
         self.spent["data"] = self.spent.get("data", 0.0) + r.waited
         if self.work is not None:
             kept = r.kept or (1.0,) * len(r.work)
-            self.flops += sum(self.work.flops(n, k) * samples for (samples, n), k in zip(r.work, kept, strict=True))
+            self.flops += sum(
+                self.work.flops(n, k) * samples for (samples, n), k in zip(r.work, kept, strict=True)
+            )
         step, ctx = r.progress.step, self.ctx
         if step % self.every and step != self.steps:
             return
         wall = time.monotonic() - self.since
         collectives = self.spent.pop("collectives", None)
         shares = {what: seconds / wall for what, seconds in self.spent.items()}
-        mine = (r.seconds, r.n_tokens, self.n_bad, self.flops, shares, r.sigma, r.sample_loss, np.array(r.sets))
+        mine = (
+            r.seconds, r.n_tokens, self.n_bad, self.flops, shares, r.sigma, r.sample_loss, np.array(r.sets)
+        )
         everyone = ctx.gather_objects(mine)
         self.spent, self.flops, self.since = {}, 0.0, time.monotonic()
         if not ctx.is_main:
             return
         seconds, _, _, flops, waits, *_ = zip(*everyone, strict=True)
-        _, tokens, bad, _, _, sigma, loss, sets = zip(*everyone[:: ctx.sp], strict=True)  # peers hold the same samples
+        # peers hold the same samples
+        _, tokens, bad, _, _, sigma, loss, sets = zip(*everyone[:: ctx.sp], strict=True)
         values = {
             "train/loss": r.loss, "train/lr": r.result.lr, "train/grad_norm": r.result.grad_norm or 0.0,
             "train/epoch": float(r.progress.epoch), "train/samples": float(r.progress.cursor),
@@ -86,7 +92,10 @@ class Monitor:
             "speed/tokens_per_s": sum(tokens) / max(seconds), "speed/step_s": r.seconds,
             "speed/slowest_rank_s": max(seconds), "speed/slowest_rank": float(np.argmax(seconds)),
             "speed/data_wait_s": r.waited, "speed/memory_gib": memory_gib(ctx.device),
-            **{f"speed/{what}_share": sum(w.get(what, 0.0) for w in waits) / len(waits) for what in ("data", "save")},
+            **{
+                f"speed/{what}_share": sum(w.get(what, 0.0) for w in waits) / len(waits)
+                for what in ("data", "save")
+            },
         }
         if collectives is not None:
             values["speed/collectives_share"] = collectives

@@ -55,26 +55,34 @@ class Objective:
     masked: bool = False  # by the batch's `mask` [B 1 T h w]
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], where: Where) -> MicroResult:
-        """Draw sigma and noise for this place in the run, and compare velocities. `batch`: see shards.loader."""
+        """Draw sigma and noise for this place in the run, and compare velocities.
+        `batch`: see shards.loader."""
         part, n_parts = where.micro * where.dp + where.dp_rank, where.n_micro * where.dp
         u = stratified(len(batch["latents"]), seed=where.seed, step=where.step, part=part, n_parts=n_parts)
-        draw = generator(where.seed, step=where.step, micro=where.micro, dp_rank=where.dp_rank, stream="noise")
+        draw = generator(
+            where.seed, step=where.step, micro=where.micro, dp_rank=where.dp_rank, stream="noise"
+        )
         return self.compare(model, batch, sigma=self.quantile(u, batch["latents"].shape), draw=draw)
 
     def compare(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, sigma: Tensor, draw: torch.Generator
     ) -> MicroResult:
-        """The loss at given noise levels [B]; also what the held-out loss uses. `silent` [B] in the batch: which samples are to
-        give what the model gives without its adapter. That costs another forward pass, where there are any."""
+        """The loss at given noise levels [B]; also what the held-out loss uses. `silent` [B] in the
+        batch: which samples are to give what the model gives without its adapter. That costs another
+        forward pass, where there are any."""
         latents = batch["latents"]
         noise = torch.randn(latents.shape, generator=draw)
         if self.noise_offset:
             noise += self.noise_offset * torch.randn(*latents.shape[:2], 1, 1, 1, generator=draw)
         noise = noise.to(self.device)
-        x0 = latents.to(self.device, non_blocking=True).float()  # pinned batches are copied while the GPU computes
+        # pinned batches are copied while the GPU computes
+        x0 = latents.to(self.device, non_blocking=True).float()
         sigma = sigma.to(self.device, torch.float32)
-        # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would wait for all the GPU's work.
-        cond = {n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n not in NOT_TOLD}
+        # Lengths stay on the CPU: the model reads them as numbers, and to fetch them would
+        # wait for all the GPU's work.
+        cond = {
+            n: v if n.endswith("_len") else self._placed(v) for n, v in batch.items() if n not in NOT_TOLD
+        }
         noised = add_noise(x0, noise, sigma)
         inp = self.spec.make_input(noised, sigma, cond, task=self.task, guidance=self.guidance, x0=x0)
         with autocast(self.device.type, enabled=self.autocast):
@@ -93,7 +101,8 @@ class Objective:
         return MicroResult(errors.mean(), errors.detach(), sigma)
 
     def _placed(self, value: Tensor) -> Tensor:
-        """Stored in bf16, computed from float32: without autocast a bf16 input would not meet float32 weights."""
+        """Stored in bf16, computed from float32: without autocast a bf16 input
+        would not meet float32 weights."""
         there = value.to(self.device, non_blocking=True)
         return there.float() if there.is_floating_point() else there
 
@@ -113,8 +122,8 @@ def objective_of(
 
 
 def drop_captions(
-    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, shares: Sequence[float], draw: torch.Generator,
-    fields: Sequence[Field],
+    batch: Mapping[str, Tensor], empty: Mapping[str, Tensor], *, shares: Sequence[float],
+    draw: torch.Generator, fields: Sequence[Field],
 ) -> dict[str, Tensor]:
     """Give each sample, with its own probability, the empty prompt's embeddings instead of its caption's."""
     dropped = torch.rand(len(shares), generator=draw) < torch.tensor(shares)

@@ -1,7 +1,8 @@
 """Optimizers: one decorated function each, or any class by its path.
 
-ZeRO 1 to 3 step flat pieces of the parameters, cut anywhere: only an optimizer that treats each number by itself is the same
-optimizer there. Those that look at whole matrices, or at all parameters together, say so in the table and are refused.
+ZeRO 1 to 3 step flat pieces of the parameters, cut anywhere: only an optimizer that treats each number by
+itself is the same optimizer there. Those that look at whole matrices, or at all parameters together, say
+so in the table and are refused.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ def adam(groups: Groups, cfg: OptimConfig) -> Optimizer:
 @optimizer("adamw8bit", state_bytes=2.0, whole="keeps one scale for each 256 numbers of a parameter")
 def adamw8bit(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """AdamW with moments of 8 bits, in parameters of 4096 numbers and more. arXiv 2110.02861"""
-    return _class("torchao.optim.AdamW8bit", "adamw8bit")(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **cfg.args)
+    return _class("torchao.optim.AdamW8bit", "adamw8bit")(
+        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **cfg.args
+    )
 
 
 @optimizer("lion", state_bytes=4.0)
 def lion(groups: Groups, cfg: OptimConfig) -> Optimizer:
-    """The sign of a momentum: a third to a tenth of AdamW's rate, as much more weight decay. arXiv 2302.06675"""
+    """The sign of a momentum: a third to a tenth of AdamW's rate, as much more
+    weight decay. arXiv 2302.06675"""
     return _other("Lion")(groups, lr=cfg.lr, betas=cfg.betas, **cfg.args)
 
 
@@ -86,7 +90,8 @@ def came(groups: Groups, cfg: OptimConfig) -> Optimizer:
 
 
 @optimizer(
-    "prodigy", whole="finds one rate for all parameters together", least_lr=0.01, one_rate=True, state_bytes=16.0
+    "prodigy", whole="finds one rate for all parameters together", least_lr=0.01, one_rate=True,
+    state_bytes=16.0
 )
 def prodigy(groups: Groups, cfg: OptimConfig) -> Optimizer:
     """Finds its rate d; optim.lr is a factor on it. arXiv 2306.06101"""
@@ -101,8 +106,8 @@ def schedulefree(groups: Groups, cfg: OptimConfig) -> Optimizer:
 
 @optimizer("muon", whole="orthogonalises each matrix", matrices=True, state_bytes=4.0)
 def muon(groups: Groups, cfg: OptimConfig) -> Optimizer:
-    """The blocks' matrices by their orthogonalised momentum, in steps of the size of AdamW's (arXiv 2502.16982); the rest
-    by AdamW."""
+    """The blocks' matrices by their orthogonalised momentum, in steps of the size of AdamW's (arXiv
+    2502.16982); the rest by AdamW."""
     matrices = [g for g in groups if g["hidden"]]
     rest = [g for g in groups if not g["hidden"]]
     parts: list[Optimizer] = []
@@ -131,20 +136,21 @@ class Together(Optimizer):
             part.step()
 
 
-# --- building -----------------------------------------------------------------------------------------------------
+# --- building -----------------------------------------------------------------------------------------------
 
 
 def build_optimizer(
     params: Mapping[str, nn.Parameter], cfg: OptimConfig, ratios: Mapping[str, float] | None = None
 ) -> Optimizer:
-    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms. `ratios`: the rates of
-    single parameters, as multiples of the common one."""
+    """The optimizer of the named parameters. Weight decay acts on matrices, not on biases and norms.
+    `ratios`: the rates of single parameters, as multiples of the common one."""
     kind = _kind(cfg)
     groups: dict[tuple[bool, bool, bool, float], list[nn.Parameter]] = {}
     for name, p in params.items():
         hidden = kind.matrices and p.ndim == 2 and HIDDEN.search(name) is not None
         ratio = (ratios or {}).get(name, 1.0)
-        groups.setdefault((not hidden, ratio != 1.0, p.ndim < 2, ratio), []).append(p)  # the common rate, which is logged, first
+        # the common rate, which is logged, first
+        groups.setdefault((not hidden, ratio != 1.0, p.ndim < 2, ratio), []).append(p)
     made: Groups = [
         {"params": members, "weight_decay": 0.0 if vectors else cfg.weight_decay, "lr": cfg.lr * ratio}
         | ({"hidden": not rest} if kind.matrices else {})
@@ -157,26 +163,39 @@ def build_optimizer(
 
 
 def check_optimizer(cfg: OptimConfig, zero: ZeroConfig | None = None, *, ratios: bool = False) -> None:
-    """What a run optimizes with, tried on two small parameters; `ratios`: these are to have rates of their own. Raises
-    ConfigError for what is unknown, not installed, told what it does not take, or not itself on ZeRO's pieces."""
+    """What a run optimizes with, tried on two small parameters; `ratios`: these are to have rates of
+    their own. Raises ConfigError for what is unknown, not installed, told what it does not take, or
+    not itself on ZeRO's pieces."""
     check_schedule(cfg)
     kind = _kind(cfg)
     if cfg.lr < kind.least_lr:
-        raise ConfigError(f"optim.lr is {cfg.lr:g}: {cfg.name} finds its rate, and this is a factor on it; use optim.lr=1")
+        raise ConfigError(
+            f"optim.lr is {cfg.lr:g}: {cfg.name} finds its rate, and this is a factor on it; use optim.lr=1"
+        )
     if ratios and kind.one_rate:
-        raise ConfigError(f"adapter.lr_ratios: {cfg.name} has one rate for all parameters; leave them out, or use adamw")
+        raise ConfigError(
+            f"adapter.lr_ratios: {cfg.name} has one rate for all parameters; leave them out, or use adamw"
+        )
     try:
-        made = build_optimizer({"blocks.0.w": nn.Parameter(torch.ones(4, 2)), "b": nn.Parameter(torch.ones(2))}, cfg)
-        if unknown := sorted(set(cfg.args) - settings_of(made)):  # some take and forget whatever they are given
-            raise TypeError(f"no '{unknown[0]}'; {suggest(unknown[0], settings_of(made) - {'self', 'params', 'kwargs'})}")
+        made = build_optimizer(
+            {"blocks.0.w": nn.Parameter(torch.ones(4, 2)), "b": nn.Parameter(torch.ones(2))}, cfg
+        )
+        # some take and forget whatever they are given
+        if unknown := sorted(set(cfg.args) - settings_of(made)):
+            raise TypeError(
+                f"no '{unknown[0]}'; {suggest(unknown[0], settings_of(made) - {'self', 'params', 'kwargs'})}"
+            )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optim.args: {cfg.name} does not take them: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"optim.args: {cfg.name} does not take them: {str(error).splitlines()[0]}"
+        ) from None
     if zero is None or zero.engine == "torch" or zero.stage == 0:
         return
     whole = kind.whole or ("" if cfg.name in OPTIMIZERS else _looks_around(cfg))
     if whole:
         raise ConfigError(
-            f"optim.name: {cfg.name} {whole}, and ZeRO stage {zero.stage} cuts parameters up; use zero.stage=0, or one of "
+            f"optim.name: {cfg.name} {whole}, and ZeRO stage {zero.stage} cuts parameters up; use "
+            "zero.stage=0, or one of "
             + ", ".join(name for name, kind in OPTIMIZERS.items() if not kind.whole)
         )
 
@@ -215,7 +234,8 @@ def _other(name: str) -> Any:
 
 
 def _looks_around(cfg: OptimConfig) -> str:
-    """Of a class that the table does not know: why it cannot step pieces, found by stepping a matrix whole and in pieces."""
+    """Of a class that the table does not know: why it cannot step pieces, found by stepping a
+    matrix whole and in pieces."""
     cfg, cut = replace(cfg, weight_decay=0.0), [1000, 3096]  # of matrices only
     start, gradient, *noise = torch.randn(10, 64, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
     # One piece is led straight on, the other to and fro: a rate that is found from all would differ.

@@ -1,8 +1,10 @@
-"""The state of an optimizer that holds the model's own parameters: out of it and back, whatever optimizer it is.
+"""The state of an optimizer that holds the model's own parameters: out of it and
+back, whatever optimizer it is.
 
-A parameter's state is tensors by name. What an optimizer keeps for all parameters of a group (Prodigy's rate, a count of steps)
-is exported with each of them, as `group.NAME`; a moment of 8 bits as its two parts; and where the weights that are saved are an
-average, those that train on as `trained`: so a run that continues is bit for bit the one that was not interrupted.
+A parameter's state is tensors by name. What an optimizer keeps for all parameters of a group (Prodigy's rate,
+a count of steps) is exported with each of them, as `group.NAME`; a moment of 8 bits as its two parts; and
+where the weights that are saved are an average, those that train on as `trained`: so a run that continues is
+bit for bit the one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-States = Mapping[str, Mapping[str, Tensor]]  # an OptimizerState, perhaps one that is read from a file when asked
-OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
+# an OptimizerState, perhaps one that is read from a file when asked
+States = Mapping[str, Mapping[str, Tensor]]
+# parameter name -> {"exp_avg": ..., "step": ...}, fp32 on the CPU
+OptimizerState = dict[str, dict[str, Tensor]]
 GROUP, TRAINED = "group.", "trained"
 PACKED = ("codes", "scale")  # the tensors in a quantised moment
 
@@ -29,7 +33,8 @@ def to_cpu(x: Tensor) -> Tensor:
 
 @contextmanager
 def settled(optimizer: Optimizer, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within, the weights that the optimizer means to be used; afterwards those that it trains, to the bit."""
+    """Within, the weights that the optimizer means to be used; afterwards those
+    that it trains, to the bit."""
     if not hasattr(optimizer, "eval"):
         yield
         return
@@ -58,12 +63,14 @@ def load_plain_state(
     optimizer: Optimizer, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], state: States
 ) -> None:
     names = {p: name for name, p in params.items()}
-    own = {n: {k: v for k, v in s.items() if k != TRAINED and not k.startswith(GROUP)} for n, s in state.items()}
+    own = {
+        n: {k: v for k, v in s.items() if k != TRAINED and not k.startswith(GROUP)} for n, s in state.items()
+    }
     if any(key.endswith(PACKED[0]) for s in own.values() for key in s):
         _load_packed(optimizer, names, own)
     else:
-        # Through the optimizer's own loader: it puts each tensor where that optimizer wants it (a fused one keeps "step"
-        # on the device, others on the CPU). It keeps what it is given, so give it copies.
+        # Through the optimizer's own loader: it puts each tensor where that optimizer wants it (a fused one
+        # keeps "step" on the device, others on the CPU). It keeps what it is given, so give it copies.
         order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         copies = {name: {key: value.clone() for key, value in s.items()} for name, s in own.items()}
         frame = optimizer.state_dict()
@@ -83,7 +90,8 @@ def _running(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Tensor
     settings = settings_of(optimizer)
     numbers = {k: v for k, v in group.items() if k not in settings and not isinstance(v, bool)}
     return {  # float64: a Python number, to the bit
-        GROUP + key: value.detach().cpu().double() if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
+        GROUP + key: value.detach().cpu().double()
+        if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
         for key, value in numbers.items()
         if isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1)
     }
@@ -103,7 +111,8 @@ def _unpacked(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _load_packed(optimizer: Optimizer, names: Mapping[nn.Parameter, str], state: OptimizerState) -> None:
-    """Only the optimizer itself can make a quantised moment: in a step with zero gradients, before the weights are set."""
+    """Only the optimizer itself can make a quantised moment: in a step with zero gradients,
+    before the weights are set."""
     for p in names:
         p.grad = torch.zeros_like(p)
     optimizer.step()

@@ -1,7 +1,8 @@
 """Training state that every rank wrote a part of, read by any number of ranks as if it were whole.
 
-`part-00003.safetensors` holds rank 3's pieces of the flat tensors, fp32, and in its metadata where each begins and what
-it is a piece of. Nothing is gathered: a rank writes piece after piece, so that one tensor's piece lies in host memory at a time.
+`part-00003.safetensors` holds rank 3's pieces of the flat tensors, fp32, and in its metadata where each
+begins and what it is a piece of. Nothing is gathered: a rank writes piece after piece, so that one tensor's
+piece lies in host memory at a time.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ def open_parts(folder: Path) -> tuple[Parts, dict[str, Parts]]:
         weights = open_weights(file)
         for key, (start, shape) in json.loads(weights.metadata.get(_WHERE, "{}")).items():
             entry = weights.entries[key]
-            found.setdefault(key, (tuple(shape), []))[1].append(_Span(start, start + entry.shape[0], entry.map))
+            found.setdefault(key, (tuple(shape), []))[1].append(
+                _Span(start, start + entry.shape[0], entry.map)
+            )
     params: dict[str, _Whole] = {}
     states: dict[str, dict[str, _Whole]] = {}
     for key, (shape, spans) in found.items():

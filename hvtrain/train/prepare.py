@@ -50,7 +50,8 @@ T = TypeVar("T")
 
 
 def on_all(ctx: ParallelContext, work: Callable[[], T]) -> T:
-    """`work` on every rank; the first refusal of any (a file that one node lacks) is raised on all. Collective."""
+    """`work` on every rank; the first refusal of any (a file that one node lacks)
+    is raised on all. Collective."""
     refusal, result = None, None
     try:
         result = work()
@@ -63,7 +64,8 @@ def on_all(ctx: ParallelContext, work: Callable[[], T]) -> T:
 
 
 def take(output: Path, claim: Callable[[], RunLock], ctx: ParallelContext) -> tuple[RunLock, Path | None]:
-    """The run's directory, held by rank 0, and the checkpoint to continue from. Refusals are raised on all ranks alike.
+    """The run's directory, held by rank 0, and the checkpoint to continue from. Refusals
+    are raised on all ranks alike.
 
     Raises ConfigError, CheckpointError and Busy. Collective.
     """
@@ -104,11 +106,11 @@ def check_machinery(
 
 
 def check_weights(
-    base: Origin, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int, blocks_to_swap: int = 0,
-    n_models: int = 1,
+    base: Origin, zero: ZeroConfig, ctx: ParallelContext, *, whole: bool, n_bytes: int,
+    blocks_to_swap: int = 0, n_models: int = 1,
 ) -> None:
-    """Whether the weights of `n_models` like this can lie where they are to, `n_bytes` a value, and with `whole` their gradients.
-    What else a run needs, `hvtrain fit` tells. Raises ConfigError."""
+    """Whether the weights of `n_models` like this can lie where they are to, `n_bytes` a value, and with
+    `whole` their gradients. What else a run needs, `hvtrain fit` tells. Raises ConfigError."""
     model = base.outline.requires_grad_(False)
     least = n_bytes * sum(p.numel() for p in model.parameters())
     if blocks_to_swap:
@@ -123,8 +125,9 @@ def check_weights(
     if least + gradients > ctx.memory_bytes:
         what = "weights and their gradients" if whole else "frozen weights"
         raise ConfigError(
-            f"the {what} alone take {(least + gradients) / 2**30:.1f} GiB of each process's {ctx.device_name}, "
-            f"which has {ctx.memory_bytes / 2**30:.1f} GiB; `hvtrain fit CONFIG` says what fits"
+            f"the {what} alone take {(least + gradients) / 2**30:.1f} GiB of each process's "
+            f"{ctx.device_name}, which has {ctx.memory_bytes / 2**30:.1f} GiB; `hvtrain fit CONFIG` says "
+            "what fits"
         )
 
 
@@ -135,7 +138,10 @@ def idle_on_host(
     if len(bases) == 1 or whole or (zero.engine == "deepspeed" and zero.stage == 3):
         return False
     n = sum(p.numel() for base in bases for p in base.outline.parameters())
-    return where == "host" or (where == "auto" and ctx.device.type != "cpu" and n * n_bytes > ctx.memory_bytes / 2)
+    return (
+        where == "host"
+        or (where == "auto" and ctx.device.type != "cpu" and n * n_bytes > ctx.memory_bytes / 2)
+    )
 
 
 def find_others(model: ModelConfig, bases: Sequence[Origin]) -> dict[str, Origin]:
@@ -144,16 +150,19 @@ def find_others(model: ModelConfig, bases: Sequence[Origin]) -> dict[str, Origin
         return find_idle(model, bases)
     except ConfigError as error:
         name = bases[0].flavor.name
-        raise ConfigError(f"preview.every_steps: '{name}' makes videos with all experts: {error}, or set it to 0") from None
+        raise ConfigError(
+            f"preview.every_steps: '{name}' makes videos with all experts: {error}, or set it to 0"
+        ) from None
 
 
 def open_idle(
-    base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel: str, dtype: torch.dtype, sparse: SparseConfig = EXACT
+    base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel: str, dtype: torch.dtype,
+    sparse: SparseConfig = EXACT
 ) -> DiT:
     """A DiT that only makes videos, whole on every rank. Collective."""
     dit = load_dit(
-        str(base.path), model=model.name, flavor=model.flavor, dtype=getattr(torch, model.dtype), device=ctx.device,
-        quantize_to=model.quantize,
+        str(base.path), model=model.name, flavor=model.flavor, dtype=getattr(torch, model.dtype),
+        device=ctx.device, quantize_to=model.quantize,
     ).model.eval().requires_grad_(False)
     use_matmul(dit, model.fp8_matmul)
     parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False, sparse=sparse)
@@ -183,8 +192,8 @@ def check_whole(base: Origin, a: AdapterConfig) -> None:
 
 
 def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> None:
-    """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory. The file
-    to start from is read, and tried on the model without weights."""
+    """A pair of a higher rank than its layer says nothing more, and an absurd one fills the host's memory.
+    The file to start from is read, and tried on the model without weights."""
     kind, shapes = kind_of(a.type, a.slice_type), linear_shapes(base.outline)
     check_kind(kind, a.dropout, how_of(a))
     names = base.spec.lora_targets(base.outline, include=a.include, exclude=a.exclude)
@@ -193,13 +202,17 @@ def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> Non
         names = [s.module for s in slots]
         for s in slots:
             check_rows(kind, s.module, (s.begin, s.end), shapes[s.module][0])
-    check_patterns({"adapter.lr_ratios": a.lr_ratios}, [f"{name}.{part}" for name in names for part in kind.PARTS.values()])
+    check_patterns(
+        {"adapter.lr_ratios": a.lr_ratios},
+        [f"{name}.{part}" for name in names for part in kind.PARTS.values()]
+    )
     rank = max(rank for rank, _ in ranks_of(a, names).values())
     largest = max(names, key=lambda name: min(shapes[name]))
     bound, (n_out, n_in) = min(shapes[largest]), shapes[largest]
     if rank > bound and kind is not LokrLinear:  # a high rank of a LoKr says that its large matrix is whole
         raise ConfigError(
-            f"adapter.rank is {rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) has no "
+            f"adapter.rank is {rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) "
+            "has no "
             f"more than {bound}; expected 1 to {bound}, as a rule 8 to 128"
         )
     if a.init_from is not None:
@@ -208,7 +221,8 @@ def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> Non
         said = start.metadata.get(EXPERT_KEY)
         if base.expert is not None and said not in (None, base.expert.name):
             raise ConfigError(
-                f"adapter.init_from: {a.init_from} was trained as the expert '{said}', this is '{base.expert.name}', for other "
+                f"adapter.init_from: {a.init_from} was trained as the expert '{said}', this is "
+                f"'{base.expert.name}', for other "
                 "noise levels; give that expert's ({expert} in the name stands for it)"
             )
         if base.expert is not None:

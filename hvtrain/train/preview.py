@@ -45,18 +45,25 @@ class Opening:
     index: int
 
     def fields(self, flavor: Flavor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """What the flavor is conditioned on beside the text, without the batch, and its latents [1 C T H W]."""
+        """What the flavor is conditioned on beside the text, without the batch,
+        and its latents [1 C T H W]."""
         columns = tuple(c for c in flavor.columns if c in self.found.manifest.columns and c != "text")
         tensors = self.found.get(self.index, columns).tensors
-        whole = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-        return {name: whole[name] for name in flavor.beyond_text if name in whole}, whole["latents"][None].to(device)
+        whole = {
+            name: value.float() if value.is_floating_point() else value for name, value in tensors.items()
+        }
+        return (
+            {name: whole[name] for name in flavor.beyond_text if name in whole},
+            whole["latents"][None].to(device)
+        )
 
 
 def plan_previews(
     preview: PreviewConfig, model: ModelConfig, spec: ModelSpec, flavor: Flavor, *, guidance: float | None,
     sets: Sequence[ShardSet],
 ) -> list[Preview]:
-    """What to make, refused before any weights are read. `sets`: where an image is taken from that a prompt does not give."""
+    """What to make, refused before any weights are read. `sets`: where an image is taken from
+    that a prompt does not give."""
     if not preview.wanted:
         return []
     plans = []
@@ -81,7 +88,8 @@ def plan_previews(
 
 
 def _prompts(preview: PreviewConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what an error begins with, values) of each. Those of a file have the seeds that `hvtrain generate` gives them."""
+    """(what an error begins with, values) of each. Those of a file have the seeds that
+    `hvtrain generate` gives them."""
     for i, prompt in enumerate(preview.prompts):
         yield f"preview.prompts[{i}].", {"prompt": prompt.prompt, **given(prompt)}
     if preview.prompt_file is not None:
@@ -99,7 +107,8 @@ def _begin(sets: Sequence[ShardSet], asked: dict, *, where: str) -> tuple[Openin
                 return Opening(found, int(indices[0])), size
             seen.append(bucket)
     raise ConfigError(
-        f"{where}: no sample of this size to begin with; give image=FILE, or frames, height and width of one of "
+        f"{where}: no sample of this size to begin with; give image=FILE, or frames, height and width of one "
+        "of "
         f"{', '.join(dict.fromkeys(seen))}"
     )
 
@@ -108,20 +117,24 @@ class Previews:
     """Encodes its prompts once, at the start. Every rank samples every prompt: ZeRO-3 needs them all."""
 
     def __init__(
-        self, plans: Sequence[Preview], model: ModelConfig, spec: ModelSpec, flavor: Flavor, ctx: ParallelContext, *,
-        folder: Path, precision: str, ema: bool = False, sparse: SparseConfig | None = None,
+        self, plans: Sequence[Preview], model: ModelConfig, spec: ModelSpec, flavor: Flavor,
+        ctx: ParallelContext, *, folder: Path, precision: str, ema: bool = False,
+        sparse: SparseConfig | None = None,
     ) -> None:
         self.plans, self.model_cfg, self.spec, self.flavor, self.ctx = plans, model, spec, flavor, ctx
         self.folder, self.autocast, self.ema = folder, precision == "bf16", ema
         self.sparse = sparse or SparseConfig()
         self.vae: Vae | None = None
         pictures = {i: self._opening(p.begins) for i, p in enumerate(plans) if p.begins and flavor.sees}
-        self.conds = encode_requests([p.request for p in plans], spec, flavor, model, ctx, pictures=pictures) if plans else None
+        self.conds = (
+            encode_requests([p.request for p in plans], spec, flavor, model, ctx, pictures=pictures)
+            if plans else None
+        )
 
     @torch.no_grad()
     def make(self, models: Models, step: int) -> Iterator[tuple[str, np.ndarray, int]]:
-        """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0, and one picture with frames of all; the files are
-        written too. Collective."""
+        """(name, uint8 frames [F H W 3], fps) of each prompt, on rank 0, and one picture with frames of all;
+        the files are written too. Collective."""
         rows: list[np.ndarray] = []
         for i, plan in enumerate(self.plans):
             latents, request = self._sample(models, plan, i), plan.request
@@ -158,9 +171,9 @@ class Previews:
         own, request = batch_of_one(fields, self.flavor.cond), plan.request
         with autocast(self.ctx.device.type, enabled=self.autocast):
             return sample_latents(
-                models, self.spec, self.flavor, {**self.conds.of(request, seen), **own}, request=request, ctx=self.ctx,
-                uncond={**self.conds.negative(request), **own} if request.guided else None, x0=x0,
-                exact_steps=self.sparse.exact_steps,
+                models, self.spec, self.flavor, {**self.conds.of(request, seen), **own}, request=request,
+                ctx=self.ctx, uncond={**self.conds.negative(request), **own} if request.guided else None,
+                x0=x0, exact_steps=self.sparse.exact_steps,
             )
 
     def _inexact(self) -> dict[str, object]:

@@ -28,7 +28,10 @@ class ProgressLine:
         if math.isfinite(loss):  # one bad step must not hide all later ones
             self.sum, self.weight = 0.95 * self.sum + loss, 0.95 * self.weight + 1.0
         average = f" (average {self.sum / self.weight:.4f})" if self.weight else ""
-        place, text = f"{step}/{self.total}", f"loss {loss:.4f}{average}  lr {lr:.2e}  {seconds:.2f} s/step  {speed}".rstrip()
+        place, text = (
+            f"{step}/{self.total}",
+            f"loss {loss:.4f}{average}  lr {lr:.2e}  {seconds:.2f} s/step  {speed}".rstrip()
+        )
 
         def log(since_s: float) -> str:
             left = since_s / max(1, step - self.start) * (self.total - step)

@@ -98,8 +98,9 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     ready = on_all(ctx, lambda: prepare(cfg, ctx))
     cfg, steps = ready.cfg, ready.steps
     identity = setup.identity(
-        [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets, data=cfg.data,
-        optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name, turn=cfg.run.expert_turn, sparse=cfg.sparse.trained,
+        [member.base for member in ready.members], cfg.adapter, ready.plan, cfg.flow, ready.sets,
+        data=cfg.data, optimizer=cfg.optim.name, seed=cfg.run.seed, name=cfg.run.name,
+        turn=cfg.run.expert_turn, sparse=cfg.sparse.trained,
     )
     output, results = Path(cfg.run.output_dir), results_of(cfg.run, [member.name for member in ready.members])
     try:
@@ -136,8 +137,8 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
 
 
 def show_timesteps(cfg: TrainConfig, picture: str) -> Iterator[str]:
-    """How often which noise levels are trained, and what an error there counts: lines of text, and a PNG each. Of the model only
-    the header is read, and of the shards one sample's size."""
+    """How often which noise levels are trained, and what an error there counts: lines of text, and a PNG
+    each. Of the model only the header is read, and of the shards one sample's size."""
     bases = setup.find_bases(cfg.model, scratch=cfg.model.dit is None)
     flavor = bases[0].flavor
     sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards")
@@ -153,7 +154,10 @@ def show_timesteps(cfg: TrainConfig, picture: str) -> Iterator[str]:
         levels = look(one.quantile, one.measure.weight, shape)
         yield f"{title}, latents of {' x '.join(map(str, shape[-3:]))}"
         yield from lines(levels)
-        path = Path(picture) if len(members) == 1 else Path(picture).with_stem(f"{Path(picture).stem}-{member.name}")
+        path = (
+            Path(picture)
+            if len(members) == 1 else Path(picture).with_stem(f"{Path(picture).stem}-{member.name}")
+        )
         draw(levels, path, title=title)
         yield f"drawn in {path}"
 
@@ -163,8 +167,8 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     manifests."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     check_machinery(
-        cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype, ratios=bool(cfg.adapter.lr_ratios),
-        sparse=cfg.sparse,
+        cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype,
+        ratios=bool(cfg.adapter.lr_ratios), sparse=cfg.sparse,
     )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
@@ -187,7 +191,9 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         own = setup.adapter_of(cfg.adapter, one.expert)
         check_whole(one, own) if whole else check_adapter(one, own, plan)
         setup.open_base_loras(one, own)
-    sets = data.open_shards([entry.path for entry in cfg.data.sets], flavor, key="data.shards", masked=cfg.flow.masked)
+    sets = data.open_shards(
+        [entry.path for entry in cfg.data.sets], flavor, key="data.shards", masked=cfg.flow.masked
+    )
     curriculum = plan_data(cfg.data, sets, flavor.latent, seed=cfg.run.seed)
     held_out = data.open_shards(cfg.eval.shards, flavor, key="eval.shards", masked=cfg.flow.masked)
     previews = plan_previews(
@@ -200,11 +206,14 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
     if any(entry.silent for entry in cfg.data.sets):
         if whole:
-            raise ConfigError("data.mixture: silent is what an adapter is on those samples; adapter.type none trains all weights")
+            raise ConfigError(
+                "data.mixture: silent is what an adapter is on those samples; adapter.type none trains all "
+                "weights"
+            )
         if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
             raise ConfigError(
-                "data.mixture: silent samples take another forward pass on the ranks that have them, and under ZeRO-3 every rank "
-                "must take part in each; use zero.stage 0, 1 or 2"
+                "data.mixture: silent samples take another forward pass on the ranks that have them, and "
+                "under ZeRO-3 every rank must take part in each; use zero.stage 0, 1 or 2"
             )
     data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
@@ -253,16 +262,19 @@ def _open(ready: Prepared, ctx: ParallelContext, lock: RunLock, found: Path | No
         for key, one in team.trainees.items()
     ]
     return Session(
-        run=cfg.run, ctx=ctx, flavor=base.flavor, objective=objective, team=team, loader=loader, previews=previews,
-        held=held, files=RunFiles(cfg.run, cfg.adapter, products, ready.steps, lock, saved=start.step),
+        run=cfg.run, ctx=ctx, flavor=base.flavor, objective=objective, team=team, loader=loader,
+        previews=previews, held=held,
+        files=RunFiles(cfg.run, cfg.adapter, products, ready.steps, lock, saved=start.step),
         cadence=_cadence(ready), start=start, ema=ema, caption_dropout=cfg.data.caption_dropout,
         image_share=cfg.data.image_share, silent=tuple(entry.silent for entry in cfg.data.sets),
-        config=shown(dump(cfg)), found=found, work=_work(ready, ctx), about=note + _about(ready, ctx, team, start.step),
+        config=shown(dump(cfg)), found=found, work=_work(ready, ctx),
+        about=note + _about(ready, ctx, team, start.step),
     )
 
 
 def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
-    """The DiTs that are trained, each with its engine; `whole`: the objective on all noise levels of the run."""
+    """The DiTs that are trained, each with its engine; `whole`: the objective on
+    all noise levels of the run."""
     cfg = ready.cfg
     stage3 = cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3
     dtype = torch.bfloat16 if whole.autocast else torch.float32
@@ -274,21 +286,29 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
             blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
         )
         kernel = parallelize(
-            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype, visits=subject.swap,
-            compiler="inductor" if cfg.run.compile == "blocks" else None, sparse=cfg.sparse, work=work,
+            subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype,
+            visits=subject.swap, compiler="inductor" if cfg.run.compile == "blocks" else None,
+            sparse=cfg.sparse, work=work,
         )
         engine = build_engine(
             subject.model, subject.trainable, cfg.zero, ctx,
-            optimizer=build_optimizer(subject.trainable, cfg.optim, setup.rates(cfg.adapter, subject.trainable)),
+            optimizer=build_optimizer(
+                subject.trainable, cfg.optim, setup.rates(cfg.adapter, subject.trainable)
+            ),
             schedule=build_schedule(cfg.optim, total_steps=ready.steps),
-            step=Step(cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable), cfg.run.log_every),
+            step=Step(
+                cfg.run.grad_accum, cfg.optim.max_grad_norm, parts_of(subject.trainable), cfg.run.log_every
+            ),
         )
-        own = objective_of(member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast)
+        own = objective_of(
+            member.flow, whole.spec, member.base.flavor, device=ctx.device, autocast=whole.autocast
+        )
         trainees[member.key] = Trainee(member, subject, engine, own, kernel.name)
     return Team(
         trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
         open_idle=lambda expert: open_idle(
-            ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype, sparse=cfg.sparse
+            ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype,
+            sparse=cfg.sparse
         ),
     )
 
@@ -296,7 +316,10 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
 def _work(ready: Prepared, ctx: ParallelContext) -> Work | None:
     """What the MFU is counted by. Collective: one rank finds it out."""
     c, base, peak = ready.cfg, ready.base, peak_of(ctx.device_name, ready.cfg.run.peak_tflops)
-    mine = peak and ctx.is_main and work_of(base.spec, base.flavor, c.model, c.adapter, c.run, peak=peak, sparse=c.sparse)
+    mine = (
+        peak and ctx.is_main
+        and work_of(base.spec, base.flavor, c.model, c.adapter, c.run, peak=peak, sparse=c.sparse)
+    )
     return ctx.gather_objects(mine or None)[0]
 
 
@@ -319,11 +342,16 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     what = "some weights" if c.adapter.train or c.adapter.freeze else "all weights"
     if c.adapter.type != "none":
         kind = kind_of(c.adapter.type, c.adapter.slice_type).LABEL
-        kind = kind if ready.plan is None else f"LORAID {c.adapter.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
+        kind = (
+            kind if ready.plan is None
+            else f"LORAID {c.adapter.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
+        )
         what = f"{kind} rank {c.adapter.rank}"
     shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
     guidance = "none" if c.flow.guidance is None else f"{c.flow.guidance:g}"
-    keys, n = [key for key in team.shares if key], sum(one.subject.n_parameters for one in team.trainees.values())
+    keys, n = (
+        [key for key in team.shares if key], sum(one.subject.n_parameters for one in team.trainees.values())
+    )
     expert = f", expert{'s' * (len(keys) > 1)} {' and '.join(keys)}" if keys else ""
     if len(keys) > 1:
         parts = " and ".join(f"{100 * share:.0f} %" for share in team.shares.values())
@@ -337,11 +365,13 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         f"{base.spec.name} {base.flavor.name}{expert}: training {what} ({n:,} parameters) "
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
-        f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; {c.flow.timestep_sampling} noise "
-        f"levels{shift}, guidance {guidance}\n"
+        f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; "
+        f"{c.flow.timestep_sampling} noise levels{shift}, guidance {guidance}\n"
         f"{sparse_note(c.sparse, base, ready.sets)}"
-        f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} samples each "
-        f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: tensorboard --logdir "
+        f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} "
+        "samples each "
+        f"({'on average' if c.data.batch_tokens else 'fewer where a bucket ends'}){saves}; TensorBoard: "
+        "tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
     )
 
@@ -359,7 +389,10 @@ def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
     owner: dict[str, object] = {}
     a = c.adapter
     told: dict[str, object] = {} if a.factor == -1 else {"factor": a.factor}
-    told |= {key: getattr(a, key) for key in ("rank_dropout", "module_dropout", "ranks", "alphas") if getattr(a, key)}
+    told |= {
+        key: getattr(a, key)
+        for key in ("rank_dropout", "module_dropout", "ranks", "alphas") if getattr(a, key)
+    }
     if plan is not None:
         owner = {"ss_loraid": a.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n}
         told |= {"loraid": a.loraid, "granularity": plan.granularity, "order": plan.order}
@@ -374,10 +407,12 @@ def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
         "ss_mixed_precision": c.run.precision, "ss_network_dropout": c.adapter.dropout,
         "ss_timestep_sampling": flow.timestep_sampling, "ss_discrete_flow_shift": flow.shift,
         "ss_sigmoid_scale": flow.sigmoid_scale, "ss_logit_mean": flow.logit_mean,
-        "ss_logit_std": flow.logit_std, "ss_mode_scale": flow.mode_scale, "ss_weighting_scheme": flow.weighting,
-        "ss_guidance_scale": flow.guidance, "ss_sd_model_name": Path(base.path or "scratch").name,
-        "ss_datasets": [shown(entry.path) for entry in c.data.sets], "ss_fp8_base": c.model.quantize != "none",
-        "ss_min_timestep": round(1000 * flow.min_sigma), "ss_max_timestep": round(1000 * flow.max_sigma),
-        **of_flavor(base.flavor), "hvtrain.base": base.fingerprint,
-        EXPERT_KEY: base.expert and base.expert.name, SPARSE_KEY: c.sparse.trained or None,
+        "ss_logit_std": flow.logit_std, "ss_mode_scale": flow.mode_scale,
+        "ss_weighting_scheme": flow.weighting, "ss_guidance_scale": flow.guidance,
+        "ss_sd_model_name": Path(base.path or "scratch").name,
+        "ss_datasets": [shown(entry.path) for entry in c.data.sets],
+        "ss_fp8_base": c.model.quantize != "none", "ss_min_timestep": round(1000 * flow.min_sigma),
+        "ss_max_timestep": round(1000 * flow.max_sigma), **of_flavor(base.flavor),
+        "hvtrain.base": base.fingerprint, EXPERT_KEY: base.expert and base.expert.name,
+        SPARSE_KEY: c.sparse.trained or None,
     }

@@ -24,18 +24,22 @@ RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 # run.json of older versions kept these as bare lists.
 _LISTS = {
     "adapter": ("type", "rank", "alpha", "dropout", "include", "exclude", "plan", "loraid"),
-    "flow": ("timestep_sampling", "shift", "sigmoid_scale", "logit_mean", "min_sigma", "max_sigma", "guidance"),
+    "flow": (
+        "timestep_sampling", "shift", "sigmoid_scale", "logit_mean", "min_sigma", "max_sigma", "guidance"
+    ),
 }
 _MAY_DIFFER = ("run.output_dir", "run.resume")  # not worth a word
 
 
 def claim(
-    run: RunSettings, config: str, identity: Mapping[str, object], ctx: ParallelContext, say: Callable[[str], None]
+    run: RunSettings, config: str, identity: Mapping[str, object], ctx: ParallelContext,
+    say: Callable[[str], None]
 ) -> RunLock:
-    """Make run.output_dir this run's, held until the lock is released. For one rank only. `config`: all of it as YAML, to be
-    kept there, without passwords.
+    """Make run.output_dir this run's, held until the lock is released. For one rank only. `config`: all of it
+    as YAML, to be kept there, without passwords.
 
-    Raises ConfigError where it holds another run or files that no run wrote, and Busy where another process trains in it.
+    Raises ConfigError where it holds another run or files that no run wrote, and Busy
+    where another process trains in it.
     """
     output = Path(run.output_dir)
     marker = output / RUN_FILE
@@ -45,7 +49,9 @@ def claim(
         again = ctx.requeues or ctx.restarts
         lock = RunLock(output, job=ctx.job).acquire(runlock.REQUEUED_WAIT_S if again else runlock.WAIT_S)
     except OSError as error:
-        raise ConfigError(f"run.output_dir: {output} cannot be made a directory to write in ({error.strerror})") from None
+        raise ConfigError(
+            f"run.output_dir: {output} cannot be made a directory to write in ({error.strerror})"
+        ) from None
     try:
         if marker.exists():
             _same_run(marker, identity, resume=run.resume == "auto")
@@ -68,11 +74,14 @@ def _no_strangers(output: Path) -> None:
 
 
 def clear_leftovers(output: Path, name: str) -> None:
-    """What killed processes were writing. The lock is ours, so nobody writes these now, on whatever machine it was."""
+    """What killed processes were writing. The lock is ours, so nobody writes these now,
+    on whatever machine it was."""
     for folder in (output / "checkpoints").glob(".writing-step-*"):
         shutil.rmtree(folder, ignore_errors=True)
     finals = "|".join(re.escape(n) for n in (RUN_FILE, CONFIG_FILE, METRICS_FILE, STATUS_FILE, "COMPLETE"))
-    temporary = re.compile(rf"\.({finals}|{re.escape(name)}.*\.safetensors)\.([0-9a-f]+-)?\d+(-[0-9a-f]+)?\.tmp")
+    temporary = re.compile(
+        rf"\.({finals}|{re.escape(name)}.*\.safetensors)\.([0-9a-f]+-)?\d+(-[0-9a-f]+)?\.tmp"
+    )
     for path in [*output.iterdir(), *output.glob("checkpoints/step-*/.COMPLETE.*")]:
         if temporary.fullmatch(path.name):
             path.unlink(missing_ok=True)

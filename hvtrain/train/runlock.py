@@ -1,10 +1,12 @@
-"""One process group per run directory: a lock that the kernel drops when its holder dies, and a heartbeat for other machines.
+"""One process group per run directory: a lock that the kernel drops when its holder dies, and
+a heartbeat for other machines.
 
-`FOLDER/.lock` says who holds it (process, host, since when). On one machine flock decides: it ends with the process, however
-that ends. Between machines flock may hold nothing (some network file systems keep it per node), and after a node was lost its
-processes may live on. The holder therefore touches the file every BEAT_S seconds; whoever comes later from another machine
-watches for WATCH_S whether it still does. Clocks are never compared. A holder that was stopped so long that another took the
-directory finds that out by its next save (`check`) and writes nothing more.
+`FOLDER/.lock` says who holds it (process, host, since when). On one machine flock decides: it ends with the
+process, however that ends. Between machines flock may hold nothing (some network file systems keep it per
+node), and after a node was lost its processes may live on. The holder therefore touches the file every BEAT_S
+seconds; whoever comes later from another machine watches for WATCH_S whether it still does. Clocks are never
+compared. A holder that was stopped so long that another took the directory finds that out by its next save
+(`check`) and writes nothing more.
 
 No torch here: `slices` and the launcher may use it.
 """
@@ -53,12 +55,14 @@ class Holder:
 
     def describe(self) -> str:
         since = datetime.fromtimestamp(self.since).isoformat(" ", "seconds")
-        return f"process {self.pid} on {self.host} since {since}" + (f" (Slurm job {self.job})" if self.job else "")
+        return f"process {self.pid} on {self.host} since {since}" + (
+            f" (Slurm job {self.job})" if self.job else ""
+        )
 
 
 class RunLock:
-    """Holds `folder` from `acquire` to `release`, or to the end of the process. `key` is the option that names the folder,
-    `job` the Slurm job that asks."""
+    """Holds `folder` from `acquire` to `release`, or to the end of the process. `key` is the option that
+    names the folder, `job` the Slurm job that asks."""
 
     def __init__(self, folder: str | Path, *, key: str = "run.output_dir", job: str = "") -> None:
         self.path, self.key, self.job = Path(folder) / NAME, key, job
@@ -74,8 +78,8 @@ class RunLock:
         while not self._try():
             if time.monotonic() >= deadline:
                 raise Busy(
-                    f"{self.key}: {self.path.parent} is in use by {self._holder()}; wait for it, stop it, or choose another "
-                    "directory"
+                    f"{self.key}: {self.path.parent} is in use by {self._holder()}; wait for it, stop it, or "
+                    "choose another directory"
                 )
             if not told:
                 said = f"{self.path.parent} is in use by {self._holder()}; waiting {wait_s:.0f} s for it"
@@ -92,8 +96,8 @@ class RunLock:
             self._look()
         if self._taken_by is not None:
             raise Busy(
-                f"{self.key}: {self.path.parent} was taken over by {self._taken_by.describe()} while this process stood still; "
-                "nothing more is written here"
+                f"{self.key}: {self.path.parent} was taken over by {self._taken_by.describe()} while this "
+                "process stood still; nothing more is written here"
             )
 
     def release(self) -> None:
@@ -113,7 +117,7 @@ class RunLock:
     def __exit__(self, *exc: object) -> None:
         self.release()
 
-    # --- taking it ----------------------------------------------------------------------------------------------------
+    # --- taking it ------------------------------------------------------------------------------------------
 
     def _try(self) -> bool:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -130,7 +134,8 @@ class RunLock:
 
     def _take(self, handle: int) -> bool:
         kernel = _flock(handle)
-        if kernel is False or not _same_file(handle, self.path):  # the other has just removed it: not the lock any more
+        # the other has just removed it: not the lock any more
+        if kernel is False or not _same_file(handle, self.path):
             return False
         before = _read(self.path)
         decided = kernel is True and (before is None or before.host == socket.gethostname())
@@ -152,7 +157,7 @@ class RunLock:
         found = _read(self.path)
         return found.describe() if found else "another process"
 
-    # --- keeping it ---------------------------------------------------------------------------------------------------
+    # --- keeping it -----------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_S):
@@ -195,7 +200,8 @@ def _read(path: Path) -> Holder | None:
 
 
 def _moves(path: Path) -> bool:
-    """Whether its holder gives a sign of life within WATCH_S. Opened anew each time: that is what makes NFS ask its server."""
+    """Whether its holder gives a sign of life within WATCH_S. Opened anew each time: that is
+    what makes NFS ask its server."""
     def state() -> tuple[int, str]:
         try:
             with path.open() as file:

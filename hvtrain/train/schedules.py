@@ -37,7 +37,8 @@ def linear(at: At, cfg: OptimConfig) -> float:
 
 @SCHEDULES.add("cosine")
 def cosine(at: At, cfg: OptimConfig) -> float:
-    """cfg.cycles times from 1 down, each beginning with the whole rate again; 0.5 ends half way. arXiv 1608.03983"""
+    """cfg.cycles times from 1 down, each beginning with the whole rate again; 0.5
+    ends half way. arXiv 1608.03983"""
     inside = 1.0 if at.share >= 1 and cfg.cycles % 1 == 0 else at.share * cfg.cycles % 1
     return _between(0.5 * (1 + math.cos(math.pi * inside)), cfg)
 
@@ -49,14 +50,16 @@ def polynomial(at: At, cfg: OptimConfig) -> float:
 
 @SCHEDULES.add("inverse_sqrt")
 def inverse_sqrt(at: At, cfg: OptimConfig) -> float:
-    """sqrt(t / (t + step)), t = optim.timescale, else the warm-up's length: half after 3 t steps. arXiv 1706.03762"""
+    """sqrt(t / (t + step)), t = optim.timescale, else the warm-up's length: half after
+    3 t steps. arXiv 1706.03762"""
     scale = cfg.timescale or max(1, at.warmup)
     return max(cfg.min_lr_ratio, math.sqrt(scale / (scale + at.step)))
 
 
 @SCHEDULES.add("rex")
 def rex(at: At, cfg: OptimConfig) -> float:
-    """Reflected exponential, z / (a + b z) of the share z that is left: high for long, then down. arXiv 2107.04197"""
+    """Reflected exponential, z / (a + b z) of the share z that is left: high for long,
+    then down. arXiv 2107.04197"""
     left, (a, b) = 1 - at.share, cfg.rex
     return _between(left / (a + b * left), cfg)
 
@@ -72,7 +75,8 @@ def _between(height: float, cfg: OptimConfig) -> float:
 
 
 def build_schedule(cfg: OptimConfig, *, total_steps: int) -> Schedule:
-    """Step (from 0) -> factor of the learning rate: a linear warm-up, then the named curve to the last step."""
+    """Step (from 0) -> factor of the learning rate: a linear warm-up, then the
+    named curve to the last step."""
     curve = check_schedule(cfg)
     warmup = cfg.warmup_steps or round(cfg.warmup_share * total_steps)
     if not 0 <= warmup <= total_steps:
@@ -92,7 +96,9 @@ def check_schedule(cfg: OptimConfig) -> Callable[[At, OptimConfig], float]:
     curve = SCHEDULES.find(cfg.schedule, key="optim.schedule")
     if cfg.warmup_steps and cfg.warmup_share:
         raise ConfigError("optim: give either optim.warmup_steps or optim.warmup_share")
-    positive = {"cycles": cfg.cycles, "power": cfg.power, "timescale": cfg.timescale or 1, "rex[0]": cfg.rex[0]}
+    positive = {
+        "cycles": cfg.cycles, "power": cfg.power, "timescale": cfg.timescale or 1, "rex[0]": cfg.rex[0]
+    }
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"optim.{key} is {value}, expected more than 0")

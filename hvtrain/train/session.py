@@ -42,15 +42,20 @@ Averages = dict[str, Tensor]  # of weights, by the parameter's name
 def restore(
     engine: Engine, trainable: Mapping[str, nn.Parameter], found: Path | None, *, averaged: bool
 ) -> tuple[Progress, Averages, str]:
-    """Put the checkpoint `found` into the engine; where it stands, the moving averages if the run keeps them (`averaged`), and
-    what the user should know of it. Collective. Raises CheckpointError."""
+    """Put the checkpoint `found` into the engine; where it stands, the moving averages if the run keeps them
+    (`averaged`), and what the user should know of it. Collective. Raises CheckpointError."""
     start, ema, note = Progress(), {}, ""
     if found is not None:
         snapshot = checkpoint.load(found)
         if missing := sorted(set(trainable) ^ set(snapshot.params)):
-            raise checkpoint.CheckpointError(f"{found}: holds other weights than this run trains, first '{missing[0]}'")
+            raise checkpoint.CheckpointError(
+                f"{found}: holds other weights than this run trains, first '{missing[0]}'"
+            )
         engine.load_state(snapshot.params, snapshot.optimizer, n_steps=snapshot.progress.step)
-        start, ema = snapshot.progress, {n: snapshot.ema[n].to(p.device) for n, p in trainable.items() if n in snapshot.ema}
+        start, ema = (
+            snapshot.progress,
+            {n: snapshot.ema[n].to(p.device) for n, p in trainable.items() if n in snapshot.ema}
+        )
     if averaged and not ema:
         ema = {n: p.detach().clone() for n, p in trainable.items()}
         if start.step:
@@ -87,18 +92,19 @@ class Session:
         if ctx.is_main:
             cut_metrics(self.output, self.start.step)
         self.metrics = Metrics(
-            self.output if ctx.is_main else None, purge_step=self.start.step + 1, wandb=self.run.wandb, name=self.run.name
+            self.output if ctx.is_main else None, purge_step=self.start.step + 1, wandb=self.run.wandb,
+            name=self.run.name
         )
         self.line = ProgressLine(self.steps, start=self.start.step, show=ctx.is_main)
         self.monitor = Monitor(
-            ctx, self.metrics, self.line, self.steps, self.run.log_every, names_of(self.loader.sets), self.work,
-            self.run.profile_every,
+            ctx, self.metrics, self.line, self.steps, self.run.log_every, names_of(self.loader.sets),
+            self.work, self.run.profile_every,
         )
         self.best = ctx.gather_objects(self.files.best_loss() if ctx.is_main else None)[0]
         self.watch = Watchdog(ctx, self.run.hang_timeout_s)
         self.latents: tuple[int, ...] = ()  # shape of the batch at hand
 
-    # --- the run ----------------------------------------------------------------------------------------------
+    # --- the run --------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
         if self.found is not None and self.start.step >= self.steps:
@@ -107,14 +113,14 @@ class Session:
         self._say(self.about)
         self.metrics.text("config", self.config)
         hooks = Hooks(
-            self._micro_step, self._after_update, self.monitor.log, self._save, self._evaluate, self.previews_at,
-            self.watch.at, self.monitor.measured,
+            self._micro_step, self._after_update, self.monitor.log, self._save, self._evaluate,
+            self.previews_at, self.watch.at, self.monitor.measured,
         )
         try:
             with self.watch:
                 finished = train(
-                    self.team, iter(self.loader), hooks, cadence=self.cadence, start=self.start, seed=self.run.seed,
-                    ctx=self.ctx, folder=self.output,
+                    self.team, iter(self.loader), hooks, cadence=self.cadence, start=self.start,
+                    seed=self.run.seed, ctx=self.ctx, folder=self.output,
                 )
                 self.watch.at(self.steps, "waiting for the last files", writing=self.ctx.is_main)
                 self.files.background.wait()
@@ -136,9 +142,18 @@ class Session:
             if finished and self.files.adapter.type != "none":
                 for key in self.team.trainees:
                     of = f" --expert {key}" if len(self.team.trainees) > 1 else ""
-                    of += " --dit MODEL" if "dora" in (self.files.adapter.type, self.files.adapter.slice_type) else ""
-                    there = f"{shlex.quote(str(self.output))}{of} --to comfyui --output comfyui{key and f'-{key}'}.safetensors"
-                    print(f"for ComfyUI, which skips layers under these names: hvtrain lora convert {there}", flush=True)
+                    of += (
+                        " --dit MODEL"
+                        if "dora" in (self.files.adapter.type, self.files.adapter.slice_type) else ""
+                    )
+                    there = (
+                        f"{shlex.quote(str(self.output))}{of} --to comfyui --output "
+                        f"comfyui{key and f'-{key}'}.safetensors"
+                    )
+                    print(
+                        f"for ComfyUI, which skips layers under these names: hvtrain lora convert {there}",
+                        flush=True
+                    )
         return finished
 
     def _finish(self, found: Path) -> None:
@@ -147,7 +162,8 @@ class Session:
         self.files.background.close()
         self.metrics.close()
         self._say(
-            f"{self.output} is at step {self.start.step} of {self.steps}: made again from its checkpoint: {', '.join(made)}"
+            f"{self.output} is at step {self.start.step} of {self.steps}: made again from its checkpoint: "
+            f"{', '.join(made)}"
         )
 
     def _say(self, text: str) -> None:
@@ -155,7 +171,10 @@ class Session:
             print(text, flush=True)
 
     def _micro_step(self, batch: Batch, where: Where) -> tuple[MicroResult, int]:
-        now, place = self.team.at_step(where.step), {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
+        now, place = (
+            self.team.at_step(where.step),
+            {"step": where.step, "micro": where.micro, "dp_rank": where.dp_rank}
+        )
         self._count_bad(batch)
         shares = [m.get("caption_dropout", self.caption_dropout) for m in batch.meta]
         tensors = drop_captions(
@@ -234,11 +253,11 @@ class Session:
         with self.team.evaluating(beat) as models:
             yield models
 
-    # --- files ------------------------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
-        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the host, or, what ZeRO-3
-        trains whole, is on the disk."""
+        """Checkpoint, and the files that are for the user. Collective; returns when all is copied to the
+        host, or, what ZeRO-3 trains whole, is on the disk."""
         with self.monitor.spending("save"):
             self.metrics.flush()  # whoever goes on from this checkpoint does not log its steps again
             if pieces := self.team.pieces():
@@ -252,8 +271,8 @@ class Session:
             self.ctx.barrier()
 
     def _save_parts(self, progress: Progress, pieces: list[Piece], best: float | None = None) -> None:
-        """Every rank writes its own; rank 0 makes the user's file of them, behind the training. `best`: only that file, of the
-        weights with this held-out loss."""
+        """Every rank writes its own; rank 0 makes the user's file of them, behind the training. `best`: only
+        that file, of the weights with this held-out loss."""
         step, ctx = progress.step, self.ctx
         self.watch.at(step, "waiting for the files of the save before", writing=ctx.is_main)
         folder = on_all(ctx, lambda: self.files.begin_parts(step) if ctx.is_main else None)
@@ -277,10 +296,14 @@ class Session:
             if self.ctx.is_main:
                 self.watch.at(progress.step, "waiting for the disk", writing=True)
                 self.files.save_best(params, progress, loss)
-        self.line.note(f"step {progress.step}: best held-out loss so far, {', '.join(path.name for path in self.files.best)}")
+        self.line.note(
+            f"step {progress.step}: best held-out loss so far, "
+            f"{', '.join(path.name for path in self.files.best)}"
+        )
 
     def _export(self, step: int) -> dict[str, Tensor]:
-        """The engine's export_params, when the save before is written: of a 13B model a host has room for one copy."""
+        """The engine's export_params, when the save before is written: of a 13B model a
+        host has room for one copy."""
         if self.ctx.is_main:
             self.watch.at(step, "waiting for the files of the save before", writing=True)
             self.files.background.wait()

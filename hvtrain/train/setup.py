@@ -95,13 +95,17 @@ def find_bases(model: ModelConfig, *, scratch: bool = False) -> list[Origin]:
     names = _parts_of_experts(model) or {"high": ""}  # refused by name
     found = [find_base(replace(model, experts=name), scratch=scratch) for name in names]
     if any(one.flavor != found[0].flavor for one in found):
-        raise CheckpointError(f"model: {' and '.join(str(one.path) for one in found)} have other sizes: not of one model")
+        raise CheckpointError(
+            f"model: {' and '.join(str(one.path) for one in found)} have other sizes: not of one model"
+        )
     return found
 
 
 def find_idle(model: ModelConfig, trained: Sequence[Origin]) -> dict[str, Origin]:
     """The experts that are not trained, by name: videos are made with them too. Raises as `find_base`."""
-    names = {expert.name for expert in trained[0].flavor.experts} - {one.expert.name for one in trained if one.expert}
+    names = {expert.name for expert in trained[0].flavor.experts} - {
+        one.expert.name for one in trained if one.expert
+    }
     return {name: find_base(replace(model, experts=name)) for name in sorted(names)}
 
 
@@ -115,12 +119,16 @@ def find_base(model: ModelConfig, *, scratch: bool = False) -> Origin:
         spec = find(model.name)
         flavor = spec.flavor(model.flavor)
         with torch.device("meta"):
-            return Origin(spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.experts))
+            return Origin(
+                spec.build(flavor.arch), spec, flavor, "scratch", None, _expert(flavor, model.experts)
+            )
     found = identify(asset(path), model=model.name, flavor=model.flavor)
     expert = _expert(found.flavor, model.experts)
     if expert is not None:
         found.flavor.check_file(expert, asset(path))
-    return Origin(whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert)
+    return Origin(
+        whole_model(found), found.spec, found.flavor, fingerprint(found.weights), asset(path), expert
+    )
 
 
 def part_of(model: ModelConfig) -> str:
@@ -130,13 +138,16 @@ def part_of(model: ModelConfig) -> str:
     parts = _parts_of_experts(model)
     if model.experts not in parts:
         where = f"flavor '{model.flavor}'" if model.flavor else model.name
-        known = suggest(model.experts, [*parts, BOTH]) if parts else "it has no experts; leave model.experts null"
+        known = (
+            suggest(model.experts, [*parts, BOTH]) if parts else "it has no experts; leave model.experts null"
+        )
         raise ConfigError(f"model.experts: {where} has no expert '{model.experts}'; {known}")
     return parts[model.experts]
 
 
 def _parts_of_experts(model: ModelConfig) -> dict[str, str]:
-    """Names of the experts that the flavor has, or any flavor where none is named, and in which file each is."""
+    """Names of the experts that the flavor has, or any flavor where none is
+    named, and in which file each is."""
     spec = find(model.name)
     flavors = [spec.flavor(model.flavor)] if model.flavor else spec.flavors.values()
     return {expert.name: expert.part for flavor in flavors for expert in flavor.experts}
@@ -149,7 +160,9 @@ def _expert(flavor: Flavor, name: str | None) -> Expert | None:
         what = f"'{flavor.name}' is made of several DiTs, of which a run trains one, or both in turns"
         raise ConfigError(f"model.experts: {what}; choose {BOTH} or one of: {ranges}")
     if name is not None and name not in found:
-        raise ConfigError(f"model.experts: the file's flavor '{flavor.name}' has no '{name}'; set model.flavor")
+        raise ConfigError(
+            f"model.experts: the file's flavor '{flavor.name}' has no '{name}'; set model.flavor"
+        )
     return found[name] if name is not None else None
 
 
@@ -158,8 +171,8 @@ def open_subject(
     seed: int, blocks_to_swap: int = 0, move: bool = True, idle: ModelSwap | None = None,
 ) -> Subject:
     """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of
-    its slices. `move`: to the device at once; ZeRO-3 moves and cuts it itself, parameter by parameter. `idle`: takes the frozen
-    weights, to have them on the device when they are computed with."""
+    its slices. `move`: to the device at once; ZeRO-3 moves and cuts it itself, parameter by parameter.
+    `idle`: takes the frozen weights, to have them on the device when they are computed with."""
     adapter = adapter_of(adapter, base.expert)
     whole, edit = adapter.type == "none", None
     if base.path is None:
@@ -172,12 +185,14 @@ def open_subject(
         place = ctx.device if move and not blocks_to_swap and idle is None else torch.device("cpu")
         with spread_weights(ctx, device=place, frozen=not whole, cut=not move) as spread:
             dit = load_dit(
-                base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place, quantize_to=model.quantize,
-                edit=edit, spread=spread,
+                base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place,
+                quantize_to=model.quantize, edit=edit, spread=spread,
             ).model
     use_matmul(dit, model.fp8_matmul)
     if whole:
-        names = set(trained([n for n, _ in dit.named_parameters()], train=adapter.train, freeze=adapter.freeze))
+        names = set(
+            trained([n for n, _ in dit.named_parameters()], train=adapter.train, freeze=adapter.freeze)
+        )
         for name, p in dit.named_parameters():
             p.requires_grad_(name in names)
     else:
@@ -212,15 +227,19 @@ def adapter_of(a: AdapterConfig, expert: Expert | None) -> AdapterConfig:
         return a
     start = None if a.init_from is None else a.init_from.replace(EXPERT, expert.name)
     return replace(
-        a, init_from=start, base_lora=tuple(replace(one, path=one.path.replace(EXPERT, expert.name)) for one in a.base_lora)
+        a, init_from=start,
+        base_lora=tuple(replace(one, path=one.path.replace(EXPERT, expert.name)) for one in a.base_lora)
     )
 
 
 def members_of(bases: Sequence[Origin], flow: FlowConfig, name: str) -> list[TeamMember]:
-    """Each with its part of the noise levels, and for as many steps as are in it. Raises ConfigError as `flow_of`."""
+    """Each with its part of the noise levels, and for as many steps as are in it.
+    Raises ConfigError as `flow_of`."""
     flavor, d = bases[0].flavor, bases[0].flavor.defaults
     if len(bases) > 1 and flow.range == "squeeze":
-        raise ConfigError("flow.range squeeze would give each of several experts all of the distribution; use cut")
+        raise ConfigError(
+            "flow.range squeeze would give each of several experts all of the distribution; use cut"
+        )
     whole = flow_of(flow, flavor)
     quantile = quantile_function(whole.timestep_sampling, whole, flavor)
     usual = flavor.latent.shape(frames=d.frames, height=d.height, width=d.width)
@@ -242,8 +261,8 @@ def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> F
         if key not in takes and getattr(flow, key) != getattr(FlowConfig, key):
             legal = ", ".join(f"flow.{name}" for name in takes if hasattr(flow, name)) or "nothing"
             raise ConfigError(
-                f"flow.{key} is {getattr(flow, key):g}, but flow.timestep_sampling {flow.timestep_sampling} takes {legal}: "
-                f"leave flow.{key} away"
+                f"flow.{key} is {getattr(flow, key):g}, but flow.timestep_sampling {flow.timestep_sampling} "
+                f"takes {legal}: leave flow.{key} away"
             )
     if own.guidance is None and flow.guidance is not None:
         raise ConfigError(
@@ -251,7 +270,10 @@ def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> F
             "leave flow.guidance null"
         )
     if flow.raw_guidance and flow.guidance is None:
-        what = "give flow.guidance" if own.guidance is not None else f"this '{flavor.name}' embeds none; leave it away"
+        what = (
+            "give flow.guidance"
+            if own.guidance is not None else f"this '{flavor.name}' embeds none; leave it away"
+        )
         raise ConfigError(f"flow.raw_guidance is for a guidance of your own: {what}")
     shift = own.shift if own.training_shift is None else own.training_shift
     if flow.shift is None and "shift" in takes and flavor.shift_by_tokens is None:
@@ -262,7 +284,8 @@ def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> F
     low, high = max(flow.min_sigma, expert.sigmas[0]), min(flow.max_sigma, expert.sigmas[1])
     if low >= high:
         raise ConfigError(
-            f"flow.min_sigma {flow.min_sigma:g} to flow.max_sigma {flow.max_sigma:g} are not the noise levels of "
+            f"flow.min_sigma {flow.min_sigma:g} to flow.max_sigma {flow.max_sigma:g} are not the noise "
+            "levels of "
             f"the expert '{expert.name}', {expert.sigmas[0]:g} to {expert.sigmas[1]:g}"
         )
     return replace(flow, min_sigma=low, max_sigma=high)
@@ -274,7 +297,8 @@ def named_after(name: str, expert: Expert | None) -> str:
 
 
 def open_plan(base: Origin, adapter: AdapterConfig, *, others: Sequence[Origin] = ()) -> SlicePlan:
-    """The slices that this run's is one of, compared with the model; `others`: its other experts, which have the same layers."""
+    """The slices that this run's is one of, compared with the model; `others`: its other experts,
+    which have the same layers."""
     shapes, spec = linear_shapes(base.outline), base.spec
     if adapter.plan is not None:
         plan = load_plan(adapter.plan)
@@ -300,12 +324,13 @@ _OF_ADAPTER = (
 
 
 def identity(
-    bases: Sequence[Origin], adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig, sets: Sequence[ShardSet], *,
-    data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1, sparse: Mapping[str, object] | None = None,
+    bases: Sequence[Origin], adapter: AdapterConfig, plan: SlicePlan | None, flow: FlowConfig,
+    sets: Sequence[ShardSet], *, data: DataConfig, optimizer: str, seed: int, name: str, turn: int = 1,
+    sparse: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """What makes a run this run, by key: changing any of it makes another. Length, rates, ranks and where the
-    shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert before the
-    next; `sparse`: what attention leaves out, so that a file's metadata says it of all steps."""
+    shards lie may change; not their samples, because the cursor counts them. `turn`: steps of one expert
+    before the next; `sparse`: what attention leaves out, so that a file's metadata says it of all steps."""
     base, several = bases[0], len(bases) > 1
     names = _OF_WHOLE if adapter.type == "none" else _OF_ADAPTER
     merged = [
@@ -315,7 +340,8 @@ def identity(
     slices = {} if plan is None else {"adapter.plan": plan.hash[:12], "adapter.loraid": adapter.loraid}
     return {
         "model.name": base.spec.name, "model.experts": BOTH if several else base.expert and base.expert.name,
-        "weights": " ".join(one.fingerprint for one in bases), **({"run.expert_turn": turn} if several else {}),
+        "weights": " ".join(one.fingerprint for one in bases),
+        **({"run.expert_turn": turn} if several else {}),
         **{f"adapter.{key}": getattr(adapter, key) for key in names}, **slices, "adapter.base_lora": merged,
         **{f"flow.{key}": value for key, value in asdict(flow).items()},  # all that a sampler takes
         "data.shards": [_content(s) for s in sets], "data.batch_size": data.batch_size,

@@ -25,12 +25,15 @@ class Status:
 
 @contextmanager
 def told(output: Path, *, steps: int, main: bool) -> Iterator[Callable[[str], None]]:
-    """Around a run, on every rank; rank 0 writes. Call what it gives with the state that the run ends in; an exception is
-    `failed`, with its first line. A process that is killed leaves `running`, and no lock."""
+    """Around a run, on every rank; rank 0 writes. Call what it gives with the state that the run ends in; an
+    exception is `failed`, with its first line. A process that is killed leaves `running`, and no lock."""
 
     def tell(state: str, error: str = "") -> None:
         if main:
-            write_text(output / STATUS_FILE, json.dumps(asdict(Status(state, steps, error, round(time.time(), 3)))) + "\n")
+            write_text(
+                output / STATUS_FILE,
+                json.dumps(asdict(Status(state, steps, error, round(time.time(), 3)))) + "\n"
+            )
 
     tell(RUNNING)
     try:
@@ -38,7 +41,10 @@ def told(output: Path, *, steps: int, main: bool) -> Iterator[Callable[[str], No
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         said = str(error).strip().splitlines()
-        tell(STOPPED if stopped else FAILED, "" if stopped else f"{said[0] if said else type(error).__name__}"[:500])
+        tell(
+            STOPPED if stopped else FAILED,
+            "" if stopped else f"{said[0] if said else type(error).__name__}"[:500]
+        )
         raise
 
 

@@ -1,10 +1,10 @@
 """A run that hangs says so: which rank stands where, in which step, and who keeps the others waiting.
 
-Each rank's main thread notes what it is at. Of two threads beside it, one exchanges these notes through the job's key-value
-store, and one watches: when nothing has moved for too long, it prints what all ranks last said and ends the process. The
-watching thread asks nobody, because the store's keeper (rank 0) may be the very process that has stopped, and then whoever
-asks it waits for ever. Collectives have no time-out of their own that comes earlier (parallel/context.py), because theirs
-name neither the rank nor the step.
+Each rank's main thread notes what it is at. Of two threads beside it, one exchanges these notes through the
+job's key-value store, and one watches: when nothing has moved for too long, it prints what all ranks last
+said and ends the process. The watching thread asks nobody, because the store's keeper (rank 0) may be the
+very process that has stopped, and then whoever asks it waits for ever. Collectives have no time-out of their
+own that comes earlier (parallel/context.py), because theirs name neither the rank nor the step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Place:
 
 
 class Watchdog:
-    """Enter it around the loop and call `at` when the work changes. timeout_s 0: notes, but never ends anything."""
+    """Enter it around the loop and call `at` when the work changes. timeout_s 0:
+    notes, but never ends anything."""
 
     def __init__(self, ctx: ParallelContext, timeout_s: float) -> None:
         self.ctx, self.timeout_s, self.interval = ctx, timeout_s, min(timeout_s / 5, 10.0)
@@ -57,7 +58,9 @@ class Watchdog:
         if self.timeout_s > 0:
             self.at(self.place.step, self.place.phase)
             work = [self._watch, self._exchange] if self.ctx.world > 1 else [self._watch]
-            self._threads = [threading.Thread(target=w, name=f"hvtrain{w.__name__}", daemon=True) for w in work]
+            self._threads = [
+                threading.Thread(target=w, name=f"hvtrain{w.__name__}", daemon=True) for w in work
+            ]
             for thread in self._threads:
                 thread.start()
         return self
@@ -65,7 +68,8 @@ class Watchdog:
     def __exit__(self, *exc: object) -> None:
         self._end.set()
         for thread in self._threads:
-            thread.join(timeout=2 * self.interval)  # the exchanging one may wait for a store that does not answer
+            # the exchanging one may wait for a store that does not answer
+            thread.join(timeout=2 * self.interval)
 
     def _exchange(self) -> None:
         try:
@@ -94,8 +98,11 @@ class Watchdog:
                 self._give_up()
             elif self.place.writing and now - max(warned, self._moved) > self.timeout_s:
                 warned = now
-                print(f"warning: step {self.place.step}: {self.place.phase} for {now - self._moved:.0f} s; is the disk "
-                      "slow, or its server away?", file=sys.stderr, flush=True)
+                print(
+                    f"warning: step {self.place.step}: {self.place.phase} for {now - self._moved:.0f} s; is "
+                    "the disk " "slow, or its server away?",
+                    file=sys.stderr, flush=True
+                )
 
     def _somebody_writes(self) -> bool:
         """Then the others may have to wait for it; but not for one that is silent."""
@@ -103,7 +110,11 @@ class Watchdog:
             return True
         fresh = time.monotonic() - self._answered < self._stale_s
         now = time.time()
-        return fresh and any(p is not None and p.writing and now - p.seen < self._stale_s for p in self._heard.values())
+        return (
+            fresh and any(
+                p is not None and p.writing and now - p.seen < self._stale_s for p in self._heard.values()
+            )
+        )
 
     @property
     def _stale_s(self) -> float:
@@ -128,13 +139,16 @@ def _own_connection() -> dist.Store | None:
     if not isinstance(store, dist.TCPStore):
         return None
     try:
-        return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        return dist.TCPStore(
+            store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
     except RuntimeError:
         return None
 
 
 def report(places: dict[int, Place | None], *, stale_s: float, timeout_s: float, deaf_s: float = 0.0) -> str:
-    """Names the ranks that keep the others waiting: the silent ones, else those that are behind or at something else.
+    """Names the ranks that keep the others waiting: the silent ones, else those that
+    are behind or at something else.
 
     `deaf_s`: for how long the store has told nothing of the others. Its keeper is then the one.
     """
@@ -146,16 +160,22 @@ def report(places: dict[int, Place | None], *, stale_s: float, timeout_s: float,
     lines = [f"error: nothing has moved for {timeout_s:g} s (run.hang_timeout_s): the run hangs"]
     if deaf:
         lines.append(
-            f"  rank 0, through which the ranks tell each other where they are, has not answered for {deaf_s:.0f} s; what "
+            "  rank 0, through which the ranks tell each other where they are, has not answered for "
+            f"{deaf_s:.0f} s; what "
             "follows was true before"
         )
-    everyone = sorted({**dict.fromkeys(silent), **places}.items(), key=lambda item: (item[0] not in guilty, item[0]))
+    everyone = sorted(
+        {**dict.fromkeys(silent), **places}.items(), key=lambda item: (item[0] not in guilty, item[0])
+    )
     for rank, p in everyone[:SHOWN]:
         if p is None:
             where = "never heard of"
         else:
             where = f"step {p.step}, {p.phase} for {now - p.since:.0f} s"
-            where += f", silent for {now - p.seen:.0f} s (dead, stopped, or its machine lost)" if rank in silent else ""
+            where += (
+                f", silent for {now - p.seen:.0f} s (dead, stopped, or its machine lost)"
+                if rank in silent else ""
+            )
         mark = "  <- the others wait for it" if rank in guilty and len(guilty) < max(2, len(places)) else ""
         lines.append(f"  rank {rank}: {where}{mark}")
     if len(everyone) > SHOWN:

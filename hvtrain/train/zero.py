@@ -1,14 +1,16 @@
 """DeepSpeed: ZeRO stages 0-3 and optimizer offload behind the Engine protocol. The only file that imports it.
 
 Three decisions:
-- The engine runs in fp32 mode. Trainable parameters are fp32, a frozen base may be bf16, and the forward's precision
-  is the caller's torch.autocast: DeepSpeed's own casting would make LoRA weights bf16.
-- It is not told about sequence parallelism. Every rank hands in the full loss of its sample, so the plain mean over
-  all ranks is the sum over sequence-parallel and the mean over data-parallel ones (engine.py). Its own ways are
-  traps: with `mesh_param` sequence-parallel peers are never summed; with an `mpu` stages 0-2 sum them, but stage 3's
-  reduce-scatter still averages, so only gradients of persistent small parameters would be right.
+- The engine runs in fp32 mode. Trainable parameters are fp32, a frozen base may be bf16, and the forward's
+  precision is the caller's torch.autocast: DeepSpeed's own casting would make LoRA weights bf16.
+- It is not told about sequence parallelism. Every rank hands in the full loss of its sample, so the
+  plain mean over all ranks is the sum over sequence-parallel and the mean over data-parallel ones
+  (engine.py). Its own ways are traps: with `mesh_param` sequence-parallel peers are never summed; with
+  an `mpu` stages 0-2 sum them, but stage 3's reduce-scatter still averages, so only gradients of
+  persistent small parameters would be right.
 - The optimizer is ours (torch's AdamW runs on the CPU too), so offload compiles no C++ on the user's machine.
-  `zero_force_ds_cpu_optimizer: false` is DeepSpeed's switch for that; torch's fused CPU AdamW is about as fast.
+  `zero_force_ds_cpu_optimizer: false` is DeepSpeed's switch for that; torch's
+  fused CPU AdamW is about as fast.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> d
     bucket = max(1, min(sum(p.numel() for p in model.parameters() if p.requires_grad), largest))
     zero: dict[str, Any] = {
         "stage": cfg.stage,
-        # On a stream of its own, which only a GPU has: only where there is much to hide. A LoRA's gradients take milliseconds.
+        # On a stream of its own, which only a GPU has: only where there is much to hide. A LoRA's
+        # gradients take milliseconds.
         "overlap_comm": cuda and cfg.stage > 0 and all(p.requires_grad for p in model.parameters()),
         "contiguous_gradients": True,
         "reduce_scatter": True,
@@ -79,19 +82,22 @@ def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> d
         if place == "nvme":
             zero[key]["nvme_path"] = cfg.nvme_path
     if cfg.offload_param == "nvme":
-        # One buffer holds one partition, so the largest parameter decides; DeepSpeed's default is made for its own models.
+        # One buffer holds one partition, so the largest parameter decides; DeepSpeed's
+        # default is made for its own models.
         zero["offload_param"]["buffer_size"] = max(p.numel() for p in model.parameters())
         zero["offload_param"]["buffer_count"] = 8
     if cfg.stage == 3:
         # Norms and biases stay whole on every rank: a gather for each costs more than it saves.
         vectors = max((p.numel() for p in model.parameters() if p.ndim < 2), default=0)
         zero |= {"stage3_param_persistence_threshold": vectors, "stage3_prefetch_bucket_size": PREFETCH}
-        # DeepSpeed's own linear replaces torch's for good and everywhere; of frozen layers it would keep the inputs too.
+        # DeepSpeed's own linear replaces torch's for good and everywhere; of frozen layers
+        # it would keep the inputs too.
         zero["memory_efficient_linear"] = False
     made = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counters read it
         "gradient_accumulation_steps": step.grad_accum,
-        # Stage 0 has no clipping of its own that knows our groups, nor a check for NaN: `accumulate` does both.
+        # Stage 0 has no clipping of its own that knows our groups, nor a check for
+        # NaN: `accumulate` does both.
         "gradient_clipping": step.max_grad_norm if cfg.stage else 0.0,
         "communication_data_type": cfg.communication_dtype,
         "steps_per_print": None,
@@ -103,7 +109,9 @@ def ds_config(cfg: ZeroConfig, model: nn.Module, *, cuda: bool, step: Step) -> d
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(under.get(key), dict)}
+    both = {
+        key for key, value in over.items() if isinstance(value, dict) and isinstance(under.get(key), dict)
+    }
     return {**under, **over, **{key: _merged(under[key], over[key]) for key in both}}
 
 
@@ -120,8 +128,8 @@ class _Inside(nn.Module):
 
 
 class _Outside(nn.Module):
-    """What the caller calls. DeepSpeed's forward switches a torch.autocast around it off (on CUDA only, so no CPU test
-    shows it); this carries the caller's setting through to the inside."""
+    """What the caller calls. DeepSpeed's forward switches a torch.autocast around it off (on CUDA only, so no
+    CPU test shows it); this carries the caller's setting through to the inside."""
 
     def __init__(self, engine: nn.Module, device_type: str) -> None:
         super().__init__()
@@ -133,8 +141,9 @@ class _Outside(nn.Module):
 
 
 def _look_into_tokens(model: nn.Module) -> None:
-    """DeepSpeed gathers a module's weights for its backward when a gradient reaches its outputs, which it finds in tuples and
-    dicts, but not in Tokens: what a block holds itself, as a table of modulations, would be gone by then."""
+    """DeepSpeed gathers a module's weights for its backward when a gradient reaches its outputs, which
+    it finds in tuples and dicts, but not in Tokens: what a block holds itself, as a table of
+    modulations, would be gone by then."""
 
     def enter(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return replace(args[0], img=block.post_bwd_fn.apply(args[0].img)), *args[1:]
@@ -170,12 +179,14 @@ class DeepSpeedEngine:
             _forgo_compiled_ops(ctx)
             config = ds_config(cfg, model, cuda=ctx.device.type == "cuda", step=step)
             if cfg.stage == 3:
-                # Parameter by parameter: the whole model never lies on a device. `initialize` would move it there first.
+                # Parameter by parameter: the whole model never lies on a device.
+                # `initialize` would move it there first.
                 deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
                 for buffer in model.buffers():
                     buffer.data = buffer.to(ctx.device)
             self.engine, *_ = deepspeed.initialize(
-                model=_Inside(model, ctx.device.type), optimizer=optimizer, dist_init_required=False, config=config
+                model=_Inside(model, ctx.device.type), optimizer=optimizer, dist_init_required=False,
+                config=config
             )
             if cfg.stage == 3:
                 _look_into_tokens(model)
@@ -217,7 +228,10 @@ class DeepSpeedEngine:
         """Of Step.parts: of the pieces that this rank has, and then of all ranks'."""
         if not (parts := self.how.parts_at(self.n_steps)):
             return {}
-        pieces = {n: piece for n, p in self.params.items() if (piece := _piece_of_gradient(p, self.cfg.stage)) is not None}
+        pieces = {
+            n: piece for n,
+            p in self.params.items() if (piece := _piece_of_gradient(p, self.cfg.stage)) is not None
+        }
         each = dict(zip(pieces, torch._foreach_norm(list(pieces.values())) if pieces else (), strict=True))
         return norms_of_parts(each, parts, device=self.ctx.device, total=deepspeed.comm.all_reduce)
 
@@ -255,14 +269,21 @@ class DeepSpeedEngine:
             start, part = self._my_part(p)
             n, shape = min(part, p.ds_numel - start), tuple(p.ds_shape)
             reads = {name: partial(safe_get_local_fp32_param, p)}
-            reads |= {f"{name}{SEPARATOR}{key}": partial(safe_get_local_optimizer_state, p, key) for key in like}
-            found += [Piece(key, shape, start, n, partial(_first, n, read)) for key, read in reads.items() if n > 0]
+            reads |= {
+                f"{name}{SEPARATOR}{key}": partial(safe_get_local_optimizer_state, p, key) for key in like
+            }
+            found += [
+                Piece(key, shape, start, n, partial(_first, n, read)) for key, read in reads.items() if n > 0
+            ]
             if self.ctx.is_main:
-                found += [Piece(f"{name}{SEPARATOR}{key}", (), 0, 1, value.clone) for key, value in scalars.items()]
+                found += [
+                    Piece(f"{name}{SEPARATOR}{key}", (), 0, 1, value.clone) for key, value in scalars.items()
+                ]
         return found
 
     def _my_part(self, p: Any) -> tuple[int, int]:
-        """Where this rank's part of a flat ZeRO-3 parameter begins, and its length, padded to be the same on every rank."""
+        """Where this rank's part of a flat ZeRO-3 parameter begins, and its length, padded
+        to be the same on every rank."""
         part = p.ds_tensor.numel()
         return min(part * self.ctx.rank, p.ds_numel), part
 
@@ -286,8 +307,8 @@ class DeepSpeedEngine:
             self.engine.optimizer.update_lp_params()
 
     def _set(self, p: Any, values: Mapping[str, Tensor], name: str, *, state: str | None = None) -> None:
-        """Write a parameter (state None) or a piece of its optimizer state into this rank's partition, from the whole tensor
-        `values[name]`, of which ZeRO-3 reads no more than its part."""
+        """Write a parameter (state None) or a piece of its optimizer state into this rank's partition, from
+        the whole tensor `values[name]`, of which ZeRO-3 reads no more than its part."""
         if self.cfg.stage == 3:
             self._set_part(p, values, name, state)
         elif state is None:
@@ -304,14 +325,19 @@ class DeepSpeedEngine:
             safe_set_local_optimizer_state(p, mine, state)
             return
         safe_set_local_fp32_param(p, mine)
-        if p.ds_persist or self.cfg.offload_param == "nvme" or getattr(p, "ds_secondary_tensor", None) is not None:
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):  # there is more than this part of it
+        if (
+            p.ds_persist or self.cfg.offload_param == "nvme"
+            or getattr(p, "ds_secondary_tensor", None) is not None
+        ):
+            # there is more than this part of it
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 p.data.copy_(values[name])
         else:
             p.ds_tensor.data.copy_(mine)
 
     def _flat_keys(self) -> tuple[list[str], dict[str, Tensor]]:
-        """Which state the optimizer keeps per element, and its scalars ("step"), which all partitions share."""
+        """Which state the optimizer keeps per element, and its scalars ("step"),
+        which all partitions share."""
         for flat, state in self.basic.state.items():
             like = [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape and v.ndim]
             return like, {k: to_cpu(torch.as_tensor(v)) for k, v in state.items() if k not in like}
@@ -327,7 +353,9 @@ class DeepSpeedEngine:
         """Torch optimizers make their state in the first step: take one at rate zero with zero gradients."""
         optimizer = self.engine.optimizer
         stage3 = self.cfg.stage == 3
-        flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+        flats = (
+            optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+        )
         groups = self.basic.param_groups
         rates, members = [g["lr"] for g in groups], [g["params"] for g in groups]
         kept = [flat.grad for flat in flats]
@@ -345,8 +373,8 @@ class DeepSpeedEngine:
             flat.grad = grad
 
     def _link_state(self) -> None:
-        """Stages 1 and 2 map parameters to their pieces of optimizer state once, after the first group's first step,
-        when other groups have none yet: do it again, or these are never found."""
+        """Stages 1 and 2 map parameters to their pieces of optimizer state once, after the first group's
+        first step, when other groups have none yet: do it again, or these are never found."""
         if self.cfg.stage < 3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -369,28 +397,31 @@ def _first(n: int, read: Callable[[], Tensor]) -> Tensor:
 
 
 def _check_nvme(path: str) -> None:
-    """DeepSpeed compiles its disk access when it is first used (minutes); without the library it would fail with a traceback."""
+    """DeepSpeed compiles its disk access when it is first used (minutes); without the library it
+    would fail with a traceback."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not Path(path).is_dir():
         raise ConfigError(f"zero.nvme_path: {path} is not a directory")
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError(
-            "zero.offload_optimizer: nvme needs libaio to compile DeepSpeed's disk access; install libaio-dev (Debian) or "
-            "libaio-devel (Red Hat), or use cpu"
+            "zero.offload_optimizer: nvme needs libaio to compile DeepSpeed's disk access; install "
+            "libaio-dev (Debian) or libaio-devel (Red Hat), or use cpu"
         )
 
 
 def _forgo_compiled_ops(ctx: ParallelContext) -> None:
-    """On the CPU, DeepSpeed would compile a shared-memory all-reduce when it starts (45 s, needs a C++ compiler). Only
-    its inference engine uses it. The dict of available ops is DeepSpeed's own switch board."""
+    """On the CPU, DeepSpeed would compile a shared-memory all-reduce when it starts (45 s,
+    needs a C++ compiler). Only its inference engine uses it. The dict of available ops is
+    DeepSpeed's own switch board."""
     if ctx.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed greets every process with warnings that do not concern us, and calls collectives by old names."""
+    """DeepSpeed greets every process with warnings that do not concern us, and
+    calls collectives by old names."""
     old_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

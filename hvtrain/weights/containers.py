@@ -1,7 +1,9 @@
-"""Weights files: open any container as a lazy mapping, without reading the values and without running a pickle.
+"""Weights files: open any container as a lazy mapping, without reading the values and without running a
+pickle.
 
-Values come out of a memory map, and what has been copied is given back to the system (`Weights.release`), so that
-loading costs one converted copy of the model, not two. Which model a file holds is the concern of models/load.py.
+Values come out of a memory map, and what has been copied is given back to the system
+(`Weights.release`), so that loading costs one converted copy of the model, not two. Which model a file
+holds is the concern of models/load.py.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Weights:
         return self.entries[name].map()
 
     def release(self, tensor: Tensor) -> None:
-        """Give the pages of a tensor from `get` back. Reading it again is allowed and reads the file again."""
+        """Give the pages of a tensor from `get` back. Reading it again is allowed and reads the file
+        again."""
         drop_pages(tensor)
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
@@ -88,7 +91,8 @@ class Weights:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """A safetensors file, a .pt file (or .pth, .bin, .ckpt), an index of shards, or a directory with one of these."""
+    """A safetensors file, a .pt file (or .pth, .bin, .ckpt), an index of shards, or a
+    directory with one of these."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
@@ -116,7 +120,8 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def fingerprint(weights: Weights) -> str:
-    """Tells files with other weights apart: sha256 over names, dtypes, shapes and three samples of each tensor."""
+    """Tells files with other weights apart: sha256 over names, dtypes, shapes and
+    three samples of each tensor."""
     digest = hashlib.sha256()
     for name in sorted(weights.entries):
         entry = weights.entries[name]
@@ -129,7 +134,7 @@ def fingerprint(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-# --- which files ---------------------------------------------------------------------------------------------------
+# --- which files --------------------------------------------------------------------------------------------
 
 
 def _find_in(folder: Path) -> list[Path]:
@@ -158,7 +163,9 @@ def _files_of_index(index: Path) -> list[Path]:
         table = json.loads(index.read_text())["weight_map"]
         files = sorted({index.parent / str(name) for name in table.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards (no readable 'weight_map': {error})") from None
+        raise CheckpointError(
+            f"{index}: not an index of shards (no readable 'weight_map': {error})"
+        ) from None
     if missing := [f.name for f in files if not f.is_file()]:
         raise CheckpointError(
             f"{index}: {len(missing)} of its {len(files)} shards are missing: {', '.join(missing[:3])}"
@@ -166,7 +173,7 @@ def _files_of_index(index: Path) -> list[Path]:
     return files
 
 
-# --- containers ----------------------------------------------------------------------------------------------------
+# --- containers ---------------------------------------------------------------------------------------------
 
 
 def _open_file(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
@@ -174,13 +181,16 @@ def _open_file(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
         return _open_safetensors(path)
     if path.suffix in _PICKLES:
         return _open_pickle(path), {}
-    raise CheckpointError(f"{path}: not a weights file by its name; known: .safetensors, {', '.join(_PICKLES)}")
+    raise CheckpointError(
+        f"{path}: not a weights file by its name; known: .safetensors, {', '.join(_PICKLES)}"
+    )
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
     header = read_header(path)
     with open(path, "rb") as file:
-        # Copy on write: torch wants a writable buffer, the file is never changed. Tensors keep the mapping alive.
+        # Copy on write: torch wants a writable buffer, the file is never changed.
+        # Tensors keep the mapping alive.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def entry(extent: Extent) -> Mapped:
@@ -188,7 +198,9 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
             if extent.n_bytes == 0:
                 return torch.empty(extent.shape, dtype=extent.dtype)
             n = extent.n_bytes // extent.dtype.itemsize
-            return torch.frombuffer(mapped, dtype=extent.dtype, count=n, offset=extent.start).reshape(extent.shape)
+            return torch.frombuffer(
+                mapped, dtype=extent.dtype, count=n, offset=extent.start
+            ).reshape(extent.shape)
 
         return Mapped(extent.dtype, extent.shape, view, path, extent.start)
 
@@ -202,8 +214,8 @@ def _open_pickle(path: Path) -> dict[str, Mapped]:
             start = file.read(1)
         why = {
             b"P": "cut short: the end of the archive is missing; copy it again",
-            b"\x80": "refused, a bare pickle may run code and cannot be mapped; if you trust it, load it elsewhere and "
-            "save it as safetensors",
+            b"\x80": "refused, a bare pickle may run code and cannot be mapped; if you trust it, load it "
+            "elsewhere and save it as safetensors",
         }
         raise CheckpointError(f"{path}: {why.get(start, 'not a file of torch.save')}")
     try:
@@ -211,11 +223,13 @@ def _open_pickle(path: Path) -> dict[str, Mapped]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
-            raise CheckpointError(f"{path}: damaged, or a pickle of more than tensors; copy it again") from None
+            raise CheckpointError(
+                f"{path}: damaged, or a pickle of more than tensors; copy it again"
+            ) from None
         what = f"'{found[1]}'"
         raise CheckpointError(
-            f"{path}: refused, its pickle wants to run or build {what}, which weights do not need; if you trust the "
-            "file, convert it to safetensors elsewhere"
+            f"{path}: refused, its pickle wants to run or build {what}, which weights do not need; if you "
+            "trust the file, convert it to safetensors elsewhere"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged or not a file of torch.save: {_first_line(error)}") from None
@@ -243,7 +257,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# --- memory --------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 def drop_pages(tensor: Tensor) -> None:

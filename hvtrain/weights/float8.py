@@ -1,10 +1,11 @@
-"""Frozen Linear weights in float8 (E4M3), computed as float8 matmul where the device has one, else dequantised per use.
+"""Frozen Linear weights in float8 (E4M3), computed as float8 matmul where the device has
+one, else dequantised per use.
 
-Three ways to quantise: `fp8` casts; `fp8_scaled` divides every 64 neighbours of a row by their largest value / 448 and
-keeps that factor as `scale_weight` [out, in/64, 1], which is musubi-tuner's layout (one factor a row, [out, 1], where 64
-does not divide); `fp8_rows` has one float32 factor a row, for weights whose factors float16 could not hold. A file that is
-float8 already keeps its own values and factors. Training goes through: the backward needs only the weight, which does not
-change.
+Three ways to quantise: `fp8` casts; `fp8_scaled` divides every 64 neighbours of a row by their largest value
+/ 448 and keeps that factor as `scale_weight` [out, in/64, 1], which is musubi-tuner's layout (one factor a
+row, [out, 1], where 64 does not divide); `fp8_rows` has one float32 factor a row, for weights whose factors
+float16 could not hold. A file that is float8 already keeps its own values and factors. Training goes through:
+the backward needs only the weight, which does not change.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _SMALLEST_SCALE = 1e-8
 def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
     """(float8 values [out, in], factors or None) of a weight; `how`: fp8, fp8_scaled or fp8_rows."""
     if how == "fp8":
-        return weight.float().clamp(-LARGEST, LARGEST).to(DTYPE), None  # beyond the largest a plain cast gives NaN
+        # beyond the largest a plain cast gives NaN
+        return weight.float().clamp(-LARGEST, LARGEST).to(DTYPE), None
     n_out, n_in = weight.shape
     width = BLOCK if how == "fp8_scaled" and n_in % BLOCK == 0 else n_in
     kept = weight.dtype if how == "fp8_scaled" else torch.float32
@@ -33,7 +35,8 @@ def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
 
 
 def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype`; one factor for the tensor, one a row, or one for each block of a row's columns."""
+    """[out, in] in `dtype`; one factor for the tensor, one a row, or one for each block of a row's
+    columns."""
     if scale is None:
         return values.to(dtype)
     scale = scale.to(values.device, torch.float32)
@@ -44,7 +47,8 @@ def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen Linear whose weight is float8. Weight and factors are buffers: no optimizer or collective sees them."""
+    """A frozen Linear whose weight is float8. Weight and factors are buffers: no
+    optimizer or collective sees them."""
 
     def __init__(self, base: nn.Linear, weight: Tensor, scale: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -73,8 +77,8 @@ def linear(
 
 
 def use_matmul(model: nn.Module, allowed: bool) -> None:
-    """Whether float8 matmul may be used where the device has it; it also rounds activations and gradients. A LoRA that is put on
-    a layer later keeps the layer's way."""
+    """Whether float8 matmul may be used where the device has it; it also rounds activations and gradients. A
+    LoRA that is put on a layer later keeps the layer's way."""
     for module in model.modules():
         if isinstance(module, Fp8Linear):
             module.matmul = allowed
@@ -108,14 +112,16 @@ class _Linear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         if _multiplies(grad, scale, ctx.matmul) and not any(n % 16 for n in weight.shape):
-            if scale is not None and scale.numel() > 1:  # a factor a row is one a column of the transposed weight
+            # a factor a row is one a column of the transposed weight
+            if scale is not None and scale.numel() > 1:
                 grad, scale = grad * scale.view(-1).to(grad.dtype), None
             return multiply(grad, weight.t().contiguous(), scale), None, None, None, None
         return grad @ dequantize(weight, scale, grad.dtype), None, None, None, None
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """x [... in] times the float8 weight [out, in], by torch's float8 matmul; each token of x gets a factor of its own."""
+    """x [... in] times the float8 weight [out, in], by torch's float8 matmul; each token of
+    x gets a factor of its own."""
     flat = x.reshape(-1, x.shape[-1])
     own = (flat.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp_min(_SMALLEST_SCALE)  # [tokens, 1]
     values = (flat.float() / own).clamp(-LARGEST, LARGEST).to(DTYPE)

@@ -1,8 +1,8 @@
 """Key maps: how other programs name and cut the tensors that carry official names here.
 
-A rule pairs one official module with one or several modules of the dialect. Several means that the official module is
-their fusion along the output rows (qkv); a share, that the dialect's module is the fusion of several official ones. A map
-works both ways; lorafiles/dialects.py uses the same rules for LoRA pairs.
+A rule pairs one official module with one or several modules of the dialect. Several means that the official
+module is their fusion along the output rows (qkv); a share, that the dialect's module is the fusion of
+several official ones. A map works both ways; lorafiles/dialects.py uses the same rules for LoRA pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Rule:
     rows: tuple[int, ...] = ()  # relative numbers of output rows of the parts; equal if empty
     swap: bool = False  # the dialect stores the two halves of the rows in the other order
     leaf: tuple[str, str] | None = None  # the parameter's name, official and dialect, where they differ
-    share: tuple[int, int] | None = None  # (i, n): it is the i-th of n equal blocks of rows of the dialect's one module
+    # (i, n): it is the i-th of n equal blocks of rows of the dialect's one module
+    share: tuple[int, int] | None = None
 
     def bound(self, n: str) -> Rule:
         names = tuple(name.replace("{n}", n) for name in self.dialect)
@@ -124,7 +125,8 @@ class KeyMap:
         return [rule.bound(_number(module)) for rule in self._dialect.get(_shape_of(module), ())]
 
     def read(self, names: Iterable[str]) -> dict[str, Fused]:
-        """Official name -> how to make it of these names. What has no place keeps its name, for the strict report."""
+        """Official name -> how to make it of these names. What has no place keeps its
+        name, for the strict report."""
         present = set(names)
         found: dict[str, Fused] = {}
         for name in sorted(present):
@@ -135,7 +137,9 @@ class KeyMap:
             for rule in rules:
                 parts = tuple(_joined(part, leaf) for part in rule.dialect)
                 if present.issuperset(parts):
-                    found[_joined(rule.official, rule.leaf_of_official(leaf))] = Fused(parts, rule.swap, rule.share)
+                    found[
+                        _joined(rule.official, rule.leaf_of_official(leaf))
+                    ] = Fused(parts, rule.swap, rule.share)
                 else:
                     found[name] = Fused((name,))
         return found
@@ -176,7 +180,9 @@ def swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 
 
-_BLOCK_NUMBER = re.compile(r"(?:(?<=blocks\.)|(?<=block\.)|(?<=layers\.)|(?<=transformer\.))(\d+|\{n\})(?=\.|$)")
+_BLOCK_NUMBER = re.compile(
+    r"(?:(?<=blocks\.)|(?<=block\.)|(?<=layers\.)|(?<=transformer\.))(\d+|\{n\})(?=\.|$)"
+)
 
 
 def _shape_of(module: str) -> str:

@@ -13,16 +13,19 @@ from hvtrain.errors import ConfigError
 from shards.atomic import clear_leftovers
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_CLOSED = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP
+)
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Around everything that writes `path`: its folder is made and rid of what killed processes left there, and what the
-    disk refuses is the user's to mend.
+    """Around everything that writes `path`: its folder is made and rid of what killed processes left there,
+    and what the disk refuses is the user's to mend.
 
-    Raises ConfigError for a full disk, a quota, a read-only file system, missing rights and a file where a folder
-    should be. Other errors of the system pass: they are not about the place.
+    Raises ConfigError for a full disk, a quota, a read-only file system, missing rights and a file where a
+    folder should be. Other errors of the system pass: they are not about the place.
     """
     path = Path(path)
     try:
@@ -33,12 +36,14 @@ def writing(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ConfigError(
-                f"{path}: no room for it ({error.strerror}; {size_text(free_bytes(path.parent))} free); nothing half-written "
-                "has its name: make room and run the same command again"
+                f"{path}: no room for it ({error.strerror}; {size_text(free_bytes(path.parent))} free); "
+                "nothing half-written has its name: make room and run the same command again"
             ) from error
         if error.errno in _CLOSED:
             where = f": {error.filename}" if error.filename else ""
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}{where}); choose another place") from error
+            raise ConfigError(
+                f"{path}: cannot be written ({error.strerror}{where}); choose another place"
+            ) from error
         raise
 
 
@@ -47,9 +52,13 @@ def check_place(path: str | Path) -> None:
     path = Path(path)
     folder = next(p for p in path.absolute().parents if p.exists())
     if not folder.is_dir():
-        raise ConfigError(f"{path} cannot be written: {folder} is a file, not a directory; choose another place")
+        raise ConfigError(
+            f"{path} cannot be written: {folder} is a file, not a directory; choose another place"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path} cannot be written: {folder} is read-only, or not yours to write in; choose another place")
+        raise ConfigError(
+            f"{path} cannot be written: {folder} is read-only, or not yours to write in; choose another place"
+        )
 
 
 def free_bytes(folder: Path) -> int:

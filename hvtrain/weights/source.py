@@ -1,7 +1,7 @@
 """A model's tensors in a file: compared by name and shape before anything is read, then filled in one by one.
 
-Whatever the file calls them and however it stores them: under a prefix, cut and fused in other places, in float8 with
-factors beside. Every DiT, VAE and text encoder is loaded this way.
+Whatever the file calls them and however it stores them: under a prefix, cut and fused in other places, in
+float8 with factors beside. Every DiT, VAE and text encoder is loaded this way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from hvtrain.weights.containers import Weights, open_weights
 from hvtrain.weights.float8 import DTYPE, dequantize, quantize, replace_linear, use_matmul
 from hvtrain.weights.keymap import Fused, KeyMap
 
-SCALES = ("scale_weight", "weight_scale")  # the factors of a float8 weight: ComfyUI's and musubi-tuner's word, others'
+# the factors of a float8 weight: ComfyUI's and musubi-tuner's word, others'
+SCALES = ("scale_weight", "weight_scale")
 SHOWN = 3  # differences named in an error
 Shapes = Mapping[str, tuple[int, ...]]
 # (module, its weight or None) -> whether it changes this layer; with a weight, in place
@@ -66,15 +67,17 @@ class Source:
         return self.sources[name].build(get)
 
     def fill(
-        self, model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu", eight_bit: Collection[str] = (),
-        how: str = "fp8", edit: Edit | None = None, spread: Spread | None = None,
+        self, model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+        eight_bit: Collection[str] = (), how: str = "fp8", edit: Edit | None = None,
+        spread: Spread | None = None,
     ) -> None:
-        """Values for a model on the meta device that `check` has passed. Peak host memory: one converted copy.
+        """Values for a model on the meta device that `check` has passed. Peak
+        host memory: one converted copy.
 
-        The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where the file is not
-        float8 itself. `edit` changes a Linear's weight before, given the layer's name, and other tensors, given their own. On the
-        meta device only the dtype is set. `spread` gets what reads a tensor and gives the tensor, perhaps one that another
-        process has read (parallel/spread.py).
+        The Linear layers named in `eight_bit` become float8, quantised as `how` says (float8.quantize) where
+        the file is not float8 itself. `edit` changes a Linear's weight before, given the layer's name, and
+        other tensors, given their own. On the meta device only the dtype is set. `spread` gets what reads a
+        tensor and gives the tensor, perhaps one that another process has read (parallel/spread.py).
         """
         if torch.device(device).type == "meta":
             model.to(dtype)
@@ -97,11 +100,12 @@ class Source:
         model.load_state_dict(state, assign=True)
 
     def load(
-        self, model: nn.Module, *, what: str, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: str | None = None,
-        used: re.Pattern[str] | None = None,
+        self, model: nn.Module, *, what: str, dtype: torch.dtype, device: torch.device | str = "cpu",
+        fp8: str | None = None, used: re.Pattern[str] | None = None,
     ) -> None:
-        """Compare and fill a frozen encoder; `fp8`: how its Linear layers are quantised. What the file holds beside is another
-        part's, except parameters that `used` matches: those are refused. Raises CheckpointError."""
+        """Compare and fill a frozen encoder; `fp8`: how its Linear layers are quantised. What the
+        file holds beside is another part's, except parameters that `used` matches: those are
+        refused. Raises CheckpointError."""
         wanted = shapes_of(model)
         beside = {n for n in self.sources if used and used.match(n) and n.endswith((".weight", ".bias"))}
         mine = {n: shape for n, shape in self.shapes.items() if n in wanted or n in beside}
@@ -123,7 +127,8 @@ class Source:
     def _eight_bit(
         self, name: str, how: str, dtype: torch.dtype, device: torch.device | str, edit: Edit | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A layer's float8 values and factors: the file's own where it has them and nothing changes them, else new ones."""
+        """A layer's float8 values and factors: the file's own where it has them and nothing
+        changes them, else new ones."""
         module, source = name.removesuffix(".weight"), self.sources[name]
         part = source.parts[0]
         kept = len(source.parts) == 1 and not source.swap and self.weights.dtype(part) == DTYPE
@@ -134,7 +139,9 @@ class Source:
             if scale is None:
                 return values, None
             rows = len(scale) == mapped.shape[0] if scale.ndim > 1 else False
-            return values, source.own_rows(scale.to(device, copy=True)) if rows else scale.to(device, copy=True)
+            return (
+                values, source.own_rows(scale.to(device, copy=True)) if rows else scale.to(device, copy=True)
+            )
         weight = self.read(name, dtype=dtype, device=device)
         if edit is not None:
             edit(module, weight)
@@ -151,33 +158,43 @@ class Source:
 
 
 def anchored(path: str | Path, anchors: Mapping[str, KeyMap], *, what: str) -> Source:
-    """A model's tensors under whatever prefix the file gives them. `anchors`: a name that tells a dialect -> its map to the
-    model's own names; the shortest prefix wins.
+    """A model's tensors under whatever prefix the file gives them. `anchors`: a name that tells a dialect ->
+    its map to the model's own names; the shortest prefix wins.
 
     Raises CheckpointError for a file that is not `what`.
     """
     weights = open_weights(path)
-    found = [(key, anchor) for anchor in anchors for key in weights if key == anchor or key.endswith(f".{anchor}")]
+    found = [
+        (key, anchor) for anchor in anchors for key in weights if key == anchor or key.endswith(f".{anchor}")
+    ]
     if not found:
         first = ", ".join(list(weights)[:SHOWN])
-        raise CheckpointError(f"{path}: not {what}: no '{' or '.join(anchors)}' in it (its first keys: {first})")
+        raise CheckpointError(
+            f"{path}: not {what}: no '{' or '.join(anchors)}' in it (its first keys: {first})"
+        )
     key, anchor = min(found, key=lambda hit: len(hit[0]) - len(hit[1]))
     prefix = key.removesuffix(anchor)
-    names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix) and not name.endswith(SCALES)]
+    names = [
+        name.removeprefix(prefix) for name in weights if name.startswith(prefix) and not name.endswith(SCALES)
+    ]
     own = anchors[anchor].read(names)
-    return Source(weights, {name: replace(f, parts=tuple(prefix + part for part in f.parts)) for name, f in own.items()})
+    return Source(
+        weights, {name: replace(f, parts=tuple(prefix + part for part in f.parts)) for name, f in own.items()}
+    )
 
 
 def check(
     path: str | Path, wanted: Shapes, found: Shapes, *, what: str = "its tensors do not fit the model",
     hint: str = ". Is the file complete?", ones: bool = False,
 ) -> None:
-    """Refuse missing, unexpected and misshapen tensors, naming the first of each. `ones`: dimensions of 1, which programs add and
-    leave out, do not count."""
+    """Refuse missing, unexpected and misshapen tensors, naming the first of each. `ones`: dimensions of 1,
+    which programs add and leave out, do not count."""
     missing = [n for n in wanted if n not in found]
     extra = [n for n in found if n not in wanted]
     both = [(n, found[n], shape) for n, shape in wanted.items() if n in found and found[n] != shape]
-    wrong = [f"{n} is {_by(a)}, expected {_by(b)}" for n, a, b in both if not (ones and _dense(a) == _dense(b))]
+    wrong = [
+        f"{n} is {_by(a)}, expected {_by(b)}" for n, a, b in both if not (ones and _dense(a) == _dense(b))
+    ]
     parts = [
         f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
@@ -195,8 +212,8 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def config_of(
     path: Path, metadata: Mapping[str, str], key: str, *, mine: Callable[[Mapping[str, Any]], bool]
 ) -> dict[str, Any]:
-    """The config that goes with a file: from its metadata, else the config.json in its directory or beside it, which may be
-    another model's: `mine` tells. Empty: none."""
+    """The config that goes with a file: from its metadata, else the config.json in its directory or beside
+    it, which may be another model's: `mine` tells. Empty: none."""
     if key in metadata:
         return json_object(metadata[key], f"{path}, metadata '{key}'")
     beside = (path if path.is_dir() else path.parent) / "config.json"

@@ -1,8 +1,9 @@
-"""Safetensors files written tensor by tensor, so that a 26 GB model passes through one tensor's worth of memory.
+"""Safetensors files written tensor by tensor, so that a 26 GB model passes
+through one tensor's worth of memory.
 
-The library's own writer wants every tensor at once. The format is simple enough to stream: 8 bytes of header length,
-a JSON header with every name, dtype, shape and byte range, then the bytes. All ranges follow from names, dtypes and
-shapes, so the header goes out first.
+The library's own writer wants every tensor at once. The format is simple enough to stream: 8 bytes of header
+length, a JSON header with every name, dtype, shape and byte range, then the bytes. All ranges follow from
+names, dtypes and shapes, so the header goes out first.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Names, dtypes, shapes, byte ranges and metadata of a safetensors file, in file order; its values stay on disk."""
+    """Names, dtypes, shapes, byte ranges and metadata of a safetensors file, in file
+    order; its values stay on disk."""
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -52,7 +54,8 @@ def read_header(path: str | Path) -> Header:
         start, stop = (8 + length + place for place in extent[3:])
         if stop > size:
             raise CheckpointError(
-                f"{path}: cut short or damaged: '{extent.name}' should end at byte {stop}, the file has {size}; copy it again"
+                f"{path}: cut short or damaged: '{extent.name}' should end at byte {stop}, the file has "
+                f"{size}; copy it again"
             )
         found[extent.name] = extent._replace(start=start, stop=stop)
     return Header(found, metadata)
@@ -68,7 +71,9 @@ def data_sum(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def lay_out(extents: Iterable[Extent], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[Extent]]:
+def lay_out(
+    extents: Iterable[Extent], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[Extent]]:
     """The header's bytes and the extents with their places in the file.
 
     Widest dtypes come first (given order among equals), which keeps every tensor aligned for memory mapping.
@@ -79,25 +84,32 @@ def lay_out(extents: Iterable[Extent], metadata: Mapping[str, str] | None = None
         placed.append(extent._replace(start=offset, stop=offset + extent.n_bytes))
         offset = placed[-1].stop
         ends = list(placed[-1][3:])
-        table[extent.name] = {"dtype": _CODES[extent.dtype], "shape": list(extent.shape), "data_offsets": ends}
+        table[extent.name] = {
+            "dtype": _CODES[extent.dtype], "shape": list(extent.shape), "data_offsets": ends
+        }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    return head, [extent._replace(start=len(head) + extent.start, stop=len(head) + extent.stop) for extent in placed]
+    return (
+        head,
+        [extent._replace(start=len(head) + extent.start, stop=len(head) + extent.stop) for extent in placed]
+    )
 
 
 _PROGRESS_BYTES = 1 << 30  # written between two notes of how far a resumable file is
 
 
 class TensorWriter:
-    """Takes each declared tensor once, in any order, from any threads; see `open_writer`. Tensors that are `done` already it does
-    not wait for; from time to time it has `note` say which are safely on the disk."""
+    """Takes each declared tensor once, in any order, from any threads; see `open_writer`. Tensors that are
+    `done` already it does not wait for; from time to time it has `note` say which are safely on the disk."""
 
     def __init__(
         self, file: BinaryIO, extents: Iterable[Extent], *, done: Iterable[str] = (),
         note: Callable[[list[str]], None] | None = None,
     ) -> None:
-        self._file, self._note, self._done, self._since, self._lock = file, note, list(done), 0, threading.Lock()
+        self._file, self._note, self._done, self._since, self._lock = (
+            file, note, list(done), 0, threading.Lock()
+        )
         self._waiting = {extent.name: extent for extent in extents}
         for name in self._done:
             del self._waiting[name]
@@ -110,12 +122,16 @@ class TensorWriter:
     def finish(self) -> None:
         """Raises ValueError unless all that was declared is written."""
         if self._waiting:
-            raise ValueError(f"{self._file.name}: {len(self._waiting)} declared tensors not written: {self.waiting[:3]}")
+            raise ValueError(
+                f"{self._file.name}: {len(self._waiting)} declared tensors not written: {self.waiting[:3]}"
+            )
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         extent = self._waiting[name]
         if tensor.dtype != extent.dtype or tuple(tensor.shape) != extent.shape:
-            raise ValueError(f"{name}: declared {extent.dtype} {extent.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}: declared {extent.dtype} {extent.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
         self.write_bytes(name, tensor_bytes(tensor))
 
     def write_bytes(self, name: str, data: memoryview) -> None:
@@ -129,7 +145,8 @@ class TensorWriter:
         """The same from a place in another file (a descriptor), without a way through this process."""
         extent, target = self._waiting.pop(name), self._file.fileno()
         self._pieces(
-            extent, lambda done: _copy_range(source, target, extent.n_bytes - done, start + done, extent.start + done)
+            extent,
+            lambda done: _copy_range(source, target, extent.n_bytes - done, start + done, extent.start + done)
         )
 
     def _pieces(self, extent: Extent, piece: Callable[[int], int]) -> None:
@@ -137,7 +154,9 @@ class TensorWriter:
         done = 0
         while done < extent.n_bytes:
             if not (n := piece(done)):
-                raise CheckpointError(f"the file with '{extent.name}' ends too early; it was changed while it was read")
+                raise CheckpointError(
+                    f"the file with '{extent.name}' ends too early; it was changed while it was read"
+                )
             done += n
         if self._note is None:
             return
@@ -177,7 +196,8 @@ def open_resumable(
 ) -> Iterator[TensorWriter]:
     """As `open_writer`, but a run that was killed is continued: `waiting` is what is left to write.
 
-    `signature` stands for everything that the contents depend on; a half-written file of another one is begun anew.
+    `signature` stands for everything that the contents depend on; a half-written
+    file of another one is begun anew.
     """
     path = Path(path)
     head, placed = lay_out(extents, metadata)
@@ -222,8 +242,8 @@ class _Busy(CheckpointError):
 
 
 def _open_partial(partial: Path) -> BinaryIO:
-    """A regular file of this name and no other, held by this process alone: it is never written through a link that was
-    laid there, and never while another merge writes it."""
+    """A regular file of this name and no other, held by this process alone: it is never written through a
+    link that was laid there, and never while another merge writes it."""
     with suppress(FileNotFoundError):
         status = os.lstat(partial)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:

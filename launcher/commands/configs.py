@@ -15,8 +15,12 @@ from launcher.table import GROUPS, command, split_items
 GROUPS["import"] = "the config of another trainer in ours, with a line for every option"
 
 _TOOLS = {
-    "musubi": ("musubi-tuner's command lines, each in quotes; or files with one, or its config TOML", "COMMAND | FILE"),
-    "diffusion-pipe": ("diffusion-pipe's config TOML, or the command line that names it; with its dataset TOML", "FILE.toml"),
+    "musubi": (
+        "musubi-tuner's command lines, each in quotes; or files with one, or its config TOML",
+        "COMMAND | FILE"
+    ),
+    "diffusion-pipe": ("diffusion-pipe's config TOML, or the command line that names it; with its dataset "
+    "TOML", "FILE.toml"),
     "ai-toolkit": ("ai-toolkit's job YAML; its datasets go along", "FILE.yaml"),
 }
 
@@ -25,11 +29,20 @@ def _import_options(tool: str) -> Callable[[argparse.ArgumentParser], None]:
     def options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         # A command line has options of its own: it may stand without quotes, as it was typed there.
-        add("sources", nargs=argparse.REMAINDER if tool == "musubi" else "+", metavar=_TOOLS[tool][1], help=_TOOLS[tool][0])
+        add(
+            "sources", nargs=argparse.REMAINDER if tool == "musubi" else "+", metavar=_TOOLS[tool][1],
+            help=_TOOLS[tool][0]
+        )
         about = "write it there, with FILE-encode.yaml (and FILE-dataset.yaml) beside it (default: print it)"
         add("--out", metavar="FILE.yaml", help=about)
-        add("--model", metavar="NAME", help="which model it is, where nothing in the config says so (`hvtrain models`)")
-        add("--shards", metavar="DIR", help="where the encoded clips are, or will be (default: in the output's folder)")
+        add(
+            "--model", metavar="NAME",
+            help="which model it is, where nothing in the config says so (`hvtrain models`)"
+        )
+        add(
+            "--shards", metavar="DIR",
+            help="where the encoded clips are, or will be (default: in the output's folder)"
+        )
 
     return options
 
@@ -51,7 +64,12 @@ def _import(tool: str) -> Callable[[argparse.Namespace], int]:
             for said in (*found.lost, found.summary() + more):
                 print(said, file=sys.stderr)
         else:
-            _write({args.out: found.train, f"{name}-encode.yaml": found.encode, f"{name}-dataset.yaml": found.dataset})
+            _write(
+                {
+                    args.out: found.train, f"{name}-encode.yaml": found.encode,
+                    f"{name}-dataset.yaml": found.dataset
+                }
+            )
             for line in (*found.lines, f"{args.out}: {found.summary()}"):
                 print(line)
             start = "hvtrain" if found.gpus == 1 else f"hvtrain launch --nproc {found.gpus}"
@@ -63,7 +81,8 @@ def _import(tool: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _as_typed(args: argparse.Namespace) -> list[str]:
-    """The command lines. Our own options may stand behind them; a line without quotes is put together again."""
+    """The command lines. Our own options may stand behind them; a line without
+    quotes is put together again."""
     words = list(args.sources)
     for name in ("out", "model", "shards"):
         for i in [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"][::-1]:
@@ -73,7 +92,9 @@ def _as_typed(args: argparse.Namespace) -> list[str]:
             setattr(args, name, value if sign else words[i + 1])
             del words[i : i + 2 - bool(sign)]
     if not words:
-        raise ConfigError("import musubi: give its command line, as in `import musubi \"accelerate launch ...\"`, or a file")
+        raise ConfigError(
+            "import musubi: give its command line, as in `import musubi \"accelerate launch ...\"`, or a file"
+        )
     return [shlex.join(words)] if any(word.startswith("-") and " " not in word for word in words) else words
 
 
@@ -96,18 +117,24 @@ for _tool in _TOOLS:
             options=_import_options(_tool))(_import(_tool))
 
 
-_CONFIG_WORDS = "[train | encode | generate | merge] | show NAME [CONFIG.yaml] [key=value ...] | schema [NAME]"
+_CONFIG_WORDS = (
+    "[train | encode | generate | merge] | show NAME [CONFIG.yaml] [key=value ...] | schema [NAME]"
+)
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar=_CONFIG_WORDS, help=(
-        "nothing or a command's name: every key with its default; show: the values that a config comes to, and where each is "
-        "from; schema: a JSON Schema for editors (default: of train)"
+        "nothing or a command's name: every key with its default; show: the values that a config comes to, "
+        "and where each is from; schema: a JSON Schema for editors (default: of train)"
     ))  # fmt: skip
 
 
-@command("config", "every key of a command's config; the values of a config and where each is from; a JSON Schema for editors",
-         options=_config_options, prints=True)
+@command(
+    "config",
+    "every key of a command's config; the values of a config and where each is from; a JSON Schema for "
+    "editors",
+    options=_config_options, prints=True
+)
 def _config(args: argparse.Namespace) -> None:
     first, *rest = args.words or [None]
     if first == "show":
@@ -120,7 +147,10 @@ def _config(args: argparse.Namespace) -> None:
         name = rest[0] if rest else "train"
         print(json.dumps(schema(_root(name), title=f"hvtrain {name}"), indent=1, ensure_ascii=False))
     elif rest:
-        raise ConfigError(f"config: '{rest[0]}' is too much; `hvtrain config show {first} {rest[0]}` shows a config's values")
+        raise ConfigError(
+            f"config: '{rest[0]}' is too much; `hvtrain config show {first} {rest[0]}` shows a config's "
+            "values"
+        )
     else:
         print(reference_text(first), end="")
 
@@ -144,7 +174,9 @@ def reference_text(name: str | None = None) -> str:
 def _shown(words: list[str]) -> str:
     """YAML that loads: every key, with its origin behind it."""
     if not words:
-        raise ConfigError("config show: of which command? As in `hvtrain config show train CONFIG.yaml optim.lr=1e-4`")
+        raise ConfigError(
+            "config show: of which command? As in `hvtrain config show train CONFIG.yaml optim.lr=1e-4`"
+        )
     from hvtrain.config import ModelConfig
     from hvtrain.config.origins import DEFAULT, effective
     from hvtrain.config.write import commented
@@ -161,4 +193,6 @@ def _shown(words: list[str]) -> str:
         origins |= dict.fromkeys(own, which)
         head = [] if own else [f"null: {which}"]
     given = sum(origin != DEFAULT for origin in origins.values())
-    return commented(values, origins, cls, head=[f"{given} of {len(values)} values are not the defaults", *head])
+    return commented(
+        values, origins, cls, head=[f"{given} of {len(values)} values are not the defaults", *head]
+    )

@@ -13,15 +13,24 @@ from launcher.table import command
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--nproc", type=int, default=0, metavar="N", help="processes of the collective checks, per node (default: GPUs, else 2)")
-    add("--dir", default=".", metavar="DIR", help="directory that all processes must see, e.g. where runs go (default: here)")
+    add(
+        "--nproc", type=int, default=0, metavar="N",
+        help="processes of the collective checks, per node (default: GPUs, else 2)"
+    )
+    add(
+        "--dir", default=".", metavar="DIR",
+        help="directory that all processes must see, e.g. where runs go (default: here)"
+    )
     add("--slurm", action="store_true", help="run the checks inside a Slurm allocation")
     add("--nnodes", type=int, default=2, metavar="N", help="with --slurm: nodes (default: 2)")
     add("--site", metavar="FILE", help="with --slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
 
 
-@command("doctor", "check machines: packages, GPUs, memory, disk, collectives and their speed, attention on all processes",
-         options=_options, prints=True)
+@command(
+    "doctor",
+    "check machines: packages, GPUs, memory, disk, collectives and their speed, attention on all processes",
+    options=_options, prints=True
+)
 def _doctor(args: argparse.Namespace) -> int:
     from launcher import doctor
 
@@ -40,8 +49,8 @@ def _doctor(args: argparse.Namespace) -> int:
     log = Path("hvtrain-doctor.log").resolve()
     log.unlink(missing_ok=True)
     job = slurm.BatchJob(
-        "job", "hvtrain-doctor", Path.cwd(), slurm.literal(log), ["launch", "--nproc", str(nproc), "--in-job", *inner],
-        slurm.Resources(args.nnodes, nproc, "10"),
+        "job", "hvtrain-doctor", Path.cwd(), slurm.literal(log),
+        ["launch", "--nproc", str(nproc), "--in-job", *inner], slurm.Resources(args.nnodes, nproc, "10"),
     )
     failed = slurm.submit_and_wait(slurm.render(job, load_site(args.site)))
     print(log.read_text() if log.exists() else "the job left no output", end="")

@@ -13,14 +13,25 @@ from launcher.table import at_least, command, config_options, load_config
 def _options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
-    add("--generate", action="store_true", help="the config is of `hvtrain generate` (default: of `hvtrain train`)")
+    add(
+        "--generate", action="store_true",
+        help="the config is of `hvtrain generate` (default: of `hvtrain train`)"
+    )
     add("--merge", action="store_true", help="the config is of `hvtrain merge`, one that reconciles")
     add("--loras", type=int, metavar="N", help="with --merge: so many LoRAs, where the config names none")
     add("--lora-rank", type=int, default=32, metavar="R", help="with --loras: their rank (default: 32)")
     add("--gpus", default="1", metavar="N,N", help="numbers of GPUs to try, as in 1,4,8 (default: 1)")
-    add("--memory", type=float, metavar="GIB", help="memory of one GPU (default: this machine's GPU, else 80)")
-    add("--size", metavar="WxHxF", help="width x height x frames of the clips, as in 960x544x33 (default: the flavor's own)")
-    add("--table", action="store_true", help="generation at all sizes that the model's authors list, on 1 to 8 GPUs")
+    add(
+        "--memory", type=float, metavar="GIB", help="memory of one GPU (default: this machine's GPU, else 80)"
+    )
+    add(
+        "--size", metavar="WxHxF",
+        help="width x height x frames of the clips, as in 960x544x33 (default: the flavor's own)"
+    )
+    add(
+        "--table", action="store_true",
+        help="generation at all sizes that the model's authors list, on 1 to 8 GPUs"
+    )
 
 
 def _weights_or_none(model) -> None:
@@ -31,7 +42,9 @@ def _weights_or_none(model) -> None:
     from hvtrain.models import find
 
     flavor = model.flavor or next(iter(find(model.name).flavors))
-    raise ConfigError(f"model.dit: {model.dit} does not exist; without weights: add model.dit=null model.flavor={flavor}")
+    raise ConfigError(
+        f"model.dit: {model.dit} does not exist; without weights: add model.dit=null model.flavor={flavor}"
+    )
 
 
 def _config(args: argparse.Namespace):
@@ -48,7 +61,9 @@ def _config(args: argparse.Namespace):
         raise ConfigError(f"{error}; for a config of `hvtrain generate` add --generate") from None
 
 
-def _of_merge(args: argparse.Namespace, gpus: tuple[int, ...], size: tuple[int | None, int | None, int | None]) -> str:
+def _of_merge(
+    args: argparse.Namespace, gpus: tuple[int, ...], size: tuple[int | None, int | None, int | None]
+) -> str:
     if args.generate or args.table:
         raise ConfigError("--merge goes without --generate and --table")
     at_least(args, 1, "loras", "lora_rank")
@@ -59,7 +74,10 @@ def _of_merge(args: argparse.Namespace, gpus: tuple[int, ...], size: tuple[int |
     return merging(cfg, Asked(gpus, args.memory, *size), Loras(args.loras, args.lora_rank))
 
 
-@command("fit", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options, prints=True)
+@command(
+    "fit", "predict memory, tokens and operations of a config, and the nearest that fits", options=_options,
+    prints=True
+)
 def _fit(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.gpus):
         raise ConfigError(f"--gpus '{args.gpus}': expected numbers, as in 8 or 1,4,8")

@@ -19,7 +19,10 @@ def _models_options(parser: argparse.ArgumentParser) -> None:
 @command("models", "list the architectures and their sizes", options=_models_options, prints=True)
 def _models(args: argparse.Namespace) -> None:
     if args.what not in (None, "keys"):
-        raise ConfigError(f"models: unknown word '{args.what}'; `hvtrain models keys {args.what}` lists a model's parameters")
+        raise ConfigError(
+            f"models: unknown word '{args.what}'; `hvtrain models keys {args.what}` lists a model's "
+            "parameters"
+        )
     from hvtrain.models import listing
 
     if args.what is None:
@@ -32,12 +35,21 @@ def _models(args: argparse.Namespace) -> None:
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo/)")
-    parser.add_argument("--model", metavar="NAME", help="the tiny copy of this architecture (default: as in a config)")
-    parser.add_argument("--slices", type=int, metavar="N", help="instead: N words (2 to 6), a slice and a job each, one merge")
+    parser.add_argument(
+        "--output", default="demo", metavar="DIR", help="where everything goes (default: demo/)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the tiny copy of this architecture (default: as in a config)"
+    )
+    parser.add_argument(
+        "--slices", type=int, metavar="N", help="instead: N words (2 to 6), a slice and a job each, one merge"
+    )
 
 
-@command("demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge", options=_demo_options)
+@command(
+    "demo", "the whole road on a tiny model, on the CPU: encode, train, generate, merge",
+    options=_demo_options
+)
 def _demo(args: argparse.Namespace) -> int | None:
     from launcher import demo, demo_slices
 

@@ -12,14 +12,18 @@ from hvtrain.errors import ConfigError, suggest
 from launcher.table import at_least, command
 
 _QUESTIONS = {  # option -> what is asked at a terminal where it is not given
-    "model": "architecture", "flavor": "flavor", "dit": "file of the DiT (empty: not yet)", "data": "shard set (empty: not yet)",
-    "gpus": "GPUs", "memory": "GiB of memory of one GPU", "train": "what is trained: lora or full", "out": "file to write",
+    "model": "architecture", "flavor": "flavor", "dit": "file of the DiT (empty: not yet)",
+    "data": "shard set (empty: not yet)", "gpus": "GPUs", "memory": "GiB of memory of one GPU",
+    "train": "what is trained: lora or full", "out": "file to write",
 }
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("items", nargs="*", metavar="key=value", help="any key of the config; what is given here stays as it is")
+    add(
+        "items", nargs="*", metavar="key=value",
+        help="any key of the config; what is given here stays as it is"
+    )
     add("--model", metavar="NAME", help="architecture (`hvtrain models`)")
     add("--flavor", metavar="NAME", help="its flavor (default: what the DiT's file says, else the first)")
     add("--dit", metavar="FILE", help="the DiT's weights")
@@ -27,11 +31,16 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--train", choices=("lora", "full"), help="a LoRA, or all weights (default: lora)")
     add("--gpus", type=int, metavar="N", help="GPUs of the run (default: 1)")
     add("--memory", type=float, metavar="GIB", help="memory of one (default: this machine's GPU, else 80)")
-    add("--size", metavar="WxHxF", help="of the largest clips, as in 960x544x33 (default: of --data, else the flavor's own)")
+    add(
+        "--size", metavar="WxHxF",
+        help="of the largest clips, as in 960x544x33 (default: of --data, else the flavor's own)"
+    )
     add("--out", metavar="FILE.yaml", help="where to write it (default: train.yaml)")
 
 
-@command("init", "write a config to begin with, that fits: asks what its options do not say", options=_options)
+@command(
+    "init", "write a config to begin with, that fits: asks what its options do not say", options=_options
+)
 def _init(args: argparse.Namespace) -> None:
     from hvtrain.models import all_specs, find
 
@@ -59,11 +68,15 @@ def _init(args: argparse.Namespace) -> None:
     from shards.atomic import write_text
 
     text, verdict = begin(
-        args.items, model=args.model, flavor=args.flavor or None, dit=args.dit or None, data=args.data or None,
-        whole=args.train == "full", gpus=args.gpus, memory_gib=args.memory, size=_size(args.size),
+        args.items, model=args.model, flavor=args.flavor or None, dit=args.dit or None,
+        data=args.data or None, whole=args.train == "full", gpus=args.gpus, memory_gib=args.memory,
+        size=_size(args.size),
     )
     write_text(out, text)
-    print(f"{out}: {verdict}\nthen: hvtrain {f'launch --nproc {args.gpus} ' if args.gpus > 1 else ''}train {out}")
+    print(
+        f"{out}: {verdict}\nthen: hvtrain {f'launch --nproc {args.gpus} ' if args.gpus > 1 else ''}train "
+        f"{out}"
+    )
 
 
 def _ask(args: argparse.Namespace, option: str, default: Any, legal: Any = None) -> Any:

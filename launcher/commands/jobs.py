@@ -14,31 +14,60 @@ from launcher.table import at_least, command, config_options, load_config, split
 def _run_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     add = parser.add_argument
-    add("--plan", metavar="FILE", help="plan.json of `hvtrain slices plan`; without, every slice is a LoRA as the config says")
-    add("--data", required=True, metavar="DIR", help="the parts of `hvtrain shards split` (01, 02, ...), or one set for all")
-    add("--output", required=True, metavar="DIR", help="everything of this run; an earlier one of the same settings goes on")
-    add("--backend", default="local", metavar="NAME", help="local (default): on this machine; slurm: a job array and a merge job")
+    add(
+        "--plan", metavar="FILE",
+        help="plan.json of `hvtrain slices plan`; without, every slice is a LoRA as the config says"
+    )
+    add(
+        "--data", required=True, metavar="DIR",
+        help="the parts of `hvtrain shards split` (01, 02, ...), or one set for all"
+    )
+    add(
+        "--output", required=True, metavar="DIR",
+        help="everything of this run; an earlier one of the same settings goes on"
+    )
+    add(
+        "--backend", default="local", metavar="NAME",
+        help="local (default): on this machine; slurm: a job array and a merge job"
+    )
     add("--at-once", type=int, default=1, metavar="N", help="slices that run together (default: 1)")
-    add("--nproc", type=int, default=1, metavar="N", help="processes (GPUs) of a slice, per node (default: 1)")
+    add(
+        "--nproc", type=int, default=1, metavar="N", help="processes (GPUs) of a slice, per node (default: 1)"
+    )
     add("--nodes", type=int, default=1, metavar="N", help="slurm: nodes of a slice (default: 1)")
-    add("--gpus", metavar="LIST", help="local: GPUs that are handed out, as in 0,1,2,3 (needs at-once x nproc of them)")
-    add("--time", default="", metavar="H:M:S", help="slurm: time limit of a job; a slice that needs longer goes on in the next")
+    add(
+        "--gpus", metavar="LIST",
+        help="local: GPUs that are handed out, as in 0,1,2,3 (needs at-once x nproc of them)"
+    )
+    add(
+        "--time", default="", metavar="H:M:S",
+        help="slurm: time limit of a job; a slice that needs longer goes on in the next"
+    )
     add("--site", metavar="FILE", help="slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
     add("--max-restarts", type=int, metavar="N",
         help="start a slice's processes again when one of them dies, up to N times in a job (default: 3)")
-    add("--merge-as", default="lora", metavar="KIND", help="what the slices become: lora (default), model or none")
+    add(
+        "--merge-as", default="lora", metavar="KIND",
+        help="what the slices become: lora (default), model or none"
+    )
     add("--reconcile", metavar="HOW",
-        help="merge by what each slice does to samples of its data: fit, distill or fit+distill (the default without --plan)")
+        help="merge by what each slice does to samples of its data: fit, distill or fit+distill (the default "
+        "without --plan)")
     add("--keep", action="append", metavar="SET",
-        help="for --reconcile: what the base knows and the merge must not change (default: keep/ of --data, if it is there)")
+        help="for --reconcile: what the base knows and the merge must not change (default: keep/ of --data, "
+        "if it is there)")
     add("--silence", type=float, default=0.0, metavar="SHARE",
-        help="share of samples, as 0.3, that are the other slices', and teach each LoRA to do nothing there (default: 0)")
+        help="share of samples, as 0.3, that are the other slices', and teach each LoRA to do nothing there "
+        "(default: 0)")
     add("--waves", type=int, default=1, metavar="N",
-        help="train the slices in N waves, each on top of the merge of those before it (default: 1, all independent)")
+        help="train the slices in N waves, each on top of the merge of those before it (default: 1, all "
+        "independent)")
     add("--dry-run", action="store_true", help="slurm: print the scripts")
 
 
-@command("slices run", "train all slices of a dataset as independent jobs, then merge them", options=_run_options)
+@command(
+    "slices run", "train all slices of a dataset as independent jobs, then merge them", options=_run_options
+)
 def _run(args: argparse.Namespace) -> int | None:
     from launcher.jobs import slices
 
@@ -57,7 +86,9 @@ def _run(args: argparse.Namespace) -> int | None:
         begun = slices.load_slices(run)
         wanted = replace(wanted, cwd=begun.cwd)
         if begun != wanted:
-            raise ConfigError(f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory")
+            raise ConfigError(
+                f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory"
+            )
     else:
         slices.save_slices(run, wanted)
     return _go(run, wanted)
@@ -69,7 +100,9 @@ def _scripts(run: Path, wanted) -> list[str]:
 
     found = []
     for wave in waves.every(wanted):
-        found.append(backends.array_script(run, wanted, waves.members(wanted, wave), ["MERGE"] if wave > 1 else []))
+        found.append(
+            backends.array_script(run, wanted, waves.members(wanted, wave), ["MERGE"] if wave > 1 else [])
+        )
         found.append(backends.merge_script(run, wanted, ["ARRAY"], wave))
     return found
 
@@ -85,21 +118,27 @@ def _slices(args: argparse.Namespace):
     gpus = tuple(g.strip() for g in args.gpus.split(",")) if args.gpus else ()
     if gpus and (args.backend != "local" or len(gpus) < args.at_once * args.nproc):
         needed = args.at_once * args.nproc
-        raise ConfigError(f"--gpus {args.gpus}: {args.at_once} slices of {args.nproc} need {needed} GPUs, and backend local")
+        raise ConfigError(
+            f"--gpus {args.gpus}: {args.at_once} slices of {args.nproc} need {needed} GPUs, and backend local"
+        )
     if args.backend == "local" and (args.nodes > 1 or args.time or args.site):
         raise ConfigError("--nodes, --time and --site are for --backend slurm")
     if not 0 <= args.silence < 1:
         raise ConfigError(f"--silence {args.silence}: expected a share, 0 or more and less than 1")
     data = slices.data_of(args.data, slices.plan_size(args.plan) if args.plan else None)
     if args.silence and len(set(data)) < 2:
-        raise ConfigError(f"--silence {args.silence}: all slices have the same data, {data[0]}; it takes other slices' parts")
+        raise ConfigError(
+            f"--silence {args.silence}: all slices have the same data, {data[0]}; it takes other slices' "
+            "parts"
+        )
     if args.waves > 1:
         _check_waves(args, len(data))
     wanted = slices.Slices(
-        plan=str(Path(args.plan).resolve()) if args.plan else "", config=str(Path(file).resolve()) if file else None,
-        overrides=tuple(overrides), data=data, n=len(data), nproc=args.nproc, nodes=args.nodes, time=args.time,
-        site=str(Path(args.site).resolve()) if args.site else None,
-        backend=args.backend, at_once=args.at_once, gpus=gpus, silence=args.silence, waves=args.waves, cwd=str(Path.cwd()),
+        plan=str(Path(args.plan).resolve()) if args.plan else "",
+        config=str(Path(file).resolve()) if file else None, overrides=tuple(overrides), data=data,
+        n=len(data), nproc=args.nproc, nodes=args.nodes, time=args.time,
+        site=str(Path(args.site).resolve()) if args.site else None, backend=args.backend,
+        at_once=args.at_once, gpus=gpus, silence=args.silence, waves=args.waves, cwd=str(Path.cwd()),
         max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
     )
     return replace(wanted, merge=_merge_arguments(wanted, args))
@@ -109,9 +148,15 @@ def _check_waves(args: argparse.Namespace, n: int) -> None:
     if args.waves > n:
         raise ConfigError(f"--waves {args.waves}: there are {n} slices; a wave needs one at least")
     if args.merge_as == "none":
-        raise ConfigError(f"--waves {args.waves}: a wave is trained on top of the merge before it; give --merge-as lora or model")
+        raise ConfigError(
+            f"--waves {args.waves}: a wave is trained on top of the merge before it; give --merge-as lora or "
+            "model"
+        )
     if args.plan and args.reconcile:
-        raise ConfigError(f"--waves {args.waves}: slices of a plan are added up between waves; leave --reconcile or --plan away")
+        raise ConfigError(
+            f"--waves {args.waves}: slices of a plan are added up between waves; leave --reconcile or --plan "
+            "away"
+        )
 
 
 def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
@@ -126,8 +171,14 @@ def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
     dit = load_config("train", args).model.dit
     if not dit:
         raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
-    which = ("--plan", wanted.plan, "--slices", str(run)) if wanted.plan else tuple(waves.loras(run, wanted, wanted.waves))
-    return ("--dit", dit, *which, "--as", kind, "--output", str(run / "merge" / f"merged-{kind}.safetensors"), *how)
+    which = (
+        ("--plan", wanted.plan, "--slices", str(run))
+        if wanted.plan else tuple(waves.loras(run, wanted, wanted.waves))
+    )
+    return (
+        "--dit", dit, *which, "--as", kind, "--output", str(run / "merge" / f"merged-{kind}.safetensors"),
+        *how
+    )
 
 
 def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
@@ -158,15 +209,16 @@ def _check_configs(run: Path, wanted) -> None:
         cfg = config.load(config.TrainConfig, file, arguments)
         if not wanted.plan and cfg.adapter.type != "lora":
             raise ConfigError(
-                f"adapter.type is {cfg.adapter.type}: without --plan (`hvtrain slices plan`) each slice trains a LoRA of the "
-                "whole model; give adapter.type=lora"
+                f"adapter.type is {cfg.adapter.type}: without --plan (`hvtrain slices plan`) each slice "
+                "trains a LoRA of the whole model; give adapter.type=lora"
             )
         if waves.under(run, wanted, loraid):  # not there yet
             cfg = replace(cfg, adapter=replace(cfg.adapter, base_lora=()))
         elif cfg.adapter.base_lora and (wanted.waves > 1 or "--reconcile" in wanted.merge):
             raise ConfigError(
-                "adapter.base_lora: the merge compares each slice with the model that it was trained on, and model.dit is not "
-                "that model; put it in first (`hvtrain merge`), and give the result as model.dit"
+                "adapter.base_lora: the merge compares each slice with the model that it was trained on, and "
+                "model.dit is not that model; put it in first (`hvtrain merge`), and give the result as "
+                "model.dit"
             )
         rules.check_train(cfg)
 
@@ -180,7 +232,9 @@ def _go(run: Path, wanted) -> int | None:
         try:
             os.chdir(wanted.cwd)
         except OSError as error:
-            raise LaunchError(f"{wanted.cwd}: this run was begun there, and cannot go on there ({error.strerror})") from None
+            raise LaunchError(
+                f"{wanted.cwd}: this run was begun there, and cannot go on there ({error.strerror})"
+            ) from None
     with slices.only_one(run):
         found = backends.standings(run, wanted)
         backends.refuse_unknown(run, found)
@@ -189,7 +243,10 @@ def _go(run: Path, wanted) -> int | None:
             raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
         if not any(todo):
             under_way = any(s.job for s in found)
-            print(f"{run}: nothing to start, {'the rest is under way' if under_way else 'all slices are done and merged'}")
+            print(
+                f"{run}: nothing to start, "
+                f"{'the rest is under way' if under_way else 'all slices are done and merged'}"
+            )
             return 0
         if wanted.backend == "local":
             return backends.run_here(run, wanted, tuple(loraid for start in todo for loraid in start.loraids))
@@ -221,8 +278,11 @@ def _status(args: argparse.Namespace) -> int:
     return 1 if any(s.word in ("failed", "blocked", "unknown") for s in found) else 0
 
 
-@command("slices retry", "start what is neither done nor under way: failed, cancelled, preempted; and the merge after it",
-         options=_run_folder)
+@command(
+    "slices retry",
+    "start what is neither done nor under way: failed, cancelled, preempted; and the merge after it",
+    options=_run_folder
+)
 def _retry(args: argparse.Namespace) -> int | None:
     return _go(*_opened(args))
 
@@ -257,13 +317,18 @@ def _merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wave", type=int, metavar="N", help="of the waves up to N only (default: all)")
 
 
-@command("slices merge", "merge the finished slices here; what the merge job of `slices run` calls", options=_merge_options)
+@command(
+    "slices merge", "merge the finished slices here; what the merge job of `slices run` calls",
+    options=_merge_options
+)
 def _merge(args: argparse.Namespace) -> int:
     from launcher.jobs import backends
 
     run, wanted = _opened(args)
     if not wanted.merge:
-        which = f"--plan {wanted.plan} --slices {run}" if wanted.plan else f"--lora {run / wanted.name(1)} ..."
+        which = (
+            f"--plan {wanted.plan} --slices {run}" if wanted.plan else f"--lora {run / wanted.name(1)} ..."
+        )
         raise LaunchError(f"{run}: was started with --merge-as none; use `hvtrain merge {which}`")
     if args.wave is not None and not 1 <= args.wave <= wanted.waves:
         raise LaunchError(f"--wave {args.wave}: expected 1 to {wanted.waves}")

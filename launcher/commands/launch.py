@@ -19,13 +19,20 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     add("--master-addr", default="127.0.0.1", help="host name of machine 0")
     add("--master-port", type=int, help="a free port on machine 0 (one machine: chosen)")
     add("--max-restarts", type=int, metavar="N",
-        help="start the processes again after a failure, up to N times (default: 0; with --slurm: 3 in a job)")
-    add("--slurm", action="store_true", help="submit it as a Slurm job, which goes on by itself after its time limit")
+        help="start the processes again after a failure, up to N times (default: 0; with --slurm: 3 in a "
+        "job)")
+    add(
+        "--slurm", action="store_true",
+        help="submit it as a Slurm job, which goes on by itself after its time limit"
+    )
     add("--dry-run", action="store_true", help="with --slurm: print the script")
     add("--site", metavar="FILE", help="with --slurm: the cluster's own settings (default: $HVTRAIN_SITE)")
     add("--time", default="", metavar="H:M:S", help="with --slurm: time limit of a job")
     add("--name", default="", metavar="NAME", help="with --slurm: name of the job (default: hvtrain-COMMAND)")
-    add("--log", default="", metavar="FILE", help="with --slurm: where output goes (default: NAME-%%j.log here)")
+    add(
+        "--log", default="", metavar="FILE",
+        help="with --slurm: where output goes (default: NAME-%%j.log here)"
+    )
     add("--in-job", action="store_true", help=argparse.SUPPRESS)  # what the submitted script calls
     about = "encode, train or generate, and its own arguments"
     add("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=about)
@@ -40,7 +47,9 @@ def _launch(args: argparse.Namespace) -> int | None:
     if not inner or inner[0] not in able:
         given = f"'{inner[0]}'" if inner else "nothing"
         known = [name for name in able if name != "selftest"]
-        raise LaunchError(f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}")
+        raise LaunchError(
+            f"launch: cannot start {given} as several processes; {suggest(given.strip(chr(39)), known)}"
+        )
     at_least(args, 0, "max_restarts")
     for option in ("dry_run", "site", "time", "name", "log"):
         if getattr(args, option) and not args.slurm:
@@ -74,13 +83,16 @@ def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
     from launcher.site import load_site
 
     if args.node_rank or args.master_port or args.master_addr != "127.0.0.1":
-        raise LaunchError("--node-rank, --master-addr and --master-port are for launching by hand; Slurm's job knows them")
+        raise LaunchError(
+            "--node-rank, --master-addr and --master-port are for launching by hand; Slurm's job knows them"
+        )
     if args.nproc < 1 or args.nnodes < 1:
         raise LaunchError(f"--nproc {args.nproc} --nnodes {args.nnodes}: both must be at least 1")
     name = args.name or f"hvtrain-{inner[0]}"
     restarts = slurm.RESTARTS if args.max_restarts is None else args.max_restarts
     job = slurm.BatchJob(
-        "job", name, Path.cwd(), _log(args.log, name), ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
+        "job", name, Path.cwd(), _log(args.log, name),
+        ["launch", "--nproc", str(args.nproc), "--in-job", *inner],
         slurm.Resources(args.nnodes, args.nproc, args.time, max_restarts=restarts),
     )
     text = slurm.render(job, load_site(args.site))
@@ -91,12 +103,16 @@ def _submit(args: argparse.Namespace, inner: Sequence[str]) -> None:
 
 
 def _log(pattern: str, name: str) -> str:
-    """Where the job's output goes, as Slurm reads it: %j and its like are filled in, in what the user has given."""
+    """Where the job's output goes, as Slurm reads it: %j and its like are filled in,
+    in what the user has given."""
     from launcher.jobs import slurm
 
     if not pattern and "/" in name:
         raise LaunchError(f"--name {name}: the log is named by it and cannot hold a '/'; give --log too")
     path = Path(pattern or f"{slurm.literal(name)}-%j.log")
     if "%" not in str(path.parent) and not path.parent.is_dir():
-        raise LaunchError(f"--log {pattern}: there is no directory {path.parent}; without it the job would end and say nothing")
+        raise LaunchError(
+            f"--log {pattern}: there is no directory {path.parent}; without it the job would end and say "
+            "nothing"
+        )
     return str(path) if path.is_absolute() else f"{slurm.literal(Path.cwd())}/{path}"

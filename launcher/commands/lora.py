@@ -12,9 +12,15 @@ GROUPS["lora"] = "look at LoRA files, convert, cut, extract and average them"
 
 
 def _file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a LoRA file of any dialect, or the directory of a finished run")
-    parser.add_argument("--dit", metavar="FILE", help="the model it belongs to (default: the known models' sizes are tried)")
-    parser.add_argument("--expert", metavar="NAME", help="of a model of several: whose LoRA is meant, or this is")
+    parser.add_argument(
+        "file", metavar="FILE", help="a LoRA file of any dialect, or the directory of a finished run"
+    )
+    parser.add_argument(
+        "--dit", metavar="FILE", help="the model it belongs to (default: the known models' sizes are tried)"
+    )
+    parser.add_argument(
+        "--expert", metavar="NAME", help="of a model of several: whose LoRA is meant, or this is"
+    )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -35,20 +41,28 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     names = "musubi (also sd-scripts), comfyui, diffusers (also PEFT) or diffusion-pipe"
     parser.add_argument("--to", required=True, metavar="DIALECT", help=names)
     how = parser.add_mutually_exclusive_group()
-    about = "multiply alpha / rank into the up-projection (default for diffusers; always so for diffusion-pipe)"
+    about = (
+        "multiply alpha / rank into the up-projection (default for diffusers; always so for diffusion-pipe)"
+    )
     how.add_argument("--fold-alpha", action="store_true", help=about)
-    how.add_argument("--keep-alpha", action="store_true", help="leave alpha as it is (default for musubi and comfyui)")
+    how.add_argument(
+        "--keep-alpha", action="store_true", help="leave alpha as it is (default for musubi and comfyui)"
+    )
     parser.add_argument("--edited", action="store_true",
         help="another program changed the file and left its checksum: do not compare it, write a new one")
 
 
-@command("lora convert", "between musubi / sd-scripts, ComfyUI, diffusers / PEFT and diffusion-pipe", options=_convert_options)
+@command(
+    "lora convert", "between musubi / sd-scripts, ComfyUI, diffusers / PEFT and diffusion-pipe",
+    options=_convert_options
+)
 def _convert(args: argparse.Namespace) -> None:
     from hvtrain.lorafiles import tools
 
     fold = True if args.fold_alpha else False if args.keep_alpha else None
     print(tools.convert(
-        args.file, args.output, target=args.to, fold=fold, dit=args.dit, edited=args.edited, expert=args.expert
+        args.file, args.output, target=args.to, fold=fold, dit=args.dit, edited=args.edited,
+        expert=args.expert
     ))  # fmt: skip
 
 
@@ -77,7 +91,10 @@ def _extract_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=32, metavar="R", help="rank of every layer (default: 32)")
 
 
-@command("lora extract", "the difference of two models as a LoRA, by SVD; says what is lost", options=_extract_options)
+@command(
+    "lora extract", "the difference of two models as a LoRA, by SVD; says what is lost",
+    options=_extract_options
+)
 def _extract(args: argparse.Namespace) -> None:
     from hvtrain.lorafiles import tools
 
@@ -86,13 +103,21 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _ema_options(parser: argparse.ArgumentParser) -> None:
-    about = "checkpoints, oldest first; or one of a run's (its siblings are found); or a directory (sub-folders too)"
+    about = (
+        "checkpoints, oldest first; or one of a run's (its siblings are found); or a directory (sub-folders "
+        "too)"
+    )
     parser.add_argument("paths", nargs="+", metavar="PATH", help=about)
     _output(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--sigma-rel", type=float, metavar="S", help="power-function profile of this relative width, e.g. 0.15")
+    how.add_argument(
+        "--sigma-rel", type=float, metavar="S",
+        help="power-function profile of this relative width, e.g. 0.15"
+    )
     how.add_argument("--beta", type=float, metavar="B", help="constant decay per checkpoint (default: 0.95)")
-    parser.add_argument("--beta2", type=float, metavar="B", help="with --beta: the decay at the last merge, linear in between")
+    parser.add_argument(
+        "--beta2", type=float, metavar="B", help="with --beta: the decay at the last merge, linear in between"
+    )
 
 
 @command("lora ema", "post-hoc moving average of a run's checkpoints", options=_ema_options)
@@ -117,13 +142,22 @@ def _ema(args: argparse.Namespace) -> None:
 
 
 def _average_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="two or more LoRA files with the same layers and alphas")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="two or more LoRA files with the same layers and alphas"
+    )
     _output(parser)
-    parser.add_argument("--weight", action="append", type=float, metavar="X", help="one for each file, in order (default: equal)")
-    parser.add_argument("--democratic", action="store_true", help="a layer counts over the files that hold it: for two slices")
+    parser.add_argument(
+        "--weight", action="append", type=float, metavar="X",
+        help="one for each file, in order (default: equal)"
+    )
+    parser.add_argument(
+        "--democratic", action="store_true", help="a layer counts over the files that hold it: for two slices"
+    )
 
 
-@command("lora average", "blend LoRA files: up- and down-projections averaged one by one", options=_average_options)
+@command(
+    "lora average", "blend LoRA files: up- and down-projections averaged one by one", options=_average_options
+)
 def _average(args: argparse.Namespace) -> None:
     from hvtrain.lorafiles import average
 

@@ -21,26 +21,42 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE", help="plan.json: all its slices")
     add("--slices", metavar="DIR", help="where the slices' runs are: 01, 02, ... (default: beside the plan)")
     add("--allow-missing", action="store_true", default=None, help="merge the slices that are finished")
-    add("--expert", metavar="NAME", help="of a model of several: whose LoRAs, where a file or a run holds one for each")
-    add("--any-base", action="store_true", default=None, help="accept LoRAs that were trained on other weights")
+    add(
+        "--expert", metavar="NAME",
+        help="of a model of several: whose LoRAs, where a file or a run holds one for each"
+    )
+    add(
+        "--any-base", action="store_true", default=None,
+        help="accept LoRAs that were trained on other weights"
+    )
     add("--output", metavar="PATH", help="the .safetensors file to write; a directory for a sharded model")
     add("--as", dest="target", metavar="KIND", help="model (default), or lora: one LoRA of all")
-    add("--rank", type=int, metavar="R", help="for --as lora: cut to this rank by SVD (default: ranks add up, exact)")
+    add(
+        "--rank", type=int, metavar="R",
+        help="for --as lora: cut to this rank by SVD (default: ranks add up, exact)"
+    )
     add("--on-overlap", metavar="POLICY",
-        help="rows that several LoRAs change: error (default), sum, average, ties, dare, orthogonal, priority (first wins)")
+        help="rows that several LoRAs change: error (default), sum, average, ties, dare, orthogonal, "
+        "priority (first wins)")
     add("--reconcile", metavar="HOW",
-        help="by what each LoRA does to samples of its own data: fit, distill or fit+distill, which computes with the model "
+        help="by what each LoRA does to samples of its own data: fit, distill or fit+distill, which computes "
+        "with the model "
              "(default: fit+distill where rows are shared and each has samples, else none)")
     add("--samples", action="append", metavar="SET",
         help="for --reconcile: a shard set for each --lora, in order (default: calibration/ beside each)")
     add("--keep", action="append", metavar="SET",
-        help="for --reconcile: what the base knows and the merge must not change: a shard set, or captions one a line (.txt)")
-    add("--density", type=float, metavar="X", help="for ties (default 0.2) and dare (0.5): the share of elements kept")
+        help="for --reconcile: what the base knows and the merge must not change: a shard set, or captions "
+        "one a line (.txt)")
+    add(
+        "--density", type=float, metavar="X",
+        help="for ties (default 0.2) and dare (0.5): the share of elements kept"
+    )
     add("--seed", type=int, metavar="N", help="for dare")
     add("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: each tensor keeps its own)")
     add("--max-shard-gb", type=float, metavar="X", help="cut the model into files of at most X GB")
     add("--device", metavar="NAME",
-        help="where it computes: cpu or cuda (default: a GPU, if there is one, for what runs the model; else the CPU)")
+        help="where it computes: cpu or cuda (default: a GPU, if there is one, for what runs the model; else "
+        "the CPU)")
     add("--evaluate", action="append", metavar="SET",
         help="report the held-out loss on this shard set: base, each LoRA alone, merged")
 
@@ -50,12 +66,17 @@ def _check(args: argparse.Namespace) -> None:
 
     cfg = _config(args)
     if cfg.reconcile.how in ("auto", "none") and not cfg.evaluate:
-        raise ConfigError("launch: without --reconcile or --evaluate a merge computes nothing to share: leave `launch` away")
+        raise ConfigError(
+            "launch: without --reconcile or --evaluate a merge computes nothing to share: leave `launch` away"
+        )
     check_merge(cfg)
 
 
-@command("merge", "LoRAs or all slices of a plan into a model or one LoRA, and the proof that none overwrote another",
-         options=_options, check=_check)
+@command(
+    "merge",
+    "LoRAs or all slices of a plan into a model or one LoRA, and the proof that none overwrote another",
+    options=_options, check=_check
+)
 def _merge(args: argparse.Namespace) -> None:
     cfg = _config(args)
     from hvtrain.merge import run as merge
@@ -74,12 +95,18 @@ def _config(args: argparse.Namespace):
         if len(factors) == 1:
             factors = factors * len(paths)
         if len(factors) != len(paths):
-            raise ConfigError(f"{len(paths)} --lora but {len(factors)} --multiplier; give one for each, in order, or one for all")
+            raise ConfigError(
+                f"{len(paths)} --lora but {len(factors)} --multiplier; give one for each, in order, or one "
+                "for all"
+            )
         args.lora = tuple(LoraFileConfig(path=p, multiplier=m) for p, m in zip(paths, factors, strict=True))
     if args.evaluate is not None:
         args.evaluate = tuple(args.evaluate)
     own = {"how": args.reconcile, "samples": args.samples, "keep": args.keep}
-    own = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items() if value is not None}
+    own = {
+        name: tuple(value) if isinstance(value, list) else value for name,
+        value in own.items() if value is not None
+    }
     args.reconcile = replace(cfg.reconcile, **own)
     given = {field.name: getattr(args, field.name, None) for field in fields(cfg)}
     return replace(cfg, **{name: value for name, value in given.items() if value is not None})

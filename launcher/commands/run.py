@@ -24,7 +24,9 @@ def _check(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _encode_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    parser.add_argument("--strict", action="store_true", help="the same as strict=true: stop at the first unusable clip")
+    parser.add_argument(
+        "--strict", action="store_true", help="the same as strict=true: stop at the first unusable clip"
+    )
 
 
 @command("encode", "encode clips and captions into shards", options=_encode_options, check=_check("encode"))
@@ -40,7 +42,8 @@ def _encode(args: argparse.Namespace) -> None:
 def _train_options(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     parser.add_argument("--show-timesteps", action="store_true",
-                        help="draw which noise levels the config trains, here and in timesteps.png; train nothing")
+                        help="draw which noise levels the config trains, here and in timesteps.png; train "
+                        "nothing")
 
 
 @command("train", "train a LoRA or the whole model on shards", options=_train_options, check=_check("train"))
@@ -65,31 +68,42 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     add("--loraid", "--LORAID", nargs="+", action="append", default=[], metavar="N",
         help="slices of slices=DIR to apply: --loraid 1 2 3")
     add("--lora_expert", "--lora-expert", nargs="+", action="append", default=[], metavar="NAME",
-        help="of a model of several: whose each --lora is, in order, or one for all (default: what each file says)")
+        help="of a model of several: whose each --lora is, in order, or one for all (default: what each file "
+        "says)")
     add("--lora_multiplier", "--lora-multiplier", nargs="+", action="append", default=[], metavar="X",
         help="one for each --lora or --loraid, in order, or one for all; 0 switches one off completely")
 
 
 def _generate_items(args: argparse.Namespace) -> None:
-    """The options as overrides. An option that takes several values also swallows what follows it: that is given back."""
+    """The options as overrides. An option that takes several values also swallows what
+    follows it: that is given back."""
     numbers: dict[str, list[str]] = {}
-    for key, fits in {"loraid": _is_number, "lora_multiplier": _is_number, "lora_expert": str.isidentifier}.items():
+    for key, fits in {
+        "loraid": _is_number, "lora_multiplier": _is_number, "lora_expert": str.isidentifier
+    }.items():
         values = [v for group in getattr(args, key) for v in group]
         numbers[key] = [v for v in values if fits(v)]
         args.items += [v for v in values if not fits(v)]
         setattr(args, key, [])
     experts = numbers.pop("lora_expert")
     if args.lora:
-        args.items.append(_lora_item(args, numbers.pop("lora_multiplier"), experts, slices=bool(numbers["loraid"])))
+        args.items.append(
+            _lora_item(args, numbers.pop("lora_multiplier"), experts, slices=bool(numbers["loraid"]))
+        )
         args.lora = []
     elif experts:
-        raise ConfigError("--lora_expert says whose a --lora is; give that, or lora=[{path: FILE, expert: NAME}]")
+        raise ConfigError(
+            "--lora_expert says whose a --lora is; give that, or lora=[{path: FILE, expert: NAME}]"
+        )
     args.items += [f"{key}=[{', '.join(found)}]" for key, found in numbers.items() if found]
 
 
 def _lora_item(args: argparse.Namespace, factors: list[str], experts: list[str], *, slices: bool) -> str:
     if slices and factors:
-        raise ConfigError("--lora_multiplier: of --lora or of --loraid? give the files as lora=[{path: FILE, multiplier: X}]")
+        raise ConfigError(
+            "--lora_multiplier: of --lora or of --loraid? give the files as lora=[{path: FILE, multiplier: "
+            "X}]"
+        )
     if any(item.startswith("lora=") for item in args.items):
         raise ConfigError("--lora and lora=...: both give LoRA files; give all of them in one way")
     for option, given in {"--lora_multiplier": factors, "--lora_expert": experts}.items():
@@ -97,9 +111,16 @@ def _lora_item(args: argparse.Namespace, factors: list[str], experts: list[str],
             numbers = f"{len(args.lora)} --lora but {len(given)} {option}"
             raise ConfigError(f"{numbers}; give one for each, in order, or one for all")
     factors = factors * len(args.lora) if len(factors) == 1 else factors or ["1.0"] * len(args.lora)
-    whose = [{"expert": name} for name in experts * (len(args.lora) if len(experts) == 1 else 1)] or [{}] * len(args.lora)
+    whose = (
+        [{"expert": name} for name in experts * (len(args.lora) if len(experts) == 1 else 1)]
+        or [{}] * len(args.lora)
+    )
     return override(
-        "lora", [{"path": p, "multiplier": float(x), **of} for p, x, of in zip(args.lora, factors, whose, strict=True)]
+        "lora",
+        [
+            {"path": p, "multiplier": float(x), **of} for p, x,
+            of in zip(args.lora, factors, whose, strict=True)
+        ]
     )
 
 

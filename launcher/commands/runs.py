@@ -9,11 +9,18 @@ from launcher.table import command
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run, or a directory with runs in it at any depth")
-    parser.add_argument("--output", metavar="DIR", help="also compare their curves: writes runs.png and runs.html there")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="a run, or a directory with runs in it at any depth"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="also compare their curves: writes runs.png and runs.html there"
+    )
 
 
-@command("runs", "list runs: status, step, loss, speed, last error; compare their curves", options=_options, prints=True)
+@command(
+    "runs", "list runs: status, step, loss, speed, last error; compare their curves", options=_options,
+    prints=True
+)
 def _runs(args: argparse.Namespace) -> None:
     from hvtrain.runs.listing import lines
     from hvtrain.runs.read import find_runs

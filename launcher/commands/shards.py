@@ -19,7 +19,9 @@ def _set_or_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", metavar="SET", help="directory or URL of a shard set")
 
 
-@command("shards info", "what is in a set: samples, columns, buckets, fields", options=_set_or_url, prints=True)
+@command(
+    "shards info", "what is in a set: samples, columns, buckets, fields", options=_set_or_url, prints=True
+)
 def _info(args: argparse.Namespace) -> None:
     from shards import info, open_set
 
@@ -29,7 +31,9 @@ def _info(args: argparse.Namespace) -> None:
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     _one_set(parser)
-    parser.add_argument("--fast", action="store_true", help="leave out the search for NaN and infinite values")
+    parser.add_argument(
+        "--fast", action="store_true", help="leave out the search for NaN and infinite values"
+    )
 
 
 @command("shards verify", "read every byte: checksums, shapes, NaN, keys equal across columns",
@@ -52,7 +56,9 @@ def _verify(args: argparse.Namespace) -> int:
     if not n:
         from shards import open_set
 
-        print(f"{args.set}: sound, {open_set(args.set).manifest.n_keys} samples, {n_bytes / 2**20:.0f} MiB read")
+        print(
+            f"{args.set}: sound, {open_set(args.set).manifest.n_keys} samples, {n_bytes / 2**20:.0f} MiB read"
+        )
     return 1 if n else 0
 
 
@@ -61,7 +67,10 @@ def _merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the set to make")
 
 
-@command("shards merge", "several sets into one; tars are shared by hard links where the disk allows", options=_merge_options)
+@command(
+    "shards merge", "several sets into one; tars are shared by hard links where the disk allows",
+    options=_merge_options
+)
 def _merge(args: argparse.Namespace) -> None:
     from shards import edit
 
@@ -75,11 +84,14 @@ def _split_options(parser: argparse.ArgumentParser) -> None:
     _set_or_url(parser)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--n", type=int, metavar="N", help="N sets of equal size, every bucket dealt out evenly")
-    about = "a set per pattern (regular expression, case ignored), the first that matches; the others go to rest/"
+    about = (
+        "a set per pattern (regular expression, case ignored), the first that matches; the others go to rest/"
+    )
     how.add_argument("--caption", action="append", metavar="PATTERN", help=about)
     how.add_argument("--folder", action="store_true", help="a set per folder that the clips came from")
     parser.add_argument("--keep", type=int, default=0, metavar="N",
-        help="with --caption: N samples of rest go to keep/, for `hvtrain merge --reconcile` (what the base knows already)")
+        help="with --caption: N samples of rest go to keep/, for `hvtrain merge --reconcile` (what the base "
+        "knows already)")
     parser.add_argument("--output", required=True, metavar="DIR", help="gets 01/, 02/, ... and split.json")
 
 
@@ -96,11 +108,18 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _index_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("set", metavar="DIR", help="directory with a folder of tars per column: latents/, text/, ...")
-    parser.add_argument("--model", metavar="NAME", help="whose columns they are: its record says which fields vary in length")
+    parser.add_argument(
+        "set", metavar="DIR", help="directory with a folder of tars per column: latents/, text/, ..."
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="whose columns they are: its record says which fields vary in length"
+    )
 
 
-@command("shards index", "write the manifest of tars that another program (webdataset) made", options=_index_options)
+@command(
+    "shards index", "write the manifest of tars that another program (webdataset) made",
+    options=_index_options
+)
 def _index(args: argparse.Namespace) -> None:
     from shards import edit
 
@@ -120,7 +139,10 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="gets KEY.safetensors")
 
 
-@command("shards export", "every sample as a plain safetensors file, captions in its header", options=_export_options)
+@command(
+    "shards export", "every sample as a plain safetensors file, captions in its header",
+    options=_export_options
+)
 def _export(args: argparse.Namespace) -> None:
     from shards import edit
 
@@ -129,11 +151,20 @@ def _export(args: argparse.Namespace) -> None:
 
 def _import_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("caches", nargs="+", metavar="DIR", help="musubi-tuner cache directories (latents and text encoder outputs)")
+    add(
+        "caches", nargs="+", metavar="DIR",
+        help="musubi-tuner cache directories (latents and text encoder outputs)"
+    )
     add("--output", required=True, metavar="DIR", help="the set to make")
     add("--model", default=None, metavar="NAME", help="architecture (default: what the files say)")
-    add("--flavor", default=None, metavar="NAME", help="its flavor (default: the first that reads all columns of the caches)")
-    add("--samples-per-tar", type=int, default=512, metavar="N", help="samples after which a tar is closed (default: 512)")
+    add(
+        "--flavor", default=None, metavar="NAME",
+        help="its flavor (default: the first that reads all columns of the caches)"
+    )
+    add(
+        "--samples-per-tar", type=int, default=512, metavar="N",
+        help="samples after which a tar is closed (default: 512)"
+    )
     add("--strict", action="store_true", help="stop at the first cache file that cannot be used")
 
 
@@ -144,6 +175,7 @@ def _import(args: argparse.Namespace) -> None:
     if args.samples_per_tar < 1:
         raise ConfigError(f"--samples-per-tar {args.samples_per_tar}: expected 1 or more")
     for line in musubi.run(
-        args.caches, args.output, model=args.model, flavor=args.flavor, samples_per_tar=args.samples_per_tar, strict=args.strict
+        args.caches, args.output, model=args.model, flavor=args.flavor, samples_per_tar=args.samples_per_tar,
+        strict=args.strict
     ):
         print(line)

@@ -1,4 +1,5 @@
-"""Running the jobs of a slice plan: on this machine, N at a time, or as a Slurm array and a dependent merge job."""
+"""Running the jobs of a slice plan: on this machine, N at a time, or as a Slurm
+array and a dependent merge job."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def standings(run: Path, slices: Slices) -> list[Standing]:
     """Of each slice, in order, and of the merge; with waves, of each wave's merge."""
     queue = slurm.Queue()
     if slices.backend == "slurm":
-        names = [*(slices.name(i) for i in range(1, slices.n + 1)), *(waves.merge_name(slices, w) for w in waves.every(slices))]
+        names = [
+            *(slices.name(i) for i in range(1, slices.n + 1)),
+            *(waves.merge_name(slices, w) for w in waves.every(slices))
+        ]
         queue = slurm.queue([state.jobs[-1] for name in names if (state := load_state(run, name)).jobs])
     merges = (merge_standing(run, slices, queue, wave) for wave in waves.every(slices))
     return [*(standing(run, slices, i, queue) for i in range(1, slices.n + 1)), *merges]
@@ -49,7 +53,9 @@ def refuse_unknown(run: Path, found: Sequence[Standing]) -> None:
     """Nothing is started twice, and nothing is called cancelled that runs on."""
     if unknown := [s for s in found if s.word == "unknown"]:
         names = ", ".join(s.name for s in unknown)
-        raise LaunchError(f"{run}: {names}: {unknown[0].note}, so they may be running; nothing was done: try again later")
+        raise LaunchError(
+            f"{run}: {names}: {unknown[0].note}, so they may be running; nothing was done: try again later"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,14 @@ class Start:
 
 
 def not_begun(found: Sequence[Standing], first: int = 1, *, anew: bool = False) -> Start:
-    """Of a wave's slices, the first of them LORAID `first`, and its merge. `anew`: what they wait for is started again, so those
-    in the queue would wait for a job that is gone."""
+    """Of a wave's slices, the first of them LORAID `first`, and its merge. `anew`: what they wait for is
+    started again, so those in the queue would wait for a job that is gone."""
     *parts, merge = found
     lost = ("blocked", "queued") if anew else ("blocked",)
     stale = [s.job for s in parts if s.job and s.word in lost]
-    loraids = tuple(i for i, s in enumerate(parts, start=first) if s.word not in GOOD and (not s.job or s.job in stale))
+    loraids = tuple(
+        i for i, s in enumerate(parts, start=first) if s.word not in GOOD and (not s.job or s.job in stale)
+    )
     coming = merge.job and merge.word not in lost
     needed = merge.word != "none" and bool(loraids or (merge.word not in GOOD and not coming))
     old = (merge.job,) if needed and merge.job else ()
@@ -95,7 +103,7 @@ def command(run: Path, *arguments: object) -> list[str]:
     return [*HVTRAIN, "slices", *map(str, arguments)]
 
 
-# --- Slurm ------------------------------------------------------------------------------------------------------------
+# --- Slurm --------------------------------------------------------------------------------------------------
 
 
 def array_script(run: Path, slices: Slices, loraids: Sequence[int], after: Sequence[str] = ()) -> str:
@@ -129,7 +137,10 @@ def submit_all(run: Path, slices: Slices, todo: Sequence[Start]) -> list[str]:
     for number, start in enumerate(todo):
         if number and todo[number - 1].merge:
             start = replace(start, after=load_state(run, waves.merge_name(slices, number)).jobs[-1])
-        said += submit(run, slices, replace(start, instead_of=() if number else start.instead_of)) if start else []
+        said += (
+            submit(run, slices, replace(start, instead_of=() if number else start.instead_of))
+            if start else []
+        )
     return said
 
 
@@ -148,15 +159,18 @@ def submit(run: Path, slices: Slices, start: Start) -> list[str]:
     if start.merge:
         merge = slurm.submit(merge_script(run, slices, after, start.wave))
         note_submitted(run, name, merge)
-        said.append(f"job {merge}: {name}, {'when all have finished' if after else 'at once: all slices are done'}")
+        said.append(
+            f"job {merge}: {name}, {'when all have finished' if after else 'at once: all slices are done'}"
+        )
     return said
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
+# --- this machine -------------------------------------------------------------------------------------------
 
 
 def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
-    """Wave by wave: slices, `at_once` of them at a time, then the merge. Ctrl-C and SIGTERM ask them to save. The exit code."""
+    """Wave by wave: slices, `at_once` of them at a time, then the merge. Ctrl-C and SIGTERM ask
+    them to save. The exit code."""
     for wave in waves.every(slices):
         own = [i for i in loraids if i in waves.members(slices, wave)]
         if wave < slices.waves and not own and standings(run, slices)[slices.n + wave - 1].word in GOOD:
@@ -191,14 +205,18 @@ def _wave_here(run: Path, slices: Slices, loraids: Sequence[int], wave: int) -> 
         words = [s.word for s in standings(run, slices)[: waves.members(slices, wave)[-1]]]
         if stopped or asked or any(word not in GOOD for word in words):
             done = sum(word in GOOD for word in words)
-            print(f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True)
+            print(
+                f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True
+            )
             return 1 if "failed" in words else REQUEUE
         return _merge_here(run, slices, wave, asked) if slices.merge else 0
 
 
 def _merge_here(run: Path, slices: Slices, wave: int, asked: list[int]) -> int:
     env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(slices.gpus)} if slices.gpus else {})}
-    process = subprocess.Popen(command(run, "merge", run, *_which(slices, wave)), env=env, start_new_session=True)
+    process = subprocess.Popen(
+        command(run, "merge", run, *_which(slices, wave)), env=env, start_new_session=True
+    )
     while process.poll() is None:
         if asked:
             asked.clear()
@@ -221,7 +239,7 @@ def _ending(code: int) -> str:
     return {0: "done", REQUEUE: "stopped, saved"}.get(code, f"failed (exit code {code})")
 
 
-# --- inside a job -----------------------------------------------------------------------------------------------------
+# --- inside a job -------------------------------------------------------------------------------------------
 
 
 def run_one(run: Path, slices: Slices, loraid: int) -> int:
@@ -229,13 +247,17 @@ def run_one(run: Path, slices: Slices, loraid: int) -> int:
     name, inside = slices.name(loraid), slices.backend == "slurm"
     writes = not inside or os.environ.get("SLURM_NODEID", "0") == "0"
     if writes:
-        note_start(run, name, f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else job_of(os.getpid()))
+        note_start(
+            run, name, f"{os.environ['SLURM_ARRAY_JOB_ID']}_{loraid}" if inside else job_of(os.getpid())
+        )
         set_damaged_aside(run, slices, loraid)
     code = 1
     try:
         topology = slurm.topology(slices.nproc) if inside else processes.Topology(nproc=slices.nproc)
         # In a Slurm job all nodes start again together: its script sees to that.
-        code = processes.launch(train_arguments(run, slices, loraid), topology, max_restarts=0 if inside else slices.max_restarts)
+        code = processes.launch(
+            train_arguments(run, slices, loraid), topology, max_restarts=0 if inside else slices.max_restarts
+        )
     finally:
         if writes:
             note_end(run, name, code)
@@ -285,4 +307,6 @@ def _ask_to_end(job: str) -> None:
     except ProcessLookupError:
         return
     except PermissionError:
-        raise LaunchError(f"process {pid} belongs to another user; who started the slices must cancel them") from None
+        raise LaunchError(
+            f"process {pid} belongs to another user; who started the slices must cancel them"
+        ) from None

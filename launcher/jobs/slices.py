@@ -1,4 +1,5 @@
-"""The jobs of a sliced training, as files: what is to be run, what was submitted, how it ended. Any login node can read them.
+"""The jobs of a sliced training, as files: what is to be run, what was submitted, how it
+ended. Any login node can read them.
 
     RUN/slices.json     the plan, the base config, data per slice, resources
     RUN/01, RUN/02 ...  the slices' own training runs
@@ -50,7 +51,8 @@ class Slices:
     gpus: tuple[str, ...] = ()  # local: handed out to slices
     merge: tuple[str, ...] = ()  # arguments of `hvtrain merge`; empty: no merge
     max_restarts: int = RESTARTS  # of a slice's processes, when one of them dies
-    silence: float = 0.0  # share of each slice's samples that are the other slices', on which its LoRA learns to do nothing
+    # share of each slice's samples that are the other slices', on which its LoRA learns to do nothing
+    silence: float = 0.0
     waves: int = 1  # one after the other, each on top of the merge of those before it: waves.py
     cwd: str = ""  # where relative paths of the above count from; empty: not known (an older version's file)
 
@@ -79,7 +81,9 @@ def load_slices(run: str | Path) -> Slices:
         build(Slices, raw, where=FILE)  # the type of each value
         return Slices(**values)
     except OSError as error:
-        raise LaunchError(f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it") from None
+        raise LaunchError(
+            f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it"
+        ) from None
     except (ConfigError, ValueError, TypeError, AttributeError) as error:
         raise LaunchError(f"{path}: damaged ({error})") from None
 
@@ -102,7 +106,9 @@ def load_state(run: Path, name: str) -> JobState:
     except FileNotFoundError:
         return JobState()
     except (OSError, ValueError, TypeError) as error:
-        raise LaunchError(f"{path}: cannot be read ({error}); remove it once you know that {name} is not running") from None
+        raise LaunchError(
+            f"{path}: cannot be read ({error}); remove it once you know that {name} is not running"
+        ) from None
 
 
 def save_state(run: Path, name: str, state: JobState) -> None:
@@ -121,15 +127,16 @@ def cancelled(run: Path) -> dict[str, str]:
 
 
 def mark_cancelled(run: Path, jobs: Mapping[str, str]) -> None:
-    """Remember the wish: name -> the attempt that it ended, "" if there had been none. In a file of its own, since the jobs
-    write their states meanwhile; a later attempt is another job, which no mark touches."""
+    """Remember the wish: name -> the attempt that it ended, "" if there had been none. In a file of its own,
+    since the jobs write their states meanwhile; a later attempt is another job, which no mark touches."""
     if jobs:
         _write(run / "state" / "cancelled.json", {**cancelled(run), **jobs})
 
 
 @contextmanager
 def only_one(run: Path) -> Iterator[None]:
-    """Nobody else starts jobs of this run meanwhile. The kernel takes the lock back when its holder ends, in whatever way."""
+    """Nobody else starts jobs of this run meanwhile. The kernel takes the lock back when its
+    holder ends, in whatever way."""
     path = run / "state" / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -137,11 +144,15 @@ def only_one(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LaunchError(
-                f"{run}: its slices are being started already, by process {starter(run).partition(':')[0] or 'unknown'}; "
-                f"`hvtrain slices status {run}` shows them, `hvtrain slices cancel {run}` stops them"
+                f"{run}: its slices are being started already, by process "
+                f"{starter(run).partition(':')[0] or 'unknown'}; `hvtrain slices status {run}` shows them, "
+                f"`hvtrain slices cancel {run}` stops them"
             ) from None
         except OSError as error:
-            print(f"warning: {path}: this file system has no locks ({error.strerror}): start {run} once only", file=sys.stderr)
+            print(
+                f"warning: {path}: this file system has no locks ({error.strerror}): start {run} once only",
+                file=sys.stderr
+            )
         file.truncate(0)
         file.write(job_of(os.getpid()))
         file.flush()
@@ -168,17 +179,23 @@ def plan_size(path: str) -> int:
             raise ConfigError(f"--plan {path}: format {raw['format']!r}, expected {PLAN_FORMAT!r}")
         return int(raw["n"])
     except OSError as error:
-        raise ConfigError(f"--plan {path}: cannot be read ({error.strerror}); `hvtrain slices plan` writes one") from None
+        raise ConfigError(
+            f"--plan {path}: cannot be read ({error.strerror}); `hvtrain slices plan` writes one"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--plan {path}: not a slice plan ({error})") from None
 
 
 def data_of(path: str, n: int | None) -> tuple[str, ...]:
-    """Each slice's shard set: the parts of `hvtrain shards split`, or one set for all. `n`: slices; None: as many as parts."""
+    """Each slice's shard set: the parts of `hvtrain shards split`, or one set for all. `n`:
+    slices; None: as many as parts."""
     folder = Path(path)
     if (folder / "manifest.json").is_file() or "://" in path:
         if n is None:
-            raise ConfigError(f"--data {path}: one shard set; without --plan every part of `hvtrain shards split` is a slice")
+            raise ConfigError(
+                f"--data {path}: one shard set; without --plan every part of `hvtrain shards split` is a "
+                "slice"
+            )
         return (path,) * n
     if not folder.is_dir():
         raise ConfigError(f"--data {path}: no such directory")
@@ -187,7 +204,8 @@ def data_of(path: str, n: int | None) -> tuple[str, ...]:
     if [int(p.name) for p in parts] != list(range(1, n + 1)):
         found = ", ".join(p.name for p in parts) or "none"
         raise ConfigError(
-            f"--data {path}: {n} slices need the parts 01 to {n:02d} (`hvtrain shards split --n {n}`) or one shard set; "
+            f"--data {path}: {n} slices need the parts 01 to {n:02d} (`hvtrain shards split --n {n}`) or one "
+            "shard set; "
             f"found {found}"
         )
     return tuple(str(p.resolve()) for p in parts)
@@ -197,11 +215,15 @@ def train_arguments(run: Path, slices: Slices, loraid: int) -> list[str]:
     """Of `hvtrain train` for one slice. The slice's own keys come last, so they win."""
     name = slices.name(loraid)
     slot = {
-        "adapter.type": "loraid", "adapter.plan": slices.plan, "adapter.loraid": loraid, "adapter.blocks_per_loraid": None,
+        "adapter.type": "loraid", "adapter.plan": slices.plan, "adapter.loraid": loraid,
+        "adapter.blocks_per_loraid": None,
     }
     own = {
         **(slot if slices.plan else {}),
-        **({"adapter.base_lora": [{"path": str(under)}]} if (under := waves.under(run, slices, loraid)) else {}),
+        **(
+            {"adapter.base_lora": [{"path": str(under)}]}
+            if (under := waves.under(run, slices, loraid)) else {}
+        ),
         **_data_keys(slices, loraid), "run.output_dir": str(run / name), "run.name": f"slice-{name}",
     }
     return [
@@ -225,7 +247,8 @@ def result(run: Path, slices: Slices, loraid: int) -> Path:
 
 
 def amiss(path: Path) -> str:
-    """What is wrong with a safetensors file, by its header and its size; its values are not read. "": nothing."""
+    """What is wrong with a safetensors file, by its header and its size; its
+    values are not read. "": nothing."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -47,16 +47,19 @@ class BatchJob:
 
 
 def render(job: BatchJob, site: Site) -> str:
-    """The sbatch script. A placeholder without a value is a bug, not an empty line. Raises LaunchError for a value that
-    cannot be an option of sbatch."""
+    """The sbatch script. A placeholder without a value is a bug, not an empty line. Raises LaunchError for a
+    value that cannot be an option of sbatch."""
     values = {
-        "name": quoted("--job-name", job.name), "nodes": str(job.resources.nodes), "log": quoted("--output", job.log),
-        "grace": str(site.grace_s), "max_restarts": str(job.resources.max_restarts),
-        "folder": shlex.quote(str(job.folder)), "options": "\n".join(f"#SBATCH {o}" for o in _options(job, site)),
+        "name": quoted("--job-name", job.name), "nodes": str(job.resources.nodes),
+        "log": quoted("--output", job.log), "grace": str(site.grace_s),
+        "max_restarts": str(job.resources.max_restarts), "folder": shlex.quote(str(job.folder)),
+        "options": "\n".join(f"#SBATCH {o}" for o in _options(job, site)),
         "setup": "\n".join([*(f"module load {shlex.join(m.split())}" for m in site.modules), *site.setup]),
         "environment": "\n".join(f"export {_export(item)}" for item in site.environment),
         "srun": f"--cpus-per-task={n}" if (n := _cpus(job, site)) else "",
-        "command": " ".join([*([site.prefix] if site.prefix else []), _hvtrain(site), *map(shlex.quote, job.command)]),
+        "command": " ".join(
+            [*([site.prefix] if site.prefix else []), _hvtrain(site), *map(shlex.quote, job.command)]
+        ),
         "array": job.array,
     }
     path = TEMPLATES / f"{job.template}.sbatch"
@@ -66,12 +69,15 @@ def render(job: BatchJob, site: Site) -> str:
 
 
 def quoted(option: str, value: str) -> str:
-    """A value as sbatch reads it in an #SBATCH line: bare, or in double quotes, where a backslash takes the next sign as it is.
+    """A value as sbatch reads it in an #SBATCH line: bare, or in double quotes, where a
+    backslash takes the next sign as it is.
 
     A line break would end the line, and what follows it would be run by the shell of the node.
     """
     if re.search(r"[\x00-\x1f\x7f]", value):
-        raise LaunchError(f"{option} {value!r}: has a line break or control character, which no Slurm option can hold")
+        raise LaunchError(
+            f"{option} {value!r}: has a line break or control character, which no Slurm option can hold"
+        )
     if re.fullmatch(r"[\w.,:/%+@=-]+", value, re.ASCII):
         return value
     return '"' + re.sub(r'["\\]', r"\\\g<0>", value) + '"'
@@ -80,7 +86,10 @@ def quoted(option: str, value: str) -> str:
 def literal(path: Path | str) -> str:
     """A path as a pattern of Slurm's that means this path and nothing else."""
     if "\\" in str(path):
-        raise LaunchError(f"{path}: a backslash in a log's path stops Slurm from filling in job numbers; choose another name")
+        raise LaunchError(
+            f"{path}: a backslash in a log's path stops Slurm from filling in job numbers; choose another "
+            "name"
+        )
     return str(path).replace("%", "%%")
 
 
@@ -88,9 +97,10 @@ def _options(job: BatchJob, site: Site) -> list[str]:
     """sbatch options that the site or the job sets."""
     check_time("--time", job.resources.time)
     found = {
-        "--partition": site.partition, "--account": site.account, "--qos": site.qos, "--constraint": site.constraint,
-        "--time": job.resources.time or site.time, "--mem": site.mem,
-        "--cpus-per-task": str(_cpus(job, site) or ""), "--dependency": "afterok:" + ":".join(job.after) if job.after else "",
+        "--partition": site.partition, "--account": site.account, "--qos": site.qos,
+        "--constraint": site.constraint, "--time": job.resources.time or site.time, "--mem": site.mem,
+        "--cpus-per-task": str(_cpus(job, site) or ""),
+        "--dependency": "afterok:" + ":".join(job.after) if job.after else "",
     }
     if job.resources.gpus and site.gpus:
         n = str(job.resources.nproc)
@@ -139,7 +149,10 @@ def _job_id(done: subprocess.CompletedProcess) -> str:
         if re.search("timed out|Zero Bytes", said):
             hint = f"; {_PERHAPS}"
         elif re.search("generic resource|node configuration is not available", said):
-            hint = "; GPUs and cores are asked for as the site file says: gpus, gres, cpus_per_process (docs/slurm.md)"
+            hint = (
+                "; GPUs and cores are asked for as the site file says: gpus, gres, cpus_per_process "
+                "(docs/slurm.md)"
+            )
         raise LaunchError(f"sbatch refused the job: {said}{hint}")
     found = re.search(r"^(\d+)(;\S+)?$", done.stdout, re.MULTILINE)
     if not found:
@@ -149,29 +162,36 @@ def _job_id(done: subprocess.CompletedProcess) -> str:
 
 @dataclass(frozen=True)
 class Queue:
-    """What Slurm says of jobs. A job that it has forgotten has no state; `silent`: why Slurm said nothing at all, and then
-    any job may still be running."""
+    """What Slurm says of jobs. A job that it has forgotten has no state; `silent`: why Slurm said nothing at
+    all, and then any job may still be running."""
 
-    states: Mapping[str, str] = field(default_factory=dict)  # job or array task (12_3) -> "RUNNING", "PENDING (Priority)"
+    # job or array task (12_3) -> "RUNNING", "PENDING (Priority)"
+    states: Mapping[str, str] = field(default_factory=dict)
     silent: str = ""
 
 
 def queue(ids: Sequence[str]) -> Queue:
-    """Of these jobs and array tasks, and of the other tasks of their arrays. One question, so that the wait is bounded."""
+    """Of these jobs and array tasks, and of the other tasks of their arrays. One question,
+    so that the wait is bounded."""
     if not ids:
         return Queue()
     roots = sorted({i.split("_")[0] for i in ids})
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(roots)}", "--format=%i|%T|%r"]
+    command = [
+        "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(roots)}", "--format=%i|%T|%r"
+    ]
     try:
         done = _ask(command, ANSWER_S)
     except LaunchError:
         return Queue(silent="squeue is not installed here")
     except subprocess.TimeoutExpired:
         return Queue(silent=f"squeue took more than {ANSWER_S} s")
-    if done.returncode and "Invalid job id" not in done.stderr:  # so it says of a single job that it has forgotten
+    # so it says of a single job that it has forgotten
+    if done.returncode and "Invalid job id" not in done.stderr:
         return Queue(silent=_line(done.stderr) or f"squeue ended with {done.returncode}")
     rows = [line.strip().split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2]
-    return Queue({name: f"{state} ({reason})" if state == "PENDING" else state for name, state, reason in rows})
+    return Queue(
+        {name: f"{state} ({reason})" if state == "PENDING" else state for name, state, reason in rows}
+    )
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -181,13 +201,21 @@ def cancel(ids: Sequence[str]) -> None:
     try:
         done = _ask(["scancel", *ids], ANSWER_S)
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"scancel did not answer in {ANSWER_S} s; jobs may be running still: {' '.join(ids)}") from None
-    wrong = [line for line in done.stderr.splitlines() if not re.search("Invalid job id|already complet", line)]
+        raise LaunchError(
+            f"scancel did not answer in {ANSWER_S} s; jobs may be running still: {' '.join(ids)}"
+        ) from None
+    wrong = [
+        line for line in done.stderr.splitlines() if not re.search("Invalid job id|already complet", line)
+    ]
     if done.returncode and (wrong or not done.stderr.strip()):
-        raise LaunchError(f"scancel: {_line(' '.join(wrong)) or 'failed'}; jobs may be running still: {' '.join(ids)}")
+        raise LaunchError(
+            f"scancel: {_line(' '.join(wrong)) or 'failed'}; jobs may be running still: {' '.join(ids)}"
+        )
 
 
-def _ask(command: Sequence[str], wait_s: float | None, text: str | None = None) -> subprocess.CompletedProcess:
+def _ask(
+    command: Sequence[str], wait_s: float | None, text: str | None = None
+) -> subprocess.CompletedProcess:
     _need(command[0])
     # Its own session, so that a wrapper script ends together with what it started.
     with subprocess.Popen(
@@ -222,4 +250,7 @@ def topology(nproc: int) -> Topology:
 
 def _need(program: str) -> None:
     if shutil.which(program) is None:
-        raise LaunchError(f"{program} is not installed here: run this on a login node of the Slurm cluster, or use --dry-run")
+        raise LaunchError(
+            f"{program} is not installed here: run this on a login node of the Slurm cluster, or use "
+            "--dry-run"
+        )

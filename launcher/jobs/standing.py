@@ -16,7 +16,8 @@ from launcher.jobs.slurm import Queue
 # Slurm's words for jobs that wait, and for jobs that have ended. One with any other word is running.
 QUEUED = ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 ENDED = (
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
 )
 
 
@@ -25,7 +26,8 @@ class Standing:
     """One line of `hvtrain slices status`."""
 
     name: str
-    word: str  # waiting, queued, running, preempted, blocked, failed, cancelled, unknown, done; none: no merge wanted
+    # waiting, queued, running, preempted, blocked, failed, cancelled, unknown, done; none: no merge wanted
+    word: str
     step: int = 0
     steps: int = 0
     loss: float | None = None
@@ -64,14 +66,19 @@ def _of_job(run: Path, name: str, state: JobState, queue: Queue, wrong: str) -> 
     """By the newest attempt; `wrong`: what its result lacks."""
     job = state.jobs[-1] if state.jobs else ""
     local = ":" in job
-    if job and not local and queue.silent and state.code not in (0, USER_ERROR):  # after another code its script may start again
+    # after another code its script may start again
+    if job and not local and queue.silent and state.code not in (0, USER_ERROR):
         return Standing(name, "unknown", note=f"the scheduler does not answer: {queue.silent}")
     said = ("RUNNING" if alive(job) else "") if local else _said(queue, job, state)
     word = said.split(" ")[0]
     if "DependencyNeverSatisfied" in said:
-        return Standing(name, "blocked", note=f"job {job} waits for jobs that failed; `hvtrain slices retry`", job=job)
+        return Standing(
+            name, "blocked", note=f"job {job} waits for jobs that failed; `hvtrain slices retry`", job=job
+        )
     if word in QUEUED:
-        return Standing(name, "preempted" if state.code == REQUEUE else "queued", note=f"job {job} {said}", job=job)
+        return Standing(
+            name, "preempted" if state.code == REQUEUE else "queued", note=f"job {job} {said}", job=job
+        )
     if word and word not in ENDED:
         return Standing(name, "running", note=f"job {job}", job=job)
     saved = "saved; `hvtrain slices retry` goes on" if state.code == REQUEUE else ""
@@ -84,7 +91,9 @@ def _of_job(run: Path, name: str, state: JobState, queue: Queue, wrong: str) -> 
     if state.code == 0:
         return Standing(name, "failed", note=f"{wrong}; `hvtrain slices retry` makes it again")
     if state.code is None and not said and state.started is None:
-        return Standing(name, "failed", note=f"job {job}: gone from the queue before it began; cancelled by hand?")
+        return Standing(
+            name, "failed", note=f"job {job}: gone from the queue before it began; cancelled by hand?"
+        )
     if state.code is not None:
         why = f"exit code {state.code}"
     elif said:
@@ -121,7 +130,11 @@ def _steps(folder: Path) -> int:
     import yaml
 
     try:
-        return int((yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}).get("run", {}).get("steps") or 0)
+        return int(
+            (
+                yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+            ).get("run", {}).get("steps") or 0
+        )
     except (OSError, ValueError, yaml.YAMLError):
         return 0
 

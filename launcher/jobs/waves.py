@@ -1,6 +1,6 @@
-"""Slices in waves: those of a later one are trained on top of the merge of all before it, which a merge of its own makes.
+"""Slices in waves: a later one is trained on top of the merge of all before it, which has a job of its own.
 
-    RUN/merge/wave-1.safetensors    what wave 2 is trained on, by the job merge-1; the last wave's merge is the run's
+    RUN/merge/wave-1.safetensors    what wave 2 is trained on, by the job merge-1; the last merge is the run's
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def under(run: Path, slices: Slices, loraid: int) -> Path | None:
 def loras(run: Path, slices: Slices, wave: int) -> list[str]:
     """What goes into a wave's merge: what the waves before have become, and its own slices."""
     before = [str(merged(run, wave - 1))] if wave > 1 else []
-    return [word for one in (*before, *(str(run / slices.name(i)) for i in members(slices, wave))) for word in ("--lora", one)]
+    return [
+        word for one in (*before, *(str(run / slices.name(i)) for i in members(slices, wave)))
+        for word in ("--lora", one)
+    ]
 
 
 def merge_arguments(run: Path, slices: Slices, wave: int) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 
 SPEC = find("hunyuan-video")
 TINY = SPEC.flavors["tiny"].arch
-ARCH = replace(TINY, hidden_size=48, heads_num=2, double=2, single=2, rope_dims=(8, 8, 8), text_dim=20, pooled_dim=12)
+ARCH = replace(
+    TINY, hidden_size=48, heads_num=2, double=2, single=2, rope_dims=(8, 8, 8), text_dim=20, pooled_dim=12
+)
 
 
 def build(seed: int = 0) -> DiT:
@@ -51,7 +53,8 @@ def an_input() -> HunyuanInput:
         t=torch.tensor([900.0, 300.0]),
         cond={
             "text": torch.randn(2, 5, ARCH.text_dim, generator=draw),
-            "pooled": torch.randn(2, ARCH.pooled_dim, generator=draw), "guidance": torch.tensor([6000.0, 1000.0]),
+            "pooled": torch.randn(2, ARCH.pooled_dim, generator=draw),
+            "guidance": torch.tensor([6000.0, 1000.0]),
         },
         lengths={"text": (5, 3)},
     )

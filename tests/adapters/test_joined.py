@@ -1,4 +1,5 @@
-"""A LoRA's layer in one buffer: values and gradients of the formula, no passes besides, no product computed for nothing."""
+"""A LoRA's layer in one buffer: values and gradients of the formula, no passes besides, no
+product computed for nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from tests.adapters.models import SPEC, adapted, an_input, build
 IN, OUT, RANK = 24, 64, 4
 
 
-def layer(*, bias: bool = True, quantized: bool = False, dtype: torch.dtype = torch.float32, **how) -> LoraLinear:
+def layer(
+    *, bias: bool = True, quantized: bool = False, dtype: torch.dtype = torch.float32, **how
+) -> LoraLinear:
     torch.manual_seed(0)
     base = nn.Linear(IN, OUT, bias=bias).to(dtype)
     if quantized:
@@ -32,14 +35,18 @@ def layer(*, bias: bool = True, quantized: bool = False, dtype: torch.dtype = to
     model.fc = base
     options = {n: how.pop(n) for n in ("dropout", "rows") if n in how}
     rows = {"fc": options["rows"]} if "rows" in options else None
-    inject(model, ["fc"], rank=RANK, alpha=2.0, dropout=options.get("dropout", 0.0), rows=rows, how=How(**how))
+    inject(
+        model, ["fc"], rank=RANK, alpha=2.0, dropout=options.get("dropout", 0.0), rows=rows, how=How(**how)
+    )
     nn.init.normal_(model.fc.lora_up.weight)
     return model.fc.train()
 
 
 def formula(own: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     weight = dequantize(own.weight, own.scale_weight, x.dtype)
-    found = F.linear(x, weight, own.bias) + F.linear(F.linear(x, own.lora_down.weight), own.lora_up.weight) * 0.5
+    found = F.linear(x, weight, own.bias) + F.linear(
+        F.linear(x, own.lora_down.weight), own.lora_up.weight
+    ) * 0.5
     if own.taken:
         found = found - F.linear(F.linear(x, own.start_down), own.start_up) * 0.5
     return found
@@ -53,7 +60,8 @@ def run(function, own: LoraLinear, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (2, 3, 5)])
 @pytest.mark.parametrize(
-    "kind", [{}, {"bias": False}, {"quantized": True}, {"start": "pissa"}], ids=["plain", "no bias", "fp8", "taken"]
+    "kind", [{}, {"bias": False}, {"quantized": True}, {"start": "pissa"}],
+    ids=["plain", "no bias", "fp8", "taken"]
 )
 def test_values_and_gradients_are_the_formula_s(kind, shape):
     own, x = layer(**kind), torch.randn(*shape, IN)
@@ -87,7 +95,9 @@ def test_rows_and_a_base_that_is_narrower_go_the_old_way():
 def test_under_autocast_it_is_as_near_as_two_passes(monkeypatch):
     own, x = layer(dtype=torch.bfloat16), torch.randn(2, 50, IN)
     wide = own.weight.float()
-    true = F.linear(x, wide, own.bias.float()) + F.linear(F.linear(x, own.lora_down.weight), own.lora_up.weight) * 0.5
+    true = F.linear(x, wide, own.bias.float()) + F.linear(
+        F.linear(x, own.lora_down.weight), own.lora_up.weight
+    ) * 0.5
     errors = []
     for joined in (LoraLinear.joined, lambda self, x, scale: None):
         monkeypatch.setattr(LoraLinear, "joined", joined)
@@ -99,7 +109,8 @@ def test_under_autocast_it_is_as_near_as_two_passes(monkeypatch):
 
 
 class Calls(TorchDispatchMode):
-    """Operators whose result has so many columns, and how many products a base layer's weight takes part in."""
+    """Operators whose result has so many columns, and how many products a base
+    layer's weight takes part in."""
 
     def __init__(self, columns: int = OUT) -> None:
         super().__init__()
@@ -107,7 +118,10 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        own = not func.is_view and isinstance(out, torch.Tensor) and out.ndim > 1 and out.shape[-1] == self.columns
+        own = (
+            not func.is_view and isinstance(out, torch.Tensor) and out.ndim > 1
+            and out.shape[-1] == self.columns
+        )
         if own and out.shape[-2] > RANK:
             self.wide.append(str(func))
         self.onto += func is torch.ops.aten.addmm_.default
@@ -130,7 +144,8 @@ def test_operations_are_counted():
 
 @pytest.mark.parametrize("policy", ["full", "selective", "offload"])
 def test_the_last_product_of_a_block_is_not_computed_again(policy):
-    """Of the image's stream in a double block, of the only stream in a single one; gradients are those without recomputation."""
+    """Of the image's stream in a double block, of the only stream in a single one; gradients are
+    those without recomputation."""
     inp = an_input()
     inp = replace(inp, lengths={"text": (5, 5)})  # one call of attention, whatever the policy
 
@@ -141,7 +156,9 @@ def test_the_last_product_of_a_block_is_not_computed_again(policy):
             loss = model(inp).square().mean()
         with Calls() as backward:
             loss.backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, forward.onto, backward.onto
+        return (
+            {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, forward.onto, backward.onto
+        )
 
     wanted, once, none = gradients("none")
     found, forward, again = gradients(policy)

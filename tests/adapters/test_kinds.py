@@ -1,4 +1,5 @@
-"""What is asked of every adapter: its size, that merged it is what it was beside the layer, its file, its slices."""
+"""What is asked of every adapter: its size, that merged it is what it was beside the
+layer, its file, its slices."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def linear() -> nn.Sequential:
 
 def trained(model: nn.Module, kind: str, targets=("0",), **options) -> nn.Module:
     """As after training: nothing is as it began."""
-    inject(model, list(targets), **{"kind": ADAPTERS[kind], "rank": RANK, "alpha": ALPHA, "seed": 4, **options})
+    inject(
+        model, list(targets), **{"kind": ADAPTERS[kind], "rank": RANK, "alpha": ALPHA, "seed": 4, **options}
+    )
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in adapted_layers(model):
@@ -103,7 +106,9 @@ def test_size_start_and_gradients(kind):
 @pytest.mark.parametrize("kind", COUNT)
 def test_merged_is_what_it_was_beside_the_layer(kind, rows, tmp_path):
     if kind == "lokr" and rows:
-        with pytest.raises(ConfigError, match="'0', a slice of some rows, of a LoKr: some rows of a Kronecker product are no"):
+        with pytest.raises(
+            ConfigError, match="'0', a slice of some rows, of a LoKr: some rows of a Kronecker product are no"
+        ):
             trained(linear(), kind, rows={"0": rows})
         return
     model = trained(linear(), kind, rows={"0": rows} if rows else None)
@@ -128,9 +133,15 @@ def test_merged_is_what_it_was_beside_the_layer(kind, rows, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha"])
 def test_slices_of_a_layer_are_disjoint(kind, tmp_path):
-    """Two that own its halves: merged one after the other, in either order or at once, bit for bit the same."""
-    halves = [trained(linear(), kind, rows={"0": rows}, seed=i) for i, rows in enumerate(((0, 10), (10, OUT)))]
-    files = [read_lora(save(tmp_path, m, f"{i}.safetensors"), {"0": (OUT, IN)}, decomposed=True) for i, m in enumerate(halves)]
+    """Two that own its halves: merged one after the other, in either order or at
+    once, bit for bit the same."""
+    halves = [
+        trained(linear(), kind, rows={"0": rows}, seed=i) for i, rows in enumerate(((0, 10), (10, OUT)))
+    ]
+    files = [
+        read_lora(save(tmp_path, m, f"{i}.safetensors"), {"0": (OUT, IN)}, decomposed=True) for i,
+        m in enumerate(halves)
+    ]
     results = []
     for order in ([0, 1], [1, 0]):
         merged = linear()
@@ -156,7 +167,8 @@ def test_files_keep_every_value_and_start_a_run(kind, tmp_path):
             assert torch.equal(held.parts[part].flatten(), own.flatten())
     assert ADAPTERS[kind].LABEL in (file.summary() if kind != "lora" else "LoRA")
     again = build()
-    inject(again, SPEC.lora_targets(again), kind=ADAPTERS[kind], rank=RANK, alpha=6.0)  # another alpha is folded in
+    # another alpha is folded in
+    inject(again, SPEC.lora_targets(again), kind=ADAPTERS[kind], rank=RANK, alpha=6.0)
     start_from(again, file)
     merged = build()
     merge_all(merged, [(file, 1.0)])
@@ -174,20 +186,23 @@ def test_names_and_metadata_of_lycoris(tmp_path):
         ("lokr", {"lokr_w1": (12, 6), "lokr_w2_a": (12, 3), "lokr_w2_b": (3, 8)}, "lokr"),
     ):
         path = save(tmp_path, trained(build(), kind, SPEC.lora_targets(build())))
-        held = {n.removeprefix(f"{stem}."): tuple(t.shape) for n, t in load_file(path).items() if n.startswith(stem)}
+        held = {
+            n.removeprefix(f"{stem}."): tuple(t.shape) for n,
+            t in load_file(path).items() if n.startswith(stem)
+        }
         assert held == {**names, "alpha": ()}
         file = read_lora(path, linear_shapes(build()), spec=SPEC, decomposed=True)
         assert file.metadata["ss_network_module"] == "lycoris.kohya"
         assert json.loads(file.metadata["ss_network_args"])["algo"] == algorithm
 
 
-# --- LoKr -------------------------------------------------------------------------------------------------------------
+# --- LoKr ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, factor, found", [
-    (127, -1, (1, 127)), (128, -1, (8, 16)), (128, 2, (2, 64)), (128, 4, (4, 32)), (128, 16, (8, 16)), (250, -1, (10, 25)),
-    (250, 4, (2, 125)), (250, 8, (5, 50)), (360, 4, (4, 90)), (512, -1, (16, 32)), (1024, 16, (16, 64)), (3072, -1, (48, 64)),
-    (128, 100, (8, 16)), (1, -1, (1, 1)), (7, 7, (1, 7)),
+    (127, -1, (1, 127)), (128, -1, (8, 16)), (128, 2, (2, 64)), (128, 4, (4, 32)), (128, 16, (8, 16)),
+    (250, -1, (10, 25)), (250, 4, (2, 125)), (250, 8, (5, 50)), (360, 4, (4, 90)), (512, -1, (16, 32)),
+    (1024, 16, (16, 64)), (3072, -1, (48, 64)), (128, 100, (8, 16)), (1, -1, (1, 1)), (7, 7, (1, 7)),
 ])  # fmt: skip
 def test_sizes_of_the_two_matrices(n, factor, found):
     """LyCORIS' table."""
@@ -226,7 +241,10 @@ def test_a_lokr_with_both_matrices_decomposed_is_read_as_lycoris_means_it(tmp_pa
 
 
 def test_a_lokr_becomes_the_lora_that_it_equals(tmp_path):
-    file = read_lora(save(tmp_path, trained(build(), "lokr", SPEC.lora_targets(build()))), linear_shapes(build()), spec=SPEC)
+    file = read_lora(
+        save(tmp_path, trained(build(), "lokr", SPEC.lora_targets(build()))), linear_shapes(build()),
+        spec=SPEC
+    )
     for dialect in ("comfyui", "diffusers"):
         converted(file, SPEC, DIALECTS[dialect]).save(tmp_path / "b.safetensors")
         again = read_lora(tmp_path / "b.safetensors", linear_shapes(build()), spec=SPEC)
@@ -235,7 +253,7 @@ def test_a_lokr_becomes_the_lora_that_it_equals(tmp_path):
             torch.testing.assert_close(pair.delta(), file.pairs[name].delta(), rtol=1e-4, atol=1e-4)
 
 
-# --- DoRA -------------------------------------------------------------------------------------------------------------
+# --- DoRA ---------------------------------------------------------------------------------------------------
 
 
 def test_a_dora_learns_as_peft_s(tmp_path):
@@ -255,7 +273,9 @@ def test_a_dora_learns_as_peft_s(tmp_path):
     for one in (model, theirs):
         one(x).square().mean().backward()
     torch.testing.assert_close(parts["up"].grad, wrapped.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(parts["down"].grad, wrapped.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        parts["down"].grad, wrapped.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6
+    )
     magnitude = wrapped.lora_magnitude_vector["default"].weight.grad
     torch.testing.assert_close(parts["magnitude"].grad, magnitude, rtol=1e-4, atol=1e-6)
 
@@ -268,7 +288,10 @@ def test_peft_loads_what_a_product_s_file_holds(kind, tmp_path):
                "loha": lambda: peft.LoHaConfig(r=1, alpha=1, target_modules=["0"])}  # fmt: skip
     theirs = peft.get_peft_model(linear(), configs[kind]())
     held = load_file(save(tmp_path, model, rank=1, alpha=1.0))
-    state = {f"base_model.model.0.{name.removeprefix('lora_unet_0.')}": t for name, t in held.items() if "alpha" not in name}
+    state = {
+        f"base_model.model.0.{name.removeprefix('lora_unet_0.')}": t for name,
+        t in held.items() if "alpha" not in name
+    }
     report = peft.set_peft_model_state_dict(theirs, state)
     assert not report.unexpected_keys
     want = changed_weight(model[0]) - model[0].weight.double()
@@ -290,18 +313,25 @@ def test_a_dora_keeps_the_base_s_dtype_and_autocast_does_not_blur_its_lengths():
 
 def test_what_needs_no_weights_refuses_a_dora(tmp_path):
     path = save(tmp_path, trained(build(), "dora", SPEC.lora_targets(build())))
-    with pytest.raises(CheckpointError, match="is a DoRA: what it adds to a weight depends on the weight.*hvtrain merge --dit"):
+    with pytest.raises(
+        CheckpointError,
+        match="is a DoRA: what it adds to a weight depends on the weight.*hvtrain merge --dit"
+    ):
         read_lora(path, linear_shapes(build()), spec=SPEC)
     with pytest.raises(ValueError, match="depends on the weight"):
-        read_lora(path, linear_shapes(build()), spec=SPEC, decomposed=True).pairs["double_blocks.0.img_attn_qkv"].delta()
+        read_lora(path, linear_shapes(build()), spec=SPEC, decomposed=True).pairs[
+            "double_blocks.0.img_attn_qkv"
+        ].delta()
     held = load_file(path)
     name = next(n for n in held if n.endswith("dora_scale"))
     save_file({**held, name: held[name][:5].contiguous()}, tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"has lengths of shape \[5, 1\], expected one for each of its \d+ output rows"):
+    with pytest.raises(
+        CheckpointError, match=r"has lengths of shape \[5, 1\], expected one for each of its \d+ output rows"
+    ):
         read_lora(tmp_path / "b.safetensors", linear_shapes(build()), spec=SPEC, decomposed=True)
 
 
-# --- options of all ---------------------------------------------------------------------------------------------------
+# --- options of all -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
@@ -349,14 +379,19 @@ def test_rank_dropout_is_one_draw_for_all_samples_and_keeps_the_mean(kind):
         total = total + found.detach()
     torch.testing.assert_close(total / 1500, whole, rtol=0, atol=0.15)
     seed_dropout(model, 1, step=3)
-    parts = torch.cat([model(x[:, :1]), model(x[:, 1:])], dim=1)  # a split of the sequence over ranks drops the same
+    # a split of the sequence over ranks drops the same
+    parts = torch.cat([model(x[:, :1]), model(x[:, 1:])], dim=1)
     torch.testing.assert_close(parts, model(x))
     assert not torch.allclose(parts, whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind, options, says", [
-    ("lokr", {"dropout": 0.1}, "a LoKr has no dropout"), ("loha", {"how": How(start="svd")}, "adapter.init is svd, but a LoHa"),
-    ("dora", {"how": How(max_norm=1.0)}, "scale_weight_norms is 1.0, but of a DoRA its rows have the lengths"),
+    ("lokr", {"dropout": 0.1}, "a LoKr has no dropout"),
+    ("loha", {"how": How(start="svd")}, "adapter.init is svd, but a LoHa"),
+    (
+        "dora", {"how": How(max_norm=1.0)},
+        "scale_weight_norms is 1.0, but of a DoRA its rows have the lengths"
+    ),
     ("dora", {"how": How(start="pissa")}, "adapter.init is pissa, but of a DoRA"),
     ("lora", {"how": How(factor=4)}, "adapter.factor is 4, but it is a LoKr's"),
     ("lora", {"how": How(start="pissa", max_norm=1.0)}, "scale_weight_norms would cut it"),
@@ -371,13 +406,18 @@ def test_a_file_that_mixes_kinds_or_lacks_a_part(tmp_path):
     held = load_file(save(tmp_path, trained(linear(), "lokr", rank=1)))
     stem = "lora_unet_0"
     for bad, says in (
-        ({n: t for n, t in held.items() if not n.endswith("w2_b")}, "has no lokr_w2_b-projection: the file is incomplete"),
+        ({n: t for n, t in held.items() if not n.endswith("w2_b")}, "has no lokr_w2_b-projection: the file "
+        "is incomplete"),
         ({**held, f"{stem}.lokr_w2": torch.ones(5, 4)}, "more than make one LoKr"),
         ({**held, f"{stem}.dora_scale": torch.ones(OUT, 1)}, "is a DoRA and a LoKr at once"),
         ({**held, f"{stem}.lora_up.weight": torch.ones(OUT, 1)}, "is a LoKr and a LoRA at once"),
         ({**held, f"{stem}.lokr_t2": torch.ones(1, 1, 3, 3)}, "holds convolution LoKr weights"),
-        ({**held, f"{stem}.lokr_w2_a": torch.ones(5, 2)}, r"has lokr_w2_a and lokr_w2_b of shapes \[5, 2\] and \[1, 4\]"),
-        ({**held, f"{stem}.lokr_w1": torch.ones(3, 3)}, "adapts a layer of shape 15x12, this model's is 20x12"),
+        (
+            {**held, f"{stem}.lokr_w2_a": torch.ones(5, 2)},
+            r"has lokr_w2_a and lokr_w2_b of shapes \[5, 2\] and \[1, 4\]"
+        ),
+        ({**held, f"{stem}.lokr_w1": torch.ones(3, 3)}, "adapts a layer of shape 15x12, this model's is "
+        "20x12"),
     ):
         save_file(bad, tmp_path / "bad.safetensors")
         with pytest.raises(CheckpointError, match=says):

@@ -76,10 +76,14 @@ def test_from_a_trained_model_to_a_file_to_a_merged_one(tmp_path):
     save_lora(tmp_path / "a.safetensors", tensors, rank=3, alpha=1.5, metadata={}, architecture=SPEC.name)
     held = load_file(tmp_path / "a.safetensors")
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
-    assert {n.removeprefix(stem) for n in held if n.startswith(stem)} == {f".{part}" for part in (*PARTS, "alpha")}
+    assert {n.removeprefix(stem) for n in held if n.startswith(stem)} == {
+        f".{part}" for part in (*PARTS, "alpha")
+    }
     assert held[f"{stem}.hada_w1_a"].shape == (144, 3) and held[f"{stem}.hada_w1_b"].shape == (3, 48)
     file = read_lora(tmp_path / "a.safetensors", shapes, spec=SPEC)
-    assert (file.metadata["ss_network_module"], file.metadata["ss_network_args"]) == ("lycoris.kohya", '{"algo": "loha"}')
+    assert (file.metadata["ss_network_module"], file.metadata["ss_network_args"]) == (
+        "lycoris.kohya", '{"algo": "loha"}'
+    )
     assert file.summary().startswith("a.safetensors: LoHa, 20 layers, rank 3, alpha/rank 0.5")
     merged = build()
     merge_all(merged, [(file, 1.0)])
@@ -89,7 +93,9 @@ def test_from_a_trained_model_to_a_file_to_a_merged_one(tmp_path):
     assert (there - base).abs().max() > 0.1
     converted(file, SPEC, DIALECTS["comfyui"]).save(tmp_path / "comfy.safetensors")
     again = read_lora(tmp_path / "comfy.safetensors", shapes, spec=SPEC)
-    told = {key.removeprefix("ss_network_"): again.metadata[key] for key in again.metadata if "network" in key}
+    told = {
+        key.removeprefix("ss_network_"): again.metadata[key] for key in again.metadata if "network" in key
+    }
     assert told == {"module": "networks.lora", "dim": "9", "alpha": "4.5", "args": "{}"}
     assert not again.others and {pair.rank for pair in again.pairs.values()} == {9}  # the LoRA that it equals
     for name, pair in again.pairs.items():
@@ -124,7 +130,9 @@ def test_rows_of_a_slice():
     assert moved.tolist() == [False] * 2 + [True] * 3 + [False] * 3
     whole = whole_rows(model, {f"0.{part}": getattr(model[0], part).detach() for part in PARTS})
     parts = {part.removeprefix("0.hada_"): tensor for part, tensor in whole.items()}
-    torch.testing.assert_close(LohaLinear.pair(parts, 1.5).delta().double(), delta(model[0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        LohaLinear.pair(parts, 1.5).delta().double(), delta(model[0]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_what_a_file_must_hold(tmp_path):
@@ -137,8 +145,10 @@ def test_what_a_file_must_hold(tmp_path):
         ({n: t for n, t in held.items() if n != name}, "has no w2_a-projection: the file is incomplete"),
         ({**held, name: held[name][:, :2].contiguous()}, "not twice"),
         ({**held, name: held[name][:, 0].contiguous()}, "not twice"),
-        ({**held, name.replace("hada_w2_a", "lora_up.weight"): torch.ones(3, 3)}, "is a LoHa and a LoRA at once"),
-        ({**held, name.replace("w2_a", "t1"): torch.ones(3, 3)}, "holds convolution LoHa weights, which are not supported"),
+        ({**held, name.replace("hada_w2_a", "lora_up.weight"): torch.ones(3, 3)}, "is a LoHa and a LoRA at "
+        "once"),
+        ({**held, name.replace("w2_a", "t1"): torch.ones(3, 3)}, "holds convolution LoHa weights, which are "
+        "not supported"),
     ):
         save_file(bad, tmp_path / "bad.safetensors")
         with pytest.raises(CheckpointError, match=says):

@@ -1,4 +1,5 @@
-"""Files of each kind in the LyCORIS package itself: it finds every tensor, and computes what the adapted layer computes."""
+"""Files of each kind in the LyCORIS package itself: it finds every tensor, and computes what
+the adapted layer computes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch import nn
 from tests.adapters.test_kinds import changed_weight, linear, save, trained
 
 
-@pytest.mark.parametrize("rank", [2, 3])  # of LoKr, one with its second matrix decomposed and one with it whole
+# of LoKr, one with its second matrix decomposed and one with it whole
+@pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha"])
 def test_lycoris_computes_the_same(kind, rank, tmp_path):
     from lycoris import create_lycoris_from_weights

@@ -52,7 +52,8 @@ def test_pissa_trains_the_principal_part_and_its_file_is_a_lora_of_the_untouched
     best = (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
     up, down = layer.lora_up.weight.detach(), layer.lora_down.weight.detach()
     torch.testing.assert_close(up @ down * 0.5, best, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-4, atol=1e-5)  # the root of a singular value each
+    # the root of a singular value each
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-4, atol=1e-5)
     x = torch.randn(5, IN)
     torch.testing.assert_close(model(x), linear()(x), rtol=0, atol=1e-5)
     # the gradient is that of the residual's LoRA: W - best frozen, up and down beside it
@@ -72,7 +73,9 @@ def test_pissa_trains_the_principal_part_and_its_file_is_a_lora_of_the_untouched
     merged = linear()
     merge_all(merged, [(file, 1.0)])
     torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ConfigError, match="'0' of 12 x 20 has no 13 directions; give it a lower rank by adapter.ranks"):
+    with pytest.raises(
+        ConfigError, match="'0' of 12 x 20 has no 13 directions; give it a lower rank by adapter.ranks"
+    ):
         inject(linear(), ["0"], rank=13, how=How(start="pissa"))
 
 
@@ -84,24 +87,34 @@ def test_svd_reads_the_principal_directions_and_adds_nothing():
     assert (nn.functional.normalize(down) @ vh[:RANK].T).abs().diag().min() > 0.999
     usual = linear()
     inject(usual, ["0"], rank=RANK)
-    assert down.norm(dim=1).mean().item() == pytest.approx(usual[0].lora_down.weight.norm(dim=1).mean().item(), rel=0.3)
+    assert down.norm(dim=1).mean().item() == pytest.approx(
+        usual[0].lora_down.weight.norm(dim=1).mean().item(), rel=0.3
+    )
     assert not model[0].lora_up.weight.any()
 
 
-# --- from a file ------------------------------------------------------------------------------------------------------
+# --- from a file --------------------------------------------------------------------------------------------
 
 
 def a_lora(seed: int, size: float) -> nn.Sequential:
     model = linear()
     inject(model, ["0"], rank=RANK, alpha=1.5, seed=seed)
-    model[0].lora_up.weight.data = size * torch.randn(OUT, RANK, generator=torch.Generator().manual_seed(seed))
+    model[0].lora_up.weight.data = size * torch.randn(
+        OUT, RANK, generator=torch.Generator().manual_seed(seed)
+    )
     return model
 
 
 def test_a_merged_lora_trains_on_from_balanced_factors(tmp_path):
-    """Ranks have added up and the multipliers are in one factor; what it adds stays, both factors are of one size."""
+    """Ranks have added up and the multipliers are in one factor; what it adds stays,
+    both factors are of one size."""
     files = [saved(tmp_path, a_lora(i, size), f"{i}.safetensors") for i, size in enumerate((1.0, 50.0))]
-    pair = joined([Contribution(str(i), f.pairs["0"], m) for i, (f, m) in enumerate(zip(files, (1.0, 0.2), strict=True))])
+    pair = joined(
+        [
+            Contribution(str(i), f.pairs["0"], m) for i,
+            (f, m) in enumerate(zip(files, (1.0, 0.2), strict=True))
+        ]
+    )
     assert pair.rank == 2 * RANK and pair.up.norm() > 5 * pair.down.norm()
     merged = type(files[0])(files[0].path, {"0": pair})
     run = linear()
@@ -114,12 +127,19 @@ def test_a_merged_lora_trains_on_from_balanced_factors(tmp_path):
     assert used.sum() == 2 * RANK
     assert torch.equal(down[~used], fresh[~used])  # what is not needed begins as in a new LoRA
     ratio = up.norm(dim=0)[used] / down.norm(dim=1)[used]
-    torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0), rtol=1e-3, atol=1e-3)  # folded: alpha / rank is 1/2
+    # folded: alpha / rank is 1/2
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0), rtol=1e-3, atol=1e-3)
     small = linear()
     inject(small, ["0"], rank=4)
-    with pytest.raises(CheckpointError, match=r"'0' at rank 4 would lose [\d.]+ % of what it adds: give a higher adapter.rank"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'0' at rank 4 would lose [\d.]+ % of what it adds: give a higher adapter.rank"
+    ):
         start_from(small, merged, balance=True)
-    with pytest.raises(CheckpointError, match=r"has rank 6, this run trains rank 4: set adapter.rank=6 .or adapter.init_balance"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"has rank 6, this run trains rank 4: set adapter.rank=6 .or adapter.init_balance"
+    ):
         start_from(small, merged)
 
 
@@ -144,11 +164,13 @@ def test_a_lokr_of_another_factor_does_not_start_a_run(tmp_path):
     inject(model, ["0"], kind=ADAPTERS["lokr"], rank=1)
     file, other = saved(tmp_path, model), linear()
     inject(other, ["0"], kind=ADAPTERS["lokr"], rank=1, how=How(factor=2))
-    with pytest.raises(CheckpointError, match=r"has lokr_w1 of shape \[4, 3\], this run's is \[2, 2\]: set adapter.rank and"):
+    with pytest.raises(
+        CheckpointError, match=r"has lokr_w1 of shape \[4, 3\], this run's is \[2, 2\]: set adapter.rank and"
+    ):
         start_from(other, file)
 
 
-# --- of single layers -------------------------------------------------------------------------------------------------
+# --- of single layers ---------------------------------------------------------------------------------------
 
 
 def test_ranks_and_alphas_by_pattern(tmp_path):
@@ -163,10 +185,14 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
     assert found == [(2, 2.0, 2), (3, 12.0, 3)]
     for layer in adapted_layers(model):
         layer.lora_up.weight.data.normal_()
-    save_lora(tmp_path / "a.safetensors", whole_rows(model, tensors_of(model)), rank=4, alpha=2.0, metadata={})
+    save_lora(
+        tmp_path / "a.safetensors", whole_rows(model, tensors_of(model)), rank=4, alpha=2.0, metadata={}
+    )
     file = read_lora(tmp_path / "a.safetensors", {"0": (OUT, IN), "1": (IN, OUT)})
     assert [(pair.rank, pair.scale) for pair in file.pairs.values()] == [(2, 1.0), (3, 4.0)]
-    with pytest.raises(ConfigError, match="adapter.ranks: 'x.*' matches nothing that is trained; an example of a name: 0"):
+    with pytest.raises(
+        ConfigError, match="adapter.ranks: 'x.*' matches nothing that is trained; an example of a name: 0"
+    ):
         ranks_of(AdapterConfig(ranks={"x.*": 3}), ["0", "1"])
     with pytest.raises(ConfigError, match="adapter.alphas: no regular expression"):
         ranks_of(AdapterConfig(alphas={"(": 3}), ["0", "1"])

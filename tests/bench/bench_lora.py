@@ -1,12 +1,15 @@
-"""A LoRA's training step on a CPU beside diffusers + PEFT + plain PyTorch: seconds and peak memory, of the same weights.
+"""A LoRA's training step on a CPU beside diffusers + PEFT + plain PyTorch: seconds and
+peak memory, of the same weights.
 
-    python -m tests.bench.bench_lora [--tokens 2048 4096 8192] [--width 768] [--double 1] [--single 2] [--repeats 3]
+    python -m tests.bench.bench_lora [--tokens 2048 4096 8192] [--width 768]
+    [--double 1] [--single 2] [--repeats 3]
 
-HunyuanVideo's transformer of small depth with heads of 128, bfloat16 weights, float32 LoRA of the same rank on the same
-layers (ours has one pair for a fused q, k, v, theirs three), the blocks checkpointed, AdamW, one clip and 256 valid tokens of
-text. Each program is a process of its own with one thread; they take their steps in turn, and the fastest of each counts.
-Peak memory is what the process holds at most in its steps over what it held before it made its model. `output`: how far the
-first forward is from ours in float32, in norm. Prints a table, asserts nothing.
+HunyuanVideo's transformer of small depth with heads of 128, bfloat16 weights, float32 LoRA of the same rank
+on the same layers (ours has one pair for a fused q, k, v, theirs three), the blocks checkpointed, AdamW,
+one clip and 256 valid tokens of text. Each program is a process of its own with one thread; they take their
+steps in turn, and the fastest of each counts. Peak memory is what the process holds at most in its steps
+over what it held before it made its model. `output`: how far the first forward is from ours in float32, in
+norm. Prints a table, asserts nothing.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ class Size:
     @property
     def arch(self) -> HunyuanVideoArch:
         return replace(
-            SPEC.flavors["t2v"].arch, hidden_size=self.width, heads_num=self.width // 128, double=self.double, single=self.single,
-            text_dim=1024,
+            SPEC.flavors["t2v"].arch, hidden_size=self.width, heads_num=self.width // 128, double=self.double,
+            single=self.single, text_dim=1024,
         )
 
 
@@ -65,7 +68,10 @@ def weights(size: Size) -> dict[str, Tensor]:
     found = {}
     for name, shape in shapes.items():
         draw = torch.randn(shape, generator=generator(0, stream=name))
-        found[name] = draw / draw[0].numel() ** 0.5 if len(shape) > 1 else (1 + 0.1 * draw if "norm" in name else 0.1 * draw)
+        found[name] = (
+            draw / draw[0].numel() ** 0.5
+            if len(shape) > 1 else (1 + 0.1 * draw if "norm" in name else 0.1 * draw)
+        )
     return found
 
 
@@ -120,18 +126,20 @@ def exact(size: Size) -> Tensor:
 
 
 def their_step(size: Size, *, cast: bool = True) -> Step:
-    """diffusers' transformer and PEFT's LoRA. `cast`: under autocast with a float32 LoRA, as diffusers' own training scripts do;
-    else everything is bfloat16."""
+    """diffusers' transformer and PEFT's LoRA. `cast`: under autocast with a float32 LoRA, as diffusers' own
+    training scripts do; else everything is bfloat16."""
     from diffusers import HunyuanVideoTransformer3DModel
     from peft import LoraConfig
 
     a, inp = size.arch, an_input(size)
     model = HunyuanVideoTransformer3DModel(
-        num_attention_heads=a.heads_num, num_layers=a.double, num_single_layers=a.single, text_embed_dim=a.text_dim,
-        pooled_projection_dim=a.pooled_dim,
+        num_attention_heads=a.heads_num, num_layers=a.double, num_single_layers=a.single,
+        text_embed_dim=a.text_dim, pooled_projection_dim=a.pooled_dim,
     )
     own = weights(size)
-    model.load_state_dict({name: cut.take(own[cut.source]) for name, cut in SPEC.key_maps["diffusers"].write(own).items()})
+    model.load_state_dict(
+        {name: cut.take(own[cut.source]) for name, cut in SPEC.key_maps["diffusers"].write(own).items()}
+    )
     del own
     model.to(torch.bfloat16).requires_grad_(False)
     blocks = re.compile(r"(single_)?transformer_blocks\.(?!.*(norm|norm1|norm1_context)\.linear$)")
@@ -143,7 +151,8 @@ def their_step(size: Size, *, cast: bool = True) -> Step:
     model.enable_gradient_checkpointing()
     model.train()
     given = {
-        "hidden_states": inp.x.bfloat16(), "timestep": inp.t, "encoder_hidden_states": inp.cond["text"].bfloat16(),
+        "hidden_states": inp.x.bfloat16(), "timestep": inp.t,
+        "encoder_hidden_states": inp.cond["text"].bfloat16(),
         "encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bfloat16), "guidance": inp.cond["guidance"],
         "pooled_projections": inp.cond["pooled"].bfloat16(), "return_dict": False,
     }
@@ -161,7 +170,7 @@ PROGRAMS: dict[str, Callable[[Size], Step]] = {
 }
 
 
-# --- each program in a process of its own -----------------------------------------------------------------------------
+# --- each program in a process of its own -------------------------------------------------------------------
 
 
 def memory(key: str) -> int:
@@ -197,7 +206,9 @@ def compare(size: Size, names: list[str], *, repeats: int, reference: Path) -> d
     children = {}
     for name in names:  # one after another: none disturbs another's first step
         command = [sys.executable, "-m", "tests.bench.bench_lora", "--serve", name, told, str(reference)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert child.stdout is not None
         children[name], found[name] = child, json.loads(child.stdout.readline() or "{}")
     for _ in range(repeats):
@@ -214,20 +225,28 @@ def compare(size: Size, names: list[str], *, repeats: int, reference: Path) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--double", type=int, default=1)
     parser.add_argument("--single", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only programs whose name has one of these in it")
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], metavar="TEXT",
+        help="only programs whose name has one of these in it"
+    )
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve[0], Size(*json.loads(args.serve[1])), args.serve[2])
     torch.set_num_threads(1)
     names = [name for name in PROGRAMS if any(text in name for text in args.rows)]
-    table = Table(title=f"LoRA step, width {args.width}, {args.double} + {args.single} blocks, rank {RANK}, one thread of a CPU")
+    table = Table(
+        title=f"LoRA step, width {args.width}, {args.double} + {args.single} blocks, rank {RANK}, one thread "
+        "of a CPU"
+    )
     for column in ("tokens", "program", "s", "CPU s", "slower than the first", "peak MiB", "output"):
         table.add_column(column, justify="left" if column == "program" else "right")
     for tokens in args.tokens:
@@ -240,8 +259,8 @@ def main() -> None:
         first = found[names[0]]
         for name, row in found.items():
             table.add_row(
-                f"{tokens} + {TEXT}", name, f"{row['seconds']:.2f}", f"{row['busy']:.2f}", f"{row['busy'] / first['busy']:.2f}",
-                f"{row['peak'] / 2**20:,.0f}", f"{row['error']:.4f}",
+                f"{tokens} + {TEXT}", name, f"{row['seconds']:.2f}", f"{row['busy']:.2f}",
+                f"{row['busy'] / first['busy']:.2f}", f"{row['peak'] / 2**20:,.0f}", f"{row['error']:.4f}",
             )
     Console(width=130).print(table)
 

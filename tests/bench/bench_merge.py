@@ -2,10 +2,10 @@
 
     python -m tests.bench.bench_merge [--gb 6] [--slices 8] [--rank 32] [--folder DIR]
 
-The checkpoint has the official names and the widths of the full-size model with fewer blocks, random bfloat16. Eight LORAID
-slices (rows, interleaved), then as many LoRAs over all rows. Every figure is a run of its own process: seconds, and the peak of
-its anonymous memory (what the page cache cannot give back). The commands
-take turns, the fastest round of each counts. Prints a table, asserts nothing.
+The checkpoint has the official names and the widths of the full-size model with fewer blocks, random
+bfloat16. Eight LORAID slices (rows, interleaved), then as many LoRAs over all rows. Every figure is a run of
+its own process: seconds, and the peak of its anonymous memory (what the page cache cannot give back). The
+commands take turns, the fastest round of each counts. Prints a table, asserts nothing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def make_loras(folder: Path, model: Path, *, n: int, rank: int, sliced: bool) ->
             if sliced:
                 up[: slot.begin] = 0
                 up[slot.end :] = 0
-            pairs[slot.module] = LoraPair(torch.randn(rank, widths[slot.module], generator=g) * 0.01, up, float(rank))
+            pairs[slot.module] = LoraPair(
+                torch.randn(rank, widths[slot.module], generator=g) * 0.01, up, float(rank)
+            )
         path = folder / f"{'slice' if sliced else 'whole'}-{s.loraid}.safetensors"
         meta = lora_metadata(path, {"ss_loraid": s.loraid}, architecture=plan.model, rank=rank, alpha=rank)
         write_lora(path, pairs, metadata=meta, dtype=torch.bfloat16)
@@ -117,11 +119,15 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gb", type=float, default=6)
     parser.add_argument("--slices", type=int, default=8)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="every command this often, in turn; the fastest counts")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="every command this often, in turn; the fastest counts"
+    )
     parser.add_argument("--folder", help="where the files go (default: the system's temporary directory)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -129,12 +135,19 @@ def main() -> None:
         model, out = folder / "model.safetensors", folder / "merged.safetensors"
         make_model(model, all_specs()[0], args.gb)
         loras = {
-            sliced: make_loras(folder / "loras", model, n=args.slices, rank=args.rank, sliced=sliced) for sliced in (True, False)
+            sliced: make_loras(folder / "loras", model, n=args.slices, rank=args.rank, sliced=sliced)
+            for sliced in (True, False)
         }
         os.sync()
-        print(f"{model.stat().st_size / 1e9:.2f} GB, {args.slices} LoRAs of rank {args.rank}, {os.cpu_count()} cores")
+        print(
+            f"{model.stat().st_size / 1e9:.2f} GB, {args.slices} LoRAs of rank {args.rank}, {os.cpu_count()} "
+            "cores"
+        )
         merge = [sys.executable, "-m", "launcher.cli", "merge", "--dit", str(model), "--output", str(out)]
-        runs = [("cp", ["cp", str(model), str(out)]), ("cp, then sync", ["sh", "-c", f"cp {model} {out} && sync {out}"])]
+        runs = [
+            ("cp", ["cp", str(model), str(out)]),
+            ("cp, then sync", ["sh", "-c", f"cp {model} {out} && sync {out}"])
+        ]
         for sliced, policy in ((True, "error"), (False, "sum"), (False, "average")):
             given = [part for path in loras[sliced] for part in ("--lora", str(path))]
             label = f"{args.slices} slices" if sliced else f"{args.slices} overlapping, {policy}"

@@ -1,13 +1,14 @@
 """How fast shards are read and written, beside cat, tar, GET, webdataset and one safetensors file per sample.
 
-    python -m tests.bench.bench_shards [--samples 240] [--folder DIR] [--repeat 5] [--only reading|url|writing]
+    python -m tests.bench.bench_shards [--samples 240] [--folder DIR] [--repeat 5] [--only
+    reading|url|writing]
 
-URLs are those of a server on this machine (tests/bench/serve.py; fsspec needs the package aiohttp): at once, and with 20 ms
-for each request as object storage has them.
+URLs are those of a server on this machine (tests/bench/serve.py; fsspec needs the package aiohttp): at once,
+and with 20 ms for each request as object storage has them.
 
-One run, page cache warm; every figure is the best of --repeat passes over all samples. Samples have the size of 544x960x33
-latents in bfloat16 plus 256 LLaMA embeddings. A training run keeps its set
-open, so the passes of "hvtrain" do; "opened anew" also maps the pages and compares checksums. Prints a table, asserts nothing.
+One run, page cache warm; every figure is the best of --repeat passes over all samples. Samples have the size
+of 544x960x33 latents in bfloat16 plus 256 LLaMA embeddings. A training run keeps its set open, so the passes
+of "hvtrain" do; "opened anew" also maps the pages and compares checksums. Prints a table, asserts nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def samples(n: int) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]
     for i in range(n):
         latents = torch.randn(LATENTS, generator=g).bfloat16()
         yield f"clip{i:06d}", {"latents": latents}, {
-            "text": torch.randn(TEXT, generator=g).bfloat16(), "pooled": torch.randn(768, generator=g).bfloat16(),
+            "text": torch.randn(TEXT, generator=g).bfloat16(),
+            "pooled": torch.randn(768, generator=g).bfloat16(),
         }
 
 
@@ -63,9 +65,13 @@ def make_set(root: Path, plain: Path, n: int) -> ShardSet:
         save_file(latents, str(plain / "latents" / f"{key}.safetensors"))
         save_file(text, str(plain / "text" / f"{key}.safetensors"))
     chunks = []
-    for number, part in enumerate(itertools.batched(rows, PER_TAR) if hasattr(itertools, "batched") else _batched(rows)):
+    for number, part in enumerate(
+        itertools.batched(rows, PER_TAR) if hasattr(itertools, "batched") else _batched(rows)
+    ):
         tars = {
-            "latents": write_tar(root, f"latents/{number:03d}.tar", [(k, x, {"source": k}) for k, x, _ in part]),
+            "latents": write_tar(
+                root, f"latents/{number:03d}.tar", [(k, x, {"source": k}) for k, x, _ in part]
+            ),
             "text": write_tar(root, f"text/{number:03d}.tar", [(k, t, {"caption": k}) for k, _, t in part]),
         }
         chunks.append(Chunk("33x544x960", tuple(k for k, _, _ in part), tars))
@@ -89,7 +95,7 @@ def best(run: Callable[[], int], repeat: int) -> tuple[float, int]:
     return min(times), n
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def cat(root: Path, n: int) -> Callable[[], int]:
@@ -176,7 +182,8 @@ def urls(root: Path, n: int) -> Iterator[tuple[str, list[Row]]]:
 
 
 def with_webdataset(root: Path) -> Callable[[], int]:
-    """Its default decoders know no safetensors, so the bytes go through safetensors.torch.load; then batches are stacked."""
+    """Its default decoders know no safetensors, so the bytes go through
+    safetensors.torch.load; then batches are stacked."""
 
     def column(name: str) -> Iterator[dict]:
         tars = [str(path) for path in sorted((root / name).glob("*.tar"))]
@@ -231,7 +238,7 @@ def with_pairs(plain: Path) -> Callable[[], int]:
     return run
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def write_ours(folder: Path, rows: list) -> Callable[[], int]:
@@ -273,7 +280,9 @@ def table(title: str, rows: list[tuple[str, Callable[[], int]]], *, n_bytes: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=240)
     parser.add_argument("--folder", help="where the files go (default: the system's temporary directory)")
     parser.add_argument("--repeat", type=int, default=5)
@@ -285,7 +294,10 @@ def main() -> None:
         make_set(root, plain, args.samples)
         os.sync()  # or the disk is still busy with writing when reading is timed
         n_bytes = sum(path.stat().st_size for path in root.glob("*/*.tar"))
-        print(f"{args.samples} samples, {n_bytes / 2**20:.0f} MiB, batches of {BATCH}, {torch.get_num_threads()} threads")
+        print(
+            f"{args.samples} samples, {n_bytes / 2**20:.0f} MiB, batches of {BATCH}, "
+            f"{torch.get_num_threads()} threads"
+        )
         report = partial(table, n_bytes=n_bytes, repeat=args.repeat)
         if "reading" in wanted:
             report("reading", local(root, plain, args.samples))

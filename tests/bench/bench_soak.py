@@ -2,8 +2,8 @@
 
     python -m tests.bench.bench_soak [STEPS]
 
-Prints a table. Every second step of one run of the tiny model is logged, so that what else the machine does falls on both kinds
-alike; times are the processor's, of this process, for the same reason.
+Prints a table. Every second step of one run of the tiny model is logged, so that what else the machine does
+falls on both kinds alike; times are the processor's, of this process, for the same reason.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Soak:
 def soak(folder: Path, steps: int) -> Soak:
     a, b = (make_shards(folder / name, n=8, seed=seed) for name, seed in (("a", 1), ("b", 2)))
     cfg = config(
-        a, folder / "run", f"data.shards=[{a}, {b}]", f"run.steps={steps}", "data.workers=0", "data.calibration=0",
-        "run.log_every=2", "run.peak_tflops=1", f"eval.shards={a}", f"eval.every_steps={PART}", "eval.max_batches=1",
+        a, folder / "run", f"data.shards=[{a}, {b}]", f"run.steps={steps}", "data.workers=0",
+        "data.calibration=0", "run.log_every=2", "run.peak_tflops=1", f"eval.shards={a}",
+        f"eval.every_steps={PART}", "eval.max_batches=1",
     )
     begun: list[float] = []
     memory: list[float] = []
@@ -79,9 +80,15 @@ def main() -> None:
         n = len((Path(folder) / "run/metrics.jsonl").read_text().splitlines())
         names = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[0])
     print(f"\n{'':<24}{'everything on':>16}{'everything off':>16}")
-    print(f"{'CPU ms of a step':<24}{1000 * found.on_s:>16.2f}{1000 * found.off_s:>16.2f}   {found.overhead:+.1%}")
+    print(
+        f"{'CPU ms of a step':<24}{1000 * found.on_s:>16.2f}{1000 * found.off_s:>16.2f}   "
+        f"{found.overhead:+.1%}"
+    )
     print(f"{'rows, values in one':<24}{n:>10}, {len(names):>4}")
-    print(f"{'MiB after part 2, last':<24}{found.memory_mib[1]:>8.0f}{found.memory_mib[-1]:>8.0f}   {found.growth_mib:+.1f}")
+    print(
+        f"{'MiB after part 2, last':<24}{found.memory_mib[1]:>8.0f}{found.memory_mib[-1]:>8.0f}   "
+        f"{found.growth_mib:+.1f}"
+    )
 
 
 if __name__ == "__main__":

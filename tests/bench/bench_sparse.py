@@ -37,7 +37,10 @@ def main() -> None:
     assert dense.backward is not None
     with torch.no_grad():
         whole = dense.partial(q, k, v)
-        exact = [timed(lambda: dense.partial(q, k, v), device), timed(lambda: dense.backward(d_out, q, k, v, whole), device)]
+        exact = [
+            timed(lambda: dense.partial(q, k, v), device),
+            timed(lambda: dense.backward(d_out, q, k, v, whole), device)
+        ]
         tokens = f"{n:,} tokens of {' x '.join(map(str, grid))} and text"
         print(f"{tokens}; {dense.name}: {1e3 * exact[0]:.1f} + {1e3 * exact[1]:.1f} ms")
         for pattern in ("tiles", "radial"):
@@ -56,8 +59,9 @@ def main() -> None:
             ]
             gain = sum(exact) / sum(times)
             print(
-                f"{one.describe()}: {layout_of(one.pattern, grid).density(args.text):.1%} of the pairs, {1e3 * times[0]:.1f} + "
-                f"{1e3 * times[1]:.1f} ms, {gain:.2f}x exact attention, error {error:.1e}"
+                f"{one.describe()}: {layout_of(one.pattern, grid).density(args.text):.1%} of the pairs, "
+                f"{1e3 * times[0]:.1f} + {1e3 * times[1]:.1f} ms, {gain:.2f}x exact attention, error "
+                f"{error:.1e}"
             )
 
 

@@ -1,12 +1,12 @@
 """A training step and a sampling step at real size: time, tokens/s, MFU, peak memory.
 
-    python -m tests.bench.bench_step                                  # a GPU: 13B, 544 x 960 x {33, 129}, 720 x 1280 x 129
-    python -m tests.bench.bench_step --flavor tiny --sizes 64x64x9    # anywhere, to see that it runs
+    python -m tests.bench.bench_step                                    # a GPU: 13B, 544x960x{33, 129}, 720x1280x129
+    python -m tests.bench.bench_step --flavor tiny --sizes 64x64x9      # anywhere, to see that it runs
 
-Random weights at the flavor's real dimensions. One row for each size x {LoRA training, sampling} x attention kernel that this
-device has, then torch.compile of the blocks, float8 weights, and diffusers' model in the same run. FLOPs are those of a step
-without recomputation (hvtrain.plan's trace); MFU is against this device's own measured bfloat16 matmul. What does not fit or
-run says so in its row. Prints a table, asserts nothing.
+Random weights at the flavor's real dimensions. One row for each size x {LoRA training, sampling} x attention
+kernel that this device has, then torch.compile of the blocks, float8 weights, diffusers' model in the same
+run. FLOPs are those of a step without recomputation (hvtrain.fit's trace); MFU is against this device's own
+measured bfloat16 matmul. What does not fit or run says so in its row. Prints a table, asserts nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class Case:
     recompute: str = "full"
 
     def __str__(self) -> str:
-        parts = [self.kernel, *(["compiled"] if self.compiled else []), *([self.quantized] if self.quantized != "none" else [])]
+        parts = [
+            self.kernel, *(["compiled"] if self.compiled else []),
+            *([self.quantized] if self.quantized != "none" else [])
+        ]
         if self.training and self.recompute != "full":
             parts.append(f"recompute {self.recompute}")
         return ("LoRA training, " if self.training else "sampling, ") + " ".join(parts)
@@ -109,7 +112,9 @@ def step_of(model: DiT, inp: ModelInput, case: Case, device: torch.device) -> Ca
     return step
 
 
-def our_step(spec: ModelSpec, flavor: Flavor, case: Case, inp: ModelInput, device: torch.device) -> Callable[[], None]:
+def our_step(
+    spec: ModelSpec, flavor: Flavor, case: Case, inp: ModelInput, device: torch.device
+) -> Callable[[], None]:
     return step_of(build(spec, flavor, case, device), inp, case, device)
 
 
@@ -142,7 +147,10 @@ def cases(device: torch.device) -> list[Case]:
     kernels = [n for n in KERNELS if KERNELS[n].missing(device, torch.bfloat16) is None]
     best = pick_kernel("auto", device=device, dtype=torch.bfloat16).name
     found = [Case(False, k) for k in kernels] + [Case(True, k) for k in kernels if KERNELS[k].trains]
-    found += [Case(True, best, recompute="selective"), Case(False, best, compiled=True), Case(True, best, compiled=True)]
+    found += [
+        Case(True, best, recompute="selective"), Case(False, best, compiled=True),
+        Case(True, best, compiled=True)
+    ]
     return found + [Case(t, best, quantized=q) for q in ("fp8", "fp8_scaled") for t in (False, True)]
 
 
@@ -163,19 +171,26 @@ def diffusers_step(flavor: Flavor, inp: ModelInput, device: torch.device) -> Cal
     def step() -> None:
         with torch.no_grad():
             model(
-                hidden_states=inp.x.bfloat16(), timestep=inp.t, encoder_hidden_states=inp.cond["text"].bfloat16(),
-                encoder_attention_mask=mask, pooled_projections=inp.cond["pooled"].bfloat16(), guidance=inp.cond["guidance"],
+                hidden_states=inp.x.bfloat16(), timestep=inp.t,
+                encoder_hidden_states=inp.cond["text"].bfloat16(), encoder_attention_mask=mask,
+                pooled_projections=inp.cond["pooled"].bfloat16(), guidance=inp.cond["guidance"],
             )
 
     return step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=next(iter(all_specs())).name)
     parser.add_argument("--flavor")
-    parser.add_argument("--sizes", nargs="+", default=["960x544x33", "960x544x129", "1280x720x129"], metavar="WxHxF")
-    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only steps whose name has one of these in it")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["960x544x33", "960x544x129", "1280x720x129"], metavar="WxHxF"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], metavar="TEXT", help="only steps whose name has one of these in it"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -202,12 +217,15 @@ def main() -> None:
             try:
                 seconds, peak = measured(make(), device, repeats=args.repeats)
             except Exception as error:  # the row says it
-                table.add_row(size, label, f"{type(error).__name__} {str(error).splitlines()[0][:50] if str(error) else ''}")
+                table.add_row(
+                    size, label,
+                    f"{type(error).__name__} {str(error).splitlines()[0][:50] if str(error) else ''}"
+                )
             else:
                 share = work[training] / seconds / top
                 table.add_row(
-                    size, label, f"{seconds * 1e3:,.1f}", f"{n_tokens / seconds:,.0f}", f"{work[training] / 1e12:,.3f}",
-                    f"{share:.2f}", f"{peak:.1f}",
+                    size, label, f"{seconds * 1e3:,.1f}", f"{n_tokens / seconds:,.0f}",
+                    f"{work[training] / 1e12:,.3f}", f"{share:.2f}", f"{peak:.1f}",
                 )
             gc.collect()
             if device.type == "cuda":

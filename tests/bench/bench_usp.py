@@ -2,9 +2,10 @@
 
     python -m tests.bench.bench_usp [--tokens 8192] [--heads 8] [--dim 64] [--ranks 2]
 
-Joint attention of one layer (image tokens and 256 of text), forward and forward with backward, float32: one rank, Ulysses
-and ring over the ranks, and yunchang's own attention where it runs. Every run has one thread a rank; the fastest of the
-rounds counts. Bytes are counted at the collectives, beside what the algorithm must send. Prints tables, asserts nothing.
+Joint attention of one layer (image tokens and 256 of text), forward and forward with backward, float32: one
+rank, Ulysses and ring over the ranks, and yunchang's own attention where it runs. Every run has one thread a
+rank; the fastest of the rounds counts. Bytes are counted at the collectives, beside what the algorithm must
+send. Prints tables, asserts nothing.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def timed(run: Callable[[], Joint], inputs: list[torch.Tensor], ctx: ParallelCon
                 out = run()
                 if backward:
                     forward = sent.n
-                    torch.autograd.backward([out.img, out.txt], [torch.ones_like(out.img), torch.ones_like(out.txt)])
+                    torch.autograd.backward(
+                        [out.img, out.txt], [torch.ones_like(out.img), torch.ones_like(out.txt)]
+                    )
             ctx.barrier()
             best[i] = min(best[i], ctx.all_reduce_max(time.perf_counter() - begun))
             counts[i] = sent.n - (forward if backward else 0)
@@ -98,7 +101,8 @@ def ours(ulysses: int, ring: int, tokens: int, heads: int, dim: int, rounds: int
     g = torch.Generator().manual_seed(0)
     shard = -(-tokens // ctx.sp)
     parts = [
-        Joint(*(torch.randn(1, n, heads, dim, generator=g).requires_grad_() for n in (shard, TEXT))) for _ in range(3)
+        Joint(*(torch.randn(1, n, heads, dim, generator=g).requires_grad_() for n in (shard, TEXT)))
+        for _ in range(3)
     ]
     kernel = pick_kernel("auto", device=ctx.device)
     if ctx.sp > 1:
@@ -137,7 +141,9 @@ def diffusers_ulysses(tokens: int, heads: int, dim: int, rounds: int) -> Row | s
     return _peer(prepare, tokens, heads, dim, rounds)
 
 
-def _peer(prepare: Callable[[ParallelContext], Callable], tokens: int, heads: int, dim: int, rounds: int) -> Row | str:
+def _peer(
+    prepare: Callable[[ParallelContext], Callable], tokens: int, heads: int, dim: int, rounds: int
+) -> Row | str:
     try:
         ctx = start(int(os.environ["WORLD_SIZE"]), 1)
         x = [torch.randn(1, (tokens + TEXT) // ctx.sp, heads, dim).requires_grad_() for _ in range(3)]
@@ -149,11 +155,15 @@ def _peer(prepare: Callable[[ParallelContext], Callable], tokens: int, heads: in
 
         return timed(run, x, ctx, rounds)
     except Exception as error:  # whatever it is, the table says it
-        return f"{type(error).__name__} {str(error).splitlines()[0][:40]}" if str(error) else type(error).__name__
+        return (
+            f"{type(error).__name__} {str(error).splitlines()[0][:40]}"
+            if str(error) else type(error).__name__
+        )
 
 
 def minimum(kind: str, tokens: int, heads: int, dim: int, ranks: int) -> int:
-    """Elements a rank must send forward: Ulysses 4 S D (P-1)/P^2 (q, k, v and the output); ring 2 S D (P-1)/P (k and v)."""
+    """Elements a rank must send forward: Ulysses 4 S D (P-1)/P^2 (q, k, v and the output);
+    ring 2 S D (P-1)/P (k and v)."""
     width = heads * dim
     if kind == "ulysses":
         return 4 * tokens * width * (ranks - 1) // ranks**2
@@ -161,14 +171,21 @@ def minimum(kind: str, tokens: int, heads: int, dim: int, ranks: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (("tokens", 8192), ("heads", 8), ("dim", 64), ("ranks", 2), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     a = parser.parse_args()
     size = (a.tokens, a.heads, a.dim, a.rounds)
     alone = run_ranks(1, ours, 1, 1, *size)[0]
-    table = Table(title=f"{a.tokens} + {TEXT} tokens, {a.heads} heads of {a.dim}, float32, {a.ranks} ranks of one core")
-    columns = ("", "forward s", "speed-up", "with backward s", "speed-up", "sent forward", "minimum", "ratio", "sent backward")
+    table = Table(
+        title=f"{a.tokens} + {TEXT} tokens, {a.heads} heads of {a.dim}, float32, {a.ranks} ranks of one core"
+    )
+    columns = (
+        "", "forward s", "speed-up", "with backward s", "speed-up", "sent forward", "minimum", "ratio",
+        "sent backward"
+    )
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     table.add_row("one process", f"{alone[0]:.2f}", "", f"{alone[1]:.2f}")
@@ -184,8 +201,14 @@ def main() -> None:
             continue
         kind = name.split()[1]
         least = minimum(kind, a.tokens, a.heads, a.dim, a.ranks)
-        sent = (f"{row[2]:,}", f"{least:,}", f"{row[2] / least:.3f}", f"{row[3]:,}") if row[2] else ("not counted",)
-        table.add_row(name, f"{row[0]:.2f}", f"{alone[0] / row[0]:.2f}", f"{row[1]:.2f}", f"{alone[1] / row[1]:.2f}", *sent)
+        sent = (
+            (f"{row[2]:,}", f"{least:,}", f"{row[2] / least:.3f}", f"{row[3]:,}")
+            if row[2] else ("not counted",)
+        )
+        table.add_row(
+            name, f"{row[0]:.2f}", f"{alone[0] / row[0]:.2f}", f"{row[1]:.2f}", f"{alone[1] / row[1]:.2f}",
+            *sent
+        )
     Console(width=150).print(table)
 
 

@@ -1,4 +1,5 @@
-"""A directory over HTTP with byte ranges, as object storage gives it: `python serve.py DIR DELAY_S`. Prints its port.
+"""A directory over HTTP with byte ranges, as object storage gives it: `python serve.py
+DIR DELAY_S`. Prints its port.
 
 Each request waits DELAY_S first, which stands for the way to a data centre and back.
 """

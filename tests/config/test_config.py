@@ -15,7 +15,9 @@ def test_yaml_overrides_and_base(tmp_path):
     (tmp_path / "base.yaml").write_text("optim: {lr: 1e-3, eps: 1e-6}\nrun: {steps: 5}\n")
     (tmp_path / "a.yaml").write_text("base: base.yaml\noptim: {lr: 2e-3}\ndata: {shards: [x, y]}\n")
     cfg = load(TrainConfig, tmp_path / "a.yaml", ["run.steps=7", "parallel.ulysses=2", "data.shards=z"])
-    assert (cfg.optim.lr, cfg.optim.eps, cfg.run.steps, cfg.parallel.ulysses, cfg.data.shards) == (2e-3, 1e-6, 7, 2, ("z",))
+    assert (
+        cfg.optim.lr, cfg.optim.eps, cfg.run.steps, cfg.parallel.ulysses, cfg.data.shards
+    ) == (2e-3, 1e-6, 7, 2, ("z",))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +50,8 @@ def test_a_choice_is_listed_once():
 @pytest.mark.parametrize(
     "text",
     [
-        "a cat: a dog", "a cat # 3", "# cat", "&a cat", "[a, cat]", "{a}", "- a", "true", "on", "2024-01-01", "5:30", "007",
-        "1_000", "1.50", "0x10", "a\nb", "'quoted' cat", "100%", "",
+        "a cat: a dog", "a cat # 3", "# cat", "&a cat", "[a, cat]", "{a}", "- a", "true", "on", "2024-01-01",
+        "5:30", "007", "1_000", "1.50", "0x10", "a\nb", "'quoted' cat", "100%", "",
     ],
 )  # fmt: skip
 def test_text_on_the_command_line_is_what_was_typed(text):
@@ -58,7 +60,9 @@ def test_text_on_the_command_line_is_what_was_typed(text):
 
 
 def test_lists_quotes_and_null_on_the_command_line_are_yaml():
-    cfg = load(TrainConfig, None, ["data.shards=[a, 'b: c']", "model.dit=null", "run.name='007'", "model.vae=~"])
+    cfg = load(
+        TrainConfig, None, ["data.shards=[a, 'b: c']", "model.dit=null", "run.name='007'", "model.vae=~"]
+    )
     assert (cfg.data.shards, cfg.model.dit, cfg.run.name, cfg.model.vae) == (("a", "b: c"), None, "007", None)
     assert load(TrainConfig, None, ["data.shards=/my set #2"]).data.shards == ("/my set #2",)
 

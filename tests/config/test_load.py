@@ -1,4 +1,5 @@
-"""What a user may write into a config: odd files, odd values, anything at all. A valid config or one line, never a traceback."""
+"""What a user may write into a config: odd files, odd values, anything at all. A valid config or
+one line, never a traceback."""
 
 import copy
 import dataclasses
@@ -30,9 +31,12 @@ def write(tmp_path, content: str | bytes):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("optim:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 5e-3\n", "key 'lr' is given twice, in line 2 and in line 4; keep one"),
-        ("optim: {lr: 1e-3}\nrun: {steps: 1}\noptim: {eps: 1}\n", "key 'optim' is given twice, in line 1 and in line 3"),
-        ("preview:\n  prompts:\n  - {prompt: a, seed: 1, seed: 2}\n", "key 'seed' is given twice, in line 3 and in line 3"),
+        ("optim:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 5e-3\n", "key 'lr' is given twice, in line 2 and in line 4; "
+        "keep one"),
+        ("optim: {lr: 1e-3}\nrun: {steps: 1}\noptim: {eps: 1}\n", "key 'optim' is given twice, in line 1 and "
+        "in line 3"),
+        ("preview:\n  prompts:\n  - {prompt: a, seed: 1, seed: 2}\n", "key 'seed' is given twice, in line 3 "
+        "and in line 3"),
     ],
 )
 def test_a_key_given_twice_is_refused_with_its_lines(tmp_path, text, says):
@@ -80,7 +84,10 @@ def test_no_float_of_any_config_takes_nan_or_infinity(root, value):
 
 def test_numbers_as_people_write_them(tmp_path):
     cfg = load(TrainConfig, write(tmp_path, "optim: {lr: 1e-3, eps: '1e-6'}\nrun: {epochs: 2}\n"))
-    assert (cfg.optim.lr, cfg.optim.eps, cfg.run.epochs) == (1e-3, 1e-6, 2.0) and isinstance(cfg.run.epochs, float)
+    assert (
+        (cfg.optim.lr, cfg.optim.eps, cfg.run.epochs) == (1e-3, 1e-6, 2.0)
+        and isinstance(cfg.run.epochs, float)
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -148,23 +155,33 @@ def test_an_override_changes_one_place_of_an_alias(tmp_path):
     assert cfg.model.flavor == "b" and [p.prompt for p in cfg.preview.prompts] == ["a", "a"]
     with pytest.raises(ConfigError, match="unknown key 'optim.name2'"):
         load(TrainConfig, write(tmp_path, "optim: &x {}\ndata: *x\n"), ["optim.name2=b"])
-    assert load(TrainConfig, write(tmp_path, "optim: &x {}\ndata: *x\n"), ["data.workers=3"]).data.workers == 3
+    assert load(
+        TrainConfig, write(tmp_path, "optim: &x {}\ndata: *x\n"), ["data.workers=3"]
+    ).data.workers == 3
 
 
-# --- anything at all --------------------------------------------------------------------------------------------------
+# --- anything at all ----------------------------------------------------------------------------------------
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.dates(), st.binary(max_size=4),
-    st.sampled_from(["", "0", "-1", "nan", "1e400", "~", "[", "{a: 1, a: 1}", "\0", "x" * 300, "../..", "tiny:", "tiny:x"]),
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.dates(),
+    st.binary(max_size=4),
+    st.sampled_from(
+        ["", "0", "-1", "nan", "1e400", "~", "[", "{a: 1, a: 1}", "\0", "x" * 300, "../..", "tiny:", "tiny:x"]
+    ),
     st.sampled_from([0, -1, 1, 2, 10**30, 0.5, [], {}, ["x" * 300], ["a\0"]]),
 )
 VALUES = st.recursive(
-    ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    ODD,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
     max_leaves=6,
 )
 
 
-MODEL = {"dit": "tiny:dit.safetensors", "vae": "tiny:vae.safetensors", "llm": "tiny:llm", "clip": "tiny:clip", "dtype": "float32"}
+MODEL = {
+    "dit": "tiny:dit.safetensors", "vae": "tiny:vae.safetensors", "llm": "tiny:llm", "clip": "tiny:clip",
+    "dtype": "float32"
+}
 GOOD = {  # so that one odd value is met by the rule for it, not by the first of all
     "train": {"model": MODEL, "data": {"shards": ["."]}, "run": {"steps": 3, "output_dir": "x"}},
     "encode": {"model": MODEL, "dataset": __file__, "output": "x"},
@@ -218,7 +235,8 @@ def test_any_value_under_any_key(tmp_path_factory, name, data):
             below = below.setdefault(section, {})
         below[last] = data.draw(VALUES)
     overrides = [
-        f"{key}={value}" for key, value in data.draw(st.lists(st.tuples(st.sampled_from(keys), VALUES.map(str)), max_size=1))
+        f"{key}={value}" for key,
+        value in data.draw(st.lists(st.tuples(st.sampled_from(keys), VALUES.map(str)), max_size=1))
     ]
     folder = tmp_path_factory.getbasetemp()
     path = folder / "fuzz.yaml"

@@ -1,4 +1,5 @@
-"""`hvtrain config show` and `config schema`, and `hvtrain init`: what a config comes to, for editors, and one to begin with."""
+"""`hvtrain config show` and `config schema`, and `hvtrain init`: what a config comes to, for
+editors, and one to begin with."""
 
 from __future__ import annotations
 
@@ -31,19 +32,30 @@ def said(out: str) -> dict[str, tuple[Any, str]]:
 def test_origins_are_lines_of_the_file_that_won(tmp_path: Path) -> None:
     text = "model:\n  name: wan\n  t5: a\n  vae: v\noptim: {lr: 1e-3,\n  eps: 1e-6}\nrun: {steps: 5}\n"
     (tmp_path / "base.yaml").write_text(text)
-    (tmp_path / "a.yaml").write_text("base: base.yaml\n# a comment\noptim:\n  lr: 2e-3\ndata: {shards: [x, y]}\n")
+    (tmp_path / "a.yaml").write_text(
+        "base: base.yaml\n# a comment\noptim:\n  lr: 2e-3\ndata: {shards: [x, y]}\n"
+    )
     found = effective(TrainConfig, tmp_path / "a.yaml", ["run.steps=7", "model.t5_tokenizer=b"])
     base, own = f"{tmp_path / 'base.yaml'}", f"{tmp_path / 'a.yaml'}"
-    wanted = {"optim.lr": f"{own}:4", "optim.eps": f"{base}:6", "data.shards": f"{own}:5", "run.steps": "command line",
-              "model.t5": f"{base}:3", "model.t5_tokenizer": "command line", "model.name": f"{base}:2", "run.epochs": "default"}
+    wanted = {
+        "optim.lr": f"{own}:4", "optim.eps": f"{base}:6", "data.shards": f"{own}:5",
+        "run.steps": "command line", "model.t5": f"{base}:3", "model.t5_tokenizer": "command line",
+        "model.name": f"{base}:2", "run.epochs": "default"
+    }
     assert {key: found.origins[key] for key in wanted} == wanted
-    assert (found.values["optim.lr"], found.values["model.t5"], found.values["data.shards"]) == (2e-3, "a", ["x", "y"])
+    assert (
+        found.values["optim.lr"], found.values["model.t5"], found.values["data.shards"]
+    ) == (2e-3, "a", ["x", "y"])
 
 
 def test_a_section_given_whole_hides_what_was_below(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("optim: {lr: 1, eps: 2}\ndata: &d {workers: 3}\neval: {<<: {every_steps: 4}}\n")
+    (tmp_path / "a.yaml").write_text(
+        "optim: {lr: 1, eps: 2}\ndata: &d {workers: 3}\neval: {<<: {every_steps: 4}}\n"
+    )
     found = effective(TrainConfig, tmp_path / "a.yaml", ["optim={lr: 5}"])
-    assert (found.origins["optim.lr"], found.origins["optim.eps"], found.values["optim.eps"]) == (*["command line"] * 2, 1e-8)
+    assert (
+        found.origins["optim.lr"], found.origins["optim.eps"], found.values["optim.eps"]
+    ) == (*["command line"] * 2, 1e-8)
     assert found.origins["eval.every_steps"].endswith("a.yaml:3") and found.config.eval.every_steps == 4
 
 
@@ -52,20 +64,28 @@ def test_show_prints_all_values_and_loads_back(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["config", "show", "train", str(path), "optim.lr=1e-5"]) == 0
     out = capsys.readouterr().out
     shown = said(out)
-    assert shown["lr"] == (1e-5, "command line") and shown["rank"][1] == f"{path}:6" and shown["betas"][1] == "default"
+    assert (
+        shown["lr"] == (1e-5, "command line") and shown["rank"][1] == f"{path}:6"
+        and shown["betas"][1] == "default"
+    )
     assert shown["flavor"] == ("tiny", "model (tiny)")
     assert shown["llm"][1].endswith("model.yaml:5")
     (tmp_path / "back.yaml").write_text(out)
     wanted, back = (to_dict(load(TrainConfig, p, ["optim.lr=1e-5"])) for p in (path, tmp_path / "back.yaml"))
     assert all(back[section] == wanted[section] for section in ("optim", "run", "data", "adapter", "zero"))
-    assert back["model"]["parts"] == wanted["model"]["parts"] and back["preview"]["prompts"] == wanted["preview"]["prompts"]
+    assert (
+        back["model"]["parts"] == wanted["model"]["parts"]
+        and back["preview"]["prompts"] == wanted["preview"]["prompts"]
+    )
     assert back["flow"]["shift"] == 3.0 and back["flow"]["guidance"] == 6.0
     assert "values are not the defaults" in out and out.count("# default\n") > 60
 
 
 @pytest.mark.parametrize("name", ["generate", "merge", "encode"])
 def test_show_knows_every_command(name: str, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["config", "show", name, *(["model.flavor=tiny", "model.dit=null"] if name == "generate" else [])]) == 0
+    assert cli.main(
+        ["config", "show", name, *(["model.flavor=tiny", "model.dit=null"] if name == "generate" else [])]
+    ) == 0
     out = capsys.readouterr().out
     assert build(ROOTS[name], yaml.safe_load(out), where="shown")
     if name == "generate":
@@ -75,9 +95,10 @@ def test_show_knows_every_command(name: str, capsys: pytest.CaptureFixture) -> N
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["show"], "of which command"), (["show", "tarin"], "did you mean 'train'"), (["tarin"], "did you mean 'train'"),
-        (["show", "train", "optim.lrr=1"], "did you mean 'optim.lr'"), (["train", "x.yaml"], "config show train x.yaml"),
-        (["schema", "x"], "no config 'x'"), (["schema", "train", "x"], "too much"),
+        (["show"], "of which command"), (["show", "tarin"], "did you mean 'train'"),
+        (["tarin"], "did you mean 'train'"), (["show", "train", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["train", "x.yaml"], "config show train x.yaml"), (["schema", "x"], "no config 'x'"),
+        (["schema", "train", "x"], "too much"),
     ],
 )
 def test_mistakes_of_config(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
@@ -86,18 +107,24 @@ def test_mistakes_of_config(words: list[str], says: str, capsys: pytest.CaptureF
 
 
 def test_comments_and_odd_values_load_as_they_were() -> None:
-    values = {"run.name": "a: b # c", "data.shards": ["x", "y #"], "preview.prompts": [{"prompt": "a - b: c", "seed": 1}],
-              "optim.betas": [0.9, 0.99], "model.parts": {"llm": "x"}, "run.steps": 3}
+    values = {
+        "run.name": "a: b # c", "data.shards": ["x", "y #"],
+        "preview.prompts": [{"prompt": "a - b: c", "seed": 1}], "optim.betas": [0.9, 0.99],
+        "model.parts": {"llm": "x"}, "run.steps": 3
+    }
     text = commented(values, {key: f"why {key}\nindeed" for key in values}, TrainConfig, head=["two\nlines"])
     cfg = build(TrainConfig, yaml.safe_load(text), where="here")
-    assert (cfg.run.name, cfg.data.shards, cfg.preview.prompts[0].prompt) == ("a: b # c", ("x", "y #"), "a - b: c")
+    assert (cfg.run.name, cfg.data.shards, cfg.preview.prompts[0].prompt) == (
+        "a: b # c", ("x", "y #"), "a - b: c"
+    )
     assert text.startswith("# two\n# lines\nmodel:") and "# why run.name indeed" in text
 
 
-# --- the schema, with as much of a validator as it uses ----------------------------------------------------------------
+# --- the schema, with as much of a validator as it uses -----------------------------------------------------
 
 _TYPES = {
-    "object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None), "number": (int, float),
+    "object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None),
+    "number": (int, float),
 }
 
 
@@ -111,7 +138,11 @@ def faults(value: Any, rule: dict, root: dict, at: str = "") -> list[str]:
         return [] if value in rule["enum"] else [f"{at}: {value!r}"]
     kinds = rule.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(isinstance(value, _TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds):
+    if (
+        kinds and not any(
+            isinstance(value, _TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds
+        )
+    ):
         return [f"{at}: {value!r} is no {kinds}"]
     if "pattern" in rule and isinstance(value, str) and not re.search(rule["pattern"], value):
         return [f"{at}: {value!r}"]
@@ -119,7 +150,8 @@ def faults(value: Any, rule: dict, root: dict, at: str = "") -> list[str]:
         known, more = rule.get("properties", {}), rule.get("additionalProperties", True)
         return [f for k, v in value.items() for f in (
             faults(v, known[k], root, f"{at}.{k}") if k in known else
-            [f"{at}.{k}: unknown"] if more is False else [] if more is True else faults(v, more, root, f"{at}.{k}")
+            [f"{at}.{k}: unknown"] if more is False else []
+            if more is True else faults(v, more, root, f"{at}.{k}")
         )]  # fmt: skip
     if isinstance(value, list):
         each = rule.get("prefixItems") or [rule.get("items", {})] * len(value)
@@ -141,8 +173,9 @@ def test_the_schema_takes_what_the_loader_takes(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("optim: {lrr: 1}", ".optim.lrr: unknown"), ("run: {steps: many}", "many"), ("run: {precision: fp8}", "fp8"),
-        ("optim: {betas: [0.9]}", "1 values"), ("data: {allow_foreign: 1}", "1"), ("optim: {lr: fast}", "fast"),
+        ("optim: {lrr: 1}", ".optim.lrr: unknown"), ("run: {steps: many}", "many"),
+        ("run: {precision: fp8}", "fp8"), ("optim: {betas: [0.9]}", "1 values"),
+        ("data: {allow_foreign: 1}", "1"), ("optim: {lr: fast}", "fast"),
         ("preview: {prompts: [{promt: a}]}", "promt"),
     ],
 )
@@ -152,7 +185,7 @@ def test_the_schema_refuses_what_the_loader_refuses(text: str, says: str) -> Non
     assert found and says in " ".join(found)
 
 
-# --- init -------------------------------------------------------------------------------------------------------------
+# --- init ---------------------------------------------------------------------------------------------------
 
 
 def fit_says(path: Path, capsys: pytest.CaptureFixture, *options: str) -> str:
@@ -160,16 +193,23 @@ def fit_says(path: Path, capsys: pytest.CaptureFixture, *options: str) -> str:
     return capsys.readouterr().out
 
 
-SMALL = ["--size", "256x256x33", "--memory"]  # none takes 0.139 GiB, selective 0.059, full 0.055, of which 94 % may be used
+# none takes 0.139 GiB, selective 0.059, full 0.055, of which 94 % may be used
+SMALL = ["--size", "256x256x33", "--memory"]
 
 
 @pytest.mark.parametrize(
     ("words", "options", "wanted"),
     [
-        ([], [*SMALL, "0.06"], {"run.recompute": "full", "parallel.ulysses": 1, "adapter.type": "lora", "zero.stage": 2}),
+        (
+            [], [*SMALL, "0.06"],
+            {"run.recompute": "full", "parallel.ulysses": 1, "adapter.type": "lora", "zero.stage": 2}
+        ),
         ([], [*SMALL, "0.045", "--gpus", "4"], {"parallel.ulysses": 2, "parallel.ring": 1}),
         (["--train", "full"], [*SMALL, "0.3"], {"adapter.type": "none", "optim.lr": 1e-5}),
-        (["run.recompute=offload", "adapter.rank=4"], [*SMALL, "0.15"], {"run.recompute": "offload", "adapter.rank": 4}),
+        (
+            ["run.recompute=offload", "adapter.rank=4"], [*SMALL, "0.15"],
+            {"run.recompute": "offload", "adapter.rank": 4}
+        ),
     ],
 )
 def test_init_writes_what_fit_says_fits(words, options, wanted, tmp_path, capsys, monkeypatch) -> None:
@@ -202,14 +242,24 @@ def test_mistakes_of_init(words, says, tmp_path, capsys, monkeypatch) -> None:
     assert says in capsys.readouterr().err and not Path("train.yaml").exists()
 
 
-def test_init_takes_the_largest_clips_of_the_data_and_asks_at_a_terminal(tmp_path, capsys, monkeypatch) -> None:
+def test_init_takes_the_largest_clips_of_the_data_and_asks_at_a_terminal(
+    tmp_path, capsys, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     make_shards(tmp_path / "set")
-    answers = iter(["hunyuan-vido", "hunyuan-video", "tiny", "tiny:dit.safetensors", "many", "1", "8", "lora", ""])
+    answers = iter(
+        ["hunyuan-vido", "hunyuan-video", "tiny", "tiny:dit.safetensors", "many", "1", "8", "lora", ""]
+    )
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(builtins, "input", lambda question: next(answers))
     assert cli.main(["init", "--data", str(tmp_path / "set")]) == 0
     out = capsys.readouterr().out
-    assert "did you mean 'hunyuan-video'" in out and "invalid literal" not in out and next(answers, "all asked") == "all asked"
+    assert (
+        "did you mean 'hunyuan-video'" in out and "invalid literal" not in out
+        and next(answers, "all asked") == "all asked"
+    )
     cfg = load(TrainConfig, "train.yaml")
-    assert cfg.data.shards == (str(tmp_path / "set"),) and "at 32 x 32 x 5 frames" in Path("train.yaml").read_text()
+    assert (
+        cfg.data.shards == (str(tmp_path / "set"),)
+        and "at 32 x 32 x 5 frames" in Path("train.yaml").read_text()
+    )

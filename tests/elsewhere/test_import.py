@@ -15,23 +15,33 @@ from hvtrain.models import find
 from launcher import cli
 
 COMMON = (
-    "--dataset_config data/clips.toml --sdpa --mixed_precision bf16 --optimizer_type adamw --gradient_checkpointing "
-    "--max_data_loader_n_workers 2 --persistent_data_loader_workers --network_dim 32 --timestep_sampling shift "
-    "--max_train_epochs 16 --save_every_n_epochs 1 --seed 42 --output_dir out --output_name mine"
+    "--dataset_config data/clips.toml --sdpa --mixed_precision bf16 --optimizer_type adamw "
+    "--gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers --network_dim "
+    "32 --timestep_sampling shift --max_train_epochs 16 --save_every_n_epochs 1 --seed 42 --output_dir out "
+    "--output_name mine"
 )
 LAUNCH = "accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 src/musubi_tuner/"
 MUSUBI = {  # as musubi-tuner documents each model
-    "hv": f"{LAUNCH}hv_train_network.py --dit ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt "
-          f"--network_module networks.lora --discrete_flow_shift 7.0 --learning_rate 2e-4 --fp8_base {COMMON}",
+    "hv": f"{LAUNCH}hv_train_network.py --dit "
+    "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt "
+          "--network_module networks.lora --discrete_flow_shift 7.0 --learning_rate 2e-4 --fp8_base "
+          f"{COMMON}",
     "wan21": f"{LAUNCH}wan_train_network.py --task t2v-1.3B --dit wan2.1_t2v_1.3B_bf16.safetensors "
-             f"--network_module networks.lora_wan --discrete_flow_shift 3.0 --learning_rate 2e-4 --fp8_base {COMMON}",
-    "wan22-low": f"{LAUNCH}wan_train_network.py --task t2v-A14B --dit wan2.2_t2v_low_noise_14B_fp16.safetensors "
-                 f"--network_module networks.lora_wan --discrete_flow_shift 12 --min_timestep 0 --max_timestep 875 "
+             "--network_module networks.lora_wan --discrete_flow_shift 3.0 --learning_rate 2e-4 --fp8_base "
+             f"{COMMON}",
+    "wan22-low": f"{LAUNCH}wan_train_network.py --task t2v-A14B --dit "
+    "wan2.2_t2v_low_noise_14B_fp16.safetensors "
+                 "--network_module networks.lora_wan --discrete_flow_shift 12 --min_timestep 0 "
+                 "--max_timestep 875 "
                  f"--preserve_distribution_shape --learning_rate 2e-4 {COMMON}",
-    "wan22-high": f"{LAUNCH}wan_train_network.py --task i2v-A14B --dit ckpts/some.safetensors --network_module networks.lora_wan "
-                  f"--discrete_flow_shift 5 --min_timestep 900 --max_timestep 1000 --learning_rate 2e-4 {COMMON}",
-    "wan22-both": f"{LAUNCH}wan_train_network.py --task t2v-A14B --dit low.safetensors --dit_high_noise high.safetensors "
-                  f"--timestep_boundary 875 --offload_inactive_dit --network_module networks.lora_wan --discrete_flow_shift 12 "
+    "wan22-high": f"{LAUNCH}wan_train_network.py --task i2v-A14B --dit ckpts/some.safetensors "
+    "--network_module networks.lora_wan "
+                  "--discrete_flow_shift 5 --min_timestep 900 --max_timestep 1000 --learning_rate 2e-4 "
+                  f"{COMMON}",
+    "wan22-both": f"{LAUNCH}wan_train_network.py --task t2v-A14B --dit low.safetensors --dit_high_noise "
+    "high.safetensors "
+                  "--timestep_boundary 875 --offload_inactive_dit --network_module networks.lora_wan "
+                  "--discrete_flow_shift 12 "
                   f"--learning_rate 2e-4 {COMMON}",
 }
 
@@ -69,9 +79,11 @@ weight_decay = 0.01
 eps = 1e-8
 """
 PIPE_MODELS = {
-    "hunyuan-video": "type = 'hunyuan-video'\ntransformer_path = 'dit'\nvae_path = 'v'\nllm_path = 'l'\nclip_path = 'c'",
+    "hunyuan-video": "type = 'hunyuan-video'\ntransformer_path = 'dit'\nvae_path = 'v'\nllm_path = "
+    "'l'\nclip_path = 'c'",
     "wan-14b": "type = 'wan'\nckpt_path = '/data/Wan2.1-T2V-14B'",
-    "wan-22": "type = 'wan'\nckpt_path = '/data/Wan2.2-T2V-A14B'\ntransformer_path = '/data/Wan2.2-T2V-A14B/low_noise_model'\n"
+    "wan-22": "type = 'wan'\nckpt_path = '/data/Wan2.2-T2V-A14B'\ntransformer_path = "
+    "'/data/Wan2.2-T2V-A14B/low_noise_model'\n"
               "min_t = 0\nmax_t = 0.875",
 }
 PIPE_DATA = """
@@ -91,14 +103,27 @@ TOOLKIT = {
         "type": "sd_trainer", "training_folder": "output", "device": "cuda:0", "trigger_word": "p3r5on",
         "network": {"type": "lora", "linear": 32, "linear_alpha": 16},
         "save": {"dtype": "float16", "save_every": 250, "max_step_saves_to_keep": 4, "push_to_hub": False},
-        "datasets": [{"folder_path": "FOLDER", "caption_ext": "txt", "caption_dropout_rate": 0.05, "shuffle_tokens": False,
-                      "resolution": [632], "num_frames": 1}],
-        "train": {"batch_size": 1, "steps": 2000, "gradient_checkpointing": True, "noise_scheduler": "flowmatch",
-                  "timestep_type": "sigmoid", "optimizer": "adamw", "lr": "1e-4", "optimizer_params": {"weight_decay": 1e-4},
-                  "ema_config": {"use_ema": True, "ema_decay": 0.99}, "dtype": "bf16", "disable_sampling": True},
-        "model": {"name_or_path": "/data/Wan2.1-T2V-14B-Diffusers", "arch": "wan21", "quantize": True, "low_vram": True},
-        "sample": {"sampler": "flowmatch", "sample_every": 250, "width": 832, "height": 480, "num_frames": 40, "neg": "",
-                   "prompts": ["[trigger] playing chess", "a bear"], "seed": 42, "walk_seed": True, "guidance_scale": 5},
+        "datasets": [
+            {
+                "folder_path": "FOLDER", "caption_ext": "txt", "caption_dropout_rate": 0.05,
+                "shuffle_tokens": False, "resolution": [632], "num_frames": 1
+            }
+        ],
+        "train": {
+            "batch_size": 1, "steps": 2000, "gradient_checkpointing": True, "noise_scheduler": "flowmatch",
+            "timestep_type": "sigmoid", "optimizer": "adamw", "lr": "1e-4",
+            "optimizer_params": {"weight_decay": 1e-4}, "ema_config": {"use_ema": True, "ema_decay": 0.99},
+            "dtype": "bf16", "disable_sampling": True
+        },
+        "model": {
+            "name_or_path": "/data/Wan2.1-T2V-14B-Diffusers", "arch": "wan21", "quantize": True,
+            "low_vram": True
+        },
+        "sample": {
+            "sampler": "flowmatch", "sample_every": 250, "width": 832, "height": 480, "num_frames": 40,
+            "neg": "", "prompts": ["[trigger] playing chess", "a bear"], "seed": 42, "walk_seed": True,
+            "guidance_scale": 5
+        },
     }]},
 }  # fmt: skip
 
@@ -108,7 +133,9 @@ def values(made: Imported) -> TrainConfig:
 
 
 def kinds(made: Imported) -> dict[str, str]:
-    return {line.option.split()[0].lstrip("-"): line.kind for line in made.lines if "dataset 1" not in line.option}
+    return {
+        line.option.split()[0].lstrip("-"): line.kind for line in made.lines if "dataset 1" not in line.option
+    }
 
 
 def from_pipe(folder: Path, model: str, data: str = PIPE_DATA) -> Imported:
@@ -126,7 +153,7 @@ def from_toolkit(folder: Path, **process: object) -> Imported:
     return convert("ai-toolkit", [str(path)])
 
 
-# --- what options become ----------------------------------------------------------------------------------------------
+# --- what options become ------------------------------------------------------------------------------------
 
 
 def test_a_documented_command_line() -> None:
@@ -134,7 +161,9 @@ def test_a_documented_command_line() -> None:
     cfg = values(made)
     dit = "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt"
     assert (cfg.model.name, cfg.model.dit) == ("hunyuan-video", dit)
-    assert (cfg.adapter.rank, cfg.adapter.alpha, cfg.optim.lr, cfg.optim.betas) == (32, 1.0, 2e-4, (0.9, 0.999))
+    assert (
+        cfg.adapter.rank, cfg.adapter.alpha, cfg.optim.lr, cfg.optim.betas
+    ) == (32, 1.0, 2e-4, (0.9, 0.999))
     assert (cfg.flow.timestep_sampling, cfg.flow.shift, cfg.flow.guidance) == ("shift", 7.0, 1.0)
     assert (cfg.model.quantize, cfg.run.recompute, cfg.parallel.kernel) == ("fp8", "full", "sdpa")
     assert (cfg.run.epochs, cfg.run.steps, cfg.run.save_every_epochs, cfg.run.seed) == (16.0, None, 1.0, 42)
@@ -143,7 +172,9 @@ def test_a_documented_command_line() -> None:
     assert found["persistent_data_loader_workers"] == "meaningless" and found["network_dim"] == "mapped"
     assert not [line for line in made.lines if line.kind == "unknown"]
     given = [word.lstrip("-") for word in MUSUBI["hv"].split() if word.startswith("--")]
-    assert {"accelerate"} | set(found) >= {option for option in given if option != "num_cpu_threads_per_process"}
+    assert {"accelerate"} | set(found) >= {
+        option for option in given if option != "num_cpu_threads_per_process"
+    }
     for line in made.lines:
         assert f"# {line}" in made.train  # the file says what became of each
 
@@ -170,22 +201,40 @@ def test_files_arguments_and_lists(tmp_path: Path) -> None:
 
 def test_adapters_base_loras_and_schedules() -> None:
     more = ("--network_args loraplus_lr_ratio=4 rank_dropout=0.1 --base_weights a.safetensors b.safetensors "
-            "--base_weights_multiplier 0.5 --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3 --lr_warmup_steps 5% "
-            "--network_module networks.lokr --min_timestep 200 --weighting_scheme sigma_sqrt --compile --max_grad_norm 0.5")
+            "--base_weights_multiplier 0.5 --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3 "
+            "--lr_warmup_steps 5% --network_module networks.lokr --min_timestep 200 --weighting_scheme "
+            "sigma_sqrt --compile --max_grad_norm 0.5")
     line = MUSUBI["hv"].replace("--network_module networks.lora ", "") + " " + more
     made = convert("musubi", [line])
     cfg = values(made)
-    assert (dict(cfg.adapter.lr_ratios), cfg.adapter.rank_dropout, cfg.adapter.type) == ({".*lora_up.*": 4.0}, 0.1, "lokr")
-    assert [(b.path, b.multiplier) for b in cfg.adapter.base_lora] == [("a.safetensors", 0.5), ("b.safetensors", 1.0)]
-    assert (cfg.optim.schedule, cfg.optim.cycles, cfg.optim.warmup_share, cfg.optim.max_grad_norm) == ("cosine", 3.0, 0.05, 0.5)
-    assert (cfg.flow.min_sigma, cfg.flow.range, cfg.flow.weighting, cfg.flow.raw_guidance) == (0.2, "squeeze", "sigma_sqrt", True)
+    assert (dict(cfg.adapter.lr_ratios), cfg.adapter.rank_dropout, cfg.adapter.type) == (
+        {".*lora_up.*": 4.0}, 0.1, "lokr"
+    )
+    assert [(b.path, b.multiplier) for b in cfg.adapter.base_lora] == [
+        ("a.safetensors", 0.5), ("b.safetensors", 1.0)
+    ]
+    assert (
+        cfg.optim.schedule, cfg.optim.cycles, cfg.optim.warmup_share, cfg.optim.max_grad_norm
+    ) == ("cosine", 3.0, 0.05, 0.5)
+    assert (cfg.flow.min_sigma, cfg.flow.range, cfg.flow.weighting, cfg.flow.raw_guidance) == (
+        0.2, "squeeze", "sigma_sqrt", True
+    )
     assert cfg.run.compile == "blocks" and not made.lost
 
 
 def test_caching_command_lines_tell_the_files() -> None:
-    vae = "python src/musubi_tuner/cache_latents.py --dataset_config d.toml --vae v.pt --vae_tiling --skip_existing"
-    text = "python src/musubi_tuner/cache_text_encoder_outputs.py --text_encoder1 L --text_encoder2 C --batch_size 16"
-    made = convert("musubi", [vae, text, "accelerate launch --num_processes 4 hv_train_network.py --dit x --output_dir o"])
+    vae = (
+        "python src/musubi_tuner/cache_latents.py --dataset_config d.toml --vae v.pt --vae_tiling "
+        "--skip_existing"
+    )
+    text = (
+        "python src/musubi_tuner/cache_text_encoder_outputs.py --text_encoder1 L --text_encoder2 C "
+        "--batch_size 16"
+    )
+    made = convert(
+        "musubi",
+        [vae, text, "accelerate launch --num_processes 4 hv_train_network.py --dit x --output_dir o"]
+    )
     assert made.encode is not None and made.gpus == 4
     cfg = build(EncodeConfig, yaml.safe_load(made.encode), where="encode")
     assert (cfg.dataset, cfg.output, cfg.batch_size, cfg.model.vae) == ("d.toml", "o/shards", 16, "v.pt")
@@ -193,19 +242,26 @@ def test_caching_command_lines_tell_the_files() -> None:
 
 
 def test_unknown_options_and_values_are_named_and_secrets_are_not() -> None:
-    made = convert("musubi", [MUSUBI["hv"] + " --lerning_rate 3 --huggingface_token hf_abc --lr_scheduler exotic"])
+    made = convert(
+        "musubi", [MUSUBI["hv"] + " --lerning_rate 3 --huggingface_token hf_abc --lr_scheduler exotic"]
+    )
     lost = {line.kind: str(line) for line in made.lost}
     assert "--lerning_rate 3" in lost["unknown"] and "did you mean 'learning_rate'" in lost["unknown"]
     assert "hf_abc" not in made.train and any("lr_scheduler exotic" in str(line) for line in made.lost)
     made = convert("musubi", [MUSUBI["hv"] + " --network_alpha many"])
-    assert any("expected a finite number" in line.why for line in made.lost) and values(made).adapter.alpha == 32
+    assert (
+        any("expected a finite number" in line.why for line in made.lost) and values(made).adapter.alpha == 32
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "flavor", "expert", "files"),
     [
         ("wan21", "t2v-1.3b", None, {"dit": "wan2.1_t2v_1.3B_bf16.safetensors"}),
-        ("wan22-low", "t2v-a14b", "low", {"dit_low": "wan2.2_t2v_low_noise_14B_fp16.safetensors", "dit": None}),
+        (
+            "wan22-low", "t2v-a14b", "low",
+            {"dit_low": "wan2.2_t2v_low_noise_14B_fp16.safetensors", "dit": None}
+        ),
         ("wan22-high", "i2v-a14b", "high", {"dit": "ckpts/some.safetensors"}),
         ("wan22-both", "t2v-a14b", "both", {"dit": "high.safetensors", "dit_low": "low.safetensors"}),
     ],
@@ -220,19 +276,31 @@ def test_diffusion_pipe(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch(), (tmp_path / "b.jpg").touch()
     made = from_pipe(tmp_path, "wan-22")
     cfg = values(made)
-    assert (cfg.model.flavor, cfg.flow.max_sigma, cfg.model.quantize, cfg.run.recompute) == ("t2v-a14b", 0.875, "fp8", "offload")
+    assert (cfg.model.flavor, cfg.flow.max_sigma, cfg.model.quantize, cfg.run.recompute) == (
+        "t2v-a14b", 0.875, "fp8", "offload"
+    )
     parts = yaml.safe_load(made.train)["model"]
-    assert parts["dit_low"].endswith("low_noise_model") and parts["vae"] == "/data/Wan2.2-T2V-A14B/Wan2.1_VAE.pth"
+    assert (
+        parts["dit_low"].endswith("low_noise_model")
+        and parts["vae"] == "/data/Wan2.2-T2V-A14B/Wan2.1_VAE.pth"
+    )
     assert (cfg.adapter.rank, cfg.optim.lr, cfg.optim.warmup_steps, cfg.flow.shift) == (32, 2e-5, 10, 1.0)
     assert not made.lost and cfg.flow.masked
-    assert build(EncodeConfig, yaml.safe_load(made.encode or ""), where="").columns == ("latents", "text", "mask")
+    assert build(
+        EncodeConfig, yaml.safe_load(made.encode or ""), where=""
+    ).columns == ("latents", "text", "mask")
     entries = yaml.safe_load(made.dataset or "")["datasets"]
-    shapes = [(next(k for k in e if k.endswith("directory")), e["resolution"], e.get("target_frames")) for e in entries]
+    shapes = [
+        (next(k for k in e if k.endswith("directory")), e["resolution"], e.get("target_frames"))
+        for e in entries
+    ]
     assert shapes == [
         ("video_directory", [512, 512], [33]), ("image_directory", [512, 512], None),
         ("video_directory", [1280, 720], [33]), ("image_directory", [1280, 720], None),
     ]  # fmt: skip
-    assert all(e["num_repeats"] == 2 and e["enable_bucket"] and e["mask_directory"] == "masks" for e in entries)
+    assert all(
+        e["num_repeats"] == 2 and e["enable_bucket"] and e["mask_directory"] == "masks" for e in entries
+    )
 
 
 def test_masks_of_one_directory_among_several_are_left_out(tmp_path: Path) -> None:
@@ -245,7 +313,9 @@ def test_masks_of_one_directory_among_several_are_left_out(tmp_path: Path) -> No
 def test_ai_toolkit(tmp_path: Path) -> None:
     made = from_toolkit(tmp_path)
     cfg = values(made)
-    assert (cfg.run.name, cfg.run.output_dir, cfg.run.steps, cfg.adapter.alpha) == ("woman", "output/woman", 2000, 16)
+    assert (cfg.run.name, cfg.run.output_dir, cfg.run.steps, cfg.adapter.alpha) == (
+        "woman", "output/woman", 2000, 16
+    )
     assert (cfg.model.dit, cfg.run.ema_decay) == ("/data/Wan2.1-T2V-14B-Diffusers/transformer", 0.99)
     assert (cfg.preview.frames, cfg.preview.cfg_scale) == (37, 5.0)
     assert [(p.prompt, p.seed) for p in cfg.preview.prompts] == [("p3r5on playing chess", 42), ("a bear", 43)]
@@ -268,14 +338,21 @@ def test_the_datasets_are_what_encode_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tool", "given", "says"),
     [
-        ("musubi", "python flux_2_train_network.py --dit x", "no model of hvtrain is called 'flux_2_train_network' there"),
+        ("musubi", "python flux_2_train_network.py --dit x", "no model of hvtrain is called "
+        "'flux_2_train_network' there"),
         ("musubi", "--dit x", "nothing says which model it is; give --model NAME"),
         ("musubi", "nowhere.toml", "nowhere.toml: no such file"),
         ("musubi", "python hv_train_network.py --dit 'x", "not a command line"),
         ("musubi", "python hv_train_network.py x --dit y", "'x' belongs to no option"),
         ("musubi", "python hv_train_network.py --network_args rank_dropout", "expected KEY=VALUE"),
-        ("musubi", "python hv_train_network.py --network_args exclude_patterns=x", "expected a list of patterns"),
-        ("musubi", "python wan_train_network.py --task t2v-A14B --dit x --output_dir o", "which of them is x"),
+        (
+            "musubi", "python hv_train_network.py --network_args exclude_patterns=x",
+            "expected a list of patterns"
+        ),
+        (
+            "musubi", "python wan_train_network.py --task t2v-A14B --dit x --output_dir o",
+            "which of them is x"
+        ),
         ("diffusion-pipe", "nowhere.toml", "cannot be read"),
         ("diffusion-pipe", "deepspeed train.py --deepspeed", "names no --config"),
         ("ai-toolkit", "nowhere.yaml", "cannot be read"),
@@ -293,12 +370,21 @@ def test_what_cannot_be_read_is_one_line(tool: str, given: str, says: str) -> No
     [
         ("ai-toolkit", "config: {process: 3}", "config.process: expected a list of sections"),
         ("ai-toolkit", "config: {process: [{}, {}]}", "holds 2; a run here is one of them"),
-        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [x]}]}", "datasets: expected a list of sections"),
-        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, sample: {seed: many}}]}", "sample.seed is 'many'"),
-        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{folder_path: x, resolution: big}]}]}",
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [x]}]}", "datasets: expected a "
+        "list of sections"),
+        (
+            "ai-toolkit", "config: {process: [{model: {arch: wan21}, sample: {seed: many}}]}",
+            "sample.seed is 'many'"
+        ),
+        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{folder_path: x, resolution: "
+        "big}]}]}",
          "resolution big"),
-        ("ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{}]}]}", "an entry names no folder"),
-        ("diffusion-pipe", "model: {type: wan, text_encoders: [x]}", "model.text_encoders: expected a list of sections"),
+        (
+            "ai-toolkit", "config: {process: [{model: {arch: wan21}, datasets: [{}]}]}",
+            "an entry names no folder"
+        ),
+        ("diffusion-pipe", "model: {type: wan, text_encoders: [x]}", "model.text_encoders: expected a list "
+        "of sections"),
         ("diffusion-pipe", "model: 3", "nothing says which model it is"),
         ("diffusion-pipe", "- 3", "expected keys and values"),
     ],
@@ -315,25 +401,40 @@ def test_words_of_a_shell() -> None:
     words = command_line(words_of(line))
     assert words.program == "hv_train_network" and words.launcher == {"a": 1}
     assert words.options == {"x": "a b", "y": 2, "z": [-1, 2.5]}
-    words = command_line(words_of('A="1" uv run --extra cu124 deepspeed --num_gpus=2 train.py --config a.toml'))
+    words = command_line(
+        words_of('A="1" uv run --extra cu124 deepspeed --num_gpus=2 train.py --config a.toml')
+    )
     assert words.launcher == {"num_gpus": 2} and words.options == {"config": "a.toml"}
     assert command_line(words_of("uv run --extra cu124 cache_latents.py --vae v")).launcher == {}
 
 
-def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_three_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     from_toolkit(tmp_path)
     assert cli.main(["import", "ai-toolkit", "job.yaml", "--out", "woman.yaml"]) == 0
     out = capsys.readouterr().out
     assert "hvtrain encode woman-encode.yaml && hvtrain train woman.yaml" in out and "mapped" in out
     assert load(TrainConfig, "woman.yaml").run.name == "woman"
-    assert load(EncodeConfig, "woman-encode.yaml").dataset == "woman-dataset.yaml" and Path("woman-dataset.yaml").exists()
-    assert cli.main(["import", "ai-toolkit", "job.yaml", "--out", "woman.yaml"]) == 2  # never over what is there
+    assert (
+        load(EncodeConfig, "woman-encode.yaml").dataset == "woman-dataset.yaml"
+        and Path("woman-dataset.yaml").exists()
+    )
+    # never over what is there
+    assert cli.main(["import", "ai-toolkit", "job.yaml", "--out", "woman.yaml"]) == 2
     assert "woman.yaml exists" in capsys.readouterr().err
-    assert cli.main(["import", "musubi", *MUSUBI["hv"].split(), "--out=b.yaml", "--shards", "s"]) == 0  # without quotes
-    assert load(TrainConfig, "b.yaml").data.shards == ("s",) and load(EncodeConfig, "b-encode.yaml").output == "s"
+    # without quotes
+    assert cli.main(["import", "musubi", *MUSUBI["hv"].split(), "--out=b.yaml", "--shards", "s"]) == 0
+    assert (
+        load(TrainConfig, "b.yaml").data.shards == ("s",)
+        and load(EncodeConfig, "b-encode.yaml").output == "s"
+    )
     assert "hvtrain train b.yaml" in capsys.readouterr().out
-    mistakes = (([], "give its command line"), (["x", "--out"], "--out: expected a value"), (["--out", "x", "y"], ".yaml"))
+    mistakes = (
+        ([], "give its command line"), (["x", "--out"], "--out: expected a value"),
+        (["--out", "x", "y"], ".yaml")
+    )
     for words, says in mistakes:
         assert cli.main(["import", "musubi", *words]) == 2 and says in capsys.readouterr().err
     assert cli.main(["import", "musubi", MUSUBI["hv"] + " --exotic"]) == 1

@@ -16,11 +16,16 @@ def test_columns_one_by_one_are_the_columns_together(dataset, tmp_path, capsys):
     together = run(dataset, tmp_path / "a", "columns=[latents,image,text]")
     for column in ("text", "latents", "image"):
         last = run(dataset, tmp_path / "b", f"columns=[{column}]")
-    assert sorted(last.manifest.columns) == ["image", "latents", "text"] and same(contents(together), contents(last))
+    assert (
+        sorted(last.manifest.columns) == ["image", "latents", "text"]
+        and same(contents(together), contents(last))
+    )
     first = together.get(0).tensors
     assert first["image_latents"].shape == (16, 1, 8, 8)
     # The VAE is causal: the first frame alone is the first latent frame, but for the posterior's noise.
-    own, others = distance(first["image_latents"], first["latents"][:, :1]), together.get(1).tensors["latents"][:, :1]
+    own, others = (
+        distance(first["image_latents"], first["latents"][:, :1]), together.get(1).tensors["latents"][:, :1]
+    )
     assert own < 0.5 * distance(first["image_latents"], others)
     # A new caption, text alone: the other columns follow.
     (tmp_path / "clips/clip_00001.txt").write_text("another caption")
@@ -37,9 +42,12 @@ def test_columns_one_by_one_are_the_columns_together(dataset, tmp_path, capsys):
 def test_several_captions_repeats_and_dropout_reach_the_set(dataset, tmp_path):
     for i in range(6):
         (tmp_path / f"clips/clip_0000{i}.txt").unlink()
-        (tmp_path / f"clips/clip_0000{i}.json").write_text(json.dumps({"captions": [f"clip {i}", f"number {i}"]}))
+        (tmp_path / f"clips/clip_0000{i}.json").write_text(
+            json.dumps({"captions": [f"clip {i}", f"number {i}"]})
+        )
     dataset.write_text(dataset.read_text().replace('".txt"', '".json"').replace(
-        "[[datasets]]", "[[datasets]]\nnum_repeats = 2\ncaption_dropout = 0.5\ncaption_prefix = 'a '\ncaption_suffix = '.'"))
+        "[[datasets]]", "[[datasets]]\nnum_repeats = 2\ncaption_dropout = 0.5\ncaption_prefix = 'a "
+        "'\ncaption_suffix = '.'"))
     found = run(dataset, tmp_path / "out")
     assert len(found) == 12 and found.manifest.n_keys == 6
     sample = found.get(0)

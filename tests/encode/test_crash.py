@@ -17,7 +17,8 @@ from shards import open_set
 from shards.verify import verify
 from tests.encode.test_run import CONFIG, contents, run, same
 
-# Imports once, then forks two ranks per line read: a kill costs a second, not the ten of two fresh interpreters.
+# Imports once, then forks two ranks per line read: a kill costs a second, not the
+# ten of two fresh interpreters.
 SERVER = """
 import os, sys
 import torch
@@ -54,7 +55,10 @@ class Ranks:
     """Two ranks of `hvtrain encode`, again and again."""
 
     def __init__(self, dataset, output):
-        command = [sys.executable, "-c", SERVER, str(CONFIG), f"dataset={dataset}", f"output={output}", "samples_per_tar=1"]
+        command = [
+            sys.executable, "-c", SERVER, str(CONFIG), f"dataset={dataset}", f"output={output}",
+            "samples_per_tar=1"
+        ]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout.readline().strip() == "ready"
 
@@ -113,7 +117,9 @@ def kill_and_continue(tmp_path, n_kills, n):
     finally:
         ranks.close()
     assert list(verify(out)) == [] and same(whole, contents(open_set(out)))
-    assert not [p for p in out.rglob("*") if p.name.endswith(".tmp") or ".journal" in p.name or ".progress" in p.name]
+    assert not [
+        p for p in out.rglob("*") if p.name.endswith(".tmp") or ".journal" in p.name or ".progress" in p.name
+    ]
     named = {tar.path for chunk in open_set(out).manifest.chunks for tar in chunk.tars.values()}
     assert {str(p.relative_to(out)) for p in out.glob("*/*.tar")} == named
 
@@ -133,7 +139,9 @@ def small_disk(tmp_path):
     """A file system of 300 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(place)], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(place)], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
     yield place
@@ -148,7 +156,9 @@ def test_a_full_disk_leaves_a_clear_error_and_a_sound_set(tmp_path, small_disk):
     both = tmp_path / "both.toml"
     both.write_text("[general]\nresolution=[64,64]\n" + "".join(
         f"[[datasets]]\nvideo_directory='{d.parent}'\ntarget_frames=[9]\n" for d in (small, large)))
-    command = [sys.executable, "-m", "launcher.cli", "encode", str(CONFIG), f"dataset={both}", f"output={out}"]
+    command = [
+        sys.executable, "-m", "launcher.cli", "encode", str(CONFIG), f"dataset={both}", f"output={out}"
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert "the disk is full" in done.stderr and "make room" in done.stderr and "Traceback" not in done.stderr
@@ -156,5 +166,7 @@ def test_a_full_disk_leaves_a_clear_error_and_a_sound_set(tmp_path, small_disk):
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "34 samples" in done.stdout, done.stderr
-    assert list(verify(out)) == [] and all(torch.equal(first[k][n], t) for k, v in contents(open_set(out)).items()
-                                           if k in first for n, t in v.items())
+    assert list(verify(out)) == [] and all(
+        torch.equal(first[k][n], t) for k, v in contents(open_set(out)).items() if k in first for n,
+        t in v.items()
+    )

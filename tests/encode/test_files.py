@@ -1,4 +1,5 @@
-"""The files a user writes, dataset files, JSONL and captions, however odd: a clear error, a listed clip, or a valid dataset."""
+"""The files a user writes, dataset files, JSONL and captions, however odd: a clear error, a
+listed clip, or a valid dataset."""
 
 import itertools
 import json
@@ -52,7 +53,7 @@ def lines(folder, *rows):
     return videos(folder, "video_jsonl_file", "c.jsonl")
 
 
-# --- where paths start ------------------------------------------------------------------------------------------------
+# --- where paths start --------------------------------------------------------------------------------------
 
 
 def test_paths_count_from_the_file_that_names_them_then_from_the_working_directory(folder):
@@ -61,10 +62,15 @@ def test_paths_count_from_the_file_that_names_them_then_from_the_working_directo
     assert [c.path for c in videos(folder, value="b")] == [there / "y.mp4"]  # as in musubi-tuner
     assert [c.path for c in videos(folder, value="../set/a")] == [here / "x.mp4"]
     clips_in(folder.parent / "elsewhere/a", "z.mp4")
-    with pytest.raises(DataError, match=rf"'a' could be {folder}/a or {folder.parent}/elsewhere/a; give the whole path"):
+    with pytest.raises(
+        DataError, match=rf"'a' could be {folder}/a or {folder.parent}/elsewhere/a; give the whole path"
+    ):
         videos(folder, value="a")
     assert [c.path for c in videos(folder, value="./a")] == [here / "x.mp4"]  # a dot: this folder, no other
-    with pytest.raises(DataError, match=rf"'nil' does not exist \(looked for {folder}/nil and {folder.parent}/elsewhere/nil\)"):
+    with pytest.raises(
+        DataError,
+        match=rf"'nil' does not exist \(looked for {folder}/nil and {folder.parent}/elsewhere/nil\)"
+    ):
         videos(folder, value="nil")
     with pytest.raises(DataError, match=rf"'./b' does not exist \(looked for {folder}/b\)"):
         videos(folder, value="./b")
@@ -74,7 +80,9 @@ def test_lines_follow_the_same_rule_and_one_file_has_one_path(folder):
     clips_in(folder / "a", "x.mp4")
     clips_in(folder.parent / "elsewhere", "y.mp4")
     names = ["a/x.mp4", str(folder / "a/x.mp4"), "a/../a/x.mp4", "../set/a/x.mp4"]
-    found = lines(folder, *({"video_path": n, "caption": "c"} for n in names), {"video_path": "y.mp4", "caption": "c"})
+    found = lines(
+        folder, *({"video_path": n, "caption": "c"} for n in names), {"video_path": "y.mp4", "caption": "c"}
+    )
     assert [c.path for c in found] == [folder / "a/x.mp4"] * 4 + [folder.parent / "elsewhere/y.mp4"]
     os.symlink(folder / "a", folder / "link")
     assert place("link/x.mp4", folder) == folder / "link/x.mp4"  # a link keeps its name ...
@@ -93,7 +101,7 @@ def test_names_that_no_disk_takes_are_one_line(folder, name):
     assert "its control" in refused.reason
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def test_linked_folders_are_looked_into_once_and_circles_end(folder):
@@ -112,7 +120,10 @@ def test_an_empty_folder_or_listing_says_what_counts(folder):
     (folder / "a.png").touch()
     with pytest.raises(DataError) as caught:
         videos(folder)
-    assert ".mp4 .webm" in str(caught.value) and "found .png" in str(caught.value) and "recursive" not in str(caught.value)
+    assert (
+        ".mp4 .webm" in str(caught.value) and "found .png" in str(caught.value)
+        and "recursive" not in str(caught.value)
+    )
     with pytest.raises(DataError, match=r"c\.jsonl: is empty; expected lines"):
         lines(folder, "", " ")
 
@@ -127,7 +138,8 @@ def test_what_is_no_file_is_listed_without_being_opened(folder):
     (folder / "broken.txt").write_text("c")
     found = plan_clips(videos(folder), Probes(None), target_fps=24, workers=1)
     assert {rows[0].reason.removeprefix(f"{folder}/") for rows in found} == {
-        "x.mp4: cannot be decoded (Invalid data found when processing input); replace it or remove it from the dataset",
+        "x.mp4: cannot be decoded (Invalid data found when processing input); replace it or remove it from "
+        "the dataset",
         "pipe.mp4: is a pipe, expected a file; remove it from the dataset",
         "said.mp4: has no caption; write it to said.txt beside it",
         "broken.mp4: No such file or directory; give a file that can be read",
@@ -145,11 +157,14 @@ def test_a_name_that_is_not_unicode_is_listed(folder):
     (folder / os.fsdecode(b"\xff.txt")).write_text("c")
     (folder / "two\nlines.mp4").touch()
     not_unicode, no_caption = sorted(videos(folder), key=lambda r: "caption" in r.reason)
-    assert r"\udcff.mp4' is not valid Unicode; rename it" in not_unicode.reason and r"two\nlines.mp4: has no" in no_caption.reason
+    assert (
+        r"\udcff.mp4' is not valid Unicode; rename it" in not_unicode.reason
+        and r"two\nlines.mp4: has no" in no_caption.reason
+    )
     json.loads(not_unicode.row().encode())
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,11 +175,14 @@ def test_a_name_that_is_not_unicode_is_listed(folder):
      ('{"video_path": "c.jsonl", "captions": ["a", 5]}', r"its caption is \['a', 5\], expected"),
      ('{"video_path": "c.jsonl"}', 'it has no "caption"$'),
      (r'{"video_path": "c.jsonl", "caption": "\ud800"}', r"its caption '\\ud800' is not valid Unicode"),
-     ('{"video_path": "c.jsonl", "caption": "c", "control_path": 5}', "its control_path is 5, expected a path")],
+     ('{"video_path": "c.jsonl", "caption": "c", "control_path": 5}', "its control_path is 5, expected a "
+     "path")],
 )
 def test_a_line_of_wrong_types_is_listed(folder, row, says):
     (refused,) = lines(folder, row)
-    assert isinstance(refused, Rejected) and re.search(f"c.jsonl:1: c.jsonl: {says}", refused.reason), refused.reason
+    assert isinstance(refused, Rejected) and re.search(f"c.jsonl:1: c.jsonl: {says}", refused.reason), (
+        refused.reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,17 +207,24 @@ def test_marks_and_odd_line_ends_in_listings_and_captions(folder):
     (clip,) = videos(folder, more="caption_extension = '.json'")
     assert clip.captions == ("a", "b")
     for name in ("d.toml", "d.yaml"):
-        body = b"[[datasets]]\nvideo_directory = '.'" if name == "d.toml" else b"datasets: [{video_directory: .}]"
+        body = (
+            b"[[datasets]]\nvideo_directory = '.'"
+            if name == "d.toml" else b"datasets: [{video_directory: .}]"
+        )
         assert read(folder, b"\xef\xbb\xbf" + body, name).path == folder
 
 
-# --- dataset files ----------------------------------------------------------------------------------------------------
+# --- dataset files ------------------------------------------------------------------------------------------
 
-NUMBERS = [k for k, kinds in KEYS.items() if {int, float} & set(kinds if isinstance(kinds, tuple) else (kinds,))]
+NUMBERS = [
+    k for k, kinds in KEYS.items() if {int, float} & set(kinds if isinstance(kinds, tuple) else (kinds,))
+]
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf", "-1", "1e300", "-1e300", "0x" + "f" * 5000, "9" * 400, "true"])
+@pytest.mark.parametrize(
+    "value", ["nan", "-nan", "inf", "-inf", "-1", "1e300", "-1e300", "0x" + "f" * 5000, "9" * 400, "true"]
+)
 def test_no_number_is_absurd(folder, key, value):
     """NaN, infinity, negative and enormous numbers of every key that takes one."""
     source = "image_directory" if key == "control_resolution" else "video_directory"
@@ -212,15 +237,22 @@ def test_no_number_is_absurd(folder, key, value):
     [("d.toml", "a = " + "[" * 100_000, "nested"), ("d.toml", "a = " + "9" * 5000, "not TOML: .*4300"),
      ("d.yaml", "[" * 2000, "nested"), ("d.yaml", "a: 2001-99-99", "not YAML: month"),
      ("d.yaml", "general: {recursive: true, recursive: false}", "key 'recursive' is given twice"),
-     ("d.yaml", "{1: 2}", "unknown key 1"), ("d.yaml", "datasets: [{video_directory: ., 1: 2}]", "unknown key 1"),
-     ("d.yaml", 'datasets: [{video_directory: ., caption_prefix: "\\ud800"}]', "caption_prefix: .*not valid Unicode"),
+     ("d.yaml", "{1: 2}", "unknown key 1"),
+     ("d.yaml", "datasets: [{video_directory: ., 1: 2}]", "unknown key 1"),
+     ("d.yaml", 'datasets: [{video_directory: ., caption_prefix: "\\ud800"}]', "caption_prefix: .*not valid "
+     "Unicode"),
      ("d.yaml", "datasets: [{video_directory: ., resolution: &a [*a, *a]}]", "resolution is "),
      ("d.toml", b"\xff\xfe", "not TOML: .*utf-8"), ("d.yaml", "? [a, b]\n: 1", "not YAML|unknown key"),
      ("d.toml", "[[datasets]]\nvideo_directory = '.'\ntarget_frames = [true]", r"target_frames is \[True\]"),
-     ("d.toml", "[[datasets]]\nvideo_directory = '.'\nresolution = 160000", "resolution is 160000, expected a number up to 8192"),
+     ("d.toml", "[[datasets]]\nvideo_directory = '.'\nresolution = 160000", "resolution is 160000, expected "
+     "a number up to 8192"),
      ("d.toml", "[[datasets]]\nvideo_directory = ''", "'' is no path"),
-     ("d.toml", "[[datasets]]\nvideo_directory = '.'\ncaption_extension = 'txt'", "caption_extension is 'txt', expected one"),
-     ("d.toml", "[[datasets]]\nvideo_directory = '.'\ncaption_extension = './../x'", "caption_extension is ")],
+     ("d.toml", "[[datasets]]\nvideo_directory = '.'\ncaption_extension = 'txt'", "caption_extension is "
+     "'txt', expected one"),
+     (
+         "d.toml", "[[datasets]]\nvideo_directory = '.'\ncaption_extension = './../x'",
+         "caption_extension is "
+     )],
 )
 def test_odd_dataset_files_are_refused_in_one_line(folder, name, body, says):
     with pytest.raises(DataError, match=says) as caught:
@@ -230,7 +262,10 @@ def test_odd_dataset_files_are_refused_in_one_line(folder, name, body, says):
 
 def test_a_bomb_of_aliases_is_not_printed(folder):
     letters = string.ascii_lowercase
-    bomb = ["&a [x, x, x, x, x, x, x, x, x]", *(f"&{b} [{', '.join(['*' + a] * 9)}]" for a, b in itertools.pairwise(letters))]
+    bomb = [
+        "&a [x, x, x, x, x, x, x, x, x]",
+        *(f"&{b} [{', '.join(['*' + a] * 9)}]" for a, b in itertools.pairwise(letters))
+    ]
     for key in ("resolution", "target_frames", "caption_prefix", "unheard_of"):
         with pytest.raises(DataError, match=key) as caught:
             read(folder, f"datasets: [{{video_directory: ., {key}: [{', '.join(bomb)}]}}]", "d.yaml")
@@ -241,7 +276,9 @@ TEXT = st.text(st.characters(exclude_categories=()) | st.sampled_from("\ud800\0\
 VALUES = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), TEXT,
-        st.sampled_from([".", "a", "c.jsonl", "head", "full", 16, 64, [1, 5], [64, 48], 10**30, ".txt", ".json"]),
+        st.sampled_from(
+            [".", "a", "c.jsonl", "head", "full", 16, 64, [1, 5], [64, 48], 10**30, ".txt", ".json"]
+        ),
     ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=4,
 )
@@ -250,7 +287,10 @@ LINES = st.one_of(
     TEXT, st.just("[" * 9999),
     st.fixed_dictionaries(
         {"video_path": st.just("a/x.mp4") | VALUES},
-        optional={"caption": TEXT | VALUES, "captions": st.lists(TEXT), "control_path": TEXT | VALUES, "control_path_0": TEXT},
+        optional={
+            "caption": TEXT | VALUES, "captions": st.lists(TEXT), "control_path": TEXT | VALUES,
+            "control_path_0": TEXT
+        },
     ).map(json.dumps),
 )
 FUZZ = settings(max_examples=200, deadline=None, database=None,
@@ -261,13 +301,22 @@ def readable(path):
     """A DataError in one line, or a dataset whose every clip is usable or listed."""
     try:
         for dataset in read_dataset_file(path, FLAVOR):
-            assert isinstance(dataset, Dataset) and dataset.path.is_absolute() and min(dataset.bucket.resolution) >= 16
-            assert dataset.bucket.choose(640, 360) and len(dataset.frames.windows(50)) <= 50 * len(dataset.frames.target_frames)
+            assert (
+                isinstance(dataset, Dataset) and dataset.path.is_absolute()
+                and min(dataset.bucket.resolution) >= 16
+            )
+            assert (
+                dataset.bucket.choose(640, 360)
+                and len(dataset.frames.windows(50)) <= 50 * len(dataset.frames.target_frames)
+            )
             for clip in find_clips(dataset):
                 if isinstance(clip, Rejected):
                     assert clip.reason.isprintable() and json.loads(clip.row().encode())
                 else:
-                    assert clip.path.exists() and clip.captions and all(c.encode() or not c for c in clip.captions)
+                    assert (
+                        clip.path.exists() and clip.captions
+                        and all(c.encode() or not c for c in clip.captions)
+                    )
     except DataError as error:
         assert str(error)
 
@@ -275,7 +324,9 @@ def readable(path):
 @seed(9)
 @FUZZ
 @given(general=ENTRIES, entries=st.lists(ENTRIES | st.just({"video_directory": "a"}), max_size=2), raw=TEXT)
-@example(general={"frame_sample": 10**6}, entries=[{"video_directory": "a", "frame_extraction": "uniform"}], raw="")
+@example(
+    general={"frame_sample": 10**6}, entries=[{"video_directory": "a", "frame_extraction": "uniform"}], raw=""
+)
 def test_any_dataset_file_is_read_or_refused(folder, general, entries, raw):
     clips_in(folder / "a", "x.mp4")
     (folder / "d.yaml").write_text(json.dumps({"general": general, "datasets": entries}))  # JSON is YAML
@@ -300,9 +351,13 @@ def _toml(value):
 def test_any_listing_and_caption_is_read_or_refused(folder, rows, raw):
     clips_in(folder / "a", "x.mp4")
     (folder / "c.jsonl").write_text("\n".join(rows), errors="surrogatepass")
-    (folder / "d.toml").write_text("[[datasets]]\nvideo_jsonl_file = 'c.jsonl'\n[[datasets]]\nvideo_directory = 'a'\n")
+    (folder / "d.toml").write_text(
+        "[[datasets]]\nvideo_jsonl_file = 'c.jsonl'\n[[datasets]]\nvideo_directory = 'a'\n"
+    )
     readable(folder / "d.toml")
     for extension in (".txt", ".json"):
         (folder / "a/x").with_suffix(extension).write_bytes(raw)
-        (folder / "d.toml").write_text(f"[[datasets]]\nvideo_directory = 'a'\ncaption_extension = '{extension}'\n")
+        (folder / "d.toml").write_text(
+            f"[[datasets]]\nvideo_directory = 'a'\ncaption_extension = '{extension}'\n"
+        )
         readable(folder / "d.toml")

@@ -98,10 +98,15 @@ def dataset(tmp_path, body):
         ("[[datasets]]\nvideo_directory = '.'\nnum_repeats = true", "num_repeats is True, expected int"),
         ("not toml", "not TOML"),
         ("[[datasets]]\nvideo_directory = '.'\nfp_1f_no_post = true", "another architecture"),
-        ("[[datasets]]\nvideo_directory = '.'\ncaption_dropout = 2", "caption_dropout is 2, expected a number from 0 to 1"),
-        ("[[datasets]]\nvideo_directory = '.'\ncontrol_directory = 'none'", "control_directory = 'none' does not exist"),
+        ("[[datasets]]\nvideo_directory = '.'\ncaption_dropout = 2", "caption_dropout is 2, expected a "
+        "number from 0 to 1"),
+        ("[[datasets]]\nvideo_directory = '.'\ncontrol_directory = 'none'", "control_directory = 'none' does "
+        "not exist"),
         ("[[datasets]]\nvideo_directory = '.'\nno_resize_control = true", "is for images"),
-        ("[[datasets]]\nimage_directory = '.'\nno_resize_control = true\ncontrol_resolution = 64", "exclude each other"),
+        (
+            "[[datasets]]\nimage_directory = '.'\nno_resize_control = true\ncontrol_resolution = 64",
+            "exclude each other"
+        ),
         ("[[datasets]]\nvideo_directory = '.'\nsource_fps = 0", "source_fps is 0"),
     ],
 )
@@ -112,7 +117,9 @@ def test_dataset_file_mistakes(tmp_path, body, says):
 
 def test_clips_need_captions(tmp_path):
     (tmp_path / "clips").mkdir()
-    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nimage_directory = '{tmp_path}/clips'"), FLAVOR)
+    (found,) = read_dataset_file(
+        dataset(tmp_path, f"[[datasets]]\nimage_directory = '{tmp_path}/clips'"), FLAVOR
+    )
     with pytest.raises(DataError, match="no images here"):
         find_clips(found)
     (tmp_path / "clips/a.png").write_bytes(b"not a picture")
@@ -128,7 +135,9 @@ def test_clips_need_captions(tmp_path):
 @pytest.mark.parametrize(("line", "says"), [("{", "not JSON"), ('{"caption": "x"}', "video_path")])
 def test_a_broken_listing_is_an_error(tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(line)
-    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"), FLAVOR)
+    (found,) = read_dataset_file(
+        dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"), FLAVOR
+    )
     with pytest.raises(DataError, match=says) as caught:
         find_clips(found)
     assert "c.jsonl:1" in str(caught.value)
@@ -136,21 +145,31 @@ def test_a_broken_listing_is_an_error(tmp_path, line, says):
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [('{"video_path": "x"}', 'no "caption"'), ('{"video_path": "gone.mp4", "caption": "x"}', "'gone.mp4' does not exist"),
-     ('{"video_path": "x", "caption": "a", "captions": ["b"]}', "both"),
-     ('{"video_path": "x", "caption": 3}', "caption is 3, expected a text or a list"),
-     ('{"video_path": "c.jsonl", "caption": "a", "control_path": "nope"}', "control 'nope' does not exist")],
+    [
+        ('{"video_path": "x"}', 'no "caption"'),
+        ('{"video_path": "gone.mp4", "caption": "x"}', "'gone.mp4' does not exist"),
+        ('{"video_path": "x", "caption": "a", "captions": ["b"]}', "both"),
+        ('{"video_path": "x", "caption": 3}', "caption is 3, expected a text or a list"),
+        ('{"video_path": "c.jsonl", "caption": "a", "control_path": "nope"}', "control 'nope' does not exist")
+    ],
 )
 def test_unusable_lines_are_rejected_with_file_and_line(tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(line)
-    (found,) = read_dataset_file(dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"), FLAVOR)
+    (found,) = read_dataset_file(
+        dataset(tmp_path, f"[[datasets]]\nvideo_jsonl_file = '{tmp_path}/c.jsonl'"), FLAVOR
+    )
     (refused,) = find_clips(found)
     assert isinstance(refused, Rejected) and re.search(says, refused.reason) and "c.jsonl:1" in refused.reason
 
 
 def test_yaml_says_what_toml_says(tmp_path):
-    toml = dataset(tmp_path, "[general]\nresolution = [64, 48]\n[[datasets]]\nvideo_directory = '.'\ntarget_frames = [5, 9]\n")
-    (tmp_path / "d.yaml").write_text("general: {resolution: [64, 48]}\ndatasets: [{video_directory: ., target_frames: [5, 9]}]\n")
+    toml = dataset(
+        tmp_path,
+        "[general]\nresolution = [64, 48]\n[[datasets]]\nvideo_directory = '.'\ntarget_frames = [5, 9]\n"
+    )
+    (tmp_path / "d.yaml").write_text(
+        "general: {resolution: [64, 48]}\ndatasets: [{video_directory: ., target_frames: [5, 9]}]\n"
+    )
     assert read_dataset_file(toml, FLAVOR) == read_dataset_file(tmp_path / "d.yaml", FLAVOR)
     (tmp_path / "d.yaml").write_text("datasets: [")
     with pytest.raises(DataError, match="not YAML"):
@@ -174,7 +193,9 @@ def test_controls_are_found_by_name(tmp_path):
     a, b, c = find_clips(found)
     assert [p.name for p in a.controls] == ["a.jpg"] and "c.png: has no control" in c.reason
     assert [p.name for p in b.controls] == ["b_0.png", "b_1.png", "b_10.png"]
-    assert found.control.size(400, 100, bucket=(32, 32)) == BucketRule((64, 64), UNIT, enabled=True).choose(400, 100)
+    assert found.control.size(400, 100, bucket=(32, 32)) == BucketRule(
+        (64, 64), UNIT, enabled=True
+    ).choose(400, 100)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny" / "encode.yaml"
 
 
 def run(dataset, output, *more):
-    encode.run(load(EncodeConfig, CONFIG, [f"dataset={dataset}", f"output={output}", "samples_per_tar=2", *more]))
+    encode.run(
+        load(EncodeConfig, CONFIG, [f"dataset={dataset}", f"output={output}", "samples_per_tar=2", *more])
+    )
     return open_set(output)
 
 
@@ -43,7 +45,9 @@ def test_encode_again_and_after_changes(dataset, tmp_path, capsys):
     assert open_set(tmp_path / "out").empty_text["pooled"].shape == (64,)
     capsys.readouterr()
     assert same(first, contents(run(dataset, tmp_path / "out")))
-    assert "latents: 0 encoded, 0 copied, 6 kept; text: 0 encoded, 0 copied, 6 kept" in capsys.readouterr().out
+    assert (
+        "latents: 0 encoded, 0 copied, 6 kept; text: 0 encoded, 0 copied, 6 kept" in capsys.readouterr().out
+    )
 
     (tmp_path / "clips/clip_00001.txt").write_text("another caption")
     changed = contents(run(dataset, tmp_path / "out"))
@@ -75,7 +79,10 @@ def test_a_killed_run_is_continued(dataset, tmp_path):
                f"output={tmp_path / 'out'}", "samples_per_tar=2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("latents/*.tar")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "out").glob("latents/*.tar")) and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -83,7 +90,9 @@ def test_a_killed_run_is_continued(dataset, tmp_path):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def test_what_a_stopped_run_wrote_is_found_in_other_tars_and_no_tar_is_left_over(tmp_path, capsys, monkeypatch):
+def test_what_a_stopped_run_wrote_is_found_in_other_tars_and_no_tar_is_left_over(
+    tmp_path, capsys, monkeypatch
+):
     """Stopped between the columns there is no manifest: only the journal knows the tars."""
     dataset = write_clips(ClipsRecipe(output=str(tmp_path / "clips"), n=10, seed=3))
     out = tmp_path / "out"
@@ -115,7 +124,10 @@ def test_other_bytes_of_the_same_length_are_encoded_again(tmp_path, capsys):
     again = contents(run(dataset, tmp_path / "out", "columns=[latents]"))
     assert "latents: 1 encoded, 0 copied, 1 kept" in capsys.readouterr().out
     (a, b) = sorted(first)
-    assert not torch.equal(first[a]["latents"], again[a]["latents"]) and torch.equal(first[b]["latents"], again[b]["latents"])
+    assert (
+        not torch.equal(first[a]["latents"], again[a]["latents"])
+        and torch.equal(first[b]["latents"], again[b]["latents"])
+    )
 
 
 def test_a_rerun_with_nothing_to_do_loads_no_model_and_says_so(dataset, tmp_path, capsys, monkeypatch):
@@ -151,7 +163,9 @@ def test_a_rerun_with_nothing_to_do_loads_no_model_and_says_so(dataset, tmp_path
         lost.unlink()
         run(dataset, out, f"model.vae={vae}")
         assert list(verify(out)) == [] and lost.exists()
-    for change, says in (("seed=1", "latents: 6 encoded, 0 copied, 0 kept; text: 0 enc"), ("dtype=float32", "text: 6 encoded")):
+    for change, says in (
+        ("seed=1", "latents: 6 encoded, 0 copied, 0 kept; text: 0 enc"), ("dtype=float32", "text: 6 encoded")
+    ):
         capsys.readouterr()
         run(dataset, out, f"model.vae={vae}", change)  # what is remembered holds for these settings only
         assert says in capsys.readouterr().out
@@ -249,7 +263,9 @@ def test_what_cannot_be_used_is_listed_and_strict_stops(dataset, tmp_path, capsy
     assert not (tmp_path / "strict/manifest.json").exists()
 
 
-def test_a_clip_that_ends_early_is_rejected_while_encoding_and_not_tried_again(dataset, tmp_path, capsys, monkeypatch):
+def test_a_clip_that_ends_early_is_rejected_while_encoding_and_not_tried_again(
+    dataset, tmp_path, capsys, monkeypatch
+):
     """The container promises more frames than can be decoded: only the decoder finds out."""
     from hvtrain.encode import encoders
 
@@ -268,9 +284,12 @@ def test_a_clip_that_ends_early_is_rejected_while_encoding_and_not_tried_again(d
     assert "only 3 of the 9 frames" in reason
     tried.clear()
     assert len(run(dataset, out)) == 5 and not tried and len(reasons(out)) == 1
-    assert "latents: 0 encoded, 0 copied, 5 kept; text: 0 encoded, 0 copied, 5 kept" in capsys.readouterr().out
+    assert (
+        "latents: 0 encoded, 0 copied, 5 kept; text: 0 encoded, 0 copied, 5 kept" in capsys.readouterr().out
+    )
     monkeypatch.setattr(encoders, "read_windows", real)
-    (tmp_path / "clips/clip_00003.mp4").write_bytes((tmp_path / "clips/clip_00001.mp4").read_bytes())  # mended
+    # mended
+    (tmp_path / "clips/clip_00003.mp4").write_bytes((tmp_path / "clips/clip_00001.mp4").read_bytes())
     assert len(run(dataset, out)) == 6 and reasons(out) == []
 
 
@@ -314,8 +333,10 @@ def test_what_was_encoded_before_is_known_again():
                       controls=(Picture(Path("/a/c.mp4"), "3/4", (0,), (64, 48)),))
     kinds = [kind_of(c, spec, spec.flavor("t2v")) for c in ("latents", "image", "control", "text")]
     assert [(kind.digest(s, "enc")[:16], kind.tar_name(PlannedChunk((s,)), "enc")) for kind in kinds] == [
-        ("6ca8b097daaf6d5f", "latents/3x48x64-6543cd173e06e6ce.tar"), ("6852787288c574e7", "image/3x48x64-f2036094d0c17bac.tar"),
-        ("2c83349837cedcb4", "control/3x48x64-fec26479ddc862e6.tar"), ("1a2a9b5a27c946b8", "text/3x48x64-2a67bec05dd3d30c.tar"),
+        ("6ca8b097daaf6d5f", "latents/3x48x64-6543cd173e06e6ce.tar"),
+        ("6852787288c574e7", "image/3x48x64-f2036094d0c17bac.tar"),
+        ("2c83349837cedcb4", "control/3x48x64-fec26479ddc862e6.tar"),
+        ("1a2a9b5a27c946b8", "text/3x48x64-2a67bec05dd3d30c.tar"),
     ]
     assert s.state == "k/d967d67329ca5793/6cb594bfdbaedd37/9c2e646884ab11ae"
     assert [kind.fields[0].name for kind in kinds] == ["latents", "image_latents", "control_latents", "text"]

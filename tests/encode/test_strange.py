@@ -27,7 +27,9 @@ from shards.schema import Stored
 from shards.verify import verify
 from tests.strange import discovered
 
-CAPTIONS = ["a red ball", 'a sign "go" here', "one", 'so many words that the last of them are cut off by it "ab" "cd"']
+CAPTIONS = [
+    "a red ball", 'a sign "go" here', "one", 'so many words that the last of them are cut off by it "ab" "cd"'
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,8 +43,10 @@ def files(tmp_path_factory):
     """The model's parts and a dataset of four clips."""
     folder = tmp_path_factory.mktemp("strange")
     g = torch.Generator().manual_seed(0)
-    shapes = {"vae": ("strange_vae.mix", 48, 48), "words": ("strange_words", 64, 24), "letters": ("strange_letters", 32, 16),
-              "eye": ("strange_eye", 3, 20)}
+    shapes = {
+        "vae": ("strange_vae.mix", 48, 48), "words": ("strange_words", 64, 24),
+        "letters": ("strange_letters", 32, 16), "eye": ("strange_eye", 3, 20)
+    }
     for part, (name, *shape) in shapes.items():
         save_file({name: torch.randn(shape, generator=g)}, str(folder / f"{part}.safetensors"))
     write_clips(ClipsRecipe(output=str(folder / "clips"), n=4, seed=3))
@@ -55,14 +59,19 @@ def files(tmp_path_factory):
 
 def items(files, output, *more):
     parts = [f"model.{part}={files / part}.safetensors" for part in ("vae", "words", "letters", "eye")]
-    return ["model.name=strange", "model.dtype=float32", "model.vae_dtype=float32", "model.flavor=pair", *parts,
-            f"dataset={files / 'd.toml'}", f"output={output}", "columns=[text,image,vision,latents]", "samples_per_tar=2", *more]
+    return [
+        "model.name=strange", "model.dtype=float32", "model.vae_dtype=float32", "model.flavor=pair", *parts,
+        f"dataset={files / 'd.toml'}", f"output={output}", "columns=[text,image,vision,latents]",
+        "samples_per_tar=2", *more
+    ]
 
 
 @pytest.fixture(scope="module")
 def made(files):
     """By two ranks."""
-    command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", "2", "encode", *items(files, files / "set")]
+    command = [
+        sys.executable, "-m", "launcher.cli", "launch", "--nproc", "2", "encode", *items(files, files / "set")
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and "4 samples; latents: 4 encoded" in done.stdout
@@ -70,7 +79,9 @@ def made(files):
 
 
 def test_the_record_says_what_a_set_holds(made, files):
-    assert list(verify(files / "set")) == [] and made.manifest.columns == ("latents", "image", "vision", "text")
+    assert (
+        list(verify(files / "set")) == [] and made.manifest.columns == ("latents", "image", "vision", "text")
+    )
     by = made.manifest.made
     assert {made.model for made in by.values()} == {"strange"} and by["text"].parts == ("words", "letters")
     assert by["vision"].parts == ("eye",) and by["latents"].parts == ("vae",)
@@ -81,7 +92,9 @@ def test_the_record_says_what_a_set_holds(made, files):
         "text": {"words": Stored((None, 24), "bfloat16"), "letters": Stored((None, 16), "bfloat16")},
     }
     assert made.manifest.ragged == {"words", "letters"}
-    assert {name: tuple(t.shape) for name, t in made.empty_text.items()} == {"words": (1, 24), "letters": (0, 16)}
+    assert {name: tuple(t.shape) for name, t in made.empty_text.items()} == {
+        "words": (1, 24), "letters": (0, 16)
+    }
 
 
 def test_a_batch_has_the_lengths_of_both_texts(made, strange):
@@ -107,15 +120,22 @@ def test_the_eye_sees_the_first_frame(made, files):
     table = load_file(files / "eye.safetensors")["strange_eye"]
     for i in range(4):
         sample = made.get(i)
-        pixels = torch.from_numpy(read_frames(files / "clips" / sample.meta["source"].rsplit("/", 1)[1], [0], size=(96, 64)))[0]
+        pixels = torch.from_numpy(
+            read_frames(files / "clips" / sample.meta["source"].rsplit("/", 1)[1], [0], size=(96, 64))
+        )[0]
         rows = (pixels.double() / 127.5 - 1).reshape(2, 32, 2, 48, 3).mean((1, 3)).reshape(4, 3)  # quarters
-        torch.testing.assert_close(sample.tensors["sight"].float(), (rows.float() @ table), atol=0.02, rtol=0.02)
+        torch.testing.assert_close(
+            sample.tensors["sight"].float(), (rows.float() @ table), atol=0.02, rtol=0.02
+        )
 
 
 def test_one_process_goes_on_where_two_ended(made, files, capsys):
     encode.run(load(EncodeConfig, None, items(files, files / "set", "columns=[text]")))
     said = capsys.readouterr().out
-    assert "nothing to do" in said and "latents: 0 encoded, 0 copied, 4 kept" in said and "vision: 0 encoded" in said
+    assert (
+        "nothing to do" in said and "latents: 0 encoded, 0 copied, 4 kept" in said
+        and "vision: 0 encoded" in said
+    )
     again = json.loads((files / "set/manifest.json").read_text())
     assert again["made"]["vision"]["fields"] == {"sight": {"dims": [4, 20], "dtype": "bfloat16"}}
     assert open_set(files / "set").manifest == made.manifest
@@ -141,11 +161,15 @@ def test_sizes_are_multiples_of_what_its_cells_and_patches_span(files, strange):
 
 def test_shards_of_another_model_are_refused_by_name(made, files, tmp_path):
     hunyuan = find("hunyuan-video")
-    with pytest.raises(DataError, match="column 'latents' of .* was made for strange, this run trains hunyuan-video"):
+    with pytest.raises(
+        DataError, match="column 'latents' of .* was made for strange, this run trains hunyuan-video"
+    ):
         check_encoders({"data.shards": [made]}, ["latents"], ModelConfig(), hunyuan)
     with pytest.raises(DataError, match="made for strange"):
         check_encoders({"data.shards": [made]}, ["text"], ModelConfig(vae="tiny:vae.safetensors"), hunyuan)
-    check_encoders({"data.shards": [made]}, ["latents", "text", "vision"], ModelConfig(name="strange"), find("strange"))
+    check_encoders(
+        {"data.shards": [made]}, ["latents", "text", "vision"], ModelConfig(name="strange"), find("strange")
+    )
     # Nor do two models share a set.
     mixed = [f"dataset={files / 'd.toml'}", f"output={files / 'set'}", "columns=[text]", "model.llm=tiny:llm",
              "model.clip=tiny:clip"]
@@ -168,18 +192,22 @@ def test_what_flavors_take_differently_needs_a_flavor(strange):
         dataclasses.replace(f, dims=(48, None, None, None)) if f.name == "still" else f for f in pair.cond))
     spec = dataclasses.replace(strange, flavors={**strange.flavors, "whole": whole})
     plain = spec.flavor(None)
-    assert plain.name == "plain" and kind_of("image", strange, plain).fields[0].name == "still"  # one flavor takes it
+    # one flavor takes it
+    assert plain.name == "plain" and kind_of("image", strange, plain).fields[0].name == "still"
     with pytest.raises(ConfigError, match="'image' is not the same for all of .*pair, whole"):
         kind_of("image", spec, plain)
     assert kind_of("image", spec, pair).given == () and kind_of("image", spec, whole).given == (0, -1)
-    with pytest.raises(ConfigError, match="no column 'control'; choose from latents, image, vision, mask, text"):
+    with pytest.raises(
+        ConfigError, match="no column 'control'; choose from latents, image, vision, mask, text"
+    ):
         kind_of("control", spec, pair)
 
 
 def test_latents_of_the_whole_length_are_grey_but_for_what_is_given():
     seen = []
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32,
-                          encode=lambda video, generator: seen.append(video) or torch.zeros(len(video), 2, 3, 1, 1))
+                          encode=lambda video, generator: seen.append(video)
+                          or torch.zeros(len(video), 2, 3, 1, 1))
     sample = SimpleNamespace(key="k", clip=SimpleNamespace(frames=tuple(range(9))))
     pixels = torch.from_numpy(np.stack([np.full((32, 32, 3), v, np.uint8) for v in (255, 0)]))[None]
     (fields,) = Latents(vae, "still", torch.float32, 0, (0, -1))(pixels, [Shot(sample, 0, None)])

@@ -1,4 +1,5 @@
-"""Pixels as people see them: turned, mirrored, squeezed, at their own times; and files that no decoder should meet."""
+"""Pixels as people see them: turned, mirrored, squeezed, at their own times; and files
+that no decoder should meet."""
 
 import os
 import socket
@@ -128,9 +129,13 @@ def test_what_cannot_be_shown_is_listed(tmp_path, make, says):
 
 def planned(tmp_path, body=""):
     path = tmp_path / "d.toml"
-    path.write_text(f"[general]\nresolution=64\nenable_bucket=true\n[[datasets]]\nvideo_directory='{tmp_path}'\n{body}\n")
+    path.write_text(
+        f"[general]\nresolution=64\nenable_bucket=true\n[[datasets]]\nvideo_directory='{tmp_path}'\n{body}\n"
+    )
     (dataset,) = read_dataset_file(path, FLAVOR)
-    return lambda clip, root=None: plan_clips([Clip(clip, ("x",), dataset)], Probes(root), target_fps=24, workers=1)[0]
+    return lambda clip, root=None: plan_clips(
+        [Clip(clip, ("x",), dataset)], Probes(root), target_fps=24, workers=1
+    )[0]
 
 
 def test_buckets_follow_the_size_as_shown_and_a_turn_is_part_of_the_state(tmp_path):
@@ -159,11 +164,15 @@ def test_the_cache_of_probes_says_the_same_and_one_of_an_older_form_is_not_read(
 
 
 def test_which_clips_have_a_constant_rate():
-    assert is_constant([]) and is_constant([0.0]) and is_constant([0, 5]) and is_constant([i / 24 for i in range(99)])
+    assert (
+        is_constant([]) and is_constant([0.0]) and is_constant([0, 5])
+        and is_constant([i / 24 for i in range(99)])
+    )
     assert is_constant([round(i / 240, 3) for i in range(240)])  # thousandths of a second, as in MKV
     assert is_constant([i / 24 + (i % 2) / 120 for i in range(99)])  # film on NTSC: 2, 3, 2, 3 fields
     assert not is_constant([0, 1, 2, 4, 5, 6, 7, 8, 9])  # one is left out
-    assert not is_constant([i / 30 for i in range(50)] + [50 / 30 + i / 24 for i in range(50)])  # darker: slower
+    # darker: slower
+    assert not is_constant([i / 30 for i in range(50)] + [50 / 30 + i / 24 for i in range(50)])
 
 
 def test_a_variable_rate_is_resampled_by_the_times():
@@ -173,15 +182,19 @@ def test_a_variable_rate_is_resampled_by_the_times():
     # At rate 4 the ticks are 0, 0.25, 0.5, 0.75, 1.0, and a frame belongs to the tick that is nearest.
     assert shown_frames(times, source_fps=10, target_fps=4) == [1, 3, 3, 4, 6]
     # A slower source is not made faster.
-    assert shown_frames(times, source_fps=10, target_fps=24) == shown_frames(times, source_fps=None, target_fps=24)
+    assert shown_frames(times, source_fps=10, target_fps=24) == shown_frames(
+        times, source_fps=None, target_fps=24
+    )
     for bad in ([0, 0, 0, 0], [0, 0.001, 0.002, 1e9]):
         with pytest.raises(DataError, match="make no sense"):
             shown_frames(bad, source_fps=None, target_fps=24)
 
 
 def test_a_clip_of_variable_rate_moves_evenly(tmp_path):
-    """A bar that moves one column a time unit: at whatever moments frames were stored, it moves evenly in the sample."""
-    times = [0, 40, 80, 200, 240, 280, 400, 440, 480, 520, 560]  # milliseconds; 120, 160, 320, 360 are missing
+    """A bar that moves one column a time unit: at whatever moments frames were stored, it
+    moves evenly in the sample."""
+    # milliseconds; 120, 160, 320, 360 are missing
+    times = [0, 40, 80, 200, 240, 280, 400, 440, 480, 520, 560]
     frames = []
     for t in times:
         frames.append(np.zeros((64, 128, 3), np.uint8))
@@ -190,11 +203,15 @@ def test_a_clip_of_variable_rate_moves_evenly(tmp_path):
     (sample,) = planned(tmp_path, "target_frames=[13]")(path)
     assert sample.clip.frames == (0, 1, 2, 2, 2, 3, 4, 5, 5, 5, 6, 7, 8)
     (sample,) = planned(tmp_path, "source_fps=25\ntarget_frames=[13]")(path)
-    bar = [f[32].mean(axis=1).argmax() for f in read_frames(path, sorted(set(sample.clip.frames)), size=(128, 64))]
+    bar = [
+        f[32].mean(axis=1).argmax()
+        for f in read_frames(path, sorted(set(sample.clip.frames)), size=(128, 64))
+    ]
     expected = [times[i] // 5 for i in sorted(set(sample.clip.frames))]
     assert np.abs(np.subtract(bar, expected)).max() <= 11
     shown = [times[i] for i in sample.clip.frames]
-    assert all(t - k * 1000 / 24 <= 500 / 24 + 1 for k, t in enumerate(shown))  # nothing is shown before its time
+    # nothing is shown before its time
+    assert all(t - k * 1000 / 24 <= 500 / 24 + 1 for k, t in enumerate(shown))
 
 
 def test_a_gif_is_a_video(tmp_path):
@@ -202,18 +219,27 @@ def test_a_gif_is_a_video(tmp_path):
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=40)
     seen = probe(tmp_path / "a.gif")
     assert (seen.width, seen.height, seen.frames, seen.times) == (64, 48, 9, ())
-    assert [round(f.mean()) for f in read_frames(tmp_path / "a.gif", [0, 4, 8], size=(64, 48))] == [0, 80, 160]
+    assert [
+        round(f.mean()) for f in read_frames(tmp_path / "a.gif", [0, 4, 8], size=(64, 48))
+    ] == [0, 80, 160]
 
 
 def test_an_image_above_the_limit_is_listed_with_its_reason(tmp_path, monkeypatch):
     Image.fromarray(quarters()).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # 128 x 64 are more than twice as many
-    with pytest.raises(DataError, match=r"a\.png: has more than the 0 million pixels that are decoded; scale it down"):
+    with pytest.raises(
+        DataError, match=r"a\.png: has more than the 0 million pixels that are decoded; scale it down"
+    ):
         probe(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("error", [ValueError("odd"), SyntaxError("broken PNG"), struct.error("short"), MemoryError(),
-                                   RecursionError("deep"), KeyError(3), EOFError(), OverflowError("big"), AssertionError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("odd"), SyntaxError("broken PNG"), struct.error("short"), MemoryError(),
+        RecursionError("deep"), KeyError(3), EOFError(), OverflowError("big"), AssertionError()
+    ]
+)
 def test_whatever_a_decoder_raises_lists_that_file_only(tmp_path, monkeypatch, error):
     Image.fromarray(quarters()).save(tmp_path / "a.png")
     clip = write_clip(tmp_path / "a.mp4", [quarters()] * 3)

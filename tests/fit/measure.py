@@ -43,10 +43,15 @@ class Setting:
 def make(setting: Setting) -> tuple[DiT, dict[str, nn.Parameter], ModelInput]:
     model = HunyuanVideo(setting.arch)
     if setting.lora:
-        names = [n for n, m in model.named_modules() if type(m) is nn.Linear and "_blocks." in n and "mod" not in n]
+        names = [
+            n for n, m in model.named_modules() if type(m) is nn.Linear and "_blocks." in n and "mod" not in n
+        ]
         inject(model, names, rank=8)
     a = setting.arch
-    text = {"text": torch.zeros(1, 33, a.text_dim), "pooled": torch.zeros(1, a.pooled_dim), "guidance": torch.zeros(1)}
+    text = {
+        "text": torch.zeros(1, 33, a.text_dim), "pooled": torch.zeros(1, a.pooled_dim),
+        "guidance": torch.zeros(1)
+    }
     x = torch.zeros(1, a.in_channels, *setting.tokens)
     inp = HunyuanInput(x=x, t=torch.zeros(1), cond=text, lengths={"text": (33,)})
     return model.train(), {n: p for n, p in model.named_parameters() if p.requires_grad}, inp
@@ -64,8 +69,8 @@ def _train(setting: Setting) -> None:
 
 
 def live_bytes(setting: Setting) -> int:
-    """The worst moment of two real steps, by following every tensor's storage; run on every rank. The profiler would miss
-    what gloo's own threads free."""
+    """The worst moment of two real steps, by following every tensor's storage; run on every rank. The
+    profiler would miss what gloo's own threads free."""
     with Ledger(nn.Module()) as meter:
         _train(setting)
     return meter.peak
@@ -97,6 +102,7 @@ def predicted(setting: Setting) -> Budget:
     with simulated(world=setting.world, ulysses=setting.ulysses, ring=setting.ring) as ctx:
         model, _, inp = make(setting)
         trace = trace_step(
-            model, inp, ctx=ctx, recompute=setting.recompute, autocast=False, keep_gradients=layout.keeps_gradients
+            model, inp, ctx=ctx, recompute=setting.recompute, autocast=False,
+            keep_gradients=layout.keeps_gradients
         )
         return budget(byte_counts(model), trace, layout)

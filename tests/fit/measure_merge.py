@@ -1,4 +1,5 @@
-"""What a merge really takes: every tensor's storage followed from its making to its end, files' maps apart."""
+"""What a merge really takes: every tensor's storage followed from its making to
+its end, files' maps apart."""
 
 from __future__ import annotations
 

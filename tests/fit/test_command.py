@@ -1,4 +1,5 @@
-"""`hvtrain fit`: full-size models without their weights, every row of the official table, and what a full GPU is told."""
+"""`hvtrain fit`: full-size models without their weights, every row of the official table,
+and what a full GPU is told."""
 
 import re
 from dataclasses import replace
@@ -26,8 +27,8 @@ MODEL = ModelConfig(flavor="t2v")
 
 
 def test_every_size_works_on_every_number_of_gpus():
-    """The real sequence-parallel code at the real sizes, rank 0 of each layout: also 5, 6 and 7 GPUs, where the official
-    code has none. Work is shared evenly."""
+    """The real sequence-parallel code at the real sizes, rank 0 of each layout: also 5, 6 and 7 GPUs, where
+    the official code has none. Work is shared evenly."""
     about = candidate(MODEL)
     for width, height in about.spec.sizes:
         shape = shape_of(about.flavor, width=width, height=height, frames=129)
@@ -46,7 +47,9 @@ def test_degrees():
 
 def test_the_table_has_every_row():
     text = fit.size_table(MODEL, sizes=((720, 720),), gpus=(1, 5, 6))
-    assert [line.split("│")[3].strip() for line in text.splitlines() if line.startswith("│")] == ["1", "5", "6"]
+    assert [
+        line.split("│")[3].strip() for line in text.splitlines() if line.startswith("│")
+    ] == ["1", "5", "6"]
     assert "66,825" in text and "6x1 3x2 2x3 1x6" in text
 
 
@@ -75,7 +78,9 @@ def test_equal_blocks_are_extrapolated_exactly(monkeypatch):
 
 
 def _config(*items: str) -> Training:
-    cfg = load(TrainConfig, None, ["model.flavor=t2v", "data.shards=x", "run.output_dir=x", "run.steps=1", *items])
+    cfg = load(
+        TrainConfig, None, ["model.flavor=t2v", "data.shards=x", "run.output_dir=x", "run.steps=1", *items]
+    )
     return Training(cfg.model, cfg.adapter, cfg.parallel, cfg.zero, cfg.run)
 
 
@@ -107,7 +112,8 @@ def test_the_nearest_fits():
 
 @pytest.mark.parametrize("spec", all_specs(), ids=lambda spec: spec.name)
 def test_every_flavor_is_predicted(spec):
-    """Trained and sampled at a small size: a flavor is what it declares, whatever that is. One for each set of conditions."""
+    """Trained and sampled at a small size: a flavor is what it declares, whatever that is. One
+    for each set of conditions."""
     for flavor in {(*(c.name for c in f.cond), f.tasks): f for f in spec.flavors.values()}.values():
         model = ModelConfig(spec.name, flavor.name)
         about, (width, height) = candidate(model), (8 * unit for unit in reversed(flavor.latent.unit))
@@ -116,7 +122,8 @@ def test_every_flavor_is_predicted(spec):
         sampled = of_sampling(model, ParallelConfig(n_gpus), about, shape, n_gpus)
         trained = of_training(replace(_config("zero.engine=torch"), model=model), about, shape, 1)
         assert sampled.n_tokens == trained.n_tokens == 64 * 3 // flavor.latent.patch[0]
-        assert trained.flops > 2 * sampled.flops  # forward, forward again and backward, and on all of the tokens
+        # forward, forward again and backward, and on all of the tokens
+        assert trained.flops > 2 * sampled.flops
         assert trained.budget.optimizer > 0 == sampled.budget.optimizer
         assert 0 < sampled.budget.total < trained.budget.total
 
@@ -126,11 +133,16 @@ def test_weights_cut_over_the_ranks_of_a_video():
     about = candidate(ModelConfig("hunyuan-video", flavor="tiny"))
     shape, layout = shape_of(about.flavor, width=64, height=64, frames=9), ParallelConfig(ulysses=2)
     whole, cut = (
-        of_sampling(ModelConfig("hunyuan-video", flavor="tiny"), layout, about, shape, 2, shard_weights=cut).budget.weights
+        of_sampling(
+            ModelConfig("hunyuan-video", flavor="tiny"), layout, about, shape, 2, shard_weights=cut
+        ).budget.weights
         for cut in (False, True)
     )
     with torch.device("meta"):
-        sizes = [sum(2 * p.numel() for p in block.parameters()) for block in about.spec.build(about.flavor.arch).blocks]
+        sizes = [
+            sum(2 * p.numel() for p in block.parameters())
+            for block in about.spec.build(about.flavor.arch).blocks
+        ]
     assert whole - cut == sum(sizes) // 2 - 2 * max(sizes)
 
 
@@ -143,7 +155,8 @@ def test_of_several_experts_the_largest_counts(tmp_path):
     dit, low = paths["dit"], {"dit_low": paths["dit_low"]}
     assert candidate(ModelConfig("wan", dit=dit)).flavor.arch.n_layers == 1
     assert candidate(ModelConfig("wan", dit=dit, parts=low)).flavor.arch.n_layers == 3
-    assert candidate(ModelConfig("wan", dit=dit, parts=low, experts="high")).flavor.arch.n_layers == 1  # it is trained
+    # it is trained
+    assert candidate(ModelConfig("wan", dit=dit, parts=low, experts="high")).flavor.arch.n_layers == 1
     with pytest.raises(ConfigError, match="did you mean 'high'"):
         candidate(ModelConfig("wan", dit=dit, experts="hihg"))
 
@@ -151,9 +164,14 @@ def test_of_several_experts_the_largest_counts(tmp_path):
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("model: {flavor: t2v}\ndata: {shards: [x]}\nrun: {output_dir: x, steps: 1}\n")
-    assert cli.main(["fit", str(path), "parallel.ulysses=2", "--size", "544x544x17", "--gpus", "2", "--memory", "40"]) == 0
+    assert cli.main(
+        ["fit", str(path), "parallel.ulysses=2", "--size", "544x544x17", "--gpus", "2", "--memory", "40"]
+    ) == 0
     out = capsys.readouterr().out
-    assert "image tokens and 256 of text" in out and "2: 2x1 1x2" in out and "fits:" in out and "optimizer" in out
+    assert (
+        "image tokens and 256 of text" in out and "2: 2x1 1x2" in out and "fits:" in out
+        and "optimizer" in out
+    )
     assert cli.main(["fit", "--generate", "model.flavor=t2v", "--size", "544x544x17", "--gpus", "1,3"]) == 0
     assert "U3 x R1" in capsys.readouterr().out
     assert load(GenerateConfig, None, []).blocks_to_swap == 0
@@ -185,7 +203,9 @@ def test_a_run_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
     with pytest.raises(HvtrainError) as caught:
         train.run(config(make_shards(tmp_path / "shards"), tmp_path / "run"))
     said = str(caught.value)
-    assert re.search(r"out of memory on this machine with clips of 32x32x5; `hvtrain fit` says that \d", said), said
+    assert re.search(
+        r"out of memory on this machine with clips of 32x32x5; `hvtrain fit` says that \d", said
+    ), said
     assert "Tried to allocate 20 GiB" in said
 
 

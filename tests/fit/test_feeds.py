@@ -1,4 +1,5 @@
-"""Which layers are solved together is told without values as it is with them, for every model that is found."""
+"""Which layers are solved together is told without values as it is with them, for every model that is
+found."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""What a full fine-tune needs of host memory, and which degrees come first where there are several machines."""
+"""What a full fine-tune needs of host memory, and which degrees come first where
+there are several machines."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def test_thirteen_billion_over_eight_ranks() -> None:
     three = host(COUNTS, LARGEST, Layout(ZeroConfig(stage=3), world=8))
     assert three.load == 4 * N and three.resident == 0 and three.save == LARGEST // 8 + LARGEST + LARGEST // 2
     assert three.save < 0.3e9
-    both = host(COUNTS, LARGEST, Layout(ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu"), world=8))
+    both = host(
+        COUNTS, LARGEST, Layout(ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu"), world=8)
+    )
     assert both.resident == (4 + 8 + 4) * N // 8 + 4 * N // 8
     two = host(COUNTS, LARGEST, Layout(ZeroConfig(stage=2), world=8))
     assert (two.load, two.save) == (0, 14 * N)

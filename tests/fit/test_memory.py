@@ -19,7 +19,9 @@ TWO = [
 ]
 
 
-@pytest.mark.parametrize("world, measure, settings", [(1, allocated_bytes, ONE), (2, live_bytes, TWO)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "world, measure, settings", [(1, allocated_bytes, ONE), (2, live_bytes, TWO)], ids=["one", "two"]
+)
 def test_the_prediction_is_within_a_tenth(world, measure, settings):
     ranks = run_ranks(world, each, measure, settings)
     for i, setting in enumerate(settings):

@@ -30,13 +30,28 @@ def test_what_will_be_is_said_for_each_number_of_gpus(capsys):
     sizes = ["--loras", "3", "--lora-rank", "4", "--size", "32x32x5", "--gpus", "1,2"]
     code, text = said(capsys, *TINY, *sizes, "reconcile.host_gb=0.001")
     assert code == 0
-    first = "hunyuan-video tiny: fit+distill of 3 LoRAs of rank 4 in 24 layers, from 180 noisy clips of 32 x 32 x 5, 48 held out"
+    first = (
+        "hunyuan-video tiny: fit+distill of 3 LoRAs of rank 4 in 24 layers, from 180 noisy clips of 32 x 32 "
+        "x 5, 48 held out"
+    )
     assert text.splitlines()[0] == first and "1 GPU(s) of" in text and "2 GPU(s) of" in text
     assert text.count("host memory of a process:") == 2 and "GiB on the disk beside the output" in text
-    assert "fit " in text and "distill" in text and "fits: " in text and " of them in float32; as training each LoRA on " in text
-    code, text = said(capsys, *TINY, "--loras", "3", "--size", "32x32x5", "--memory", "0.001", "reconcile.how=distill")
-    assert code == 0 and "does not fit: " in text and "--rank with fit+distill" in text and "noisy clips" in text
-    code, text = said(capsys, *TINY, "--loras", "3", "--size", "32x32x5", "--memory", "0.001", "reconcile.how=fit", "target=lora")
+    assert (
+        "fit " in text and "distill" in text and "fits: " in text
+        and " of them in float32; as training each LoRA on " in text
+    )
+    code, text = (
+        said(capsys, *TINY, "--loras", "3", "--size", "32x32x5", "--memory", "0.001", "reconcile.how=distill")
+    )
+    assert (
+        code == 0 and "does not fit: " in text and "--rank with fit+distill" in text and "noisy clips" in text
+    )
+    code, text = (
+        said(
+            capsys, *TINY, "--loras", "3", "--size", "32x32x5", "--memory", "0.001", "reconcile.how=fit",
+            "target=lora"
+        )
+    )
     assert code == 0 and "usable; fewer LoRAs at a time" in text and "distill" not in text
 
 
@@ -47,7 +62,8 @@ def test_what_will_be_is_said_for_each_number_of_gpus(capsys):
         ([*TINY, "--loras", "0"], "--loras 0: expected 1 or more"),
         ([*TINY, "--loras", "2", "reconcile.how=none"], "reconcile: this merge adds weights up"),
         ([*TINY, "--loras", "2", "--generate"], "--merge goes without --generate and --table"),
-        ([*TINY, "--loras", "2", "--gpus", "3", "parallel.ulysses=2"], "2 GPUs that share a clip do not divide 3"),
+        ([*TINY, "--loras", "2", "--gpus", "3", "parallel.ulysses=2"], "2 GPUs that share a clip do not "
+        "divide 3"),
         (["lora=[{path: a}]"], "dit: the model that the LoRAs change is needed"),
     ],
 )
@@ -57,12 +73,17 @@ def test_what_cannot_be_told_is_refused(capsys, arguments, says):
 
 
 def test_the_loras_are_of_merges_only(capsys):
-    assert cli.main(["fit", "--loras", "2", "model.flavor=tiny"]) == 2 and "--loras is for --merge" in capsys.readouterr().err
+    assert (
+        cli.main(["fit", "--loras", "2", "model.flavor=tiny"]) == 2
+        and "--loras is for --merge" in capsys.readouterr().err
+    )
 
 
 def test_loras_that_are_there_are_looked_at(place, tmp_path):  # noqa: F811
     """Their layers, ranks and rows, their samples, and what the merge would do by itself."""
-    cfg = config(place, tmp_path / "m.safetensors", 1, 2, how="auto", target="lora", keep=(str(place / "old"),))
+    cfg = config(
+        place, tmp_path / "m.safetensors", 1, 2, how="auto", target="lora", keep=(str(place / "old"),)
+    )
     job = job_of(cfg, Loras())
     assert (job.reconcile.how, job.n_loras, job.n_sets, job.keep) == ("fit+distill", 2, 2, True)
     assert not job.whole and job.dtype == torch.bfloat16
@@ -88,11 +109,19 @@ def test_slices_of_a_plan_keep_their_rows(tmp_path):
 
 def test_what_costs_more_is_said_to(tmp_path):
     """More LoRAs, states, GPUs and less of the host each move what they should, and nothing else."""
-    cfg = MergeConfig(model="hunyuan-video", flavor="tiny", target="lora", reconcile=ReconcileConfig(states=8, held_out=2))
+    cfg = MergeConfig(
+        model="hunyuan-video", flavor="tiny", target="lora", reconcile=ReconcileConfig(states=8, held_out=2)
+    )
     job = job_of(cfg, Loras(2, 4))
     base, more = of_merge(job, CLIP), of_merge(job_of(cfg, Loras(4, 4)), CLIP)
-    assert more.passes["fit"][0] == 2 * base.passes["fit"][0] and more.passes["distill"][0] == 2 * base.passes["distill"][0]
-    assert more.passes["who fires on whose clips"][0] == 4 * 2 * 5 and base.passes["who fires on whose clips"][0] == 2 * 2 * 3
+    assert (
+        more.passes["fit"][0] == 2 * base.passes["fit"][0]
+        and more.passes["distill"][0] == 2 * base.passes["distill"][0]
+    )
+    assert (
+        more.passes["who fires on whose clips"][0] == 4 * 2 * 5
+        and base.passes["who fires on whose clips"][0] == 2 * 2 * 3
+    )
     assert more.host > 1.8 * base.host and base.fit <= more.fit < 1.1 * base.fit
     states = of_merge(replace(job, reconcile=replace(job.reconcile, states=16)), CLIP)
     assert states.sums == 2 * base.sums > 0 and states.passes["distill"] == base.passes["distill"]

@@ -1,4 +1,5 @@
-"""What `hvtrain fit --merge` says, against merges that are made: at tiny size, and at an eighth of the width with all blocks."""
+"""What `hvtrain fit --merge` says, against merges that are made: at tiny size, and at an eighth
+of the width with all blocks."""
 
 from dataclasses import replace
 
@@ -32,7 +33,9 @@ def a_model(root, flavor):
         pairs = {}
         for name in SPEC.lora_targets(model):
             out, width = shapes[name]
-            pairs[name] = LoraPair(torch.randn(4, width, generator=g) * width**-0.5, torch.randn(out, 4, generator=g) * 0.05, 4.0)
+            pairs[name] = LoraPair(
+                torch.randn(4, width, generator=g) * width**-0.5, torch.randn(out, 4, generator=g) * 0.05, 4.0
+            )
         (root / str(number)).mkdir()
         write_lora(root / str(number) / "lora.safetensors", pairs, metadata={"ss_learning_rate": "1e-3"})
         clips(root / str(number) / "calibration", flavor, g)
@@ -43,8 +46,13 @@ def clips(root, flavor, g, n=4):
     longest, a = next(f.longest for f in flavor.cond if f.ragged), flavor.arch
     keys = tuple(f"clip{i}" for i in range(n))
     latents = [(k, {"latents": torch.randn(16, *CELLS, generator=g).bfloat16()}, {}) for k in keys]
-    words = [(k, {"text": torch.randn(longest, a.text_dim, generator=g), "pooled": torch.ones(a.pooled_dim)}, {}) for k in keys]
-    tars = {"latents": write_tar(root, "latents/0.tar", latents), "text": write_tar(root, "text/0.tar", words)}
+    words = [
+        (k, {"text": torch.randn(longest, a.text_dim, generator=g), "pooled": torch.ones(a.pooled_dim)}, {})
+        for k in keys
+    ]
+    tars = {
+        "latents": write_tar(root, "latents/0.tar", latents), "text": write_tar(root, "text/0.tar", words)
+    }
     save_manifest(root, Manifest(tuple(tars), (Chunk(BUCKET, keys, tars),), {}))
     save_file({"text": torch.zeros(1, a.text_dim), "pooled": torch.zeros(a.pooled_dim)}, root / EMPTY_TEXT)
 
@@ -53,11 +61,14 @@ CELLS, BUCKET, CLIP = (3, 8, 8), "9x64x64", Shape(1, 9, 64, 64)  # latents T H W
 
 
 def a_merge(root, output, how, target, **more):
-    c = {"states": 4, "held_out": 2, "steps": 2, "lr": 1e-4, "allow_lost": True, "keep": (str(root / "old"),), **more}
+    c = {
+        "states": 4, "held_out": 2, "steps": 2, "lr": 1e-4, "allow_lost": True, "keep": (str(root / "old"),),
+        **more
+    }
     loras = tuple(LoraFileConfig(str(root / str(n) / "lora.safetensors")) for n in (1, 2))
     return MergeConfig(
-        dit=str(root / "dit.safetensors"), lora=loras, output=str(output), target=target, reconcile=ReconcileConfig(how=how, **c),
-        device="cpu",
+        dit=str(root / "dit.safetensors"), lora=loras, output=str(output), target=target,
+        reconcile=ReconcileConfig(how=how, **c), device="cpu",
     )
 
 
@@ -76,7 +87,9 @@ def check(cfg, monkeypatch):
     assert 0.6 * whole < real <= 1.1 * whole, (said, real)
 
 
-@pytest.mark.parametrize(("how", "target"), [("fit", "model"), ("fit", "lora"), ("distill", "lora"), ("fit+distill", "lora")])
+@pytest.mark.parametrize(
+    ("how", "target"), [("fit", "model"), ("fit", "lora"), ("distill", "lora"), ("fit+distill", "lora")]
+)
 def test_a_merge_takes_what_was_said(small, tmp_path, monkeypatch, how, target):
     check(a_merge(small, tmp_path / "m.safetensors", how, target), monkeypatch)
 

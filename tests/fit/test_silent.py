@@ -1,4 +1,5 @@
-"""What samples cost on which an adapter shall change nothing: a second forward pass, while the first one's activations wait."""
+"""What samples cost on which an adapter shall change nothing: a second forward pass, while the
+first one's activations wait."""
 
 from dataclasses import replace
 
@@ -26,7 +27,10 @@ SHAPE = shape_of(FLAVOR, width=320, height=256, frames=17)
 
 def adapted():
     model = SPEC.build(SIZED)
-    layers = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "_blocks." in n and "mod" not in n]
+    layers = [
+        n for n,
+        m in model.named_modules() if type(m) is torch.nn.Linear and "_blocks." in n and "mod" not in n
+    ]
     inject(model, layers, rank=8)
     return model.train()
 
@@ -38,8 +42,10 @@ def measured(recompute: str, silent: bool) -> Ledger:
     objective = objective_of(flow, SPEC, FLAVOR, device=torch.device("cpu"), autocast=False)
     size = FLAVOR.latent.shape(frames=SHAPE.frames, height=SHAPE.height, width=SHAPE.width)
     text = SIZED.text_dim
-    batch = {"latents": torch.randn(1, *size), "text": torch.zeros(1, 33, text), "text_len": torch.tensor([33]),
-             "pooled": torch.zeros(1, SIZED.pooled_dim), "silent": torch.tensor([silent])}
+    batch = {
+        "latents": torch.randn(1, *size), "text": torch.zeros(1, 33, text), "text_len": torch.tensor([33]),
+        "pooled": torch.zeros(1, SIZED.pooled_dim), "silent": torch.tensor([silent])
+    }
     with Ledger(model) as meter:
         objective.compare(model, batch, sigma=torch.tensor([0.5]), draw=torch.Generator()).loss.backward()
     return meter
@@ -48,15 +54,20 @@ def measured(recompute: str, silent: bool) -> Ledger:
 def traced(model, **how):
     with simulated(world=1, ulysses=1, ring=1) as ctx:
         inp = fake_input(SPEC, FLAVOR, SHAPE)
-        inp = replace(inp, cond={**inp.cond, "text": torch.zeros(1, 33, SIZED.text_dim)}, lengths={"text": (33,)})
+        inp = replace(
+            inp, cond={**inp.cond, "text": torch.zeros(1, 33, SIZED.text_dim)}, lengths={"text": (33,)}
+        )
         return trace_step(model(), inp, ctx=ctx, autocast=False, **how)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_second_pass_is_in_the_prediction(recompute):
-    """The worst moment to a tenth of what a step really takes, and the operations of a plain forward pass more."""
+    """The worst moment to a tenth of what a step really takes, and the operations
+    of a plain forward pass more."""
     usual, silent = (traced(adapted, recompute=recompute, silent=s) for s in (False, True))
-    for found, real in ((usual, measured(recompute, silent=False)), (silent, measured(recompute, silent=True))):
+    for found, real in (
+        (usual, measured(recompute, silent=False)), (silent, measured(recompute, silent=True))
+    ):
         assert found.peak_bytes == pytest.approx(real.peak, rel=0.1)
     if recompute == "none":  # all that the backward pass needs is there, and what a block takes comes on top
         assert silent.peak_bytes > 1.01 * usual.peak_bytes
@@ -81,7 +92,8 @@ def test_it_counts_by_how_often_it_comes():
     shape = shape_of(about.flavor, width=64, height=64, frames=5)
     flops = {s: of_training(replace(plain, silent=s), about, shape, 1).flops for s in (0.0, 0.25, 1.0)}
     assert flops[0.25] - flops[0.0] == pytest.approx((flops[1.0] - flops[0.0]) / 4, rel=1e-6)
-    assert 1.2 * flops[0.0] < flops[1.0] < 1.5 * flops[0.0]  # forward, forward again, backward: and one more forward
+    # forward, forward again, backward: and one more forward
+    assert 1.2 * flops[0.0] < flops[1.0] < 1.5 * flops[0.0]
     one = of_training(some, about, shape, 1)
     assert one.budget.total >= of_training(plain, about, shape, 1).budget.total
     said = training(silent_config(sets, "data.batch_size=2"), Asked(width=64, height=64, frames=5))
@@ -94,7 +106,8 @@ def test_the_share_is_that_of_the_steps_where_it_is_largest(tmp_path):
         return silent_share(DataConfig(mixture=tuple(ShardsConfig(**e) for e in entries)))
 
     assert share({"path": "a"}) == 0
-    assert share({"path": "a"}, {"path": "b", "silent": True}) == 0.5  # neither is there: nothing is known of their sizes
+    # neither is there: nothing is known of their sizes
+    assert share({"path": "a"}, {"path": "b", "silent": True}) == 0.5
     make_shards(tmp_path / "a", n=6)
     make_shards(tmp_path / "b", n=2)
     assert share({"path": str(tmp_path / "a")}, {"path": str(tmp_path / "b"), "silent": True}) == 0.25

@@ -15,7 +15,8 @@ SIGMA = torch.tensor([0.1, 0.3, 0.5, 0.9], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name, formula", [
-    ("none", lambda s: 1.0), ("sigma_sqrt", lambda s: s**-2), ("cosmap", lambda s: 2 / (math.pi * (1 - 2 * s + 2 * s * s))),
+    ("none", lambda s: 1.0), ("sigma_sqrt", lambda s: s**-2),
+    ("cosmap", lambda s: 2 / (math.pi * (1 - 2 * s + 2 * s * s))),
     ("min_snr", lambda s: min(((1 - s) / s) ** 2, 5.0) * s * s),
 ])  # fmt: skip
 def test_weightings(name, formula):
@@ -31,8 +32,13 @@ def test_cosmap_is_a_density_and_gamma_is_where_the_ratio_is_cut():
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     assert Measure(weighting="cosmap").weight(grid).mean().item() == pytest.approx(1.0, abs=1e-6)
     crossing = 1 / (1 + math.sqrt(3.0))  # SNR 3
-    here, lower = Measure(weighting="min_snr", snr_gamma=3.0).weight(torch.tensor([crossing, crossing / 2])).tolist()
-    assert here == pytest.approx((1 - crossing) ** 2, rel=1e-5) and lower == pytest.approx(3 * crossing**2 / 4, rel=1e-5)
+    here, lower = (
+        Measure(weighting="min_snr", snr_gamma=3.0).weight(torch.tensor([crossing, crossing / 2])).tolist()
+    )
+    assert (
+        here == pytest.approx((1 - crossing) ** 2, rel=1e-5)
+        and lower == pytest.approx(3 * crossing**2 / 4, rel=1e-5)
+    )
 
 
 def test_losses_against_pytorch_and_their_formulas():
@@ -40,9 +46,13 @@ def test_losses_against_pytorch_and_their_formulas():
     c = torch.tensor([[0.3]], dtype=torch.float64)
     zero = torch.zeros_like(error)
     torch.testing.assert_close(LOSSES["mse"](error, c), error**2)
-    torch.testing.assert_close(LOSSES["huber"](error, c), 2 * F.huber_loss(error, zero, delta=0.3, reduction="none"))
+    torch.testing.assert_close(
+        LOSSES["huber"](error, c), 2 * F.huber_loss(error, zero, delta=0.3, reduction="none")
+    )
     smooth = LOSSES["pseudo_huber"](error, c)
-    assert smooth.flatten().tolist() == pytest.approx([2 * 0.3 * (math.sqrt(e * e + 0.09) - 0.3) for e in error[0].tolist()])
+    assert smooth.flatten().tolist() == pytest.approx(
+        [2 * 0.3 * (math.sqrt(e * e + 0.09) - 0.3) for e in error[0].tolist()]
+    )
     small = torch.tensor([[1e-4]], dtype=torch.float64)
     for loss in LOSSES.values():
         assert loss(small, c).item() == pytest.approx(1e-8, rel=1e-3)  # one scale for all
@@ -70,12 +80,16 @@ def test_a_sample_s_loss_is_weighed_scheduled_and_masked_by_its_own_sigma():
     small = velocity[0].flatten()[1].item()
     found = measure(velocity, wanted, sigma)
     assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx([(one(2.0, s) + one(small, s)) / 2 for s in (0.25, 0.75)], rel=1e-5)
+    assert found.tolist() == pytest.approx(
+        [(one(2.0, s) + one(small, s)) / 2 for s in (0.25, 0.75)], rel=1e-5
+    )
     mask = torch.tensor([1.0, 0.25]).view(1, 1, 1, 1, 2).expand(2, 1, 1, 1, 2)
     assert measure(velocity, wanted, sigma, mask).tolist() == pytest.approx(
         [(one(2.0, s) + 0.25 * one(small, s)) / 1.25 for s in (0.25, 0.75)], rel=1e-5
     )
-    assert measure(velocity, wanted, sigma, 0.1 * mask).tolist() == pytest.approx(measure(velocity, wanted, sigma, mask).tolist())
+    assert measure(velocity, wanted, sigma, 0.1 * mask).tolist() == pytest.approx(
+        measure(velocity, wanted, sigma, mask).tolist()
+    )
     assert measure(velocity, wanted, sigma, 0 * mask).tolist() == [0.0, 0.0]
 
 
@@ -83,13 +97,16 @@ def test_gradients_are_finite_where_nothing_is_wrong():
     for loss in LOSSES:
         for weighting in WEIGHTINGS:
             velocity = torch.zeros(2, 3, requires_grad=True)
-            Measure(loss, weighting=weighting)(velocity, torch.zeros(2, 3), torch.tensor([0.0, 1.0])).sum().backward()
+            Measure(loss, weighting=weighting)(
+                velocity, torch.zeros(2, 3), torch.tensor([0.0, 1.0])
+            ).sum().backward()
             assert velocity.grad is not None and not velocity.grad.any(), (loss, weighting)
 
 
 @pytest.mark.parametrize("options, says", [
     ({"loss": "l2"}, "flow.loss: no loss 'l2'"), ({"weighting": "minsnr"}, "did you mean 'min_snr'"),
-    ({"huber_schedule": "cosine"}, "flow.huber_schedule: no schedule 'cosine'"), ({"huber_c": 0.0}, "flow.huber_c 0.0"),
+    ({"huber_schedule": "cosine"}, "flow.huber_schedule: no schedule 'cosine'"),
+    ({"huber_c": 0.0}, "flow.huber_c 0.0"),
 ])  # fmt: skip
 def test_refusals(options, says):
     with pytest.raises(ConfigError, match=says):

@@ -1,4 +1,5 @@
-"""Every distribution of noise levels against its closed form, over 200,000 draws; what depends on the latents; ranges."""
+"""Every distribution of noise levels against its closed form, over 200,000 draws; what
+depends on the latents; ranges."""
 
 from __future__ import annotations
 
@@ -104,7 +105,9 @@ def test_a_range_keeps_the_shape_or_takes_all_of_it(name):
     first, last = cdf(np.array([low, high]))
     cut = draws(name, min_sigma=low, max_sigma=high)
     assert low <= cut[0] < cut[-1] <= high
-    assert distance(cut, lambda x: (cdf(x) - first) / (last - first)) < LIMIT + (0.002 if name == "sigma" else 0)
+    assert distance(cut, lambda x: (cdf(x) - first) / (last - first)) < LIMIT + (
+        0.002 if name == "sigma" else 0
+    )
     squeezed = draws(name, min_sigma=low, max_sigma=high, range="squeeze")
     assert low <= squeezed[0] < squeezed[-1] <= high
     assert distance((squeezed - low) / (high - low), cdf) < LIMIT + (0.001 if name == "sigma" else 0)
@@ -116,11 +119,17 @@ def test_a_range_keeps_the_shape_or_takes_all_of_it(name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_ends_are_finite_and_nothing_decreases(name):
     settings = FlowConfig(name, **CASES[name][0])
-    u = torch.cat([torch.tensor([0.0, 1e-12]), torch.linspace(0.0001, 0.9999, 4000), torch.tensor([1.0])]).double()
+    u = torch.cat(
+        [torch.tensor([0.0, 1e-12]), torch.linspace(0.0001, 0.9999, 4000), torch.tensor([1.0])]
+    ).double()
     found = quantile_function(name, settings, FLAVOR)(u, SHAPE)
-    assert torch.isfinite(found).all() and found.min() >= 0 and found.max() <= 1 and (found.diff() >= -1e-12).all()
+    assert (
+        torch.isfinite(found).all() and found.min() >= 0 and found.max() <= 1
+        and (found.diff() >= -1e-12).all()
+    )
     one = quantile_function(name, settings, FLAVOR)(u[2000:2001], SHAPE)
-    assert one.item() == pytest.approx(found[2000].item(), abs=1e-12)  # not a matter of what is drawn beside it
+    # not a matter of what is drawn beside it
+    assert one.item() == pytest.approx(found[2000].item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 2 / (math.pi - 2)])
@@ -135,7 +144,9 @@ def test_a_shift_by_the_resolution_sees_one_frame():
     """And the model's own patches: half of the tokens a frame are another shift, twice the frames are not."""
     half = torch.tensor([0.5], dtype=torch.float64)
     quantile = quantile_function("flux_shift", FlowConfig("flux_shift"), FLAVOR)
-    for shape, tokens in ((SHAPE, 1560), ((16, 9, 60, 104), 1560), ((1, 16, 5, 32, 32), 256), ((1, 16, 1, 128, 128), 4096)):
+    for shape, tokens in (
+        (SHAPE, 1560), ((16, 9, 60, 104), 1560), ((1, 16, 5, 32, 32), 256), ((1, 16, 1, 128, 128), 4096)
+    ):
         s = math.exp(0.5 + 0.65 * (tokens - 256) / 3840)
         assert quantile(half, shape).item() == pytest.approx(s / (1 + s))
     with pytest.raises(ValueError, match="'flux_shift' depends on the latents' shape"):
@@ -151,7 +162,8 @@ def test_a_model_may_say_how_its_shift_follows_resolution_and_frames():
     for shape, tokens in ((SHAPE, 5 * 1560), ((16, 1, 60, 104), 1560)):
         s = math.exp(0.5 + 2 * (tokens - 1000) / 8000)
         assert quantile(half, shape).item() == pytest.approx(s / (1 + s))
-    own = quantile_function("shift", flow_of(FlowConfig(shift=3.0), flavor), flavor)  # the user's word is the last
+    # the user's word is the last
+    own = quantile_function("shift", flow_of(FlowConfig(shift=3.0), flavor), flavor)
     assert own(half, SHAPE).item() == pytest.approx(0.75)
     assert flow_of(FlowConfig(), FLAVOR).shift == 7.0
 
@@ -176,11 +188,17 @@ def test_two_parts_of_a_distribution_are_the_whole():
 def test_a_parameter_that_the_distribution_does_not_take_is_refused():
     assert parameters("qinglong_flux") == ["sigmoid_scale", "logit_mean", "logit_std", "frame_tokens"]
     for flow, says in (
-        (FlowConfig("uniform", sigmoid_scale=2.0), "flow.sigmoid_scale is 2, but flow.timestep_sampling uniform takes nothing"),
-        (FlowConfig("flux_shift", shift=3.0), "flow.shift is 3, but .* flux_shift takes flow.sigmoid_scale: leave flow.shift"),
-        (FlowConfig("shift", logit_mean=1.0), "takes flow.shift, flow.sigmoid_scale: leave flow.logit_mean away"),
+        (FlowConfig("uniform", sigmoid_scale=2.0), "flow.sigmoid_scale is 2, but flow.timestep_sampling "
+        "uniform takes nothing"),
+        (FlowConfig("flux_shift", shift=3.0), "flow.shift is 3, but .* flux_shift takes flow.sigmoid_scale: "
+        "leave flow.shift"),
+        (FlowConfig("shift", logit_mean=1.0), "takes flow.shift, flow.sigmoid_scale: leave flow.logit_mean "
+        "away"),
         (FlowConfig("sigma", mode_scale=1.0), "flow.mode_scale is 1, but"),
-        (FlowConfig(raw_guidance=True), "flow.raw_guidance is for a guidance of your own: give flow.guidance"),
+        (
+            FlowConfig(raw_guidance=True),
+            "flow.raw_guidance is for a guidance of your own: give flow.guidance"
+        ),
     ):
         with pytest.raises(ConfigError, match=says):
             flow_of(flow, FLAVOR)

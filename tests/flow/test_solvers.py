@@ -1,4 +1,5 @@
-"""The solvers: the official ones' steps, closed forms, orders of convergence, and stopping between any two steps."""
+"""The solvers: the official ones' steps, closed forms, orders of convergence, and
+stopping between any two steps."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from safetensors import safe_open
 from hvtrain.flow.schedule import sigmas
 from hvtrain.flow.solvers import SOLVERS, State, solve
 
-DATA = Path(__file__).parents[1] / "data" / "solvers"  # steps of the solvers that the models' authors publish, float32
-EXACT = {name: replace(solver, whole=False) for name, solver in SOLVERS.items()}  # told sigma itself: mathematics only
+# steps of the solvers that the models' authors publish, float32
+DATA = Path(__file__).parents[1] / "data" / "solvers"
+# told sigma itself: mathematics only
+EXACT = {name: replace(solver, whole=False) for name, solver in SOLVERS.items()}
 pytestmark = pytest.mark.parametrize("name", SOLVERS)
 
 
@@ -25,7 +28,8 @@ def official(name: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The exact velocity of data distributed N(2, 0.5^2): its flow is MEAN(sigma) + SPREAD(sigma) z with constant z."""
+    """The exact velocity of data distributed N(2, 0.5^2): its flow is MEAN(sigma) +
+    SPREAD(sigma) z with constant z."""
     s = sigma.double()[:, None]
     spread = ((1 - s) ** 2 / 4 + s**2).sqrt()
     return -2 + (x - 2 * (1 - s)) / spread * (s - (1 - s) / 4) / spread
@@ -36,7 +40,8 @@ def flow(z: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def test_every_official_step_is_ours(name):
-    """Schedules to float32, timesteps to the unit, x after each step; the velocity is told what the official model is told."""
+    """Schedules to float32, timesteps to the unit, x after each step; the velocity is told what
+    the official model is told."""
     data, config = official(name)
     solver, scale = SOLVERS[name], config["num_train_timesteps"]
     for case in [*config["cases"], *config["grids_only"]]:
@@ -60,7 +65,8 @@ def test_every_official_step_is_ours(name):
 
 
 def test_one_data_point_is_met_exactly(name):
-    """Its velocity is (x - x0) / sigma; every number of steps ends in x0, also from pure noise (lambda = -infinity)."""
+    """Its velocity is (x - x0) / sigma; every number of steps ends in x0, also from pure
+    noise (lambda = -infinity)."""
     x0, noise = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 2.0]])
     for n in (1, 2, 7):
         end = solve(EXACT[name], lambda x, sigma: (x - x0) / sigma[:, None], noise, sigmas(n, shift=7.0))
@@ -68,15 +74,19 @@ def test_one_data_point_is_met_exactly(name):
 
 
 def test_the_order_of_convergence(name):
-    """Between two inner sigmas half the step makes an error 2, 4 and 8 times smaller: UniPC's corrector adds an order."""
-    z, order = torch.tensor([[-0.7], [0.3], [1.1]], dtype=torch.float64), {"euler": 1, "dpm++": 2, "unipc": 3}[name]
+    """Between two inner sigmas half the step makes an error 2, 4 and 8 times smaller:
+    UniPC's corrector adds an order."""
+    z, order = (
+        torch.tensor([[-0.7], [0.3], [1.1]], dtype=torch.float64), {"euler": 1, "dpm++": 2, "unipc": 3}[name]
+    )
 
     def error(n: int) -> float:
         snr = torch.linspace(math.log(0.05 / 0.95), math.log(0.95 / 0.05), n + 1, dtype=torch.float64)
         end = solve(EXACT[name], lambda x, s: gaussian(x, s), flow(z, 0.95), torch.sigmoid(-snr))
         return (end - flow(z, 0.05)).abs().max().item()
 
-    coarse, fine = (16, 32) if order == 3 else (64, 128)  # sigma is told in float32: below 1e-6 nothing can be seen
+    # sigma is told in float32: below 1e-6 nothing can be seen
+    coarse, fine = (16, 32) if order == 3 else (64, 128)
     assert math.log2(error(coarse) / error(fine)) == pytest.approx(order, abs=0.3)
 
 
@@ -100,12 +110,16 @@ def test_a_sampling_stopped_between_any_two_steps_goes_on_bit_for_bit(name):
     for state in states[:-1]:
         assert all(h.shape == x.shape and h.dtype == torch.float32 for h in state.history)
         for row in range(2):
-            one = State(state.x[row : row + 1], state.step, tuple(h[row : row + 1].clone() for h in state.history))
+            one = State(
+                state.x[row : row + 1], state.step, tuple(h[row : row + 1].clone() for h in state.history)
+            )
             while one.step < 6:
                 one = solver.step(gaussian, one, schedule)
             assert torch.equal(one.x[0], whole[row])
 
 
 def test_half_precision_of_the_velocity_stays_there(name):
-    end = solve(SOLVERS[name], lambda x, s: x.bfloat16(), torch.ones(1, 4), SOLVERS[name].schedule(4, shift=1.0))
+    end = solve(
+        SOLVERS[name], lambda x, s: x.bfloat16(), torch.ones(1, 4), SOLVERS[name].schedule(4, shift=1.0)
+    )
     assert end.dtype == torch.float32

@@ -35,7 +35,10 @@ def normal(u: float) -> float:
     [
         (FlowConfig("uniform"), lambda u: u),
         (FlowConfig("sigmoid", sigmoid_scale=1.5), lambda u: logistic(1.5 * normal(u))),
-        (FlowConfig("logit_normal", logit_mean=0.7, logit_std=0.6), lambda u: logistic(0.7 + 0.6 * normal(u))),
+        (
+            FlowConfig("logit_normal", logit_mean=0.7, logit_std=0.6),
+            lambda u: logistic(0.7 + 0.6 * normal(u))
+        ),
         (FlowConfig("shift", shift=5.0, sigmoid_scale=0.8),
          lambda u: 5 * logistic(0.8 * normal(u)) / (1 + 4 * logistic(0.8 * normal(u)))),
     ],
@@ -44,8 +47,11 @@ def normal(u: float) -> float:
 def test_each_distribution_is_its_formula(settings, formula):
     found = quantile_function(settings.timestep_sampling, settings)(torch.tensor(U, dtype=torch.float64))
     assert found.tolist() == pytest.approx([formula(u) for u in U], rel=1e-9)
-    ends = quantile_function(settings.timestep_sampling, settings)(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    assert ends.tolist() == pytest.approx([formula(1e-7), formula(1 - 1e-7)], abs=2e-7)  # finite where the normal is not
+    ends = quantile_function(settings.timestep_sampling, settings)(
+        torch.tensor([0.0, 1.0], dtype=torch.float64)
+    )
+    # finite where the normal is not
+    assert ends.tolist() == pytest.approx([formula(1e-7), formula(1 - 1e-7)], abs=2e-7)
 
 
 def test_the_levels_of_a_discrete_schedule_are_each_as_often():
@@ -55,7 +61,9 @@ def test_the_levels_of_a_discrete_schedule_are_each_as_often():
     assert (found * 1000).round().tolist() == list(range(1, 1001))
 
 
-@pytest.mark.parametrize("name, low, high", [("uniform", 0.2, 1.0), ("uniform", 0.0, 0.7), ("sigmoid", 0.3, 0.8)])
+@pytest.mark.parametrize(
+    "name, low, high", [("uniform", 0.2, 1.0), ("uniform", 0.0, 0.7), ("sigmoid", 0.3, 0.8)]
+)
 def test_a_cut_distribution_is_the_whole_one_between_its_ends(name, low, high):
     settings = FlowConfig(name, min_sigma=low, max_sigma=high, sigmoid_scale=1.5)
     found = quantile_function(name, settings)(torch.tensor([0.0, *U, 1.0], dtype=torch.float64))
@@ -65,19 +73,30 @@ def test_a_cut_distribution_is_the_whole_one_between_its_ends(name, low, high):
 
     parts = [(share(s) - share(low)) / (share(high) - share(low)) for s in found.tolist()[1:-1]]
     assert parts == pytest.approx(U, abs=1e-9)
-    assert found[[0, -1]].tolist() == pytest.approx([low, high], abs=1e-9) and low <= found.min() and found.max() <= high
+    assert (
+        found[[0, -1]].tolist() == pytest.approx([low, high], abs=1e-9) and low <= found.min()
+        and found.max() <= high
+    )
 
 
 def test_the_whole_distribution_is_not_cut_and_an_empty_one_is_refused():
     whole = torch.tensor([0.0, 1e-30, 0.5, 1.0], dtype=torch.float64)
-    assert torch.equal(quantile_function("uniform", FlowConfig("uniform", min_sigma=0.0, max_sigma=1.0))(whole), whole)
+    assert torch.equal(
+        quantile_function("uniform", FlowConfig("uniform", min_sigma=0.0, max_sigma=1.0))(whole), whole
+    )
     narrow = FlowConfig("logit_normal", logit_mean=-9.0, logit_std=0.1, min_sigma=0.9, max_sigma=0.95)
-    with pytest.raises(ConfigError, match=r"'logit_normal' has nothing between flow.min_sigma 0.9 and flow.max_sigma 0.95"):
+    with pytest.raises(
+        ConfigError, match=r"'logit_normal' has nothing between flow.min_sigma 0.9 and flow.max_sigma 0.95"
+    ):
         quantile_function("logit_normal", narrow)
     for low, high in ((-0.1, 1.0), (0.5, 0.5), (0.0, 1.1)):
-        with pytest.raises(ConfigError, match=f"flow.min_sigma {low} and flow.max_sigma {high}: expected 0 <= min < max <= 1"):
+        with pytest.raises(
+            ConfigError, match=f"flow.min_sigma {low} and flow.max_sigma {high}: expected 0 <= min < max <= 1"
+        ):
             quantile_function("uniform", FlowConfig("uniform", min_sigma=low, max_sigma=high))
-    with pytest.raises(ConfigError, match=r"flow.timestep_sampling: no distribution 'unifrom'; did you mean 'uniform'"):
+    with pytest.raises(
+        ConfigError, match=r"flow.timestep_sampling: no distribution 'unifrom'; did you mean 'uniform'"
+    ):
         quantile_function("unifrom", FlowConfig())
 
 
@@ -97,14 +116,18 @@ def test_a_distribution_is_one_decorated_function(monkeypatch):
 @pytest.mark.parametrize("name", ["sigmoid", "logit_normal", "shift"])
 def test_no_sigma_lies_above_the_cut(name):
     """By a rounding error either: at 1, a sigma above the largest would be another step of the model."""
-    cuts = [FlowConfig(name, shift=7.0, sigmoid_scale=1.5, min_sigma=0.01, max_sigma=n / 20) for n in range(1, 21)]
+    cuts = [
+        FlowConfig(name, shift=7.0, sigmoid_scale=1.5, min_sigma=0.01, max_sigma=n / 20) for n in range(1, 21)
+    ]
     ends = [quantile_function(name, cut) for cut in cuts]
     assert all(f(torch.ones(1, dtype=torch.float64)).item() <= n / 20 for n, f in enumerate(ends, start=1))
 
 
 def test_strata_and_the_places_inside_them_are_drawn_anew_in_every_step_and_run():
     """Apart from each other: which stratum a sample gets, and where inside it its sigma lies."""
-    draws = [stratified(8, seed=seed, step=step, part=0, n_parts=1) * 8 for seed, step in ((1, 5), (1, 6), (2, 5))]
+    draws = [
+        stratified(8, seed=seed, step=step, part=0, n_parts=1) * 8 for seed, step in ((1, 5), (1, 6), (2, 5))
+    ]
     orders = [x.floor().tolist() for x in draws]
     inside = [[x.frac()[x.argsort()].tolist()] for x in draws]
     for different in (orders, inside):
@@ -133,8 +156,10 @@ def test_noise_target_and_masked_mean():
     # The mean is over what the mask leaves, not over all: frames 1 and 2, and frame 1 alone.
     mask = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]).view(2, 1, 3, 1, 1)
     assert squared_error(velocity, wanted, mask).tolist() == pytest.approx([(9 + 25) / 2, 4.0])
-    assert squared_error(velocity, wanted, torch.zeros_like(mask)).tolist() == [0.0, 0.0]  # nothing to learn, not 0 / 0
-    one = squared_error(velocity[:, :1], wanted[:, :1], mask.double())  # one channel: the second sample has one element
+    # nothing to learn, not 0 / 0
+    assert squared_error(velocity, wanted, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
+    # one channel: the second sample has one element
+    one = squared_error(velocity[:, :1], wanted[:, :1], mask.double())
     assert one.tolist() == pytest.approx([(9 + 25) / 2, 4.0]) and one.dtype == torch.float32
 
 
@@ -151,17 +176,23 @@ def test_the_schedule_s_values():
 
 
 def test_euler_steps_along_the_velocity_at_each_sigma():
-    """dx = velocity times the change of sigma, and the velocity sees the state and sigma [B] of the step's beginning."""
+    """dx = velocity times the change of sigma, and the velocity sees the state and sigma
+    [B] of the step's beginning."""
     seen = []
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         seen.append((x.flatten().tolist(), sigma.tolist(), sigma.dtype))
         return (2 * x).bfloat16()
 
-    x = solve(SOLVERS["euler"], velocity, torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
+    x = solve(
+        SOLVERS["euler"], velocity, torch.tensor([[1.0], [3.0]]),
+        torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    )
     assert x.flatten().tolist() == [0.0, 0.0] and x.dtype == torch.float32
     assert seen == [([1.0, 3.0], [1.0, 1.0], torch.float32), ([0.0, 0.0], [0.5, 0.5], torch.float32)]
-    assert solve(SOLVERS["euler"], lambda x, s: torch.ones_like(x), torch.zeros(1, 1), sigmas(4)).item() == -1.0
+    assert solve(
+        SOLVERS["euler"], lambda x, s: torch.ones_like(x), torch.zeros(1, 1), sigmas(4)
+    ).item() == -1.0
 
 
 def test_guidance_goes_through_the_conditional_velocity():

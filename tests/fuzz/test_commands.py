@@ -1,4 +1,5 @@
-"""Any command line near a right one: one line and exit code 2, or what was asked for; never success for nothing."""
+"""Any command line near a right one: one line and exit code 2, or what was asked
+for; never success for nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from hvtrain import config
 from launcher.table import COMMANDS, Parser
 from tests.fuzz.world import World, fuzz, world  # noqa: F401 (a fixture)
 
-# Every one of these is right. @NAME@: a file that the user has; old: an unfinished `slices run` in the working directory.
+# Every one of these is right. @NAME@: a file that the user has; old: an unfinished `slices
+# run` in the working directory.
 LINES = (
     "data check @clips.toml@ --workers 1",
     "data check @jsonl.toml@ --model hunyuan-video --flavor tiny",
@@ -29,7 +31,8 @@ LINES = (
     "launch --nproc 2 encode @encode.yaml@ output=new",
     "launch --nproc 2 --max-restarts 1 generate @generate.yaml@",
     "launch --nproc 2 --nnodes 2 --node-rank 1 --master-addr host --master-port 20000 train @train.yaml@",
-    "launch --nproc 2 --nnodes 2 --slurm --dry-run --site @site.yaml@ --time 1:00:00 --name a --log a-%j.log train @train.yaml@",
+    "launch --nproc 2 --nnodes 2 --slurm --dry-run --site @site.yaml@ --time 1:00:00 --name a --log a-%j.log "
+    "train @train.yaml@",
     "shards info @set@",
     "shards verify @set@ --fast",
     "shards merge @parts/01@ @parts/02@ --output merged",
@@ -37,14 +40,18 @@ LINES = (
     "shards export @set@ --output files",
     "shards import-musubi @clips@ --output set --samples-per-tar 2",
     "slices plan --dit tiny:dit.safetensors --n 3 --granularity module --order interleaved --output plan",
-    "slices plan --model hunyuan-video --flavor tiny --blocks-per-loraid 1 --include .*double.* --output plan",
-    "slices run @train.yaml@ --plan @plan/plan.json@ --data @parts@ --output run --backend slurm --dry-run --site @site.yaml@",
-    "slices run @train.yaml@ --plan @plan/plan.json@ --data @parts@ --output run --at-once 2 --nproc 1 --merge-as none",
+    "slices plan --model hunyuan-video --flavor tiny --blocks-per-loraid 1 --include .*double.* --output "
+    "plan",
+    "slices run @train.yaml@ --plan @plan/plan.json@ --data @parts@ --output run --backend slurm --dry-run "
+    "--site @site.yaml@",
+    "slices run @train.yaml@ --plan @plan/plan.json@ --data @parts@ --output run --at-once 2 --nproc 1 "
+    "--merge-as none",
     "slices status old",
     "slices retry old",
     "slices cancel old",
     "merge --dit tiny:dit.safetensors --lora @lora.safetensors@ --multiplier 0.5 --output merged.safetensors",
-    "merge --lora @lora.safetensors@ --lora @lora.safetensors@ --as lora --on-overlap ties --density 0.3 --output l.safetensors",
+    "merge --lora @lora.safetensors@ --lora @lora.safetensors@ --as lora --on-overlap ties --density 0.3 "
+    "--output l.safetensors",
     "lora info @lora.safetensors@ --dit tiny:dit.safetensors",
     "lora convert @lora.safetensors@ --dit tiny:dit.safetensors --to comfyui --output c.safetensors",
     "lora resize @lora.safetensors@ --dit tiny:dit.safetensors --rank 2 --output r.safetensors",
@@ -61,14 +68,14 @@ LINES = (
     "init --model hunyuan-video --flavor tiny --memory 8 --size 32x32x5 --out mine.yaml adapter.rank=4",
 )
 ODD = (
-    "", " ", "-", "--", "nan", "inf", "-1", "0", "1", "3", "1e99", "9"*30, "0.5", "é😀", "a\nb", "$(touch PWN)",
-    "'", '"', "%j", "/dev/null", "/", ".", "missing.yaml", "a,b", "[1]", "{}", "true", "null", "x=1", "=",
-    "a=b=c", "--help", "--nope", "1x1x1", "\udcff",
+    "", " ", "-", "--", "nan", "inf", "-1", "0", "1", "3", "1e99", "9"*30, "0.5", "é😀", "a\nb",
+    "$(touch PWN)", "'", '"', "%j", "/dev/null", "/", ".", "missing.yaml", "a,b", "[1]", "{}", "true", "null",
+    "x=1", "=", "a=b=c", "--help", "--nope", "1x1x1", "\udcff",
 )
 VALUES = (
-    "[", "{", "{a: 1}", "[1, x]", "*a", "&a 1", "!!python/object:os.system", "~", "yes", "0x10", "1_000", ": :",
-    "1:30", "2026-01-01", "[[1]]", "-0.0", "1e400", "-inf", ".nan", ".inf", "1e-320", "[nan]", "[1e99]", "'",
-    "|", "> x", "- a", "a: b: c", "[{}]", "[null]",
+    "[", "{", "{a: 1}", "[1, x]", "*a", "&a 1", "!!python/object:os.system", "~", "yes", "0x10", "1_000",
+    ": :", "1:30", "2026-01-01", "[[1]]", "-0.0", "1e400", "-inf", ".nan", ".inf", "1e-320", "[nan]",
+    "[1e99]", "'", "|", "> x", "- a", "a: b: c", "[{}]", "[null]",
 )
 
 
@@ -94,7 +101,10 @@ def options() -> list[str]:
     return sorted(found)
 
 
-KEYS = sorted({key for root in config.ROOTS.values() for key in keys(root) if "output" not in key} | {"run", "x.y", "model.dti"})
+KEYS = sorted(
+    {key for root in config.ROOTS.values() for key in keys(root) if "output" not in key}
+    | {"run", "x.y", "model.dti"}
+)
 OPTIONS = options()
 WRITES = ("output", "--output", "--out", "--log", "--name")  # where a user lets it write is the user's to say
 

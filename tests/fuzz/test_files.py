@@ -1,4 +1,5 @@
-"""Any file that a user writes, or gets from a stranger, with a few places changed: refused in one line, or read."""
+"""Any file that a user writes, or gets from a stranger, with a few places changed:
+refused in one line, or read."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tests.fuzz.world import World, fuzz, world  # noqa: F401 (a fixture)
 
 ODD = (
     b"", b" ", b"\t", b"\n", b"\r\n", b"\x00", b"\xff", b"\xef\xbb\xbf", "é😀".encode(), b"null", b"true",
-    b"nan", b".nan", b".inf", b"-1", b"0", b"1e999", b"9"*30, b"[", b"]", b"{", b"}", b"[[]]", b'"', b"'", b"#",
+    b"nan", b".nan", b".inf", b"-1", b"0", b"1e999", b"9"*30, b"[", b"]", b"{", b"}", b"[[]]", b'"', b"'",
+    b"#",
     b":", b",", b"- ", b"&a ", b"*a", b"!!python/object:os.system", b"../../x", b"/dev/null", b"--w 1e9",
     b"--s nan", b"--d -1", b"--zz 1", b"\\u0000", b"\\ud800", b"=", b"%", b"$(touch PWN)", b"`touch PWN`",
 )
@@ -52,11 +54,12 @@ KINDS = (
     )),
     Kind("old/slices.json", ("slices status old", "slices retry old", "slices cancel old")),
     Kind("set/manifest.json", (
-        "shards info set", "shards verify set", "shards export set --output files", "shards split set --n 2 --output two",
-        "train @train.yaml@ data.shards=[set]",
+        "shards info set", "shards verify set", "shards export set --output files",
+        "shards split set --n 2 --output two", "train @train.yaml@ data.shards=[set]",
     )),
     Kind("lora.safetensors", (
-        "lora info lora.safetensors", "merge --dit tiny:dit.safetensors --lora lora.safetensors --output m.safetensors",
+        "lora info lora.safetensors",
+        "merge --dit tiny:dit.safetensors --lora lora.safetensors --output m.safetensors",
     )),
 )
 
@@ -74,7 +77,8 @@ def bytes_changed(draw: st.DrawFn, data: bytes) -> bytes:
 
 @st.composite
 def values_changed(draw: st.DrawFn, tree: object) -> object:
-    """A JSON tree with one value replaced, or one key dropped, doubled under another name or set to something odd."""
+    """A JSON tree with one value replaced, or one key dropped, doubled under another
+    name or set to something odd."""
     if draw(st.integers(0, 3)) and isinstance(tree, dict | list) and tree:
         spot = draw(st.sampled_from(sorted(tree) if isinstance(tree, dict) else range(len(tree))))
         changed = dict(tree) if isinstance(tree, dict) else list(tree)

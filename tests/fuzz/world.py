@@ -1,7 +1,8 @@
-"""What the fuzz tests type into: one valid file of every kind, and a way to call hvtrain that sees what it did.
+"""What the fuzz tests type into: one valid file of every kind, and a way to call
+hvtrain that sees what it did.
 
-A command runs in this process, as far as the point where real work would begin (a forward, an encoder, a new process):
-there `Started` ends it. So thousands of command lines cost a minute.
+A command runs in this process, as far as the point where real work would begin (a forward, an encoder, a new
+process): there `Started` ends it. So thousands of command lines cost a minute.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tests.generate.models import random_dit
 from tests.train.shardset import make_shards
 
 CLIP = Path(__file__).parents[1] / "data" / "bigbuckbunny.mp4"
-MAY_FIND_FAULTS = ("data check", "shards verify", "import")  # exit code 1: what is bad, or cannot be carried over, is named
+# exit code 1: what is bad, or cannot be carried over, is named
+MAY_FIND_FAULTS = ("data check", "shards verify", "import")
 DONE, FAULTS, MISTAKE, REQUEUE = 0, 1, 2, 75
 
 
@@ -61,7 +63,10 @@ class World:
 
     def call(self, *arguments: str) -> Outcome:
         """One command line, typed in `out`."""
-        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+        out, err = (
+            io.TextIOWrapper(io.BytesIO(), "utf-8"),
+            io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+        )
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         environment = dict(os.environ)
         os.chdir(self.out)
@@ -88,14 +93,21 @@ class World:
         self._check(outcome, arguments, given, out)
         return outcome
 
-    def _check(self, outcome: Outcome, arguments: Sequence[str], given: dict[str, tuple], out: dict[str, tuple]) -> None:
-        said = f"\nhvtrain {' '.join(map(repr, arguments))}\n-> {outcome.code}\n{outcome.out[-600:]}\n{outcome.err[-1500:]}"
+    def _check(
+        self, outcome: Outcome, arguments: Sequence[str], given: dict[str, tuple], out: dict[str, tuple]
+    ) -> None:
+        said = (
+            f"\nhvtrain {' '.join(map(repr, arguments))}\n-> "
+            f"{outcome.code}\n{outcome.out[-600:]}\n{outcome.err[-1500:]}"
+        )
         assert "Traceback" not in outcome.err, said
         faults = any(list(arguments[: len(c.split())]) == c.split() for c in MAY_FIND_FAULTS)
         assert outcome.code in (None, DONE, MISTAKE, REQUEUE) or (faults and outcome.code == FAULTS), said
         lines = [line for line in outcome.err.splitlines() if line.startswith("error")]
         assert (len(lines) == 1) == (outcome.code == MISTAKE) or "usage:" in outcome.out, said
-        assert outcome.code != DONE or outcome.out.strip() or any(self.out.iterdir()), f"said and did nothing: {said}"
+        assert outcome.code != DONE or outcome.out.strip() or any(self.out.iterdir()), (
+            f"said and did nothing: {said}"
+        )
         assert snapshot(self.given) == given, f"changed what it was given: {said}"
         for name, stamp in snapshot(self.out).items():
             if stamp and stamp != out.get(name) and not Path(name).name.startswith("."):
@@ -103,12 +115,16 @@ class World:
 
 
 def fuzz(*, examples: int) -> Callable:
-    """Settings of a fuzz test: the same examples every time, or with HVTRAIN_FUZZ=20 twenty times as many, others each time."""
+    """Settings of a fuzz test: the same examples every time, or with HVTRAIN_FUZZ=20 twenty
+    times as many, others each time."""
     times = int(os.environ.get("HVTRAIN_FUZZ", "1"))
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    checks = [
+        HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large,
+        HealthCheck.filter_too_much
+    ]
     return settings(
-        max_examples=examples * times, derandomize=times == 1, deadline=None, database=None, suppress_health_check=checks,
-        print_blob=False,
+        max_examples=examples * times, derandomize=times == 1, deadline=None, database=None,
+        suppress_health_check=checks, print_blob=False,
     )
 
 
@@ -154,31 +170,43 @@ def _fill(world: World) -> None:
     shutil.copy(CLIP, clips / "a.mp4")
     (clips / "a.txt").write_text("a rabbit in a meadow\n")
     (given / "clips.toml").write_text(
-        '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n\n'
+        '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = '
+        'true\n\n'
         f'[[datasets]]\nvideo_directory = "{clips}"\ntarget_frames = [1, 5]\nframe_extraction = "head"\n'
     )
-    (given / "clips.jsonl").write_text(json.dumps({"video_path": str(clips / "a.mp4"), "caption": "a rabbit"}) + "\n")
-    (given / "jsonl.toml").write_text(
-        f'[general]\nresolution = [64, 64]\n\n[[datasets]]\nvideo_jsonl_file = "{given}/clips.jsonl"\ntarget_frames = [5]\n'
+    (given / "clips.jsonl").write_text(
+        json.dumps({"video_path": str(clips / "a.mp4"), "caption": "a rabbit"}) + "\n"
     )
-    (given / "prompts.txt").write_text("# two\na red circle --w 64 --h 64 --f 5 --s 2 --d 1\na blue square --n green --l 2\n")
+    (given / "jsonl.toml").write_text(
+        '[general]\nresolution = [64, 64]\n\n[[datasets]]\nvideo_jsonl_file = '
+        f'"{given}/clips.jsonl"\ntarget_frames = [5]\n'
+    )
+    (given / "prompts.txt").write_text(
+        "# two\na red circle --w 64 --h 64 --f 5 --s 2 --d 1\na blue square --n green --l 2\n"
+    )
     (given / "site.yaml").write_text(
-        "partition: gpu\ntime: '1:00:00'\ngrace_s: 30\nmem: 10G\nsetup:\n- source /opt/env\nenvironment:\n- A=b\n"
+        "partition: gpu\ntime: '1:00:00'\ngrace_s: 30\nmem: 10G\nsetup:\n- source /opt/env\nenvironment:\n- "
+        "A=b\n"
     )
     make_shards(given / "set", n=4)
     (given / "train.yaml").write_text(
-        f"model: {{dit: 'tiny:dit.safetensors', dtype: float32}}\ndata: {{shards: ['{given}/set'], batch_size: 2}}\n"
+        f"model: {{dit: 'tiny:dit.safetensors', dtype: float32}}\ndata: {{shards: ['{given}/set'], "
+        f"batch_size: 2}}\n"
         "adapter: {rank: 4, alpha: 4}\nrun: {precision: fp32, recompute: none, steps: 2, output_dir: run}\n"
         "zero: {engine: torch}\n"
     )
     (given / "generate.yaml").write_text(
-        "model: {dit: 'tiny:dit.safetensors', vae: 'tiny:vae.safetensors', llm: 'tiny:llm', clip: 'tiny:clip', dtype: float32}\n"
-        "prompt: a red circle\nwidth: 64\nheight: 64\nframes: 5\nsteps: 2\nprecision: fp32\noutput: a.mp4\n"
+        "model: {dit: 'tiny:dit.safetensors', vae: 'tiny:vae.safetensors', llm: 'tiny:llm', clip: "
+        "'tiny:clip', dtype: float32}\nprompt: a red circle\nwidth: 64\nheight: 64\nframes: 5\nsteps: "
+        "2\nprecision: fp32\noutput: a.mp4\n"
     )
     (given / "pipe.toml").write_text(
-        "output_dir = 'o'\nepochs = 2\n[model]\ntype = 'hunyuan-video'\ntransformer_path = 'd'\n[optimizer]\ntype = 'adamw'\n"
+        "output_dir = 'o'\nepochs = 2\n[model]\ntype = 'hunyuan-video'\ntransformer_path = "
+        "'d'\n[optimizer]\ntype = 'adamw'\n"
     )
-    (given / "musubi.sh").write_text("accelerate launch hv_train_network.py --dit x --output_dir o --network_dim 4\n")
+    (given / "musubi.sh").write_text(
+        "accelerate launch hv_train_network.py --dit x --output_dir o --network_dim 4\n"
+    )
     (given / "encode.yaml").write_text(
         "model: {vae: 'tiny:vae.safetensors', llm: 'tiny:llm', clip: 'tiny:clip', flavor: tiny}\n"
         f"dataset: {given}/clips.toml\noutput: shards\n"
@@ -186,9 +214,12 @@ def _fill(world: World) -> None:
     model = random_dit()
     inject(model, models.find("hunyuan-video").lora_targets(model), rank=4, alpha=2.0, seed=1)
     save_lora(
-        given / "lora.safetensors", lora_tensors(model), rank=4, alpha=2.0, architecture="hunyuan-video", metadata={},
+        given / "lora.safetensors", lora_tensors(model), rank=4, alpha=2.0, architecture="hunyuan-video",
+        metadata={},
     )
-    assert world.call("slices", "plan", "--model", "hunyuan-video", "--flavor", "tiny", "--n", "2", "--output", "plan").code == 0
+    assert world.call(
+        "slices", "plan", "--model", "hunyuan-video", "--flavor", "tiny", "--n", "2", "--output", "plan"
+    ).code == 0
     shutil.move(world.out / "plan", given / "plan")
     assert world.call("shards", "split", str(given / "set"), "--n", "2", "--output", "parts").code == 0
     shutil.move(world.out / "parts", given / "parts")

@@ -1,4 +1,5 @@
-"""A DiT of the tiny flavor with unit-scale random weights: with small ones attention is uniform and nothing shows."""
+"""A DiT of the tiny flavor with unit-scale random weights: with small ones attention
+is uniform and nothing shows."""
 
 from __future__ import annotations
 

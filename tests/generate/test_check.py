@@ -1,4 +1,5 @@
-"""What is refused before weights are read, by value: memory, room on the disk, folders, parts of other models."""
+"""What is refused before weights are read, by value: memory, room on the disk,
+folders, parts of other models."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def job(path: Path | str = "cat.mp4", **changes: int) -> Job:
-    return Job(Request.of(FLAVOR, prompt="", **{"width": 1280, "height": 720, "frames": 129, **changes}), Path(path))
+    return Job(
+        Request.of(FLAVOR, prompt="", **{"width": 1280, "height": 720, "frames": 129, **changes}), Path(path)
+    )
 
 
 def test_the_least_that_a_step_needs() -> None:
-    """118,800 image tokens of 3072 values: five such tensors of a share, or one of the whole where the share is small."""
+    """118,800 image tokens of 3072 values: five such tensors of a share, or one of the
+    whole where the share is small."""
     one = 118_800 * 3072
     assert least_bytes([job()], FLAVOR, LAYERS, sp=1, n_bytes=2) == 5 * one * 2
     assert least_bytes([job()] * 3, FLAVOR, LAYERS, sp=1, n_bytes=2) == 3 * 5 * one * 2
@@ -41,9 +45,15 @@ def test_the_least_that_a_step_needs() -> None:
 def test_what_fits_nowhere_is_refused_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = ParallelContext()
     with pytest.raises(ConfigError) as caught:
-        check_memory([[job()], [job("big.mp4", width=160_000, height=160_000, frames=1)]], FLAVOR, LAYERS, n_bytes=2, ctx=ctx)
+        check_memory(
+            [[job()], [job("big.mp4", width=160_000, height=160_000, frames=1)]], FLAVOR, LAYERS, n_bytes=2,
+            ctx=ctx
+        )
     said = str(caught.value)
-    assert "big.mp4: 160000 x 160000 x 1 frames are 100,000,000 image tokens" in said and "at least 2,861.0 GiB" in said
+    assert (
+        "big.mp4: 160000 x 160000 x 1 frames are 100,000,000 image tokens" in said
+        and "at least 2,861.0 GiB" in said
+    )
     assert said.count("\n") == 0 and "parallel.ulysses" in said
     need = 118_800 * 3072 * 5 * 2
     monkeypatch.setattr(ParallelContext, "memory_bytes", need)
@@ -56,18 +66,25 @@ def test_what_fits_nowhere_is_refused_with_what_it_needs(monkeypatch: pytest.Mon
 
 
 def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 latents of 16 x 33 x 90 x 160 for as many as lie there at a time, and a hundredth of the pixels of each video."""
+    """float32 latents of 16 x 33 x 90 x 160 for as many as lie there at a time, and a hundredth
+    of the pixels of each video."""
     latents, video = 16 * 33 * 90 * 160 * 4, 129 * 720 * 1280 * 3 // 100
     jobs = [job(tmp_path / f"{i}.mp4") for i in range(3)]
 
     def room(free: int, **how: object) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
-        check_outputs(jobs, FLAVOR, **{"n_sampled": 3, "decode": "each", "size": 1, "ctx": ParallelContext(), **how})
+        check_outputs(
+            jobs, FLAVOR, **{"n_sampled": 3, "decode": "each", "size": 1, "ctx": ParallelContext(), **how}
+        )
 
-    for how, n in (({}, 1), ({"size": 2}, 2), ({"decode": "last"}, 3), ({"n_sampled": 0}, 0), ({"size": 8}, 3)):
+    for how, n in (
+        ({}, 1), ({"size": 2}, 2), ({"decode": "last"}, 3), ({"n_sampled": 0}, 0), ({"size": 8}, 3)
+    ):
         need = 3 * video + n * latents
         room(need, **how)
-        with pytest.raises(DataError, match=r"has [\d.]+ MiB free; the latents and 3 file\(s\) need at least [\d.]+ MiB"):
+        with pytest.raises(
+            DataError, match=r"has [\d.]+ MiB free; the latents and 3 file\(s\) need at least [\d.]+ MiB"
+        ):
             room(need - 1, **how)
     assert not list(tmp_path.iterdir())
 

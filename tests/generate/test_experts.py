@@ -1,4 +1,5 @@
-"""A flavor of two experts: each predicts at its own noise levels, with its own guidance and LoRAs, one in memory at a time."""
+"""A flavor of two experts: each predicts at its own noise levels, with its own guidance and
+LoRAs, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -31,12 +32,15 @@ from tests.generate.test_run import write_lora
 from tests.parallel.ranks import run_ranks
 
 SPEC, TINY = spec_and_flavor()
-TWO = replace(TINY, experts=(Expert("low", "dit_low", (0.0, 0.6)), Expert("high", "dit", (0.6, 1.0), cfg_scale=2.0)))
+TWO = replace(
+    TINY, experts=(Expert("low", "dit_low", (0.0, 0.6)), Expert("high", "dit", (0.6, 1.0), cfg_scale=2.0))
+)
 
 
 @pytest.fixture(autouse=True)
 def two(monkeypatch: pytest.MonkeyPatch) -> Flavor:
-    """The tiny flavor with a second expert. Of 4 steps at shift 3 (levels 1, 0.9, 0.75, 0.5) the last is its."""
+    """The tiny flavor with a second expert. Of 4 steps at shift 3 (levels 1, 0.9,
+    0.75, 0.5) the last is its."""
     own = parts.list_of(SPEC.name)
     more = PartsList({**own.parts, "dit_low": Part("the expert for little noise")}, own.renamed)
     monkeypatch.setattr(parts, "_lists", lambda where: {SPEC.name: more})
@@ -56,11 +60,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(folder: Path, output: Path, **changes: object) -> list[Path]:
     values = {
         "model.dit": folder / "high.safetensors", "model.dit_low": folder / "low.safetensors",
-        "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm", "model.clip": "tiny:clip", "model.dtype": "float32",
-        "model.vae_dtype": "float32", "precision": "fp32", "prompt_file": folder / "prompts.txt", "output": output, "steps": 4,
-        "solver": "unipc", "save_latents": True, **SIZE, **changes,
+        "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm", "model.clip": "tiny:clip",
+        "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32",
+        "prompt_file": folder / "prompts.txt", "output": output, "steps": 4, "solver": "unipc",
+        "save_latents": True, **SIZE, **changes,
     }
-    return generate.run(config.load(GenerateConfig, None, [f"{k}={v}" for k, v in values.items() if v is not None]))
+    return generate.run(
+        config.load(GenerateConfig, None, [f"{k}={v}" for k, v in values.items() if v is not None])
+    )
 
 
 def latents(files: list[Path]) -> list[torch.Tensor]:
@@ -75,12 +82,14 @@ def whole(folder: Path) -> list[torch.Tensor]:
         Request.of(TWO, prompt=text, seed=i, steps=4, solver="unipc", **SIZE)
         for i, text in enumerate((folder / "prompts.txt").read_text().splitlines())
     ]
-    cfg = config.load(GenerateConfig, None, ["model.llm=tiny:llm", "model.clip=tiny:clip", "model.dtype=float32"])
+    cfg = config.load(
+        GenerateConfig, None, ["model.llm=tiny:llm", "model.clip=tiny:clip", "model.dtype=float32"]
+    )
     conds = encode_requests(requests, SPEC, TWO, cfg.model, ParallelContext())
     return [
         sample_latents(
-            lambda sigma: models["high" if sigma >= 0.6 else "low"], SPEC, TWO, conds.of(r), request=r, ctx=ParallelContext(),
-            uncond=conds.negative(r),
+            lambda sigma: models["high" if sigma >= 0.6 else "low"], SPEC, TWO, conds.of(r), request=r,
+            ctx=ParallelContext(), uncond=conds.negative(r),
         )[0]
         for r in requests
     ]
@@ -96,7 +105,8 @@ def test_who_predicts_which_steps() -> None:
     request = Request.of(TWO, prompt="", steps=4)
     assert [last_step(request, e) for e in (high, low, None)] == [3, 4, 4]
     assert last_step(Request.of(TWO, prompt="", steps=4, shift=1.0), high) == 2  # 1, 0.75; then 0.5, 0.25
-    assert last_step(request, replace(high, sigmas=(0.75, 1.0))) == 3  # a level on the boundary is the upper one's
+    # a level on the boundary is the upper one's
+    assert last_step(request, replace(high, sigmas=(0.75, 1.0))) == 3
     assert TWO.expert(1.0) == high and TWO.expert(0.6) == high and TWO.expert(0.5999) == low
 
 
@@ -121,7 +131,9 @@ def test_each_expert_is_asked_at_its_levels_with_its_guidance() -> None:
     assert sample_with(cfg_scale=1.0, expert_cfg_scale={"low": 2.0})[-2:] == [("low", 500)] * 2
     with pytest.raises(ConfigError, match=r"expert_cfg_scale: 'tiny' has no expert 'lo'; did you mean 'low'"):
         sample_with(expert_cfg_scale={"lo": 2.0})
-    with pytest.raises(ConfigError, match=r"has no expert 'low'; it has one model for all noise levels: give cfg_scale"):
+    with pytest.raises(
+        ConfigError, match=r"has no expert 'low'; it has one model for all noise levels: give cfg_scale"
+    ):
         Request.of(TINY, prompt="", expert_cfg_scale={"low": 2.0})
 
 
@@ -157,8 +169,11 @@ def test_two_ranks_hand_a_video_from_expert_to_expert(folder: Path, whole: list,
 
 
 @pytest.mark.parametrize("after", [2, 3, 5, 7])
-def test_a_stopped_run_goes_on_at_any_step(folder: Path, whole: list, after: int, tmp_path: Path, monkeypatch) -> None:
-    """Steps of both videos in their order: 3 and 3 of the one expert, 1 and 1 of the other. UniPC's memory goes along."""
+def test_a_stopped_run_goes_on_at_any_step(
+    folder: Path, whole: list, after: int, tmp_path: Path, monkeypatch
+) -> None:
+    """Steps of both videos in their order: 3 and 3 of the one expert, 1 and 1 of the
+    other. UniPC's memory goes along."""
     seen = []
 
     def agreed(self: Stop) -> bool:
@@ -197,18 +212,25 @@ def test_a_lora_on_one_expert(folder: Path, whole: list, tmp_path: Path, monkeyp
     states.append((between["0000.mp4"], latents(plain)[0]))
     (both3, both), (high3, high), (low3, low), (none3, none) = states
     assert torch.equal(low3, none3) and torch.equal(both3, high3) and (high3 - none3).abs().max() > 0.01
-    assert (low - none).abs().max() > 0.01 and (both - high).abs().max() > 0.01 and (both - low).abs().max() > 0.01
+    assert (
+        (low - none).abs().max() > 0.01 and (both - high).abs().max() > 0.01
+        and (both - low).abs().max() > 0.01
+    )
     assert same([none], whole[:1])
     with pytest.raises(ConfigError, match=r"'tiny' has no expert 'hihg'; did you mean 'high'"):
         make(folder, tmp_path / "out", lora=f"[{{path: {path}, expert: hihg}}]")
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.dit_low is not set; .tiny. samples with it too \(the expert for"):
+    with pytest.raises(
+        ConfigError, match=r"model.dit_low is not set; .tiny. samples with it too \(the expert for"
+    ):
         make(folder, tmp_path / "out", **{"model.dit_low": None})
     arch = replace(TINY.arch, double=1)
     save_dit(random_dit(arch), tmp_path / "small.safetensors", spec=SPEC, flavor=SPEC.fitted(TINY, arch))
-    with pytest.raises(CheckpointError, match=r"model.dit_low: .*small.safetensors has other sizes than model.dit"):
+    with pytest.raises(
+        CheckpointError, match=r"model.dit_low: .*small.safetensors has other sizes than model.dit"
+    ):
         make(folder, tmp_path / "out", **{"model.dit_low": tmp_path / "small.safetensors"})
 
 

@@ -1,4 +1,5 @@
-"""What a request gives beside its prompt: images, a video, guidance of each expert, prompts as YAML. Values and words."""
+"""What a request gives beside its prompt: images, a video, guidance of each expert,
+prompts as YAML. Values and words."""
 
 from __future__ import annotations
 
@@ -37,15 +38,28 @@ def test_a_prompt_is_empty_where_none_is_given() -> None:
 
 
 def test_what_a_flavor_does_not_take_is_refused_in_words() -> None:
-    refused("image is a.png, but 't2v' takes none: leave it out, or take a flavor of image to video (`hvtrain models`)",
-            TEXT, image="a.png")
-    refused("end_image is b.png, but 'i2v-14b-480p' takes none: leave it out, or take a flavor of image to video "
-            "(`hvtrain models`)", IMAGE, image="a.png", end_image="b.png")
-    refused("video is a.mp4, but 't2v' enlarges none: leave it out, or take a flavor of super-resolution (`hvtrain models`)",
-            TEXT, video="a.mp4")
-    refused("guidance is 3, but this 't2v-a14b' embeds no guidance: leave guidance null", EXPERTS, guidance=3.0)
-    refused("cfg_scale is 2, but 'i2v-480p-step-distilled' is distilled to be sampled without it: leave it out",
-            DISTILLED, cfg_scale=2.0)
+    refused(
+        "image is a.png, but 't2v' takes none: leave it out, or take a flavor of image to video (`hvtrain "
+        "models`)",
+        TEXT, image="a.png"
+    )
+    refused(
+        "end_image is b.png, but 'i2v-14b-480p' takes none: leave it out, or take a flavor of image to video "
+        "" "(`hvtrain models`)",
+        IMAGE, image="a.png", end_image="b.png"
+    )
+    refused(
+        "video is a.mp4, but 't2v' enlarges none: leave it out, or take a flavor of super-resolution "
+        "(`hvtrain models`)",
+        TEXT, video="a.mp4"
+    )
+    refused(
+        "guidance is 3, but this 't2v-a14b' embeds no guidance: leave guidance null", EXPERTS, guidance=3.0
+    )
+    refused(
+        "cfg_scale is 2, but 'i2v-480p-step-distilled' is distilled to be sampled without it: leave it out",
+        DISTILLED, cfg_scale=2.0
+    )
     with pytest.raises(ConfigError, match="^solver: no solver 'eulr'; did you mean 'euler'"):
         Request.of(TEXT, solver="eulr")
 
@@ -58,8 +72,9 @@ def test_what_a_flavor_takes_it_has() -> None:
 
 
 @pytest.mark.parametrize(("of", "given", "missing"), [
-    (TEXT, {}, []), (IMAGE, {}, ["image"]), (IMAGE, {"image": "a.png"}, []), (BOTH_ENDS, {}, ["image", "end_image"]),
-    (BOTH_ENDS, {"end_image": "b.png"}, ["image"]), (EITHER, {}, []), (LARGER, {}, ["video"]), (LARGER, {"video": "a.mp4"}, []),
+    (TEXT, {}, []), (IMAGE, {}, ["image"]), (IMAGE, {"image": "a.png"}, []),
+    (BOTH_ENDS, {}, ["image", "end_image"]), (BOTH_ENDS, {"end_image": "b.png"}, ["image"]), (EITHER, {}, []),
+    (LARGER, {}, ["video"]), (LARGER, {"video": "a.mp4"}, []),
 ])  # fmt: skip
 def test_what_is_lacking(of: Flavor, given: dict, missing: list[str]) -> None:
     assert lacks(Request.of(of, **given), of) == missing
@@ -69,19 +84,25 @@ def test_what_is_lacking_or_not_there_is_said(tmp_path: Path) -> None:
     there = tmp_path / "a.png"
     there.touch()
     for of, given, words in (
-        (IMAGE, {}, "image: 'i2v-14b-480p' is told by an image; give image=FILE, or --i FILE in a line of a prompt file"),
-        (LARGER, {}, "video: 'sr-720p' enlarges a video; give video=FILE, or --v FILE in a line of a prompt file"),
+        (IMAGE, {}, "image: 'i2v-14b-480p' is told by an image; give image=FILE, or --i FILE in a line of a "
+        "prompt file"),
+        (LARGER, {}, "video: 'sr-720p' enlarges a video; give video=FILE, or --v FILE in a line of a prompt "
+        "file"),
         (IMAGE, {"image": "gone.png"}, "image: gone.png does not exist"),
     ):
         with pytest.raises(ConfigError) as caught:
             single_job(of, given, prompt="a cat", output="x.mp4")
         assert str(caught.value) == words
-    assert single_job(IMAGE, {"image": str(there)}, prompt="a cat", output="x.mp4").request.image == str(there)
+    assert single_job(
+        IMAGE, {"image": str(there)}, prompt="a cat", output="x.mp4"
+    ).request.image == str(there)
 
 
 def test_guidance_of_each_expert() -> None:
     """By name, else the one for all, else each one's own."""
-    own = {e.name: EXPERTS.defaults.cfg_scale if e.cfg_scale is None else e.cfg_scale for e in EXPERTS.experts}
+    own = {
+        e.name: EXPERTS.defaults.cfg_scale if e.cfg_scale is None else e.cfg_scale for e in EXPERTS.experts
+    }
     assert own == {"high": 4.0, "low": 3.0}
     for given, want in (
         ({}, own), ({"cfg_scale": 2.0}, {"high": 2.0, "low": 2.0}),
@@ -95,9 +116,14 @@ def test_guidance_of_each_expert() -> None:
     assert (alone.expert_cfg_scale, alone.scale(None), alone.guided) == ({}, 2.0, True)
     ones = Request.of(EXPERTS, cfg_scale=1.0)
     assert not ones.guided and Request.of(EXPERTS, cfg_scale=1.0, expert_cfg_scale={"low": 2.0}).guided
-    refused("expert_cfg_scale: 't2v-a14b' has no expert 'hihg'; did you mean 'high'?", EXPERTS, expert_cfg_scale={"hihg": 2.0})
-    refused("expert_cfg_scale: 't2v' has no expert 'low'; it has one model for all noise levels: give cfg_scale",
-            TEXT, expert_cfg_scale={"low": 2.0})
+    refused(
+        "expert_cfg_scale: 't2v-a14b' has no expert 'hihg'; did you mean 'high'?", EXPERTS,
+        expert_cfg_scale={"hihg": 2.0}
+    )
+    refused(
+        "expert_cfg_scale: 't2v' has no expert 'low'; it has one model for all noise levels: give cfg_scale",
+        TEXT, expert_cfg_scale={"low": 2.0}
+    )
 
 
 @pytest.mark.parametrize("name", ["p.yaml", "p.YML", "p.json"])
@@ -105,7 +131,9 @@ def test_prompts_as_a_list(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text('[{"prompt": "a cat", "seed": 7, "frames": 5}, "a dog"]')
     assert list(read_prompts(path)) == [
-        (f"{path}, prompt 1", {"prompt": "a cat", "seed": 7, "frames": 5}), (f"{path}, prompt 2", {"prompt": "a dog"})]
+        (
+            f"{path}, prompt 1", {"prompt": "a cat", "seed": 7, "frames": 5}
+        ), (f"{path}, prompt 2", {"prompt": "a dog"})]
     cat, dog = prompt_jobs(TEXT, {"seed": 3, "frames": 1}, prompt_file=str(path), output="out")
     assert [(j.request.prompt, j.request.seed, j.request.frames, str(j.output)) for j in (cat, dog)] == [
         ("a cat", 7, 5, "out/0000.mp4"), ("a dog", 4, 1, "out/0001.png")]

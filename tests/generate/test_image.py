@@ -1,4 +1,5 @@
-"""Image to video: what the model is shown at each step, and from an image file to a video that begins with it."""
+"""Image to video: what the model is shown at each step, and from an image file to
+a video that begins with it."""
 
 from __future__ import annotations
 
@@ -43,11 +44,16 @@ def flavor_of(name: str) -> Flavor:
     return SPEC.fitted(own, arch)
 
 
-def inputs_seen(name: str, solver: str, *, n: int = 2) -> tuple[list, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a model of velocity 1 is shown at each of three steps, what comes out, the image, and the noise of each seed."""
+def inputs_seen(name: str, solver: str, *, n: int = 2) -> tuple[
+    list, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """What a model of velocity 1 is shown at each of three steps, what comes out, the image,
+    and the noise of each seed."""
     flavor, seen = flavor_of(name), []
     image = torch.randn(n, 16, 1, 6, 10, generator=torch.Generator().manual_seed(1))
-    request = Request.of(flavor, prompt="", steps=3, shift=2.0, cfg_scale=1.0, solver=solver, image="any", **SIZE)
+    request = Request.of(
+        flavor, prompt="", steps=3, shift=2.0, cfg_scale=1.0, solver=solver, image="any", **SIZE
+    )
 
     def model(inp):
         seen.append(inp)
@@ -55,8 +61,12 @@ def inputs_seen(name: str, solver: str, *, n: int = 2) -> tuple[list, torch.Tens
 
     cond = {**random_cond(*[3] * n), "image_latents": image}
     seeds = [4, 5][:n]
-    end = sample_latents(lambda sigma: model, SPEC, flavor, cond, request=request, ctx=ParallelContext(), seeds=seeds)
-    noise = torch.stack([torch.randn(16, 3, 6, 10, generator=generator(seed, stream="video")) for seed in seeds])
+    end = sample_latents(
+        lambda sigma: model, SPEC, flavor, cond, request=request, ctx=ParallelContext(), seeds=seeds
+    )
+    noise = torch.stack(
+        [torch.randn(16, 3, 6, 10, generator=generator(seed, stream="video")) for seed in seeds]
+    )
     return seen, end, image, noise
 
 
@@ -67,7 +77,8 @@ def test_token_replace_keeps_the_first_frame_at_every_step(solver: str) -> None:
     for inp in seen:
         assert inp.x.shape == (2, 16, 3, 6, 10) and torch.equal(inp.x[:, :, :1], image)
     assert torch.equal(end[:, :, :1], image)
-    # The others begin at 0.999 noise + 0.001 image, as the official sampler does, and a velocity of 1 takes 1 from them.
+    # The others begin at 0.999 noise + 0.001 image, as the official sampler does, and a
+    # velocity of 1 takes 1 from them.
     begin = 0.999 * noise[:, :, 1:] + 0.001 * image
     assert torch.equal(seen[0].x[:, :, 1:], begin)
     if solver == "euler":
@@ -130,10 +141,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, name: str, **changes: object) -> list[Path]:
     values = {
-        "model.dit": folder / f"{name}.safetensors", "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm",
-        "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32",
-        "prompt": "a red circle moves left", "output": folder / f"{name}.mp4", "steps": 2, "cfg_scale": 1, "save_latents": True,
-        "model.llm_vision": folder / "vision.safetensors" if name.startswith("i2v") else None, **SIZE, **changes,
+        "model.dit": folder / f"{name}.safetensors", "model.vae": "tiny:vae.safetensors",
+        "model.llm": "tiny:llm", "model.clip": "tiny:clip", "model.dtype": "float32",
+        "model.vae_dtype": "float32", "precision": "fp32", "prompt": "a red circle moves left",
+        "output": folder / f"{name}.mp4", "steps": 2, "cfg_scale": 1, "save_latents": True,
+        "model.llm_vision": folder / "vision.safetensors" if name.startswith("i2v") else None, **SIZE,
+        **changes,
     }
     items = [f"{key}={value}" for key, value in values.items() if value is not None]
     return generate.run(config.load(GenerateConfig, None, items))
@@ -181,16 +194,21 @@ def test_two_ranks_make_the_video_of_one(folder: Path, tmp_path: Path) -> None:
     """Rank 0 alone reads the image."""
     common = {"image": folder / "green.png", "seed": 3}
     (alone,) = make(folder, "i2v", **common, output=tmp_path / "alone.mp4")
-    run_ranks(2, partial(make, folder, "i2v", **common, output=tmp_path / "both.mp4", **{"parallel.ulysses": 2}))
+    run_ranks(
+        2, partial(make, folder, "i2v", **common, output=tmp_path / "both.mp4", **{"parallel.ulysses": 2})
+    )
     both = load_file(str(visible(tmp_path / "both.mp4")))["latents"]
     assert (both - load_file(str(visible(alone)))["latents"]).abs().max() < 1e-4
 
 
 def test_first_and_last_frame_are_both_shown(folder: Path, monkeypatch) -> None:
-    """Of a flavor that is given two frames the model is handed both, in this order; each of them is needed."""
+    """Of a flavor that is given two frames the model is handed both, in this
+    order; each of them is needed."""
     flavor, seen = replace(flavor_of("i2v"), given=(0, -1)), []
     green, violet = (str(folder / name) for name in ("green.png", "violet.png"))
-    with pytest.raises(ConfigError, match=r"end_image: 'i2v' is told by an image; give end_image=FILE, or --ei FILE"):
+    with pytest.raises(
+        ConfigError, match=r"end_image: 'i2v' is told by an image; give end_image=FILE, or --ei FILE"
+    ):
         single_job(flavor, {"image": green}, prompt="a ring", output="x.mp4")
     with pytest.raises(ConfigError, match=r"end_image is .*, but 'i2v' takes none"):
         Request.of(flavor_of("i2v"), image=green, end_image=violet)
@@ -200,14 +218,19 @@ def test_first_and_last_frame_are_both_shown(folder: Path, monkeypatch) -> None:
         seen.append((images, tuple(shape)))
         return {"image_latents": torch.zeros(16, 1, 6, 10)}
 
-    encode_requests([job.request], replace(SPEC, image_conditions=conditions_of), flavor, with_sight(folder), ParallelContext())
+    encode_requests(
+        [job.request], replace(SPEC, image_conditions=conditions_of), flavor, with_sight(folder),
+        ParallelContext()
+    )
     ((images, shape),) = seen
     assert shape == (16, 3, 6, 10) and images.shape == (2, 3, 48, 80)
     assert torch.equal(images[0], read_image(green, width=80, height=48))
     assert torch.equal(images[1], read_image(violet, width=80, height=48))
 
 
-def test_another_picture_under_the_same_name_is_another_video(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_another_picture_under_the_same_name_is_another_video(
+    folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     own = picture(tmp_path / "own.png", (40, 200, 60))
     (path,) = make(folder, "skyreels-v1-i2v", image=own, output=tmp_path / "out.mp4")
     first = load_file(str(visible(path)))["latents"]
@@ -223,14 +246,20 @@ def test_another_picture_under_the_same_name_is_another_video(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("i2v", {}, "image: 'i2v' is told by an image; give image=FILE, or --i FILE in a line of a prompt file"),
+        ("i2v", {}, "image: 'i2v' is told by an image; give image=FILE, or --i FILE in a line of a prompt "
+        "file"),
         ("skyreels-v1-i2v", {}, "image: 'skyreels-v1-i2v' is told by an image"),
         ("i2v", {"image": "nowhere.png"}, "image: nowhere.png does not exist"),
-        ("i2v", {"image": "prompts.txt"}, r"image: .*prompts.txt: cannot be decoded .*; give another picture"),
+        (
+            "i2v", {"image": "prompts.txt"},
+            r"image: .*prompts.txt: cannot be decoded .*; give another picture"
+        ),
         ("tiny", {"image": "green.png"}, r"image is .*green.png, but 'tiny' takes none: leave it out"),
     ],
 )
-def test_what_is_refused_before_weights_are_read(folder: Path, name: str, changes: dict, words: str, monkeypatch) -> None:
+def test_what_is_refused_before_weights_are_read(
+    folder: Path, name: str, changes: dict, words: str, monkeypatch
+) -> None:
     (folder / "prompts.txt").write_text("no picture\n")
     (folder / "tiny.safetensors").write_bytes(Path(asset("tiny:dit.safetensors")).read_bytes())
     monkeypatch.setattr(conditions, "open_text", lambda *_: pytest.fail("weights were read"))
@@ -250,20 +279,28 @@ def test_a_line_without_its_image_is_named(folder: Path) -> None:
 
 
 def test_skyreels_prompts_begin_with_its_prefix(folder: Path) -> None:
-    """The negative prompt does not; it is HunyuanVideo's, at a true guidance of 6 beside an embedded one of 1."""
+    """The negative prompt does not; it is HunyuanVideo's, at a true guidance of 6
+    beside an embedded one of 1."""
     flavor = flavor_of("skyreels-v1-i2v")
     request = Request.of(flavor, prompt="a ring", image=str(folder / "green.png"), **SIZE)
-    assert (request.guidance, request.cfg_scale, request.steps, request.shift) == (1.0, 6.0, 30, 7.0) and request.guided
+    assert (
+        (request.guidance, request.cfg_scale, request.steps, request.shift) == (1.0, 6.0, 30, 7.0)
+        and request.guided
+    )
     found = encode_requests([request], SPEC, flavor, with_sight(folder), ParallelContext())
     tiny = open_text(SPEC, with_sight(folder), "cpu", flavor)
     negative = SPEC.flavor("t2v").defaults.negative_prompt
     for cond, text in ((found.of(request), "FPS-24, a ring"), (found.negative(request), negative)):
         wanted = tiny.encode([text])[0]
-        assert torch.equal(cond["text"][0], wanted["text"]) and torch.equal(cond["pooled"][0], wanted["pooled"])
+        assert (
+            torch.equal(cond["text"][0], wanted["text"]) and torch.equal(cond["pooled"][0], wanted["pooled"])
+        )
         assert cond["image_latents"].shape == (1, 16, 1, 6, 10)
     again = Request.of(flavor, prompt="FPS-24, a ring", image=str(folder / "green.png"), **SIZE)
-    assert torch.equal(encode_requests([again], SPEC, flavor, with_sight(folder), ParallelContext()).of(again)["text"][0],
-                       tiny.encode(["FPS-24, a ring"])[0]["text"])
+    assert torch.equal(
+        encode_requests([again], SPEC, flavor, with_sight(folder), ParallelContext()).of(again)["text"][0],
+        tiny.encode(["FPS-24, a ring"])[0]["text"]
+    )
 
 
 def test_a_negative_prompt_is_read_beside_a_black_image(folder: Path) -> None:
@@ -272,18 +309,25 @@ def test_a_negative_prompt_is_read_beside_a_black_image(folder: Path) -> None:
     found = encode_requests([request], SPEC, flavor, with_sight(folder), ParallelContext())
     tiny = open_text(SPEC, with_sight(folder), "cpu", flavor)
     black = torch.full((3, 48, 80), -1.0)
-    assert torch.equal(found.negative(request)["seen_text"][0], tiny.encode([request.negative_prompt], [black])[0]["seen_text"])
+    assert torch.equal(
+        found.negative(request)["seen_text"][0],
+        tiny.encode([request.negative_prompt], [black])[0]["seen_text"]
+    )
     assert request.negative_prompt.startswith("deformation, a poor composition and deformed video")
 
 
 def test_modes_of_image_to_video_begin_otherwise() -> None:
-    """Steady: a trace of the image in every frame, also in the model of 33 channels; dynamic: noise alone. Shift 7, 7 and 17."""
+    """Steady: a trace of the image in every frame, also in the model of 33 channels; dynamic:
+    noise alone. Shift 7, 7 and 17."""
     for name, trace, shift in (("i2v", 0.001, 7.0), ("i2v-concat", 0.001, 7.0), ("i2v-dynamic", 0.0, 17.0)):
         seen, _, image, noise = inputs_seen(name, "euler")
         assert SPEC.flavors[name].defaults.shift == shift
         begin = (1 - trace) * noise + trace * image
         assert torch.equal(seen[0].x[:, :16, 1:], begin[:, :, 1:]), name
         if name == "i2v-concat":
-            assert seen[0].x.shape[1] == 33 and torch.equal(seen[0].x[:, 16:32, :1], image) and "guidance" not in seen[0].cond
+            assert (
+                seen[0].x.shape[1] == 33 and torch.equal(seen[0].x[:, 16:32, :1], image)
+                and "guidance" not in seen[0].cond
+            )
             assert seen[0].x[:, 32].amax((2, 3)).tolist() == [[1, 0, 0]] * 2
             assert torch.equal(seen[0].x[:, :16, :1], begin[:, :, :1])

@@ -34,9 +34,14 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 
 def previews(folder: Path, cfg_scale: float) -> Previews:
     spec, flavor = spec_and_flavor()
-    flavor = replace(flavor, defaults=replace(flavor.defaults, cfg_scale=cfg_scale, negative_prompt="a red circle"))
+    flavor = replace(
+        flavor, defaults=replace(flavor.defaults, cfg_scale=cfg_scale, negative_prompt="a red circle")
+    )
     prompt = "{prompt: a blue ring moves left, width: 48, height: 48, steps: 2}"
-    cfg = load(TrainConfig, CONFIGS / "model.yaml", ["preview.every_steps=1", "preview.frames=5", f"preview.prompts=[{prompt}]"])
+    cfg = load(
+        TrainConfig, CONFIGS / "model.yaml",
+        ["preview.every_steps=1", "preview.frames=5", f"preview.prompts=[{prompt}]"]
+    )
     plans = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=6.0, sets=[])
     return Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=folder, precision="fp32")
 
@@ -98,15 +103,23 @@ def test_image_to_video_begins_with_a_samples_own(tmp_path: Path, more: tuple, m
     assert not torch.equal(found[:, 1:2], wanted[:, :1])
     assert read_metadata(tmp_path / "step00000003_0.mp4")["width"] == 32
     assert image_to_video("i2v", tmp_path, sets=[held], width="32", frames="5").plans[0].request.height == 32
-    with pytest.raises(ConfigError, match=r"preview.prompts\[0\]: no sample of this size .* give image=FILE, or .* of 5x32x32"):
+    with pytest.raises(
+        ConfigError,
+        match=r"preview.prompts\[0\]: no sample of this size .* give image=FILE, or .* of 5x32x32"
+    ):
         image_to_video("i2v", tmp_path, sets=[held], width="64")
 
 
 @pytest.mark.parametrize("name", ["i2v", "skyreels-v1-i2v"])
 def test_image_to_video_begins_with_a_picture(tmp_path: Path, name: str, monkeypatch) -> None:
-    green, violet = picture(tmp_path / "green.png", (40, 200, 60)), picture(tmp_path / "violet.png", (200, 40, 200))
+    green, violet = (
+        picture(tmp_path / "green.png", (40, 200, 60)), picture(tmp_path / "violet.png", (200, 40, 200))
+    )
     size = {"width": "48", "height": "32", "frames": "5"}
-    made = [latents_of(image_to_video(name, tmp_path, sets=[], image=str(p), **size), monkeypatch) for p in (green, violet)]
+    made = [
+        latents_of(image_to_video(name, tmp_path, sets=[], image=str(p), **size), monkeypatch)
+        for p in (green, violet)
+    ]
     assert made[0].shape == (16, 2, 4, 6) and (made[0] - made[1])[:, 1:].abs().max() > 0.05
     with pytest.raises(DataError, match="image: .* cannot be decoded"):
         (tmp_path / "broken.png").write_bytes(green.read_bytes()[:100])
@@ -116,7 +129,8 @@ def test_image_to_video_begins_with_a_picture(tmp_path: Path, name: str, monkeyp
 def test_a_prompts_own_keys_come_first() -> None:
     spec, flavor = spec_and_flavor()
     cfg = load(TrainConfig, None, [
-        "preview.every_steps=1", "preview.shift=5", "preview.solver=unipc", "preview.seed=4", "preview.width=48",
+        "preview.every_steps=1", "preview.shift=5", "preview.solver=unipc", "preview.seed=4",
+        "preview.width=48",
         "preview.prompts=[{prompt: a}, {prompt: b, shift: 2, seed: 9, guidance: 1.5, cfg_scale: 3}]",
     ])
     a, b = (p.request for p in plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=2.5, sets=[]))
@@ -125,10 +139,14 @@ def test_a_prompts_own_keys_come_first() -> None:
 
 
 def test_previews_of_skyreels_are_sampled_as_it_was_made_to_be(tmp_path: Path) -> None:
-    """A true guidance of 6 with the negative prompt, an embedded one of 1, and its prefix before the prompt alone."""
+    """A true guidance of 6 with the negative prompt, an embedded one of 1, and its
+    prefix before the prompt alone."""
     spec, tiny = spec_and_flavor()
     flavor = spec.fitted(spec.flavors["skyreels-v1-t2v"], tiny.arch)
-    items = ["preview.every_steps=1", "preview.width=32", "preview.height=32", "preview.frames=5", "preview.steps=1"]
+    items = [
+        "preview.every_steps=1", "preview.width=32", "preview.height=32", "preview.frames=5",
+        "preview.steps=1"
+    ]
     cfg = load(TrainConfig, CONFIGS / "model.yaml", [*items, "preview.prompts=[{prompt: a ring}]"])
     plans = plan_previews(cfg.preview, cfg.model, spec, flavor, guidance=1.0, sets=[])
     made = Previews(plans, cfg.model, spec, flavor, ParallelContext(), folder=tmp_path, precision="fp32")
@@ -146,9 +164,12 @@ def test_previews_of_skyreels_are_sampled_as_it_was_made_to_be(tmp_path: Path) -
     assert not torch.equal(shown[0].cond["pooled"], shown[1].cond["pooled"])
 
 
-# --- the same as `hvtrain generate` -----------------------------------------------------------------------------------
+# --- the same as `hvtrain generate` -------------------------------------------------------------------------
 
-PROMPTS = "a red circle moves left --w 48 --h 32 --f 5 --s 2\na blue ring --w 32 --h 32 --f 1 --s 2 --d 9 --l 2 --n green\n"
+PROMPTS = (
+    "a red circle moves left --w 48 --h 32 --f 5 --s 2\na blue ring --w 32 --h 32 --f 1 --s 2 --d 9 --l 2 "
+    "--n green\n"
+)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -172,19 +193,24 @@ def trained(shards: Path, run: Path, *items: str) -> Path:
     return run
 
 
-PARTS = ("model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip", "model.vae_dtype=float32")
+PARTS = (
+    "model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip", "model.vae_dtype=float32"
+)
 
 
-def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the base before the first step. Of the moving averages after the last, those of NAME-ema.safetensors, as near as that
-    file's bfloat16 allows."""
+def test_a_preview_is_bit_for_bit_what_generate_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the base before the first step. Of the moving averages after the last, those of
+    NAME-ema.safetensors, as near as that file's bfloat16 allows."""
     (prompts := tmp_path / "prompts.txt").write_text(PROMPTS)
     latents: list[torch.Tensor] = []
     real = preview.decode
     monkeypatch.setattr(preview, "decode", lambda vae, x: latents.append(x[0].clone()) or real(vae, x))
     run = trained(
-        make_shards(tmp_path / "set"), tmp_path / "run", "adapter.type=none", "run.ema_decay=0.5", "optim.lr=0.01",
-        f"preview.prompt_file={prompts}", "preview.at_start=true", "preview.every_steps=2", "preview.ema=true",
+        make_shards(tmp_path / "set"), tmp_path / "run", "adapter.type=none", "run.ema_decay=0.5",
+        "optim.lr=0.01", f"preview.prompt_file={prompts}", "preview.at_start=true", "preview.every_steps=2",
+        "preview.ema=true",
     )
     assert len(latents) == 4  # two prompts, before the first step and after the second
     folder = run / "previews"
@@ -196,7 +222,9 @@ def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatc
             (kept,) = (t for t in made if t.shape == x.shape)
             assert (kept - x).norm() <= (0.02 if step else 0.0) * x.norm(), (step, i)
         assert [w.shape for w in wanted] == [(5, 32, 48, 3), (1, 32, 32, 3)]
-        assert np.abs(pixels(folder / f"step{step:08d}_1.png").astype(int) - wanted[1]).max() <= (4 if step else 0)
+        assert np.abs(
+            pixels(folder / f"step{step:08d}_1.png").astype(int) - wanted[1]
+        ).max() <= (4 if step else 0)
         far = np.abs(pixels(folder / f"step{step:08d}_0.mp4").astype(int) - wanted[0])
         assert far.mean() < 2 if step else far.max() == 0
     other = generated(prompts, tmp_path / "plain", plain)[1].astype(int)
@@ -210,13 +238,18 @@ def test_a_preview_is_bit_for_bit_what_generate_makes(tmp_path: Path, monkeypatc
 
 
 def test_previews_by_epochs_and_the_weights_stay(tmp_path: Path) -> None:
-    """5 steps of 2 of 10 samples are an epoch. With the averages shown in between, training goes on from the weights."""
+    """5 steps of 2 of 10 samples are an epoch. With the averages shown in between,
+    training goes on from the weights."""
     shards = make_shards(tmp_path / "set")
     (tmp_path / "p.yaml").write_text("- {prompt: a ring, width: 32, height: 32, frames: 5, steps: 1}\n")
     common = ("run.ema_decay=0.9", "run.steps=6", f"preview.prompt_file={tmp_path / 'p.yaml'}")
     run = tmp_path / "run"
-    assert train.run(config(shards, run, *PARTS, *common, "preview.every_epochs=0.5", "preview.ema=true")) == 0
-    assert sorted(p.name for p in (run / "previews").glob("*.mp4")) == ["step00000003_0.mp4", "step00000005_0.mp4"]
+    assert train.run(
+        config(shards, run, *PARTS, *common, "preview.every_epochs=0.5", "preview.ema=true")
+    ) == 0
+    assert sorted(p.name for p in (run / "previews").glob("*.mp4")) == [
+        "step00000003_0.mp4", "step00000005_0.mp4"
+    ]
     assert train.run(config(shards, tmp_path / "plain", *common)) == 0
     for name in ("lora.safetensors", "lora-ema.safetensors"):
         one, two = (load_file(folder / name) for folder in (run, tmp_path / "plain"))
@@ -225,14 +258,15 @@ def test_previews_by_epochs_and_the_weights_stay(tmp_path: Path) -> None:
 
 def _two(folder: Path) -> int:
     return train.run(config(
-        folder / "set", folder / "run", *PARTS, "zero.engine=deepspeed", "zero.stage=2", "parallel.ulysses=2", "run.steps=1",
-        "preview.at_start=true", "preview.ema=true", "run.ema_decay=0.5", "preview.seed=3",
+        folder / "set", folder / "run", *PARTS, "zero.engine=deepspeed", "zero.stage=2", "parallel.ulysses=2",
+        "run.steps=1", "preview.at_start=true", "preview.ema=true", "run.ema_decay=0.5", "preview.seed=3",
         f"preview.prompt_file={folder / 'prompts.txt'}",
     ), start(2))  # fmt: skip
 
 
 def test_two_processes_share_a_preview(tmp_path: Path) -> None:
-    """Sequence-parallel under ZeRO, with the averages in the weights' place: the picture is that of one process."""
+    """Sequence-parallel under ZeRO, with the averages in the weights' place: the
+    picture is that of one process."""
     make_shards(tmp_path / "set")
     (prompts := tmp_path / "prompts.txt").write_text("a blue ring --w 48 --h 32 --f 1 --s 2 --d 9\n")
     assert run_ranks(2, _two, tmp_path) == [0, 0]
@@ -245,15 +279,22 @@ def test_two_processes_share_a_preview(tmp_path: Path) -> None:
     ("items", "says"),
     [
         (["preview.every_epochs=1"], "preview.prompts is empty but previews are asked for"),
-        (["preview.at_start=true", "preview.prompt_file=no.txt"], "preview.prompt_file: no.txt does not exist"),
-        (["preview.at_start=true", "preview.prompts=[{prompt: a}]", "preview.ema=true"], "preview.ema: the run keeps no moving"),
+        (["preview.at_start=true", "preview.prompt_file=no.txt"], "preview.prompt_file: no.txt does not "
+        "exist"),
+        (
+            ["preview.at_start=true", "preview.prompts=[{prompt: a}]", "preview.ema=true"],
+            "preview.ema: the run keeps no moving"
+        ),
         (["preview.at_start=true", "preview.prompt_file=FILE.txt"], "no option '--x'"),
-        (["preview.at_start=true", "preview.prompt_file=FILE.yaml"], "FILE.yaml, prompt 2: unknown key 'promt'"),
+        (["preview.at_start=true", "preview.prompt_file=FILE.yaml"], "FILE.yaml, prompt 2: unknown key "
+        "'promt'"),
         (["preview.at_start=true", "preview.prompt_file=LIST.yaml"], "expected a list of prompts"),
         (["preview.at_start=true", "preview.prompt_file=SIZE.txt"], "SIZE.txt:1: width is 33"),
     ],
 )
-def test_mistakes_in_previews(items: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_in_previews(
+    items: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("FILE.txt").write_text("a cat --x 1\n")
     Path("FILE.yaml").write_text("- {prompt: a}\n- {promt: a}\n")

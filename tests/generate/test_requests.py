@@ -22,7 +22,9 @@ SKYREELS = find("hunyuan-video").flavor("skyreels-v1-t2v")
 
 def test_what_is_not_given_is_the_flavors_own() -> None:
     r = Request.of(FLAVOR, prompt="a cat", width=640, height=368)
-    assert (r.width, r.height, r.frames, r.fps, r.steps, r.shift, r.guidance) == (640, 368, 129, 24, 50, 7.0, 6.0)
+    assert (r.width, r.height, r.frames, r.fps, r.steps, r.shift, r.guidance) == (
+        640, 368, 129, 24, 50, 7.0, 6.0
+    )
     assert (r.cfg_scale, r.seed) == (1.0, 0)
     other = Request.of(SKYREELS, prompt="a cat")
     assert (other.guidance, other.cfg_scale, other.frames) == (1.0, 6.0, 97)
@@ -50,7 +52,8 @@ def test_what_is_not_given_is_the_flavors_own() -> None:
         ({"guidance": math.nan}, "guidance is nan, expected a finite number"),
         ({"guidance": -math.inf}, "guidance is -inf"),
         ({"cfg_scale": math.nan}, "cfg_scale is nan"),
-        ({"negative_prompt": "a \udcff"}, "negative_prompt holds what is no text (surrogates not allowed at letter 2)"),
+        ({"negative_prompt": "a \udcff"}, "negative_prompt holds what is no text (surrogates not allowed at "
+        "letter 2)"),
     ],
 )
 def test_impossible_sizes(size: dict, words: str) -> None:
@@ -80,7 +83,9 @@ def test_each_side_has_its_own_unit() -> None:
 
 
 def test_the_largest_that_is_possible() -> None:
-    r = Request.of(FLAVOR, prompt="", width=160_000, height=16, frames=1, steps=10_000, fps=1000, guidance=-1.0)
+    r = Request.of(
+        FLAVOR, prompt="", width=160_000, height=16, frames=1, steps=10_000, fps=1000, guidance=-1.0
+    )
     assert (r.width, r.height, r.frames, r.steps, r.fps, r.guidance) == (160_000, 16, 1, 10_000, 1000, -1.0)
 
 
@@ -105,7 +110,9 @@ def test_one_frame_is_a_picture(tmp_path: Path) -> None:
     picture = {"prompt": "a cat", "output": "cat.png"}
     (job,) = jobs_of(GenerateConfig(**picture, frames=1), FLAVOR)
     assert job.output == Path("cat.png") and job.request.frames == 1
-    with pytest.raises(ConfigError, match=r"output is cat.png, one picture, but frames is 129: give frames=1, or NAME.mp4"):
+    with pytest.raises(
+        ConfigError, match=r"output is cat.png, one picture, but frames is 129: give frames=1, or NAME.mp4"
+    ):
         jobs_of(GenerateConfig(**picture), FLAVOR)
     file = tmp_path / "prompts.txt"
     file.write_text("a cat --f 1\na dog --f 5\n")
@@ -115,13 +122,18 @@ def test_one_frame_is_a_picture(tmp_path: Path) -> None:
 
 def test_a_file_in_a_directory_is_named_by_what_makes_it(tmp_path: Path) -> None:
     def name(**changes: object) -> str:
-        cfg = GenerateConfig(**{"prompt": "A cat: walks,\nslowly!", "output": f"{tmp_path}/", "frames": 5, **changes})
+        cfg = GenerateConfig(
+            **{"prompt": "A cat: walks,\nslowly!", "output": f"{tmp_path}/", "frames": 5, **changes}
+        )
         (job,) = jobs_of(cfg, FLAVOR)
         assert job.output.parent == tmp_path
         return job.output.name
 
     lora = (SampledLora("l.safetensors", 0.5),)
-    names = [name(), name(seed=1), name(guidance=2.0), name(lora=lora), name(prompt="a cat walks slowly"), name(frames=1)]
+    names = [
+        name(), name(seed=1), name(guidance=2.0), name(lora=lora), name(prompt="a cat walks slowly"),
+        name(frames=1)
+    ]
     names.append(name(lora=(replace(lora[0], multiplier=0.6),)))
     names += [name(slices="s"), name(slices="s", loraid=(1,)), name(slices="s", lora_multiplier=(0.5,))]
     assert len(set(names)) == len(names) and name() == names[0]
@@ -129,13 +141,20 @@ def test_a_file_in_a_directory_is_named_by_what_makes_it(tmp_path: Path) -> None
     assert name(output=str(tmp_path)) == names[0]  # it exists
     (job,) = jobs_of(GenerateConfig(prompt="a cat", output="not/there/"), FLAVOR)  # it will
     assert job.output.parent == Path("not/there") and job.output.name.startswith("a-cat-")
-    assert name(prompt="猫").startswith("video-") and len(name(prompt="word " * 99)) == len("word-" * 8) + len("12345678.mp4")
+    assert (
+        name(prompt="猫").startswith("video-")
+        and len(name(prompt="word " * 99)) == len("word-" * 8) + len("12345678.mp4")
+    )
 
 
 def test_a_prompt_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("# two videos\na cat\n\n  a dog -- running --w 320 --h 176 --d 99 --n blurry, dark --fs 3\n")
-    jobs = jobs_of(GenerateConfig(prompt_file=str(file), output=str(tmp_path / "out"), seed=7, width=640), FLAVOR)
+    file.write_text(
+        "# two videos\na cat\n\n  a dog -- running --w 320 --h 176 --d 99 --n blurry, dark --fs 3\n"
+    )
+    jobs = jobs_of(
+        GenerateConfig(prompt_file=str(file), output=str(tmp_path / "out"), seed=7, width=640), FLAVOR
+    )
     cat, dog = (job.request for job in jobs)
     assert [job.output.name for job in jobs] == ["0000.mp4", "0001.mp4"]
     assert (cat.prompt, cat.seed, cat.width, cat.shift) == ("a cat", 7, 640, 7.0)
@@ -148,7 +167,10 @@ def test_a_prompt_file_is_utf_8_also_as_windows_writes_it(tmp_path: Path) -> Non
     file.write_bytes("\ufeff# a comment\r\n猫\r\n".encode())
     assert list(read_prompts(file)) == [(f"{file}:2", {"prompt": "猫"})]
     file.write_bytes("café".encode("latin-1"))
-    causes = {file: "'utf-8' codec can't decode byte 0xe9", tmp_path / "none.txt": "No such file", tmp_path: "directory"}
+    causes = {
+        file: "'utf-8' codec can't decode byte 0xe9", tmp_path / "none.txt": "No such file",
+        tmp_path: "directory"
+    }
     for path, why in causes.items():
         with pytest.raises(DataError, match=f"^prompt_file: {path} cannot be read: .*{why}"):
             list(read_prompts(path))
@@ -186,8 +208,8 @@ def test_every_option_of_a_line(tmp_path: Path) -> None:
     cfg = GenerateConfig(prompt_file=str(file), output="out", seed=7, fps=12, height=160, steps=2)
     first, second, third = (job.request for job in jobs_of(cfg, FLAVOR))
     assert second == Request(
-        prompt="a", width=320, height=176, frames=5, fps=12, steps=7, seed=3, solver="unipc", shift=3.5, guidance=2.5,
-        cfg_scale=4.0, negative_prompt="nor this", expert_cfg_scale={},
+        prompt="a", width=320, height=176, frames=5, fps=12, steps=7, seed=3, solver="unipc", shift=3.5,
+        guidance=2.5, cfg_scale=4.0, negative_prompt="nor this", expert_cfg_scale={},
     )
     assert (first.seed, third.seed) == (7, 9)  # a line's own place counts, also after one with --d
     assert (third.prompt, third.width, third.height, third.steps) == ("third--w 5", 1280, 160, 2)
@@ -195,7 +217,9 @@ def test_every_option_of_a_line(tmp_path: Path) -> None:
 
 def test_numbers_that_are_none_are_named_with_their_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    for option, words in (("--g nan", "guidance is nan"), ("--fs inf", "shift is inf"), ("--l -inf", "cfg_scale is -inf")):
+    for option, words in (
+        ("--g nan", "guidance is nan"), ("--fs inf", "shift is inf"), ("--l -inf", "cfg_scale is -inf")
+    ):
         file.write_text(f"a dog\na cat {option}\n")
         with pytest.raises(ConfigError) as caught:
             jobs_of(GenerateConfig(prompt_file=str(file), output="out"), FLAVOR)
@@ -204,7 +228,10 @@ def test_numbers_that_are_none_are_named_with_their_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "change",
-    [{"width": 640}, {"height": 320}, {"frames": 5}, {"steps": 3}, {"shift": 2.0}, {"guidance": 2.0}, {"cfg_scale": 2.0}],
+    [
+        {"width": 640}, {"height": 320}, {"frames": 5}, {"steps": 3}, {"shift": 2.0}, {"guidance": 2.0},
+        {"cfg_scale": 2.0}
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_what_differs_is_not_sampled_together(change: dict) -> None:
@@ -222,4 +249,6 @@ def test_prompt_seed_and_rate_may_differ_in_a_batch() -> None:
 def test_batches_hold_one_layout() -> None:
     sizes = [320, 320, 320, 640, 320]
     jobs = [Job(Request.of(FLAVOR, prompt=str(i), width=w), Path(f"{i}.mp4")) for i, w in enumerate(sizes)]
-    assert [[job.request.prompt for job in batch] for batch in batches(jobs, 2)] == [["0", "1"], ["2"], ["3"], ["4"]]
+    assert [[job.request.prompt for job in batch] for batch in batches(jobs, 2)] == [
+        ["0", "1"], ["2"], ["3"], ["4"]
+    ]

@@ -1,4 +1,5 @@
-"""What a killed, stopped or failed generation has done is kept: each video when it is sampled, and nothing twice."""
+"""What a killed, stopped or failed generation has done is kept: each video when it is
+sampled, and nothing twice."""
 
 from __future__ import annotations
 
@@ -45,9 +46,10 @@ def overrides(dit: Path, output: Path, **changes: object) -> list[str]:
     if not prompts.exists():
         prompts.write_text("\n".join(PROMPTS) + "\n")
     values = {
-        "model.dit": dit, "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm", "model.clip": "tiny:clip",
-        "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32", "prompt_file": prompts, "output": output,
-        "steps": 4, "width": 48, "height": 48, "frames": 9, **changes,
+        "model.dit": dit, "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm",
+        "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32",
+        "precision": "fp32", "prompt_file": prompts, "output": output, "steps": 4, "width": 48, "height": 48,
+        "frames": 9, **changes,
     }
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -109,7 +111,9 @@ def at_keep(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path, int], None]) -
 
 
 @pytest.mark.parametrize("decode", ["each", "last"])
-def test_videos_appear_when_they_are_sampled(dit: Path, whole: dict, decode: str, tmp_path: Path, monkeypatch) -> None:
+def test_videos_appear_when_they_are_sampled(
+    dit: Path, whole: dict, decode: str, tmp_path: Path, monkeypatch
+) -> None:
     output, seen = tmp_path / "out", []
     wanted = {"each": [0, 1, 2], "last": [0, 0, 0]}[decode]
 
@@ -117,7 +121,8 @@ def test_videos_appear_when_they_are_sampled(dit: Path, whole: dict, decode: str
         return len(list(output.glob("*.mp4")))
 
     def note(path: Path, step: int) -> None:
-        wait_for(lambda: videos() >= wanted[len(seen)])  # a thread writes them: while the sampling stands still here, too
+        # a thread writes them: while the sampling stands still here, too
+        wait_for(lambda: videos() >= wanted[len(seen)])
         seen.append((path.name, step, videos()))
 
     at_keep(monkeypatch, note)
@@ -135,7 +140,10 @@ def test_a_second_run_makes_only_what_is_missing_or_was_asked_for_anew(
         sampled: list[str] = []
         at_keep(patch, lambda path, step: sampled.append(path.name))
         assert len(make(dit, output)) == 3 and sampled == ["0001.mp4"]
-        assert "2 of 3 are there already, made with these parameters: 0000.mp4, 0002.mp4" in capsys.readouterr().out
+        assert (
+            "2 of 3 are there already, made with these parameters: 0000.mp4, 0002.mp4"
+            in capsys.readouterr().out
+        )
         assert contents(output) == whole
         (output.with_suffix(".txt")).write_text(f"{PROMPTS[0]}\n{PROMPTS[1]} --d 77\n{PROMPTS[2]}\n")
         make(dit, output)
@@ -159,7 +167,9 @@ def test_the_same_file_of_another_model_is_not_the_same_video(dit: Path, whole: 
     save_dit(model, changed, spec=spec_and_flavor()[0], flavor=spec_and_flavor()[1])
     make(changed, output)
     new = contents(output)
-    assert new.keys() == whole.keys() and all(new[n]["frames_digest"] != whole[n]["frames_digest"] for n in new)
+    assert (
+        new.keys() == whole.keys() and all(new[n]["frames_digest"] != whole[n]["frames_digest"] for n in new)
+    )
 
 
 def test_how_the_work_is_done_changes_no_identity(
@@ -170,7 +180,9 @@ def test_how_the_work_is_done_changes_no_identity(
     assert contents(output) == whole
 
 
-def test_a_file_that_cannot_be_written_costs_no_sampling(dit: Path, whole: dict, tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_cannot_be_written_costs_no_sampling(
+    dit: Path, whole: dict, tmp_path: Path, monkeypatch
+) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         written, real = [], write.write_video
@@ -193,7 +205,9 @@ def test_a_file_that_cannot_be_written_costs_no_sampling(dit: Path, whole: dict,
 def test_latents_stay_if_asked_for(dit: Path, whole: dict, tmp_path: Path, monkeypatch) -> None:
     output = tmp_path / "out"
     make(dit, output, save_latents=True)
-    assert files(output) == [name for i in range(3) for name in (f"{i:04d}.latents.safetensors", f"{i:04d}.mp4")]
+    assert files(output) == [
+        name for i in range(3) for name in (f"{i:04d}.latents.safetensors", f"{i:04d}.mp4")
+    ]
     (output / "0001.mp4").unlink()
     monkeypatch.setattr(sample, "open_dit", None)
     make(dit, output, save_latents=True, fps=12)  # the rate is no part of the latents
@@ -221,7 +235,9 @@ def test_a_vae_that_overflows_is_refused_and_its_latents_stay(dit: Path, tmp_pat
             return vae
 
         patch.setattr(write, "open_vae", broken)
-        with pytest.raises(DataError, match=r"0000\.mp4: the VAE makes values that are not finite in model.vae_dtype float32"):
+        with pytest.raises(
+            DataError, match=r"0000\.mp4: the VAE makes values that are not finite in model.vae_dtype float32"
+        ):
             make(dit, output)
     assert files(output) == [".0000.mp4.safetensors"]
 
@@ -305,7 +321,8 @@ def test_a_signal_keeps_everything(
 
 
 def interrupted(dit: str, folder: str, who: int, ulysses: int, after: int) -> dict:
-    """On each rank: a whole run; one in which rank `who` alone gets a signal after so many of its steps; the rest of it."""
+    """On each rank: a whole run; one in which rank `who` alone gets a signal after so many
+    of its steps; the rest of it."""
     stopping.remember()
     ctx = start(ulysses, 1, device="cpu")
     root, seen = Path(folder), {}

@@ -59,8 +59,9 @@ def write_lora(path: Path, *layers: str) -> None:
 def overrides(folder: Path, **changes: object) -> list[str]:
     values = {
         "model.dit": folder / "dit.safetensors", "model.vae": "tiny:vae.safetensors", "model.llm": "tiny:llm",
-        "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32", "precision": "fp32",
-        "prompt": "a red circle moves left", "output": folder / "one.mp4", "steps": 3, **SIZE, **changes,
+        "model.clip": "tiny:clip", "model.dtype": "float32", "model.vae_dtype": "float32",
+        "precision": "fp32", "prompt": "a red circle moves left", "output": folder / "one.mp4", "steps": 3,
+        **SIZE, **changes,
     }
     return [f"{key}={value}" for key, value in values.items() if value is not None]
 
@@ -75,8 +76,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def difference(path: Path, reference: np.ndarray) -> float:
-    """Mean over all values. The codec amplifies: one pixel that rounds the other way before it is a mean of 1.5 after
-    it, so SAME is no exact comparison; another seed or prompt is a mean of 28."""
+    """Mean over all values. The codec amplifies: one pixel that rounds the other way before it is a mean of
+    1.5 after it, so SAME is no exact comparison; another seed or prompt is a mean of 28."""
     return np.abs(pixels(path).astype(int) - reference).mean()
 
 
@@ -125,11 +126,12 @@ def before_the_codec(*runs: list[str]) -> list[Made]:
 
 
 def test_ranks_that_share_a_video_make_that_of_one(folder: Path) -> None:
-    """Exactly, but for values on the edge between two of the 256 levels. With weights that are cut over them too, and tiles
-    that are decoded by both."""
+    """Exactly, but for values on the edge between two of the 256 levels. With weights that are cut over them
+    too, and tiles that are decoded by both."""
     tiled = {"width": 96, "height": 64, "model.vae_tiling.spatial": 32}
     alone = run_ranks(
-        1, before_the_codec, overrides(folder, output=folder / "n1.mp4"), overrides(folder, output=folder / "n2.mp4", **tiled)
+        1, before_the_codec, overrides(folder, output=folder / "n1.mp4"),
+        overrides(folder, output=folder / "n2.mp4", **tiled)
     )[0]
     both = {"parallel.ulysses": 2}
     runs = [
@@ -166,7 +168,9 @@ def test_two_machines_make_the_video_of_one(folder: Path, plain: np.ndarray) -> 
     command = ["generate", *overrides(folder, output=folder / "nodes.mp4"), "parallel.ring=2"]
     where = ["--nnodes", "2", "--master-addr", "localhost", "--master-port", str(free_port())]
     nodes = [
-        subprocess.Popen([*HVTRAIN, "launch", "--nproc", "1", *where, "--node-rank", str(node), *command], cwd=ROOT)
+        subprocess.Popen(
+            [*HVTRAIN, "launch", "--nproc", "1", *where, "--node-rank", str(node), *command], cwd=ROOT
+        )
         for node in range(2)
     ]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0]
@@ -175,7 +179,9 @@ def test_two_machines_make_the_video_of_one(folder: Path, plain: np.ndarray) -> 
 
 def test_torchrun_starts_it_too(folder: Path, plain: np.ndarray) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["--no-python", *HVTRAIN, "generate", *overrides(folder, output=folder / "t.mp4"), "parallel.ulysses=2"]
+    command = [
+        "--no-python", *HVTRAIN, "generate", *overrides(folder, output=folder / "t.mp4"), "parallel.ulysses=2"
+    ]
     done = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert difference(folder / "t.mp4", plain) < SAME
@@ -187,7 +193,9 @@ def make_in_a_rank(arguments: list[str]) -> None:
 
 def test_prompts_are_dealt_to_data_parallel_ranks(folder: Path, plain: np.ndarray) -> None:
     (folder / "prompts.txt").write_text("a red circle moves left\na blue square\na ring --d 9\n")
-    changes = {"prompt": None, "prompt_file": folder / "prompts.txt", "output": folder / "many", "batch_size": 8}
+    changes = {
+        "prompt": None, "prompt_file": folder / "prompts.txt", "output": folder / "many", "batch_size": 8
+    }
     run_ranks(2, make_in_a_rank, overrides(folder, **changes))
     files = sorted((folder / "many").iterdir())
     assert [f.name for f in files] == ["0000.mp4", "0001.mp4", "0002.mp4"]
@@ -204,11 +212,14 @@ def test_a_lora_changes_the_video_as_its_merged_model_does(folder: Path, plain: 
     files = (LoraFileConfig(str(lora), 0.5),)
     merge(MergeConfig(dit=str(folder / "dit.safetensors"), lora=files, output=str(merged)))
     (other,) = make(folder, **{"output": folder / "merged.mp4", "model.dit": merged})
-    assert difference(other, pixels(path)) < SAME  # weights are equal bit for bit, their alignment in memory is not
+    # weights are equal bit for bit, their alignment in memory is not
+    assert difference(other, pixels(path)) < SAME
 
 
 def test_true_guidance_and_bf16(folder: Path, plain: np.ndarray) -> None:
-    (path,) = make(folder, output=folder / "cfg.mp4", cfg_scale=3.0, negative_prompt="a blue square", precision="bf16")
+    (path,) = make(
+        folder, output=folder / "cfg.mp4", cfg_scale=3.0, negative_prompt="a blue square", precision="bf16"
+    )
     assert difference(path, plain) > SAME
     assert read_metadata(path)["precision"] == "bf16"
 
@@ -224,7 +235,8 @@ def test_a_float8_model_makes_nearly_the_same_video(folder: Path, plain: np.ndar
 
 
 def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None:
-    """Encoding text with an 8B model takes minutes: mistakes must not wait for it. The text encoder here is none."""
+    """Encoding text with an 8B model takes minutes: mistakes must not wait for it.
+    The text encoder here is none."""
     torch.save({}, folder / "none.pt")
     late = {"model.llm": folder / "none.pt"}
     write_lora(folder / "other.safetensors", "double_blocks.0.img_attn_qkv")
@@ -258,7 +270,9 @@ def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None
 def test_several_processes_say_a_mistake_once(folder: Path, nproc: int, extra: list[str], words: str) -> None:
     done = launch(nproc, *overrides(folder, output=folder / "never.mp4"), *extra)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr, (
+        done.stderr
+    )
     assert not (folder / "never.mp4").exists()
 
 

@@ -98,7 +98,8 @@ def test_noise_is_a_function_of_the_seed_alone() -> None:
 
 
 def drift(inp) -> torch.Tensor:
-    """A velocity that is the noise level itself: what is added to the noise is then a sum over the schedule."""
+    """A velocity that is the noise level itself: what is added to the noise is
+    then a sum over the schedule."""
     return (inp.t / 1000).view(-1, 1, 1, 1, 1).expand_as(inp.x)
 
 
@@ -122,7 +123,8 @@ def torch_zeros(inp) -> torch.Tensor:
 
 
 def test_text_lengths_stay_on_the_cpu() -> None:
-    """They are read as numbers in every forward, which would wait for all the GPU's work; of "meta" they cannot be read."""
+    """They are read as numbers in every forward, which would wait for all the GPU's work; of
+    "meta" they cannot be read."""
     spec, flavor = spec_and_flavor()
     seen = []
 
@@ -132,8 +134,8 @@ def test_text_lengths_stay_on_the_cpu() -> None:
 
     request = Request.of(flavor, prompt="", steps=2, cfg_scale=2.0, **SIZE)
     end = sample_latents(
-        lambda sigma: model, spec, flavor, random_cond(3), request=request, ctx=ParallelContext(device=torch.device("meta")),
-        uncond=random_cond(2),
+        lambda sigma: model, spec, flavor, random_cond(3), request=request,
+        ctx=ParallelContext(device=torch.device("meta")), uncond=random_cond(2),
     )
     assert end.is_meta and seen == [((n,), "meta", "meta") for n in (2, 3, 2, 3)]
 

@@ -58,23 +58,30 @@ def generated(folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **cha
 
     monkeypatch.setattr(sample, "keep_lot", kept)
     values = {
-        **PARTS, "model.dit": folder / "dit.safetensors", "model.dtype": "float32", "model.vae_dtype": "float32",
-        "precision": "fp32", "prompt": "a red circle", "output": output, "steps": 3, **SIZE, **changes,
+        **PARTS, "model.dit": folder / "dit.safetensors", "model.dtype": "float32",
+        "model.vae_dtype": "float32", "precision": "fp32", "prompt": "a red circle", "output": output,
+        "steps": 3, **SIZE, **changes,
     }
     assert cli.main(["generate", *typed(values)]) == 0
     monkeypatch.setattr(sample, "keep_lot", real)
     return found[0]
 
 
-def test_generate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Exact steps are exact to the bit; a file says what was left out, and is another video's than the exact one."""
+def test_generate(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Exact steps are exact to the bit; a file says what was left out, and is another
+    video's than the exact one."""
     exact = generated(folder, tmp_path / "a.mp4", monkeypatch)
     assert "sparse" not in read_metadata(tmp_path / "a.mp4") and "NOT exact" not in capsys.readouterr().out
     tiles = generated(folder, tmp_path / "b.mp4", monkeypatch, **TILES)
     said = capsys.readouterr().out
     assert "sparse (tiles 1x1x1 in windows of 1x1x2, by gather; NOT exact), else sdpa attention" in said
     grid = Grid(3, 3, 5)
-    assert f"attention is NOT exact: {kept_share(GIVEN, grid, 1):.1%} of the pairs of video tokens are computed\n" in said
+    assert (
+        f"attention is NOT exact: {kept_share(GIVEN, grid, 1):.1%} of the pairs of video tokens are "
+        "computed\n" in said
+    )
     assert read_metadata(tmp_path / "b.mp4")["sparse"] == {
         "pattern": "tiles", "tile": [1, 1, 1], "window": [1, 1, 2], "exact_layers": 0, "exact_steps": 0,
     }
@@ -90,8 +97,9 @@ def test_a_video_that_is_there_is_not_made_again(folder: Path, tmp_path: Path, m
     """Unless other pairs are left out; who computes it is no part of that."""
     generated(folder, tmp_path / "a.mp4", monkeypatch, **TILES)
     base = typed({
-        **PARTS, "model.dit": folder / "dit.safetensors", "model.dtype": "float32", "model.vae_dtype": "float32",
-        "precision": "fp32", "prompt": "a red circle", "output": tmp_path / "a.mp4", "steps": 3, **SIZE,
+        **PARTS, "model.dit": folder / "dit.safetensors", "model.dtype": "float32",
+        "model.vae_dtype": "float32", "precision": "fp32", "prompt": "a red circle",
+        "output": tmp_path / "a.mp4", "steps": 3, **SIZE,
     })
     assert cli.main(["generate", *base, *typed(TILES), "sparse.kernel=gather"]) == 0
     assert "are there already" in capsys.readouterr().out
@@ -107,14 +115,17 @@ def trained(folder: Path, output: Path, *items: str) -> int:
 def test_train(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The LoRA's metadata, the banner and a preview say it; the run is another one than the exact."""
     items = [
-        *typed(TILES), "sparse.exact_layers=1", "sparse.exact_steps=1", "run.recompute=selective", "preview.every_steps=2",
-        "preview.steps=2", "preview.frames=5", "preview.width=32", "preview.height=32", "preview.prompts=[{prompt: a ring}]",
-        *typed(PARTS), "data.allow_foreign=true",
+        *typed(TILES), "sparse.exact_layers=1", "sparse.exact_steps=1", "run.recompute=selective",
+        "preview.every_steps=2", "preview.steps=2", "preview.frames=5", "preview.width=32",
+        "preview.height=32", "preview.prompts=[{prompt: a ring}]", *typed(PARTS), "data.allow_foreign=true",
     ]
     assert trained(folder, tmp_path / "run", *items) == 0
     said = capsys.readouterr().out
     assert "by gather, the first 1 blocks exact; NOT exact), else sdpa attention" in said
-    assert "attention is NOT exact: " in said and "of the pairs of video tokens are computed\nsteps 1 to 2" in said
+    assert (
+        "attention is NOT exact: " in said
+        and "of the pairs of video tokens are computed\nsteps 1 to 2" in said
+    )
     with safe_open(tmp_path / "run" / "lora.safetensors", "pt") as file:
         assert json.loads(file.metadata()["hvtrain.sparse"]) == {
             "pattern": "tiles", "tile": [1, 1, 1], "window": [1, 1, 2], "exact_layers": 1,
@@ -122,11 +133,15 @@ def test_train(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     (video,) = (tmp_path / "run" / "previews").glob("*.mp4")
     assert read_metadata(video)["sparse"]["exact_steps"] == 1
     for other in ("sparse.pattern=none", "sparse.window=[1,2,2]"):
-        with pytest.raises(ConfigError, match="holds another run: sparse.(pattern|window) is .* there, .* here"):
+        with pytest.raises(
+            ConfigError, match="holds another run: sparse.(pattern|window) is .* there, .* here"
+        ):
             trained(folder, tmp_path / "run", *items, other)
 
 
-def test_an_exact_run_says_nothing_and_differs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_exact_run_says_nothing_and_differs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Its file, and its loss."""
     losses = []
     for name, items in (("exact", []), ("sparse", typed(TILES))):
@@ -147,7 +162,9 @@ def test_utilization_counts_what_is_computed() -> None:
     from hvtrain.fit.trace import Shape
 
     spec = find("hunyuan-video")
-    flavor, run, adapter = spec.flavor("tiny"), RunSettings(recompute="none", precision="fp32"), AdapterConfig(rank=4)
+    flavor, run, adapter = (
+        spec.flavor("tiny"), RunSettings(recompute="none", precision="fp32"), AdapterConfig(rank=4)
+    )
     cfg = SparseConfig("tiles", tile=(1, 1, 1), window=(1, 1, 2), exact_layers=2)
     work = work_of(spec, flavor, ModelConfig(), adapter, run, peak=1.0, sparse=cfg)
     shape = Shape(1, 9, 96, 64)
@@ -162,14 +179,21 @@ def test_fit_says_it_and_proposes_no_ring() -> None:
     items = ["model.dit=null", "model.flavor=t2v", "sparse.pattern=tiles", "adapter.rank=8", "run.steps=1"]
     asked = Asked(gpus=(1,), memory_gib=200, width=1280, height=720, frames=129)
     said = fit.training(config.load(TrainConfig, None, items), asked)
-    line = "sparse attention, NOT exact (tiles 6x8x8 in windows of 3x3x3): 8.0% of the pairs of 33 x 45 x 80 video tokens are "
+    line = (
+        "sparse attention, NOT exact (tiles 6x8x8 in windows of 3x3x3): 8.0% of the pairs of 33 x 45 x 80 "
+        "video tokens are "
+    )
     assert f"{line}computed, by flex_attention 9.5% of the blocks\n" in said
     dense = fit.training(config.load(TrainConfig, None, [*items, "sparse.pattern=none"]), asked)
-    per_step = [int(text.split(" sample(s): ")[1].split(" TFLOP")[0].replace(",", "")) for text in (said, dense)]
+    per_step = [
+        int(text.split(" sample(s): ")[1].split(" TFLOP")[0].replace(",", "")) for text in (said, dense)
+    ]
     assert per_step[0] < 0.25 * per_step[1] and "NOT exact" not in dense
     sampled = fit.sampling(config.load(GenerateConfig, None, items[:3]), Asked(gpus=(4,), memory_gib=80))
     assert line[:60] in sampled and "U4 x R1" in sampled and "R2" not in sampled
-    with pytest.raises(ConfigError, match="--gpus 5: sparse attention has no ring, and 5 does not divide 24 heads"):
+    with pytest.raises(
+        ConfigError, match="--gpus 5: sparse attention has no ring, and 5 does not divide 24 heads"
+    ):
         fit.sampling(config.load(GenerateConfig, None, items[:3]), Asked(gpus=(5,), memory_gib=80))
     assert degrees(24, 8, GIVEN) == [(8, 1)]
 
@@ -188,7 +212,10 @@ def test_the_nearest_config_has_no_ring() -> None:
     "given, said",
     [
         ("parallel.ring=2", "sparse.pattern 'tiles' cannot be used with parallel.ring 2"),
-        ("sparse.window=[0,1,1]", r"sparse.window is \[0, 1, 1\], expected three numbers of 1 or more: time, height, width"),
+        (
+            "sparse.window=[0,1,1]",
+            r"sparse.window is \[0, 1, 1\], expected three numbers of 1 or more: time, height, width"
+        ),
         ("sparse.tile=[1,1,-2]", r"sparse.tile is \[1, 1, -2\]"),
         ("sparse.width=0", "sparse.width is 0.0, expected more than 0"),
         ("sparse.width=.inf", "sparse.width is inf, expected a finite number"),
@@ -203,7 +230,10 @@ def test_the_nearest_config_has_no_ring() -> None:
 def test_what_is_refused_before_anything_is_read(given: str, said: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         trained(folder, tmp_path / "run", *typed(TILES), given)
-    values = {**PARTS, "model.dit": folder / "dit.safetensors", "prompt": "a", "output": tmp_path / "a.mp4", **SIZE, **TILES}
+    values = {
+        **PARTS, "model.dit": folder / "dit.safetensors", "prompt": "a", "output": tmp_path / "a.mp4", **SIZE,
+        **TILES
+    }
     with pytest.raises(ConfigError, match=said):
         generate.run(config.load(GenerateConfig, None, [*typed(values), given]))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Latents between sampling and decoding: found by the same request only, never half a file, cleared when the video is there."""
+"""Latents between sampling and decoding: found by the same request only, never half a file,
+cleared when the video is there."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def test_what_is_kept_is_found_by_its_owner_only(tmp_path: Path) -> None:
     assert find(output, "me") is None
     write(output)
     found = find(output, "me")
-    assert found is not None and torch.equal(found.x, X.transpose(2, 3)) and found.x.dtype == torch.float32 and found.step == 3
+    assert (
+        found is not None and torch.equal(found.x, X.transpose(2, 3)) and found.x.dtype == torch.float32
+        and found.step == 3
+    )
     assert find(output, "other") is None and find(tmp_path / "dog.mp4", "me") is None
     assert [p.name for p in tmp_path.iterdir()] == [".cat [1].mp4.safetensors"]
     with safe_open(str(hidden(output)), framework="pt") as file:  # readable by other tools
@@ -36,7 +40,9 @@ def test_what_is_kept_is_found_by_its_owner_only(tmp_path: Path) -> None:
     assert [h[0, 0, 0, 0].item() for h in find(output, "me").history] == [1, 2]
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:20], lambda raw: raw[:-1], lambda raw: b"", lambda raw: b"\xff" * 99])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:20], lambda raw: raw[:-1], lambda raw: b"", lambda raw: b"\xff" * 99]
+)
 def test_a_damaged_file_counts_as_none(damage, tmp_path: Path) -> None:
     output = tmp_path / "cat.mp4"
     write(output)
@@ -52,7 +58,9 @@ def test_latents_go_when_the_video_is_there(tmp_path: Path) -> None:
     for name in [*left, ".dog.mp4.123.tmp", "c[a]t.mp4.123.tmp"]:
         (tmp_path / name).touch()
     forget(output, save=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".dog.mp4.123.tmp", ".dog.mp4.safetensors", "c[a]t.mp4.123.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".dog.mp4.123.tmp", ".dog.mp4.safetensors", "c[a]t.mp4.123.tmp"
+    ]
     forget(output, save=False)
     forget(other, save=True)
     assert visible(other) == tmp_path / "dog.latents.safetensors" and find(other, "me").step == 3
@@ -64,6 +72,9 @@ def test_latents_go_when_the_video_is_there(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
     output = tmp_path / "cat.mp4"
     write(output, step=1)
-    with no_file_above(100), pytest.raises(DataError, match=r"the latents cannot be written .*make room and start again"):
+    with (
+        no_file_above(100),
+        pytest.raises(DataError, match=r"the latents cannot be written .*make room and start again")
+    ):
         write(output, step=2)
     assert find(output, "me").step == 1 and len(list(tmp_path.iterdir())) == 1

@@ -36,7 +36,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert stream.codec.name == "h264" and stream.average_rate == 24
     assert stream.codec_context.pix_fmt == "yuv420p"  # what every player can show
     assert found.shape == frames.shape
-    # In the middle of the bars: half the color resolution blurs their edges. A wrong color matrix is off by 20.
+    # In the middle of the bars: half the color resolution blurs their edges. A
+    # wrong color matrix is off by 20.
     assert np.abs(found[:, :, 12::24].astype(int) - frames[:, :, 12::24]).max() <= 6
     assert read_metadata(path) == {"prompt": 'a "cät"; =\n猫', "seed": 3, "lora": []}
 

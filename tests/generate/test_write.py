@@ -1,4 +1,5 @@
-"""What goes into a file, by value: pixels, parameters, and the digest that says whether a video is there already."""
+"""What goes into a file, by value: pixels, parameters, and the digest that says
+whether a video is there already."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def test_pixels_are_the_nearest_of_256_levels() -> None:
     found = to_bytes(video)
     assert found.shape == (2, 1, 10, 3) and found.dtype == np.uint8
     assert found[0, 0, :, 0].tolist() == [0, 255, 128, 0, 255, 140, 141, 64, 255, 254]
-    assert not found[..., 1].any() and (found[1, ..., 2] == 255).all() and (found[0, ..., 2] == found[0, ..., 0]).all()
+    assert (
+        not found[..., 1].any() and (found[1, ..., 2] == 255).all()
+        and (found[0, ..., 2] == found[0, ..., 0]).all()
+    )
 
 
 def test_each_video_goes_through_the_vae_alone() -> None:
@@ -47,7 +51,10 @@ def test_each_video_goes_through_the_vae_alone() -> None:
 
     found = decode(Half(), torch.stack([torch.ones(4, 1, 2, 2), -torch.ones(4, 1, 2, 2)]))
     assert [video.shape for video in found] == [(1, 2, 2, 3)] * 2
-    assert [int(video.min()) for video in found] == [191, 64] and [int(video.max()) for video in found] == [191, 64]
+    assert (
+        [int(video.min()) for video in found] == [191, 64]
+        and [int(video.max()) for video in found] == [191, 64]
+    )
 
 
 def test_parameters_are_all_that_made_it() -> None:
@@ -58,29 +65,34 @@ def test_parameters_are_all_that_made_it() -> None:
     found = parameters(plan, REQUEST)
     version = found.pop("hvtrain")
     assert version and found == {
-        "prompt": "a cat", "width": 32, "height": 16, "frames": 5, "fps": 8, "steps": 30, "seed": 3, "shift": 3.0,
-        "solver": "euler",
-        "guidance": FLAVOR.defaults.guidance, "cfg_scale": 1.0, "negative_prompt": FLAVOR.defaults.negative_prompt,
-        "model": "hunyuan-video", "flavor": "tiny", "dit": "dit.safetensors", "precision": "fp32",
+        "prompt": "a cat", "width": 32, "height": 16, "frames": 5, "fps": 8, "steps": 30, "seed": 3,
+        "shift": 3.0, "solver": "euler", "guidance": FLAVOR.defaults.guidance, "cfg_scale": 1.0,
+        "negative_prompt": FLAVOR.defaults.negative_prompt, "model": "hunyuan-video", "flavor": "tiny",
+        "dit": "dit.safetensors", "precision": "fp32",
         "lora": [{"file": "style.safetensors", "multiplier": 0.5}],
     }
 
 
 CHANGES = [
-    {"prompt": "a dog"}, {"width": 48}, {"height": 32}, {"frames": 9}, {"steps": 5}, {"seed": 4}, {"shift": 2.0},
-    {"guidance": 2.0}, {"cfg_scale": 2.0}, {"negative_prompt": "blur"}, {"solver": "unipc"}, {"expert_cfg_scale": {"high": 2.0}},
+    {"prompt": "a dog"}, {"width": 48}, {"height": 32}, {"frames": 9}, {"steps": 5}, {"seed": 4},
+    {"shift": 2.0}, {"guidance": 2.0}, {"cfg_scale": 2.0}, {"negative_prompt": "blur"}, {"solver": "unipc"},
+    {"expert_cfg_scale": {"high": 2.0}},
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
 def test_another_request_has_other_latents(change: dict) -> None:
     other = replace(REQUEST, **change)
-    assert SOURCES.latents(other) != SOURCES.latents(REQUEST) and SOURCES.video(other) != SOURCES.video(REQUEST)
+    assert (
+        SOURCES.latents(other) != SOURCES.latents(REQUEST) and SOURCES.video(other) != SOURCES.video(REQUEST)
+    )
 
 
 def test_the_rate_changes_the_video_and_not_its_latents() -> None:
     other = replace(REQUEST, fps=30)
-    assert SOURCES.latents(other) == SOURCES.latents(REQUEST) and SOURCES.video(other) != SOURCES.video(REQUEST)
+    assert (
+        SOURCES.latents(other) == SOURCES.latents(REQUEST) and SOURCES.video(other) != SOURCES.video(REQUEST)
+    )
     assert SOURCES.video(REQUEST) == Sources(sampling="s", decoding="d").video(replace(REQUEST))
 
 
@@ -100,16 +112,23 @@ def test_what_changes_the_result_changes_the_sources(tmp_path: Path) -> None:
     own = of()
     assert own == of()
     sampling = [
-        of(dit="9"), of(text="9"), of(flavor="9"), of(dit_low="9"), of(precision="fp32"), of(loras=[(lora, 0.5)]), of(loras=[]),
-        of(loras=[(lora, 1.0), (lora, 1.0)]), of(loras=[(lora, 1.0, "high")]),
+        of(dit="9"), of(text="9"), of(flavor="9"), of(dit_low="9"), of(precision="fp32"),
+        of(loras=[(lora, 0.5)]), of(loras=[]), of(loras=[(lora, 1.0), (lora, 1.0)]),
+        of(loras=[(lora, 1.0, "high")]),
         *(with_model(**m) for m in (
-            {"dtype": "float16"}, {"fp8_text": True}, {"quantize": "fp8"}, {"quantize": "fp8", "fp8_matmul": False},
+            {"dtype": "float16"}, {"fp8_text": True}, {"quantize": "fp8"},
+            {"quantize": "fp8", "fp8_matmul": False},
         )),
     ]
     assert len({s.sampling for s in sampling} | {own.sampling}) == len(sampling) + 1
     assert {s.decoding for s in sampling} == {own.decoding}
-    decoding = [of(vae="9"), with_model(vae_dtype="float32"), with_model(vae_tiling=VaeTilingConfig(spatial=128))]
-    assert len({s.decoding for s in decoding} | {own.decoding}) == 4 and {s.sampling for s in decoding} == {own.sampling}
+    decoding = [
+        of(vae="9"), with_model(vae_dtype="float32"), with_model(vae_tiling=VaeTilingConfig(spatial=128))
+    ]
+    assert (
+        len({s.decoding for s in decoding} | {own.decoding}) == 4
+        and {s.sampling for s in decoding} == {own.sampling}
+    )
     assert with_model(fp8_matmul=False) == own
     assert of(loras=[(lora, 0.0)]) == of(loras=[])  # switched off completely
     tensors = load_file(str(lora.path))
@@ -118,17 +137,22 @@ def test_what_changes_the_result_changes_the_sources(tmp_path: Path) -> None:
 
 
 def test_what_is_left_keeps_its_batches(tmp_path: Path) -> None:
-    """Of two batches of three: one video is there, one is under way, one is sampled, two are new; one is another's."""
+    """Of two batches of three: one video is there, one is under way, one is sampled,
+    two are new; one is another's."""
     jobs = [Job(replace(REQUEST, seed=i), tmp_path / f"{i}.mp4") for i in range(6)]
     black = np.zeros((5, 16, 32, 3), np.uint8)
     write_mp4(jobs[1].output, black, fps=8, metadata={"identity": SOURCES.video(jobs[1].request)})
     write_mp4(jobs[4].output, black, fps=8, metadata={"identity": SOURCES.video(jobs[1].request)})
     for i, step in ((1, 30), (2, 30), (3, 7)):
-        keep(jobs[i].output, State(torch.zeros(1), step), identity=SOURCES.latents(jobs[i].request), parameters={})
+        keep(
+            jobs[i].output, State(torch.zeros(1), step), identity=SOURCES.latents(jobs[i].request),
+            parameters={}
+        )
     lots = remaining([jobs[:3], jobs[3:]], SOURCES)
     assert lots == [Lot([jobs[0]], 0), Lot([jobs[2]], 30), Lot([jobs[4], jobs[5]], 0), Lot([jobs[3]], 7)]
     assert [lot.n_left for lot in lots] == [30, 0, 30, 23]
-    assert not hidden(jobs[1].output).exists() and hidden(jobs[2].output).exists()  # what the killed run had not cleared
+    # what the killed run had not cleared
+    assert not hidden(jobs[1].output).exists() and hidden(jobs[2].output).exists()
     keep(jobs[1].output, State(torch.zeros(1), 30), identity="x", parameters={})
     remaining([jobs[:3]], SOURCES, save_latents=True)
     assert visible(jobs[1].output).exists()
@@ -145,5 +169,7 @@ def test_a_picture_is_known_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_multiplier_that_is_no_number(factor: float) -> None:
     wanted = [SampledLora("never-read.safetensors", factor)]
-    with pytest.raises(ConfigError, match=f"the multiplier of never-read.safetensors is {factor}, expected a finite number"):
+    with pytest.raises(
+        ConfigError, match=f"the multiplier of never-read.safetensors is {factor}, expected a finite number"
+    ):
         open_loras(wanted, {}, SPEC, FLAVOR)

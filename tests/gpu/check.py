@@ -4,9 +4,10 @@
     python -m tests.gpu.check --list
     python -m tests.gpu.check --only kernels attention
 
-Each check is a process of its own: what one breaks (an illegal access ends a CUDA context) the next does not see. At the limit
-the check at hand is ended, keeps the rows that it had, and the rest is named as not run. DIR gets report.txt, report.json and
-each check's rows. The exit code is 1 if a row failed. Without a GPU the same code runs at tiny sizes on the CPU.
+Each check is a process of its own: what one breaks (an illegal access ends a CUDA context) the next does not
+see. At the limit the check at hand is ended, keeps the rows that it had, and the rest is named as not run.
+DIR gets report.txt, report.json and each check's rows. The exit code is 1 if a row failed. Without a GPU the
+same code runs at tiny sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from tests.gpu.report import Row, carry_out, keep, read, setup, table_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, default=Path("gpu-check"))
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="CHECK")
@@ -64,7 +67,9 @@ def _all(names: Sequence[str], out: Path, device: torch.device, deadline: float)
 
 
 def _in_child(name: str, out: Path, device: torch.device, left: float) -> str:
-    command = [sys.executable, "-m", "tests.gpu.check", "--one", name, "--out", str(out), "--device", device.type]
+    command = [
+        sys.executable, "-m", "tests.gpu.check", "--one", name, "--out", str(out), "--device", device.type
+    ]
     try:
         with (out / f"{name}.log").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=left).returncode
@@ -80,7 +85,9 @@ def _report(found: dict[str, list[Row]], out: Path, device: torch.device) -> Non
         Console(width=170, file=file).print(table)
     Console(width=170).print(table)
     rows = {check: [asdict(row) for row in rows] for check, rows in found.items()}
-    (out / "report.json").write_text(json.dumps({"device": name, "torch": torch.__version__, "checks": rows}, indent=1) + "\n")
+    (out / "report.json").write_text(
+        json.dumps({"device": name, "torch": torch.__version__, "checks": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

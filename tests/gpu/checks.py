@@ -33,14 +33,20 @@ from tests.gpu.report import Check, Row, Setup
 from tests.gpu.sparse import sparse_attention
 from tests.gpu.work import GIB, dtype_of, peak, relative, trained
 
-# --- 0 to 2: the machine, and attention alone -------------------------------------------------------------------------
+# --- 0 to 2: the machine, and attention alone ---------------------------------------------------------------
 
 
 def versions(here: Setup) -> Iterator[Row]:
     name = torch.cuda.get_device_name(here.device) if here.cuda else "CPU"
     yield Row("device", note=f"{name}, Python {sys.version.split()[0]}, CUDA {torch.version.cuda}")
-    yield Row("cuDNN", note=f"{torch.backends.cudnn.version()}; order {getattr(torch._C, '_get_sdp_priority_order', str)()}")
-    yield Row("kernels", note="; ".join(f"{n}: {k.missing(here.device, dtype_of(here)) or 'runs'}" for n, k in KERNELS.items()))
+    yield Row(
+        "cuDNN",
+        note=f"{torch.backends.cudnn.version()}; order {getattr(torch._C, '_get_sdp_priority_order', str)()}"
+    )
+    yield Row(
+        "kernels",
+        note="; ".join(f"{n}: {k.missing(here.device, dtype_of(here)) or 'runs'}" for n, k in KERNELS.items())
+    )
     yield Row("matrix product", tflops=ceiling(here.device) / 1e12)
     n = 1 << 30 if here.cuda else 1 << 22
     source, target = (torch.empty(n, dtype=torch.uint8, device=here.device) for _ in range(2))
@@ -56,7 +62,8 @@ def versions(here: Setup) -> Iterator[Row]:
 
 
 def kernel_values(here: Setup) -> Iterator[Row]:
-    """Against float64 at all residues, scores far below zero, and keys in parts that are merged as a ring does."""
+    """Against float64 at all residues, scores far below zero, and keys in parts
+    that are merged as a ring does."""
     dtype = dtype_of(here)
     for kernel in trained(here):
         wrong = dict(wrongs(kernel, here.device, dtype))
@@ -80,7 +87,10 @@ def _in_parts(kernel: Kernel, here: Setup, parts: int) -> list[float]:
     assert merged is not None and kernel.backward is not None
     pieces = [kernel.backward(d_out, q, keys, values, merged) for keys, values in cuts]
     want = kernel.backward(d_out, q, k, v, whole)
-    got = sum(p.q.float() for p in pieces), torch.cat([p.k for p in pieces], 1), torch.cat([p.v for p in pieces], 1)
+    got = (
+        sum(p.q.float() for p in pieces), torch.cat([p.k for p in pieces], 1),
+        torch.cat([p.v for p in pieces], 1)
+    )
     pairs = [(merged.out, whole.out), (merged.lse, whole.lse), *zip(got, want, strict=True)]
     return [relative(have, ref) for have, ref in pairs]
 
@@ -106,28 +116,36 @@ def attention_speed(here: Setup) -> Iterator[Row]:
             result = kernel.partial(q, k, v)
             rows = torch.linspace(0, n - 1, min(n, 64), device=here.device).long()
             scores = torch.einsum("bsnd,btnd->bnst", q[:, rows].float(), k.float()) / 128**0.5
-            error = relative(result.out[:, rows], torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), v.float()))
+            error = relative(
+                result.out[:, rows], torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), v.float())
+            )
             del scores
             runs = {"forward": (partial(kernel.partial, q, k, v), work)}
             runs["backward"] = partial(kernel.backward, d_out, q, k, v, result), 5 * work // 2  # type: ignore[arg-type]
             for what, (run, flop) in runs.items():
                 seconds, gib = timed(run, here.device), peak(here, run)
                 yield Row(
-                    f"{kernel.name} {what}, {n:,}", passed=error <= TOLERANCE[dtype], error=error, ms=1000 * seconds,
-                    tflops=flop / seconds / 1e12, mfu=flop / seconds / top, peak_gib=gib,
+                    f"{kernel.name} {what}, {n:,}", passed=error <= TOLERANCE[dtype], error=error,
+                    ms=1000 * seconds, tflops=flop / seconds / 1e12, mfu=flop / seconds / top, peak_gib=gib,
                 )
 
 
-# --- 3 to 5: savers of memory, compiled blocks, whole steps -----------------------------------------------------------
+# --- 3 to 5: savers of memory, compiled blocks, whole steps -------------------------------------------------
 
 
 def savers(here: Setup) -> Iterator[Row]:
-    """Swapped blocks and offloaded inputs give the plain run's gradients to the bit, five steps in a row. Copies of swapped
-    blocks begin late: who does not wait for them computes with a block that is not there yet."""
+    """Swapped blocks and offloaded inputs give the plain run's gradients to the bit, five steps
+    in a row. Copies of swapped blocks begin late: who does not wait for them computes with a
+    block that is not there yet."""
     want = _five_steps(here, "full", 0)
     for policy, swap in [("selective", 0), ("offload", 0), ("full", 2), ("offload", 2)]:
-        error = max(relative(a, b) if b.any() else 0.0 for a, b in zip(_five_steps(here, policy, swap), want, strict=True))
-        yield Row(f"{policy}, {swap} blocks swapped", passed=error == 0, error=error, note="bit for bit, as full")
+        error = max(
+            relative(a, b) if b.any() else 0.0 for a,
+            b in zip(_five_steps(here, policy, swap), want, strict=True)
+        )
+        yield Row(
+            f"{policy}, {swap} blocks swapped", passed=error == 0, error=error, note="bit for bit, as full"
+        )
 
 
 def _five_steps(here: Setup, policy: str, swap: int) -> list[Tensor]:
@@ -138,7 +156,10 @@ def _five_steps(here: Setup, policy: str, swap: int) -> list[Tensor]:
     ctx = ParallelContext(device=here.device)
     parallelize(model, ctx, kernel="sdpa", recompute=policy, dtype=torch.bfloat16, visits=swapped)
     width, height, frames = here.sizes[0]
-    step = step_of(model, _random_input(here, here.flavor, Shape(1, frames, height // 2, width // 2)), Case(True), here.device)
+    step = step_of(
+        model, _random_input(here, here.flavor, Shape(1, frames, height // 2, width // 2)), Case(True),
+        here.device
+    )
     for _ in range(5):
         if swapped is not None and swapped.stream is not None:
             with torch.cuda.stream(swapped.stream):
@@ -156,7 +177,8 @@ def _random_input(here: Setup, flavor: Flavor, shape: Shape) -> ModelInput:
 
 
 def blocks(here: Setup) -> Iterator[Row]:
-    """Two blocks of the model: eager and compiled, where the time goes, and how often is compiled over five lengths of text."""
+    """Two blocks of the model: eager and compiled, where the time goes, and how often is
+    compiled over five lengths of text."""
     arch = replace(here.flavor.arch, double=1, single=1)
     flavor = replace(here.flavor, arch=arch)
     for width, height, frames in here.sizes:
@@ -170,7 +192,10 @@ def blocks(here: Setup) -> Iterator[Row]:
             what = f"LoRA step of 2 blocks, {'compiled' if compiled else 'eager'}, {width}x{height}x{frames}"
             note = f"{times[False] / times[True]:.2f}x eager" if compiled else ""
             yield Row(what, ms=1000 * times[compiled], tflops=work / times[compiled] / 1e12, note=note)
-    yield Row("kernels that take longest, eager", note=_longest(our_step(here.spec, flavor, Case(True), inp, here.device), here))
+    yield Row(
+        "kernels that take longest, eager",
+        note=_longest(our_step(here.spec, flavor, Case(True), inp, here.device), here)
+    )
     width, height, frames = here.sizes[0]
     values = _random_input(here, flavor, Shape(1, frames, height, width))
     both = [_gradients(here, flavor, values, compiler) for compiler in (None, "inductor")]
@@ -191,7 +216,9 @@ def _gradients(here: Setup, flavor: Flavor, inp: ModelInput, compiler: str | Non
     for p in model.parameters():
         if p.requires_grad:
             p.data.normal_(std=0.02)  # a new LoRA adds nothing
-    parallelize(model, ParallelContext(device=here.device), kernel="sdpa", recompute="selective", compiler=compiler)
+    parallelize(
+        model, ParallelContext(device=here.device), kernel="sdpa", recompute="selective", compiler=compiler
+    )
     model(inp).square().mean().backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -214,11 +241,14 @@ def _with_text(inp, length: int):  # type: ignore[no-untyped-def]
 
 
 def steps(here: Setup) -> Iterator[Row]:
-    """The whole model, random weights: sampling, and LoRA steps under every policy, beside what `hvtrain fit` says."""
+    """The whole model, random weights: sampling, and LoRA steps under every policy,
+    beside what `hvtrain fit` says."""
     top, about = ceiling(here.device), Candidate(here.spec, here.flavor)
     ends = [here.sizes[0], here.sizes[-1]] if len(here.sizes) > 1 else list(here.sizes)
     wanted = [(Case(False), size) for size in ends]
-    wanted += [(Case(True, recompute=policy), here.sizes[0]) for policy in ("full", "selective", "offload", "none")]
+    wanted += [
+        (Case(True, recompute=policy), here.sizes[0]) for policy in ("full", "selective", "offload", "none")
+    ]
     wanted.append((Case(True, recompute="full", compiled=True), here.sizes[0]))
     for case, (width, height, frames) in wanted:
         shape = Shape(1, frames, height, width)
@@ -231,8 +261,8 @@ def steps(here: Setup) -> Iterator[Row]:
         fit = _fit(about, shape, case)
         passed = gib is None or abs(fit / gib - 1) <= 0.1
         yield Row(
-            f"{case}, {width}x{height}x{frames}", passed=passed, ms=1000 * seconds, tflops=work / seconds / 1e12,
-            mfu=work / seconds / top, peak_gib=gib, fit_gib=fit,
+            f"{case}, {width}x{height}x{frames}", passed=passed, ms=1000 * seconds,
+            tflops=work / seconds / 1e12, mfu=work / seconds / top, peak_gib=gib, fit_gib=fit,
         )
         del step
 
@@ -242,22 +272,28 @@ def _fit(about: Candidate, shape: Shape, case: Case) -> float:
     if not case.training:
         return of_sampling(model, alone, about, shape, 1).budget.total / GIB
     zero, run = ZeroConfig(engine="torch"), RunSettings(recompute=case.recompute)  # type: ignore[arg-type]
-    return of_training(Training(model, AdapterConfig(rank=RANK), alone, zero, run), about, shape, 1).budget.total / GIB
+    return of_training(
+        Training(model, AdapterConfig(rank=RANK), alone, zero, run), about, shape, 1
+    ).budget.total / GIB
 
 
-# --- 6 to 9: float8, DeepSpeed, process groups, VAE -------------------------------------------------------------------
+# --- 6 to 9: float8, DeepSpeed, process groups, VAE ---------------------------------------------------------
 
 
 def float8(here: Setup) -> Iterator[Row]:
     width = 3072 if here.cuda else 64
     rows = 119_056 if here.cuda else 96
-    for name, n_in, n_out in (("qkv", width, 3 * width), ("fc2", 4 * width, width), ("linear2", 5 * width, width)):
+    for name, n_in, n_out in (
+        ("qkv", width, 3 * width), ("fc2", 4 * width, width), ("linear2", 5 * width, width)
+    ):
         weight = torch.randn(n_out, n_in, device=here.device, dtype=torch.bfloat16) / n_in**0.5
         values, _ = quantize(weight, "fp8")
         for m in (rows, rows + 1):
             x = torch.randn(m, n_in, device=here.device, dtype=torch.bfloat16)
             plain = timed(lambda: F.linear(x, weight), here.device)  # noqa: B023
-            yield Row(f"{name} bfloat16, M {m:,}", ms=1000 * plain, tflops=2 * m * n_in * n_out / plain / 1e12)
+            yield Row(
+                f"{name} bfloat16, M {m:,}", ms=1000 * plain, tflops=2 * m * n_in * n_out / plain / 1e12
+            )
             if not has_matmul(here.device):
                 yield Row(f"{name} float8, M {m:,}", note="this device multiplies no float8")
                 continue
@@ -277,14 +313,17 @@ def _scaled_products(here: Setup, what: str, x: Tensor, weight: Tensor) -> Itera
     values = x.to(weight.dtype)
     for fast in (False, True):
         product = partial(
-            torch._scaled_mm, values, weight.t(), scale_a=ones[0], scale_b=ones[1], out_dtype=torch.bfloat16, use_fast_accum=fast
+            torch._scaled_mm, values, weight.t(), scale_a=ones[0], scale_b=ones[1], out_dtype=torch.bfloat16,
+            use_fast_accum=fast
         )
-        yield Row(f"{what}, the product alone", ms=1000 * timed(product, here.device), note=f"use_fast_accum {fast}")
+        yield Row(
+            f"{what}, the product alone", ms=1000 * timed(product, here.device), note=f"use_fast_accum {fast}"
+        )
 
 
 def engines(here: Setup) -> Iterator[Row]:
-    """Every ZeRO stage of one process against plain PyTorch: six steps of a small network, at once and from what PyTorch left
-    after three; gradients reduced beside the backward or after it."""
+    """Every ZeRO stage of one process against plain PyTorch: six steps of a small network, at once and from
+    what PyTorch left after three; gradients reduced beside the backward or after it."""
     from tests.parallel.test_engine import TORCH, make_engine, train
 
     alone = ParallelContext(device=here.device)
@@ -293,7 +332,9 @@ def engines(here: Setup) -> Iterator[Row]:
     try:
         for stage in (0, 1, 2, 3):
             for offload in ("none", "cpu") if stage else ("none",):
-                got = train(_on(here, make_engine, ZeroConfig(stage=stage, offload_optimizer=offload), ctx), alone)
+                got = train(
+                    _on(here, make_engine, ZeroConfig(stage=stage, offload_optimizer=offload), ctx), alone
+                )
                 error = max(relative(got.params[n], p) for n, p in want.params.items())
                 yield Row(f"ZeRO-{stage}, optimizer on {offload}", passed=error < 1e-4, error=error)
             resumed = _on(here, make_engine, ZeroConfig(stage=stage), ctx)
@@ -322,7 +363,8 @@ def _on(here: Setup, make: Callable, zero: ZeroConfig, ctx: ParallelContext):  #
 
 
 def groups(here: Setup) -> Iterator[Row]:
-    """Process groups as a job makes them, of one process: NCCL and gloo side by side, flags past the GPU's queue."""
+    """Process groups as a job makes them, of one process: NCCL and gloo side by side,
+    flags past the GPU's queue."""
     ctx = start(device=here.device)
     from hvtrain.parallel.context import solo_group
 
@@ -364,8 +406,14 @@ CHECKS = {
     check.name: check
     for check in (
         Check("versions", "what is here: card, cuDNN, kernels, speed of products and copies", 5, versions),
-        Check("kernels", "attention kernels against float64 at all lengths, and merged as in a ring", 40, kernel_values),
-        Check("attention", "every attention kernel's speed and memory at 18k, 67k and 119k tokens", 60, attention_speed),
+        Check(
+            "kernels", "attention kernels against float64 at all lengths, and merged as in a ring", 40,
+            kernel_values
+        ),
+        Check(
+            "attention", "every attention kernel's speed and memory at 18k, 67k and 119k tokens", 60,
+            attention_speed
+        ),
         Check("savers", "selective, offload and swapped blocks give the same to the bit", 40, savers),
         Check("blocks", "two blocks of the 13B, eager and compiled; how often is compiled", 120, blocks),
         Check("steps", "whole steps of the 13B: time, MFU, peak memory against hvtrain fit", 120, steps),
@@ -374,6 +422,9 @@ CHECKS = {
         Check("groups", "process groups of one process", 10, groups),
         Check("ranks", "Ulysses and ring of 2 and 4 processes that share the device", 30, shared_attention),
         Check("vae", "one tile of the VAE", 30, vae),
-        Check("sparse", "sparse attention: values, and speed at the largest size beside exact", 35, sparse_attention),
+        Check(
+            "sparse", "sparse attention: values, and speed at the largest size beside exact", 35,
+            sparse_attention
+        ),
     )
 }

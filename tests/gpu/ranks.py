@@ -1,4 +1,5 @@
-"""Ulysses and ring on one device: processes share it and talk through main memory, for NCCL refuses two ranks of a GPU."""
+"""Ulysses and ring on one device: processes share it and talk through main memory, for NCCL
+refuses two ranks of a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from tests.parallel.ranks import run_ranks
 
 LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(2, 2)]}  # processes: (Ulysses, ring)
 N_IMG, PAD, TEXT = 517, 40, (40, 0)  # no multiple of the ranks; one sample without text
-_IN_PLACE = ("all_to_all_single", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+_IN_PLACE = (
+    "all_to_all_single", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
+    "reduce_scatter_tensor"
+)
 
 
 def shared_attention(here: Setup) -> Iterator[Row]:
@@ -44,7 +48,12 @@ def errors_here(layouts: Sequence[tuple[int, int]], place: str, names: Sequence[
     dtype = torch.bfloat16 if place == "cuda" else torch.float32
     draw = generator(0, stream="shared")
     sizes = (N_IMG, PAD)
-    *whole, d_out = [Joint(*(torch.randn(2, n, 4, 128, generator=draw).to(device, dtype) for n in sizes)) for _ in range(4)]
+    *whole, d_out = (
+        [
+            Joint(*(torch.randn(2, n, 4, 128, generator=draw).to(device, dtype) for n in sizes))
+            for _ in range(4)
+        ]
+    )
     want = _computed(lambda *x: local_attend(*x, txt_len=TEXT, n_img=N_IMG), whole, d_out)
     found = {}
     for ulysses, ring in layouts:
@@ -64,7 +73,10 @@ def errors_here(layouts: Sequence[tuple[int, int]], place: str, names: Sequence[
                 dist.all_reduce(host)
                 got[i] = Joint(got[i].img, host.to(device, dtype))
             pairs = [p for g, w in zip(got, want, strict=True) for p in ((g.img, cut(w.img)), (g.txt, w.txt))]
-            worst = [float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-3)) for a, b in pairs]
+            worst = [
+                float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-3)) for a,
+                b in pairs
+            ]
             found[f"{name}, Ulysses {ulysses} x ring {ring}"] = max(worst, key=lambda e: (e != e, e))
     return found
 
@@ -77,7 +89,7 @@ def _computed(attend: Callable[..., Joint], inputs: Sequence[Joint], d_out: Join
     return [Joint(*(t.detach() for t in out)), *(Joint(*(t.grad for t in x)) for x in leaves)]  # type: ignore[arg-type]
 
 
-# --- collectives of gloo, which knows main memory ---------------------------------------------------------------------
+# --- collectives of gloo, which knows main memory -----------------------------------------------------------
 
 
 class _Arriving:
@@ -109,7 +121,10 @@ def through_main_memory() -> None:
     real = dist.batch_isend_irecv
 
     def batch(ops: Sequence[dist.P2POp]) -> list[_Arriving]:
-        hosts = [op.tensor.cpu() if op.op is dist.isend else torch.empty_like(op.tensor, device="cpu") for op in ops]
+        hosts = [
+            op.tensor.cpu() if op.op is dist.isend else torch.empty_like(op.tensor, device="cpu")
+            for op in ops
+        ]
         requests = real([dist.P2POp(op.op, host, op.peer, op.group) for op, host in zip(ops, hosts)])
         sends = [op.op is dist.isend for op in ops]
         return [

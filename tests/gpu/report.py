@@ -92,7 +92,9 @@ def table_of(found: dict[str, list[Row]], title: str) -> Table:
     for check, rows in found.items():
         for i, r in enumerate(rows):
             fit = r.fit_gib and r.peak_gib and f"{r.fit_gib:.1f} ({r.fit_gib / r.peak_gib - 1:+.0%})"
-            cells: list[Any] = [_n(r.error, "{:.1e}"), _n(r.ms, "{:,.1f}"), _n(r.tflops, "{:,.0f}"), _n(r.mfu, "{:.2f}")]
+            cells: list[Any] = [
+                _n(r.error, "{:.1e}"), _n(r.ms, "{:,.1f}"), _n(r.tflops, "{:,.0f}"), _n(r.mfu, "{:.2f}")
+            ]
             cells += [_n(r.peak_gib, "{:.1f}"), fit or _n(r.fit_gib, "{:.1f}"), r.note]
             table.add_row("" if i else check, r.what, "pass" if r.passed else "FAIL", *cells)
     return table

@@ -1,4 +1,5 @@
-"""Sparse attention on the device at hand: against softmax over the pairs that are kept, and beside exact attention."""
+"""Sparse attention on the device at hand: against softmax over the pairs that are kept,
+and beside exact attention."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from tests.gpu.work import dtype_of, peak, relative
 
 # Tiles and blocks that do not divide the video, and a text that does not fill a block of 128.
 LITTLE, N_TXT = Grid(5, 10, 14), 37
-PATTERNS = [SparseConfig("tiles", tile=(2, 4, 4), window=(1, 3, 2)), SparseConfig("radial", block=64, width=0.1)]
+PATTERNS = [
+    SparseConfig("tiles", tile=(2, 4, 4), window=(1, 3, 2)), SparseConfig("radial", block=64, width=0.1)
+]
 
 
 def sparse_attention(here: Setup) -> Iterator[Row]:
@@ -34,7 +37,9 @@ def sparse_attention(here: Setup) -> Iterator[Row]:
             if reason is not None:
                 yield Row(f"{name} by {way}", note=reason[:90])
                 continue
-            error = max(_errors(Sparse(pattern_of(cfg), WAYS[way], KERNELS["sdpa"]), here), key=lambda e: (e != e, e))
+            error = max(
+                _errors(Sparse(pattern_of(cfg), WAYS[way], KERNELS["sdpa"]), here), key=lambda e: (e != e, e)
+            )
             yield Row(f"{name} by {way}, values", passed=error <= TOLERANCE[dtype_of(here)], error=error)
     yield from _speed(here)
 
@@ -53,8 +58,11 @@ def _errors(one: Sparse, here: Setup) -> list[float]:
     return [relative(have, want) for have, want in zip((*found, *grads), wanted, strict=True)]
 
 
-def masked(one: Sparse, grid: Grid, q: Tensor, k: Tensor, v: Tensor, *, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [B R N D] and log-sum-exp [B N R] of the queries `rows`: all scores, and of those that are left out none."""
+def masked(
+    one: Sparse, grid: Grid, q: Tensor, k: Tensor, v: Tensor, *, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output [B R N D] and log-sum-exp [B N R] of the queries `rows`: all scores, and of
+    those that are left out none."""
     layout, n_txt = layout_of(one.pattern, grid), q.shape[1] - math.prod(grid)
     run = np.repeat(np.arange(len(layout.sizes) + 1), [*layout.sizes, n_txt])  # the text is one more
     keep = np.pad(layout.keep, (0, 1), constant_values=True)
@@ -85,8 +93,8 @@ def _speed(here: Setup) -> Iterator[Row]:
         seconds, gib, layout = timed(step, here.device), peak(here, step), layout_of(one.pattern, grid)
         flop = 14 * layout.pairs(n_txt) * here.heads * 128
         yield Row(
-            f"{cfg.pattern} by {one.way.name}, {n:,} tokens", passed=error <= TOLERANCE[dtype], error=error, ms=1000 * seconds,
-            tflops=flop / seconds / 1e12, mfu=flop / seconds / top, peak_gib=gib,
+            f"{cfg.pattern} by {one.way.name}, {n:,} tokens", passed=error <= TOLERANCE[dtype], error=error,
+            ms=1000 * seconds, tflops=flop / seconds / 1e12, mfu=flop / seconds / top, peak_gib=gib,
             note=f"{layout.density(n_txt):.0%} of the pairs, {exact / seconds:.2f}x exact",
         )
 

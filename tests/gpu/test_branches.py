@@ -1,4 +1,5 @@
-"""What is done only on a GPU, with PyTorch's functions stood in for: what they are asked, and what becomes of the answer."""
+"""What is done only on a GPU, with PyTorch's functions stood in for: what they are asked, and
+what becomes of the answer."""
 
 from __future__ import annotations
 
@@ -114,22 +115,27 @@ def test_an_idle_expert_that_leaves_too_little_room_is_on_the_host(card, n: int,
 def test_offloaded_state_is_in_memory_that_a_gpu_reads_at_once() -> None:
     net = torch.nn.Linear(3, 3)
     for cuda in (True, False):
-        zero = ds_config(ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu"), net, cuda=cuda, step=Step())
+        zero = ds_config(
+            ZeroConfig(stage=3, offload_optimizer="cpu", offload_param="cpu"), net, cuda=cuda, step=Step()
+        )
         for what in ("offload_optimizer", "offload_param"):
             assert zero["zero_optimization"][what] == {"device": "cpu", "pin_memory": cuda}
 
 
 @pytest.mark.parametrize(("capability", "multiplies"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
-def test_float8_is_multiplied_from_ada_on(capability: tuple[int, int], multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float8_is_multiplied_from_ada_on(
+    capability: tuple[int, int], multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {GPU: capability}[device])
     assert has_matmul(GPU) is multiplies and not has_matmul(CPU)
 
 
-# --- copies beside the computation ------------------------------------------------------------------------------------
+# --- copies beside the computation --------------------------------------------------------------------------
 
 
 class Late:
-    """A stream whose copies are made when somebody waits for them, and not before; until then there is NaN."""
+    """A stream whose copies are made when somebody waits for them, and not
+    before; until then there is NaN."""
 
     def __init__(self) -> None:
         self.queue: list[tuple[Tensor, Callable[[Tensor], None]]] = []
@@ -186,7 +192,7 @@ def test_a_swapped_block_is_waited_for(recompute: str, monkeypatch: pytest.Monke
     assert late.n_copies > 8 and all(torch.equal(got[name], grad) for name, grad in want.items())
 
 
-# --- process groups ---------------------------------------------------------------------------------------------------
+# --- process groups -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -199,7 +205,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
 
 def test_a_job_on_gpus_has_nccl_and_gloo_side_by_side(card, groups, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says which GPU is its own: without, the first collective guesses."""
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 1, 2)]))
     monkeypatch.setattr(ParallelContext, "barrier", lambda self: None)
@@ -217,7 +225,7 @@ def test_a_group_of_one_on_a_gpu(groups) -> None:
     assert [args for args, _ in groups] == [("cpu:gloo,cuda:nccl",), ("gloo",)]
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
 
 def test_cudnn_s_attention_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,16 +305,27 @@ def test_xfuser_gets_each_sample_s_own_text_last(monkeypatch: pytest.MonkeyPatch
     """And everything in autocast's type, which its operators do not take part in."""
     seen: list[torch.dtype] = []
 
-    def layer(attention, q, k, v, *, dropout_p, causal, joint_tensor_query, joint_tensor_key, joint_tensor_value, joint_strategy):
+    def layer(
+        attention, q, k, v, *, dropout_p, causal, joint_tensor_query, joint_tensor_key, joint_tensor_value,
+        joint_strategy
+    ):
         assert (attention, dropout_p, causal, joint_strategy) == (None, 0.0, False, "rear")
-        whole = [torch.cat(pair, 1) for pair in ((q, joint_tensor_query), (k, joint_tensor_key), (v, joint_tensor_value))]
+        whole = [
+            torch.cat(pair, 1)
+            for pair in ((q, joint_tensor_query), (k, joint_tensor_key), (v, joint_tensor_value))
+        ]
         seen.extend(x.dtype for x in whole)
         return KERNELS["sdpa"].attend(*whole)
 
     one = object.__new__(XfuserAttention)
     one.ctx, one.layer, one.kernel, one.sparse = ParallelContext(), layer, KERNELS["sdpa"], None
     draw = generator(0, stream="xfuser")
-    q, k, v = (Joint(torch.randn(3, 6, 2, 16, generator=draw), torch.randn(3, 4, 2, 16, generator=draw)) for _ in range(3))
+    q, k, v = (
+
+            Joint(torch.randn(3, 6, 2, 16, generator=draw), torch.randn(3, 4, 2, 16, generator=draw))
+            for _ in range(3)
+
+    )
     got, want = (f(q, k, v, txt_len=(4, 0, 2), n_img=6) for f in (one.joint, local_attend))
     torch.testing.assert_close(got, want)
     assert set(seen) == {torch.float32}
@@ -319,7 +338,12 @@ def test_xfuser_gets_each_sample_s_own_text_last(monkeypatch: pytest.MonkeyPatch
 
 def test_communication_beside_the_backward() -> None:
     """Gradients beside the backward: only of a full fine-tune, and only where ZeRO cuts them."""
-    net, frozen = torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False))
+    net, frozen = (
+        torch.nn.Linear(3, 3),
+        torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False))
+    )
     for model, stage, cuda in ((net, 0, True), (net, 2, True), (net, 2, False), (frozen, 2, True)):
-        made = ds_config(ZeroConfig(stage=stage), model, cuda=cuda, step=Step())["zero_optimization"]["overlap_comm"]
+        made = ds_config(
+            ZeroConfig(stage=stage), model, cuda=cuda, step=Step()
+        )["zero_optimization"]["overlap_comm"]
         assert made is (model is net and stage == 2 and cuda)

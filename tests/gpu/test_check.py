@@ -1,4 +1,5 @@
-"""The checks that wait for a GPU, at tiny size on the CPU: what they compute is right, and how they are run and reported."""
+"""The checks that wait for a GPU, at tiny size on the CPU: what they compute is right, and
+how they are run and reported."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def test_all_of_them_are_listed(capsys) -> None:
     assert sum(c.seconds for c in checks.CHECKS.values()) <= 9 * 60 + 10
 
 
-@pytest.mark.parametrize("name", ["versions", "kernels", "attention", "savers", "float8", "engines", "groups", "ranks", "sparse"])
+@pytest.mark.parametrize(
+    "name", ["versions", "kernels", "attention", "savers", "float8", "engines", "groups", "ranks", "sparse"]
+)
 def test_a_check_passes_here(name: str, tmp_path: Path) -> None:
     rows = carry_out(checks.CHECKS[name], CPU, tmp_path / "rows.json")
     assert rows and all(row.passed for row in rows), [r for r in rows if not r.passed]
@@ -86,7 +89,10 @@ def _breaks(here: Setup) -> Iterator[Row]:
 def test_what_breaks_keeps_what_it_had(tmp_path: Path) -> None:
     rows = carry_out(Check("bad", "", 1, _breaks), CPU, tmp_path / "rows.json")
     assert [r.what for r in rows] == ["before", "broke off"] and not rows[1].passed
-    assert rows[1].note == "RuntimeError: CUDA error: an illegal memory access" and read(tmp_path / "rows.json") == rows
+    assert (
+        rows[1].note == "RuntimeError: CUDA error: an illegal memory access"
+        and read(tmp_path / "rows.json") == rows
+    )
 
 
 @pytest.fixture
@@ -113,7 +119,10 @@ def test_each_is_run_whatever_the_others_do(made, tmp_path: Path, capsys) -> Non
     assert check.main(["--out", str(tmp_path), "--device", "cpu"]) == 1
     assert made == ["good", "bad", "last"]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [len(rows) for rows in report["checks"].values()] == [2, 2, 2] and report["device"] == "CPU, tiny sizes"
+    assert (
+        [len(rows) for rows in report["checks"].values()] == [2, 2, 2]
+        and report["device"] == "CPU, tiny sizes"
+    )
     text = (tmp_path / "report.txt").read_text()
     assert "9.5 (-5%)" in text and "FAIL" in text and "1.0e-03" in text and text in capsys.readouterr().out
     assert check.main(["--out", str(tmp_path), "--device", "cpu", "--only", "last", "good"]) == 0
@@ -128,7 +137,8 @@ def test_a_crash_is_a_failure_and_the_limit_is_not(made, tmp_path: Path, monkeyp
     assert time.monotonic() - begun < 8 and made == ["good", "dies", "hangs"]
     rows = json.loads((tmp_path / "report.json").read_text())["checks"]
     assert [rows[n][-1]["note"] for n in names[1:]] == [
-        "its process ended with code -11: see dies.log", "ended here: the time is over", "not run: the time is over"
+        "its process ended with code -11: see dies.log", "ended here: the time is over",
+        "not run: the time is over"
     ]
     assert [rows[n][-1]["passed"] for n in names[1:]] == [False, True, True]
 

@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def hvtrain(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([*HVTRAIN, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+    return subprocess.run(
+        [*HVTRAIN, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, **options
+    )
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
@@ -88,11 +90,13 @@ SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/**/*.yaml")) if pa
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_shipped_configs_load(path: Path) -> None:
-    root = config.ROOTS[next((verb for verb in ("encode", "generate") if path.stem.startswith(verb)), "train")]
+    root = config.ROOTS[
+        next((verb for verb in ("encode", "generate") if path.stem.startswith(verb)), "train")
+    ]
     assert config.load(root, path) != root()
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,13 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["train", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["train", "a.yaml", "b.yaml"], "one config file expected"),
         (["merge", "--dit", "x", "--output", "y"], "--lora"),
-        (["merge", "--dit", "x", "--lora", "a", "--lora", "b", "--multiplier", "1", "--multiplier", "1", "--multiplier", "0",
-              "--output", "y"], "2 --lora but 3"),
+        (
+            [
+                "merge", "--dit", "x", "--lora", "a", "--lora", "b", "--multiplier", "1", "--multiplier", "1",
+                "--multiplier", "0", "--output", "y"
+            ],
+            "2 --lora but 3"
+        ),
         (["launch", "--nproc", "2", "demo"], "choose one of: encode, generate, merge, train"),
         (["launch", "--nproc", "2"], "cannot start nothing"),
         (["launch", "--nproc", "0", "train", "run.steps=x"], "run.steps"),
@@ -118,21 +127,38 @@ def test_the_shipped_configs_load(path: Path) -> None:
         (["doctor", "--dir", "nowhere"], "--dir nowhere: no such directory"),
         (["fit", "model.dit=null", "--memory", "nan"], "--memory is nan, expected a GPU's memory in GiB"),
         (["config", "trainn"], "did you mean 'train'"),
-        (["generate", "configs/tiny/generate.yaml", "prompt=a cat", "output=x.mp4", "frames=12"], "expected 4n + 1"),
-        (["generate", "configs/tiny/generate.yaml", "prompt=a cat", "output=x.mp4", "width=100"], "multiple of 16"),
+        (
+            ["generate", "configs/tiny/generate.yaml", "prompt=a cat", "output=x.mp4", "frames=12"],
+            "expected 4n + 1"
+        ),
+        (
+            ["generate", "configs/tiny/generate.yaml", "prompt=a cat", "output=x.mp4", "width=100"],
+            "multiple of 16"
+        ),
         (["generate", "lora=a.sft", "configs/tiny/generate.yaml"],
-            "error: command line: lora[0] is 'a.sft', expected a section with keys of its own, as in {path: 'a.sft'}"),
+            "error: command line: lora[0] is 'a.sft', expected a section with keys of its own, as in {path: "
+            "'a.sft'}"),
         (["train", "configs/tiny/lora.yaml", "optim.lrr=1"], "error: command line: unknown key 'optim.lrr'"),
-        (["generate", "--lora", "a", "--lora", "b", "--lora_multiplier", "1", "2", "3"], "2 --lora but 3 --lora_multiplier"),
+        (
+            ["generate", "--lora", "a", "--lora", "b", "--lora_multiplier", "1", "2", "3"],
+            "2 --lora but 3 --lora_multiplier"
+        ),
         (["generate", "--lora", "a", "lora=[]"], "give all of them in one way"),
-        (["generate", "--lora", "a", "--lora", "b", "--lora_expert", "x", "y", "z"], "2 --lora but 3 --lora_expert; give one"),
+        (
+            ["generate", "--lora", "a", "--lora", "b", "--lora_expert", "x", "y", "z"],
+            "2 --lora but 3 --lora_expert; give one"
+        ),
         (["generate", "--lora_expert", "low", "prompt=x"], "--lora_expert says whose a --lora is"),
-        (["generate", "--lora", "a", "--loraid", "1", "--lora_multiplier", "1"], "--lora_multiplier: of --lora or of --loraid?"),
-        (["train", "run.steps=1", "--bogus", "run.name=a"], "unknown option --bogus; see 'hvtrain train --help'"),
-        (["encode", "a.yaml", "--strikt", "output=b"], "unknown option --strikt, did you mean '--strict'?; see 'hvtrain encode"),
+        (["generate", "--lora", "a", "--loraid", "1", "--lora_multiplier", "1"], "--lora_multiplier: of "
+        "--lora or of --loraid?"),
+        (["train", "run.steps=1", "--bogus", "run.name=a"], "unknown option --bogus; see 'hvtrain train "
+        "--help'"),
+        (["encode", "a.yaml", "--strikt", "output=b"], "unknown option --strikt, did you mean '--strict'?; "
+        "see 'hvtrain encode"),
         (["shards", "info", "a", "b"], "unexpected argument 'b'; see 'hvtrain shards info --help'"),
         (["slices", "run", "--plan"], "see 'hvtrain slices run --help'"),
-        (["fit", "configs/hunyuan_video_15/generate.yaml"], "for a config of `hvtrain generate` add --generate"),
+        (["fit", "configs/hunyuan_video_15/generate.yaml"], "for a config of `hvtrain generate` add "
+        "--generate"),
         (["fit", "configs/hunyuan_video_15/encode.yaml"], "unknown key 'batch_size'"),
         (["fit", "configs/hunyuan_video/lora.yaml"], "without weights: add model.dit=null model.flavor=t2v"),
     ],
@@ -148,10 +174,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_options_stand_anywhere_between_the_other_arguments() -> None:
     parsed = table.parse(["encode", "a.yaml", "--strict", "dataset=b", "output=c"])
-    assert (parsed.command, parsed.strict, parsed.items) == ("encode", True, ["a.yaml", "dataset=b", "output=c"])
-    parsed = table.parse(["fit", "--gpus", "8", "a.yaml", "--size", "64x64x9", "data.batch_size=2", "--generate"])
+    assert (parsed.command, parsed.strict, parsed.items) == (
+        "encode", True, ["a.yaml", "dataset=b", "output=c"]
+    )
+    parsed = table.parse(
+        ["fit", "--gpus", "8", "a.yaml", "--size", "64x64x9", "data.batch_size=2", "--generate"]
+    )
     assert (parsed.items, parsed.size, parsed.gpus) == (["a.yaml", "data.batch_size=2"], "64x64x9", "8")
-    parsed = table.parse(["slices", "run", "a.yaml", "--plan", "P", "--data", "D", "run.steps=4", "--output", "O"])
+    parsed = table.parse(
+        ["slices", "run", "a.yaml", "--plan", "P", "--data", "D", "run.steps=4", "--output", "O"]
+    )
     assert (parsed.command, parsed.items, parsed.output) == ("slices run", ["a.yaml", "run.steps=4"], "O")
     parsed = table.parse(["shards", "merge", "A", "--output", "O", "B"])
     assert parsed.sets == ["A", "B"]
@@ -169,12 +201,19 @@ def test_generate_takes_lora_files_as_merge_does() -> None:
 
     files = "--lora", "a b.safetensors", "prompt=x", "--lora", "ü😀: [1].safetensors"
     found = lora(*files, "--lora_multiplier", "0.8", "-0.5", "steps=3")
-    assert [(f.path, f.multiplier) for f in found.lora] == [("a b.safetensors", 0.8), ("ü😀: [1].safetensors", -0.5)]
+    assert [(f.path, f.multiplier) for f in found.lora] == [
+        ("a b.safetensors", 0.8), ("ü😀: [1].safetensors", -0.5)
+    ]
     assert (found.prompt, found.steps) == ("x", 3)
-    assert [f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora] == [0.5, 0.5]
+    assert [
+        f.multiplier for f in lora("--lora", "a", "--lora", "b", "--lora-multiplier", "0.5").lora
+    ] == [0.5, 0.5]
     assert [f.multiplier for f in lora("--lora", "a", "--lora", "b").lora] == [1.0, 1.0]
     found = lora(*files, "--lora_expert", "high", "low", "steps=3")
-    assert [(one.expert, one.multiplier) for one in found.lora] == [("high", 1.0), ("low", 1.0)] and found.steps == 3
+    assert (
+        [(one.expert, one.multiplier) for one in found.lora] == [("high", 1.0), ("low", 1.0)]
+        and found.steps == 3
+    )
     assert {one.expert for one in lora(*files, "--lora_expert", "low").lora} == {"low"}
     assert lora("slices=runs", "--LORAID", "1", "--LORAID", "2", "prompt=x").loraid == (1, 2)
     found = lora("slices=runs", "--LORAID", "1", "2", "3", "--lora_multiplier", "1.0", "0.7", "1", "prompt=x")
@@ -226,7 +265,8 @@ def test_shard_errors_are_mistakes_too(capsys: pytest.CaptureFixture) -> None:
     ("to", "code", "said"),
     [
         ("| head -1", 0, ""),
-        ("> /dev/full", 2, "error: standard output: No space left on device; what was printed is not complete\n"),
+        ("> /dev/full", 2, "error: standard output: No space left on device; what was printed is not "
+        "complete\n"),
         (">&-", 2, "error: standard output: closed; what was printed is not complete\n"),
         (">&- 2>&-", 2, ""),
     ],
@@ -265,7 +305,8 @@ def test_a_command_that_makes_files_finishes_in_silence(tmp_path: Path, to: str,
     )
     command = f"set -o pipefail; {shlex.join([sys.executable, str(script)])} {to}"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert (done.returncode, done.stderr) == (7, said)
     assert (tmp_path / "result").exists()
@@ -282,7 +323,8 @@ def test_a_pipe_that_breaks_elsewhere_is_a_bug_and_no_success(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("number", "advice"), [(errno.ENOSPC, "make room"), (errno.EROFS, "can be written"), (errno.EACCES, "permission")]
+    ("number", "advice"),
+    [(errno.ENOSPC, "make room"), (errno.EROFS, "can be written"), (errno.EACCES, "permission")]
 )
 def test_what_the_disk_refuses_is_one_line(number: int, advice: str, capsys: pytest.CaptureFixture) -> None:
     from launcher.exits import guarded
@@ -304,7 +346,9 @@ def test_so_is_what_a_library_in_rust_says_of_the_disk(capsys: pytest.CaptureFix
 
     assert guarded(lambda: save_file({"a": np.zeros(1)}, "/sys/a.safetensors")) == USER_ERROR
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and "os error" in err and "; choose a place" in err and err.count("\n") == 1
+    assert (
+        err.startswith("error: ") and "os error" in err and "; choose a place" in err and err.count("\n") == 1
+    )
 
 
 def test_a_file_of_our_own_that_is_not_there_is_a_bug(capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,5 @@
-"""What doctor says of GPUs that the driver, Slurm and torch do not agree on. This machine's torch sees none."""
+"""What doctor says of GPUs that the driver, Slurm and torch do not agree on. This machine's torch sees
+none."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def gpus() -> dict[str, doctor.Finding]:
     return {f.name: f for f in doctor._gpus()}
 
 
-def test_gpus_that_torch_does_not_see(driver: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_gpus_that_torch_does_not_see(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "2.13.0+cu130")
     found = gpus()
     assert found["GPU"].found.startswith("NVIDIA H100")
@@ -61,7 +64,9 @@ def test_gpus_are_counted_as_processes_will_find_them(driver: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("smi", ["#!/bin/sh\nexit 0\n", "#!/bin/sh\nexec /nowhere\n", None])
-def test_gpus_that_slurm_gave_and_nobody_finds(driver: Path, smi: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_slurm_gave_and_nobody_finds(
+    driver: Path, smi: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if smi is None:
         driver.unlink()
     else:
@@ -73,7 +78,8 @@ def test_gpus_that_slurm_gave_and_nobody_finds(driver: Path, smi: str | None, mo
 
 
 def test_cores_are_those_of_the_job(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the machine's 96 this job has 3: too few for two GPUs, and what a process's threads are counted from."""
+    """Of the machine's 96 this job has 3: too few for two GPUs, and what a
+    process's threads are counted from."""
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6}, raising=False)
     assert processes.cores() == 3
@@ -83,9 +89,13 @@ def test_cores_are_those_of_the_job(driver: Path, monkeypatch: pytest.MonkeyPatc
     assert {f.name: f for f in doctor._system()}["cores"].advice == ""
 
 
-def test_threads_of_a_process_are_its_share_of_the_jobs_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_a_process_are_its_share_of_the_jobs_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "worker.py"
-    script.write_text("import os, sys\nopen(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])\n")
+    script.write_text(
+        "import os, sys\nopen(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])\n"
+    )
     monkeypatch.setattr(processes, "HVTRAIN", (processes.HVTRAIN[0], str(script)))
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)

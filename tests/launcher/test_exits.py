@@ -34,7 +34,9 @@ def recorded(folder: Path, *failures: Failure) -> Failure | None:
 
 def test_the_users_mistake_explains_the_others_however_late_it_was_noticed(tmp_path: Path) -> None:
     mistake = Failure(2, 2, 30.0, "error: clip.mp4")
-    assert recorded(tmp_path, Failure(0, 1, 10.0, "lost a peer"), Failure(1, 1, 20.0, "lost another"), mistake) == mistake
+    assert recorded(
+        tmp_path, Failure(0, 1, 10.0, "lost a peer"), Failure(1, 1, 20.0, "lost another"), mistake
+    ) == mistake
 
 
 def test_of_several_mistakes_the_first_and_of_equal_ones_rank_0s(tmp_path: Path) -> None:
@@ -47,7 +49,9 @@ def test_of_several_mistakes_the_first_and_of_equal_ones_rank_0s(tmp_path: Path)
 
 def test_without_a_mistake_the_earliest_failure(tmp_path: Path) -> None:
     early = Failure(1, 1, 10.0, "Traceback a")
-    assert recorded(tmp_path, Failure(0, 1, 20.0, "Traceback b"), early, Failure(2, 130, 15.0, "interrupted")) == early
+    assert recorded(
+        tmp_path, Failure(0, 1, 20.0, "Traceback b"), early, Failure(2, 130, 15.0, "interrupted")
+    ) == early
 
 
 class Ended:
@@ -94,8 +98,10 @@ def test_ranks_are_counted_over_the_nodes(tmp_path: Path, monkeypatch: pytest.Mo
         worker = processes._start([], there, local_rank=local_rank, port=20001, folder=tmp_path, restart=5)
         assert worker.rank == 8 + local_rank
         assert worker.log == (None if local_rank == 0 else tmp_path / f"{8 + local_rank}.log")
-    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-             "TORCHELASTIC_RESTART_COUNT")
+    names = (
+        "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+        "TORCHELASTIC_RESTART_COUNT"
+    )
     assert [seen[3][name] for name in names] == ["12", "4", "11", "3", "2", "node0", "20001", "5"]
 
 
@@ -156,7 +162,8 @@ def wait(folder: Path, pattern: str) -> None:
 
 
 def test_a_launched_command_is_that_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process is a rank only if the environment and the command say so: `hvtrain models` in a job stays what it is."""
+    """A process is a rank only if the environment and the command say so: `hvtrain
+    models` in a job stays what it is."""
     from launcher import cli, worker
 
     started = []
@@ -179,7 +186,7 @@ def test_a_launched_command_is_that_of_a_table(monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["PYTHONSAFEPATH"] == "1"
 
 
-# --- how a command ends -----------------------------------------------------------------------------------------------
+# --- how a command ends -------------------------------------------------------------------------------------
 
 
 class Stream(io.StringIO):
@@ -223,18 +230,23 @@ OTHER = "choose a place that you may read and write, or ask for the permission"
         (ShardError("x.tar"), 2, "error: x.tar"),
         (refused(errno.ENOSPC), 2, f"error: {ROOM}"),
         (refused(errno.EDQUOT), 2,
-            "error: /out/x: Disk quota exceeded; your quota is used up: make room, then the same command again"),
+            "error: /out/x: Disk quota exceeded; your quota is used up: make room, then the same command "
+            "again"),
         (refused(errno.EROFS), 2, "error: /out/x: Read-only file system; choose a place that can be written"),
         (refused(errno.EACCES), 2, f"error: /out/x: Permission denied; {OTHER}"),
         (refused(errno.EPERM), 2, f"error: /out/x: Operation not permitted; {OTHER}"),
-        (refused(errno.EFBIG), 2, "error: /out/x: File too large; larger than files may be here (ulimit -f, or the file system)"),
-        (refused(errno.EMFILE), 2, "error: /out/x: Too many open files; too few open files are allowed: ulimit -n 4096"),
+        (refused(errno.EFBIG), 2, "error: /out/x: File too large; larger than files may be here (ulimit -f, "
+        "or the file system)"),
+        (refused(errno.EMFILE), 2, "error: /out/x: Too many open files; too few open files are allowed: "
+        "ulimit -n 4096"),
         (OSError(errno.EROFS, "no"), 2, "error: [Errno 30] no; choose a place that can be written"),
-        (RuntimeError("io: bad\n (os error 30)"), 2, "error: io: bad; (os error 30); choose a place that can be written"),
+        (RuntimeError("io: bad\n (os error 30)"), 2, "error: io: bad; (os error 30); choose a place that can "
+        "be written"),
     ],
 )
 def test_what_a_command_says_when_it_ends(
-    error: BaseException, code: int, said: str | None, stderr: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, code: int, said: str | None, stderr: Stream, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert exits.guarded(raises(error)) == code
     assert stderr.getvalue() == (f"{said}\n" if said else "") and bool(stderr.flushes) == bool(said)
@@ -244,7 +256,9 @@ def test_what_a_command_says_when_it_ends(
     assert (found and (found.code, found.text)) == ((code, said) if said else None)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), OSError("a pipe"), BrokenPipeError(32, "y"), RuntimeError("(os error 32)")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), OSError("a pipe"), BrokenPipeError(32, "y"), RuntimeError("(os error 32)")]
+)
 def test_what_is_nobodys_mistake_is_a_bug(
     error: Exception, stderr: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,4 +305,5 @@ def test_a_launched_rank_leaves_a_record_and_prints_nothing(
         "0.json": {"rank": 0, "code": 2, "time_s": 12.5, "text": "error: of rank 0"},
         "3.json": {"rank": 3, "code": 130, "time_s": 12.5, "text": "interrupted"},
     }
-    assert stderr.getvalue() == "" and ".json" not in replaced and len(replaced) == 2  # the launcher reads none half-written
+    # the launcher reads none half-written
+    assert stderr.getvalue() == "" and ".json" not in replaced and len(replaced) == 2

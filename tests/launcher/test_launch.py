@@ -23,7 +23,8 @@ def job(tmp_path: Path, body: str, nproc: int = 2, restarts: int = 0) -> subproc
         "import os, sys, time, signal\n"
         "from pathlib import Path\n"
         "from hvtrain.errors import ConfigError, DataError\n"
-        "from launcher import worker, cli; from launcher import processes as local; from launcher import exits\n"
+        "from launcher import worker, cli; from launcher import processes as local; from launcher import "
+        "exits\n"
         f"here = Path({str(tmp_path)!r})\n"
         "rank = int(os.environ.get('RANK', -1))\n"
         "def body():\n" + "".join(f"    {line}\n" for line in body.strip().splitlines()) + "\n"
@@ -50,7 +51,9 @@ def test_the_workers_know_their_places(tmp_path: Path) -> None:
     names = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR".split()
     body = f"(here / f'{{rank}}.txt').write_text(' '.join(os.environ[n] for n in {names}))"
     assert end(job(tmp_path, body, nproc=3)) == (0, "", "")
-    assert [(tmp_path / f"{r}.txt").read_text() for r in range(3)] == [f"3 {r} {r} 3 127.0.0.1" for r in range(3)]
+    assert [(tmp_path / f"{r}.txt").read_text() for r in range(3)] == [
+        f"3 {r} {r} 3 127.0.0.1" for r in range(3)
+    ]
 
 
 def test_a_mistake_that_all_ranks_make_is_said_once(tmp_path: Path) -> None:
@@ -98,7 +101,9 @@ if len((here / 'starts').read_text()) < 3: raise ValueError('an accident')
 
 
 def test_a_killed_process_is_named(tmp_path: Path) -> None:
-    body = "print('last words', flush=True)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
+    body = (
+        "print('last words', flush=True)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
+    )
     code, _, err = end(job(tmp_path, body))
     assert code == 128 + signal.SIGKILL
     assert err == "error: process 1 was ended by SIGKILL (out of memory?)\n  last words\n"

@@ -1,4 +1,5 @@
-"""The launcher in the test's own process: what it starts, how it passes signals on, and when it gives up waiting."""
+"""The launcher in the test's own process: what it starts, how it passes signals on,
+and when it gives up waiting."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def workers(*started_ones: Any, started: float = 100.0) -> list[processes.Worker
     return [processes.Worker(rank, process, None, started) for rank, process in enumerate(started_ones)]
 
 
-# --- a job ------------------------------------------------------------------------------------------------------------
+# --- a job --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,8 @@ def workers(*started_ones: Any, started: float = 100.0) -> list[processes.Worker
     ],
 )
 def test_accidents_are_started_again(
-    codes: list[int], restarts: int, starts: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    codes: list[int], restarts: int, starts: int, code: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture
 ) -> None:
     calls: list[tuple] = []
     monkeypatch.setattr(processes, "_once", lambda *given: calls.append(given) or codes[len(calls) - 1])
@@ -95,12 +97,16 @@ def test_without_restarts_an_accident_is_the_end(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("given", [None, 20007])
-def test_a_job_is_one_folder_one_port_and_nproc_processes(given: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_one_folder_one_port_and_nproc_processes(
+    given: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {"started": []}
 
     def start(arguments: list[str], topology: processes.Topology, **more: Any) -> Any:
         assert more["folder"].is_dir() and more["folder"].name.startswith("hvtrain-")
-        seen["started"].append((arguments, topology, *(more[n] for n in ("local_rank", "port", "restart")), len(more)))
+        seen["started"].append(
+            (arguments, topology, *(more[n] for n in ("local_rank", "port", "restart")), len(more))
+        )
         return SimpleNamespace(process=SimpleNamespace(poll=lambda: 0))
 
     def wait(workers: list, mail: processes._Mail) -> str:
@@ -111,7 +117,9 @@ def test_a_job_is_one_folder_one_port_and_nproc_processes(given: int | None, mon
         seen["end"], seen["folder"] = (len(workers), failed, folder.is_dir()), folder
         return 9
 
-    for name, what in (("_start", start), ("_wait", wait), ("_explain", explain), ("free_port", lambda: 20001)):
+    for name, what in (
+        ("_start", start), ("_wait", wait), ("_explain", explain), ("free_port", lambda: 20001)
+    ):
         monkeypatch.setattr(processes, name, what)
     here = processes.Topology(2, master_port=given)
     assert processes._once(["train"], here, 4) == 9
@@ -140,7 +148,9 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
             return [busy, *free]
 
         monkeypatch.setattr(processes, "random", SimpleNamespace(sample=sample))
-        with pytest.raises(LaunchError, match=r"^no free port among 20000-31999; give one with --master-port$"):
+        with pytest.raises(
+            LaunchError, match=r"^no free port among 20000-31999; give one with --master-port$"
+        ):
             processes.free_port()
         with socket.socket() as other:
             other.bind(("127.0.0.1", 0))
@@ -149,7 +159,9 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
-def test_a_process_is_started_with_its_place(local_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_started_with_its_place(
+    local_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def popen(command: list[str], **options: Any) -> str:
@@ -165,13 +177,15 @@ def test_a_process_is_started_with_its_place(local_rank: int, tmp_path: Path, mo
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OF_THE_USER", "x")
     there = processes.Topology(2, nnodes=2, node_rank=1, master_addr="node0", master_port=20001)
-    worker = processes._start(["train", "a"], there, local_rank=local_rank, port=20001, folder=tmp_path, restart=5)
+    worker = processes._start(
+        ["train", "a"], there, local_rank=local_rank, port=20001, folder=tmp_path, restart=5
+    )
     [(command, options)] = calls
     out, env = options.pop("stdout"), options.pop("env")
     assert command == ["python", "hvtrain", "train", "a"] and env.items() >= {
-        "OMP_NUM_THREADS": "3", "OF_THE_USER": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": str(2 + local_rank),
-        "LOCAL_RANK": str(local_rank), "GROUP_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "20001",
-        "HVTRAIN_REPORT_DIR": str(tmp_path), "TORCHELASTIC_RESTART_COUNT": "5",
+        "OMP_NUM_THREADS": "3", "OF_THE_USER": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(2 + local_rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": "1", "MASTER_ADDR": "node0",
+        "MASTER_PORT": "20001", "HVTRAIN_REPORT_DIR": str(tmp_path), "TORCHELASTIC_RESTART_COUNT": "5",
     }.items()
     assert options == {"stderr": out, "start_new_session": True, "preexec_fn": processes._deaf}
     assert (worker.rank, worker.process) == (2 + local_rank, "process")
@@ -195,7 +209,7 @@ def test_each_process_gets_its_share_of_the_cores(
     assert seen == [threads, "11"]
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------
 
 
 def test_a_process_that_begins_is_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,24 +255,28 @@ def test_signals_are_ours_while_a_job_runs_and_no_longer(clock: Clock) -> None:
         assert mail.waiting == [signal.SIGTERM, signal.SIGUSR1] and running.got == [(100.0, signal.SIGINT)]
         raise KeyError
     assert [signal.getsignal(number) for number in numbers] == before
-    assert running.got[1:] == [(100.0, signal.SIGKILL)] and running.waited == 1  # an error of ours leaves nothing behind
+    # an error of ours leaves nothing behind
+    assert running.got[1:] == [(100.0, signal.SIGKILL)] and running.waited == 1
     assert gone.got == [] and gone.waited == 0
 
 
-def test_a_signal_that_came_while_the_program_was_loading_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_that_came_while_the_program_was_loading_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stopping, "arrived", lambda: True)
     with processes._forward_signals([]) as mail:
         assert mail.waiting == [signal.SIGUSR1]
 
 
-# --- the end ----------------------------------------------------------------------------------------------------------
+# --- the end ------------------------------------------------------------------------------------------------
 
 
 def test_peers_of_a_failure_get_their_time_and_are_killed_then(clock: Clock) -> None:
     failed, hangs, late = Process(clock, 101, 1), Process(clock, 1e9), Process(clock, 103, 2)
     group = workers(hangs, late, failed)
     assert processes._wait(group, processes._Mail(group)) is group[2]
-    assert hangs.got == [(106.05, signal.SIGKILL)] and late.got == failed.got == []  # 5 s after the failure was seen
+    # 5 s after the failure was seen
+    assert hangs.got == [(106.05, signal.SIGKILL)] and late.got == failed.got == []
 
 
 def test_one_that_saves_is_waited_for_as_long_as_it_takes(clock: Clock) -> None:
@@ -310,7 +328,8 @@ def test_the_cause_is_said_once_with_its_process(
 
 
 NODES = (
-    "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port on it, the same on every node"
+    "--nnodes > 1 needs --master-addr and --master-port: the host name of node 0 and a free port on it, the "
+    "same on every node"
 )
 TWO = {"nproc": 1, "nnodes": 2, "master_addr": "a", "master_port": 1}
 
@@ -335,7 +354,10 @@ def test_a_topology_that_cannot_be(options: dict, says: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"nproc": 1}, {"nproc": 1, "master_port": 1}, {"nproc": 1, "master_port": 65535}, TWO, {**TWO, "node_rank": 1}],
+    [
+        {"nproc": 1}, {"nproc": 1, "master_port": 1}, {"nproc": 1, "master_port": 65535}, TWO,
+        {**TWO, "node_rank": 1}
+    ],
 )
 def test_a_topology_that_can_be(options: dict) -> None:
     assert processes.Topology(**options).nproc == 1

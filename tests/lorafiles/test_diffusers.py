@@ -1,4 +1,5 @@
-"""The LoRA in the library that most people generate with: same weights, same LoRA, same change of the output."""
+"""The LoRA in the library that most people generate with: same weights, same
+LoRA, same change of the output."""
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def velocity(model: HunyuanVideoTransformer3DModel) -> torch.Tensor:
         hidden_states=inp.x,
         timestep=inp.t,
         encoder_hidden_states=inp.cond["text"],
-        encoder_attention_mask=torch.arange(inp.cond["text"].shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None],
+        encoder_attention_mask=torch.arange(inp.cond["text"].shape[1])[None]
+        < torch.tensor(inp.lengths["text"])[:, None],
         pooled_projections=inp.cond["pooled"],
         guidance=inp.cond["guidance"],
         return_dict=False,
@@ -65,7 +67,8 @@ def test_a_converted_lora_changes_diffusers_as_it_changes_us(lora, tmp_path, fol
     made.save(tmp_path / "d.safetensors")
     model = in_diffusers()
     before = velocity(model)
-    model.load_lora_adapter(str(tmp_path), weight_name="d.safetensors")  # prefix "transformer", as a pipeline does
+    # prefix "transformer", as a pipeline does
+    model.load_lora_adapter(str(tmp_path), weight_name="d.safetensors")
     change, expected = velocity(model) - before, change_here()
     assert expected.norm() / before.norm() > 0.1
     assert (change - expected).norm() / expected.norm() < 1e-4

@@ -38,7 +38,9 @@ def pair(value: float = 1.0) -> LoraPair:
 
 def lora(path: Path, value: float = 1.0, **metadata: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(path, {LAYER: pair(value)}, metadata={key.replace("__", "."): text for key, text in metadata.items()})
+    write_lora(
+        path, {LAYER: pair(value)}, metadata={key.replace("__", "."): text for key, text in metadata.items()}
+    )
     return path
 
 
@@ -64,23 +66,31 @@ def opened(*wanted: SampledLora, bases: dict[str, str] | None = None) -> list[tu
         ("highlands", {}, (None, False)),
     ],
 )
-def test_what_tells(tmp_path: Path, name: str, metadata: dict[str, str], says: tuple[str | None, bool]) -> None:
+def test_what_tells(
+    tmp_path: Path, name: str, metadata: dict[str, str], says: tuple[str | None, bool]
+) -> None:
     path = lora(tmp_path / f"{name}.safetensors", **metadata)
     found = read_lora(path, SHAPES, spec=SPEC)
     assert whose(found, FLAVOR.experts, {"high": "dead", "low": "beef"}) == says
 
 
 def test_sampling_with_it(tmp_path: Path) -> None:
-    """The one it says, also by its tensors' names; a file of both is both; what is given against what it says is refused."""
+    """The one it says, also by its tensors' names; a file of both is both; what is given
+    against what it says is refused."""
     own = lora(tmp_path / "own.safetensors", hvtrain__expert="low")
     assert opened(SampledLora(str(own))) == [("low", 1.0)] == opened(SampledLora(str(own), expert="low"))
-    with pytest.raises(ConfigError, match="lora.expert of .*own.safetensors is 'high', but it was trained as 'low'; leave"):
+    with pytest.raises(
+        ConfigError, match="lora.expert of .*own.safetensors is 'high', but it was trained as 'low'; leave"
+    ):
         opened(SampledLora(str(own), expert="high"))
     ranged = lora(tmp_path / "musubi.safetensors", ss_min_timestep="0", ss_max_timestep="500")
     with pytest.raises(ConfigError, match="is 'high', but it was trained as 'low', on sigma 0 to 0.5"):
         opened(SampledLora(str(ranged), expert="high"))
     plain = lora(tmp_path / "plain.safetensors")
-    assert opened(SampledLora(str(plain))) == [(None, 1.0)] and opened(SampledLora(str(plain), expert="high")) == [("high", 1.0)]
+    assert (
+        opened(SampledLora(str(plain))) == [(None, 1.0)]
+        and opened(SampledLora(str(plain), expert="high")) == [("high", 1.0)]
+    )
     dit = str(tmp_path / "dit.safetensors")
     save_dit(SPEC.build(FLAVOR.arch), dit, spec=SPEC, flavor=FLAVOR)
     halves = {name: str(tmp_path / f"half-{name}.safetensors") for name in ("high", "low")}
@@ -101,10 +111,13 @@ def test_sampling_with_it(tmp_path: Path) -> None:
 
 
 def test_other_noise_levels(tmp_path: Path) -> None:
-    """Those of another model's boundary overlap; those of none of an expert's are refused, also where it is not told whose."""
+    """Those of another model's boundary overlap; those of none of an expert's are refused, also
+    where it is not told whose."""
     found = LoraFile(Path("a"), {}, {"ss_min_timestep": "900", "ss_max_timestep": "1000"})
     check_range(found, HIGH)
-    with pytest.raises(ConfigError, match="a: trained on sigma 0.9 to 1, the expert 'low' predicts from 0 to 0.875"):
+    with pytest.raises(
+        ConfigError, match="a: trained on sigma 0.9 to 1, the expert 'low' predicts from 0 to 0.875"
+    ):
         check_range(found, LOW)
     check_range(LoraFile(Path("a"), {}, {}), LOW)
     assert number_of(SPEC, "low", key="k") == 1 and number_of(SPEC, None, key="k") is None
@@ -123,8 +136,13 @@ def a_run(folder: Path) -> Path:
 
 def test_a_run_of_both(tmp_path: Path) -> None:
     run = a_run(tmp_path / "01")
-    assert lora_in(run, "low") == run / "cat-low.safetensors" and finished(run, "high") == run / "cat-high.safetensors"
-    with pytest.raises(CheckpointError, match=r"holds a LoRA for each of several experts; say which \(expert\)"):
+    assert (
+        lora_in(run, "low") == run / "cat-low.safetensors"
+        and finished(run, "high") == run / "cat-high.safetensors"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"holds a LoRA for each of several experts; say which \(expert\)"
+    ):
         lora_in(run)
     chosen = of_slices(tmp_path, (1,), (0.7,), ["high", "low"])
     names = [(Path(one.path).name, one.multiplier) for one in chosen]
@@ -142,9 +160,13 @@ def test_a_merge_is_into_one(tmp_path: Path) -> None:
         return [one.pairs[LAYER].up[0, 0].item() for one, _ in found.loras]
 
     assert merged(str(run), expert="low") == [3.0] and merged(a, a) == [1.0, 1.0]
-    with pytest.raises(CheckpointError, match="cat-low.*: was trained as the expert 'low', .*cat-high.* as 'high'"):
+    with pytest.raises(
+        CheckpointError, match="cat-low.*: was trained as the expert 'low', .*cat-high.* as 'high'"
+    ):
         merged(a, b)
-    with pytest.raises(CheckpointError, match="cat-high.*: was trained as the expert 'high', --expert low; a merge"):
+    with pytest.raises(
+        CheckpointError, match="cat-high.*: was trained as the expert 'high', --expert low; a merge"
+    ):
         merged(a, expert="low")
     with pytest.raises(ConfigError, match="--expert: wan has no expert 'mid'"):
         merged(a, expert="mid")

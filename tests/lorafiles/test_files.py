@@ -33,14 +33,18 @@ def same(a: LoraFile, b: LoraFile) -> bool:
     if a.pairs.keys() != b.pairs.keys():
         return False
     both = [(x, b.pairs[name]) for name, x in a.pairs.items()]
-    return all(torch.equal(x.down, y.down) and torch.equal(x.up, y.up) and x.alpha == y.alpha for x, y in both)
+    return all(
+        torch.equal(x.down, y.down) and torch.equal(x.up, y.up) and x.alpha == y.alpha for x, y in both
+    )
 
 
 def test_names_and_metadata_of_a_saved_file(saved):
     with safe_open(saved, "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
         assert file.get_tensor("lora_unet_single_blocks_1_linear2.alpha").shape == ()
-        assert file.get_tensor("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight").dtype == torch.float32
+        assert file.get_tensor(
+            "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
+        ).dtype == torch.float32
     assert len(names) == 3 * (2 * 8 + 2 * 2)
     assert "lora_unet_double_blocks_0_img_mlp_fc1.lora_up.weight" in names
     assert metadata["ss_network_module"] == "networks.lora"
@@ -91,7 +95,10 @@ def rewritten(source, target, rename, *, drop_alpha=False):
 
 
 OFFICIAL = {name.replace(".", "_"): name for name in SHAPES}
-COMFY = {"img_mlp_fc1": "img_mlp_0", "img_mlp_fc2": "img_mlp_2", "txt_mlp_fc1": "txt_mlp_0", "txt_mlp_fc2": "txt_mlp_2"}
+COMFY = {
+    "img_mlp_fc1": "img_mlp_0", "img_mlp_fc2": "img_mlp_2", "txt_mlp_fc1": "txt_mlp_0",
+    "txt_mlp_fc2": "txt_mlp_2"
+}
 
 
 def dotted(prefix):
@@ -135,15 +142,21 @@ def test_without_alpha_the_scale_is_one(saved, tmp_path):
 @pytest.mark.parametrize("dialect", ["comfyui", "diffusers", "diffusers, alpha kept"])
 def test_round_trips_are_exact(tmp_path, dialect, alpha):
     path = tmp_path / "a.safetensors"
-    save_lora(path, lora_tensors(adapted()), rank=4, alpha=alpha, metadata={"ss_loraid": "3"}, architecture=SPEC.name)
+    save_lora(
+        path, lora_tensors(adapted()), rank=4, alpha=alpha, metadata={"ss_loraid": "3"},
+        architecture=SPEC.name
+    )
     lora = read_lora(path, SHAPES, spec=SPEC)
     name, _, kept = dialect.partition(", ")
     made = converted(lora, SPEC, DIALECTS[name], fold=False if kept else None)
     made.save(tmp_path / "b.safetensors")
     back = read_lora(tmp_path / "b.safetensors", SHAPES, spec=SPEC)
     assert back.metadata["ss_loraid"] == "3"
-    if dialect == "diffusers" and alpha == 1.7:  # a folded scale that is no power of two: to the last bit or so
-        torch.testing.assert_close(back.pairs["single_blocks.0.linear1"].up, lora.pairs["single_blocks.0.linear1"].up)
+    # a folded scale that is no power of two: to the last bit or so
+    if dialect == "diffusers" and alpha == 1.7:
+        torch.testing.assert_close(
+            back.pairs["single_blocks.0.linear1"].up, lora.pairs["single_blocks.0.linear1"].up
+        )
     else:
         assert same(back, lora)
     if dialect != "comfyui":
@@ -167,7 +180,9 @@ def test_a_diffusers_lora_with_q_and_v_only(tmp_path):
     torch.testing.assert_close(v, tensors[f"{base}v.lora_B.weight"] @ tensors[f"{base}v.lora_A.weight"])
     assert not k.any() and not mlp.any()
     write_lora(tmp_path / "ours.safetensors", lora.pairs, metadata=lora.metadata)
-    again = converted(read_lora(tmp_path / "ours.safetensors", SHAPES, spec=SPEC), SPEC, DIALECTS["diffusers"])
+    again = converted(
+        read_lora(tmp_path / "ours.safetensors", SHAPES, spec=SPEC), SPEC, DIALECTS["diffusers"]
+    )
     assert again.tensors.keys() == tensors.keys()
     assert all(torch.equal(again.tensors[name], tensors[name]) for name in tensors)
 
@@ -186,18 +201,26 @@ def test_the_last_layers_halves_are_swapped(tmp_path):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_two_experts_in_one_file(tmp_path, saved, fold):
-    """As diffusers' pipelines of two transformers save them, alphas in the metadata or folded; each is read, and written, under a
-    prefix of its own."""
+    """As diffusers' pipelines of two transformers save them, alphas in the metadata or folded; each is read,
+    and written, under a prefix of its own."""
     lora = read_lora(saved, SHAPES, spec=SPEC)
-    other = replace(lora, pairs={name: replace(pair, up=pair.up + 1.0, alpha=8.0) for name, pair in lora.pairs.items()})
-    first, second = (converted(o, SPEC, DIALECTS["diffusers"], fold=fold, expert=n) for n, o in enumerate((lora, other)))
+    other = replace(
+        lora, pairs={name: replace(pair, up=pair.up + 1.0, alpha=8.0) for name, pair in lora.pairs.items()}
+    )
+    first, second = (
+        (converted(o, SPEC, DIALECTS["diffusers"], fold=fold, expert=n) for n, o in enumerate((lora, other)))
+    )
     assert all(name.startswith("transformer_2.") for name in second.tensors)
     path, metadata = tmp_path / "both.safetensors", {}
     if not fold:
         tables = [json.loads(made.metadata["lora_adapter_metadata"]) for made in (first, second)]
         metadata = {"lora_adapter_metadata": json.dumps(tables[0] | tables[1])}
-    safetensors.torch.save_file({name: t.clone() for name, t in (first.tensors | second.tensors).items()}, path, metadata)
-    with pytest.raises(CheckpointError, match=r"LoRAs of 2 experts \(transformer\., transformer_2\.\); say which"):
+    safetensors.torch.save_file(
+        {name: t.clone() for name, t in (first.tensors | second.tensors).items()}, path, metadata
+    )
+    with pytest.raises(
+        CheckpointError, match=r"LoRAs of 2 experts \(transformer\., transformer_2\.\); say which"
+    ):
         read_lora(path, SHAPES, spec=SPEC)
     with pytest.raises(CheckpointError, match="say which"):
         read_lora(path, SHAPES, spec=SPEC, expert=2)
@@ -217,20 +240,27 @@ HV15 = ["lora_unet_double_blocks_0_img_attn_q", "lora_unet_double_blocks_0_img_a
         (WAN, 3, "lora_unet_blocks_0_ffn_0, lora_unet_blocks_0_self_attn_q, ", "Wan"),
         ([w.replace("lora_unet_", "diffusion_model.") for w in WAN], 3, "diffusion_model.blocks_0_", "Wan"),
         (HV15, 1, "lora_unet_double_blocks_0_img_attn_q", "HunyuanVideo 1.5"),
-        (["lora_unet_down_blocks_0_attentions_0_proj_in"], 1, "lora_unet_down_blocks_0", "a Stable Diffusion UNet"),
+        (
+            ["lora_unet_down_blocks_0_attentions_0_proj_in"], 1, "lora_unet_down_blocks_0",
+            "a Stable Diffusion UNet"
+        ),
     ],
 )
 def test_another_architecture_is_refused_by_name(tmp_path, stems, n_strange, first, looks):
     path = tmp_path / "stranger.safetensors"
     tensors = {}
     for stem in stems:
-        tensors |= {f"{stem}.lora_down.weight": torch.randn(2, 48), f"{stem}.lora_up.weight": torch.randn(48, 2)}
+        tensors |= {
+            f"{stem}.lora_down.weight": torch.randn(2, 48), f"{stem}.lora_up.weight": torch.randn(48, 2)
+        }
     safetensors.torch.save_file(tensors, path)
     with pytest.raises(CheckpointError) as error:
         read_lora(path, SHAPES, spec=SPEC)
     text = str(error.value)
     assert "\n" not in text and "stranger.safetensors" in text and f"it looks like {looks}" in text
-    assert f"{n_strange} of its {len(stems)} layers are not in this hunyuan-video model, first {first}" in text
+    assert (
+        f"{n_strange} of its {len(stems)} layers are not in this hunyuan-video model, first {first}" in text
+    )
 
 
 def test_a_namesake_is_refused_by_its_metadata(saved, tmp_path):
@@ -272,7 +302,8 @@ def _edit(tensors, how):
         ("rank", r"shapes \[48, 5\] and \[4, 240\]"),
         ("loha", "is a LoHa and a LoRA at once"),
         ("lokr", "is a LoKr and a LoRA at once"),
-        ("mid", "holds convolution LoRA weights, which are not supported: give a LoRA file .* or one of a LoHa or LoKr or DoRA"),
+        ("mid", "holds convolution LoRA weights, which are not supported: give a LoRA file .* or one of a "
+        "LoHa or LoKr or DoRA"),
         ("weights", "'img_in.proj.bias' is not a LoRA tensor"),
     ],
 )
@@ -292,6 +323,8 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_mixed_prefixes_are_refused(saved, tmp_path):
     """Two LoRAs in one file: the second one's layers would silently count as the first one's."""
-    mixed = rewritten(saved, tmp_path / "m.safetensors", lambda key: key.replace("lora_unet_single", "other_single"))
+    mixed = rewritten(
+        saved, tmp_path / "m.safetensors", lambda key: key.replace("lora_unet_single", "other_single")
+    )
     with pytest.raises(CheckpointError, match="mixes the prefixes lora_unet_, other_"):
         read_lora(mixed, SHAPES, spec=SPEC)

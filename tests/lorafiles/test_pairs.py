@@ -54,7 +54,8 @@ def test_a_stack_from_another_tool_is_recognised():
 
 
 def test_a_stack_is_cut_where_it_was_not_joined():
-    """The sum of what it does stays, whatever its parts were: whole, in two, or with the ranks of an older file."""
+    """The sum of what it does stays, whatever its parts were: whole, in two, or with
+    the ranks of an older file."""
     parts = [pair(rank, 4, alpha=2.0, seed=rank) for rank in (1, 2, 3)]
     fused = join_rows(parts, ROWS)
     for rows in ([torch.arange(12)], [torch.arange(6), torch.arange(6, 12)], [torch.arange(12).flip(0)]):
@@ -67,7 +68,10 @@ def test_a_stack_is_cut_where_it_was_not_joined():
 
 def test_joining_rounds_nothing_away():
     """bfloat16 parts whose scales differ, and a float32 part beside a bfloat16 one."""
-    short = [LoraPair(p.down.bfloat16(), p.up.bfloat16(), a) for p, a in ((pair(2, 4), 2.0), (pair(2, 4, seed=1), 3.3))]
+    short = [
+        LoraPair(p.down.bfloat16(), p.up.bfloat16(), a) for p,
+        a in ((pair(2, 4), 2.0), (pair(2, 4, seed=1), 3.3))
+    ]
     for parts in ([*short, None], [short[0], replace(pair(2, 4, seed=4), alpha=2.0), None]):
         wanted = torch.cat([torch.zeros(4, 6) if p is None else p.delta() for p in parts])
         torch.testing.assert_close(join_rows(parts, ROWS).delta(), wanted, rtol=1e-6, atol=1e-6)

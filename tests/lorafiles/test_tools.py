@@ -35,7 +35,9 @@ def shapes():
 def make(path, shapes, *, layers=LAYERS, rank=4, alpha=2.0, seed=0, **metadata):
     g = torch.Generator().manual_seed(seed)
     pairs = {
-        n: LoraPair(torch.randn(rank, shapes[n][1], generator=g), torch.randn(shapes[n][0], rank, generator=g), alpha)
+        n: LoraPair(
+            torch.randn(rank, shapes[n][1], generator=g), torch.randn(shapes[n][0], rank, generator=g), alpha
+        )
         for n in layers
     }
     full = lora_metadata(path, metadata, architecture="hunyuan-video", rank=rank, alpha=alpha)
@@ -79,36 +81,54 @@ def test_each_expert_s_lora_goes_under_its_own_prefix(tmp_path, capsys):
     with torch.device("meta"):
         model = spec.build(spec.flavors["tiny-a14b"].arch)
     layer = spec.lora_targets(model)[0]
-    pairs = {layer: LoraPair(torch.ones(2, linear_shapes(model)[layer][1]), torch.ones(linear_shapes(model)[layer][0], 2), 2.0)}
+    pairs = {
+        layer: LoraPair(
+            torch.ones(2, linear_shapes(model)[layer][1]), torch.ones(linear_shapes(model)[layer][0], 2), 2.0
+        )
+    }
     paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("own", "high", "low", "both", "back")}
-    write_lora(paths["own"], pairs, metadata=lora_metadata(tmp_path, {}, architecture="wan", rank=2, alpha=2.0))
+    write_lora(
+        paths["own"], pairs, metadata=lora_metadata(tmp_path, {}, architecture="wan", rank=2, alpha=2.0)
+    )
     for expert in ("high", "low"):
         arguments = [paths["own"], "--to", "diffusers", "--expert", expert, "--output", paths[expert]]
         assert cli.main(["lora", "convert", *arguments]) == 0
     high, low = load_file(paths["high"]), load_file(paths["low"])
     assert {name.partition(".")[0] for name in high} == {"transformer"}
     assert {name.partition(".")[0] for name in low} == {"transformer_2"}
-    write_lora(paths["own"], pairs, metadata=lora_metadata(tmp_path, {EXPERT_KEY: "low"}, architecture="wan", rank=2, alpha=2.0))
+    write_lora(
+        paths["own"], pairs,
+        metadata=lora_metadata(tmp_path, {EXPERT_KEY: "low"}, architecture="wan", rank=2, alpha=2.0)
+    )
     assert cli.main(["lora", "convert", paths["own"], "--to", "diffusers", "--output", paths["back"]]) == 0
     assert load_file(paths["back"]).keys() == low.keys()  # the file itself says whose it is
     assert cli.main(["lora", "info", paths["own"]]) == 0 and "of the expert low" in capsys.readouterr().out
     save_file(high | {name: 3 * tensor for name, tensor in low.items()}, paths["both"])
     assert cli.main(["lora", "info", paths["both"]]) == 2
-    assert "holds LoRAs of 2 experts (transformer., transformer_2.); say which one is meant" in capsys.readouterr().err
+    assert (
+        "holds LoRAs of 2 experts (transformer., transformer_2.); say which one is meant"
+        in capsys.readouterr().err
+    )
     assert cli.main(["lora", "info", paths["both"], "--expert", "lo"]) == 2
     assert "--expert lo: no model has such an expert; did you mean 'low'?" in capsys.readouterr().err
-    assert cli.main(["lora", "convert", paths["both"], "--expert", "low", "--to", "musubi", "--output", paths["back"]]) == 0
+    assert cli.main(
+        ["lora", "convert", paths["both"], "--expert", "low", "--to", "musubi", "--output", paths["back"]]
+    ) == 0
     found = read_lora(paths["back"], linear_shapes(model), spec=spec).pairs[layer]
     assert torch.equal(found.delta(), 9 * pairs[layer].delta())
 
 
 def test_mistakes_of_convert(tmp_path, shapes, capsys):
     path = make(tmp_path / "a.safetensors", shapes)
-    assert cli.main(["lora", "convert", str(path), "--to", "comfy", "--output", str(tmp_path / "b.safetensors")]) == 2
+    assert cli.main(
+        ["lora", "convert", str(path), "--to", "comfy", "--output", str(tmp_path / "b.safetensors")]
+    ) == 2
     assert "did you mean 'comfyui'" in capsys.readouterr().err
     assert cli.main(["lora", "convert", str(path), "--to", "comfyui", "--output", str(path)]) == 2
     assert "is the input" in capsys.readouterr().err
-    assert cli.main(["lora", "convert", str(path), "--to", "diffusion-pipe", "--keep-alpha", "--output", "x.safetensors"]) == 2
+    assert cli.main(
+        ["lora", "convert", str(path), "--to", "diffusion-pipe", "--keep-alpha", "--output", "x.safetensors"]
+    ) == 2
     assert "has no alpha" in capsys.readouterr().err
 
 
@@ -118,10 +138,14 @@ def test_the_best_low_rank_factors(shapes):
     u, s, vh = torch.linalg.svd(matrix)
     cut = factor(matrix, rank=5)
     assert torch.allclose(cut.pair.delta(), (u[:, :5] * s[:5]) @ vh[:5], atol=1e-4)
-    assert cut.error == pytest.approx((s[5:].square().sum().sqrt() / s.square().sum().sqrt()).item(), rel=1e-4)
+    assert cut.error == pytest.approx(
+        (s[5:].square().sum().sqrt() / s.square().sum().sqrt()).item(), rel=1e-4
+    )
     # Large ones are randomised: a matrix of that rank is found exactly.
     low = torch.randn(1500, 6, generator=g) @ torch.randn(6, 1100, generator=g)
-    assert torch.allclose(factor(low, rank=6).pair.delta(), low, atol=1e-2) and factor(low, rank=6).error < 1e-3
+    assert (
+        torch.allclose(factor(low, rank=6).pair.delta(), low, atol=1e-2) and factor(low, rank=6).error < 1e-3
+    )
     pair = LoraPair(torch.randn(6, 40, generator=g), torch.randn(60, 6, generator=g), 3.0)
     assert torch.allclose(singular_values(pair), torch.linalg.svdvals(pair.delta())[:6], atol=1e-3)
     both = shrink([(pair, 1.0), (pair, -0.5)], rank=6)
@@ -135,10 +159,14 @@ def test_resize_to_a_rank_or_an_energy(tmp_path, shapes, capsys):
     before, after = (read_lora(p, shapes).pairs for p in (path, out))
     assert all(torch.allclose(before[n].delta(), after[n].delta(), atol=1e-4) for n in LAYERS)
     assert cli.main(["lora", "resize", str(path), "--rank", "2", "--output", str(out)]) == 0
-    lost = float(re.search(r"lost: ([\d.]+) %", capsys.readouterr().out.rpartition("alpha = rank")[2])[1]) / 100
+    lost = float(
+        re.search(r"lost: ([\d.]+) %", capsys.readouterr().out.rpartition("alpha = rank")[2])[1]
+    ) / 100
     after = read_lora(out, shapes).pairs
     missing = sum((before[n].delta() - after[n].delta()).square().sum() for n in LAYERS)
-    assert lost == pytest.approx((missing / sum(before[n].delta().square().sum() for n in LAYERS)).sqrt().item(), rel=0.01)
+    assert lost == pytest.approx(
+        (missing / sum(before[n].delta().square().sum() for n in LAYERS)).sqrt().item(), rel=0.01
+    )
     assert cli.main(["lora", "resize", str(path), "--energy", "0.6", "--output", str(out)]) == 0
     assert all(p.rank < 4 for p in read_lora(out, shapes).pairs.values())
     assert cli.main(["lora", "resize", str(path), "--output", str(out)]) == 2
@@ -167,7 +195,7 @@ def test_extract_finds_the_lora_that_was_merged(tmp_path, shapes, capsys):
     assert "equal weights" in capsys.readouterr().err
 
 
-# --- averages -----------------------------------------------------------------------------------------------------------
+# --- averages -----------------------------------------------------------------------------------------------
 
 
 def test_profiles_weigh_the_first_file_too():
@@ -190,7 +218,9 @@ def test_ema_over_the_checkpoints_of_a_run(tmp_path, shapes, capsys):
     make(tmp_path / "b-step00000010.safetensors", shapes)
     out = tmp_path / "out" / "ema.safetensors"
     out.parent.mkdir()
-    assert cli.main(["lora", "ema", str(tmp_path / "a-step00000010.safetensors"), "--beta", "0.5", "--output", str(out)]) == 0
+    assert cli.main(
+        ["lora", "ema", str(tmp_path / "a-step00000010.safetensors"), "--beta", "0.5", "--output", str(out)]
+    ) == 0
     order = re.findall(r"/(a[-\w]*)\.safetensors", capsys.readouterr().out)
     assert order == ["a-step00000010", "a-step00000020", "a-step00000100", "a"]
     files = [load_file(tmp_path / f"{n}.safetensors") for n in order]

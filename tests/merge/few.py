@@ -9,11 +9,18 @@ from hvtrain.weights.containers import open_weights
 
 
 def target(output, **given):
-    return Target(**{"output": output, "dtype": None, "max_shard_bytes": None, "device": "cpu", "signature": "s", **given})
+    return Target(
+        **{
+            "output": output, "dtype": None, "max_shard_bytes": None, "device": "cpu", "signature": "s",
+            **given
+        }
+    )
 
 
 def pair(column, row, alpha=1.0):
-    return LoraPair(torch.tensor([row], dtype=torch.float32), torch.tensor(column, dtype=torch.float32)[:, None], alpha)
+    return LoraPair(
+        torch.tensor([row], dtype=torch.float32), torch.tensor(column, dtype=torch.float32)[:, None], alpha
+    )
 
 
 def model(path, metadata=None, **tensors):

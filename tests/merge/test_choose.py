@@ -1,4 +1,5 @@
-"""What a merge does with shared rows where nothing was said of them: reconcile if it can, else refuse and say why."""
+"""What a merge does with shared rows where nothing was said of them: reconcile if it
+can, else refuse and say why."""
 
 import json
 from dataclasses import replace
@@ -46,8 +47,13 @@ def auto(place, output, *numbers, **more):
 def test_loras_that_share_rows_and_left_samples_are_reconciled_by_itself(place, tmp_path, capsys):
     merge.run(auto(place, tmp_path / "auto.safetensors", 1, 2))
     said = capsys.readouterr().out
-    assert "reconciled by fit+distill, from the samples beside each (--on-overlap" in said and "is held by --keep" in said
-    asked = config(place, tmp_path / "asked.safetensors", 1, 2, how="fit+distill", states=4, held_out=2, steps=2)
+    assert (
+        "reconciled by fit+distill, from the samples beside each (--on-overlap" in said
+        and "is held by --keep" in said
+    )
+    asked = config(
+        place, tmp_path / "asked.safetensors", 1, 2, how="fit+distill", states=4, held_out=2, steps=2
+    )
     merge.run(asked)
     assert "reconciled by" not in capsys.readouterr().out
     one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("auto", "asked"))
@@ -55,7 +61,9 @@ def test_loras_that_share_rows_and_left_samples_are_reconciled_by_itself(place, 
     about = json.loads((tmp_path / "auto-merge.json").read_text())
     assert about["policy"] == "fit+distill"
     assert scalars(tmp_path / "auto-merge" / "tensorboard") == {
-        f"distance/{name}": [(0, pytest.approx(about["summed"][name])), (1, pytest.approx(about["fidelity"][name]))]
+        f"distance/{name}": [
+            (0, pytest.approx(about["summed"][name])), (1, pytest.approx(about["fidelity"][name]))
+        ]
         for name in ("1/lora.safetensors", "2/lora.safetensors")
     }
 
@@ -63,13 +71,19 @@ def test_loras_that_share_rows_and_left_samples_are_reconciled_by_itself(place, 
 @pytest.mark.parametrize(
     ("numbers", "more", "why"),
     [
-        ((1, 3), {}, r"by what each does they cannot be: .*3/lora.safetensors: nothing says what it was trained on"),
-        ((1, 2), {"dit": "", "target": "lora"}, r"by what each does they cannot be: .* is not given \(--dit\)"),
+        ((1, 3), {}, r"by what each does they cannot be: .*3/lora.safetensors: nothing says what it was "
+        r"trained on"),
+        (
+            (1, 2), {"dit": "", "target": "lora"},
+            r"by what each does they cannot be: .* is not given \(--dit\)"
+        ),
     ],
 )
 def test_what_cannot_be_reconciled_is_refused_with_the_reason(place, tmp_path, numbers, more, why):
     output = tmp_path / "m.safetensors"
-    with pytest.raises(CheckpointError, match=rf"both change \d+ rows of '{LAYER}'.* --on-overlap sum.*{why}"):
+    with pytest.raises(
+        CheckpointError, match=rf"both change \d+ rows of '{LAYER}'.* --on-overlap sum.*{why}"
+    ):
         merge.run(replace(auto(place, output, *numbers), **more))
     assert not output.exists()
 
@@ -77,24 +91,36 @@ def test_what_cannot_be_reconciled_is_refused_with_the_reason(place, tmp_path, n
 def test_one_that_is_off_leaves_nothing_to_reconcile(place, tmp_path):
     cfg = auto(place, tmp_path / "m.safetensors", 1, 2, 4)
     cfg = replace(cfg, lora=(*cfg.lora[:2], LoraFileConfig(cfg.lora[2].path, 0.0)))
-    with pytest.raises(CheckpointError, match=r"by what each does they cannot be: .*4/lora.safetensors is off"):
+    with pytest.raises(
+        CheckpointError, match=r"by what each does they cannot be: .*4/lora.safetensors is off"
+    ):
         merge.run(cfg)
 
 
 @pytest.mark.parametrize(
-    ("numbers", "policy"), [((1, 2), "sum"), ((1, 4), "error"), ((1,), "error")], ids=["asked", "disjoint", "one"]
+    ("numbers", "policy"), [((1, 2), "sum"), ((1, 4), "error"), ((1,), "error")],
+    ids=["asked", "disjoint", "one"]
 )
 def test_where_nothing_is_to_be_reconciled_nothing_is_computed(place, tmp_path, monkeypatch, numbers, policy):
     monkeypatch.setattr(merge, "start", lambda *a, **b: pytest.fail("it computes"))
     merge.run(replace(auto(place, tmp_path / "m.safetensors", *numbers), on_overlap=policy))
-    assert json.loads((tmp_path / "m-merge.json").read_text())["policy"] == policy and not (tmp_path / "m-merge").exists()
+    assert (
+        json.loads((tmp_path / "m-merge.json").read_text())["policy"] == policy
+        and not (tmp_path / "m-merge").exists()
+    )
 
 
 def test_samples_for_a_merge_that_does_not_reconcile_are_refused(place, tmp_path):
     keep = (str(place / "old"),)
-    for numbers, policy, why in (((1, 2), "sum", "--on-overlap decides"), ((1, 4), "error", "no row is changed by more")):
-        with pytest.raises(ConfigError, match=f"^keep is for a merge that reconciles, and .*: {why}.*give --reconcile fit"):
-            merge.run(replace(auto(place, tmp_path / "m.safetensors", *numbers, keep=keep), on_overlap=policy))
+    for numbers, policy, why in (
+        ((1, 2), "sum", "--on-overlap decides"), ((1, 4), "error", "no row is changed by more")
+    ):
+        with pytest.raises(
+            ConfigError, match=f"^keep is for a merge that reconciles, and .*: {why}.*give --reconcile fit"
+        ):
+            merge.run(
+                replace(auto(place, tmp_path / "m.safetensors", *numbers, keep=keep), on_overlap=policy)
+            )
     with pytest.raises(ConfigError, match="^samples is for a merge that reconciles"):
         merge.run(auto(place, tmp_path / "m.safetensors", 1, 4, samples=keep * 2))
     said = list(choosing.Chosen("fit", by_itself=True).lines(True))
@@ -102,7 +128,10 @@ def test_samples_for_a_merge_that_does_not_reconcile_are_refused(place, tmp_path
 
 
 def test_none_is_as_ever(place, tmp_path, capsys):
-    given = ["merge", "--dit", "tiny:dit.safetensors", "--output", f"{tmp_path}/m.safetensors", "--reconcile", "none"]
+    given = [
+        "merge", "--dit", "tiny:dit.safetensors", "--output", f"{tmp_path}/m.safetensors", "--reconcile",
+        "none"
+    ]
     assert cli.main([*given, "--lora", f"{place}/1", "--lora", f"{place}/2"]) == 2
     capsys.readouterr()
     both = ["--lora", f"{place}/1/lora.safetensors", "--lora", f"{place}/2/lora.safetensors"]

@@ -1,4 +1,5 @@
-"""How a merge is asked for and refused, word for word; what a merged file says of itself; one LoRA of many."""
+"""How a merge is asked for and refused, word for word; what a merged file says of itself; one LoRA of
+many."""
 
 import json
 from dataclasses import replace
@@ -31,11 +32,16 @@ def refusal(error, function, *arguments, **given):
     return str(refused.value)
 
 
-# --- what a command may say ---------------------------------------------------------------------------------------------
+# --- what a command may say ---------------------------------------------------------------------------------
 
 
 def valid(**given):
-    return MergeConfig(**{"dit": "d.safetensors", "lora": (LoraFileConfig("a.safetensors"),), "output": "m.safetensors", **given})
+    return MergeConfig(
+        **{
+            "dit": "d.safetensors", "lora": (LoraFileConfig("a.safetensors"),), "output": "m.safetensors",
+            **given
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,8 @@ def valid(**given):
         ({"density": float("nan")}, "density is nan, expected a share, more than 0 and at most 1"),
         ({"max_shard_gb": 0.0}, "max_shard_gb is 0.0, expected more than 0"),
         ({"max_shard_gb": float("nan")}, "max_shard_gb is nan, expected more than 0"),
-        ({"lora": (LoraFileConfig("a", float("nan")),)}, "lora[0].multiplier is nan, expected a finite number"),
+        ({"lora": (LoraFileConfig("a", float("nan")),)}, "lora[0].multiplier is nan, expected a finite "
+        "number"),
         ({"max_shard_gb": float("inf")}, "max_shard_gb is inf, expected more than 0"),
         (
             {"lora": (LoraFileConfig("a"), LoraFileConfig("b", float("-inf")))},
@@ -65,12 +72,14 @@ def valid(**given):
         ({"device": "tpu"}, "device: 'tpu', expected auto, cpu or cuda"),
         ({"output": ""}, "output is required: the file to write"),
         ({"lora": ()}, "lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)"),
-        ({"output": "m.bin"}, "output: m.bin must end in .safetensors (or name a directory, for a sharded model)"),
+        ({"output": "m.bin"}, "output: m.bin must end in .safetensors (or name a directory, for a sharded "
+        "model)"),
         (
             {"output": ".", "target": "lora", "dit": ""},
             "output: . must end in .safetensors (or name a directory, for a sharded model)",
         ),
-        ({"output": "m", "target": "lora"}, "output: m must end in .safetensors (or name a directory, for a sharded model)"),
+        ({"output": "m", "target": "lora"}, "output: m must end in .safetensors (or name a directory, for a "
+        "sharded model)"),
     ],
 )
 def test_refusals_word_for_word(given, message, monkeypatch):
@@ -80,9 +89,9 @@ def test_refusals_word_for_word(given, message, monkeypatch):
 
 def test_what_is_allowed(monkeypatch, tmp_path):
     for given in (
-        {}, {"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "float32"}, {"density": 1.0}, {"density": 1e-9},
-        {"max_shard_gb": 0.001}, {"output": "folder"}, {"lora": (), "plan": "p.json"}, {"target": "lora", "rank": 1},
-        {"target": "lora", "dit": ""},
+        {}, {"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "float32"}, {"density": 1.0},
+        {"density": 1e-9}, {"max_shard_gb": 0.001}, {"output": "folder"}, {"lora": (), "plan": "p.json"},
+        {"target": "lora", "rank": 1}, {"target": "lora", "dit": ""},
     ):  # fmt: skip
         merge._check(valid(**given))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -98,11 +107,13 @@ def test_what_is_allowed(monkeypatch, tmp_path):
         )
 
 
-# --- what is made -------------------------------------------------------------------------------------------------------
+# --- what is made -------------------------------------------------------------------------------------------
 
 
 def contribution(value, *, multiplier=1.0, alpha=2.0, rank=1):
-    return Contribution("x", LoraPair(torch.full((rank, 2), 1.0), torch.full((3, rank), value), alpha), multiplier)
+    return Contribution(
+        "x", LoraPair(torch.full((rank, 2), 1.0), torch.full((3, rank), value), alpha), multiplier
+    )
 
 
 def test_a_sum_as_one_pair():
@@ -122,19 +133,28 @@ def test_a_sum_as_one_pair():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    save_dit(build(), folder / "dit.safetensors", spec=SPEC, flavor=SPEC.flavors["tiny"], extra={"sshs_x": "1", "note": "kept"})
-    layer, (out, width) = "single_blocks.0.linear2", build().get_submodule("single_blocks.0.linear2").weight.shape
+    save_dit(
+        build(), folder / "dit.safetensors", spec=SPEC, flavor=SPEC.flavors["tiny"],
+        extra={"sshs_x": "1", "note": "kept"}
+    )
+    layer, (out, width) = (
+        "single_blocks.0.linear2", build().get_submodule("single_blocks.0.linear2").weight.shape
+    )
     g = torch.Generator().manual_seed(0)
     base = fingerprint(open_weights(folder / "dit.safetensors"))
     for i, name in enumerate("ab"):
         made = LoraPair(torch.randn(2, width, generator=g), torch.randn(out, 2, generator=g), 1.0)
-        extra = {"ss_loraid": str(i + 4), "hvtrain.plan": "p", "ss_sd_model_name": f"model {name}", "ss_other": "x"}
+        extra = {
+            "ss_loraid": str(i + 4), "hvtrain.plan": "p", "ss_sd_model_name": f"model {name}", "ss_other": "x"
+        }
         write_lora(folder / f"{name}.safetensors", {layer: made}, metadata={"hvtrain.base": base, **extra})
     return folder
 
 
 def entries(folder, *multipliers):
-    return tuple(LoraFileConfig(str(folder / f"{n}.safetensors"), m) for n, m in zip("ab", multipliers, strict=False))
+    return tuple(
+        LoraFileConfig(str(folder / f"{n}.safetensors"), m) for n, m in zip("ab", multipliers, strict=False)
+    )
 
 
 def metadata_of(path):
@@ -158,7 +178,9 @@ def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys, monkeypatch)
     assert found == {k: v for k, v in metadata_of(small / "dit.safetensors").items() if k != "sshs_x"}
     again = tmp_path / "two.safetensors"  # onto the merged one: the history goes on
     sets = (str(tmp_path),)
-    cfg = MergeConfig(dit=str(out), lora=entries(small, 0.0, 2.0)[1:], output=str(again), any_base=True, evaluate=sets)
+    cfg = MergeConfig(
+        dit=str(out), lora=entries(small, 0.0, 2.0)[1:], output=str(again), any_base=True, evaluate=sets
+    )
     monkeypatch.setattr(evaluate, "losses_of", lambda *given: {"base": 1.5, "merged": 0.25})
     merge.run(cfg)
     history = json.loads(metadata_of(again)["hvtrain.merged"])
@@ -170,11 +192,16 @@ def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys, monkeypatch)
 
 
 def test_what_the_writer_is_told(small, tmp_path, monkeypatch, capsys):
-    """Gigabytes are 10^9 bytes, and what is half-written counts only for the same command on the same files."""
+    """Gigabytes are 10^9 bytes, and what is half-written counts only for the same command on the same
+    files."""
     told, files = [], [Path("a"), Path("b")]
-    monkeypatch.setattr(merge, "write_model", lambda weights, parts, target, metadata: told.append(target) or files)
+    monkeypatch.setattr(
+        merge, "write_model", lambda weights, parts, target, metadata: told.append(target) or files
+    )
     dit, out = small / "dit.safetensors", tmp_path / "x"
-    cfg = MergeConfig(dit=str(dit), lora=entries(small, 2.0), output=str(out), max_shard_gb=5.0, dtype="float16")
+    cfg = MergeConfig(
+        dit=str(dit), lora=entries(small, 2.0), output=str(out), max_shard_gb=5.0, dtype="float16"
+    )
     merge.run(cfg)
     same = signature([dit, small / "a.safetensors"], repr(replace(cfg, device="cpu")))  # as `auto` turned out
     assert told == [Target(out, torch.float16, 5_000_000_000, "cpu", same)]
@@ -185,8 +212,9 @@ def test_what_the_writer_is_told(small, tmp_path, monkeypatch, capsys):
 def test_the_evaluation_sees_what_was_combined_by_seed_and_density(small, tmp_path, monkeypatch):
     seen = []
     cfg = MergeConfig(
-        dit=str(small / "dit.safetensors"), lora=entries(small, 1.0, 1.0), output=str(tmp_path / "x.safetensors"),
-        on_overlap="dare", density=0.25, seed=5, evaluate=(str(tmp_path),),
+        dit=str(small / "dit.safetensors"), lora=entries(small, 1.0, 1.0),
+        output=str(tmp_path / "x.safetensors"), on_overlap="dare", density=0.25, seed=5,
+        evaluate=(str(tmp_path),),
     )
     monkeypatch.setattr(evaluate, "losses_of", lambda *given: seen.append(given) or {})
     merge.run(cfg)
@@ -204,7 +232,10 @@ def test_shards_are_counted_in_gigabytes(small, tmp_path, capsys):
     merge.run(MergeConfig(**keys, output=str(tmp_path / "x"), max_shard_gb=size / 1e9 + 1e-9))
     assert len(list((tmp_path / "x").glob("*.safetensors"))) == 1
     said = capsys.readouterr().out
-    assert "times 0 (off); single_blocks 0" in said and f"{tmp_path / 'x'}: 0 of " in said and "files" not in said
+    assert (
+        "times 0 (off); single_blocks 0" in said and f"{tmp_path / 'x'}: 0 of " in said
+        and "files" not in said
+    )
     merge.run(MergeConfig(**keys, output=str(tmp_path / "y"), max_shard_gb=size / 2.5e9, dtype="float32"))
     n = len(list((tmp_path / "y").glob("*.safetensors")))
     assert n >= 3 and f"tensors changed in {n} files" in capsys.readouterr().out
@@ -213,7 +244,10 @@ def test_shards_are_counted_in_gigabytes(small, tmp_path, capsys):
 def test_one_lora_of_all(small, tmp_path, capsys):
     layer = "single_blocks.0.linear2"
     shapes = {layer: tuple(build().get_submodule(layer).weight.shape)}
-    keys = {"dit": str(small / "dit.safetensors"), "target": "lora", "on_overlap": "sum", "lora": entries(small, 1.0, -0.5)}
+    keys = {
+        "dit": str(small / "dit.safetensors"), "target": "lora", "on_overlap": "sum",
+        "lora": entries(small, 1.0, -0.5)
+    }
     alone = [read_lora(small / f"{n}.safetensors", shapes).pairs[layer].delta() for n in "ab"]
     wanted = alone[0] - 0.5 * alone[1]
     out = tmp_path / "one.safetensors"
@@ -226,7 +260,9 @@ def test_one_lora_of_all(small, tmp_path, capsys):
     assert {k: about[k] for k in ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name")} == {
         k: first[k] for k in ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name")
     }
-    assert about["ss_loraid"] == "4,5" and about["ss_training_comment"] == "merged: a.safetensors, b.safetensors"
+    assert (
+        about["ss_loraid"] == "4,5" and about["ss_training_comment"] == "merged: a.safetensors, b.safetensors"
+    )
     assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", "4") and "ss_other" not in about
     assert about["modelspec.title"] == "one" and about["modelspec.architecture"] == f"{SPEC.name}/lora"
     for policy in ("sum", "ties"):  # cut by SVD, factors or the dense delta
@@ -257,7 +293,10 @@ def test_without_a_model(tmp_path, capsys):
     """One LoRA of published sizes needs no model; a plan's slices do."""
     shapes = {"single_blocks.0.linear2": (3072, 15360)}
     path = tmp_path / "a.safetensors"
-    write_lora(path, {n: LoraPair(torch.ones(1, s[1]), torch.ones(s[0], 1), 1.0) for n, s in shapes.items()}, metadata={})
+    write_lora(
+        path, {n: LoraPair(torch.ones(1, s[1]), torch.ones(s[0], 1), 1.0) for n, s in shapes.items()},
+        metadata={}
+    )
     out = tmp_path / "o.safetensors"
     merge.run(MergeConfig(lora=(LoraFileConfig(str(path), 2.0),), target="lora", output=str(out)))
     assert metadata_of(out)["modelspec.architecture"] == f"{SPEC.name}/lora"
@@ -268,11 +307,12 @@ def test_without_a_model(tmp_path, capsys):
     )
 
 
-# --- how it is asked for ------------------------------------------------------------------------------------------------
+# --- how it is asked for ------------------------------------------------------------------------------------
 
 
 def test_config_file_keys_and_options_say_the_same(tmp_path, monkeypatch):
-    """`hvtrain config merge` prints what `hvtrain merge CONFIG.yaml` loads; keys win over the file, options over both."""
+    """`hvtrain config merge` prints what `hvtrain merge CONFIG.yaml` loads; keys win over
+    the file, options over both."""
     seen = []
     monkeypatch.setattr(merge, "run", lambda cfg: seen.append(cfg))
 
@@ -285,27 +325,35 @@ def test_config_file_keys_and_options_say_the_same(tmp_path, monkeypatch):
     assert asked(every) == MergeConfig() == asked()
     two = (LoraFileConfig("a", 0.5), LoraFileConfig("b", 2.0))
     wanted = MergeConfig(
-        dit="d", lora=two, plan="p", slices="s", allow_missing=True, any_base=True, output="o", target="lora", rank=3,
-        on_overlap="dare", density=0.25, seed=9, dtype="float16", max_shard_gb=1.5, device="cuda",
+        dit="d", lora=two, plan="p", slices="s", allow_missing=True, any_base=True, output="o", target="lora",
+        rank=3, on_overlap="dare", density=0.25, seed=9, dtype="float16", max_shard_gb=1.5, device="cuda",
     )
     options = ["--dit", "d", "--lora", "a", "--lora", "b", "--multiplier", "0.5", "--multiplier", "2"]
     options += ["--plan", "p", "--slices", "s"]
-    options += ["--allow-missing", "--any-base", "--output", "o", "--as", "lora", "--rank", "3", "--on-overlap", "dare"]
-    options += ["--density", "0.25", "--seed", "9", "--dtype", "float16", "--max-shard-gb", "1.5", "--device", "cuda"]
+    options += [
+        "--allow-missing", "--any-base", "--output", "o", "--as", "lora", "--rank", "3", "--on-overlap",
+        "dare"
+    ]
+    options += [
+        "--density", "0.25", "--seed", "9", "--dtype", "float16", "--max-shard-gb", "1.5", "--device", "cuda"
+    ]
     assert asked(*options) == wanted
     said = tmp_path / "said.yaml"
     said.write_text(dump(wanted))
     assert asked(said) == wanted
     assert asked(said, "seed=1", "rank=5") == replace(wanted, seed=1, rank=5)
     assert asked(said, "seed=1", "--seed", "0", "--dit", "") == replace(wanted, seed=0, dit="")
-    assert asked(said, "--multiplier", "3") == replace(wanted, lora=(LoraFileConfig("a", 3.0), LoraFileConfig("b", 3.0)))
+    assert asked(said, "--multiplier", "3") == replace(
+        wanted, lora=(LoraFileConfig("a", 3.0), LoraFileConfig("b", 3.0))
+    )
     assert asked(said, "--lora", "c") == replace(wanted, lora=(LoraFileConfig("c", 1.0),))
     assert asked("model=hunyuan-video") == MergeConfig(model="hunyuan-video")
 
 
 def test_how_it_is_asked_for_wrongly(tmp_path, capsys):
     for arguments, said in [
-        (["--lora", "a", "--multiplier", "1", "--multiplier", "2"], "1 --lora but 2 --multiplier; give one for each, in order"),
+        (["--lora", "a", "--multiplier", "1", "--multiplier", "2"], "1 --lora but 2 --multiplier; give one "
+        "for each, in order"),
         (["onoverlap=sum"], "unknown key 'onoverlap'; did you mean 'on_overlap'?"),
         (["--dit", "d", "--lora", "a"], "output is required: the file to write"),
         ([], "the model to merge into"),

@@ -1,4 +1,5 @@
-"""Where a merge computes when nobody says it: what runs the model as training does, on a GPU if there is one; sums on the CPU."""
+"""Where a merge computes when nobody says it: what runs the model as training does, on a GPU if
+there is one; sums on the CPU."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ def asked(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "started", "sums"), [("auto", None, "meta"), ("cpu", "cpu", "cpu")])
-def test_a_merge_that_reconciles_takes_the_gpu_by_itself(place, tmp_path, monkeypatch, asked, device, started, sums):  # noqa: F811
+def test_a_reconciling_merge_takes_the_gpu(place, tmp_path, monkeypatch, asked, device, started, sums):  # noqa: F811
     seen = []
 
     def reconcile(c, inputs, report, found, ctx, wanted):

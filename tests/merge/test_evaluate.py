@@ -22,7 +22,9 @@ SHARED, OWN = "double_blocks.0.img_attn_qkv", "single_blocks.1.linear2"
 @pytest.fixture
 def files(tmp_path):
     """Two runs' LoRAs of one name, which share a layer."""
-    save_dit(build(), tmp_path / "dit.safetensors", spec=SPEC, flavor=SPEC.flavors["tiny"], dtype=torch.bfloat16)
+    save_dit(
+        build(), tmp_path / "dit.safetensors", spec=SPEC, flavor=SPEC.flavors["tiny"], dtype=torch.bfloat16
+    )
     g = torch.Generator().manual_seed(0)
     shapes = {name: tuple(t.shape) for name, t in build().state_dict().items()}
     for name, layers in (("a", [SHARED, OWN]), ("b", [SHARED])):
@@ -39,9 +41,13 @@ def files(tmp_path):
 @pytest.mark.parametrize("policy", ["sum", "ties"])
 def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, policy, dtype):
     base = load_file(files / "dit.safetensors")
-    entries = tuple(LoraFileConfig(str(files / n / "lora.safetensors"), m) for n, m in (("a", 0.5), ("b", -2.0)))
-    cfg = MergeConfig(dit=str(files / "dit.safetensors"), lora=entries, output=str(files / "m.safetensors"), on_overlap=policy,
-                      evaluate=(str(files),))
+    entries = tuple(
+        LoraFileConfig(str(files / n / "lora.safetensors"), m) for n, m in (("a", 0.5), ("b", -2.0))
+    )
+    cfg = MergeConfig(
+        dit=str(files / "dit.safetensors"), lora=entries, output=str(files / "m.safetensors"),
+        on_overlap=policy, evaluate=(str(files),)
+    )
     seen = []
 
     def loss(sets, loaded, ctx, expert):
@@ -52,7 +58,9 @@ def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, p
     monkeypatch.setattr(evaluate, "compute_dtype", lambda device: dtype)
     merge.run(cfg)
     report = json.loads((files / "m-merge.json").read_text())
-    assert report["losses"] == {"base": 1.0, "a/lora.safetensors": 2.0, "b/lora.safetensors": 3.0, "merged": 4.0}
+    assert report["losses"] == {
+        "base": 1.0, "a/lora.safetensors": 2.0, "b/lora.safetensors": 3.0, "merged": 4.0
+    }
     merged = load_file(files / "m.safetensors")
 
     def with_lora(name, multiplier):
@@ -72,7 +80,9 @@ def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, p
             # float32 sums that are not rounded, or rounded once
             exact = number == 0 or (number == 3 and dtype == torch.bfloat16)
             tolerance = 0 if exact else 2**-7 if torch.bfloat16 in (dtype, want[name].dtype) else 1e-5
-            torch.testing.assert_close(tensor.float(), want[name].float(), rtol=tolerance, atol=tolerance and 1e-5, msg=name)
+            torch.testing.assert_close(
+                tensor.float(), want[name].float(), rtol=tolerance, atol=tolerance and 1e-5, msg=name
+            )
     # The two of one name are told apart everywhere.
     assert [(e["file"], e["layers"], e["rows"]) for e in report["loras"]] == [
         ("a/lora.safetensors", 2, 144 + 48), ("b/lora.safetensors", 1, 144),
@@ -84,21 +94,27 @@ def test_the_model_holds_the_base_each_alone_and_the_merge(files, monkeypatch, p
 
 
 def test_a_gpu_holds_the_model_once_in_bfloat16(files, monkeypatch):
-    """float32 on the CPU, bfloat16 under autocast on a GPU; nothing of the whole model's size is copied aside."""
+    """float32 on the CPU, bfloat16 under autocast on a GPU; nothing of the whole
+    model's size is copied aside."""
     assert evaluate.compute_dtype(torch.device("cpu")) == torch.float32
     assert evaluate.compute_dtype(torch.device("cuda", 0)) == torch.bfloat16
     asked, objectives = {}, []
     load, objective = evaluate.load_found, evaluate.objective_of
     monkeypatch.setattr(evaluate, "compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(evaluate, "load_found", lambda *a, **k: asked.update(k) or load(*a, **k))
-    monkeypatch.setattr(evaluate, "objective_of", lambda *a, **k: objectives.append(k["autocast"]) or objective(*a, **k))
+    monkeypatch.setattr(
+        evaluate, "objective_of", lambda *a, **k: objectives.append(k["autocast"]) or objective(*a, **k)
+    )
     monkeypatch.setattr(evaluate, "open_shards", lambda *a, **k: [])
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *a, **k: {"eval/loss": 1.0})
     clones = []
     monkeypatch.setattr(torch.Tensor, "clone", lambda t, *a, **k: clones.append(t) or t.detach().contiguous())
     entries = (LoraFileConfig(str(files / "a" / "lora.safetensors")),)
     inputs = merge.open_inputs(entries, None, *shapes_and_spec(), base=None)
-    evaluate.losses_of(identify(files / "dit.safetensors"), inputs, merge.by_layer(inputs.loras), ["set"], start(device="cpu"))
+    evaluate.losses_of(
+        identify(files / "dit.safetensors"), inputs, merge.by_layer(inputs.loras), ["set"],
+        start(device="cpu")
+    )
     assert asked["dtype"] == torch.bfloat16
     assert objectives == [True] * 3
     assert not clones
@@ -109,7 +125,9 @@ def test_the_cpu_never_stands_in_for_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("HVTRAIN_DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cfg = MergeConfig(dit="gone", lora=(LoraFileConfig("gone"),), output="x", evaluate=(str(tmp_path),), device="cuda")
+    cfg = MergeConfig(
+        dit="gone", lora=(LoraFileConfig("gone"),), output="x", evaluate=(str(tmp_path),), device="cuda"
+    )
     with pytest.raises(LaunchError, match="has no GPU: PyTorch sees 0"):
         merge.run(cfg)
 

@@ -1,4 +1,5 @@
-"""What goes into a merge: LoRA files, runs and the slices of a plan, and what of them is refused, word for word."""
+"""What goes into a merge: LoRA files, runs and the slices of a plan, and what of
+them is refused, word for word."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,10 @@ def config(*paths, **given):
 
 
 def opened(cfg, shapes, spec, *, base):
-    slices = None if cfg.plan is None else PlanSlices(Path(cfg.plan), cfg.slices and Path(cfg.slices), cfg.allow_missing)
+    slices = (
+        None if cfg.plan is None
+        else PlanSlices(Path(cfg.plan), cfg.slices and Path(cfg.slices), cfg.allow_missing)
+    )
     return open_inputs(cfg.lora, slices, shapes, spec, base=None if cfg.any_base else base)
 
 
@@ -63,7 +67,7 @@ def refusal(error, function, *arguments, **given):
     return str(refused.value)
 
 
-# --- runs and slices ----------------------------------------------------------------------------------------------------
+# --- runs and slices ----------------------------------------------------------------------------------------
 
 
 def test_a_run_and_what_it_lacks(tmp_path):
@@ -71,7 +75,9 @@ def test_a_run_and_what_it_lacks(tmp_path):
     assert finished(tmp_path / "a") == path == lora_in(tmp_path / "a") == lora_in(path) == lora_in(str(path))
     path.unlink()
     assert finished(tmp_path / "a") == f"{tmp_path / 'a'} is not finished (no cat.safetensors yet)"
-    assert refusal(CheckpointError, lora_in, tmp_path / "a") == f"{tmp_path / 'a'}: {finished(tmp_path / 'a')}"
+    assert refusal(
+        CheckpointError, lora_in, tmp_path / "a"
+    ) == f"{tmp_path / 'a'}: {finished(tmp_path / 'a')}"
     (tmp_path / "b").mkdir()
     assert finished(tmp_path / "b") == f"{tmp_path / 'b'} holds no run"
     for text in ("", "other: 1", "run: {}"):  # a run without a name is `lora`
@@ -79,14 +85,20 @@ def test_a_run_and_what_it_lacks(tmp_path):
         assert finished(tmp_path / "b") == f"{tmp_path / 'b'} is not finished (no lora.safetensors yet)"
     for text in ("- a\n: {", "[1]", "run: text"):
         (tmp_path / "b" / "config.yaml").write_text(text)
-        assert finished(tmp_path / "b") == f"{tmp_path / 'b' / 'config.yaml'} is damaged: not the config of a run"
+        assert finished(
+            tmp_path / "b"
+        ) == f"{tmp_path / 'b' / 'config.yaml'} is damaged: not the config of a run"
     there = tmp_path / "none"
-    assert refusal(ConfigError, lora_in, there) == f"{there} does not exist; give a LoRA file or a run's directory"
+    assert refusal(
+        ConfigError, lora_in, there
+    ) == f"{there} does not exist; give a LoRA file or a run's directory"
 
 
 @pytest.fixture
 def plan(tmp_path):
-    found = make_plan(SHAPES, Cut(n=2, granularity="module", order="contiguous"), model=SPEC.name, flavor="tiny")
+    found = make_plan(
+        SHAPES, Cut(n=2, granularity="module", order="contiguous"), model=SPEC.name, flavor="tiny"
+    )
     save_plan(found, tmp_path / "plan.json")
     return found
 
@@ -108,7 +120,9 @@ def test_where_slices_are_looked_for(plan, tmp_path):
 
 def test_slots_are_proved_from_the_tensors(plan):
     def slice_file(layers, rows=range(8), loraid="1", **metadata):
-        return LoraFile(Path("s.safetensors"), {n: pair(rows) for n in layers}, {"ss_loraid": loraid, **metadata})
+        return LoraFile(
+            Path("s.safetensors"), {n: pair(rows) for n in layers}, {"ss_loraid": loraid, **metadata}
+        )
 
     own, other = layers_of(plan, 1), layers_of(plan, 2)
     check_slots(slice_file(own), plan)
@@ -135,12 +149,16 @@ def test_rows_of_a_slice(tmp_path):
     for s in plan.slices:
         for slot in s.slots:
             def check(rows, slot=slot, s=s):
-                check_slots(LoraFile(Path("s"), {slot.module: pair(rows)}, {"ss_loraid": str(s.loraid)}), plan)
+                check_slots(
+                    LoraFile(Path("s"), {slot.module: pair(rows)}, {"ss_loraid": str(s.loraid)}), plan
+                )
 
             check(range(slot.begin, slot.end))
             for outside in ({*range(8)} - {*range(slot.begin, slot.end)}):
                 message = refusal(CheckpointError, check, [outside])
-                said = f"s: LORAID {s.loraid} changes rows {outside} to {outside} of '{slot.module}', it owns "
+                said = (
+                    f"s: LORAID {s.loraid} changes rows {outside} to {outside} of '{slot.module}', it owns "
+                )
                 assert message == said + f"{slot.begin} to {slot.end - 1}"
 
 
@@ -180,8 +198,8 @@ def test_base_weights_are_compared(tmp_path):
     path = lora(tmp_path / "a.safetensors", **{"hvtrain.base": "a" * 64})
     wrong = refusal(CheckpointError, opened, config(path), SHAPES, SPEC, base="b" * 64)
     assert wrong == (
-        f"{path}: trained on other weights ({'a' * 16}) than this model's ({'b' * 16}); give the model it was trained on, or "
-        "--any-base if it is meant to go onto this one"
+        f"{path}: trained on other weights ({'a' * 16}) than this model's ({'b' * 16}); give the model it "
+        "was trained on, or --any-base if it is meant to go onto this one"
     )
     for base in ("a" * 64, None):
         opened(config(path), SHAPES, SPEC, base=base)

@@ -64,7 +64,9 @@ def test_merged_file_equals_the_model_with_the_loras_applied(tmp_path, loras, pr
     dit, output = tmp_path / "dit.safetensors", tmp_path / "out" / "merged.safetensors"
     tensors = state()
     others = {"vae.decoder.weight": torch.randn(3)} if prefix else {}
-    safetensors.torch.save_file({**{prefix + n: t for n, t in tensors.items()}, **others}, dit, metadata=METADATA)
+    safetensors.torch.save_file(
+        {**{prefix + n: t for n, t in tensors.items()}, **others}, dit, metadata=METADATA
+    )
     merge.run(config(dit, loras, output))
     merged, want = safetensors.torch.load_file(output), expected(loras, tensors)
     assert merged.keys() == {*(prefix + n for n in tensors), *others}
@@ -237,7 +239,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, suffix):
     tensors = {n: torch.full(t.shape, 0.5, dtype=torch.bfloat16) for n, t in empty.items()}
     size = sum(t.nbytes for t in tensors.values())
     assert size > 200e6 and max(t.nbytes for t in tensors.values()) < 16e6
-    dit, lora, output = tmp_path / f"dit{suffix}", tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    dit, lora, output = (
+        tmp_path / f"dit{suffix}", tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    )
     if suffix == ".pt":
         torch.save(tensors, dit)
     else:

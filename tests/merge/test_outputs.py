@@ -24,7 +24,10 @@ def files(tmp_path_factory):
     for seed in (0, 1):
         save_dit(build(seed), folder / f"dit{seed}.safetensors", spec=SPEC, flavor=SPEC.flavors["tiny"])
         tensors = lora_tensors(adapted(lora_seed=seed))
-        save_lora(folder / f"lora{seed}.safetensors", tensors, rank=4, alpha=2.0, metadata={}, architecture=SPEC.name)
+        save_lora(
+            folder / f"lora{seed}.safetensors", tensors, rank=4, alpha=2.0, metadata={},
+            architecture=SPEC.name
+        )
     return folder
 
 
@@ -45,7 +48,9 @@ def call(files, command, output, *options):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_makes_its_folder_and_says_in_one_line_what_a_disk_refuses(files, tmp_path, command, monkeypatch, capsys):
+def test_every_command_makes_its_folder_and_says_in_one_line_what_a_disk_refuses(
+    files, tmp_path, command, monkeypatch, capsys
+):
     output = tmp_path / "new" / "deep" / "x.safetensors"
     if command == "extract":  # it must not compute first: the mode of a folder says nothing to root
         monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -53,9 +58,13 @@ def test_every_command_makes_its_folder_and_says_in_one_line_what_a_disk_refuses
         assert "is read-only, or not yours to write in" in capsys.readouterr().err
         monkeypatch.undo()
         assert not list(tmp_path.iterdir())
-    for code, said in ((errno.ENOSPC, "no room for it"), (errno.EROFS, "cannot be written (Read-only file system)")):
+    for code, said in (
+        (errno.ENOSPC, "no room for it"), (errno.EROFS, "cannot be written (Read-only file system)")
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", lambda *a, code=code: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+            patch.setattr(
+                os, "pwrite", lambda *a, code=code: (_ for _ in ()).throw(OSError(code, os.strerror(code)))
+            )
             patch.setattr(os, "copy_file_range", os.pwrite)
             assert call(files, command, output) == 2
         lines = capsys.readouterr().err.strip().splitlines()
@@ -82,14 +91,19 @@ def test_a_flipped_bit_is_noticed(files, tmp_path, capsys):
     out = tmp_path / "m.safetensors"
     for command in (
         ["merge", "--dit", dit, "--lora", str(lora)],
-        ["merge", "--dit", dit, "--lora", str(files / "lora1.safetensors"), "--lora", str(lora), "--on-overlap", "sum"],
+        [
+            "merge", "--dit", dit, "--lora", str(files / "lora1.safetensors"), "--lora", str(lora),
+            "--on-overlap", "sum"
+        ],
         ["lora", "convert", str(lora), "--dit", dit, "--to", "diffusers"],
         ["lora", "average", str(lora), str(files / "lora1.safetensors")],
     ):
         assert cli.main([*command, "--output", str(out)]) == 2
         assert f"error: {lora}: damaged: its tensors are not those" in capsys.readouterr().err
         assert not out.exists()
-    assert cli.main(["lora", "convert", str(lora), "--edited", "--dit", dit, "--to", "musubi", "--output", str(out)]) == 0
+    assert cli.main(
+        ["lora", "convert", str(lora), "--edited", "--dit", dit, "--to", "musubi", "--output", str(out)]
+    ) == 0
     assert cli.main(["lora", "info", str(out), "--dit", dit]) == 0
 
 
@@ -143,13 +157,16 @@ def test_metadata_of_others_that_are_damaged_are_one_line(files, tmp_path, capsy
     for parts in (f'{{"{module}": [4, 4, 4]}}', f'{{"{module}": "x"}}', f'{{"{module}": [4, 0, 0]}}'):
         save_file(tensors, path, metadata={"hvtrain.parts": parts})
         other = tmp_path / "d.safetensors"
-        options = ["--dit", str(files / "dit0.safetensors"), "--to", "diffusers", "--keep-alpha", "--output", str(other)]
+        options = [
+            "--dit", str(files / "dit0.safetensors"), "--to", "diffusers", "--keep-alpha", "--output",
+            str(other)
+        ]
         assert cli.main(["lora", "convert", str(path), *options]) == 0
         up = load_file(other)["transformer.transformer_blocks.0.attn.to_v.lora_B.weight"]
         assert torch.equal(up, tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][96:])
 
 
-# --- room ---------------------------------------------------------------------------------------------------------------
+# --- room ---------------------------------------------------------------------------------------------------
 
 
 def test_room_is_counted_as_the_disk_will_see_it(files, tmp_path, monkeypatch, capsys):
@@ -185,7 +202,9 @@ def test_room_is_counted_as_the_disk_will_see_it(files, tmp_path, monkeypatch, c
     out.unlink()
     free(size // 2)
     assert call(files, "model", out) == 2
-    assert capsys.readouterr().err.endswith(f"; in the way: {tmp_path / '.other.safetensors.partial'} (16.4 kB)\n")
+    assert capsys.readouterr().err.endswith(
+        f"; in the way: {tmp_path / '.other.safetensors.partial'} (16.4 kB)\n"
+    )
     for number in range(5):
         (tmp_path / f".{number}.safetensors.partial").write_bytes(bytes(4096))
     assert call(files, "model", out) == 2
@@ -209,7 +228,8 @@ def test_room_for_shards_that_replace_shards(files, tmp_path, monkeypatch):
     assert call(files, "model", out, "--max-shard-gb", "0.0002") == 0
     monkeypatch.setattr(write, "free_bytes", lambda folder: max(sizes) - 1)
     assert call(files, "model", out, "--max-shard-gb", "0.0002") == 2
-    assert call(files, "model", tmp_path / "new", "--max-shard-gb", "0.0002") == 2  # nothing there gives its room
+    # nothing there gives its room
+    assert call(files, "model", tmp_path / "new", "--max-shard-gb", "0.0002") == 2
 
 
 def test_sizes_are_shown_in_a_unit_that_shows_something():
@@ -247,7 +267,9 @@ def test_the_directory_of_a_finished_run_stands_for_its_lora(files, tmp_path, ca
     assert f"{run / 'cat.safetensors'}: LoRA for" in capsys.readouterr().out
     out = tmp_path / "comfyui.safetensors"
     assert cli.main(["lora", "convert", str(run), *dit, "--to", "comfyui", "--output", str(out)]) == 0
-    assert cli.main(["lora", "resize", str(run), *dit, "--rank", "2", "--output", str(run / "cat.safetensors")]) == 2
+    assert cli.main(
+        ["lora", "resize", str(run), *dit, "--rank", "2", "--output", str(run / "cat.safetensors")]
+    ) == 2
     assert "is the input" in capsys.readouterr().err
     (run / "cat.safetensors").unlink()
     assert cli.main(["lora", "info", str(run), *dit]) == 2
@@ -261,4 +283,7 @@ def test_weights_of_an_average_are_numbers(files, tmp_path, capsys):
     for weight in ("nan", "inf", "-1"):
         out = tmp_path / "x.safetensors"
         assert call(files, "average", out, "--weight", "1", "--weight", weight) == 2
-        assert "expected finite numbers, 0 or more, and not all 0" in capsys.readouterr().err and not out.exists()
+        assert (
+            "expected finite numbers, 0 or more, and not all 0" in capsys.readouterr().err
+            and not out.exists()
+        )

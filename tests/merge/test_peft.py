@@ -1,4 +1,5 @@
-"""LoRAs that diffusers and PEFT trained, with an A of their own for q, k and v, merged into models that fuse the three.
+"""LoRAs that diffusers and PEFT trained, with an A of their own for q, k and v, merged
+into models that fuse the three.
 
 The measure is the sum of B @ A times alpha / rank from PEFT's own layers, in float64.
 """
@@ -52,8 +53,12 @@ def trained(folder, kind, *, metadata=True, seed=0, dtype=torch.float32):
             said = file.metadata()
     else:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-        tensors = {f"transformer.{n}.lora_A.weight": m.lora_A["default"].weight.data for n, m in layers.items()}
-        tensors |= {f"transformer.{n}.lora_B.weight": m.lora_B["default"].weight.data for n, m in layers.items()}
+        tensors = {
+            f"transformer.{n}.lora_A.weight": m.lora_A["default"].weight.data for n, m in layers.items()
+        }
+        tensors |= {
+            f"transformer.{n}.lora_B.weight": m.lora_B["default"].weight.data for n, m in layers.items()
+        }
         said = {}
     path = folder / "lora.safetensors"
     save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, path, metadata=said)
@@ -61,12 +66,15 @@ def trained(folder, kind, *, metadata=True, seed=0, dtype=torch.float32):
 
 
 def official(deltas, start=None):
-    """The diffusers layers' changes at their rows of the official weights, added to `start` (the model's, if None)."""
+    """The diffusers layers' changes at their rows of the official weights, added to
+    `start` (the model's, if None)."""
     start = build().state_dict() if start is None else start
     whole = {name: cut.take(start[cut.source].double()) for name, cut in CUTS.items()}
     for name, delta in deltas.items():
         whole[name] = whole[name] + delta
-    return {name: how.build(whole.__getitem__) for name, how in SPEC.key_maps["diffusers"].read(whole).items()}
+    return {
+        name: how.build(whole.__getitem__) for name, how in SPEC.key_maps["diffusers"].read(whole).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +105,14 @@ def test_a_peft_lora_merges_exactly_and_so_do_its_conversions(dit, tmp_path, kin
     check(merged(dit, tmp_path / "m.safetensors", path), wanted)
     for dialect in ("musubi", "comfyui", "diffusion-pipe"):
         other = tmp_path / f"{dialect}.safetensors"
-        assert cli.main(["lora", "convert", str(path), "--dit", str(dit), "--to", dialect, "--output", str(other)]) == 0
+        assert cli.main(
+            ["lora", "convert", str(path), "--dit", str(dit), "--to", dialect, "--output", str(other)]
+        ) == 0
         check(merged(dit, tmp_path / "c.safetensors", other), wanted)
     one = tmp_path / "one.safetensors"
-    assert cli.main(["merge", "--dit", str(dit), "--lora", str(path), "--as", "lora", "--output", str(one)]) == 0
+    assert cli.main(
+        ["merge", "--dit", str(dit), "--lora", str(path), "--as", "lora", "--output", str(one)]
+    ) == 0
     check(merged(dit, tmp_path / "o.safetensors", one), wanted)
 
 
@@ -129,7 +141,10 @@ def test_policies_on_peft_loras(dit, tmp_path, policy):
             change = torch.where(shared, x[name], sum(both))
         elif policy == "ties" and shared.any():
             k = round(0.4 * both[0].numel())
-            kept = [torch.where(d.abs() >= d.abs().flatten().sort(descending=True).values[k - 1], d, 0.0) for d in both]
+            kept = [
+                torch.where(d.abs() >= d.abs().flatten().sort(descending=True).values[k - 1], d, 0.0)
+                for d in both
+            ]
             sign = sum(kept).sign()
             kept = [torch.where(d.sign() == sign, d, 0.0) for d in kept]
             change = sum(kept) / sum(d.ne(0) for d in kept).clamp_min(1)

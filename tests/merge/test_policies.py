@@ -1,4 +1,5 @@
-"""Merging many: disjointness from the tensors, every policy by its definition, what is refused, what is reported."""
+"""Merging many: disjointness from the tensors, every policy by its definition, what
+is refused, what is reported."""
 
 import json
 import os
@@ -54,10 +55,14 @@ ALL = range(12)
 
 
 def test_overlap_is_told_from_the_tensors():
-    layers = {"a": contributions(range(4), range(4, 8), range(6, 12)), "b": contributions(range(4), range(4, 8))}
+    layers = {
+        "a": contributions(range(4), range(4, 8), range(6, 12)), "b": contributions(range(4), range(4, 8))
+    }
     (found,) = overlaps(layers)
     assert (found.module, found.first, found.second, found.n_rows) == ("a", "lora1", "lora2", 2)
-    with pytest.raises(CheckpointError, match="lora1 and lora2 both change 2 rows of 'a'.*--on-overlap sum, average"):
+    with pytest.raises(
+        CheckpointError, match="lora1 and lora2 both change 2 rows of 'a'.*--on-overlap sum, average"
+    ):
         POLICIES["error"](layers["a"], "a", Options())
     assert POLICIES["error"](layers["b"], "b", Options()) == layers["b"]
 
@@ -109,7 +114,7 @@ def test_dare_keeps_a_share_and_the_mean():
     assert 0.1 < kept.float().mean() < 0.4
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +131,10 @@ def make(path, shapes, layers, *, seed=0, rank=4, rows=None, **metadata):
             up[: rows[n][0]] = 0
             up[rows[n][1] :] = 0
         pairs[n] = LoraPair(torch.randn(rank, shapes[n][1], generator=g), up, 2.0)
-    write_lora(path, pairs, metadata=lora_metadata(path, metadata, architecture="hunyuan-video", rank=rank, alpha=2.0))
+    write_lora(
+        path, pairs,
+        metadata=lora_metadata(path, metadata, architecture="hunyuan-video", rank=rank, alpha=2.0)
+    )
     return path
 
 
@@ -136,7 +144,12 @@ def run(loras, output, **options):
 
 
 def test_overlapping_loras_are_refused_unless_a_policy_is_named(tmp_path, shapes, capsys):
-    a, b = (make(tmp_path / f"{n}.safetensors", shapes, [LAYER, "single_blocks.0.linear2"], seed=i) for i, n in enumerate("ab"))
+    a, b = (
+        (
+            make(tmp_path / f"{n}.safetensors", shapes, [LAYER, "single_blocks.0.linear2"], seed=i) for i,
+            n in enumerate("ab")
+        )
+    )
     with pytest.raises(CheckpointError, match=r"a\.safetensors and b\.safetensors both change 480 rows of"):
         run([(a, 1.0), (b, 1.0)], tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
@@ -158,7 +171,9 @@ def test_overlapping_loras_are_refused_unless_a_policy_is_named(tmp_path, shapes
 @pytest.fixture
 def sliced(tmp_path, shapes):
     """A plan of rows, and three slice directories that look like finished runs."""
-    plan = plan_for(Cut(n=3, granularity="rows", order="interleaved"), dit="tiny:dit.safetensors", model=None, flavor=None)
+    plan = plan_for(
+        Cut(n=3, granularity="rows", order="interleaved"), dit="tiny:dit.safetensors", model=None, flavor=None
+    )
     save_plan(plan, tmp_path / "plan.json")
     for s in plan.slices:
         folder = tmp_path / f"{s.loraid:02d}"
@@ -196,7 +211,10 @@ def test_slices_change_their_own_rows_and_nothing_else_bit_for_bit(sliced, shape
     assert report["overlap_rows"] == 0 and [e["loraid"] for e in report["loras"]] == ["1", "2", "3"]
     assert all(e["norm"] > 0 for e in report["loras"]) and report["plan"] == plan.hash
     page = (sliced / "merged-merge.html").read_text()
-    assert "disjoint: no row of" in page and page.count("<i style") == sum(len(v) for v in report["occupancy"].values())
+    assert (
+        "disjoint: no row of" in page
+        and page.count("<i style") == sum(len(v) for v in report["occupancy"].values())
+    )
     with safe_open(out, "pt") as file:
         history = json.loads(file.metadata()["hvtrain.merged"])
     assert [h["ss_loraid"] for h in history] == ["1", "2", "3"]
@@ -214,7 +232,9 @@ def test_slices_become_one_lora_exactly_or_to_a_rank(sliced, shapes, capsys):
     worst = float(re.search(r"largest error of a layer ([\d.]+) %", capsys.readouterr().out)[1]) / 100
     low = read_lora(sliced / "low.safetensors", shapes).pairs
     errors = [
-        (torch.linalg.norm(low[m].delta() - one.pairs[m].delta()) / torch.linalg.norm(one.pairs[m].delta())).item() for m in low
+        (
+            torch.linalg.norm(low[m].delta() - one.pairs[m].delta()) / torch.linalg.norm(one.pairs[m].delta())
+        ).item() for m in low
     ]
     assert max(errors) == pytest.approx(worst, rel=0.02) and {p.rank for p in low.values()} == {6}
     with pytest.raises(ConfigError, match="give rank"):
@@ -223,16 +243,23 @@ def test_slices_become_one_lora_exactly_or_to_a_rank(sliced, shapes, capsys):
 
 
 def test_missing_unfinished_foreign_and_trespassing_slices_are_named(sliced, shapes):
-    keys = {"dit": "tiny:dit.safetensors", "plan": str(sliced / "plan.json"), "output": str(sliced / "m.safetensors")}
+    keys = {
+        "dit": "tiny:dit.safetensors", "plan": str(sliced / "plan.json"),
+        "output": str(sliced / "m.safetensors")
+    }
     third = sliced / "03/slice-03.safetensors"
     third.rename(sliced / "away")
-    with pytest.raises(CheckpointError, match=r"1 of 3 slices are not there: LORAID 3: .*is not finished \(no slice-03"):
+    with pytest.raises(
+        CheckpointError, match=r"1 of 3 slices are not there: LORAID 3: .*is not finished \(no slice-03"
+    ):
         merge.run(MergeConfig(**keys))
     merge.run(MergeConfig(**keys, allow_missing=True))
     assert json.loads((sliced / "m-merge.json").read_text())["missing"] == [3]
     plan = load_plan(sliced / "plan.json")
     make(third, shapes, [LAYER], ss_loraid="3", **{"hvtrain.plan": plan.hash})  # all rows of a layer
-    with pytest.raises(CheckpointError, match=r"LORAID 3 changes rows 0 to 479 of 'double_blocks.0.img_attn_qkv', it owns"):
+    with pytest.raises(
+        CheckpointError, match=r"LORAID 3 changes rows 0 to 479 of 'double_blocks.0.img_attn_qkv', it owns"
+    ):
         merge.run(MergeConfig(**keys))
     make(third, shapes, [LAYER], ss_loraid="3", **{"hvtrain.plan": "0" * 64})
     with pytest.raises(CheckpointError, match="trained by another plan"):
@@ -248,7 +275,12 @@ def test_the_merged_model_is_cut_into_shards(tmp_path, shapes):
     run([(lora, 1.0)], tmp_path / "cut", max_shard_gb=0.003)
     files = sorted((tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 1 and all(f.stat().st_size < 3_100_000 for f in files)
-    whole, cut = (load_dit(p, dtype=torch.float32).model.state_dict() for p in (tmp_path / "whole.safetensors", tmp_path / "cut"))
+    whole, cut = (
+
+            load_dit(p, dtype=torch.float32).model.state_dict()
+            for p in (tmp_path / "whole.safetensors", tmp_path / "cut")
+
+    )
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
 
 
@@ -291,16 +323,25 @@ with stream.open_resumable(sys.argv[1], slots, signature="s") as writer:
 def test_held_out_losses_are_reported(sliced, capsys):
     shards = make_shards(sliced / "set", n=3)
     out = sliced / "m.safetensors"
-    arguments = ["merge", "--dit", "tiny:dit.safetensors", "--plan", str(sliced / "plan.json"), "--output", str(out)]
+    arguments = [
+        "merge", "--dit", "tiny:dit.safetensors", "--plan", str(sliced / "plan.json"), "--output", str(out)
+    ]
     assert cli.main([*arguments, "--evaluate", str(shards)]) == 0
     losses = json.loads((sliced / "m-merge.json").read_text())["losses"]
-    assert list(losses) == ["base", "slice-01.safetensors", "slice-02.safetensors", "slice-03.safetensors", "merged"]
+    assert list(losses) == [
+        "base", "slice-01.safetensors", "slice-02.safetensors", "slice-03.safetensors", "merged"
+    ]
     assert len(set(losses.values())) == 5
     # The merged loss is that of the merged file.
     found = load_dit(out, dtype=torch.float32)
     save_dit(found.model, sliced / "copy.safetensors", spec=found.spec, flavor=found.flavor)
     capsys.readouterr()
     nothing = sliced / "03/slice-03.safetensors"
-    arguments = ["merge", "--dit", str(sliced / "copy.safetensors"), "--lora", str(nothing), "--any-base", "--multiplier", "0"]
+    arguments = [
+        "merge", "--dit", str(sliced / "copy.safetensors"), "--lora", str(nothing), "--any-base",
+        "--multiplier", "0"
+    ]
     assert cli.main([*arguments, "--output", str(sliced / "y.safetensors"), "--evaluate", str(shards)]) == 0
-    assert json.loads((sliced / "y-merge.json").read_text())["losses"]["base"] == pytest.approx(losses["merged"], rel=2e-2)
+    assert json.loads(
+        (sliced / "y-merge.json").read_text()
+    )["losses"]["base"] == pytest.approx(losses["merged"], rel=2e-2)

@@ -15,7 +15,9 @@ from hvtrain.rng import generator
 
 def rank_one(column, row, *, alpha=1.0, multiplier=1.0, name="a"):
     """A contribution of alpha * multiplier * column x row."""
-    pair = LoraPair(torch.tensor([row], dtype=torch.float32), torch.tensor(column, dtype=torch.float32)[:, None], alpha)
+    pair = LoraPair(
+        torch.tensor([row], dtype=torch.float32), torch.tensor(column, dtype=torch.float32)[:, None], alpha
+    )
     return Contribution(name, pair, multiplier)
 
 
@@ -40,9 +42,16 @@ def test_a_contribution():
 
 
 def test_rows_that_two_change():
-    a, b, c = rank_one([1, 1, 0, 0], [1], name="a"), rank_one([0, 1, 1, 0], [1], name="b"), rank_one([1, 0, 1, 0], [1], name="c")
-    assert list(overlaps({"x": [a, b], "y": [a], "z": [b, c]})) == [Overlap("x", "a", "b", 1), Overlap("z", "b", "c", 1)]
-    assert list(overlaps({"x": [a, b, c]})) == [Overlap("x", "a", "b", 1), Overlap("x", "a", "c", 1), Overlap("x", "b", "c", 1)]
+    a, b, c = (
+        rank_one([1, 1, 0, 0], [1], name="a"), rank_one([0, 1, 1, 0], [1], name="b"),
+        rank_one([1, 0, 1, 0], [1], name="c")
+    )
+    assert list(overlaps({"x": [a, b], "y": [a], "z": [b, c]})) == [
+        Overlap("x", "a", "b", 1), Overlap("z", "b", "c", 1)
+    ]
+    assert list(overlaps({"x": [a, b, c]})) == [
+        Overlap("x", "a", "b", 1), Overlap("x", "a", "c", 1), Overlap("x", "b", "c", 1)
+    ]
     assert list(overlaps({"x": [rank_one([1, 0], [1]), rank_one([0, 1], [1])]})) == []
 
 
@@ -51,19 +60,24 @@ def test_error_refuses_in_full_words():
     with pytest.raises(CheckpointError) as refused:
         apply("error", [a, b])
     assert str(refused.value) == (
-        "a.safetensors and b.safetensors both change 1 rows of 'layer': added up, neither is what it was trained to be. Train "
-        "them as slices of one plan, or say how to reconcile them: --on-overlap sum, average, priority, orthogonal, ties, dare"
+        "a.safetensors and b.safetensors both change 1 rows of 'layer': added up, neither is what it was "
+        "trained to be. Train them as slices of one plan, or say how to reconcile them: --on-overlap sum, "
+        "average, priority, orthogonal, ties, dare"
     )
     apart = [rank_one([1, 0], [1]), rank_one([0, 1], [1])]
     assert apply("error", apart) == apart
 
 
 def test_sum():
-    exact(apply("sum", [rank_one([1, 2], [1, 1]), rank_one([0, 3], [2, 0], multiplier=-1)]), [[1, 1], [-4, 2]])
+    exact(
+        apply("sum", [rank_one([1, 2], [1, 1]), rank_one([0, 3], [2, 0], multiplier=-1)]), [[1, 1], [-4, 2]]
+    )
 
 
 def test_average_counts_who_changes_a_row():
-    a, b, c = rank_one([2, 2, 0], [1, 0]), rank_one([4, 0, 0], [0, 1]), rank_one([6, 6, 0], [1, 1], multiplier=0.5)
+    a, b, c = (
+        rank_one([2, 2, 0], [1, 0]), rank_one([4, 0, 0], [0, 1]), rank_one([6, 6, 0], [1, 1], multiplier=0.5)
+    )
     wanted = torch.tensor([[(2 + 3) / 3, (4 + 3) / 3], [(2 + 3) / 2, 3 / 2], [0, 0]])
     torch.testing.assert_close(value(apply("average", [a, b, c])), wanted, rtol=1e-6, atol=0)
     made = apply("average", [a, b, c])
@@ -99,12 +113,16 @@ def test_ties_number_by_number():
     # all kept: sums -2, 2, 6, -1
     exact(apply("ties", [a, b], density=1.0), [[-6, 3], [8, -2]])
     c = rank_one([1, 1], [1, 1])
-    exact(apply("ties", [c, rank_one([1, 1], [3, 3])], density=1.0), [[2, 2], [2, 2]])  # agreeing ones are averaged
+    # agreeing ones are averaged
+    exact(apply("ties", [c, rank_one([1, 1], [3, 3])], density=1.0), [[2, 2], [2, 2]])
     # 0.2 of 10 elements unless given: the two largest of each
     long = [rank_one([1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), rank_one([1], [20, 9, 8, 7, 6, 5, 4, 3, 2, 1])]
     exact(apply("ties", long), [[20, 9, 0, 0, 0, 0, 0, 0, 9, 10]])
     exact(apply("ties", long, density=0.001), [[20, 0, 0, 0, 0, 0, 0, 0, 0, 10]])  # never fewer than one
-    exact(apply("ties", [rank_one([1], [4, 3, 2, 1]), rank_one([1], [0, 0, 0, 0])], density=0.75), [[4, 3, 2, 0]])
+    exact(
+        apply("ties", [rank_one([1], [4, 3, 2, 1]), rank_one([1], [0, 0, 0, 0])], density=0.75),
+        [[4, 3, 2, 0]]
+    )
 
 
 def test_dare_number_by_number():
@@ -131,7 +149,10 @@ def lora(path, **pairs):
 
 def test_layers_and_labels():
     a, b = rank_one([1, 1], [1]), rank_one([0, 1], [1])
-    given = [(lora("/r/x/l.safetensors", p=a), 2.0), (lora("/r/y/l.safetensors", p=b, q=a), 3.0), (lora("/off", p=a), 0.0)]
+    given = [
+        (lora("/r/x/l.safetensors", p=a), 2.0), (lora("/r/y/l.safetensors", p=b, q=a), 3.0),
+        (lora("/off", p=a), 0.0)
+    ]
     assert {m: [(c.lora, c.multiplier) for c in found] for m, found in by_layer(given).items()} == {
         "p": [("x/l.safetensors", 2.0), ("y/l.safetensors", 3.0)], "q": [("y/l.safetensors", 3.0)],
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""`hvtrain merge --reconcile` on the model that ships: what is solved, what is kept, what stays untouched, what is refused."""
+"""`hvtrain merge --reconcile` on the model that ships: what is solved, what is kept, what stays
+untouched, what is refused."""
 
 import json
 from dataclasses import replace
@@ -47,8 +48,8 @@ def lora(path, *, seed, layers=TARGETS, size=0.2, rows=slice(None)):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Ordinary LoRAs over the same layers, with calibration/ beside them, and a set of what the base knows. Each set has words
-    of its own, which the layers of the text can tell apart."""
+    """Ordinary LoRAs over the same layers, with calibration/ beside them, and a set of what the base knows.
+    Each set has words of its own, which the layers of the text can tell apart."""
     root = tmp_path_factory.mktemp("reconcile")
     for number in (1, 2, 3):
         lora(root / f"{number}" / "lora.safetensors", seed=number, layers=TEXT)
@@ -60,7 +61,9 @@ def place(tmp_path_factory):
 def config(place, output, *numbers, target="model", rank=None, **reconcile):
     entries = tuple(LoraFileConfig(str(place / str(n) / "lora.safetensors")) for n in numbers)
     how = {"states": 18, "held_out": 6, "steps": 12, "batch_size": 6, "allow_lost": True, **reconcile}
-    return MergeConfig(dit=DIT, lora=entries, output=str(output), target=target, rank=rank, reconcile=ReconcileConfig(**how))
+    return MergeConfig(
+        dit=DIT, lora=entries, output=str(output), target=target, rank=rank, reconcile=ReconcileConfig(**how)
+    )
 
 
 def report(output):
@@ -71,7 +74,10 @@ def test_a_streamed_pass_is_the_models_own_to_the_last_bit(place):
     loaded = load_dit(asset(DIT), dtype=torch.float32)
     model = Streamed(FOUND, start(device="cpu"), torch.float32)
     g = torch.Generator().manual_seed(0)
-    cond = {"text": torch.randn(2, 3, 64, generator=g), "text_len": torch.tensor([3, 2]), "pooled": torch.ones(2, 64)}
+    cond = {
+        "text": torch.randn(2, 3, 64, generator=g), "text_len": torch.tensor([3, 2]),
+        "pooled": torch.ones(2, 64)
+    }
     x = torch.randn(2, 16, 2, 4, 4, generator=g)
     inp = FOUND.spec.make_input(x, torch.tensor([0.7, 0.2]), cond, task="t2v", guidance=6.0)
     pairs = read_lora(place / "1" / "lora.safetensors", SHAPES, spec=FOUND.spec).pairs
@@ -91,16 +97,21 @@ def test_a_streamed_pass_is_the_models_own_to_the_last_bit(place):
 def test_layers_are_solved_after_those_that_feed_them(place):
     model = Streamed(FOUND, start(device="cpu"), torch.float32)
     cond = {"text": torch.randn(1, 3, 64), "text_len": torch.tensor([3]), "pooled": torch.ones(1, 64)}
-    inp = FOUND.spec.make_input(torch.randn(1, 16, 2, 4, 4), torch.tensor([0.7]), cond, task="t2v", guidance=6.0)
+    inp = FOUND.spec.make_input(
+        torch.randn(1, 16, 2, 4, 4), torch.tensor([0.7]), cond, task="t2v", guidance=6.0
+    )
     names = [n for n in model.layers[0] if n in TARGETS]
     with model.block(0) as block:
         found = fitting.stages(model, block, names, model.enter(inp))
     ends = [[name.removeprefix("double_blocks.0.") for name in stage] for stage in found]
-    assert ends == [[f"{s}_{end}" for s in ("img", "txt")] for end in ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2")]
+    assert ends == [
+        [f"{s}_{end}" for s in ("img", "txt")] for end in ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2")
+    ]
 
 
 def test_the_solution_is_the_least_squares_one():
-    """Against the normal equations in double precision, with rows left out, clips of different weight, and the prior."""
+    """Against the normal equations in double precision, with rows left out, clips of
+    different weight, and the prior."""
     g = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(5, 6, bias=True)
     prior = LowRank(torch.randn(2, 5, generator=g), torch.randn(3, 2, generator=g), 1)
@@ -136,7 +147,9 @@ def test_two_that_read_different_inputs_come_back_both():
         with torch.no_grad():
             call = [fitting._Call(x, layer(x))]
             sums.add(call, [fitting._Call(x, layer(x) + x @ delta.T)], torch.ones(1))
-    torch.testing.assert_close(sums.solve(targets, 1e-3)[0].matrix(), deltas[0] + deltas[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sums.solve(targets, 1e-3)[0].matrix(), deltas[0] + deltas[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_fit_of_one_lora_is_that_lora(place, tmp_path):
@@ -146,7 +159,9 @@ def test_fit_of_one_lora_is_that_lora(place, tmp_path):
     for name, tensor in merged.items():
         module = name.removesuffix(".weight")
         if module in pairs and name != module:
-            torch.testing.assert_close(tensor.float() - base[name].float(), pairs[module].delta(), rtol=0, atol=2e-3)
+            torch.testing.assert_close(
+                tensor.float() - base[name].float(), pairs[module].delta(), rtol=0, atol=2e-3
+            )
         else:
             assert torch.equal(tensor, base[name]), name
     assert report(tmp_path / "m.safetensors")["fidelity"]["lora.safetensors"] < 1e-5
@@ -154,15 +169,19 @@ def test_fit_of_one_lora_is_that_lora(place, tmp_path):
 
 @pytest.mark.parametrize("target", ["model", "lora"])
 def test_what_fit_and_polish_make_is_what_is_written(place, tmp_path, target):
-    """The distances are those of the file, and nearer than the sum's: measured again from the file, by plain forward passes."""
+    """The distances are those of the file, and nearer than the sum's: measured again from the
+    file, by plain forward passes."""
     out = tmp_path / "m.safetensors"
     cfg = config(place, out, 1, 2, how="fit+distill", target=target, keep=(str(place / "old"),))
     merge.run(cfg)
     said = report(out)
     assert list(said["fidelity"]) == ["1/lora.safetensors", "2/lora.safetensors", "keep"]
-    again = config(place, tmp_path / "n.safetensors", 1, 2, how="fit+distill", target=target, keep=(str(place / "old"),))
+    again = config(
+        place, tmp_path / "n.safetensors", 1, 2, how="fit+distill", target=target, keep=(str(place / "old"),)
+    )
     merge.run(again)
-    assert (tmp_path / "n.safetensors").read_bytes()[-4096:] == out.read_bytes()[-4096:]  # the same again, bit for bit
+    # the same again, bit for bit
+    assert (tmp_path / "n.safetensors").read_bytes()[-4096:] == out.read_bytes()[-4096:]
     for name in ("1/lora.safetensors", "2/lora.safetensors"):
         assert said["summed"][name] > 0.9 and said["fidelity"][name] < 0.2
     assert said["fidelity"]["keep"] < 0.5 * said["summed"]["keep"]
@@ -170,10 +189,13 @@ def test_what_fit_and_polish_make_is_what_is_written(place, tmp_path, target):
 
 
 def test_distillation_stays_in_the_rows_that_the_slices_own(place, tmp_path):
-    """Contiguous slices of one layer's rows: each ends as a LoRA of the same rows, and no other weight has moved."""
+    """Contiguous slices of one layer's rows: each ends as a LoRA of the same rows,
+    and no other weight has moved."""
     first, second = TARGETS[0], TARGETS[-1]
     a = lora(tmp_path / "a" / "lora.safetensors", seed=5, layers=[first], rows=slice(0, 40), size=1.0)
-    b = lora(tmp_path / "b" / "lora.safetensors", seed=6, layers=[first, second], rows=slice(40, 90), size=1.0)
+    b = lora(
+        tmp_path / "b" / "lora.safetensors", seed=6, layers=[first, second], rows=slice(40, 90), size=1.0
+    )
     for one in (a, b):
         make_shards(one.parent / "calibration", n=8)
     cfg = replace(config(place, tmp_path / "m.safetensors", how="distill"),
@@ -189,19 +211,32 @@ def test_distillation_stays_in_the_rows_that_the_slices_own(place, tmp_path):
 
 
 def test_a_lora_joins_an_earlier_merge_without_the_others(place, tmp_path, monkeypatch):
-    """The merged LoRA and what it left are enough: it speaks for its two, each of which is measured. It is trained further at
-    the rate of its own LoRAs, not as one that says nothing of it."""
+    """The merged LoRA and what it left are enough: it speaks for its two, each of which is measured. It is
+    trained further at the rate of its own LoRAs, not as one that says nothing of it."""
     rates = []
     monkeypatch.setattr(reconciling, "distill", lambda *args, lr: rates.append(lr) or args[3])
-    merge.run(config(place, tmp_path / "two.safetensors", 1, 2, how="fit", target="lora", keep=(str(place / "old"),)))
-    entries = (LoraFileConfig(str(tmp_path / "two.safetensors")), LoraFileConfig(str(place / "3" / "lora.safetensors")))
-    cfg = replace(config(place, tmp_path / "three.safetensors", how="fit+distill", target="lora"), lora=entries)
+    merge.run(
+        config(
+            place, tmp_path / "two.safetensors", 1, 2, how="fit", target="lora", keep=(str(place / "old"),)
+        )
+    )
+    entries = (
+        LoraFileConfig(str(tmp_path / "two.safetensors")),
+        LoraFileConfig(str(place / "3" / "lora.safetensors"))
+    )
+    cfg = replace(
+        config(place, tmp_path / "three.safetensors", how="fit+distill", target="lora"), lora=entries
+    )
     merge.run(cfg)
     assert rates == [2e-3]
     assert open_any(tmp_path / "two.safetensors").lora.metadata["ss_learning_rate"] == "0.002"
     said = report(tmp_path / "three.safetensors")
-    assert list(said["fidelity"]) == ["two.safetensors/01-lora", "two.safetensors/02-lora", "lora.safetensors", "keep"]
-    assert sorted(p.name for p in (tmp_path / "three-calibration").iterdir()) == ["01-01-lora", "02-02-lora", "03-lora", "keep"]
+    assert list(said["fidelity"]) == [
+        "two.safetensors/01-lora", "two.safetensors/02-lora", "lora.safetensors", "keep"
+    ]
+    assert sorted(p.name for p in (tmp_path / "three-calibration").iterdir()) == [
+        "01-01-lora", "02-02-lora", "03-lora", "keep"
+    ]
 
 
 def test_own_states_need_the_captions_only(place, tmp_path):
@@ -238,8 +273,12 @@ def test_what_is_kept_may_be_a_list_of_captions(place, tmp_path):
 
 
 def test_a_lora_that_is_lost_fails_the_merge(place, tmp_path):
-    cfg = config(place, tmp_path / "m.safetensors", 1, 2, how="distill", steps=1, lr=1e-9, allow_lost=False, lost=1e-3)
-    with pytest.raises(CheckpointError, match=r"lost in the merge .*1/lora\.safetensors, 2/lora\.safetensors"):
+    cfg = config(
+        place, tmp_path / "m.safetensors", 1, 2, how="distill", steps=1, lr=1e-9, allow_lost=False, lost=1e-3
+    )
+    with pytest.raises(
+        CheckpointError, match=r"lost in the merge .*1/lora\.safetensors, 2/lora\.safetensors"
+    ):
         merge.run(cfg)
     assert not (tmp_path / "m.safetensors").exists()
 
@@ -271,7 +310,9 @@ def test_a_lora_that_does_nothing_is_named(place, tmp_path):
 def test_a_lora_without_samples_is_named(place, tmp_path):
     alone = lora(tmp_path / "x" / "lora.safetensors", seed=1)
     cfg = replace(config(place, tmp_path / "m.safetensors", how="fit"), lora=(LoraFileConfig(str(alone)),))
-    with pytest.raises(ConfigError, match=r"lora\.safetensors: nothing says what it was trained on: no .*calibration"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.safetensors: nothing says what it was trained on: no .*calibration"
+    ):
         merge.run(cfg)
     with pytest.raises(ConfigError, match="1 sets for 2 LoRAs; give one for each"):
         merge.run(config(place, tmp_path / "m.safetensors", 1, 2, how="fit", samples=(str(place / "old"),)))
@@ -301,8 +342,12 @@ def test_a_merge_that_is_killed_goes_on_at_its_block(place, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("share", [64.0, 1e-6], ids=["memory", "disk"])
 def test_killed_at_any_block_it_ends_in_the_same_bytes(place, tmp_path, monkeypatch, share):
-    """Between two blocks, where the states have gone half of their way, and in the middle of a block's equations."""
-    cfg = config(place, tmp_path / "whole.safetensors", 1, 2, how="fit", states=3, held_out=1, batch_size=1, host_gb=share)
+    """Between two blocks, where the states have gone half of their way, and in the
+    middle of a block's equations."""
+    cfg = config(
+        place, tmp_path / "whole.safetensors", 1, 2, how="fit", states=3, held_out=1, batch_size=1,
+        host_gb=share
+    )
     merge.run(cfg)
     cut = replace(cfg, output=str(tmp_path / "cut.safetensors"))
 
@@ -324,7 +369,9 @@ def test_killed_at_any_block_it_ends_in_the_same_bytes(place, tmp_path, monkeypa
                 with pytest.raises(KeyboardInterrupt):
                     merge.run(cut)
             merge.run(cut)
-            assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes(), (name, count)
+            assert (tmp_path / "cut.safetensors").read_bytes() == (
+                tmp_path / "whole.safetensors"
+            ).read_bytes(), (name, count)
             (tmp_path / "cut.safetensors").unlink()
 
 
@@ -340,9 +387,12 @@ def test_what_the_host_does_not_hold_lies_on_the_disk(place, tmp_path, capsys):
 
 
 def test_a_plans_slices_stay_slices(place, tmp_path):
-    """Fit and polish in the slots: each slice has a file of its own again, which the same plan merges, to the same model."""
-    plan = make_plan({n: SHAPES[n] for n in TEXT}, Cut(n=2, granularity="rows", order="interleaved"), model=FOUND.spec.name,
-                     flavor=FOUND.flavor.name)
+    """Fit and polish in the slots: each slice has a file of its own again, which the same
+    plan merges, to the same model."""
+    plan = make_plan(
+        {n: SHAPES[n] for n in TEXT}, Cut(n=2, granularity="rows", order="interleaved"),
+        model=FOUND.spec.name, flavor=FOUND.flavor.name
+    )
     save_plan(plan, tmp_path / "plan.json")
     for part in plan.slices:
         run = tmp_path / f"{part.loraid:02d}"
@@ -351,14 +401,21 @@ def test_a_plans_slices_stay_slices(place, tmp_path):
         for slot in part.slots:
             up = torch.zeros(SHAPES[slot.module][0], RANK)
             up[slot.begin : slot.end] = torch.randn(slot.end - slot.begin, RANK, generator=g) * 0.2
-            pairs[slot.module] = LoraPair(torch.randn(RANK, SHAPES[slot.module][1], generator=g) * 0.1, up, float(RANK))
+            pairs[slot.module] = LoraPair(
+                torch.randn(RANK, SHAPES[slot.module][1], generator=g) * 0.1, up, float(RANK)
+            )
         make_shards(run / "calibration", n=12, seed=part.loraid, word=part.loraid)
         (run / "config.yaml").write_text(f"run: {{name: slice-{part.loraid:02d}}}\n")
         write_lora(run / f"slice-{part.loraid:02d}.safetensors", pairs,
                    metadata={"ss_loraid": str(part.loraid), "hvtrain.plan": plan.hash})
-    cfg = replace(config(place, tmp_path / "merged.safetensors", how="fit+distill"), plan=str(tmp_path / "plan.json"))
+    cfg = replace(
+        config(place, tmp_path / "merged.safetensors", how="fit+distill"), plan=str(tmp_path / "plan.json")
+    )
     merge.run(cfg)
-    again = MergeConfig(dit=DIT, plan=str(tmp_path / "merged-slices" / "plan.json"), output=str(tmp_path / "again.safetensors"))
+    again = MergeConfig(
+        dit=DIT, plan=str(tmp_path / "merged-slices" / "plan.json"),
+        output=str(tmp_path / "again.safetensors")
+    )
     merge.run(again)  # proves from the tensors that each stays in its slots
     one, two = load_file(tmp_path / "merged.safetensors"), load_file(tmp_path / "again.safetensors")
     assert all(torch.equal(one[n], two[n]) for n in one)

@@ -28,7 +28,9 @@ def test_one_lora_comes_back_from_a_streamed_fit(spec, tmp_path):
     pairs = {}
     for name in spec.lora_targets(model):
         out, width = shapes[name]
-        pairs[name] = LoraPair(torch.randn(2, width, generator=g), torch.randn(out, 2, generator=g) * 0.03, 2.0)
+        pairs[name] = LoraPair(
+            torch.randn(2, width, generator=g), torch.randn(out, 2, generator=g) * 0.03, 2.0
+        )
     lora = {name: [low_rank(Contribution("a", pair, 1.0))] for name, pair in pairs.items()}
     streamed.changes.put("a", lora)
     running = streams(streamed, [(inp, "a", torch.tensor([0.5, 0.5]))], tmp_path)

@@ -1,4 +1,5 @@
-"""`hvtrain merge --reconcile` on several processes makes what one makes, and `distill` goes on where it was killed."""
+"""`hvtrain merge --reconcile` on several processes makes what one makes, and `distill`
+goes on where it was killed."""
 
 import json
 from dataclasses import replace
@@ -31,11 +32,17 @@ def runs(folder, jobs):
 
 
 def test_two_ranks_make_what_one_makes(place):  # noqa: F811
-    """Clips spread over ranks, in fit and in distill; and one clip on both of them, by heads and by a ring."""
+    """Clips spread over ranks, in fit and in distill; and one clip on both of
+    them, by heads and by a ring."""
     for how in ("fit", "distill"):
         merge.run(asked(place, f"one-{how}", how))
-    run_ranks(2, runs, place, [("dp-fit", "fit", 1, 1), ("dp-distill", "distill", 1, 1), ("u2-distill", "distill", 2, 1),
-                               ("r2-distill", "distill", 1, 2)])
+    run_ranks(
+        2, runs, place,
+        [
+            ("dp-fit", "fit", 1, 1), ("dp-distill", "distill", 1, 1), ("u2-distill", "distill", 2, 1),
+            ("r2-distill", "distill", 1, 2)
+        ]
+    )
     base = load_file(place / "one-fit.safetensors")
     for name in ("dp-fit", "dp-distill", "u2-distill", "r2-distill"):
         how = name.partition("-")[2]
@@ -72,16 +79,24 @@ def test_a_killed_distillation_goes_on_at_its_step(place, tmp_path, monkeypatch,
 
 def test_a_rate_that_undoes_the_merge_is_named(place, tmp_path):  # noqa: F811
     out = tmp_path / "m.safetensors"
-    with pytest.raises(CheckpointError, match=r"distill took the merge further .* rate of 1 is too high; give reconcile.lr=0.25"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"distill took the merge further .* rate of 1 is too high; give reconcile.lr=0.25"
+    ):
         merge.run(config(place, out, 1, 2, how="fit+distill", lr=1.0))
     assert not out.exists()
 
 
 def test_launch_refuses_a_merge_that_computes_nothing(place, tmp_path, capsys):  # noqa: F811
     lora = str(place / "1" / "lora.safetensors")
-    arguments = ["merge", "--dit", "tiny:dit.safetensors", "--lora", lora, "--output", str(tmp_path / "m.safetensors")]
+    arguments = [
+        "merge", "--dit", "tiny:dit.safetensors", "--lora", lora, "--output", str(tmp_path / "m.safetensors")
+    ]
     assert main(["launch", "--nproc", "2", *arguments]) == 2
-    assert "launch: without --reconcile or --evaluate a merge computes nothing to share" in capsys.readouterr().err
+    assert (
+        "launch: without --reconcile or --evaluate a merge computes nothing to share"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ConfigError, match="ulysses 2 x ring 1 = 2 does not divide the 1 process"):
         cfg = config(place, tmp_path / "m.safetensors", 1, how="fit")
         merge.run(replace(cfg, parallel=ParallelConfig(ulysses=2)))

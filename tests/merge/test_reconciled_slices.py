@@ -1,4 +1,5 @@
-"""From two slices' training to their reconciled merge, by the product's own commands: what training leaves is all it takes."""
+"""From two slices' training to their reconciled merge, by the product's own commands: what
+training leaves is all it takes."""
 
 import json
 import shutil
@@ -18,7 +19,8 @@ from tests.train.shardset import config, make_shards
 def asked(tmp_path, *more):
     return jobs._slices(parse([
         "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=4",
-        "--plan", f"{tmp_path}/plan/plan.json", "--data", f"{tmp_path}/parts", "--output", f"{tmp_path}/run", *more,
+        "--plan", f"{tmp_path}/plan/plan.json", "--data", f"{tmp_path}/parts", "--output", f"{tmp_path}/run",
+        *more,
     ]))
 
 
@@ -26,11 +28,18 @@ def asked(tmp_path, *more):
 def trained(tmp_path_factory):
     """Two slices of the model that ships, each with its own words, and their data gone."""
     root = tmp_path_factory.mktemp("slices")
-    assert cli.main(["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", "2", "--output", f"{root}/plan"]) == 0
+    assert cli.main(
+        ["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", "2", "--output", f"{root}/plan"]
+    ) == 0
     for i in (1, 2):
         data = make_shards(root / "parts" / f"0{i}", n=20, seed=i, word=i)
-        own = ["adapter.type=loraid", f"adapter.plan={root}/plan/plan.json", f"adapter.loraid={i}", f"run.name=slice-0{i}"]
-        assert train.run(config(data, root / "run" / f"0{i}", *own, "run.steps=4", "optim.lr=1e-2", "data.calibration=12")) == 0
+        own = [
+            "adapter.type=loraid", f"adapter.plan={root}/plan/plan.json", f"adapter.loraid={i}",
+            f"run.name=slice-0{i}"
+        ]
+        assert train.run(
+            config(data, root / "run" / f"0{i}", *own, "run.steps=4", "optim.lr=1e-2", "data.calibration=12")
+        ) == 0
         shutil.rmtree(data)
         data.mkdir()  # where it was
     make_shards(root / "parts" / "keep", n=6, seed=9, word=9)
@@ -60,7 +69,10 @@ def test_the_merge_job_of_a_sliced_run_reconciles(trained, capsys):
     assert said["policy"] == "distill" and said["overlap_rows"] == 0
     names = [f"slice-0{i}.safetensors" for i in (1, 2)]
     assert list(said["fidelity"]) == [*names, "keep"]
-    assert all(said["fidelity"][n] < 0.1 for n in names) and said["fidelity"]["keep"] < 0.7 * said["summed"]["keep"]
+    assert (
+        all(said["fidelity"][n] < 0.1 for n in names)
+        and said["fidelity"]["keep"] < 0.7 * said["summed"]["keep"]
+    )
     assert "Distance from what each does alone" in merged.with_suffix(".html").read_text()
     assert (trained / "run" / "merge" / "merged-lora-slices" / "02" / "slice-02.safetensors").is_file()
     assert cli.main([
@@ -75,21 +87,26 @@ def test_slices_without_a_plan_are_trained_and_kept_in_one_lora(tmp_path):
     for i in (1, 2):
         make_shards(tmp_path / "parts" / f"0{i}", n=20, seed=i, word=i)
     wanted = jobs._slices(parse([
-        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=4", "run.precision=fp32",
-        "optim.lr=1e-2", "adapter.rank=4", "zero.engine=torch", "data.calibration=12", "--data", f"{tmp_path}/parts",
-        "--output", f"{tmp_path}/run",
+        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=4",
+        "run.precision=fp32", "optim.lr=1e-2", "adapter.rank=4", "zero.engine=torch", "data.calibration=12",
+        "--data", f"{tmp_path}/parts", "--output", f"{tmp_path}/run",
     ]))
     for i in (1, 2):
         assert cli.main(slices.train_arguments(tmp_path / "run", wanted, i)) == 0
     (tmp_path / "run" / "merge").mkdir()
     sizes = {"steps": 10, "batch_size": 8, "states": 8, "held_out": 3, "lr": 1e-3}
-    assert cli.main(["merge", *(f"reconcile.{key}={value}" for key, value in sizes.items()), *wanted.merge]) == 0
+    assert cli.main(
+        ["merge", *(f"reconcile.{key}={value}" for key, value in sizes.items()), *wanted.merge]
+    ) == 0
     merged = tmp_path / "run" / "merge" / "merged-lora.safetensors"
     said = json.loads(merged.with_name("merged-lora-merge.json").read_text())
     assert said["policy"] == "fit+distill" and said["overlap_rows"] > 0
     assert sorted(said["fidelity"]) == ["slice-01.safetensors", "slice-02.safetensors"]
     assert all(said["fidelity"][name] < 0.5 * said["summed"][name] for name in said["fidelity"]), said
-    assert merged.is_file() and (merged.with_name("merged-lora-calibration") / "02-slice-02" / "manifest.json").is_file()
+    assert (
+        merged.is_file()
+        and (merged.with_name("merged-lora-calibration") / "02-slice-02" / "manifest.json").is_file()
+    )
 
 
 def test_a_gpu_is_asked_for_where_there_is_one(trained):
@@ -97,7 +114,10 @@ def test_a_gpu_is_asked_for_where_there_is_one(trained):
     text = backends.merge_script(trained / "run", slurm, ["1"])
     assert "--gpus-per-node=1" in text or "--gpus-per-node 1" in text or "gres" in text
     plain = asked(trained, "--backend", "slurm")
-    assert "--reconcile" not in plain.merge and "gpus" not in backends.merge_script(trained / "run", plain, ["1"])
+    assert (
+        "--reconcile" not in plain.merge
+        and "gpus" not in backends.merge_script(trained / "run", plain, ["1"])
+    )
 
 
 @pytest.mark.parametrize(

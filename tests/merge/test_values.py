@@ -1,4 +1,5 @@
-"""The sums of a merge on files of a few numbers: rounding, memory, threads, which tensors change, and refusals in full."""
+"""The sums of a merge on files of a few numbers: rounding, memory, threads, which tensors
+change, and refusals in full."""
 
 import os
 import threading
@@ -19,14 +20,17 @@ from hvtrain.weights.keymap import Fused, KeyMap, Rule
 from tests.adapters.models import SPEC
 from tests.merge.few import model, pair, target
 
-# --- sums and rounding --------------------------------------------------------------------------------------------------
+# --- sums and rounding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("wanted", [None, torch.bfloat16, torch.float16, torch.float32])
 def test_a_sum_is_made_in_float32_and_rounded_once(tmp_path, own, wanted):
     """257 + 2^-9 shows where a value was rounded on its way: bfloat16 keeps 8 bits of it, float16 11."""
-    weights = model(tmp_path / "in.safetensors", w=torch.tensor([[256.0], [1.0], [0.0]]).to(own), untouched=torch.tensor([1.0]))
+    weights = model(
+        tmp_path / "in.safetensors", w=torch.tensor([[256.0], [1.0], [0.0]]).to(own),
+        untouched=torch.tensor([1.0])
+    )
     part = Addition(((pair([1, 2**-9, 1], [1.0]), 1.0), (pair([2**-9, 2**-9, 0], [1.0]), 1.0)))
     (path,) = write_model(weights, {"w": part}, target(tmp_path / "o.safetensors", dtype=wanted), metadata={})
     got = load_file(path)
@@ -48,7 +52,9 @@ def test_dense_changes_and_pairs(tmp_path):
 
 
 def test_only_floats_take_another_dtype(three, tmp_path):
-    (path,) = write_model(three, {}, target(tmp_path / "o.safetensors", dtype=torch.float16), metadata={"k": "v"})
+    (path,) = write_model(
+        three, {}, target(tmp_path / "o.safetensors", dtype=torch.float16), metadata={"k": "v"}
+    )
     got = load_file(path)
     assert {n: t.dtype for n, t in got.items()} == {"a": torch.float16, "b": torch.float16, "c": torch.int64}
     assert got["c"].tolist() == [5, 6] and got["a"].tolist() == [[1, 2], [3, 4]]
@@ -81,7 +87,9 @@ def test_the_input_is_never_written_to(three, tmp_path):
 def test_another_device_takes_the_sums(three, tmp_path, monkeypatch):
     seen = []
     real = write._write_converted
-    monkeypatch.setattr(write, "_write_converted", lambda *a: seen.append((a[2], a[5])) or real(*a[:5], "cpu"))
+    monkeypatch.setattr(
+        write, "_write_converted", lambda *a: seen.append((a[2], a[5])) or real(*a[:5], "cpu")
+    )
     parts = {"a": Addition(((pair([1, 1], [1, 1]), 1.0),))}
     write_model(three, parts, target(tmp_path / "o.safetensors", device="cuda"), metadata={})
     assert seen == [("a", "cuda")]  # what does not change stays on the disk
@@ -93,7 +101,9 @@ def test_memory_is_one_tensor_of_scratch_for_each_thread(tmp_path, monkeypatch):
     tensors = {f"t{i}": torch.full((n, 2), float(i)) for i, n in enumerate((1, 8, 3, 8, 2, 5))}
     weights = model(tmp_path / "in.safetensors", **tensors)
     made, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append((a, k, threading.get_ident())) or empty(*a, **k))
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: made.append((a, k, threading.get_ident())) or empty(*a, **k)
+    )
     parts = {n: Addition(((pair([1] * len(t), [1, 1]), 1.0),)) for n, t in tensors.items()}
     write_model(weights, parts, target(tmp_path / "o.safetensors"), metadata={})
     scratch = [(a, thread) for a, k, thread in made if k.get("dtype") == torch.uint8]
@@ -111,7 +121,9 @@ def test_threads_share_the_cores_and_the_first_error_ends_it():
         write._in_threads(lambda name: seen.add((name, torch.get_num_threads())), ["a", "b"])
         assert {name for name, _ in seen} == {"a", "b"} and torch.get_num_threads() == 6
         threads = set()
-        write._in_threads(lambda _: (threads.add(threading.get_ident()), threading.Event().wait(0.01)), range(8))
+        write._in_threads(
+            lambda _: (threads.add(threading.get_ident()), threading.Event().wait(0.01)), range(8)
+        )
         assert len(threads) == 2
         assert write._THREADS == 2
         torch.set_num_threads(1)
@@ -119,7 +131,9 @@ def test_threads_share_the_cores_and_the_first_error_ends_it():
         assert torch.get_num_threads() == 1
         torch.set_num_threads(5)
         with pytest.raises(KeyError, match="first"):
-            write._in_threads(lambda name: (_ for _ in ()).throw(KeyError(name)), ["first", *map(str, range(50))])
+            write._in_threads(
+                lambda name: (_ for _ in ()).throw(KeyError(name)), ["first", *map(str, range(50))]
+            )
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(cores)
@@ -151,7 +165,7 @@ def test_an_error_stops_what_has_not_begun():
     assert len(begun) < 100
 
 
-# --- which tensors change -----------------------------------------------------------------------------------------------
+# --- which tensors change -----------------------------------------------------------------------------------
 
 
 def found(dialect="official", prefix=""):
@@ -195,7 +209,8 @@ def test_a_dense_change_is_computed_once_for_its_pieces():
     assert computed == [0, 100]
     parts["x.transformer_blocks.0.attn.to_q.weight"].dense()  # it was dropped for the next
     assert computed == [0, 100, 0]
-    (own,) = plan_parts(found(), {QKV: Dense(delta(0))}, {QKV: (6, 1)}).values()  # as the official file has it: whole
+    # as the official file has it: whole
+    (own,) = plan_parts(found(), {QKV: Dense(delta(0))}, {QKV: (6, 1)}).values()
     assert own.dense().flatten().tolist() == [0, 1, 2, 3, 4, 5]
     swapped = "final_layer.adaLN_modulation.1"
     parts = plan_parts(found("diffusers"), {swapped: Dense(delta(0))}, {swapped: (6, 1)})
@@ -206,13 +221,17 @@ def test_a_dense_change_is_computed_once_for_its_pieces():
 
 
 FUSED = KeyMap([Rule(letter, ("qkv",), share=(i, 3)) for i, letter in enumerate("qkv")], passthrough=True)
-FOUND = SimpleNamespace(spec=SimpleNamespace(name="x", key_maps={"fused": FUSED}), dialect="fused", prefix="p.")
+FOUND = SimpleNamespace(
+    spec=SimpleNamespace(name="x", key_maps={"fused": FUSED}), dialect="fused", prefix="p."
+)
 
 
 def test_layers_that_are_one_in_the_file_change_their_own_rows():
     """Pairs, with a DoRA's lengths, and dense changes, of one layer and of several."""
     one = pair([1, 2], [1.0])
-    parts = plan_parts(FOUND, {"k": [Contribution("a", one, 2.0), Contribution("b", one, 1.0)]}, {"k": (2, 1)})
+    parts = plan_parts(
+        FOUND, {"k": [Contribution("a", one, 2.0), Contribution("b", one, 1.0)]}, {"k": (2, 1)}
+    )
     weight = torch.zeros(6, 1)
     parts["p.qkv.weight"].add_to(weight)
     assert list(parts) == ["p.qkv.weight"] and weight.flatten().tolist() == [0, 0, 3, 6, 0, 0]
@@ -230,7 +249,8 @@ def test_layers_that_are_one_in_the_file_change_their_own_rows():
 
 
 def test_what_is_added_to_whole_parameters():
-    """Beside the pairs of the same tensor; one that the file cuts, turns round or fuses with others is refused."""
+    """Beside the pairs of the same tensor; one that the file cuts, turns round or
+    fuses with others is refused."""
     sources = {"w": Fused(("a.w",)), "cut": Fused(("b", "c")), "turned": Fused(("d",), swap=True)}
     sources["q"] = Fused(("e",), share=(0, 3))
     found = SimpleNamespace(prefix="p.", path="f.safetensors", sources=sources)
@@ -241,15 +261,25 @@ def test_what_is_added_to_whole_parameters():
     assert list(parts) == ["p.a.w", "p.other"] and weight.tolist() == [[13, 21], [33, 41]]
     assert parts["p.other"] is before["p.other"] and before["p.a.w"].dense is None
     alone = plan_whole(found, {"w": torch.full((2, 2), 3.0)}, {})
-    assert list(alone) == ["p.a.w"] and alone["p.a.w"].pairs == () and alone["p.a.w"].dense().tolist() == [[3, 3], [3, 3]]
-    both = plan_whole(found, {"w": torch.full((2, 2), 3.0)}, {"p.a.w": Addition(dense=lambda: torch.tensor([[1.0, 2], [4, 8]]))})
+    assert (
+        list(alone) == ["p.a.w"] and alone["p.a.w"].pairs == ()
+        and alone["p.a.w"].dense().tolist() == [[3, 3], [3, 3]]
+    )
+    both = plan_whole(
+        found, {"w": torch.full((2, 2), 3.0)},
+        {"p.a.w": Addition(dense=lambda: torch.tensor([[1.0, 2], [4, 8]]))}
+    )
     assert both["p.a.w"].dense().tolist() == [[4, 5], [7, 11]]
-    away = plan_whole(found, {"w": torch.ones(2, 2)}, {"p.a.w": Addition(dense=lambda: torch.ones(2, 2, device="meta"))})
+    away = plan_whole(
+        found, {"w": torch.ones(2, 2)}, {"p.a.w": Addition(dense=lambda: torch.ones(2, 2, device="meta"))}
+    )
     assert away["p.a.w"].dense().is_meta  # summed where the layers' change was computed
     for name in ("cut", "turned", "q"):
         with pytest.raises(CheckpointError) as refused:
             plan_whole(found, {name: torch.ones(2, 2)}, {})
-        assert str(refused.value) == f"f.safetensors: '{name}' is cut otherwise in this file; merge into the official one"
+        assert str(
+            refused.value
+        ) == f"f.safetensors: '{name}' is cut otherwise in this file; merge into the official one"
 
 
 def test_scaled_eight_bit_weights_are_refused_by_name(tmp_path):
@@ -259,11 +289,14 @@ def test_scaled_eight_bit_weights_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError) as refused:
         refuse_scaled(scaled, part)
     assert str(refused.value) == (
-        f"{tmp_path / 'a.safetensors'}: 'w' is scaled 8-bit: merge into the bfloat16 file and quantise the result"
+        f"{tmp_path / 'a.safetensors'}: 'w' is scaled 8-bit: merge into the bfloat16 file and quantise the "
+        "result"
     )
     refuse_scaled(scaled, {})
     refuse_scaled(scaled, {"w.scale_weight": Addition()})
-    marked = model(tmp_path / "b.safetensors", w=torch.ones(1).to(torch.float8_e5m2), scaled_fp8=torch.ones(1))
+    marked = model(
+        tmp_path / "b.safetensors", w=torch.ones(1).to(torch.float8_e5m2), scaled_fp8=torch.ones(1)
+    )
     with pytest.raises(CheckpointError):
         refuse_scaled(marked, part)
     plain = model(tmp_path / "c.safetensors", w=eight)

@@ -1,4 +1,5 @@
-"""A wave on top of the merge of the one before: trained, merged and tried again in real processes; and what its teachers are."""
+"""A wave on top of the merge of the one before: trained, merged and tried again in real
+processes; and what its teachers are."""
 
 import json
 
@@ -27,9 +28,9 @@ def test_two_waves_in_real_processes(tmp_path, capsys):
     sound = broken.read_bytes()
     broken.write_bytes(b"")
     start = [
-        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=3", "run.precision=fp32",
-        "optim.lr=1e-2", "adapter.rank=4", "zero.engine=torch", "data.calibration=8", "--data", f"{tmp_path}/parts",
-        "--output", str(run), "--reconcile", "fit", "--waves", "2",
+        "slices", "run", "model.dit=tiny:dit.safetensors", "model.dtype=float32", "run.steps=3",
+        "run.precision=fp32", "optim.lr=1e-2", "adapter.rank=4", "zero.engine=torch", "data.calibration=8",
+        "--data", f"{tmp_path}/parts", "--output", str(run), "--reconcile", "fit", "--waves", "2",
     ]  # fmt: skip
     assert cli.main(start) == 1
     assert cli.main(["slices", "status", str(run)]) == 1
@@ -42,23 +43,31 @@ def test_two_waves_in_real_processes(tmp_path, capsys):
     assert [path.stat().st_mtime_ns for path in (first, wave)] == before
     assert cli.main(["slices", "status", str(run)]) == 0
     (under,) = json.loads(metadata(run / "02" / "slice-02.safetensors")["hvtrain.base_lora"])
-    assert under == {"file": "wave-1.safetensors", "multiplier": 1.0, "hvtrain.sha256": metadata(wave)["hvtrain.sha256"]}
+    assert under == {
+        "file": "wave-1.safetensors", "multiplier": 1.0, "hvtrain.sha256": metadata(wave)["hvtrain.sha256"]
+    }
     said = report(run / "merge" / "merged-lora.safetensors")
     assert list(said["fidelity"]) == ["wave-1.safetensors/01-slice-01", "slice-02.safetensors"]
     assert all(away < 0.2 for away in said["fidelity"].values())
     assert said["summed"]["slice-02.safetensors"] < 1e-6  # on top of the first is how it was trained
-    assert sorted(p.name for p in (run / "merge" / "merged-lora-calibration").iterdir()) == ["01-01-slice-01", "02-slice-02"]
+    assert sorted(p.name for p in (run / "merge" / "merged-lora-calibration").iterdir()) == [
+        "01-01-slice-01", "02-slice-02"
+    ]
 
 
 def on_top_of(path, other, multiplier=1.0):
-    under = [{"file": other.name, "multiplier": multiplier, "hvtrain.sha256": metadata(other)["hvtrain.sha256"]}]
+    under = [
+        {"file": other.name, "multiplier": multiplier, "hvtrain.sha256": metadata(other)["hvtrain.sha256"]}
+    ]
     save_file(load_file(path), path, metadata={**metadata(path), "hvtrain.base_lora": json.dumps(under)})
 
 
 @pytest.fixture
 def two(place, tmp_path):  # noqa: F811
     """(merge config of two LoRAs, the second's file, the first's)"""
-    first, second = place / "1" / "lora.safetensors", lora(tmp_path / "second" / "lora.safetensors", seed=2, layers=TEXT)
+    first, second = (
+        place / "1" / "lora.safetensors", lora(tmp_path / "second" / "lora.safetensors", seed=2, layers=TEXT)
+    )
     make_shards(second.parent / "calibration", n=24, seed=2, word=2)
     cfg = config(place, tmp_path / "m.safetensors", 1, how="fit", states=6, held_out=2)
     return merge.replace(cfg, lora=(*cfg.lora, LoraFileConfig(str(second)))), second, first
@@ -81,6 +90,8 @@ def test_what_a_lora_was_trained_on_must_be_there(place, two, wrong):  # noqa: F
         on_top_of(second, place / "3" / "lora.safetensors")
     else:
         on_top_of(second, first, multiplier=0.5)
-    with pytest.raises(ConfigError, match=r"was trained on top of lora.safetensors, times .*give it too .*or .*--any-base"):
+    with pytest.raises(
+        ConfigError, match=r"was trained on top of lora.safetensors, times .*give it too .*or .*--any-base"
+    ):
         merge.run(cfg)
     merge.run(merge.replace(cfg, any_base=True))

@@ -28,7 +28,9 @@ def test_one_file(three, tmp_path):
 def test_cut_into_shards(three, tmp_path):
     """a has 8 bytes, b 12, c 16; at most 20 in a file."""
     files = write_model(three, {}, target(tmp_path / "out", max_shard_bytes=20), metadata={"k": "v"})
-    assert [p.name for p in files] == [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert [p.name for p in files] == [
+        f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    ]
     assert [sorted(load_file(p)) for p in files] == [["c"], ["a", "b"]]
     index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 36} and sorted(index["weight_map"]) == ["a", "b", "c"]
@@ -36,7 +38,9 @@ def test_cut_into_shards(three, tmp_path):
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"k": "v"}
     exact = write_model(three, {}, target(tmp_path / "exact", max_shard_bytes=36), metadata={})
-    assert len(exact) == 1 and (tmp_path / "exact" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert (
+        len(exact) == 1 and (tmp_path / "exact" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    )
     third = write_model(three, {}, target(tmp_path / "third", max_shard_bytes=35), metadata={})
     assert [sorted(load_file(p)) for p in third] == [["b", "c"], ["a"]]  # one byte too few for all three
     tiny = write_model(three, {}, target(tmp_path / "tiny", max_shard_bytes=1), metadata={})
@@ -44,12 +48,14 @@ def test_cut_into_shards(three, tmp_path):
     with pytest.raises(ConfigError) as refused:
         write_model(three, {}, target(tmp_path / "o.safetensors", max_shard_bytes=20), metadata={})
     assert str(refused.value) == (
-        f"output: {tmp_path / 'o.safetensors'} must be a directory, because max_shard_gb cuts the model into several files"
+        f"output: {tmp_path / 'o.safetensors'} must be a directory, because max_shard_gb cuts the model into "
+        "several files"
     )
     with pytest.raises(ConfigError) as refused:
         write_model(three, {}, target(tmp_path / "folder"), metadata={})
     assert str(refused.value) == (
-        f"output: {tmp_path / 'folder'} must end in .safetensors: {three.path} is a single file (max_shard_gb cuts it)"
+        f"output: {tmp_path / 'folder'} must end in .safetensors: {three.path} is a single file "
+        "(max_shard_gb cuts it)"
     )
     assert not (tmp_path / "folder").exists()
 
@@ -106,7 +112,10 @@ def test_signature_is_of_the_inputs(tmp_path):
     os.utime(a, ns=(1, 1_000_000_007))
     one = signature([a], "said")
     assert one == signature([a], "said") == hashlib.sha256(f"said{a}/5/1000000007\n".encode()).hexdigest()
-    assert one != signature([a], "other") and one != signature([b], "said") and signature([a, b], "") != signature([b, a], "")
+    assert (
+        one != signature([a], "other") and one != signature([b], "said")
+        and signature([a, b], "") != signature([b, a], "")
+    )
     os.utime(a, ns=(1, 1_000_000_008))
     assert signature([a], "said") != one
     a.write_text("123456")
@@ -152,7 +161,10 @@ def test_reading_goes_on_where_a_read_ends_early(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][:7]], at))
     with path.open("rb") as file:
         got = write._read_into(torch.zeros(100, dtype=torch.uint8), file.fileno(), entry)
-    assert got.dtype == torch.int32 and got.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] and math.prod(got.shape) == 10
+    assert (
+        got.dtype == torch.int32 and got.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+        and math.prod(got.shape) == 10
+    )
 
 
 def test_a_file_that_was_cut_while_it_is_read_ends_the_merge(three, tmp_path):

@@ -1,4 +1,5 @@
-"""A model of any architecture, small, with random weights, and something to feed it: whatever its record declares."""
+"""A model of any architecture, small, with random weights, and something to feed it:
+whatever its record declares."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def random_model(spec: ModelSpec, flavor: Flavor | None = None) -> DiT:
     return model
 
 
-def batch(flavor: Flavor, device: str = "cpu", *, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def batch(flavor: Flavor, device: str = "cpu", *, seed: int = 1) -> tuple[
+    torch.Tensor, dict[str, torch.Tensor]
+]:
     """Latents and the conditions that the flavor declares: two samples, ragged where a length is open."""
     latent = flavor.latent
     shape = latent.shape(frames=2 * latent.stride_t + 1, height=2 * latent.unit[0], width=3 * latent.unit[1])

@@ -18,8 +18,12 @@ from tests.models.packages import SDPA
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """No packages, and a GPU of a capability with a cuDNN; what a trial computes is computed on the CPU."""
     little = kernels._little_attention
-    monkeypatch.setattr(kernels, "_little_attention", lambda device, dtype: little(torch.device("cpu"), dtype))
-    for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface", "sageattention", "xfuser"):
+    monkeypatch.setattr(
+        kernels, "_little_attention", lambda device, dtype: little(torch.device("cpu"), dtype)
+    )
+    for name in (
+        "flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface", "sageattention", "xfuser"
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     find = kernels.importlib.util.find_spec
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda n: find(n) if n in sys.modules else None)
@@ -30,8 +34,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 
     make((9, 0))
     kernels._trial.cache_clear()
-    monkeypatch.setattr(measure, "fastest", lambda candidates, device, dtype, work: candidates[0])  # nothing can be timed here
+    # nothing can be timed here
+    monkeypatch.setattr(measure, "fastest", lambda candidates, device, dtype, work: candidates[0])
     parts = {"attend": SDPA.attend, "partial": SDPA.partial, "backward": SDPA.backward}
-    monkeypatch.setitem(KERNELS, "cudnn", replace(KERNELS["cudnn"], **parts))  # as if PyTorch had it for the CPU
+    # as if PyTorch had it for the CPU
+    monkeypatch.setitem(KERNELS, "cudnn", replace(KERNELS["cudnn"], **parts))
     yield make
     kernels._trial.cache_clear()

@@ -30,8 +30,10 @@ def attend(q, k, v, **_):
     return SDPA.attend(q, k, v)
 
 
-def flash2_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-                   return_softmax):  # fmt: skip
+def flash2_forward(
+    q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+    return_softmax
+):  # fmt: skip
     assert (dropout_p, softmax_scale, causal, softcap) == (0.0, q.shape[-1] ** -0.5, False, 0.0)
     return *SDPA.partial(q, k, v), None, None
 
@@ -42,7 +44,9 @@ def flash2_backward(dout, q, k, v, out, lse, dq, dk, dv, dropout_p, softmax_scal
         into.copy_(grad)
 
 
-def install_flash2(monkeypatch: pytest.MonkeyPatch, *, attend: Callable = attend, forward: Callable = flash2_forward) -> None:
+def install_flash2(
+    monkeypatch: pytest.MonkeyPatch, *, attend: Callable = attend, forward: Callable = flash2_forward
+) -> None:
     module(monkeypatch, "flash_attn", flash_attn_func=attend)
     inside = {"_flash_attn_forward": forward, "_flash_attn_backward": flash2_backward}
     module(monkeypatch, "flash_attn.flash_attn_interface", **inside)
@@ -57,5 +61,8 @@ def flash3_backward(dout, q, k, v, out, lse, dq=None, dk=None, dv=None, softmax_
 
 
 def install_flash3(monkeypatch: pytest.MonkeyPatch, **other: Callable) -> None:
-    inside = {"flash_attn_func": attend, "_flash_attn_forward": flash3_forward, "_flash_attn_backward": flash3_backward}
+    inside = {
+        "flash_attn_func": attend, "_flash_attn_forward": flash3_forward,
+        "_flash_attn_backward": flash3_backward
+    }
     module(monkeypatch, "flash_attn_interface", **{**inside, **other})

@@ -13,8 +13,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 SIDE, PATCH = 28, 7  # pixels
 TOKENS = (SIDE // PATCH) ** 2
 VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": SIDE,
-    "patch_size": PATCH, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 32,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "image_size": SIDE, "patch_size": PATCH, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "projection_dim": 32,
 }
 
 

@@ -1,4 +1,5 @@
-"""Joint attention on one device: how tokens are joined and split, what is kept for a second run, and who is chosen."""
+"""Joint attention on one device: how tokens are joined and split, what is kept for a
+second run, and who is chosen."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ def test_join_takes_the_valid_tokens_and_split_puts_zeros_where_the_others_were(
     (one,) = [stack_rows([back])]
     assert one is back
     both = stack_rows([back, exact._replace(img=back.img, txt=back.txt)])
-    assert torch.equal(both.img, torch.cat([back.img] * 2)) and torch.equal(both.txt, torch.cat([back.txt] * 2))
+    assert (
+        torch.equal(both.img, torch.cat([back.img] * 2)) and torch.equal(both.txt, torch.cat([back.txt] * 2))
+    )
 
 
 def test_each_sample_attends_to_its_own_valid_tokens():
@@ -75,7 +78,11 @@ def test_each_sample_attends_to_its_own_valid_tokens():
     out = local_attend(q, k, v, txt_len=lengths, n_img=n_img, kernel=replace(SDPA, attend=counted))
     assert calls == [[(1, n_img + n, N, D)] * 3 for n in lengths]
     for b, n in enumerate(lengths):
-        want, _ = softmax(*(torch.cat([x.img[b : b + 1, :n_img], x.txt[b : b + 1, :n]], 1).double() for x in (q, k, v)))
+        want, _ = (
+            softmax(
+                *(torch.cat([x.img[b : b + 1, :n_img], x.txt[b : b + 1, :n]], 1).double() for x in (q, k, v))
+            )
+        )
         torch.testing.assert_close(out.img[b, :n_img].double(), want[0, :n_img], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(out.txt[b, :n].double(), want[0, n_img:], atol=1e-6, rtol=1e-5)
         assert not out.img[b, n_img:].any() and not out.txt[b, n:].any()
@@ -99,7 +106,8 @@ def test_an_attention_is_that_of_its_kernel():
 
 
 def test_across_each_sample_attends_to_its_own_valid_keys():
-    """Those of equal length in one call, whose result is not copied where it is the only one; zeros where there are none."""
+    """Those of equal length in one call, whose result is not copied where it is the only one;
+    zeros where there are none."""
     q, k, v = (draw(3, n, N, D, seed=n) for n in (6, 4, 4))
     given = torch.full((3, 6, N, D), 5.0)
     shapes = []
@@ -119,7 +127,8 @@ def test_across_each_sample_attends_to_its_own_valid_keys():
 
 
 def test_layers_of_what_has_no_keys_get_gradients_of_zero():
-    """On this rank as on those whose samples have some: an engine that reduces gradients as they come would wait for them."""
+    """On this rank as on those whose samples have some: an engine that reduces gradients as
+    they come would wait for them."""
     leaves = [draw(2, n, N, D, seed=n).requires_grad_() for n in (6, 4, 5)]
     out = Attention().cross(*leaves, lengths=(0, 0))
     out.sum().backward()
@@ -172,7 +181,8 @@ def test_the_operator_is_computed_once_where_it_is_kept_and_has_its_gradients():
     attend(sampling, q, k, v)
     with torch.no_grad():
         attend(kernel, *leaves)
-    assert len(calls) == 6 and not sampling.trains and kernel.trains  # the kernel's own way where nothing is learnt
+    # the kernel's own way where nothing is learnt
+    assert len(calls) == 6 and not sampling.trains and kernel.trains
 
 
 def test_the_log_sum_exp_alone_teaches_nothing():
@@ -180,7 +190,10 @@ def test_the_log_sum_exp_alone_teaches_nothing():
     kernel = replace(SDPA, backward=lambda *a: asked.append(1) or SDPA.backward(*a))
     q, k, v = (draw(1, 4, N, D, seed=s).requires_grad_() for s in range(3))
     out, lse = OP(q, k, v, kernel.number)
-    assert torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True, retain_graph=True) == (None, None, None) and asked == []
+    assert (
+        torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True, retain_graph=True) == (None, None, None)
+        and asked == []
+    )
     assert torch.autograd.grad((out.sum(), lse.sum()), q)[0].shape == q.shape and asked == [1]
 
 
@@ -235,13 +248,16 @@ def test_the_backward_gets_the_merged_result():
 @pytest.mark.parametrize(
     "dtype, dim, capability, fits",
     [
-        (torch.bfloat16, 128, (8, 0), True), (torch.float16, 256, (9, 0), True), (torch.bfloat16, 8, (8, 6), True),
-        (torch.float32, 128, (9, 0), False), (torch.bfloat16, 264, (9, 0), False), (torch.bfloat16, 100, (9, 0), False),
+        (torch.bfloat16, 128, (8, 0), True), (torch.float16, 256, (9, 0), True),
+        (torch.bfloat16, 8, (8, 6), True), (torch.float32, 128, (9, 0), False),
+        (torch.bfloat16, 264, (9, 0), False), (torch.bfloat16, 100, (9, 0), False),
         (torch.bfloat16, 128, (7, 5), False),
     ],
 )  # fmt: skip
 def test_what_cuda_flash_takes(dtype, dim, capability, fits, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device == CPU else None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability if device == CPU else None
+    )
     assert kernels._flash_fits(torch.empty(1, 1, 1, dim, dtype=dtype)) is fits
 
 
@@ -267,12 +283,18 @@ def test_who_is_chosen_and_who_is_refused():
     assert pick_kernel("auto", device=CPU).name == pick_kernel("sdpa", device=CPU).name == "sdpa"
     names = "auto, cudnn, flash2, flash3, flash4, onednn, sage, sdpa, xfuser"
     for name, hint in (("flash_2", "did you mean 'flash2'?"), ("?", f"choose one of: {names}")):
-        with pytest.raises(ConfigError, match="^" + re.escape(f"parallel.kernel: no attention kernel '{name}'; {hint}") + "$"):
+        with pytest.raises(
+            ConfigError, match="^" + re.escape(f"parallel.kernel: no attention kernel '{name}'; {hint}") + "$"
+        ):
             pick_kernel(name, device=CPU)
     for name in ("flash2", "flash3", "sage"):
-        with pytest.raises(ConfigError, match=f"^parallel.kernel: '{name}' cannot be used: it needs a CUDA device, this is cpu"):
+        with pytest.raises(
+            ConfigError,
+            match=f"^parallel.kernel: '{name}' cannot be used: it needs a CUDA device, this is cpu"
+        ):
             pick_kernel(name, device=CPU, training=False)
     assert {name: kernel.trains for name, kernel in KERNELS.items()} == {
-        "sdpa": True, "onednn": True, "cudnn": True, "flash2": True, "flash3": True, "flash4": True, "sage": False,
+        "sdpa": True, "onednn": True, "cudnn": True, "flash2": True, "flash3": True, "flash4": True,
+        "sage": False,
     }  # fmt: skip
     assert all(kernel.name == name for name, kernel in KERNELS.items())

@@ -41,7 +41,10 @@ def test_the_check_reads_solvers(solver, tmp_path, capsys):
     name = next(n for n in tensors if n.endswith(".x") and n.startswith("output."))
     tensors[name][-1] *= 1.0001
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
-    assert main([str(tmp_path / "wrong.safetensors")]) == 1 and f"{name.split('.')[1]}.x" in capsys.readouterr().out
+    assert (
+        main([str(tmp_path / "wrong.safetensors")]) == 1
+        and f"{name.split('.')[1]}.x" in capsys.readouterr().out
+    )
 
 
 def test_the_check_fails_on_a_wrong_model(tmp_path, capsys):
@@ -66,7 +69,8 @@ def test_equal_to_diffusers_with_converted_weights():
 
 @pytest.mark.parametrize("name", ["t2v", "i2v", "i2v-concat", "skyreels-v1-i2v"])
 def test_every_kind_equals_diffusers(name, tmp_path):
-    """Of what make_input makes of a clip and its image; and the check reads such a file, of sizes that no reference has."""
+    """Of what make_input makes of a clip and its image; and the check reads such a file, of
+    sizes that no reference has."""
     from diffusers import HunyuanVideoTransformer3DModel
     from safetensors.torch import save_file
 
@@ -76,28 +80,40 @@ def test_every_kind_equals_diffusers(name, tmp_path):
     model, inp = random_model(SPEC, flavor), any_input(SPEC, flavor)
     arch, weights = flavor.arch, model.state_dict()
     theirs = HunyuanVideoTransformer3DModel(
-        in_channels=arch.in_channels, out_channels=16, num_attention_heads=arch.heads_num, attention_head_dim=arch.head_dim,
-        num_layers=arch.double, num_single_layers=arch.single, num_refiner_layers=arch.refiner_depth,
-        text_embed_dim=arch.text_dim, pooled_projection_dim=arch.pooled_dim, rope_axes_dim=arch.rope_dims,
-        guidance_embeds=arch.guidance_embed, image_condition_type="token_replace" if arch.token_replace else None,
+        in_channels=arch.in_channels, out_channels=16, num_attention_heads=arch.heads_num,
+        attention_head_dim=arch.head_dim, num_layers=arch.double, num_single_layers=arch.single,
+        num_refiner_layers=arch.refiner_depth, text_embed_dim=arch.text_dim,
+        pooled_projection_dim=arch.pooled_dim, rope_axes_dim=arch.rope_dims,
+        guidance_embeds=arch.guidance_embed,
+        image_condition_type="token_replace" if arch.token_replace else None,
     ).eval()
-    theirs.load_state_dict({n: cut.take(weights[cut.source]) for n, cut in SPEC.key_maps["diffusers"].write(weights).items()})
+    theirs.load_state_dict(
+        {n: cut.take(weights[cut.source]) for n, cut in SPEC.key_maps["diffusers"].write(weights).items()}
+    )
     theirs = theirs.double()  # so that no rounding but ours is measured
     text, x = inp.cond["text"], inp.x.double().requires_grad_()
     mask = torch.arange(text.shape[1])[None] < torch.tensor(inp.lengths["text"])[:, None]
     wanted = theirs(
-        hidden_states=x, timestep=inp.t, encoder_hidden_states=text.double(), pooled_projections=inp.cond["pooled"].double(),
-        encoder_attention_mask=mask, guidance=inp.cond.get("guidance"), return_dict=False,
+        hidden_states=x, timestep=inp.t, encoder_hidden_states=text.double(),
+        pooled_projections=inp.cond["pooled"].double(), encoder_attention_mask=mask,
+        guidance=inp.cond.get("guidance"), return_dict=False,
     )[0].float()
     wanted.square().mean().backward()
     with torch.no_grad():
         found = model(inp)
     assert found.std() > 0.1 and (found - wanted).norm() / wanted.norm() < 1e-5
-    given = {"x": inp.x, "t": inp.t, "text": text, "mask": mask.long(), **{n: inp.cond[n] for n in inp.cond if n != "text"}}
-    state = {f"weights.{n}": t for n, t in weights.items()} | {f"input.{n}": t.contiguous() for n, t in given.items()}
+    given = {
+        "x": inp.x, "t": inp.t, "text": text, "mask": mask.long(),
+        **{n: inp.cond[n] for n in inp.cond if n != "text"}
+    }
+    state = {f"weights.{n}": t for n, t in weights.items()} | {
+        f"input.{n}": t.contiguous() for n, t in given.items()
+    }
     kind = {"i2v": "token_replace", "i2v-concat": "latent_concat"}.get(name)
     about = {"config": json.dumps({"rope": arch.rope_dims, "i2v_condition_type": kind})}
-    save_file({**state, "output": wanted.detach(), "grad_x": x.grad.float()}, tmp_path / "seen.safetensors", about)
+    save_file(
+        {**state, "output": wanted.detach(), "grad_x": x.grad.float()}, tmp_path / "seen.safetensors", about
+    )
     errs = errors(str(tmp_path / "seen.safetensors"))
     assert errs.keys() == {"output", "grad_x"} and max(errs.values()) <= LIMIT
 
@@ -129,7 +145,9 @@ def test_no_square_mask_is_built():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            sizes.extend(
+                t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)
+            )
             return out
 
     model, inp = build(), an_input()
@@ -140,7 +158,9 @@ def test_no_square_mask_is_built():
     assert max(sizes) < tokens * tokens / 2
 
 
-@pytest.mark.parametrize(("flavor", "file"), [(None, "hunyuan_video_t2v_dit"), ("skyreels-v1-i2v", "skyreels_v1_i2v_dit")])
+@pytest.mark.parametrize(
+    ("flavor", "file"), [(None, "hunyuan_video_t2v_dit"), ("skyreels-v1-i2v", "skyreels_v1_i2v_dit")]
+)
 def test_full_size_keys_and_shapes(flavor, file):
     assert list(keys("hunyuan-video", flavor)) == (DATA / f"{file}.tsv").read_text().splitlines()
 

@@ -1,4 +1,5 @@
-"""What stands around the matrix products: the plain formulas, in values and gradients, with their rounding."""
+"""What stands around the matrix products: the plain formulas, in values and
+gradients, with their rounding."""
 
 from __future__ import annotations
 
@@ -30,26 +31,33 @@ def compared(have, want, inputs: list[Tensor], **near) -> None:
 
 
 def drawn(*shape: int, dtype: torch.dtype = FP32, learnt: bool = True) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype).requires_grad_(learnt)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(sum(shape))
+    ).to(dtype).requires_grad_(learnt)
 
 
 @pytest.mark.parametrize("learnt", [False, True])
 @pytest.mark.parametrize("batch, per_token", [(1, False), (3, False), (2, True)])
 def test_modulated_norm(batch, per_token, learnt):
     n = 5 if per_token else 1
-    x, shift, scale = drawn(batch, 5, 16), drawn(batch, n, 16, learnt=learnt), drawn(batch, n, 16, learnt=learnt)
+    x, shift, scale = (
+        drawn(batch, 5, 16), drawn(batch, n, 16, learnt=learnt), drawn(batch, n, 16, learnt=learnt)
+    )
     compared(
         lambda x, shift, scale: modulated_norm(x, shift=shift, scale=scale * 0.5),
-        lambda x, shift, scale: F.layer_norm(x, (16,), eps=1e-6) * (1 + scale * 0.5) + shift, [x, shift, scale],
-        atol=2e-6, rtol=1e-5,
+        lambda x, shift, scale: F.layer_norm(x, (16,), eps=1e-6) * (1 + scale * 0.5) + shift,
+        [x, shift, scale], atol=2e-6, rtol=1e-5,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["modulation bf16", "modulation fp32"])
 def test_modulated_norm_rounds_once(wide):
-    """Half of bfloat16's last place from what float64 makes of the same vectors; two roundings would make it more."""
+    """Half of bfloat16's last place from what float64 makes of the same vectors; two
+    roundings would make it more."""
     x = drawn(2, 50, 64, dtype=BF16, learnt=False)
-    shift, scale = (drawn(2, 1, 64 + i, dtype=FP32 if wide else BF16, learnt=False)[..., :64] for i in range(2))
+    shift, scale = (
+        drawn(2, 1, 64 + i, dtype=FP32 if wide else BF16, learnt=False)[..., :64] for i in range(2)
+    )
     with autocast("cpu", enabled=True):
         found = modulated_norm(x, shift=shift, scale=scale)
     true = F.layer_norm(x.double(), (64,), eps=1e-6) * (1 + scale).double() + shift.double()
@@ -62,7 +70,10 @@ def test_modulated_norm_rounds_once(wide):
 @pytest.mark.parametrize("kind", ["given", "learnt", "per token", "wider"])
 def test_gated(dtype, kind):
     x, update = drawn(2, 6, 8, dtype=dtype), drawn(2, 6, 9, dtype=dtype)[..., :8].detach().requires_grad_()
-    gate = drawn(2, 6 if kind == "per token" else 1, 8, dtype=FP32 if kind == "wider" else dtype, learnt=kind == "learnt")
+    gate = drawn(
+        2, 6 if kind == "per token" else 1, 8, dtype=FP32 if kind == "wider" else dtype,
+        learnt=kind == "learnt"
+    )
     compared(gated, lambda x, update, gate: x + update * gate, [x, update, gate], atol=0, rtol=0)
 
 
@@ -75,7 +86,9 @@ def test_a_gate_that_is_given_is_not_saved():
         assert len(kept) == n
 
 
-@pytest.mark.parametrize("dtype, near", [(FP32, {"atol": 2e-6, "rtol": 1e-5}), (BF16, {"atol": 2e-2, "rtol": 2e-2})])
+@pytest.mark.parametrize(
+    "dtype, near", [(FP32, {"atol": 2e-6, "rtol": 1e-5}), (BF16, {"atol": 2e-2, "rtol": 2e-2})]
+)
 def test_root_norm(dtype, near):
     def plain(x, weight):
         wide = x.float()
@@ -83,18 +96,25 @@ def test_root_norm(dtype, near):
 
     fused = drawn(2, 9, 3, 4, 32, dtype=dtype)
     weight, frozen = drawn(32, dtype=dtype), drawn(32, dtype=dtype, learnt=False)
-    compared(lambda x, w: root_norm(x[:, :, 1], w, 1e-6), lambda x, w: plain(x[:, :, 1], w), [fused, frozen], **near)
+    compared(
+        lambda x, w: root_norm(x[:, :, 1], w, 1e-6), lambda x, w: plain(x[:, :, 1], w), [fused, frozen],
+        **near
+    )
     assert torch.equal(root_norm(fused, frozen, 1e-6), plain(fused, frozen))  # values to the bit
     for own in (weight, frozen):
         compared(lambda x, w: root_norm(x, w, 1e-6), plain, [fused, own], **near)
 
 
-@pytest.mark.parametrize("dtype, tables", [(FP32, FP32), (BF16, FP32), (FP32, torch.float64), (BF16, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, tables", [(FP32, FP32), (BF16, FP32), (FP32, torch.float64), (BF16, torch.float64)]
+)
 def test_turned(dtype, tables):
     def plain(x, cos, sin):
         wide = x.float()
         even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-        return (wide * cos[:, None] + torch.stack([-odd, even], dim=-1).flatten(-2) * sin[:, None]).to(x.dtype)
+        return (
+            wide * cos[:, None] + torch.stack([-odd, even], dim=-1).flatten(-2) * sin[:, None]
+        ).to(x.dtype)
 
     angles = drawn(7, 8, learnt=False).to(tables).repeat_interleave(2, dim=-1)
     fused = drawn(2, 7, 3, 3, 16, dtype=dtype)

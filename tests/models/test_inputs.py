@@ -37,7 +37,8 @@ def test_guidance_is_what_the_weights_have_seen(scale, seen):
 
 
 def test_image_to_video_holds_the_first_frame_and_learns_the_others():
-    inp = make("i2v", image_latents=torch.cat([IMAGE, IMAGE + 1], 2))  # only the condition's first frame counts
+    # only the condition's first frame counts
+    inp = make("i2v", image_latents=torch.cat([IMAGE, IMAGE + 1], 2))
     assert torch.equal(inp.x[:, :, :1], IMAGE) and torch.equal(inp.x[:, :, 1:], X[:, :, 1:])
     assert inp.token_replace is True
     assert inp.loss_mask is not None and inp.loss_mask.shape == (2, 1, 4, 1, 1)
@@ -55,7 +56,9 @@ def test_channels_of_the_image_lie_behind_those_of_the_video():
     assert torch.equal(inp.x[:, 3:, :1], IMAGE) and not inp.x[:, 3:, 1:].any()
     assert inp.loss_mask is None and inp.token_replace is False
     masked = make("i2v-mask", image_latents=IMAGE)
-    assert masked.x.shape == (2, 7, 4, 2, 2) and torch.equal(masked.x[:, :6], inp.x) and masked.loss_mask is None
+    assert (
+        masked.x.shape == (2, 7, 4, 2, 2) and torch.equal(masked.x[:, :6], inp.x) and masked.loss_mask is None
+    )
     assert masked.x[:, 6].flatten(2).unique(dim=2).tolist() == [[[1], [0], [0], [0]]] * 2
 
 
@@ -73,12 +76,15 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(DataError, match="needs the condition 'image_latents', which these samples lack"):
             make(task)
         for wrong in (IMAGE[:, :2], IMAGE[..., :1], IMAGE[:, :, :, :1]):
-            with pytest.raises(DataError, match=r"image_latents of shape .* do not fit latents of shape \(2, 3, 4, 2, 2\)"):
+            with pytest.raises(
+                DataError, match=r"image_latents of shape .* do not fit latents of shape \(2, 3, 4, 2, 2\)"
+            ):
                 make(task, image_latents=wrong)
 
 
 def test_rms_norm_rounds_before_it_multiplies():
-    """In bfloat16, bit for bit: normalised in float32, rounded to bfloat16, then times the weight, rounded again."""
+    """In bfloat16, bit for bit: normalised in float32, rounded to bfloat16, then
+    times the weight, rounded again."""
     draw = torch.Generator().manual_seed(0)
     x, norm = torch.randn(64, 32, generator=draw).bfloat16(), RMSNorm(32).bfloat16()
     norm.weight.data = (1 + torch.randn(32, generator=draw) / 4).bfloat16()

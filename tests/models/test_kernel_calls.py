@@ -52,13 +52,16 @@ def same(have: tuple, want: tuple) -> bool:
 
 
 def inputs() -> tuple[torch.Tensor, ...]:
-    """q, k, v, the gradient and the merged result of 3 queries and 5 keys; those not always come contiguous."""
+    """q, k, v, the gradient and the merged result of 3 queries and 5 keys; those
+    not always come contiguous."""
     q, k, v = draw(2, 3, 4, 16), draw(2, 5, 4, 16, seed=1), draw(2, 5, 4, 16, seed=2)
     d_out, out = draw(2, 4, 3, 16, seed=3).transpose(1, 2), draw(2, 3, 4, 16, dtype=torch.float32, seed=4)
     return q, k, v, d_out, out, draw(2, 3, 4, dtype=torch.float32, seed=5).transpose(1, 2)
 
 
-EVERYTHING = {"causal": False, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+EVERYTHING = {
+    "causal": False, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None
+}
 
 
 @pytest.mark.parametrize("name", ["flash2", "flash3", "sage"])
@@ -83,7 +86,10 @@ def test_what_a_package_is_called_with(name, monkeypatch):
     assert same(back.args[:6], (d_out.contiguous(), q, k, v, out.bfloat16(), lse.contiguous()))
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, BF16) for x in (q, k, v)]
     if name == "flash2":
-        assert same(forward.args, (q, k, v, 0.0, 0.25)) and forward.options == {**EVERYTHING, "return_softmax": False}
+        assert (
+            same(forward.args, (q, k, v, 0.0, 0.25))
+            and forward.options == {**EVERYTHING, "return_softmax": False}
+        )
         assert all(a is b for a, b in zip(back.args[6:9], grads)) and same(back.args[9:], (0.0, 0.25))
         assert back.options == {**EVERYTHING, "deterministic": False}
     else:
@@ -115,22 +121,31 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
 
 @pytest.mark.parametrize("where", ["flash_attention", "efficient_attention", "flash_attention_for_cpu"])
 def test_what_torch_s_operators_are_called_with(where, ops, gpu, monkeypatch):
-    """On a card flash where it fits; the other's log-sum-exp comes padded, to a multiple of 32, and goes back so, with
-    infinity: exp(score - lse) is then zero there."""
+    """On a card flash where it fits; the other's log-sum-exp comes padded, to a multiple of 32, and goes back
+    so, with infinity: exp(score - lse) is then zero there."""
     gpu((8, 0) if where == "flash_attention" else (7, 5))
     q, k, v, d_out, out, lse = inputs()
     if where != "flash_attention_for_cpu":
         q, k, v = (x.as_subclass(OnCard) for x in (q, k, v))
     shown, padded = heads_first(q, k, v), torch.nn.functional.pad(lse, (0, 29), value=float("inf"))
     forward, back = ops[where], ops[where + "_backward"]
-    gives = {"flash_attention": (lse, None, None), "efficient_attention": (padded, None), "flash_attention_for_cpu": (lse,)}
+    gives = {
+        "flash_attention": (lse, None, None), "efficient_attention": (padded, None),
+        "flash_attention_for_cpu": (lse,)
+    }
     forward.gives = (*heads_first(out), *gives[where])
     found = SDPA.partial(q, k, v)
-    assert same(forward.args, (*shown, None, True) if where == "efficient_attention" else shown) and not forward.options
+    assert (
+        same(forward.args, (*shown, None, True) if where == "efficient_attention" else shown)
+        and not forward.options
+    )
     assert torch.equal(found.out, out) and torch.equal(found.lse, lse)
     back.gives = heads_first(q * 2, k * 3, v * 4) + (None,) * (where == "efficient_attention")
     grads = SDPA.backward(d_out, q, k, v, kernels.Partial(out, lse))
-    assert all(torch.equal(g, x * n) for n, g, x in zip((2, 3, 4), grads, (q, k, v), strict=True)) and not back.options
+    assert (
+        all(torch.equal(g, x * n) for n, g, x in zip((2, 3, 4), grads, (q, k, v), strict=True))
+        and not back.options
+    )
     bias = (None,) * (where == "efficient_attention")
     shown = *heads_first(d_out, q, k, v), *bias, *heads_first(out)
     none = torch.tensor([0, 0], dtype=torch.uint64) if where == "flash_attention" else torch.tensor(0)

@@ -1,4 +1,5 @@
-"""Optional attention packages are called before they are chosen: stand-ins for them, good and bad, on a pretended GPU."""
+"""Optional attention packages are called before they are chosen: stand-ins for them, good
+and bad, on a pretended GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ def test_flash3_is_for_hopper_alone(gpu, monkeypatch, capability):
     install_flash3(monkeypatch)
     gpu(capability)
     assert auto() == ("cudnn" if capability >= (9, 0) else "sdpa")
-    with pytest.raises(ConfigError, match=rf"'flash3' cannot be used: it needs compute capability 9.x, this is {capability[0]}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"'flash3' cannot be used: it needs compute capability 9.x, this is {capability[0]}"
+    ):
         pick_kernel("flash3", device=GPU, dtype=BF16)
 
 
@@ -77,12 +81,17 @@ def nothing(q, k, v, **_):
 @pytest.mark.parametrize(
     "install, says",
     [
-        (lambda m: module(m, "flash_attn", cute=None), "No module named 'flash_attn.flash_attn_interface'"),  # flash-attn-4
+        # flash-attn-4
+        (lambda m: module(m, "flash_attn", cute=None), "No module named 'flash_attn.flash_attn_interface'"),
         (lambda m: install_flash2(m, attend=broken), "ImportError: libflash.so: undefined symbol: _ZN3c10$"),
         (lambda m: install_flash2(m, attend=wrong), "it computes something else"),
         (lambda m: install_flash2(m, attend=nothing), "it computes something else"),
-        (lambda m: install_flash2(m, forward=lambda q, k, v: None), "TypeError: .* unexpected keyword|TypeError: .* positional"),
-        (lambda m: install_flash2(m, forward=lambda *a, **k: (SDPA.attend(*a[:3]), torch.zeros(2, 2, 64))), "something else"),
+        (lambda m: install_flash2(m, forward=lambda q, k, v: None), "TypeError: .* unexpected "
+        "keyword|TypeError: .* positional"),
+        (
+            lambda m: install_flash2(m, forward=lambda *a, **k: (SDPA.attend(*a[:3]), torch.zeros(2, 2, 64))),
+            "something else"
+        ),
     ],
     ids=["flash-attn-4", "another ABI", "wrong numbers", "NaN", "another signature", "wrong log-sum-exp"],
 )
@@ -92,7 +101,8 @@ def test_a_package_that_does_not_work_is_named_and_passed_by(gpu, monkeypatch, c
     with caplog.at_level(logging.WARNING):
         assert auto() == "sdpa"
         assert auto() == "sdpa"
-    assert [r.levelname for r in caplog.records] == ["WARNING"] and "flash2 is installed, but" in caplog.text  # once
+    # once
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "flash2 is installed, but" in caplog.text
     reason = f"'flash2' cannot be used: the Python package 'flash_attn' is installed, but .*({says})"
     with pytest.raises(ConfigError, match=reason):
         pick_kernel("flash2", device=GPU, dtype=BF16)
@@ -106,7 +116,8 @@ def test_an_early_flash3_with_other_signatures_is_passed_by(monkeypatch):
     with pytest.raises(ConfigError, match="'flash3' cannot be used: .* a call of it fails: TypeError"):
         pick_kernel("flash3", device=GPU, dtype=BF16)
     kernels._trial.cache_clear()
-    install_flash3(monkeypatch, flash_attn_func=lambda q, k, v: (SDPA.attend(q, k, v), None))  # out and log-sum-exp
+    # out and log-sum-exp
+    install_flash3(monkeypatch, flash_attn_func=lambda q, k, v: (SDPA.attend(q, k, v), None))
     assert auto() == "flash3"
 
 
@@ -119,10 +130,13 @@ def test_sage_may_round_but_must_give_its_log_sum_exp(monkeypatch):
     module(monkeypatch, "sageattention", sageattn=rounded)
     assert pick_kernel("sage", device=GPU, dtype=BF16, training=False).name == "sage"
     assert auto() == "cudnn"  # never by itself
-    with pytest.raises(ConfigError, match="^parallel.kernel: 'sage' cannot be used: it has no backward; train with 'auto'$"):
+    with pytest.raises(
+        ConfigError, match="^parallel.kernel: 'sage' cannot be used: it has no backward; train with 'auto'$"
+    ):
         pick_kernel("sage", device=GPU, dtype=BF16)
     kernels._trial.cache_clear()
-    module(monkeypatch, "sageattention", sageattn=lambda q, k, v, tensor_layout, **_: SDPA.attend(q, k, v))  # 1.0
+    # 1.0
+    module(monkeypatch, "sageattention", sageattn=lambda q, k, v, tensor_layout, **_: SDPA.attend(q, k, v))
     with pytest.raises(ConfigError, match="'sage' cannot be used: .*'sageattention' is installed, but"):
         pick_kernel("sage", device=GPU, dtype=BF16, training=False)
 
@@ -139,22 +153,27 @@ def test_who_is_asked_about_which_device(gpu, monkeypatch):
     assert pick_kernel("flash3", device=second, dtype=torch.float16).name == "flash3"
     assert set(asked) == {second, (second, BF16), (second, torch.float16)}
     asked.clear()
-    assert kernels._package_missing("none", "none", since=(8, 0))(second, BF16) == "the Python package 'none' is not installed"
+    assert kernels._package_missing(
+        "none", "none", since=(8, 0)
+    )(second, BF16) == "the Python package 'none' is not installed"
     assert asked == [second]
 
 
 @pytest.mark.parametrize(
     "capability, until, says",
     [
-        ((8, 5), None, "it needs compute capability 8.6 or newer, this is 8.5"), ((8, 6), None, "it computes in"),
-        ((12, 1), None, "it computes in"), ((8, 5), (9, 0), "it needs compute capability 8.x, this is 8.5"),
-        ((8, 9), (9, 0), "it computes in"), ((9, 0), (9, 0), "it needs compute capability 8.x, this is 9.0"),
+        ((8, 5), None, "it needs compute capability 8.6 or newer, this is 8.5"),
+        ((8, 6), None, "it computes in"), ((12, 1), None, "it computes in"),
+        ((8, 5), (9, 0), "it needs compute capability 8.x, this is 8.5"), ((8, 9), (9, 0), "it computes in"),
+        ((9, 0), (9, 0), "it needs compute capability 8.x, this is 9.0"),
     ],
 )  # fmt: skip
 def test_which_gpus_a_package_is_for(gpu, capability, until, says):
     gpu(capability)
     missing = kernels._package_missing("none", "none", since=(8, 6), until=until)
-    assert missing(GPU, torch.float32) == says.replace("computes in", "computes in bfloat16 or float16, not float32")
+    assert missing(GPU, torch.float32) == says.replace(
+        "computes in", "computes in bfloat16 or float16, not float32"
+    )
     assert missing(torch.device("cpu"), BF16) == "it needs a CUDA device, this is cpu"
 
 

@@ -1,4 +1,5 @@
-"""Every container and dialect of the same weights loads equal; a wrong file is refused in one line that helps."""
+"""Every container and dialect of the same weights loads equal; a wrong file is
+refused in one line that helps."""
 
 import json
 import pickle
@@ -166,7 +167,9 @@ def wrong_files(folder, ours):
     save_file(state, folder / "dit-00001-of-00003.safetensors", metadata())
     save_file(state, folder / "notes.safetensors", {"hvtrain.arch": "{oops"})
     save_file(state, folder / "stranger.safetensors", {**metadata(), "hvtrain.model": "other"})
-    integers = {**state, "double_blocks.0.img_mlp.fc1.bias": state["double_blocks.0.img_mlp.fc1.bias"].to(torch.int8)}
+    integers = {
+        **state, "double_blocks.0.img_mlp.fc1.bias": state["double_blocks.0.img_mlp.fc1.bias"].to(torch.int8)
+    }
     save_file(integers, folder / "integers.safetensors", metadata())
     damaged = ours.read_bytes().replace(b'"data_offsets"', b'"data_offsetz"', 1)
     (folder / "damaged.safetensors").write_bytes(damaged)
@@ -174,7 +177,10 @@ def wrong_files(folder, ours):
     (folder / "text.safetensors").write_text("hello")
     other = {"blocks.0.self_attn.q.weight": torch.zeros(2, 2), "patch_embedding.weight": torch.zeros(2)}
     save_file(other, folder / "wan.safetensors")
-    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, folder / "lora.safetensors")
+    save_file(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)},
+        folder / "lora.safetensors"
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,11 @@ def test_the_own_kernel_is_right_at_every_length():
     [
         (nan_at(64), ["320 x 320, low scores", "64 x 448, low scores"]),
         (nan_at(0), ["256 x 256, low scores"]),
-        (spoiled(partial=lambda q, k, v: Partial(SDPA.partial(q, k, v).out, SDPA.partial(q, k, v).lse + 0.5)), None),
+        (
+            spoiled(
+                partial=lambda q, k, v: Partial(SDPA.partial(q, k, v).out, SDPA.partial(q, k, v).lse + 0.5)
+            ), None
+        ),
         (spoiled(backward=lambda *a: SDPA.backward(*a)._replace(v=SDPA.backward(*a).v * 1.01)), None),
     ],
     ids=["nan at 64", "nan at 0", "log-sum-exp", "dv"],
@@ -77,7 +81,10 @@ def test_the_fastest_right_one_is_taken_and_kept(tmp_path, caplog, monkeypatch):
     (late, quick), wrong = clock(monkeypatch, late=2.0, quick=1.0), replace(nan_at(1), name="wrong")
     with caplog.at_level(logging.INFO):
         assert fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept).name == "quick"
-    assert "wrong is wrong on this device at 257 x 257, low scores: error nan" in caplog.text and "quick" in caplog.text
+    assert (
+        "wrong is wrong on this device at 257 x 257, low scores: error nan" in caplog.text
+        and "quick" in caplog.text
+    )
     monkeypatch.setattr(measure, "seconds", lambda *a: 1 / 0)  # not measured again
     assert fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept).name == "quick"
     (key,) = json.loads(kept.read_text())
@@ -90,7 +97,8 @@ def test_the_fastest_right_one_is_taken_and_kept(tmp_path, caplog, monkeypatch):
 
 
 def test_each_class_of_shapes_has_its_own_answer(tmp_path, monkeypatch):
-    """Measured once at what stands for the class, in its head's width; forward alone where nothing is learnt."""
+    """Measured once at what stands for the class, in its head's width; forward
+    alone where nothing is learnt."""
     asked, checked, calls = [], [], []
 
     def attend(q, k, v):
@@ -116,14 +124,20 @@ def test_each_class_of_shapes_has_its_own_answer(tmp_path, monkeypatch):
     pair = [replace(SDPA, name=name) for name in quick]
 
     def pick(tokens, heads=24, dim=128, learns=True):
-        return fastest(pair, CPU, FP32, work=Workload(tokens, heads, dim, learns), kept=tmp_path / "k.json").name
+        return fastest(
+            pair, CPU, FP32, work=Workload(tokens, heads, dim, learns), kept=tmp_path / "k.json"
+        ).name
 
     assert pick(2048) == "short" and pick(2049) == "long" and pick(119_056) == "long"
     assert {work.tokens for _, work in asked} == {1024, 4096, 65536} and len(asked) == 6
-    assert pick(700) == "short" and pick(8000) == "long" and pick(40_000) == "long" and len(asked) == 6  # kept
-    assert pick(700, dim=64) == "short" and pick(700, learns=False) == "short" and len(asked) == 10  # other classes
+    # kept
+    assert pick(700) == "short" and pick(8000) == "long" and pick(40_000) == "long" and len(asked) == 6
+    # other classes
+    assert pick(700, dim=64) == "short" and pick(700, learns=False) == "short" and len(asked) == 10
     assert ("short", 64) in checked and ("long", 128) in checked
-    assert [name for key, name in sorted(json.loads((tmp_path / "k.json").read_text()).items())].count("long") == 2
+    assert [
+        name for key, name in sorted(json.loads((tmp_path / "k.json").read_text()).items())
+    ].count("long") == 2
     monkeypatch.undo()
     own = replace(SDPA, attend=attend, backward=backward)
     measure.seconds(own, SHORT._replace(learns=False), CPU, FP32)
@@ -157,7 +171,9 @@ def test_who_has_kept_an_answer_first_is_followed(tmp_path, monkeypatch):
 
 
 def test_where_none_is_right_pytorch_s_own_is_taken(tmp_path, monkeypatch):
-    assert fastest([replace(nan_at(0), name="a"), nan_at(1)], CPU, FP32, work=SHORT, kept=tmp_path / "no").name == "spoiled"
+    assert fastest(
+        [replace(nan_at(0), name="a"), nan_at(1)], CPU, FP32, work=SHORT, kept=tmp_path / "no"
+    ).name == "spoiled"
     (tmp_path / "file").touch()
     quick, late = clock(monkeypatch, quick=1.0, late=2.0)
     assert fastest([late, quick], CPU, FP32, work=SHORT, kept=tmp_path / "file/kernels.json") is quick
@@ -170,12 +186,14 @@ def test_the_clock_runs(monkeypatch):
     assert measure.timed(lambda: done.append(1), CPU) == 1 and len(done) == 4
 
 
-# --- cuDNN's, which runs on no CPU: what PyTorch's operator is called with --------------------------------------------
+# --- cuDNN's, which runs on no CPU: what PyTorch's operator is called with ----------------------------------
 
 
 def test_what_cudnn_is_called_with(monkeypatch):
     """The operators' own schemas, with stand-ins behind: layouts of q, the log-sum-exp as [B N S 1]."""
-    q, k, v, d_out = (x.to(torch.bfloat16) for x in measure.drawn(Size(3, 5, batch=2, heads=4, dim=16), CPU, FP32))
+    q, k, v, d_out = (
+        x.to(torch.bfloat16) for x in measure.drawn(Size(3, 5, batch=2, heads=4, dim=16), CPU, FP32)
+    )
     out, lse = torch.randn(2, 3, 4, 16).bfloat16(), torch.randn(2, 4, 3)
     calls = {}
 
@@ -194,12 +212,16 @@ def test_what_cudnn_is_called_with(monkeypatch):
     assert torch.equal(found.out, out) and torch.equal(found.lse, lse) and found.lse.shape == (2, 4, 3)
     assert [tuple(x.shape) for x in calls["forward"][:3]] == [(2, 4, 3, 16), (2, 4, 5, 16), (2, 4, 5, 16)]
     assert calls["forward"][3:] == (None, True)
-    merged = Partial(out.float(), lse.transpose(1, 2).contiguous().transpose(1, 2))  # of a ring: fp32, another layout
+    # of a ring: fp32, another layout
+    merged = Partial(out.float(), lse.transpose(1, 2).contiguous().transpose(1, 2))
     grads = KERNELS["cudnn"].backward(d_out.transpose(1, 2).contiguous().transpose(1, 2), q, k, v, merged)
     assert [torch.equal(g, x * n) for n, g, x in zip((2, 3, 4), grads, (q, k, v))] == [True] * 3
     args = calls["backward"]
     assert args[0].stride() == args[4].stride() == q.transpose(1, 2).stride() and args[4].dtype == q.dtype
-    assert args[5].shape == (2, 4, 3, 1) and args[5].stride() == (12, 3, 1, 1) and torch.equal(args[5][..., 0], lse)
+    assert (
+        args[5].shape == (2, 4, 3, 1) and args[5].stride() == (12, 3, 1, 1)
+        and torch.equal(args[5][..., 0], lse)
+    )
     for name, given in (("", calls["forward"]), ("_backward", args)):
         schema = getattr(real, base + name).default._schema
         needed = [a for a in schema.arguments if not a.has_default_value()]
@@ -213,11 +235,16 @@ def test_what_cudnn_is_called_with(monkeypatch):
 
 
 def test_cudnn_s_shapes_on_a_pretended_card():
-    """Through PyTorch's own operators, without values: arguments are accepted, and what comes out is laid out as said."""
+    """Through PyTorch's own operators, without values: arguments are accepted, and what
+    comes out is laid out as said."""
     with FakeTensorMode():
-        q, k, v, d_out = (torch.empty(2, n, 4, 128, dtype=torch.bfloat16, device="cuda") for n in (3, 5, 5, 3))
+        q, k, v, d_out = (
+            torch.empty(2, n, 4, 128, dtype=torch.bfloat16, device="cuda") for n in (3, 5, 5, 3)
+        )
         found = KERNELS["cudnn"].partial(q, k, v)
-        assert found.out.shape == q.shape and found.lse.shape == (2, 4, 3) and found.lse.dtype == torch.float32
+        assert (
+            found.out.shape == q.shape and found.lse.shape == (2, 4, 3) and found.lse.dtype == torch.float32
+        )
         grads = KERNELS["cudnn"].backward(d_out, q, k, v, found)
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and grads.q.device.type == "cuda"
 

@@ -37,16 +37,20 @@ def test_it_is_as_near_as_pytorch_s_own():
 
 @pytest.mark.parametrize("scores", [1, 1000, 10**6])
 def test_how_many_rows_at_a_time_changes_nothing(scores, monkeypatch):
-    q, k, v, g = drawn(Size(70, 90, heads=3, dim=32), CPU, torch.float32)  # in float32, where sums show their order
+    # in float32, where sums show their order
+    q, k, v, g = drawn(Size(70, 90, heads=3, dim=32), CPU, torch.float32)
     whole = onednn.forward(q, k, v)
     gradients = onednn.backward(g, q, k, v, *whole)
     monkeypatch.setattr(onednn, "_SCORES", scores)
-    for have, want in zip((*onednn.forward(q, k, v), *onednn.backward(g, q, k, v, *whole)), (*whole, *gradients), strict=True):
+    for have, want in zip(
+        (*onednn.forward(q, k, v), *onednn.backward(g, q, k, v, *whole)), (*whole, *gradients), strict=True
+    ):
         torch.testing.assert_close(have, want, atol=2e-5, rtol=1e-5)
 
 
 def test_parts_of_the_keys_make_the_whole():
-    """As a ring computes: partial results merged by their log-sum-exp, and each part's gradients from the merged one."""
+    """As a ring computes: partial results merged by their log-sum-exp, and each part's
+    gradients from the merged one."""
     q, k, v, g = drawn(Size(65, 96, batch=2, dim=40), CPU, BF16)
     whole = SDPA.partial(*(x.float() for x in (q, k, v)))
     wanted = SDPA.backward(g.float(), *(x.float() for x in (q, k, v)), whole)
@@ -55,7 +59,9 @@ def test_parts_of_the_keys_make_the_whole():
     lse = torch.logaddexp(found[0].lse, found[1].lse)
     out = sum(p.out.float() * (p.lse - lse).exp().transpose(1, 2)[..., None] for p in found)
     assert (lse - whole.lse).abs().max() < 1e-4 and (out - whole.out).norm() / whole.out.norm() < 5e-3
-    grads = [ONEDNN.backward(g, q, k[:, part], v[:, part], whole._replace(out=out, lse=lse)) for part in parts]
+    grads = [
+        ONEDNN.backward(g, q, k[:, part], v[:, part], whole._replace(out=out, lse=lse)) for part in parts
+    ]
     joined = (grads[0].q.float() + grads[1].q, *(torch.cat([getattr(x, n) for x in grads], 1) for n in "kv"))
     for have, want in zip(joined, wanted, strict=True):
         assert (have.float() - want).norm() / want.norm() < 1e-2

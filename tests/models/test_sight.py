@@ -1,4 +1,5 @@
-"""The LLM that sees: against transformers' LLaVA and the official way to crop what it makes, from the layouts in use."""
+"""The LLM that sees: against transformers' LLaVA and the official way to crop what it
+makes, from the layouts in use."""
 
 from __future__ import annotations
 
@@ -57,9 +58,11 @@ def llava(tmp_path_factory) -> Path:
 
 
 @torch.no_grad()
-def official(model: LlavaForConditionalGeneration, prompt: str, pixels: torch.Tensor, *, every: int) -> torch.Tensor:
-    """What the official encoder keeps: padded to its full length, with <image> as a token, cropped by counts, which its constants
-    are of the real tokenizer."""
+def official(
+    model: LlavaForConditionalGeneration, prompt: str, pixels: torch.Tensor, *, every: int
+) -> torch.Tensor:
+    """What the official encoder keeps: padded to its full length, with <image> as a token, cropped by counts,
+    which its constants are of the real tokenizer."""
     tokenizer = Tokenizer.from_file(f"{LLM}/tokenizer.json")
     tokenizer.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
     image, pad, n = tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<pad>"), TOKENS
@@ -74,7 +77,9 @@ def official(model: LlavaForConditionalGeneration, prompt: str, pixels: torch.Te
     table = [embeddings(torch.tensor(part, dtype=torch.long)) for part in (ids[:at], ids[at + 1 :])]
     whole = torch.cat([table[0], model.get_image_features(pixels[None]).pooler_output[0], table[1]])[None]
     full_mask = torch.tensor([mask[:at] + [1] * n + mask[at + 1 :]])
-    states = model(inputs_embeds=whole, attention_mask=full_mask, output_hidden_states=True).hidden_states[-3][0]
+    states = model(
+        inputs_embeds=whole, attention_mask=full_mask, output_hidden_states=True
+    ).hidden_states[-3][0]
     text = torch.cat([states[crop - 1 + n : end - 1 + n - 4], states[end - 1 + n :]])
     keep = torch.tensor(mask[crop : end - 4] + mask[end:], dtype=torch.bool)
     return torch.cat([states[at : at + n][::every], text[keep]])
@@ -116,7 +121,8 @@ def test_pixels_are_those_of_the_librarys_processor(llava, width, height):
     found = encoders.sight.prepared(image)
     step = 1 / 255 / min(STD)
     assert found.shape == wanted.shape == (3, SIDE, SIDE)
-    assert (found - wanted).abs().max() < 1.01 * step and (found - wanted).abs().mean() < 0.25 * step  # PIL rounds twice
+    # PIL rounds twice
+    assert (found - wanted).abs().max() < 1.01 * step and (found - wanted).abs().mean() < 0.25 * step
     assert processor.image_mean == pytest.approx(MEAN) and processor.image_std == pytest.approx(STD)
 
 
@@ -134,12 +140,17 @@ def test_comfy_files_give_the_same(llava, tmp_path):
     vision |= {f"multi_modal_projector.{n}": t for n, t in parts["multi_modal_projector."].items()}
     save_file(vision, tmp_path / "vision.safetensors", metadata={"hvtrain.config": json.dumps(config)})
     files = {"llm": str(tmp_path / "llm.safetensors"), "llm_tokenizer": str(LLM), "clip": str(CLIP)}
-    split = open_text({**files, "llm_vision": str(tmp_path / "vision.safetensors")}, dtype=torch.float32, sees=4)
+    split = open_text(
+        {**files, "llm_vision": str(tmp_path / "vision.safetensors")}, dtype=torch.float32, sees=4
+    )
     whole = open_text({"llm": str(llava), "clip": str(CLIP)}, dtype=torch.float32, sees=4)
     for image in (picture(56, 40), None):
         a, b = (one.encode(PROMPTS[:1], [image])[0]["seen_text"] for one in (split, whole))
         assert relative(a, b) < 1e-6
-    with pytest.raises(ConfigError, match=r"model.llm_vision is not set, and .*llm.safetensors holds no vision tower: image to"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model.llm_vision is not set, and .*llm.safetensors holds no vision tower: image to"
+    ):
         open_text(files, sees=4)
 
 
@@ -148,7 +159,9 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="not a LLaVA vision tower"):
         open_text({**files, "llm_vision": str(LLM)}, sees=4)
     other = save_sight(tmp_path / "other.safetensors", width=48)
-    with pytest.raises(CheckpointError, match="its projector makes embeddings of width 48, the LLM's are 64: of another LLM"):
+    with pytest.raises(
+        CheckpointError, match="its projector makes embeddings of width 48, the LLM's are 64: of another LLM"
+    ):
         open_text({**files, "llm_vision": str(other)}, device="meta", sees=4)
 
 

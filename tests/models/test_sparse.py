@@ -1,4 +1,5 @@
-"""Sparse attention computes softmax over the pairs that are kept: both ways of it, whole models, and who is refused."""
+"""Sparse attention computes softmax over the pairs that are kept: both ways of it, whole
+models, and who is refused."""
 
 from __future__ import annotations
 
@@ -82,7 +83,10 @@ def test_softmax_over_what_is_kept(way: str, pattern: Pattern, n_txt: int, plain
 def test_a_window_over_everything_is_exact_attention(pattern: Pattern) -> None:
     q, k, v, d_out = draw(5)
     found = []
-    for how in (lambda *x: attend(SDPA, *x), lambda *x: attend_sparse(Sparse(pattern, WAYS["gather"], SDPA), *x, grid=GRID)):
+    for how in (
+        lambda *x: attend(SDPA, *x),
+        lambda *x: attend_sparse(Sparse(pattern, WAYS["gather"], SDPA), *x, grid=GRID)
+    ):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = how(*leaves)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, d_out)])
@@ -128,7 +132,7 @@ def test_the_operator_is_what_torch_asks_of_one() -> None:
     torch.library.opcheck(OP.default, (*args, [2, 2, 2], one.number), test_utils=checks)
 
 
-# --- whole models -----------------------------------------------------------------------------------------------------
+# --- whole models -------------------------------------------------------------------------------------------
 
 TINY = [
     pytest.param(spec, flavor, id=f"{spec.name}-{flavor.name}")
@@ -149,11 +153,13 @@ def run(model: DiT, inp, cfg: SparseConfig) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("spec, flavor", TINY)
 def test_models_put_their_tokens_back(spec, flavor) -> None:
-    """In tiles whose windows leave nothing out a model computes what it did; with less it computes something else, unless told to
-    be exact."""
+    """In tiles whose windows leave nothing out a model computes what it did; with less it computes something
+    else, unless told to be exact."""
     model, inp = random_model(spec, flavor), an_input(spec, flavor)
     exact = run(model, inp, SparseConfig())
-    for cfg in (replace(LITTLE, tile=(2, 1, 2), window=(9, 9, 9)), SparseConfig("radial", block=3, width=1e9)):
+    for cfg in (
+        replace(LITTLE, tile=(2, 1, 2), window=(9, 9, 9)), SparseConfig("radial", block=3, width=1e9)
+    ):
         for have, want in zip(run(model, inp, cfg), exact, strict=True):
             assert (have - want).norm() <= 1e-5 * want.norm()
     for cfg in (LITTLE, SparseConfig("radial", block=1, width=0.05)):
@@ -167,10 +173,15 @@ def test_the_first_layers_are_exact() -> None:
     spec, flavor = TINY[0].values
     model = random_model(spec, flavor)
     parallelize(model, ALONE, sparse=replace(LITTLE, exact_layers=2))
-    ways = [[m.attend.sparse is None for m in block.modules() if hasattr(m, "attend")] for block in model.blocks]
+    ways = [
+        [m.attend.sparse is None for m in block.modules() if hasattr(m, "attend")] for block in model.blocks
+    ]
     assert ways == [[True]] * 2 + [[False]] * (len(ways) - 2)
     parallelize(model, ALONE)
-    assert model.order is None and not any(getattr(m, "attend", None) and m.attend.sparse for m in model.modules())
+    assert (
+        model.order is None
+        and not any(getattr(m, "attend", None) and m.attend.sparse for m in model.modules())
+    )
 
 
 def test_a_run_says_that_it_is_not_exact() -> None:
@@ -182,7 +193,7 @@ def test_a_run_says_that_it_is_not_exact() -> None:
     assert Radial(128, 0.5).describe() == "radial in blocks of 128, 0.5 times as wide"
 
 
-# --- who is refused ---------------------------------------------------------------------------------------------------
+# --- who is refused -----------------------------------------------------------------------------------------
 
 
 def test_where_it_does_not_apply() -> None:
@@ -193,7 +204,9 @@ def test_where_it_does_not_apply() -> None:
         "exact_layers is 99 of": {"cfg": replace(LITTLE, exact_layers=99)},
     }.items():
         asked = {"cfg": LITTLE, "ring": 1, "kernel": "auto", **at}
-        with pytest.raises(ConfigError, match=f"sparse.pattern 'tiles' cannot be used: .*{said}.*set it to none"):
+        with pytest.raises(
+            ConfigError, match=f"sparse.pattern 'tiles' cannot be used: .*{said}.*set it to none"
+        ):
             check_sparse(asked["cfg"], model, ring=asked["ring"], kernel=asked["kernel"])
     model.__class__ = type("Other", (type(model),), {"may_be_sparse": False})
     with pytest.raises(ConfigError, match="the blocks of Other do not say where their tokens lie"):
@@ -203,7 +216,9 @@ def test_where_it_does_not_apply() -> None:
 
 def test_flex_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     flex = replace(LITTLE, kernel="flex")
-    with pytest.raises(ConfigError, match=r"'flex' cannot be used: it needs a CUDA device, .*; sparse.kernel=gather computes"):
+    with pytest.raises(
+        ConfigError, match=r"'flex' cannot be used: it needs a CUDA device, .*; sparse.kernel=gather computes"
+    ):
         pick_sparse(flex, dense=SDPA, device=CPU)
     cuda = torch.device("cuda")
     monkeypatch.setattr(sparse_flex.importlib.util, "find_spec", lambda name: None)
@@ -216,13 +231,17 @@ def test_flex_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gather_trains_with_what_has_a_backward() -> None:
     blind = replace(SDPA, name="blind", backward=None)
-    with pytest.raises(ConfigError, match="'gather' cannot be used: blind has no backward; set parallel.kernel to auto$"):
+    with pytest.raises(
+        ConfigError, match="'gather' cannot be used: blind has no backward; set parallel.kernel to auto$"
+    ):
         pick_sparse(LITTLE, dense=blind, device=CPU)
     assert pick_sparse(LITTLE, dense=blind, device=CPU, training=False) is not None
 
 
 @pytest.mark.parametrize("broken", [False, True, "raises"])
-def test_flex_is_tried_with_values_before_it_is_taken(broken: object, plain_flex: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_is_tried_with_values_before_it_is_taken(
+    broken: object, plain_flex: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A log-sum-exp of the wrong base gives other gradients."""
     monkeypatch.setattr(sparse_flex, "missing", lambda device: None)
     monkeypatch.setitem(WAYS, "flex", replace(WAYS["flex"], missing=lambda device: None))
@@ -230,21 +249,26 @@ def test_flex_is_tried_with_values_before_it_is_taken(broken: object, plain_flex
     if broken == "raises":
         monkeypatch.setattr(sparse_flex, "_grads", lambda *args: 1 // 0)
     elif broken:
-        monkeypatch.setattr(sparse_flex, "_grads", lambda d, q, k, v, o, lse, m: grads(d, q, k, v, o, lse * math.log(2), m))
+        monkeypatch.setattr(
+            sparse_flex, "_grads", lambda d, q, k, v, o, lse, m: grads(d, q, k, v, o, lse * math.log(2), m)
+        )
     sparse._trial.cache_clear()
     try:
         if not broken:
             found = pick_sparse(replace(LITTLE, kernel="flex"), dense=SDPA, device=CPU)
             assert found is not None and found.way.name == "flex"
             return
-        why = "a call of it fails: ZeroDivisionError" if broken == "raises" else "it computes something else here"
+        why = (
+            "a call of it fails: ZeroDivisionError"
+            if broken == "raises" else "it computes something else here"
+        )
         with pytest.raises(ConfigError, match=f"'flex' cannot be used: {why}.*sparse.kernel=gather"):
             pick_sparse(replace(LITTLE, kernel="flex"), dense=SDPA, device=CPU)
     finally:
         sparse._trial.cache_clear()
 
 
-# --- flex_attention compiled ------------------------------------------------------------------------------------------
+# --- flex_attention compiled --------------------------------------------------------------------------------
 
 
 def _compiled_counts(function, backend: str, texts: tuple[int, ...]) -> int:

@@ -23,7 +23,8 @@ from hvtrain.models.sparse_masks import (
     pattern_of,
 )
 
-# Latent frames, rows and columns of tokens: tiles that divide and tiles that do not, frames of one token, one frame
+# Latent frames, rows and columns of tokens: tiles that divide and tiles that do not,
+# frames of one token, one frame
 GRIDS = [Grid(4, 6, 8), Grid(5, 7, 3), Grid(17, 1, 1), Grid(9, 2, 1), Grid(1, 5, 9), Grid(12, 2, 3)]
 
 
@@ -41,7 +42,8 @@ Three = tuple[int, int, int]
 
 
 def sees_tile(query: Three, key: Three, grid: Grid, tile: Three, window: Three) -> bool:
-    """Sliding tile attention: along each axis the window of tiles begins half a window before the query's tile, moved inside."""
+    """Sliding tile attention: along each axis the window of tiles begins half a window before the
+    query's tile, moved inside."""
     for q, k, n, size, wide in zip(query, key, grid, tile, window, strict=True):
         count = math.ceil(n / size)
         begin = q // size - wide // 2
@@ -64,7 +66,9 @@ def test_tiles_are_those_of_the_paper(grid: Grid, tile: Three, window: Three) ->
     assert sorted(order) == list(range(len(tokens)))
     seen = [tokens[i] for i in order]
     tile_of = [tuple(p // size for p, size in zip(token, tile, strict=True)) for token in seen]
-    assert [len(list(group)) for _, group in itertools.groupby(tile_of)] == list(layout.sizes), "a tile's tokens lie together"
+    assert [len(list(group)) for _, group in itertools.groupby(tile_of)] == list(layout.sizes), (
+        "a tile's tokens lie together"
+    )
     want = [[sees_tile(q, k, grid, tile, window) for k in seen] for q in seen]
     assert np.array_equal(by_token(layout), want)
 
@@ -109,7 +113,8 @@ def test_density_counts_pairs_with_text(pattern: Pattern) -> None:
 
 
 def test_densities_of_720p() -> None:
-    """117 frames of 768 x 1280: 27 of 300 tiles, as in its paper. Radial's are a figure of ours, so that a change shows."""
+    """117 frames of 768 x 1280: 27 of 300 tiles, as in its paper. Radial's are a figure of
+    ours, so that a change shows."""
     grid = Grid(30, 48, 80)
     assert pattern_of(SparseConfig("tiles")).layout(grid).density() == pytest.approx(27 / 300)
     assert pattern_of(SparseConfig("radial")).layout(grid).density() == pytest.approx(0.448, abs=0.001)
@@ -122,7 +127,8 @@ def test_a_window_over_everything_leaves_nothing_out(pattern: Pattern) -> None:
 
 @pytest.mark.parametrize("n_txt", [0, 7, 130])
 @pytest.mark.parametrize(
-    "pattern", [SlidingTiles((2, 5, 6), (1, 3, 1)), Radial(128, 0.01), SlidingTiles((4, 8, 4), (1, 1, 1))], ids=str
+    "pattern", [SlidingTiles((2, 5, 6), (1, 3, 1)), Radial(128, 0.01), SlidingTiles((4, 8, 4), (1, 1, 1))],
+    ids=str
 )
 def test_blocks_of_flex_attention(pattern: Pattern, n_txt: int) -> None:
     """Whole where all pairs are kept, passed by where none is; what reaches beyond the tokens is masked."""

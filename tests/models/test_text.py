@@ -156,7 +156,9 @@ def comfy_file(path: Path, *, scaled: bool = False) -> Path:
 
 
 def test_comfy_single_file(tmp_path, wanted):
-    encoder = load_language_model(comfy_file(tmp_path / "llava_llama3_fp16.safetensors"), LLAMA, dtype=torch.float32)
+    encoder = load_language_model(
+        comfy_file(tmp_path / "llava_llama3_fp16.safetensors"), LLAMA, dtype=torch.float32
+    )
     assert relative(run(encoder.model), wanted) < 1e-6
 
 

@@ -32,5 +32,8 @@ def test_each_channel_has_its_own_scale_and_shift():
     noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(3))
     assert torch.equal(drawn[0], (0.5 + 0.5 * noise - shift) * scale)
     assert vae.decode(latents * 100).max() == 1 < vae.decode(latents * 100, clamp=False).max()
-    always = VideoVae(model, lambda video: (model.encode(video)[0], None), model.decode, channels=2, stride=(1, 1, 1), scale=1.0)
+    always = VideoVae(
+        model, lambda video: (model.encode(video)[0], None), model.decode, channels=2, stride=(1, 1, 1),
+        scale=1.0
+    )
     assert torch.equal(always.encode(video, generator=torch.Generator().manual_seed(3)), always.encode(video))

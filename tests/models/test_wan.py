@@ -1,4 +1,5 @@
-"""Wan's transformer against the official implementation, diffusers and the full-size key lists; its flavors and inputs."""
+"""Wan's transformer against the official implementation, diffusers and the full-size key
+lists; its flavors and inputs."""
 
 import re
 from dataclasses import replace
@@ -26,7 +27,8 @@ SPEC = find("wan")
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 ARCH = replace(
-    SPEC.flavor("tiny").arch, dim=72, ffn_dim=128, n_heads=3, n_layers=2, freq_dim=32, text_dim=24, text_len=512
+    SPEC.flavor("tiny").arch, dim=72, ffn_dim=128, n_heads=3, n_layers=2, freq_dim=32, text_dim=24,
+    text_len=512
 )
 I2V = replace(ARCH, in_channels=36, clip_dim=40)
 TI2V = replace(ARCH, in_channels=48, out_channels=48)
@@ -61,7 +63,9 @@ def one_of(inp, i):
     n = inp.lengths["text"][i]
     cond = {k: v[i : i + 1, :n] if k == "text" else v[i : i + 1] for k, v in inp.cond.items()}
     clean = None if inp.clean is None else inp.clean[i : i + 1]
-    return replace(inp, x=inp.x[i : i + 1], t=inp.t[i : i + 1], cond=cond, lengths={"text": (n,)}, clean=clean)
+    return replace(
+        inp, x=inp.x[i : i + 1], t=inp.t[i : i + 1], cond=cond, lengths={"text": (n,)}, clean=clean
+    )
 
 
 @pytest.mark.parametrize("name", ["wan_t2v_dit", "wan21_flf2v_dit", "wan22_ti2v_dit", "wan22_t2v_sample"])
@@ -76,8 +80,8 @@ def in_diffusers(arch, state):
     model = WanTransformer3DModel(
         num_attention_heads=arch.n_heads, attention_head_dim=arch.head_dim, in_channels=arch.in_channels,
         out_channels=arch.out_channels, text_dim=arch.text_dim, freq_dim=arch.freq_dim, ffn_dim=arch.ffn_dim,
-        num_layers=arch.n_layers, image_dim=arch.clip_dim or None, added_kv_proj_dim=arch.dim if arch.clip_dim else None,
-        pos_embed_seq_len=arch.n_clip or None,
+        num_layers=arch.n_layers, image_dim=arch.clip_dim or None,
+        added_kv_proj_dim=arch.dim if arch.clip_dim else None, pos_embed_seq_len=arch.n_clip or None,
     ).eval()
     cuts = SPEC.key_maps["diffusers"].write(state)
     model.load_state_dict({name: cut.take(state[cut.source]) for name, cut in cuts.items()}, strict=True)
@@ -85,7 +89,8 @@ def in_diffusers(arch, state):
 
 
 @pytest.mark.parametrize(
-    ("arch", "clean"), [(ARCH, ()), (I2V, ()), (replace(I2V, n_clip=514), ()), (TI2V, (1,))], ids=["t2v", "i2v", "flf2v", "5b"]
+    ("arch", "clean"), [(ARCH, ()), (I2V, ()), (replace(I2V, n_clip=514), ()), (TI2V, (1,))],
+    ids=["t2v", "i2v", "flf2v", "5b"]
 )
 @torch.no_grad()
 def test_equal_to_diffusers_with_converted_weights_at_every_length_of_text(arch, clean):
@@ -94,7 +99,8 @@ def test_equal_to_diffusers_with_converted_weights_at_every_length_of_text(arch,
     t = inp.t if not clean else torch.where(inp.clean.repeat_interleave(6, 1), 0.0, inp.t[:, None])
     theirs = in_diffusers(arch, model.state_dict())(
         hidden_states=inp.x, timestep=t, encoder_hidden_states=inp.cond["text"], return_dict=False,
-        encoder_hidden_states_image=inp.cond["clip"].reshape(-1, 257, arch.clip_dim) if arch.clip_dim else None,
+        encoder_hidden_states_image=inp.cond["clip"].reshape(-1, 257, arch.clip_dim)
+        if arch.clip_dim else None,
     )[0]
     assert (model(inp) - theirs).norm() / theirs.norm() < 1e-5
 
@@ -142,14 +148,17 @@ def test_no_modulation_is_made_or_kept_for_each_token():
     with Seen() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         model(inp)
     n, dim = 18, TI2V.dim
-    assert not [shape for shape in seen.shapes if torch.Size(shape).numel() >= 2 * n * 6 * dim and shape[-1] == dim]
+    assert not [
+        shape for shape in seen.shapes if torch.Size(shape).numel() >= 2 * n * 6 * dim and shape[-1] == dim
+    ]
     block = [x for x in kept if x.shape == (2, n, dim) and x.dtype == torch.float32]
     # Norms, their inputs and what the gates multiply; with vectors per token, 4 more a block
     assert len(block) / TI2V.n_layers < 11
 
 
 def test_time_and_residual_are_fp32_whatever_the_weights_are():
-    """bf16 weights under autocast: the embedding of t has all its digits, as the official float32 islands give."""
+    """bf16 weights under autocast: the embedding of t has all its digits, as the
+    official float32 islands give."""
     model, inp = build().to(torch.bfloat16), an_input()
     streams = []
     for block in model.blocks:
@@ -170,13 +179,14 @@ def test_rope_is_computed_in_double_precision():
     assert SPEC.flavor("t2v-14b").arch.rope_dims == (44, 42, 42)
 
 
-# --- full size --------------------------------------------------------------------------------------------------------
+# --- full size ----------------------------------------------------------------------------------------------
 
 
 def official(flavor):
     rows = [line.split("\t") for line in (DATA / "wan_dit.tsv").read_text().splitlines()]
     return {
-        name.format(n): shape for which, blocks, name, shape in rows if which == flavor for n in range(int(blocks or 1))
+        name.format(n): shape for which, blocks, name,
+        shape in rows if which == flavor for n in range(int(blocks or 1))
     }
 
 
@@ -191,15 +201,22 @@ def test_full_size_keys_equal_the_official_ones(flavor, n):
 
 
 @pytest.mark.parametrize(
-    ("flavor", "n"), [("t2v-1.3b", 300), ("ti2v-5b", 300), ("t2v-a14b", 400), ("i2v-a14b", 400), ("i2v-14b-720p", 480)]
+    ("flavor", "n"),
+    [("t2v-1.3b", 300), ("ti2v-5b", 300), ("t2v-a14b", 400), ("i2v-a14b", 400), ("i2v-14b-720p", 480)]
 )
 def test_a_lora_adapts_every_linear_of_the_blocks(flavor, n):
     with torch.device("meta"):
         model = SPEC.build(SPEC.flavor(flavor).arch)
     names = SPEC.lora_targets(model)
-    assert len(names) == n and all(re.fullmatch(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.\w+", name) for name in names)
+    assert (
+        len(names) == n
+        and all(re.fullmatch(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.\w+", name) for name in names)
+    )
     parts = {name.split(".", 2)[2] for name in names}
-    assert {"self_attn.q", "cross_attn.o", "ffn.0", "ffn.2"} <= parts and ("cross_attn.k_img" in parts) == (n == 480)
+    assert (
+        {"self_attn.q", "cross_attn.o", "ffn.0", "ffn.2"} <= parts
+        and ("cross_attn.k_img" in parts) == (n == 480)
+    )
 
 
 def pair(name):
@@ -211,7 +228,8 @@ def pair(name):
     "spelling",
     ["lora_unet_{_}.lora_down.weight lora_unet_{_}.lora_up.weight",
      "diffusion_model.{}.lora_A.weight diffusion_model.{}.lora_B.weight",
-     "{}.lora_A.default.weight {}.lora_B.default.weight", "transformer.{d}.lora_A.weight transformer.{d}.lora_B.weight"],
+     "{}.lora_A.default.weight {}.lora_B.default.weight", "transformer.{d}.lora_A.weight "
+     "transformer.{d}.lora_B.weight"],
     ids=["musubi", "comfy", "diffsynth", "diffusers"],
 )
 def test_loras_of_other_programs_are_read(spelling, tmp_path):
@@ -221,7 +239,9 @@ def test_loras_of_other_programs_are_read(spelling, tmp_path):
     }
     tensors = {}
     for name, theirs in layers.items():
-        names = spelling.replace("{_}", name.replace(".", "_")).replace("{d}", theirs).replace("{}", name).split()
+        names = spelling.replace(
+            "{_}", name.replace(".", "_")
+        ).replace("{d}", theirs).replace("{}", name).split()
         tensors.update({key: x.clone() for key, x in zip(names, pair(name), strict=True)})
     save_file(tensors, tmp_path / "a.safetensors")
     found = read_lora(tmp_path / "a.safetensors", linear_shapes(build(I2V)), spec=SPEC).pairs
@@ -230,7 +250,7 @@ def test_loras_of_other_programs_are_read(spelling, tmp_path):
         assert torch.equal(got.down, pair(name)[0]) and torch.equal(got.up, pair(name)[1])
 
 
-# --- whose file is it -------------------------------------------------------------------------------------------------
+# --- whose file is it ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,12 +319,14 @@ def test_a_width_that_hides_the_heads_needs_metadata(tmp_path):
         identify(tmp_path / "a.safetensors")
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------------------
 
 
 def made(flavor, *, x0=None, **cond):
     text = {"text": torch.ones(2, 4, 64), "text_len": torch.tensor([4, 2])}
-    x = torch.randn(2, SPEC.flavor(flavor).latent.channels, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        2, SPEC.flavor(flavor).latent.channels, 3, 4, 4, generator=torch.Generator().manual_seed(1)
+    )
     task, sigma = cond.pop("task", SPEC.flavor(flavor).tasks[0]), torch.tensor([0.5, 0.25])
     return x, SPEC.make_input(x, sigma, {**text, **cond}, task=task, guidance=None, x0=x0)
 
@@ -312,10 +334,16 @@ def made(flavor, *, x0=None, **cond):
 def test_image_to_video_puts_a_mask_and_the_image_beside_the_noise():
     known = torch.full((2, 16, 3, 4, 4), 7.0)
     x, inp = made("i2v-a14b", image_latents=known)
-    assert torch.equal(inp.x[:, :16], x) and torch.equal(inp.x[:, 20:], known) and inp.t.tolist() == [500.0, 250.0]
+    assert (
+        torch.equal(inp.x[:, :16], x) and torch.equal(inp.x[:, 20:], known)
+        and inp.t.tolist() == [500.0, 250.0]
+    )
     assert inp.x[0, 16:20, :, 0, 0].tolist() == [[1, 0, 0]] * 4 and inp.loss_mask is None
     _, both = made("flf2v-14b", image_latents=known, clip=torch.zeros(2, 514, 1280))
-    assert both.x[1, 16:20, :, 3, 3].tolist() == [[1, 0, 0]] * 3 + [[1, 0, 1]] and both.cond["clip"].shape == (2, 514, 1280)
+    assert (
+        both.x[1, 16:20, :, 3, 3].tolist() == [[1, 0, 0]] * 3 + [[1, 0, 1]]
+        and both.cond["clip"].shape == (2, 514, 1280)
+    )
     with pytest.raises(DataError, match="the whole clip"):
         made("i2v-a14b", image_latents=known[:, :, :1])
     with pytest.raises(DataError, match="needs the condition 'image_latents'"):
@@ -328,7 +356,10 @@ def test_the_5b_takes_an_image_or_none_sample_by_sample():
     assert torch.equal(plain.x, x) and plain.clean is None and plain.loss_mask is None
     _, inp = made("ti2v-5b", image_latents=image)
     assert (inp.x[:, :, 0] == 7).all() and torch.equal(inp.x[:, :, 1:], x[:, :, 1:])
-    assert inp.clean.tolist() == [[True, False, False]] * 2 and inp.loss_mask[:, 0, :, 0, 0].tolist() == [[0, 1, 1]] * 2
+    assert (
+        inp.clean.tolist() == [[True, False, False]] * 2
+        and inp.loss_mask[:, 0, :, 0, 0].tolist() == [[0, 1, 1]] * 2
+    )
     _, mixed = made("ti2v-5b", image_latents=image, image_given=torch.tensor([False, True]))
     assert torch.equal(mixed.x[0], x[0]) and torch.equal(mixed.x[1], inp.x[1]) and mixed.loss_mask[0].all()
     _, own = made("ti2v-5b", task="i2v-frame", x0=torch.full((2, 48, 3, 4, 4), 5.0))
@@ -342,19 +373,23 @@ def test_experts_share_the_noise_levels():
         flavor = SPEC.flavor(name)
         high, low = flavor.experts
         assert (high.part, low.part) == ("dit", "dit_low") and (high.cfg_scale, low.cfg_scale) == scales
-        assert [flavor.expert(s).name for s in (1.0, boundary, boundary - 1e-4, 0.0)] == ["high", "high", "low", "low"]
+        assert [
+            flavor.expert(s).name for s in (1.0, boundary, boundary - 1e-4, 0.0)
+        ] == ["high", "high", "low", "low"]
     assert SPEC.flavor("t2v-14b").expert(0.5) is None
 
 
 def test_flavors_are_sampled_as_officially():
-    """steps, shift, scale, solver, frames, size and the beginning of the negative prompt, from the official configurations."""
+    """steps, shift, scale, solver, frames, size and the beginning of the negative prompt, from
+    the official configurations."""
     for name, *want in (
         ("t2v-1.3b", 50, 5, 6, 81, 16, "832x480", "色调"), ("t2v-14b", 50, 5, 5, 81, 16, "1280x720", "色调"),
         ("i2v-14b-480p", 40, 3, 5, 81, 16, "832x480", "镜头晃动，色调"),
         ("i2v-14b-720p", 40, 5, 5, 81, 16, "1280x720", "镜头晃动，"),
         ("flf2v-14b", 50, 16, 5, 81, 16, "1280x720", "镜头切换，镜头晃动，色调"),
         ("t2v-a14b", 40, 12, 4, 81, 16, "1280x720", "色调"),
-        ("i2v-a14b", 40, 5, 3.5, 81, 16, "1280x720", "色调"), ("ti2v-5b", 50, 5, 5, 121, 24, "1280x704", "色调"),
+        ("i2v-a14b", 40, 5, 3.5, 81, 16, "1280x720", "色调"),
+        ("ti2v-5b", 50, 5, 5, 121, 24, "1280x704", "色调"),
     ):
         flavor = SPEC.flavor(name)
         d = flavor.defaults

@@ -1,4 +1,5 @@
-"""Wan's VAEs, UMT5 and CLIP against the official implementations and the libraries, from every layout they come in."""
+"""Wan's VAEs, UMT5 and CLIP against the official implementations and the libraries,
+from every layout they come in."""
 
 from pathlib import Path
 
@@ -26,7 +27,10 @@ DATA = Path(__file__).parents[1] / "data"
 
 @pytest.mark.parametrize(
     "name",
-    ["wan21_vae", "wan22_vae", "wan_umt5", "wan21_clip_visual", "wan21_i2v_condition", "wan21_flf2v_condition"],
+    [
+        "wan21_vae", "wan22_vae", "wan_umt5", "wan21_clip_visual", "wan21_i2v_condition",
+        "wan21_flf2v_condition"
+    ],
 )
 def test_equal_to_the_official_implementation(name):
     found = errors(str(DATA / f"{name}.safetensors"))
@@ -47,7 +51,7 @@ def draw(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-# --- VAE --------------------------------------------------------------------------------------------------------------
+# --- VAE ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "n", "stride"), [("wan21_vae", 194, 8), ("wan22_vae", 196, 16)])
@@ -107,7 +111,10 @@ def test_a_clip_is_a_prefix_of_a_longer_one(tmp_path):
 
 
 def test_what_is_no_vae_is_named(tmp_path):
-    save_file({"blocks.0.self_attn.q.weight": torch.ones(2), "patch_embedding.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file(
+        {"blocks.0.self_attn.q.weight": torch.ones(2), "patch_embedding.weight": torch.ones(2)},
+        tmp_path / "a.safetensors"
+    )
     with pytest.raises(CheckpointError, match="no 'encoder.conv1.weight'; it looks like Wan"):
         open_vae(tmp_path / "a.safetensors")
 
@@ -117,12 +124,14 @@ def test_an_image_is_resized_and_only_the_5b_gets_one_frame(tmp_path):
         save_file(weights_of(name), tmp_path / f"{name}.safetensors")
         vae = open_vae(tmp_path / f"{name}.safetensors")
         found = image_conditions(vae, {}, draw(3, 50, 70), shape)
-        assert set(found) == {"image_latents"} and found["image_latents"].shape == (shape[0], frames, *shape[2:])
+        assert (
+            set(found) == {"image_latents"} and found["image_latents"].shape == (shape[0], frames, *shape[2:])
+        )
     with pytest.raises(DataError, match="48 channels, the model takes 16"):
         image_conditions(vae, {}, draw(3, 50, 70), (16, 3, 4, 6))
 
 
-# --- UMT5 -------------------------------------------------------------------------------------------------------------
+# --- UMT5 ---------------------------------------------------------------------------------------------------
 
 
 def in_the_library(folder):
@@ -131,7 +140,10 @@ def in_the_library(folder):
 
     state = weights_of("wan_umt5")
     model = UMT5EncoderModel(
-        UMT5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=112, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu")
+        UMT5Config(
+            vocab_size=96, d_model=64, d_kv=16, d_ff=112, num_layers=3, num_heads=4,
+            feed_forward_proj="gated-gelu"
+        )
     ).eval()
     from hvtrain.models.wan.text import ANCHORS
 
@@ -155,7 +167,9 @@ def test_umt5_is_read_from_the_librarys_directory_and_comfys_file(tmp_path):
         scale = comfy[name].abs().max() / 448
         comfy[name] = (comfy[name] / scale).to(torch.float8_e4m3fn)
         comfy[name.removesuffix("weight") + "scale_weight"] = scale
-    save_file({**comfy, "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "comfy.safetensors")
+    save_file(
+        {**comfy, "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "comfy.safetensors"
+    )
     coarse, _ = load_umt5(tmp_path / "comfy.safetensors", dtype=torch.float32)
     assert 1e-4 < (coarse(ids) - want).norm() / want.norm() < 0.1
 
@@ -184,8 +198,12 @@ def test_the_keys_of_a_part_are_listed_as_in_its_official_file(flavor, part, nam
 
 
 def test_of_which_parts_keys_are_listed():
-    assert list(keys("wan", "t2v-a14b", "dit_low")) == list(keys("wan", "t2v-a14b", "dit")) == list(keys("wan", "t2v-a14b"))
-    with pytest.raises(ConfigError, match="--part clip: of wan the keys of dit, dit_low, vae, t5 can be listed"):
+    assert list(keys("wan", "t2v-a14b", "dit_low")) == list(
+        keys("wan", "t2v-a14b", "dit")
+    ) == list(keys("wan", "t2v-a14b"))
+    with pytest.raises(
+        ConfigError, match="--part clip: of wan the keys of dit, dit_low, vae, t5 can be listed"
+    ):
         next(keys("wan", "t2v-a14b", "clip"))
     with pytest.raises(ConfigError, match="--part dit_low: of wan the keys of dit, vae, t5 can"):
         next(keys("wan", "ti2v-5b", "dit_low"))
@@ -196,7 +214,9 @@ def tokenizer(folder, *, end="</s>"):
     words = ["<pad>", "</s>", "<unk>", "a", "cat", "red", "&", "dog"]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, words.index(end))])
+    made.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, words.index(end))]
+    )
     folder.mkdir(parents=True)
     made.save(str(folder / "tokenizer.json"))
     return folder
@@ -243,13 +263,16 @@ def test_prompts_are_cleaned_as_the_official_pipeline_does():
     assert cleaned(NEGATIVE_PROMPT).startswith("色调艳丽,过曝,静态,") and "，" not in cleaned(NEGATIVE_PROMPT)
 
 
-# --- CLIP -------------------------------------------------------------------------------------------------------------
+# --- CLIP ---------------------------------------------------------------------------------------------------
 
 
 def test_full_size_clip_keys_are_read_from_the_official_file(tmp_path):
     """From the file with both towers; what is not needed is not asked for."""
     tiny = {n: torch.zeros(1) for n in shapes_in("wan21_clip_visual")}
-    save_file({**tiny, "textual.model.embeddings.word_embeddings.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_file(
+        {**tiny, "textual.model.embeddings.word_embeddings.weight": torch.zeros(1)},
+        tmp_path / "a.safetensors"
+    )
     source = anchored(tmp_path / "a.safetensors", CLIP_ANCHORS, what="a tower")
     assert source.sources["cls_embedding"].parts == ("visual.cls_embedding",)
     assert count(source.sources, r"transformer\.(\d+)\.") == 32
@@ -260,7 +283,9 @@ def test_full_size_clip_keys_are_read_from_the_official_file(tmp_path):
     wanted = {n.removeprefix("visual."): shape for n, shape in shapes_in("wan21_clip_visual").items()}
     unused = [n for n in wanted if n.startswith(("transformer.31.", "post_norm", "head"))]
     assert model.side == 224 and len(unused) == 15
-    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == {n: s for n, s in wanted.items() if n not in unused}
+    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == {
+        n: s for n, s in wanted.items() if n not in unused
+    }
 
 
 @torch.no_grad()
@@ -271,8 +296,8 @@ def test_clip_is_read_from_the_librarys_directory(tmp_path):
     torch.manual_seed(0)
     library = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=80, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1, image_size=28, patch_size=14,
-            hidden_act="gelu",
+            hidden_size=80, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1, image_size=28,
+            patch_size=14, hidden_act="gelu",
         )
     ).eval()
     library.save_pretrained(tmp_path)

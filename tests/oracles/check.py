@@ -1,8 +1,9 @@
 """Compare our models with reference files: `python -m tests.oracles.check FILE...`
 
-A reference file is a tiny official model run on fixed inputs: `weights.*`, `input.*`, `output*`, `grad_x` = d(mean(output
-squared)) / d(input.x) and `grad.NAME` the same for parameters; the metadata key `config` holds the construction
-arguments. Prints relative errors ||a - b|| / ||b||; exit code 1 above 1e-5, 2 for a file that is none.
+A reference file is a tiny official model run on fixed inputs: `weights.*`, `input.*`, `output*`,
+`grad_x` = d(mean(output squared)) / d(input.x) and `grad.NAME` the same for parameters; the metadata
+key `config` holds the construction arguments. Prints relative errors ||a - b|| / ||b||; exit code 1
+above 1e-5, 2 for a file that is none.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return difference / size if size else difference
 
 
-# --- DiT ----------------------------------------------------------------------------------------------------------
+# --- DiT ----------------------------------------------------------------------------------------------------
 
 
 def _is_dit(reference: Reference) -> bool:
@@ -113,7 +114,9 @@ def model_input(reference: Reference, x: Tensor) -> HunyuanInput:
     cond = {"pooled": i["pooled"], **({"guidance": i["guidance"]} if "guidance" in i else {})}
     token_replace = reference.config.get("i2v_condition_type") == "token_replace"
     lengths = {"text": tuple(i["mask"].sum(1).tolist())}
-    return HunyuanInput(x=x, t=i["t"], cond={"text": i["text"], **cond}, lengths=lengths, token_replace=token_replace)
+    return HunyuanInput(
+        x=x, t=i["t"], cond={"text": i["text"], **cond}, lengths=lengths, token_replace=token_replace
+    )
 
 
 def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
@@ -125,7 +128,8 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
 
 
 def gradients(reference: Reference, model: DiT, x: Tensor, output: Tensor) -> Iterator[tuple[str, float]]:
-    """Of the output's mean square, by the input and by each parameter; one that gets none has a gradient of zero."""
+    """Of the output's mean square, by the input and by each parameter; one that gets
+    none has a gradient of zero."""
     output.pow(2).mean().backward()
     assert x.grad is not None
     yield "grad_x", relative(x.grad, reference.tensors["grad_x"])
@@ -137,7 +141,10 @@ def gradients(reference: Reference, model: DiT, x: Tensor, output: Tensor) -> It
 
 def _mlp_width(weights: Mapping[str, Tensor], hidden: int) -> int:
     double = weights.get("double_blocks.0.img_mlp.fc1.weight")
-    return double.shape[0] if double is not None else weights["single_blocks.0.linear1.weight"].shape[0] - 3 * hidden
+    return (
+        double.shape[0]
+        if double is not None else weights["single_blocks.0.linear1.weight"].shape[0] - 3 * hidden
+    )
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
@@ -145,7 +152,7 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-# --- VAE ----------------------------------------------------------------------------------------------------------
+# --- VAE ----------------------------------------------------------------------------------------------------
 
 
 def _is_vae(reference: Reference) -> bool:
@@ -170,7 +177,7 @@ def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
         )
 
 
-# --- solvers ------------------------------------------------------------------------------------------------------
+# --- solvers ------------------------------------------------------------------------------------------------
 
 
 def _is_solver(reference: Reference) -> bool:
@@ -178,7 +185,8 @@ def _is_solver(reference: Reference) -> bool:
 
 
 def _check_solver(reference: Reference) -> Iterator[tuple[str, float]]:
-    """No network: v = x A^T + b t / 1000. Where nothing is learnt the timestep told is compared, not the schedule alone."""
+    """No network: v = x A^T + b t / 1000. Where nothing is learnt the timestep told is
+    compared, not the schedule alone."""
     config, i = reference.config, reference.part("input.")
     name = {"dpmpp": "dpm++"}.get(config["solver"], config["solver"])
     solver, scale = SOLVERS.find(name, key=reference.path), config["num_train_timesteps"]

@@ -1,4 +1,5 @@
-"""References of HunyuanVideo 1.5: the transformers of text and image to video, distilled in steps, and of super-resolution."""
+"""References of HunyuanVideo 1.5: the transformers of text and image to video, distilled in
+steps, and of super-resolution."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from tests.oracles.check import Reference, gradients, relative
 
 
 def _is_dit(reference: Reference) -> bool:
-    return find("hunyuan-video-15").signature({n: tuple(t.shape) for n, t in reference.part("weights.").items()})
+    return find("hunyuan-video-15").signature(
+        {n: tuple(t.shape) for n, t in reference.part("weights.").items()}
+    )
 
 
 def dit_of(reference: Reference) -> DiT:
@@ -24,10 +27,11 @@ def dit_of(reference: Reference) -> DiT:
     c, weights = reference.config, reference.part("weights.")
     proj, glyph = weights["img_in.proj.weight"], weights["byt5_in.fc1.weight"]
     arch = HunyuanVideo15Arch(
-        in_channels=proj.shape[1], out_channels=weights["final_layer.linear.weight"].shape[0], hidden_size=proj.shape[0],
-        heads_num=c["heads_num"], double=c["double"], rope_dims=tuple(c["rope"]), text_dim=c["text_states_dim"],
-        glyph_dim=glyph.shape[1], glyph_hidden=glyph.shape[0], vision_dim=c["vision_states_dim"],
-        meanflow=c.get("use_meanflow", False), rope_theta=float(c.get("rope_theta", 256.0)),
+        in_channels=proj.shape[1], out_channels=weights["final_layer.linear.weight"].shape[0],
+        hidden_size=proj.shape[0], heads_num=c["heads_num"], double=c["double"], rope_dims=tuple(c["rope"]),
+        text_dim=c["text_states_dim"], glyph_dim=glyph.shape[1], glyph_hidden=glyph.shape[0],
+        vision_dim=c["vision_states_dim"], meanflow=c.get("use_meanflow", False),
+        rope_theta=float(c.get("rope_theta", 256.0)),
         mlp_ratio=weights["double_blocks.0.img_mlp.fc1.weight"].shape[0] / proj.shape[0],
     )
     model = find("hunyuan-video-15").build(arch).float()
@@ -42,10 +46,13 @@ def valid(states: Tensor, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def model_input(reference: Reference, x: Tensor) -> Hunyuan15Input:
-    """Officially, features of a picture are masked out where they are zero in the whole batch of text to video."""
+    """Officially, features of a picture are masked out where they are zero in the
+    whole batch of text to video."""
     i = reference.part("input.")
     unseen = reference.config["mask_type"] == "t2v" and not i["vision"].any()
-    masks = {"text": i["mask"], "glyph": i["byt5_mask"], "vision": torch.full(i["vision"].shape[:2], not unseen)}
+    masks = {
+        "text": i["mask"], "glyph": i["byt5_mask"], "vision": torch.full(i["vision"].shape[:2], not unseen)
+    }
     states = {"text": i["text"], "glyph": i["byt5"], "vision": i["vision"]}
     told = {kind: valid(states[kind], mask) for kind, mask in masks.items()}
     cond, lengths = ({kind: pair[n] for kind, pair in told.items()} for n in (0, 1))

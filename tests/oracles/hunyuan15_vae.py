@@ -24,7 +24,9 @@ def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
     if "input.video" in t:
         for how, encode in (("", model.encoder), (" in pieces", model.moments)):
             mean, log_var = encode(t["input.video"]).chunk(2, dim=1)
-            for name, found in (("latents_mean", mean), ("latents_std", (0.5 * log_var.clamp(-30, 20)).exp())):
+            for name, found in (
+                ("latents_mean", mean), ("latents_std", (0.5 * log_var.clamp(-30, 20)).exp())
+            ):
                 if f"output.{name}" in t:
                     yield f"output.{name}{how}", relative(found, t[f"output.{name}"])
     if "input.latents" in t:
@@ -33,7 +35,9 @@ def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
 
 
 def _is_upsampler(reference: Reference) -> bool:
-    return {"weights.in_conv.conv.weight", "weights.up.0.block.0.conv1.conv.weight"} & reference.tensors.keys() != set()
+    return {
+        "weights.in_conv.conv.weight", "weights.up.0.block.0.conv1.conv.weight"
+    } & reference.tensors.keys() != set()
 
 
 def _check_upsampler(reference: Reference) -> Iterator[tuple[str, float]]:

@@ -1,5 +1,5 @@
-"""References of Wan: transformers of every kind, whole sampling loops, VAEs, UMT5, CLIP and what image to video is given. See
-check.py."""
+"""References of Wan: transformers of every kind, whole sampling loops, VAEs, UMT5, CLIP and what image to
+video is given. See check.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hvtrain.parallel.context import ParallelContext
 from hvtrain.weights.source import anchored
 from tests.oracles.check import Reference, gradients, read, relative
 
-# --- DiT --------------------------------------------------------------------------------------------------------------
+# --- DiT ----------------------------------------------------------------------------------------------------
 
 
 def _is_dit(reference: Reference) -> bool:
@@ -38,9 +38,10 @@ def _is_dit(reference: Reference) -> bool:
 def arch_of(c: dict[str, Any]) -> WanArch:
     """The official constructor's arguments in our words."""
     return WanArch(
-        in_channels=c["in_dim"], out_channels=c["out_dim"], dim=c["dim"], ffn_dim=c["ffn_dim"], n_heads=c["num_heads"],
-        n_layers=c["num_layers"], clip_dim=c.get("clip_dim", 0), n_clip=514 if c["model_type"] == "flf2v" else 0,
-        text_dim=c["text_dim"], freq_dim=c["freq_dim"], patch=tuple(c["patch_size"]), text_len=c["text_len"],
+        in_channels=c["in_dim"], out_channels=c["out_dim"], dim=c["dim"], ffn_dim=c["ffn_dim"],
+        n_heads=c["num_heads"], n_layers=c["num_layers"], clip_dim=c.get("clip_dim", 0),
+        n_clip=514 if c["model_type"] == "flf2v" else 0, text_dim=c["text_dim"], freq_dim=c["freq_dim"],
+        patch=tuple(c["patch_size"]), text_len=c["text_len"],
     )
 
 
@@ -78,7 +79,7 @@ def _check_dit(reference: Reference) -> Iterator[tuple[str, float]]:
     yield from gradients(reference, model, x, output)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------
 
 
 def _is_loop(reference: Reference) -> bool:
@@ -86,7 +87,8 @@ def _is_loop(reference: Reference) -> bool:
 
 
 def _check_loop(reference: Reference) -> Iterator[tuple[str, float]]:
-    """The program's own loop, from the reference's noise: what each step makes, and what the model is given."""
+    """The program's own loop, from the reference's noise: what each step makes,
+    and what the model is given."""
     c, i, wanted, spec = reference.config, reference.part("input."), reference.part("output."), find("wan")
     given = {name: c[name] for name in ("steps", "shift", "solver")} | {"frames": c["frame_num"]}
     given["width"], given["height"] = c["size_wh"]
@@ -132,7 +134,7 @@ def _check_loop(reference: Reference) -> Iterator[tuple[str, float]]:
             yield f"t_tokens {step}", relative(per_token[0], wanted["t_tokens"][step])
 
 
-# --- what a model is made of besides ----------------------------------------------------------------------------------
+# --- what a model is made of besides ------------------------------------------------------------------------
 
 
 def _is_vae(reference: Reference) -> bool:
@@ -141,14 +143,18 @@ def _is_vae(reference: Reference) -> bool:
 
 def opened(reference: Reference, folder: Path) -> Path:
     """The weights as a file of their own."""
-    save_file({n: t.contiguous() for n, t in reference.part("weights.").items()}, folder / "weights.safetensors")
+    save_file(
+        {n: t.contiguous() for n, t in reference.part("weights.").items()}, folder / "weights.safetensors"
+    )
     return folder / "weights.safetensors"
 
 
 def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         vae = open_vae(opened(reference, Path(folder)))
-    mean, std = (torch.tensor(reference.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = (
+        torch.tensor(reference.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std")
+    )
     i, wanted = reference.part("input."), reference.part("output.")
     for end in ("", "_17"):
         if f"video{end}" in i:
@@ -161,7 +167,10 @@ def _check_vae(reference: Reference) -> Iterator[tuple[str, float]]:
             video = vae.decode(latents, clamp=False)
             yield f"video_from_normalised{end}", relative(video, wanted[f"video_from_normalised{end}"])
             if f"video{end}" in wanted:
-                yield f"video{end}", relative(vae.decode((latents - mean) / std, clamp=False), wanted[f"video{end}"])
+                yield (
+                    f"video{end}",
+                    relative(vae.decode((latents - mean) / std, clamp=False), wanted[f"video{end}"])
+                )
 
 
 def _is_text(reference: Reference) -> bool:
@@ -192,7 +201,10 @@ def clip_of(reference: Reference) -> ClipEncoder:
 
 @torch.no_grad()
 def _check_clip(reference: Reference) -> Iterator[tuple[str, float]]:
-    yield "output", relative(clip_of(reference).model(reference.tensors["input.pixels"]), reference.tensors["output"])
+    yield (
+        "output",
+        relative(clip_of(reference).model(reference.tensors["input.pixels"]), reference.tensors["output"])
+    )
 
 
 def _is_condition(reference: Reference) -> bool:
@@ -205,7 +217,9 @@ def _check_condition(reference: Reference) -> Iterator[tuple[str, float]]:
     clip = clip_of(read(str(folder / "wan21_clip_visual.safetensors")))
     with tempfile.TemporaryDirectory() as temporary:
         vae = open_vae(opened(read(str(folder / "wan21_vae.safetensors")), Path(temporary)))
-    images = torch.stack([i[name].permute(2, 0, 1) for name in ("image", "last_image") if name in i]) / 127.5 - 1
+    images = torch.stack(
+        [i[name].permute(2, 0, 1) for name in ("image", "last_image") if name in i]
+    ) / 127.5 - 1
     t = (c["frame_num"] - 1) // 4 + 1
     found = image_conditions(vae, {"clip": clip}, images, (16, t, *c["latent_hw"]))
     y = reference.tensors["output.y"]
@@ -217,6 +231,6 @@ def _check_condition(reference: Reference) -> Iterator[tuple[str, float]]:
 
 
 KINDS = (
-    (_is_loop, _check_loop), (_is_dit, _check_dit), (_is_vae, _check_vae), (_is_text, _check_text), (_is_clip, _check_clip),
-    (_is_condition, _check_condition),
+    (_is_loop, _check_loop), (_is_dit, _check_dit), (_is_vae, _check_vae), (_is_text, _check_text),
+    (_is_clip, _check_clip), (_is_condition, _check_condition),
 )

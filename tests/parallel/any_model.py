@@ -27,7 +27,8 @@ RATE = 2.0**14  # so large that the parameter's own rounding vanishes
 def gradients(
     spec: ModelSpec, flavor: Flavor, case: Case, ctx: ParallelContext, inputs: Inputs = an_input
 ) -> dict[str, Tensor]:
-    """Every trained parameter's gradient as the optimizer gets it, of two micro-batches of random samples: one step of SGD."""
+    """Every trained parameter's gradient as the optimizer gets it, of two micro-batches of
+    random samples: one step of SGD."""
     model = random_model(spec, flavor).train()
     if case.lora:
         inject(model, spec.lora_targets(model), rank=3, alpha=6.0, seed=0)
@@ -47,35 +48,43 @@ def gradients(
     return {name: (before[name] - p) / RATE for name, p in engine.export_params().items()}
 
 
-# Smaller than any flavor: a matrix of layouts is long. An architecture that is not named here takes its smallest flavor's.
+# Smaller than any flavor: a matrix of layouts is long. An architecture that is not named here
+# takes its smallest flavor's.
 SIZES: Mapping[str, Mapping[str, object]] = {
     "hunyuan-video": {
-        "hidden_size": 48, "heads_num": 4, "double": 1, "single": 2, "rope_dims": (4, 4, 4), "text_dim": 20, "pooled_dim": 12,
-        "refiner_depth": 1,
+        "hidden_size": 48, "heads_num": 4, "double": 1, "single": 2, "rope_dims": (4, 4, 4), "text_dim": 20,
+        "pooled_dim": 12, "refiner_depth": 1,
     },
     "wan": {
-        "dim": 48, "ffn_dim": 80, "n_heads": 4, "n_layers": 2, "text_dim": 20, "freq_dim": 32, "text_len": 16, "clip_dim": 24,
+        "dim": 48, "ffn_dim": 80, "n_heads": 4, "n_layers": 2, "text_dim": 20, "freq_dim": 32, "text_len": 16,
+        "clip_dim": 24,
     },
 }
 
 
 def shrunk(spec: ModelSpec, flavor: Flavor) -> Flavor:
-    """Small, with all that makes this one another model: what it takes in, and what the smallest flavor does not have."""
+    """Small, with all that makes this one another model: what it takes in, and what the
+    smallest flavor does not have."""
     small, sizes = smallest(spec).arch, SIZES.get(spec.name, {})
     own = {
         f.name: getattr(flavor.arch, f.name) for f in fields(small)
-        if f.name in spec.kind or f.name.endswith("_channels") or getattr(small, f.name) in (0, 1, None)  # bools too
+        # bools too
+        if f.name in spec.kind or f.name.endswith("_channels") or getattr(small, f.name) in (0, 1, None)
     }
     smaller = {name: size for name, size in sizes.items() if getattr(flavor.arch, name)}
     return spec.fitted(flavor, replace(small, **{**own, **smaller}))
 
 
 def architectures(specs: Sequence[ModelSpec]) -> list[tuple[str, str]]:
-    """(model, flavor) of each that computes otherwise than those before it: of other sizes, or on other inputs."""
+    """(model, flavor) of each that computes otherwise than those before it: of
+    other sizes, or on other inputs."""
     found: dict[object, tuple[str, str]] = {}
     for spec in specs:
         for flavor in (shrunk(spec, spec.flavor(name)) for name in spec.flavors):
-            seen = [(f.name, _outline(getattr(inp, f.name))) for inp in [an_input(spec, flavor)] for f in fields(inp)]
+            seen = [
+                (f.name, _outline(getattr(inp, f.name)))
+                for inp in [an_input(spec, flavor)] for f in fields(inp)
+            ]
             found.setdefault((spec.name, flavor.arch, str(seen)), (spec.name, flavor.name))
     return list(found.values())
 

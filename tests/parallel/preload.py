@@ -1,5 +1,6 @@
-"""The libraries that ranks import. The process that they are forked from imports them, once, and runs nothing of them. Our own
-modules are not among them: a rank finds those by its parent's path and environment, as ever."""
+"""The libraries that ranks import. The process that they are forked from imports them, once,
+and runs nothing of them. Our own modules are not among them: a rank finds those by its parent's
+path and environment, as ever."""
 
 from __future__ import annotations
 

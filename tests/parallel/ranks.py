@@ -16,11 +16,12 @@ from torch.distributed import TCPStore
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 600) -> list[Any]:
-    """[function(*args) on rank 0, on rank 1, ...]; `function` must be importable (defined at the top of a module).
+    """[function(*args) on rank 0, on rank 1, ...]; `function` must be importable
+    (defined at the top of a module).
 
     timeout_s is for a hang, and generous: this may run beside other work on two cores.
-    The parent holds the rendezvous store on a port that the system chose, as torchrun does: no port is ever guessed.
-    A rank that fails ends the others, and its traceback is the error.
+    The parent holds the rendezvous store on a port that the system chose, as torchrun does: no port is ever
+    guessed. A rank that fails ends the others, and its traceback is the error.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory() as folder:
@@ -50,8 +51,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: f
 
 
 def _way_to_start() -> Any:
-    """Forked from a process that has only imported libraries: a rank starts in less than a second, not in six of CPU time. A CUDA
-    context does not survive a fork."""
+    """Forked from a process that has only imported libraries: a rank starts in less than a second, not in six
+    of CPU time. A CUDA context does not survive a fork."""
     if torch.cuda.is_available():
         return mp.get_context("spawn")
     forkserver = mp.get_context("forkserver")

@@ -1,7 +1,8 @@
-"""The promise of test_parity.py for every architecture that the registry knows, to 1e-4 in every parameter's gradient.
+"""The promise of test_parity.py for every architecture that the registry knows, to 1e-4
+in every parameter's gradient.
 
-The suite takes each architecture through some of the matrix, so that together they meet every layout, engine and kind of
-training; --slow takes each through all of it.
+The suite takes each architecture through some of the matrix, so that together they meet every layout, engine
+and kind of training; --slow takes each through all of it.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from tests.parallel.tiny_run import Case
 
 TOLERANCE = 1e-4
 ARCHITECTURES = architectures(all_specs())
-LAYOUTS = {2: [{"ulysses": 2}, {"ring": 2}], 4: [{"ulysses": 2, "ring": 2}, {"ulysses": 2}]}  # on 4 ranks the last is DP 2 x U 2
+# on 4 ranks the last is DP 2 x U 2
+LAYOUTS = {2: [{"ulysses": 2}, {"ring": 2}], 4: [{"ulysses": 2, "ring": 2}, {"ulysses": 2}]}
 STAGES = (0, 1, 2, 3)
 Pair = tuple[tuple[str, str], Case]
 
 
 def matrix(world: int) -> list[Case]:
-    return [Case(**layout, stage=s, lora=lora) for s, layout, lora in product(STAGES, LAYOUTS[world], (False, True))]
+    return [
+        Case(**layout, stage=s, lora=lora) for s, layout,
+        lora in product(STAGES, LAYOUTS[world], (False, True))
+    ]
 
 
 def size(name: str, gradients: Mapping[str, Tensor]) -> float:
-    """What an error of a gradient is measured by: its own norm. A bias of keys hardly matters to a softmax, and its gradient is a
-    small difference of terms as large as its matrix's: a hundredth of that is the least."""
+    """What an error of a gradient is measured by: its own norm. A bias of keys hardly matters to
+    a softmax, and its gradient is a small difference of terms as large as its matrix's: a
+    hundredth of that is the least."""
     matrix = gradients.get(f"{name.removesuffix('.bias')}.weight", gradients[name])
     return max(gradients[name].norm().item(), 0.01 * matrix.norm().item())
 
@@ -44,11 +50,15 @@ def differing(world: int, pairs: list[Pair]) -> list[str]:
     wrong = []
     for (which, case), got in zip(pairs, found, strict=True):
         want = wanted[which, case.lora]
-        # Most gradients are not so small that an error would hide in rounding; of the last text that nobody reads they are 0.
+        # Most gradients are not so small that an error would hide in rounding; of the last text
+        # that nobody reads they are 0.
         assert sum(g.abs().max() > 1e-6 for g in want.values()) > 0.75 * len(want), which
         assert got.keys() == want.keys()
         errors = {name: (got[name] - ref).norm() / max(size(name, want), 1e-30) for name, ref in want.items()}
-        wrong += [f"{'-'.join(which)} {case}: {n} differs by {e:.1e}" for n, e in errors.items() if not e < TOLERANCE]
+        wrong += [
+            f"{'-'.join(which)} {case}: {n} differs by {e:.1e}" for n,
+            e in errors.items() if not e < TOLERANCE
+        ]
     return wrong
 
 
@@ -59,7 +69,9 @@ def test_some_of_the_matrix_for_each_architecture(world: int) -> None:
     step = 3  # of no common divisor with the 16 cases
     pairs = [(which, cases[(step * i) % len(cases)]) for i, which in enumerate(ARCHITECTURES)]
     assert len(ARCHITECTURES) >= 8 and {case.stage for _, case in pairs} == set(STAGES)
-    assert {(case.ulysses, case.ring, case.lora) for _, case in pairs} == {(c.ulysses, c.ring, c.lora) for c in cases}
+    assert {(case.ulysses, case.ring, case.lora) for _, case in pairs} == {
+        (c.ulysses, c.ring, c.lora) for c in cases
+    }
     wrong = differing(world, pairs)
     assert not wrong, "\n".join(wrong[:20])
 

@@ -1,4 +1,5 @@
-"""Attention: the trimmed kernel against plain softmax, and Ulysses x ring against one process, with gradients."""
+"""Attention: the trimmed kernel against plain softmax, and Ulysses x ring against
+one process, with gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from tests.parallel.ranks import run_ranks
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# (image tokens, text lengths): ragged, without text, fewer tokens than ranks, rings whose last ranks hold only padding
+# (image tokens, text lengths): ragged, without text, fewer tokens than ranks, rings whose
+# last ranks hold only padding
 SHAPES = [(29, (3, 7, 7)), (8, (0, 5)), (3, (4,)), (5, (2, 0)), (64, (6, 6))]
 HEADS, DIM, TEXT = 4, 8, 7
 
@@ -67,14 +69,17 @@ def test_local_attention_is_softmax_over_the_valid_tokens(n_img: int, txt_len: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_a_kernel_s_partial_results_and_gradients(name: str, dtype: torch.dtype, device: str) -> None:
-    """The log-sum-exp belongs to the output, and the backward takes a merged result: what the ring relies on."""
+    """The log-sum-exp belongs to the output, and the backward takes a merged
+    result: what the ring relies on."""
     kernel = KERNELS[name]
     reason = kernel.missing(torch.device(device), dtype)
     if reason:
         pytest.skip(f"{name} on {device}: {reason}")
     d_head = 64
     g = generator(1, stream="kernel")
-    q, k, v, d_out = (torch.randn(2, s, HEADS, d_head, generator=g).to(device, dtype) for s in (33, 45, 45, 33))
+    q, k, v, d_out = (
+        torch.randn(2, s, HEADS, d_head, generator=g).to(device, dtype) for s in (33, 45, 45, 33)
+    )
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     scores = torch.einsum("bsnd,btnd->bnst", wide[0], wide[1]) / d_head**0.5
     want = torch.einsum("bnst,btnd->bsnd", scores.softmax(-1), wide[2])
@@ -82,7 +87,9 @@ def test_a_kernel_s_partial_results_and_gradients(name: str, dtype: torch.dtype,
     tol = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 4e-2, "rtol": 4e-2}
     got = kernel.partial(q, k, v)
     torch.testing.assert_close(got.out.double(), want, **tol)
-    torch.testing.assert_close(got.lse.double(), scores.logsumexp(-1), atol=1e-2 if name == "sage" else 2e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        got.lse.double(), scores.logsumexp(-1), atol=1e-2 if name == "sage" else 2e-3, rtol=1e-4
+    )
     torch.testing.assert_close(kernel.attend(q, k, v).double(), want, **tol)
     if kernel.backward is not None:
         for have, leaf in zip(kernel.backward(d_out, q, k, v, got), wide, strict=True):
@@ -91,7 +98,8 @@ def test_a_kernel_s_partial_results_and_gradients(name: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "efficient"])
 def test_torch_s_cuda_kernels_take_what_we_pass(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device: these operators are private to torch, and a changed signature shows here without a GPU."""
+    """On the meta device: these operators are private to torch, and a changed
+    signature shows here without a GPU."""
     monkeypatch.setattr(kernels, "_flash_fits", lambda q: flash)
     dtype = torch.bfloat16 if flash else torch.float32
     q, k, v, d_out = (torch.empty(2, s, HEADS, 64, device="meta", dtype=dtype) for s in (33, 45, 45, 33))
@@ -117,11 +125,15 @@ def _usp_against_local(world: int) -> dict[str, float]:
             chunk = -(-n_img // ctx.sp)
             mine = slice(ctx.sp_rank * chunk, (ctx.sp_rank + 1) * chunk)
 
-            def shard(x: Joint, mine: slice = mine, chunk: int = chunk, n: int = n_img, size: int = ctx.sp) -> Joint:
-                pad = x.img.new_full((x.img.shape[0], chunk * size - n, HEADS, DIM), 3.0)  # must never be read
+            def shard(
+                x: Joint, mine: slice = mine, chunk: int = chunk, n: int = n_img, size: int = ctx.sp
+            ) -> Joint:
+                # must never be read
+                pad = x.img.new_full((x.img.shape[0], chunk * size - n, HEADS, DIM), 3.0)
                 return Joint(torch.cat([x.img, pad], 1)[:, mine], x.txt)
 
-            # Replicated text: each rank hands in its share of the output gradient, and gets its share of the input's.
+            # Replicated text: each rank hands in its share of the output gradient, and
+            # gets its share of the input's.
             d_mine = Joint(shard(d_out).img, d_out.txt / ctx.sp)
             out, grads = with_grads(
                 lambda q, k, v, t=txt_len, n=n_img, c=ctx: usp_attend(
@@ -176,7 +188,8 @@ def _heads_of_real_models(world: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("world", [3, 4])
 def test_the_head_counts_of_the_models(world: int) -> None:
-    """24, 16, 40 and 12 heads, on 4 ranks, and on 3, where Ulysses has no way for 16 and 40 and says which degrees there are."""
+    """24, 16, 40 and 12 heads, on 4 ranks, and on 3, where Ulysses has no way for 16 and 40 and
+    says which degrees there are."""
     if world == 3:
         with pytest.raises(ConfigError, match="choose one of 1, 2, 4, 8, 16"):
             check_heads(16, 3)
@@ -231,7 +244,8 @@ def test_kernel_choice() -> None:
 @pytest.mark.parametrize(
     "ctx, training, says",
     [
-        (ParallelContext(world=2, ulysses=2), True, "gives text keys and values no gradient; train with 'auto'"),
+        (ParallelContext(world=2, ulysses=2), True, "gives text keys and values no gradient; train with "
+        "'auto'"),
         (ParallelContext(world=2, ulysses=2), False, "needs a CUDA device, this is cpu"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The collectives with their adjoints in one process: what they call, also where torch is older than the new names."""
+"""The collectives with their adjoints in one process: what they call, also where torch
+is older than the new names."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ NEW = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "
 
 @pytest.mark.parametrize("newest", [True, False], ids=["torch 2.13", "torch 2.11"])
 def test_gather_and_its_sum_by_either_name(newest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three ranks, of which the others hold ten and a hundred times as much; their gradients are two and three times ours."""
+    """Three ranks, of which the others hold ten and a hundred times as much; their gradients
+    are two and three times ours."""
     calls: list[str] = []
 
     def all_gather(out: torch.Tensor, x: torch.Tensor, group: object) -> None:

@@ -1,4 +1,5 @@
-"""Compiled blocks compute what plain ones do, also where they run twice. Traced by torch.compile, without its code generator."""
+"""Compiled blocks compute what plain ones do, also where they run twice. Traced by torch.compile,
+without its code generator."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ def counted() -> dict:
 
 
 def gradients(
-    recompute: str, compiler: str | None, *, lora: bool = False, arch=SMALL, swap: int = 0, ctx: ParallelContext = ALONE,
-    steps: int = 1,
+    recompute: str, compiler: str | None, *, lora: bool = False, arch=SMALL, swap: int = 0,
+    ctx: ParallelContext = ALONE, steps: int = 1,
 ) -> Gradients:
     torch._dynamo.reset()
     counted().clear()
@@ -71,7 +72,10 @@ def test_compiled_blocks_have_the_same_gradients(recompute: str) -> None:
 @pytest.mark.parametrize("recompute", POLICIES)
 def test_every_policy_over_changing_clips(recompute: str, lora: bool) -> None:
     deep = replace(ARCH, double=2, single=3)
-    same(gradients(recompute, "aot_eager", lora=lora, arch=deep, steps=3), gradients("none", None, lora=lora, arch=deep, steps=3))
+    same(
+        gradients(recompute, "aot_eager", lora=lora, arch=deep, steps=3),
+        gradients("none", None, lora=lora, arch=deep, steps=3)
+    )
     assert not counted()["graph_break"]
 
 
@@ -89,12 +93,14 @@ def test_generated_code_computes_the_same() -> None:
     same(gradients("selective", "inductor", lora=True, steps=2), gradients("none", None, lora=True, steps=2))
 
 
-EACH = pytest.mark.parametrize("which", architectures(all_specs()), ids="-".join)  # all that compute otherwise, small
+# all that compute otherwise, small
+EACH = pytest.mark.parametrize("which", architectures(all_specs()), ids="-".join)
 KINDS = ["full", "lora", "slice"]
 
 
 def _trained(which: tuple[str, str], kind: str) -> DiT:
-    """With a LoRA on each layer, on one of three slices of them (LORAID), which are cut through rows, or whole."""
+    """With a LoRA on each layer, on one of three slices of them (LORAID), which are
+    cut through rows, or whole."""
     spec = find(which[0])
     flavor = shrunk(spec, spec.flavor(which[1]))
     model = random_model(spec, flavor).train()
@@ -103,7 +109,9 @@ def _trained(which: tuple[str, str], kind: str) -> DiT:
     targets, rows = spec.lora_targets(model), None
     if kind == "slice":
         shapes = {name: shape for name, shape in linear_shapes(model).items() if name in targets}
-        plan = make_plan(shapes, Cut(n=3, granularity="rows", order="interleaved"), model=spec.name, flavor=flavor.name)
+        plan = make_plan(
+            shapes, Cut(n=3, granularity="rows", order="interleaved"), model=spec.name, flavor=flavor.name
+        )
         rows = {slot.module: (slot.begin, slot.end) for slot in plan.slice(2).slots}
         targets = list(rows)
     inject(model.requires_grad_(False), targets, rank=2, alpha=2.0, dropout=0.0, rows=rows)
@@ -138,15 +146,22 @@ def test_every_architecture(which: tuple[str, str], kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [(spec.name, smallest(spec).name) for spec in all_specs()], ids="-".join)
 def test_generated_code_of_every_model(which: tuple[str, str]) -> None:
-    same(_gradients_of(which, "selective", "inductor", kind="lora"), _gradients_of(which, "none", None, kind="lora"))
+    same(
+        _gradients_of(which, "selective", "inductor", kind="lora"),
+        _gradients_of(which, "none", None, kind="lora")
+    )
 
 
-def _of_ranks(which: tuple[str, str], kinds: Sequence[str], policies: Sequence[str]) -> list[tuple[Gradients, Gradients]]:
+def _of_ranks(
+    which: tuple[str, str], kinds: Sequence[str], policies: Sequence[str]
+) -> list[tuple[Gradients, Gradients]]:
     """Compiled and not, with Ulysses and with a ring."""
     found = []
     for ctx, kind in product((start(2, 1), start(1, 2)), kinds):
         want = _gradients_of(which, "none", None, kind=kind, ctx=ctx)
-        found += [(_gradients_of(which, policy, "aot_eager", kind=kind, ctx=ctx), want) for policy in policies]
+        found += [
+            (_gradients_of(which, policy, "aot_eager", kind=kind, ctx=ctx), want) for policy in policies
+        ]
     return found
 
 
@@ -181,7 +196,8 @@ def test_other_lengths_and_sizes_are_compiled_at_most_once_for_each_frame_count(
         for length in (3, 5, 9, 4, 7):
             inp, target = make_batch(size, 0)
             one = replace(
-                inp, x=inp.x[:1], t=inp.t[:1], cond={n: c[:1] for n, c in inp.cond.items()}, lengths={"text": (length,)}
+                inp, x=inp.x[:1], t=inp.t[:1], cond={n: c[:1] for n, c in inp.cond.items()},
+                lengths={"text": (length,)}
             )
             (model(one) - target[:1]).square().mean().backward()
             seen.append(counted()["stats"]["unique_graphs"])

@@ -1,4 +1,5 @@
-"""Which device a process takes: one GPU, eight, none, one that PyTorch cannot see. No GPU is needed: PyTorch is told."""
+"""Which device a process takes: one GPU, eight, none, one that PyTorch cannot see. No GPU
+is needed: PyTorch is told."""
 
 from __future__ import annotations
 
@@ -11,15 +12,19 @@ import torch
 from hvtrain.errors import LaunchError
 from hvtrain.parallel.context import DEVICE, ParallelContext, start
 
-ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", DEVICE, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "WORLD_SIZE", "RANK", "LOCAL_RANK",
-               "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # fmt: skip
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", DEVICE, "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "WORLD_SIZE", "RANK", "LOCAL_RANK",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+)  # fmt: skip
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """`machine(sees=, has=)`: so many GPUs for PyTorch, and for the operating system. Returns which were taken."""
+    """`machine(sees=, has=)`: so many GPUs for PyTorch, and for the operating
+    system. Returns which were taken."""
     for name in ENVIRONMENT:
-        monkeypatch.setenv(name, "")  # so that it is put back, also if it was not there and is set by what is tested
+        # so that it is put back, also if it was not there and is set by what is tested
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     taken: list[torch.device] = []
 
@@ -44,7 +49,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 def test_one_gpu_is_taken(machine):
     taken = machine(sees=1)
     ctx = start()
-    assert ctx.device == torch.device("cuda", 0) and taken == [ctx.device] and ctx.device_name == "NVIDIA H100"
+    assert (
+        ctx.device == torch.device("cuda", 0) and taken == [ctx.device] and ctx.device_name == "NVIDIA H100"
+    )
 
 
 def test_a_gpu_s_memory_is_in_segments_that_grow_unless_the_user_says_otherwise(machine, monkeypatch):
@@ -71,7 +78,9 @@ def test_each_of_eight_processes_takes_its_own(machine, monkeypatch):
 def test_a_process_without_a_gpu_says_how_many_there_are(machine, monkeypatch):
     machine(sees=1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(LaunchError, match=r"process 1 .* has no GPU: PyTorch sees 1; start .*--nproc 1.*HVTRAIN_DEVICE=cpu"):
+    with pytest.raises(
+        LaunchError, match=r"process 1 .* has no GPU: PyTorch sees 1; start .*--nproc 1.*HVTRAIN_DEVICE=cpu"
+    ):
         start()
     monkeypatch.setenv(DEVICE, "cpu")
     assert start().device == torch.device("cpu")
@@ -88,7 +97,10 @@ def test_a_gpu_that_pytorch_cannot_see_is_refused_by_name(machine, monkeypatch):
         start()
     text = str(error.value)
     assert "\n" not in text and torch.__version__ in text
-    assert "/dev/nvidia0, but PyTorch" in text and "driver on your system is too old (found version 11040). Install" in text
+    assert (
+        "/dev/nvidia0, but PyTorch" in text
+        and "driver on your system is too old (found version 11040). Install" in text
+    )
     assert f"{DEVICE}=cpu" in text
     monkeypatch.setenv(DEVICE, "cpu")
     assert start().device == torch.device("cpu")
@@ -98,7 +110,9 @@ def test_a_gpu_that_pytorch_cannot_see_is_refused_by_name(machine, monkeypatch):
 def test_gpus_that_slurm_gave_count_too(machine, monkeypatch, variable):
     machine(sees=0)
     monkeypatch.setenv(variable, "0,1")
-    with pytest.raises(LaunchError, match=f"Slurm gave this job {variable}=0,1, but PyTorch .* no device is visible"):
+    with pytest.raises(
+        LaunchError, match=f"Slurm gave this job {variable}=0,1, but PyTorch .* no device is visible"
+    ):
         start()
 
 

@@ -72,7 +72,9 @@ def test_host_memory_is_locked_in_place_and_not_rounded_up(monkeypatch, caplog, 
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
     made = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: made(*size, **o).fill_(1 + pin_memory))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=False, **o: made(*size, **o).fill_(1 + pin_memory)
+    )
     memory = pinned.page_locked(1000)
     assert memory.shape == (1000,) and memory.dtype == torch.uint8 and int(memory[0]) == (2 if failed else 1)
     assert [a[1:] for a in asked] == [(1000, 0)] and (failed or asked[0][0] == memory.data_ptr())

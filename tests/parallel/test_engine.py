@@ -1,4 +1,5 @@
-"""The engines alone, on a small network: every ZeRO stage equals plain PyTorch in one process, state moves freely."""
+"""The engines alone, on a small network: every ZeRO stage equals plain PyTorch in one
+process, state moves freely."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def make_engine(cfg: ZeroConfig, ctx: ParallelContext) -> Engine:
     groups.append({"params": [p for n, p in params.items() if "bias" not in n], "lr": 0.01})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
     step = Step(MICRO // ctx.dp, max_grad_norm=0.5)
-    return build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1 / (n + 1), step=step)
+    return build_engine(
+        model, params, cfg, ctx, optimizer=optimizer, schedule=lambda n: 1 / (n + 1), step=step
+    )
 
 
 def train(engine: Engine, ctx: ParallelContext, *, until: int = STEPS, nan_at: int = -1) -> Run:
@@ -108,8 +111,8 @@ def close(got: Run, want: Run) -> None:
 
 
 def test_every_stage_equals_one_process() -> None:
-    """Losses, norms, rates, parameters and optimizer state; a NaN on one rank skips the step on all; a run continues
-    under every engine from what plain PyTorch saved."""
+    """Losses, norms, rates, parameters and optimizer state; a NaN on one rank skips the step on all; a run
+    continues under every engine from what plain PyTorch saved."""
     alone = ParallelContext()
     want = train(make_engine(TORCH, alone), alone)
     want_nan = train(make_engine(TORCH, alone), alone, nan_at=2)
@@ -129,7 +132,10 @@ def test_gradients_reduced_beside_the_backward_equal_one_process(tmp_path) -> No
     want = train(make_engine(TORCH, alone), alone)
     own = tmp_path / "deepspeed.json"
     own.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
-    engines = [ZeroConfig(stage=stage, bucket_mb=mb, deepspeed=str(own)) for stage in (1, 2, 3) for mb in (None, 0.0001)]
+    engines = [
+        ZeroConfig(stage=stage, bucket_mb=mb, deepspeed=str(own))
+        for stage in (1, 2, 3) for mb in (None, 0.0001)
+    ]
     for straight, _, resumed in run_ranks(2, _all_engines, engines)[0].values():
         close(straight, want)
         close(resumed, want)
@@ -144,7 +150,10 @@ def test_state_on_a_disk_equals_one_process(tmp_path) -> None:
     alone = ParallelContext()
     want = train(make_engine(TORCH, alone), alone)
     both = ZeroConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path=str(tmp_path))
-    engines = [replace(both, offload_param="none"), replace(both, offload_param="cpu", offload_optimizer="nvme"), both]
+    engines = [
+        replace(both, offload_param="none"), replace(both, offload_param="cpu", offload_optimizer="nvme"),
+        both
+    ]
     for straight, _, resumed in run_ranks(2, _all_engines, engines, timeout_s=900)[0].values():
         close(straight, want)
         close(resumed, want)
@@ -168,10 +177,12 @@ def test_deepspeed_state_continues_in_plain_torch() -> None:
     [
         (ZeroConfig(engine="deepsped"), "did you mean 'deepspeed'"),
         (ZeroConfig(stage=4), "choose 0, 1, 2 or 3"),
-        (ZeroConfig(stage=0, offload_optimizer="cpu"), "ZeRO stage 0 .* use zero.engine=deepspeed with zero.stage 1"),
+        (ZeroConfig(stage=0, offload_optimizer="cpu"), "ZeRO stage 0 .* use zero.engine=deepspeed with "
+        "zero.stage 1"),
         (ZeroConfig(engine="torch", offload_optimizer="cpu"), "torch engine"),
         (ZeroConfig(offload_param="cpu"), "use zero.stage=3, or for a LoRA run.blocks_to_swap"),
-        (ZeroConfig(stage=2, offload_optimizer="nvme", nvme_path="/tmp"), "ZeRO stage 2 cannot put it on nvme"),
+        (ZeroConfig(stage=2, offload_optimizer="nvme", nvme_path="/tmp"), "ZeRO stage 2 cannot put it on "
+        "nvme"),
         (ZeroConfig(stage=3, offload_optimizer="nvme"), "zero.nvme_path: give a directory"),
         (ZeroConfig(stage=3, nvme_path="/tmp"), "nothing is offloaded to nvme"),
         (ZeroConfig(stage=3, offload_param="nvme", nvme_path="/tmp"), "set zero.offload_optimizer=nvme"),
@@ -195,7 +206,8 @@ def test_degrees_must_divide_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_autocast_reaches_the_model_through_every_engine() -> None:
-    """DeepSpeed's own forward turns a caller's autocast off; what it wraps is asked here, not what comes out."""
+    """DeepSpeed's own forward turns a caller's autocast off; what it wraps is
+    asked here, not what comes out."""
 
     class Probe(nn.Module):
         def __init__(self) -> None:
@@ -211,7 +223,9 @@ def test_autocast_reaches_the_model_through_every_engine() -> None:
         probe = Probe()
         params = dict(probe.named_parameters())
         optimizer = torch.optim.SGD(list(params.values()), lr=0.1)
-        engine = build_engine(probe, params, cfg, alone, optimizer=optimizer, schedule=lambda n: 1.0, step=Step())
+        engine = build_engine(
+            probe, params, cfg, alone, optimizer=optimizer, schedule=lambda n: 1.0, step=Step()
+        )
         engine.model(torch.ones(1, 2))
         assert probe.seen == (False, torch.float32)
         with torch.autocast("cpu", torch.bfloat16):

@@ -17,7 +17,8 @@ def under_way(kept: list) -> list[int]:
 
 
 def test_asking_for_one_starts_those_saved_just_before_it() -> None:
-    """The backward goes from the last to the first, so those come next: never the first ones, and no more than said."""
+    """The backward goes from the last to the first, so those come next: never the first
+    ones, and no more than said."""
     copies = HostCopies(ahead=2)
     kept = packed(copies, 6)
     assert under_way(kept) == []
@@ -30,7 +31,8 @@ def test_asking_for_one_starts_those_saved_just_before_it() -> None:
 
 
 def test_a_copy_on_the_device_is_the_asker_s_alone() -> None:
-    """Once dropped it is gone, though autograd still holds what was packed (it may ask again: a retained graph)."""
+    """Once dropped it is gone, though autograd still holds what was packed (it may
+    ask again: a retained graph)."""
     copies = HostCopies()
     kept = packed(copies, 2)
     back = copies.unpack(kept[1])

@@ -1,4 +1,5 @@
-"""What saves memory changes nothing: activation policies, block swap and accumulation bit for bit, float8 within its rounding."""
+"""What saves memory changes nothing: activation policies, block swap and accumulation bit for bit,
+float8 within its rounding."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_accumulation_is_bit_equal_to_adding_up_by_hand(engine: str, stage: int)
 
 
 class Living(TorchDispatchMode):
-    """Bytes of everything computed while entered that is still in memory: by storage, so that no one can hold it unseen."""
+    """Bytes of everything computed while entered that is still in memory: by storage, so
+    that no one can hold it unseen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,8 +94,9 @@ class Living(TorchDispatchMode):
 
 
 def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes on the device between forward and backward: full keeps each block's two inputs, selective attention's outputs
-    and log-sum-exps too, offload neither; what offload keeps is on the host, and none of the copies outlives its use."""
+    """Bytes on the device between forward and backward: full keeps each block's two inputs, selective
+    attention's outputs and log-sum-exps too, offload neither; what offload keeps is on the host, and none of
+    the copies outlives its use."""
     host: set[int] = set()
     copies: list[HostCopies] = []
     room = HostCopies.on_host
@@ -112,7 +115,9 @@ def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         seed_dropout(model, 7)
         host.clear()  # addresses are used again
         inp = make_batch(2, 0)[0]  # 77 image tokens
-        given = {x.untyped_storage().data_ptr() for x in (*model.parameters(), inp.x, inp.t, *inp.cond.values())}
+        given = {
+            x.untyped_storage().data_ptr() for x in (*model.parameters(), inp.x, inp.t, *inp.cond.values())
+        }
         with Living() as living:
             out = model(inp).sum()
             before = living.n_bytes(host | given)
@@ -124,7 +129,9 @@ def test_a_policy_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     inp = make_batch(2, 0)[0]
     tokens = 2 * (77 + max(inp.lengths["text"])) * 4  # of both samples, in bytes
     inputs = len(DEEP_BLOCKS) * tokens * DEEP.hidden_size
-    attention = len(DEEP_BLOCKS) * sum(77 + n for n in inp.lengths["text"]) * 4 * (DEEP.hidden_size + DEEP.heads_num)
+    attention = len(DEEP_BLOCKS) * sum(77 + n for n in inp.lengths["text"]) * 4 * (
+        DEEP.hidden_size + DEEP.heads_num
+    )
     before, after = zip(*(kept(p) for p in ("none", "full", "selective", "offload")))
     none, full, selective, offload = before
     assert none > 10 * full

@@ -1,7 +1,8 @@
 """The product's promise: whatever the layout and the engine, training computes what one process computes.
 
-Per layout and engine, full fine-tune and LoRA (with dropout): the losses of 30 steps, and every parameter's gradient
-by itself, to 1e-4 in float32. Sizes and text lengths change from step to step and no layout divides them.
+Per layout and engine, full fine-tune and LoRA (with dropout): the losses of 30 steps, and every
+parameter's gradient by itself, to 1e-4 in float32. Sizes and text lengths change from step to
+step and no layout divides them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ TWO_RANKS_GRADIENTS = [
 FOUR_RANKS_GRADIENTS = [
     *(
         Case(**layout, **engine)
-        for layout in (U2, R2, {"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2})  # on 4 ranks U2 and R2 are DP 2 x each
+        # on 4 ranks U2 and R2 are DP 2 x each
+        for layout in (U2, R2, {"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2})
         for engine in ENGINES
     ),
     Case(ulysses=2, ring=2, stage=2, recompute="selective"),
@@ -63,7 +65,9 @@ def both(cases: list[Case]) -> list[Case]:
     return [replace(case, lora=lora) for case in cases for lora in (False, True)]
 
 
-def _losses_and_gradients(curves: list[Case], gradients_only: list[Case]) -> dict[Case, tuple[list[float], dict]]:
+def _losses_and_gradients(curves: list[Case], gradients_only: list[Case]) -> dict[
+    Case, tuple[list[float], dict]
+]:
     results = {}
     for case in [*curves, *gradients_only]:
         ctx = place(case.ulysses, case.ring)
@@ -75,7 +79,9 @@ def _losses_and_gradients(curves: list[Case], gradients_only: list[Case]) -> dic
 @pytest.fixture(scope="module")
 def reference() -> dict[Case, tuple[list[float], dict[str, Tensor]]]:
     one = ParallelContext()
-    return {case: (loss_curve(case, one), gradients(case, one)) for case in (alone(c) for c in both([Case()]))}
+    return {
+        case: (loss_curve(case, one), gradients(case, one)) for case in (alone(c) for c in both([Case()]))
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,9 @@ def test_the_reference_would_notice(reference: dict) -> None:
     """Losses move, and no gradient is so small that an error in it would hide in rounding."""
     for losses, grads in reference.values():
         assert max(losses) / min(losses) > 1.2
-        assert all(g.abs().max() > 1e-6 for g in grads.values()), "a gradient vanishes: the comparison is blind to it"
+        assert all(g.abs().max() > 1e-6 for g in grads.values()), (
+            "a gradient vanishes: the comparison is blind to it"
+        )
 
 
 def _velocities(layouts: list[tuple[int, int]]) -> list[list[Tensor]]:

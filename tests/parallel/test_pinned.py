@@ -1,4 +1,5 @@
-"""Offloaded activations on a device that copies beside its work: what is on it at a time, and how much host memory they take."""
+"""Offloaded activations on a device that copies beside its work: what is on it at a time, and how
+much host memory they take."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ MB = 2**20
 
 
 class Queue:
-    """A stand-in that notes in which order the GPU is told what; a copy is made when the computation first waits for it."""
+    """A stand-in that notes in which order the GPU is told what; a copy is made when the
+    computation first waits for it."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
@@ -52,13 +54,16 @@ def copies_on(queue: Queue, ahead: int = 2) -> HostCopies:
 
 
 def on_device(kept: list) -> list[int]:
-    return [i for i, copy in enumerate(kept) if copy is not None and (copy.still is not None or copy.back is not None)]
+    return [
+        i for i,
+        copy in enumerate(kept) if copy is not None and (copy.still is not None or copy.back is not None)
+    ]
 
 
 @pytest.mark.usefixtures("unlocked")
 def test_no_more_than_said_is_on_the_device() -> None:
-    """Forward: what leaves is let go of only behind its copy. Backward: a copy back is told when the one `ahead` places later is
-    asked for, and the last ones, which never left, are not copied back."""
+    """Forward: what leaves is let go of only behind its copy. Backward: a copy back is told when the one
+    `ahead` places later is asked for, and the last ones, which never left, are not copied back."""
     queue = Queue()
     copies, kept = copies_on(queue), []
     for i in range(6):
@@ -73,8 +78,8 @@ def test_no_more_than_said_is_on_the_device() -> None:
         seen.append((on_device(kept), [what for what, _ in queue.told[told:]]))
         kept[i] = None  # as autograd does behind a block
     assert seen == [
-        ([3, 4], ["wait", "copy"]), ([2, 3], ["wait", "copy"]), ([1, 2], ["wait", "copy"]), ([0, 1], ["wait", "copy"]),
-        ([0], ["wait"]), ([], ["wait"]),
+        ([3, 4], ["wait", "copy"]), ([2, 3], ["wait", "copy"]), ([1, 2], ["wait", "copy"]),
+        ([0, 1], ["wait", "copy"]), ([0], ["wait"]), ([], ["wait"]),
     ]  # fmt: skip
     assert sum(what == "copy" for what, _ in queue.told) == 6 + 4 and not copies.rooms.used and not copies.out
 
@@ -110,7 +115,9 @@ def test_host_memory_is_what_is_used_at_a_time_and_not_rounded_up(unlocked: list
         kept = []
         for _ in range(4):
             kept += [copies.pack(torch.zeros(sizes[name] // 4)), copies.pack(torch.zeros(300))]
-        assert 4 * sizes[name] < sum(room.numel() for room in copies.rooms.used.values()) <= 4 * (sizes[name] + 4 * MB)
+        assert 4 * sizes[name] < sum(
+            room.numel() for room in copies.rooms.used.values()
+        ) <= 4 * (sizes[name] + 4 * MB)
         assert copies.rooms.n_bytes <= 1.25 * copies.rooms.most
         for copy in reversed(kept):
             copies.unpack(copy)

@@ -1,4 +1,5 @@
-"""Sparse attention under recompute policies, swapped and compiled blocks, and shared by ranks: the gradients of the plain run."""
+"""Sparse attention under recompute policies, swapped and compiled blocks, and shared by ranks: the
+gradients of the plain run."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ Gradients = dict[str, Tensor]
 
 
 def gradients(
-    cfg: SparseConfig, *, ctx: ParallelContext = ALONE, recompute: str = "none", compiler: str | None = None, swap: int = 0,
-    lora: bool = False, deep: int = 2, steps: int = 3,
+    cfg: SparseConfig, *, ctx: ParallelContext = ALONE, recompute: str = "none", compiler: str | None = None,
+    swap: int = 0, lora: bool = False, deep: int = 2, steps: int = 3,
 ) -> Gradients:
     """Of a sum over three sizes of video, of which no layout divides all. Over ranks: the sum of theirs."""
     torch._dynamo.reset()
@@ -55,7 +56,9 @@ def same(got: Gradients, want: Gradients) -> None:
 
 def test_it_is_another_gradient() -> None:
     """Else all that follows would hold of exact attention too."""
-    exact, *others = (torch.cat([g.flatten() for g in gradients(c).values()]) for c in (SparseConfig(), SPARSE, RADIAL))
+    exact, *others = (
+        torch.cat([g.flatten() for g in gradients(c).values()]) for c in (SparseConfig(), SPARSE, RADIAL)
+    )
     assert all((other - exact).norm() > 0.01 * exact.norm() for other in others)
 
 
@@ -92,7 +95,8 @@ def test_compiled_blocks() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg", [SPARSE, RADIAL], ids=lambda c: c.pattern)
 def test_compiled_blocks_over_changing_clips(cfg: SparseConfig) -> None:
-    """Exact blocks are compiled apart, as are those of two streams and of one; and no size of clips more than once."""
+    """Exact blocks are compiled apart, as are those of two streams and of one; and no
+    size of clips more than once."""
     torch._dynamo.utils.counters.clear()
     got = gradients(cfg, recompute="selective", compiler="aot_eager")
     counters = torch._dynamo.utils.counters

@@ -1,4 +1,5 @@
-"""Weights are read once for a job: what every rank then has, and what all of them together take while it is read."""
+"""Weights are read once for a job: what every rank then has, and what all of them
+together take while it is read."""
 
 from __future__ import annotations
 
@@ -50,8 +51,10 @@ class Seen(NamedTuple):
 
 def write_model(path: Path, *, double: int, width: int) -> int:
     """A bf16 file of so many double blocks; its bytes."""
-    arch = replace(SPEC.flavor("t2v").arch, hidden_size=128 * width, heads_num=width, double=double, single=1, text_dim=64,
-                   pooled_dim=64, refiner_depth=1)
+    arch = replace(
+        SPEC.flavor("t2v").arch, hidden_size=128 * width, heads_num=width, double=double, single=1,
+        text_dim=64, pooled_dim=64, refiner_depth=1
+    )
     model, draw = SPEC.build(arch), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -61,10 +64,12 @@ def write_model(path: Path, *, double: int, width: int) -> int:
 
 
 def _load(path: Path, what: str) -> Seen:
-    """On each rank: a frozen base for a LoRA ("lora"), of float32 ("wide") or in float8 ("fp8"); under ZeRO-3 a LoRA
-    ("zero3-lora") and a full fine-tune ("zero3"), until DeepSpeed has cut the weights: what its optimizer then makes (a copy of
-    its own, gradients) lies where the training is, on a GPU if there is one."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: else glibc keeps up to 64 MB that were given back, of any model
+    """On each rank: a frozen base for a LoRA ("lora"), of float32 ("wide") or in float8 ("fp8");
+    under ZeRO-3 a LoRA ("zero3-lora") and a full fine-tune ("zero3"), until DeepSpeed has cut the
+    weights: what its optimizer then makes (a copy of its own, gradients) lies where the training
+    is, on a GPU if there is one."""
+    # M_MMAP_THRESHOLD: else glibc keeps up to 64 MB that were given back, of any model
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)
     ctx = start()
     model = _config(path, what)
     cut, whole = what.startswith("zero3"), what == "zero3"
@@ -73,7 +78,8 @@ def _load(path: Path, what: str) -> Seen:
     import deepspeed  # before the memory is looked at
 
     little = ModelConfig(dit="tiny:dit.safetensors")
-    open_subject(find_base(little), little, LORA, None, ctx, seed=0)  # modules and first allocations are not the weights'
+    # modules and first allocations are not the weights'
+    open_subject(find_base(little), little, LORA, None, ctx, seed=0)
     before, seen = _now(ctx), []
     subject = open_subject(base, model, adapter, None, ctx, seed=0, move=not cut)
     sums: dict[str, float] = {}
@@ -89,7 +95,8 @@ def _load(path: Path, what: str) -> Seen:
         sgd = torch.optim.SGD(subject.trainable.values())
         with patch("deepspeed.initialize", looked), suppress(_Cut):
             build_engine(
-                subject.model, subject.trainable, ZeroConfig(stage=3), ctx, optimizer=sgd, schedule=lambda n: 1.0, step=Step()
+                subject.model, subject.trainable, ZeroConfig(stage=3), ctx, optimizer=sgd,
+                schedule=lambda n: 1.0, step=Step()
             )
     else:
         state = subject.model.state_dict()
@@ -105,7 +112,9 @@ class _Cut(Exception):
 
 
 def _config(path: Path, what: str) -> ModelConfig:
-    quantize, dtype = ("fp8_scaled" if what == "fp8" else "none"), ("float32" if what == "wide" else "bfloat16")
+    quantize, dtype = (
+        ("fp8_scaled" if what == "fp8" else "none"), ("float32" if what == "wide" else "bfloat16")
+    )
     return ModelConfig(dit=str(path), quantize=quantize, dtype=dtype)
 
 
@@ -142,8 +151,9 @@ def _again(ctx: ParallelContext, path: Path) -> dict[str, list[float]]:
 
 
 class Peak(threading.Thread):
-    """The job's memory over time: of each process what it alone uses, and its share of what several use (PSS). Without mapped
-    files: a process's share of a library's pages grows when another program that uses it ends."""
+    """The job's memory over time: of each process what it alone uses, and its share of what
+    several use (PSS). Without mapped files: a process's share of a library's pages grows when
+    another program that uses it ends."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -167,7 +177,10 @@ def pss(pid: int) -> int:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return sum(
+        int(line.split()[1]) * 1024
+        for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
+    )
 
 
 def load_on(world: int, path: Path, what: str) -> tuple[list[Seen], int]:

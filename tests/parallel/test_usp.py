@@ -1,4 +1,5 @@
-"""Attention over ranks, rank by rank in threads: outputs, gradients, what travels and how often. Against the definition."""
+"""Attention over ranks, rank by rank in threads: outputs, gradients, what travels and how
+often. Against the definition."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def asked(function):
 
     def ask(*tensors):
         assert all(t.shape[1] for t in tensors if isinstance(t, torch.Tensor))
-        assert len(tensors) == 3 or tensors[0].shape == tensors[1].shape  # the output's gradient, and the queries
+        # the output's gradient, and the queries
+        assert len(tensors) == 3 or tensors[0].shape == tensors[1].shape
         return function(*tensors)
 
     return ask
@@ -99,11 +101,13 @@ def test_an_image_without_text_is_attended_to_without_a_message_about_text(ulyss
 
 @pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 3), (2, 2)])
 def test_across_each_rank_attends_with_its_queries_to_all_that_is_valid(ulysses, ring, monkeypatch):
-    """Outputs and gradients are those of one device; those of keys and values, which all ranks hold, add up. A sample without
-    keys gets zeros."""
+    """Outputs and gradients are those of one device; those of keys and values, which all ranks hold, add up.
+    A sample without keys gets zeros."""
     lengths, n_img, sp = (5, 0, 3), 7, ulysses * ring
-    q, k, v, d_out = (torch.randn(3, n, HEADS, DIM, generator=torch.Generator().manual_seed(n + i)) for i, n in
-                      enumerate((n_img, TEXT, TEXT, n_img)))  # fmt: skip
+    q, k, v, d_out = (
+        torch.randn(3, n, HEADS, DIM, generator=torch.Generator().manual_seed(n + i)) for i,
+        n in enumerate((n_img, TEXT, TEXT, n_img))
+    )  # fmt: skip
 
     def run(attend, q: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -119,7 +123,10 @@ def test_across_each_rank_attends_with_its_queries_to_all_that_is_valid(ulysses,
         return torch.stack(rows)
 
     def rank(ctx: ParallelContext):
-        here = torch.arange(n_img).chunk(sp)[ctx.sp_rank] if ctx.sp_rank < len(torch.arange(n_img).chunk(sp)) else []
+        here = (
+            torch.arange(n_img).chunk(sp)[ctx.sp_rank]
+            if ctx.sp_rank < len(torch.arange(n_img).chunk(sp)) else []
+        )
         return run(UspAttention(SDPA, ctx=ctx).cross, q[:, here], d_out[:, here])
 
     want = run(by_definition, q, d_out)
@@ -139,8 +146,8 @@ def attend_alike(ctx: ParallelContext, x: Joint, n_img: int, txt_len: tuple[int,
 
 
 def test_a_ring_sends_each_block_on_until_all_have_seen_it(monkeypatch):
-    """Forward: keys and values to the next, one time fewer than there are ranks. Backward: once more, and their gradients
-    home, in float32."""
+    """Forward: keys and values to the next, one time fewer than there are ranks. Backward: once more, and
+    their gradients home, in float32."""
     x = make(12, 1)[0]
 
     def rank(ctx: ParallelContext) -> None:
@@ -160,35 +167,51 @@ def test_a_ring_sends_each_block_on_until_all_have_seen_it(monkeypatch):
 
 def test_without_a_ring_the_kernel_is_the_one_that_was_chosen(monkeypatch):
     x, kernel = make(4, 4)[0], replace(SDPA, attend=lambda q, k, v: torch.full_like(q, 5.0))
-    for out in run_threads(monkeypatch, lambda ctx: attend_alike(ctx, x, 4, (7,) * 4, kernel), ulysses=2, ring=1)[0]:
+    for out in run_threads(
+        monkeypatch, lambda ctx: attend_alike(ctx, x, 4, (7,) * 4, kernel), ulysses=2, ring=1
+    )[0]:
         assert (out.img == 5).all() and (out.txt == 5).all()
 
 
 def test_gradients_are_summed_in_float32(monkeypatch):
-    """In bfloat16, 256 + 1 is 256: every rank's own block gives its queries 256, and each of the others' one more."""
+    """In bfloat16, 256 + 1 is 256: every rank's own block gives its queries 256, and
+    each of the others' one more."""
 
     def backward(dout, q, k, v, merged):
         one = 256.0 if k.shape[1] == 2 else 1.0  # with text: the own block
         return Grads(*(torch.full_like(x, n * one) for n, x in zip((1, -1, 2), (q, k, v))))
 
     def rank(ctx: ParallelContext) -> list[Joint]:
-        leaves = [Joint(*(torch.ones(1, n, HEADS, DIM).bfloat16().requires_grad_() for n in (1, 3))) for _ in range(3)]
+        leaves = [
+            Joint(*(torch.ones(1, n, HEADS, DIM).bfloat16().requires_grad_() for n in (1, 3)))
+            for _ in range(3)
+        ]
         kernel = replace(SDPA, backward=backward)
         out = usp_attend(*leaves, txt_len=(1,), n_img=3, ctx=ctx, kernel=kernel)
         (out.img.sum() + out.txt.sum()).backward()
         return [Joint(x.img.grad, x.txt.grad) for x in leaves]
 
     for grads in run_threads(monkeypatch, rank, ulysses=1, ring=3)[0]:
-        for n, txt, grad in zip((1, -1, 2), (258, 256, 256), grads):  # the text's keys: in the own block alone
+        # the text's keys: in the own block alone
+        for n, txt, grad in zip((1, -1, 2), (258, 256, 256), grads):
             assert grad.img.dtype == grad.txt.dtype == torch.bfloat16
-            assert (grad.img == n * 258).all() and (grad.txt[:, :1] == n * txt).all() and not grad.txt[:, 1:].any()
+            assert (
+                (grad.img == n * 258).all() and (grad.txt[:, :1] == n * txt).all()
+                and not grad.txt[:, 1:].any()
+            )
 
 
 def test_what_the_ring_s_operators_give_is_as_wide_as_their_inputs_and_in_order(monkeypatch):
-    """However the inputs lie in memory: a trace without values, and what is compiled after it, rest on that."""
+    """However the inputs lie in memory: a trace without values, and what is
+    compiled after it, rest on that."""
 
     def rank(ctx: ParallelContext) -> None:
-        q, k, v = (Joint(*(torch.ones(2, HEADS, n, DIM).bfloat16().transpose(1, 2) for n in (2, 3))) for _ in range(3))
+        q, k, v = (
+
+                Joint(*(torch.ones(2, HEADS, n, DIM).bfloat16().transpose(1, 2) for n in (2, 3)))
+                for _ in range(3)
+
+        )
         inputs, rest = (q.img, k.img, v.img, q.txt, k.txt, v.txt), ([2, 3], 4, SDPA.number, usp._place(ctx))
         img, txt, lse = usp._ring(*inputs, *rest)
         grads = usp._ring_backward(img, txt, *inputs, img, txt, lse, *rest)
@@ -210,7 +233,9 @@ def test_under_autocast_what_travels_is_half_as_wide(monkeypatch):
     assert dtypes == [torch.bfloat16] * 4
     assert {t.dtype for t in wires.exchanged} == {t.dtype for _, t in wires.sent} == {torch.bfloat16}
     # q, k and v in one exchange, the output in another; of each rank
-    assert sorted(tuple(t.shape) for t in wires.exchanged) == sorted([(3, 2, HEADS, DIM), (1, 4, HEADS // 2, DIM)] * 4)
+    assert sorted(tuple(t.shape) for t in wires.exchanged) == sorted(
+        [(3, 2, HEADS, DIM), (1, 4, HEADS // 2, DIM)] * 4
+    )
 
 
 def test_the_text_s_keys_count_once_in_a_ring(monkeypatch):
@@ -234,7 +259,9 @@ def test_the_text_s_keys_count_once_in_a_ring(monkeypatch):
 
 
 def test_ulysses_needs_heads_to_share(monkeypatch):
-    with pytest.raises(ConfigError, match="parallel.ulysses: 3 does not divide the model's 4 attention heads"):
+    with pytest.raises(
+        ConfigError, match="parallel.ulysses: 3 does not divide the model's 4 attention heads"
+    ):
         run_threads(monkeypatch, lambda ctx: attend_alike(ctx, make(6, 1)[0], 6, (4,)), ulysses=3, ring=1)
 
 
@@ -247,11 +274,15 @@ def test_who_owns_which_block_and_how_much_of_it():
 
 
 def test_results_over_two_key_sets_merge_by_their_weights():
-    """A set of keys weighs e^lse: here 1 to 3, so a quarter and three quarters; in float32 whatever comes in."""
+    """A set of keys weighs e^lse: here 1 to 3, so a quarter and three quarters;
+    in float32 whatever comes in."""
     a = Partial(torch.full((1, 2, 1, 3), 4.0, dtype=torch.bfloat16), torch.zeros(1, 1, 2))
     b = Partial(torch.full((1, 2, 1, 3), 8.0, dtype=torch.bfloat16), torch.full((1, 1, 2), math.log(3.0)))
     first = _merge(None, a)
-    assert first.out.dtype == first.lse.dtype == torch.float32 and (first.out == 4).all() and (first.lse == 0).all()
+    assert (
+        first.out.dtype == first.lse.dtype == torch.float32 and (first.out == 4).all()
+        and (first.lse == 0).all()
+    )
     both = _merge(first, b)
     torch.testing.assert_close(both.out, torch.full((1, 2, 1, 3), 7.0))
     torch.testing.assert_close(both.lse, torch.full((1, 1, 2), math.log(4.0)))
@@ -265,12 +296,18 @@ def tokens(n: int, *, first: bool) -> Tokens:
     rope = Rope(torch.arange(n * 2.0).view(n, 2), -torch.arange(n * 2.0).view(n, 2))
     clean = {"clean": torch.arange(n)[None] < 2} if first else {}
     shared = {"vec": torch.ones(2, 3)}
-    return Tokens(img, rope, n, Grid(1, 1, n), txt=torch.ones(2, 4, 3), txt_len=(4, 2), shared=shared, per_token=clean)
+    return Tokens(
+        img, rope, n, Grid(1, 1, n), txt=torch.ones(2, 4, 3), txt_len=(4, 2), shared=shared, per_token=clean
+    )
 
 
 def test_tokens_that_need_no_padding_are_copied_once(monkeypatch):
     monkeypatch.setattr(usp.F, "pad", None)  # padding by nothing copies the whole
-    parts, _ = run_threads(monkeypatch, lambda ctx: ShardedSequence(ctx).scatter(tokens(6, first=True)), ulysses=1, ring=3)
+    parts, _ = (
+        run_threads(
+            monkeypatch, lambda ctx: ShardedSequence(ctx).scatter(tokens(6, first=True)), ulysses=1, ring=3
+        )
+    )
     assert torch.equal(torch.cat([p.img for p in parts], 1), tokens(6, first=True).img)
 
 

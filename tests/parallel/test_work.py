@@ -1,4 +1,5 @@
-"""What `auto` is asked to be fast at: one rank's share of the longest clip, in training and in sampling apart."""
+"""What `auto` is asked to be fast at: one rank's share of the longest clip, in
+training and in sampling apart."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ SPEC, CPU = find("hunyuan-video"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "ulysses, ring, wanted", [(1, 1, (1001, 24)), (8, 1, (1001, 3)), (1, 4, (251, 24)), (2, 2, (501, 12)), (24, 1, (1001, 1))]
+    "ulysses, ring, wanted",
+    [(1, 1, (1001, 24)), (8, 1, (1001, 3)), (1, 4, (251, 24)), (2, 2, (501, 12)), (24, 1, (1001, 1))]
 )
 def test_a_rank_s_share_of_the_longest(ulysses, ring, wanted):
     ctx = ParallelContext(device=CPU, world=ulysses * ring, ulysses=ulysses, ring=ring)
@@ -29,7 +31,9 @@ def test_a_rank_s_share_of_the_longest(ulysses, ring, wanted):
 
 
 def test_of_nothing_known_it_is_what_stands_for_all():
-    assert largest_work(SPEC.flavors["tiny"], [], ParallelContext(device=CPU)) == Workload(LONG.tokens, 4, 40, learns=True)
+    assert largest_work(SPEC.flavors["tiny"], [], ParallelContext(device=CPU)) == Workload(
+        LONG.tokens, 4, 40, learns=True
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -49,5 +53,8 @@ def test_it_comes_to_who_chooses(training, monkeypatch):
 
 def test_sizes_are_those_of_the_shards_buckets():
     base = SimpleNamespace(flavor=SPEC.flavors["tiny"])
-    sets = [SimpleNamespace(groups=lambda: {"9x64x96": 0, "1x64x64": 0}), SimpleNamespace(groups=lambda: {"9x64x96": 0})]
+    sets = [
+        SimpleNamespace(groups=lambda: {"9x64x96": 0, "1x64x64": 0}),
+        SimpleNamespace(groups=lambda: {"9x64x96": 0})
+    ]
     assert sorted(grids(base, sets)) == [Grid(1, 4, 4), Grid(3, 4, 6)]

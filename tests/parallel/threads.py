@@ -1,7 +1,8 @@
-"""Ranks as threads of one process: the messages of parallel/usp.py without processes, for tests that must be fast.
+"""Ranks as threads of one process: the messages of parallel/usp.py without
+processes, for tests that must be fast.
 
-What the collectives are is said here once more, in the plainest way; that the real ones are the same, `test_attention.py`
-shows with processes.
+What the collectives are is said here once more, in the plainest way; that the real ones are the same,
+`test_attention.py` shows with processes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Wires:
     """What connects the threads; everything sent round a ring is noted."""
 
     def __init__(self, world: int) -> None:
-        self.queues: dict[tuple[int, int], Queue[Tensor | None]] = {(a, b): Queue() for a in range(world) for b in range(world)}
+        self.queues: dict[tuple[int, int], Queue[Tensor | None]] = {
+            (a, b): Queue() for a in range(world) for b in range(world)
+        }
         self.slots: dict[Group, list[Any]] = {}
         self.barriers: dict[Group, threading.Barrier] = {}
         self.lock = threading.Lock()
@@ -118,7 +121,9 @@ def run_threads(
         def backward(ctx, grad):
             return Trade.apply(grad, ctx.group, ctx.join, ctx.cut), None, None, None
 
-    monkeypatch.setattr(usp, "gather", lambda x, dim, group: x if group is None else Gather.apply(x, dim, group))
+    monkeypatch.setattr(
+        usp, "gather", lambda x, dim, group: x if group is None else Gather.apply(x, dim, group)
+    )
     monkeypatch.setattr(usp, "heads_to_ranks", lambda x, group: Trade.apply(x, group, 2, 1))
     monkeypatch.setattr(usp, "tokens_to_ranks", lambda x, group: Trade.apply(x, group, 1, 2))
     monkeypatch.setattr(usp, "RingComm", lambda group: Ring(wires, group))

@@ -76,7 +76,9 @@ def build_model(case: Case) -> tuple[DiT, dict[str, nn.Parameter]]:
     """Unit-scale random weights: with small ones attention is uniform and nothing would show."""
     model = HunyuanVideo(case.arch)
     if case.lora:
-        targets = [n for n, m in model.named_modules() if type(m) is nn.Linear and "_blocks." in n and "mod" not in n]
+        targets = [
+            n for n, m in model.named_modules() if type(m) is nn.Linear and "_blocks." in n and "mod" not in n
+        ]
         inject(model, targets, rank=3, alpha=6.0, dropout=0.1)
     for name, p in model.named_parameters():
         scale = 1 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.2
@@ -89,7 +91,9 @@ def build_model(case: Case) -> tuple[DiT, dict[str, nn.Parameter]]:
 def make_batch(step: int, micro: int) -> tuple[ModelInput, Tensor]:
     """Input and target of one micro-batch: ragged text, guidance, a different video size each step."""
     g = generator(1, step=step, micro=micro, stream="batch")
-    x, target = (torch.randn(BATCH, ARCH.in_channels, *SIZES[step % len(SIZES)], generator=g) for _ in range(2))
+    x, target = (
+        torch.randn(BATCH, ARCH.in_channels, *SIZES[step % len(SIZES)], generator=g) for _ in range(2)
+    )
     lengths = tuple((torch.randperm(TEXT, generator=g)[:BATCH] + 1).tolist())
     t = torch.rand(BATCH, generator=g) * 1000
     text = torch.randn(BATCH, TEXT, ARCH.text_dim, generator=g)
@@ -99,7 +103,9 @@ def make_batch(step: int, micro: int) -> tuple[ModelInput, Tensor]:
     return inp, target
 
 
-def train(case: Case, ctx: ParallelContext, *, optimizer: type, rate: float, n_steps: int, clip: float) -> Outcome:
+def train(
+    case: Case, ctx: ParallelContext, *, optimizer: type, rate: float, n_steps: int, clip: float
+) -> Outcome:
     model, params = build_model(case)
     swap = BlockSwap(model.blocks, case.swap, ctx.device) if case.swap else None
     parallelize(model, ctx, recompute=case.recompute, visits=swap)
@@ -124,8 +130,8 @@ def loss_curve(case: Case, ctx: ParallelContext, n_steps: int = 30) -> list[floa
 
 
 def gradients(case: Case, ctx: ParallelContext) -> dict[str, Tensor]:
-    """Every parameter's gradient as the optimizer gets it: one step of SGD at a rate so large that the parameter's own
-    rounding vanishes. Works alike for sharded, offloaded and plain parameters."""
+    """Every parameter's gradient as the optimizer gets it: one step of SGD at a rate so large that the
+    parameter's own rounding vanishes. Works alike for sharded, offloaded and plain parameters."""
     rate = 2.0**14
     after = train(case, ctx, optimizer=torch.optim.SGD, rate=rate, n_steps=1, clip=0.0).params
     before = build_model(case)[1]
@@ -138,7 +144,8 @@ def alone(case: Case) -> Case:
 
 
 def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
-    """Norm of the difference over norm of the reference; infinite where one has a gradient and the other has none."""
+    """Norm of the difference over norm of the reference; infinite where one has a
+    gradient and the other has none."""
     assert got.keys() == want.keys()
     errors = {}
     for name, ref in want.items():

@@ -21,7 +21,8 @@ from launcher import cli
 
 
 def make(
-    root: Path, name: str, *, state: str | None = "finished", n: int = 30, error: str = "", held: float | None = None
+    root: Path, name: str, *, state: str | None = "finished", n: int = 30, error: str = "",
+    held: float | None = None
 ) -> Path:
     folder = root / name
     folder.mkdir(parents=True)
@@ -31,18 +32,26 @@ def make(
         told = {"state": state, "steps": 40, "error": error, "time": time.time()}
         (folder / "status.json").write_text(json.dumps(told))
     entries = [
-        {"step": i, "time": 1.0 * i, "train/loss": 1 / i, "train/lr": 1e-3, "speed/step_s": 0.5, "speed/tokens_per_s": 1200.0}
+        {
+            "step": i, "time": 1.0 * i, "train/loss": 1 / i, "train/lr": 1e-3, "speed/step_s": 0.5,
+            "speed/tokens_per_s": 1200.0
+        }
         for i in range(1, n + 1)
     ]
     entries += [] if held is None else [{"step": n, "time": 1.0, "eval/loss": held}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries) + '{"step": 31, "tra')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(e) + "\n" for e in entries) + '{"step": 31, "tra'
+    )
     return folder
 
 
 @pytest.fixture
 def root(tmp_path):
     make(tmp_path, "done", held=0.25)
-    make(tmp_path, "deep/er/failed", state="failed", error="step 3: 5 steps in a row had no finite gradient", n=3)
+    make(
+        tmp_path, "deep/er/failed", state="failed", error="step 3: 5 steps in a row had no finite gradient",
+        n=3
+    )
     make(tmp_path, "killed", state="running")
     (make(tmp_path, "running", state="running") / ".lock").touch()
     make(tmp_path, "old", state=None, n=1)
@@ -55,8 +64,13 @@ def test_runs_are_found_at_any_depth_and_their_state_told(root):
     assert {name: run.state for name, run in found.items()} == {
         "deep/er/failed": "failed", "done": "finished", "killed": "killed", "old": "?", "running": "running"}
     average = sum(1 / i for i in range(11, 31)) / 20
-    assert row(found["done"]) == ("done", "finished", "30/40", f"{average:.4f}", "0.2500", "0.50", "1,200", "", "")
-    assert row(found["deep/er/failed"])[-1] == "step 3: 5 steps in a row had no finite gradient" and row(found["old"])[2] == "1/?"
+    assert row(found["done"]) == (
+        "done", "finished", "30/40", f"{average:.4f}", "0.2500", "0.50", "1,200", "", ""
+    )
+    assert (
+        row(found["deep/er/failed"])[-1] == "step 3: 5 steps in a row had no finite gradient"
+        and row(found["old"])[2] == "1/?"
+    )
     os.utime(root / "running/.lock", (0, time.time() - 60))
     assert {run.state for run in find_runs([str(root / "running")])} == {"killed"}
     assert [run.name for run in find_runs([str(root / "done")])] == ["done"]
@@ -80,7 +94,10 @@ def test_places_in_pixels():
     assert found.title == "held-out loss" and found.lines[0].points == (
         (LEFT, TOP + high), (LEFT + wide / 2, TOP + 0.75 * high), (LEFT + wide, TOP))
     assert [t.label for t in found.x] == ["0", "2", "4", "6", "8", "10"] and found.x[-1].at == LEFT + wide
-    assert [t.label for t in found.y] == ["0", "1", "2", "3", "4"] and [found.y[0].at, found.y[-1].at] == [TOP + high, TOP]
+    assert (
+        [t.label for t in found.y] == ["0", "1", "2", "3", "4"]
+        and [found.y[0].at, found.y[-1].at] == [TOP + high, TOP]
+    )
 
 
 def test_a_wild_start_does_not_press_the_rest_flat_and_long_curves_are_thinned():
@@ -114,7 +131,8 @@ def test_a_picture_and_a_page(root, capsys):
     assert "failed" in said and said.splitlines()[-1].startswith("curves: ")
     text = (root / "out/runs.html").read_text()
     page = Page(text)
-    assert "a <b>&'c\"" in page.text and not re.search(r"(src|href)=|@import|url\(", text)  # it needs nothing else
+    # it needs nothing else
+    assert "a <b>&'c\"" in page.text and not re.search(r"(src|href)=|@import|url\(", text)
     drawn = [attrs for tag, attrs in page.tags if tag in ("polyline", "circle")]
     names = ["training loss (average)", "held-out loss", "learning rate", "tokens per second"]
     assert len(drawn) == 5 + 1 + 5 + 5 and [t for t in page.text if t in chart.CHARTS] == names
@@ -126,7 +144,9 @@ def test_a_picture_and_a_page(root, capsys):
     assert {colour(i) for i in range(5)} <= seen
 
 
-@pytest.mark.parametrize("missing, says", [("gone", "gone is not a directory"), ("", "no run of `hvtrain train` in there")])
+@pytest.mark.parametrize(
+    "missing, says", [("gone", "gone is not a directory"), ("", "no run of `hvtrain train` in there")]
+)
 def test_where_there_is_no_run(tmp_path, missing, says, capsys):
     assert cli.main(["runs", str(tmp_path / missing)]) == 2
     assert says in capsys.readouterr().err
@@ -144,6 +164,11 @@ def test_a_run_tells_how_it_ends(tmp_path):
         train.run(config(bad, tmp_path / "runs/nan", "run.max_bad_steps=2", "data.batch_size=1"))
     (tmp_path / "runs/stopped").mkdir()
     found = {run.name: run for run in find_runs([str(tmp_path / "runs")])}
-    assert (found["good"].state, found["good"].step, found["good"].steps, found["good"].error) == ("finished", 2, 2, "")
-    assert found["nan"].state == "failed" and found["nan"].error.startswith("step 2: 2 steps in a row had no finite gradient")
+    assert (
+        found["good"].state, found["good"].step, found["good"].steps, found["good"].error
+    ) == ("finished", 2, 2, "")
+    assert (
+        found["nan"].state == "failed"
+        and found["nan"].error.startswith("step 2: 2 steps in a row had no finite gradient")
+    )
     assert found["nan"].steps == 6 and len(found["good"].curves["train/loss"]) == 2

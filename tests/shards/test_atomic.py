@@ -1,4 +1,5 @@
-"""Files appear whole, through no link, and what a kill left is cleared by who comes next, and nothing else is."""
+"""Files appear whole, through no link, and what a kill left is cleared by who
+comes next, and nothing else is."""
 
 import os
 import subprocess
@@ -22,8 +23,9 @@ def test_only_the_leftovers_of_dead_processes_of_this_host_are_cleared(tmp_path)
     kept = [
         f".out.safetensors.{host}-{alive}-0123abcd.tmp",  # of somebody who is still writing
         f".out.safetensors.{'0' * 8}-{dead}-0123abcd.tmp",  # of another machine
-        f".out.safetensors.{dead}.tmp", f"out.{host}-{dead}-0123abcd.tmp", f".out.{host}-{dead}-0123abcd.tmp.safetensors",
-        f".out.{host}-{dead}-0123abcg.tmp", f".out.{host}-0{dead}-0123abcd.tmp", ".hidden.tmp", "out.safetensors",
+        f".out.safetensors.{dead}.tmp", f"out.{host}-{dead}-0123abcd.tmp",
+        f".out.{host}-{dead}-0123abcd.tmp.safetensors", f".out.{host}-{dead}-0123abcg.tmp",
+        f".out.{host}-0{dead}-0123abcd.tmp", ".hidden.tmp", "out.safetensors",
         f".out.{host}-9999999999-0123abcd.tmp",  # beyond any PID
     ]
     for name in ours + kept:
@@ -42,7 +44,9 @@ def test_a_kill_in_the_middle_leaves_only_what_is_cleared(tmp_path):
     killed = "import os; from atomic import atomic_path as a\n" \
         "with a('file') as t: t.write_text('half'); os.kill(os.getpid(), 9)"
     here = os.path.dirname(atomic.__file__)  # not as `shards.atomic`: that would load torch
-    done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env={**os.environ, "PYTHONPATH": here})
+    done = subprocess.run(
+        [sys.executable, "-c", killed], cwd=tmp_path, env={**os.environ, "PYTHONPATH": here}
+    )
     assert done.returncode == -9 and (tmp_path / "file").read_text() == "old"
     (left,) = [p for p in tmp_path.iterdir() if p.name != "file"]
     assert left.read_text() == "half" and clear_leftovers(tmp_path) == [left]

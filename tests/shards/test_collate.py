@@ -16,7 +16,10 @@ def test_text_is_padded_with_zeros_and_the_rest_is_stacked():
     a = {"latents": torch.ones(2, 3), "text": torch.ones(1, 4)}
     b = {"latents": torch.zeros(2, 3), "text": torch.full((3, 4), 2.0)}
     batch = collate(samples(a, b), ragged={"text"})
-    assert batch["latents"].tolist() == [[[1.0] * 3] * 2, [[0.0] * 3] * 2] and batch["text_len"].tolist() == [1, 3]
+    assert (
+        batch["latents"].tolist() == [[[1.0] * 3] * 2, [[0.0] * 3] * 2]
+        and batch["text_len"].tolist() == [1, 3]
+    )
     assert batch["text"].tolist() == [[[1.0] * 4, [0.0] * 4, [0.0] * 4], [[2.0] * 4] * 3]
 
 

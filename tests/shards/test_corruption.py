@@ -25,7 +25,8 @@ def test_any_flipped_byte_of_a_tar_is_found_by_verify_and_by_the_reader(tmp_path
     make_set(tmp_path, sizes=((2, 3),))
     path = tmp_path / "latents/000000.tar"
     sound = path.read_bytes()
-    places = [*range(0, len(sound), 37), 148, 155, len(sound) - 1]  # headers, their checksums, JSON, tensors, padding
+    # headers, their checksums, JSON, tensors, padding
+    places = [*range(0, len(sound), 37), 148, 155, len(sound) - 1]
     for place in places:
         damaged = bytearray(sound)
         damaged[place] ^= 0x10
@@ -78,7 +79,10 @@ def test_every_missing_or_cut_tar_is_noticed_when_the_set_is_opened(tmp_path):
     (tmp_path / "latents/000001.tar").unlink()
     with (tmp_path / "text/000002.tar").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ShardError, match=r"latents/000001\.tar: .* missing.* \(1 more tars are missing or have another size\)"):
+    with pytest.raises(
+        ShardError,
+        match=r"latents/000001\.tar: .* missing.* \(1 more tars are missing or have another size\)"
+    ):
         open_set(tmp_path)
     faults = list(verify(tmp_path))
     assert len(faults) == 2 and "latents/000001.tar" in faults[0] and "text/000002.tar" in faults[1]
@@ -103,8 +107,12 @@ def test_a_column_without_its_tar_and_a_missing_empty_caption_are_named(tmp_path
 def test_one_value_that_is_not_finite_is_named_by_verify_and_by_the_reader(tmp_path, value, dtype):
     sample = torch.ones(2, 1, 2, 3).to(dtype)
     sample.view(-1)[7] = torch.tensor(value).to(dtype)
-    sound = torch.full((2, 1, 2, 3), torch.finfo(dtype).max).to(dtype)  # as large as it may be: their sum is infinite
-    rows = [("good", {"latents": sound, "n": torch.ones(2, dtype=torch.int32)}, {}), ("bad", {"latents": sample}, {})]
+    # as large as it may be: their sum is infinite
+    sound = torch.full((2, 1, 2, 3), torch.finfo(dtype).max).to(dtype)
+    rows = [
+        ("good", {"latents": sound, "n": torch.ones(2, dtype=torch.int32)}, {}),
+        ("bad", {"latents": sample}, {})
+    ]
     tar = write_tar(tmp_path, "latents/0.tar", rows)
     save_manifest(tmp_path, Manifest(("latents",), (Chunk("b", ("good", "bad"), {"latents": tar}),)))
     (fault,) = verify(tmp_path)

@@ -18,7 +18,10 @@ from tests.shards.sets import make_set
 
 
 def contents(*sets):
-    return {s.key: {n: t.clone() for n, t in s.tensors.items()} for found in sets for s in map(found.get, range(len(found)))}
+    return {
+        s.key: {n: t.clone() for n, t in s.tensors.items()}
+        for found in sets for s in map(found.get, range(len(found)))
+    }
 
 
 def same(a, b):
@@ -41,9 +44,13 @@ def test_split_by_caption_and_rest(tmp_path):
     make_set(tmp_path / "whole")  # captions are the keys: clip0_0 ... clip1_1
     parts = edit.split(str(tmp_path / "whole"), tmp_path / "parts", ways.by_caption(["CLIP0", "clip1_1"]))
     assert [(p.name, p.samples) for p in parts] == [("01", 3), ("02", 1), ("rest", 1)]
-    assert json.loads((tmp_path / "parts/split.json").read_text())["parts"][1]["rule"] == "caption matches 'clip1_1'"
+    assert json.loads(
+        (tmp_path / "parts/split.json").read_text()
+    )["parts"][1]["rule"] == "caption matches 'clip1_1'"
     # A whole tar is shared, not copied.
-    origin, shared = tmp_path / "whole/latents/000000.tar", next((tmp_path / "parts/01/latents").glob("*.tar"))
+    origin, shared = (
+        tmp_path / "whole/latents/000000.tar", next((tmp_path / "parts/01/latents").glob("*.tar"))
+    )
     assert origin.stat().st_ino == shared.stat().st_ino
     with pytest.raises(ShardError, match="would be empty"):
         edit.split(str(tmp_path / "whole"), tmp_path / "none", ways.by_caption(["nothing like it"]))
@@ -60,7 +67,9 @@ def test_some_of_the_rest_are_kept_aside(tmp_path):
     assert [(p.name, p.samples) for p in parts] == [("01", 3), ("rest", 4), ("keep", 2)]
     assert open_set(tmp_path / "parts/keep").keys == ["clip1_1", "clip1_4"]
     assert open_set(tmp_path / "parts/rest").keys == ["clip1_0", "clip1_2", "clip1_3", "clip1_5"]
-    with pytest.raises(ShardError, match=r"--keep 6: takes samples that no --caption pattern matches, .* there are 6"):
+    with pytest.raises(
+        ShardError, match=r"--keep 6: takes samples that no --caption pattern matches, .* there are 6"
+    ):
         edit.split(str(tmp_path / "whole"), tmp_path / "six", ways.by_caption(["clip0"]), keep=6)
     with pytest.raises(ShardError, match="there are 0"):
         edit.split(str(tmp_path / "whole"), tmp_path / "none", ways.by_number(2), keep=1)
@@ -79,7 +88,8 @@ def test_a_few_are_picked_from_several_sets(tmp_path):
 
 def test_a_folder_is_one_part_by_whatever_name(tmp_path):
     names = [
-        "/data/ds/jl/a.mp4", "ds/jl/b.mp4", "./ds/jl/c.mp4", "/data/ds/../ds/jl/d.mp4", "jl/e.mp4", "/data/other/f.mp4", "g.mp4",
+        "/data/ds/jl/a.mp4", "ds/jl/b.mp4", "./ds/jl/c.mp4", "/data/ds/../ds/jl/d.mp4", "jl/e.mp4",
+        "/data/other/f.mp4", "g.mp4",
     ]
     keys = [name[-5] for name in names]
     rows = [(k, {"latents": torch.ones(1, 1, 2, 2)}, {"source": name}) for k, name in zip(keys, names)]
@@ -90,7 +100,9 @@ def test_a_folder_is_one_part_by_whatever_name(tmp_path):
         ("01", "clips of .", 1), ("02", "clips of /data/ds/jl", 5), ("03", "clips of /data/other", 1)]
     assert open_set(tmp_path / "parts/02").keys == ["a", "b", "c", "d", "e"]
     # Two folders that end alike are not taken for one another.
-    assert ways.one_name(["/x/ds", "/y/ds", "ds", "s"]) == {"/x/ds": "/x/ds", "/y/ds": "/y/ds", "ds": "ds", "s": "s"}
+    assert ways.one_name(["/x/ds", "/y/ds", "ds", "s"]) == {
+        "/x/ds": "/x/ds", "/y/ds": "/y/ds", "ds": "ds", "s": "s"
+    }
 
 
 def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):
@@ -102,7 +114,9 @@ def test_merge_takes_doubles_once_and_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ShardError, match="sample clip0_0 differs in 'latents'"):
         edit.merge([str(tmp_path / "a"), str(tmp_path / "c")], tmp_path / "ac")
     found = open_set(tmp_path / "a")
-    save_manifest(tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": Made("other")}))
+    save_manifest(
+        tmp_path / "a", Manifest(("latents", "text"), found.manifest.chunks, {"latents": Made("other")})
+    )
     with pytest.raises(ShardError, match="encoders"):
         edit.merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "x")
     with pytest.raises(ShardError, match="holds something already"):
@@ -126,7 +140,10 @@ def foreign(root, *samples):
         with webdataset.TarWriter(str(root / column / "000.tar")) as sink:
             for i, sample in enumerate(samples):
                 tensors = {"latents": torch.ones(2, 1, 2, 2)} if column == "latents" else sample
-                row = {"caption": f"c{i}", "captions": [f"c{i}", "other"][: 1 + any("." in name for name in sample)]}
+                row = {
+                    "caption": f"c{i}",
+                    "captions": [f"c{i}", "other"][: 1 + any("." in name for name in sample)]
+                }
                 sink.write({"__key__": f"k{i}", "safetensors": save(tensors), "json": row})
     return root
 
@@ -134,7 +151,9 @@ def foreign(root, *samples):
 def test_tars_of_webdataset_become_a_set(tmp_path):
     foreign(tmp_path, {"text": torch.ones(3, 4)}, {"text": torch.ones(3, 4)})
     found = edit.index(tmp_path)
-    assert found.keys == ["k0", "k1"] and found.get(1).meta["caption"] == "c1" and list(verify(tmp_path)) == []
+    assert (
+        found.keys == ["k0", "k1"] and found.get(1).meta["caption"] == "c1" and list(verify(tmp_path)) == []
+    )
     assert found.manifest.ragged == {"text"}  # of equal length by chance
     (tmp_path / "text/000.tar").unlink()
     with pytest.raises(ShardError, match="'latents' among them|different numbers"):
@@ -145,14 +164,23 @@ def test_tars_of_webdataset_become_a_set(tmp_path):
 def test_what_is_ragged_is_read_off_the_samples_and_the_models_record(tmp_path):
     """A field of any name: else a batch of unequal lengths could not be stacked."""
     words = [torch.ones(2, 4), torch.ones(5, 4)]
-    rows = [{"words": w, "words.1": w.clone(), "glyph": torch.ones(3, 6), "pooled": torch.ones(7)} for w in words]
+    rows = [
+        {"words": w, "words.1": w.clone(), "glyph": torch.ones(3, 6), "pooled": torch.ones(7)} for w in words
+    ]
     found = edit.index(foreign(tmp_path / "set", *rows))
     told = {name: (field.dims, field.dtype) for name, field in found.manifest.made_by("text").fields.items()}
-    assert told == {name: (dims, "float32") for name, dims in {"words": (None, 4), "glyph": (3, 6), "pooled": (7,)}.items()}
+    assert told == {
+        name: (dims, "float32") for name,
+        dims in {"words": (None, 4), "glyph": (3, 6), "pooled": (7,)}.items()
+    }
     batch = next(iter(BatchLoader(found, batch_size=2))).tensors
-    assert batch["words"].shape == (2, 5, 4) and sorted(batch["words_len"].tolist()) == [2, 5] and "glyph_len" not in batch
+    assert (
+        batch["words"].shape == (2, 5, 4) and sorted(batch["words_len"].tolist()) == [2, 5]
+        and "glyph_len" not in batch
+    )
     assert list(verify(tmp_path / "set")) == []
-    done = typed.hvtrain("shards", "index", tmp_path / "set", "--model", "hunyuan-video-15")  # whose text and glyph are ragged
+    # whose text and glyph are ragged
+    done = typed.hvtrain("shards", "index", tmp_path / "set", "--model", "hunyuan-video-15")
     assert done.returncode == 0, done.stderr
     again = open_set(tmp_path / "set").manifest
     assert again.ragged == {"words", "glyph"} and again.made_by("text").model == "hunyuan-video-15"

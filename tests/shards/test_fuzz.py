@@ -1,4 +1,5 @@
-"""Files of a set with anything in them: a ShardError that says where, or a sound set; nothing written but the output."""
+"""Files of a set with anything in them: a ShardError that says where, or a sound set;
+nothing written but the output."""
 
 import json
 import shutil
@@ -24,7 +25,9 @@ fuzz = settings(
 )
 words = st.one_of(
     st.text(max_size=6),
-    st.sampled_from(["..", "../../PWN", "/PWN", "a.json", "latents", "text/000000.tar", "clip0_0", "\0", "\ud800"]),
+    st.sampled_from(
+        ["..", "../../PWN", "/PWN", "a.json", "latents", "text/000000.tar", "clip0_0", "\0", "\ud800"]
+    ),
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | words | st.just([]),
@@ -35,7 +38,9 @@ values = st.recursive(
 def places(value, path=()):
     """Every place in a JSON value."""
     yield path
-    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for name, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from places(inner, (*path, name))
 
 
@@ -59,7 +64,9 @@ def changed(value, path, new, how):
 
 
 def edits(value):
-    return st.tuples(st.sampled_from(list(places(value))), values, st.sampled_from(["put", "remove", "double", "rename"]))
+    return st.tuples(
+        st.sampled_from(list(places(value))), values, st.sampled_from(["put", "remove", "double", "rename"])
+    )
 
 
 def tree(folder):
@@ -93,7 +100,8 @@ def test_any_manifest(original, tmp_path_factory, data):
     root, out = work / "deep/set", work / "out/a/b"
     raw = json.loads((root / "manifest.json").read_text())
     for path, new, how in data.draw(st.lists(edits(raw), min_size=1, max_size=2)):
-        with suppress(KeyError, IndexError, TypeError, AttributeError):  # the first took away where the second would be made
+        # the first took away where the second would be made
+        with suppress(KeyError, IndexError, TypeError, AttributeError):
             raw = changed(raw, path, new, how)
     (root / "manifest.json").write_text(json.dumps(raw))
     before = tree(work)
@@ -119,8 +127,14 @@ def test_any_index(data):
         assert str(error).isprintable()
         return
     for name, member in members.items():
-        assert name and name.isprintable() and ".." not in name.split("/") and not name.startswith("/") and "\\" not in name
-        assert type(member.offset) is type(member.size) is int and 0 <= member.offset <= member.offset + member.size <= 10240
+        assert (
+            name and name.isprintable() and ".." not in name.split("/") and not name.startswith("/")
+            and "\\" not in name
+        )
+        assert (
+            type(member.offset) is type(member.size) is int
+            and 0 <= member.offset <= member.offset + member.size <= 10240
+        )
 
 
 @seed(3)
@@ -131,7 +145,9 @@ def test_any_header_of_tensors(data):
     for path, new, how in data.draw(st.lists(edits(raw), min_size=1, max_size=1)):
         raw = changed(raw, path, new, how)
     head = json.dumps(raw).encode()
-    content = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head + bytes(24)), dtype=torch.uint8)
+    content = torch.frombuffer(
+        bytearray(len(head).to_bytes(8, "little") + head + bytes(24)), dtype=torch.uint8
+    )
     try:
         assert all(t.numel() * t.itemsize <= 24 for t in parse(content, "a.tar: k").values())
     except ShardError as error:

@@ -1,5 +1,5 @@
-"""A set of anyone's is safe to use: what it names is checked where it is read, whatever the command, and nothing is read or
-written outside."""
+"""A set of anyone's is safe to use: what it names is checked where it is read, whatever the command, and
+nothing is read or written outside."""
 
 import copy
 import json
@@ -91,7 +91,9 @@ MANIFESTS = {
     "skeleton short": (tar("skeleton", "ab"), "is no checksum"),
     "more about a tar": (tar("more", 1), "damaged manifest"),
     "column out": (put("columns", ["latents", "../text"]), "column '../text'"),
-    "column of tars out": (lambda raw: raw["chunks"][0]["tars"].update({"/x": raw["chunks"][0]["tars"]["text"]}), "column '/x'"),
+    "column of tars out": (
+        lambda raw: raw["chunks"][0]["tars"].update({"/x": raw["chunks"][0]["tars"]["text"]}), "column '/x'"
+    ),
     "columns a text": (put("columns", "ab"), "expected a list, found 'ab'"),
     "column twice": (put("columns", ["text", "text"]), "each once"),
     "no columns": (put("columns", []), "expected one or more"),
@@ -107,8 +109,12 @@ MANIFESTS = {
     "parts a text": (made(parts="vae"), "expected a list, found 'vae'"),
     "field out": (made(fields={"../x": {"dims": [], "dtype": "float32"}}), "field '../x'"),
     "fields a list": (made(fields=[1]), "damaged manifest"),
-    "size of a field a text": (made(fields={"x": {"dims": ["\x1b"], "dtype": "float32"}}), r"a field's size is '\x1b'"),
-    "made of a column out": (lambda raw: made()(raw) or raw["made"].update({"../x": raw["made"]["text"]}), "column '../x'"),
+    "size of a field a text": (
+        made(fields={"x": {"dims": ["\x1b"], "dtype": "float32"}}), r"a field's size is '\x1b'"
+    ),
+    "made of a column out": (
+        lambda raw: made()(raw) or raw["made"].update({"../x": raw["made"]["text"]}), "column '../x'"
+    ),
     "encoder of version 2 that steers a terminal": (old(encoders={"text": "\x1b[2J"}), r"'\x1b[2J'"),
     "encoder of version 2 of a column out": (old(encoders={"../x": "a"}), "column '../x'"),
     "encoders of version 2 a list": (old(encoders=["a"]), "damaged manifest"),
@@ -118,7 +124,9 @@ MANIFESTS = {
     "a list": (lambda raw: "[]", "damaged manifest"),
     "deep": (lambda raw: "[" * 100_000, "nested too deeply"),
     "a long number": (lambda raw: "9" * 5000, "damaged manifest"),
-    "said twice": (lambda raw: json.dumps(raw)[:-1] + ', "columns": ["latents"]}', "'columns' is given twice"),
+    "said twice": (
+        lambda raw: json.dumps(raw)[:-1] + ', "columns": ["latents"]}', "'columns' is given twice"
+    ),
     "not UTF-8": (lambda raw: os.fsdecode(b'{"format": "\xff"}'), "damaged manifest"),
     "version text": (put("version", "\x1b[2J"), r"version '\x1b[2J'"),
 }
@@ -149,7 +157,10 @@ def test_what_a_manifest_may_hold(tmp_path, sound):
         raw["chunks"][0]["keys"][0] = "A" * 200
         raw["chunks"][0]["tars"]["text"]["path"] = "a b/é-(1).v2.tar"
         raw["chunks"][0]["tars"]["text"]["skeleton"] = ""
-        made(fingerprint="imported: musubi-tuner é", fields={"a.b": {"dims": [None, 0], "dtype": "float8_e4m3fn"}})(raw)
+        made(
+            fingerprint="imported: musubi-tuner é",
+            fields={"a.b": {"dims": [None, 0], "dtype": "float8_e4m3fn"}}
+        )(raw)
 
     raw = copy.deepcopy(sound)
     change(raw)
@@ -178,7 +189,8 @@ COMMANDS = {
     "split": lambda source, out: edit.split(source, out, ways.by_number(1)),
     "split by caption": lambda source, out: edit.split(source, out, ways.by_caption(["clip0_1"])),
     "merge": lambda source, out: edit.merge([source, source], out),
-    "train": lambda source, out: next(iter(BatchLoader(open_set(source), batch_size=1, on_bad_sample="skip"))),
+    "train": lambda source,
+    out: next(iter(BatchLoader(open_set(source), batch_size=1, on_bad_sample="skip"))),
 }
 
 
@@ -192,7 +204,10 @@ def test_no_command_follows_a_name_out_of_its_output(tmp_path, name, evil):
     """A set whose parts all agree: the manifest's key is in the index, and its skeleton is right."""
     make_set(tmp_path / "in/deep/set", sizes=((2, 3),))
     root = tmp_path / "in/deep/set"
-    place = {"key": key("../../../PWN"), "bucket": chunk("bucket", "../../../PWN"), "checksum": tar("checksum", "../../PWN")}
+    place = {
+        "key": key("../../../PWN"), "bucket": chunk("bucket", "../../../PWN"),
+        "checksum": tar("checksum", "../../PWN")
+    }
     damage(root, place[evil])
     for path in root.rglob("*.idx"):
         path.write_text(path.read_text().replace("clip0_0.", "../../../PWN."))
@@ -211,12 +226,14 @@ INDICES = {
     "long": ([["a" * 256, 512, 5, ""]], "expected 1 to 255 printable letters"),
     "number": ([[5, 512, 5, ""]], "member 5 points outside"),
     "twice": ([["a.json", 512, 5, ""]] * 2, "occurs twice"),
-    "offset negative": ([["a.json", -512, 5, ""]], "offset of 'a.json' is -512: expected a whole number from 0 to 10240"),
+    "offset negative": ([["a.json", -512, 5, ""]], "offset of 'a.json' is -512: expected a whole number from "
+    "0 to 10240"),
     "offset a fraction": ([["a.json", 512.0, 5, ""]], "is 512.0"),
     "offset text": ([["a.json", "512", 5, ""]], "is '512'"),
     "size negative": ([["a.json", 512, -5, ""]], "is -5"),
     "size true": ([["a.json", 512, True, ""]], "is True"),
-    "beyond": ([["a.json", 512, 9729, ""]], "at byte 512 of a tar of 10240, is 9729: expected a whole number from 0 to 9728"),
+    "beyond": ([["a.json", 512, 9729, ""]], "at byte 512 of a tar of 10240, is 9729: expected a whole number "
+    "from 0 to 9728"),
     "huge": ([["a.json", 512, 1 << 80, ""]], "is 1208925819614629174706176"),
     "checksum": ([["a.json", 512, 5, None]], "damaged index"),
     "short": ([["a.json", 512, 5]], "damaged index"),
@@ -270,7 +287,9 @@ def test_links_lead_to_nothing_outside_of_the_set(tmp_path, what):
     assert open_set(tmp_path / "link").get(0).key == "clip0_0" and list(verify(tmp_path / "link")) == []
 
 
-@pytest.mark.parametrize("what", ["latents/000000.tar", "latents/000000.idx", "manifest.json", "empty_text.safetensors"])
+@pytest.mark.parametrize(
+    "what", ["latents/000000.tar", "latents/000000.idx", "manifest.json", "empty_text.safetensors"]
+)
 def test_a_pipe_is_refused_and_never_waited_for(tmp_path, what):
     make_set(tmp_path)
     (tmp_path / what).unlink()
@@ -288,7 +307,9 @@ def test_a_pipe_is_refused_and_never_waited_for(tmp_path, what):
 
 def header(rows, body=64):
     text = json.dumps(rows).encode() if not isinstance(rows, bytes) else rows
-    return torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text + bytes(body)), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(len(text).to_bytes(8, "little") + text + bytes(body)), dtype=torch.uint8
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,8 +343,10 @@ def test_a_header_of_tensors_is_checked(rows):
 
 @pytest.mark.parametrize(
     "row",
-    [b"[]", b"5", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 40 + b"1" + b"}" * 40, b'{"a": "\\ud800"}', b'{"a": 1, "a": 2}',
-     b'{"a": "' + b"x" * (1 << 20) + b'"}'],
+    [
+        b"[]", b"5", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 40 + b"1" + b"}" * 40, b'{"a": "\\ud800"}',
+        b'{"a": 1, "a": 2}', b'{"a": "' + b"x" * (1 << 20) + b'"}'
+    ],
 )
 def test_a_samples_json_is_an_object_that_can_be_written_again(tmp_path, row):
     with TarWriter(tmp_path, "latents") as out:
@@ -335,9 +358,13 @@ def test_a_samples_json_is_an_object_that_can_be_written_again(tmp_path, row):
 
 
 def test_a_samples_json_may_be_as_rich_as_it_is(tmp_path):
-    wanted = {"caption": "[{" * 40, "deep": {"a": [[[{"b": [1, 2.5, None, True]}]]]}, "pair": "\U0001f600", "score": float("inf")}
+    wanted = {
+        "caption": "[{" * 40, "deep": {"a": [[[{"b": [1, 2.5, None, True]}]]]}, "pair": "\U0001f600",
+        "score": float("inf")
+    }
     with TarWriter(tmp_path, "latents") as out:
         out._member("a.safetensors", save({"x": torch.ones(1)}), tensors=True)
-        out._member("a.json", json.dumps(wanted).encode(), tensors=False)  # as webdataset writes it, \ud83d\ude00
+        # as webdataset writes it, \ud83d\ude00
+        out._member("a.json", json.dumps(wanted).encode(), tensors=False)
         out.finish("latents/a.tar")
     assert open_local(tmp_path / "latents/a.tar", None).meta("a") == wanted

@@ -43,7 +43,8 @@ chunks = st.lists(
 )
 def test_every_key_once_per_epoch_for_random_manifests(tmp_path, rows, batch, dp, workers, seed, cursor):
     manifest = Manifest(("latents",), tuple(
-        Chunk(bucket, tuple(f"k{i}_{j}" for j in range(n)), {}, repeats) for i, (bucket, n, repeats) in enumerate(rows)
+        Chunk(bucket, tuple(f"k{i}_{j}" for j in range(n)), {}, repeats) for i,
+        (bucket, n, repeats) in enumerate(rows)
     ))
     save_manifest(tmp_path, manifest)
     found = Numbers(tmp_path)
@@ -51,7 +52,8 @@ def test_every_key_once_per_epoch_for_random_manifests(tmp_path, rows, batch, dp
     options = {"batch_size": batch, "dp_size": dp, "seed": seed, "workers": workers}
 
     def global_order(start, n_rounds):
-        """Samples in the order of the stream, how far the cursor went by each round, the keys of each rank in each round."""
+        """Samples in the order of the stream, how far the cursor went by each round, the keys
+        of each rank in each round."""
         ranks = [iter(BatchLoader(found, dp_rank=r, cursor=start, **options)) for r in range(dp)]
         order, cursors, rounds = [], [], []
         for _ in range(n_rounds):
@@ -66,19 +68,24 @@ def test_every_key_once_per_epoch_for_random_manifests(tmp_path, rows, batch, dp
         return order, cursors, rounds
 
     order, cursors, rounds = global_order(0, 2 * n // dp + 2)
-    each = [sum(map(len, around)) for around in rounds]  # samples that all ranks together took, round by round
+    # samples that all ranks together took, round by round
+    each = [sum(map(len, around)) for around in rounds]
     assert cursors == list(itertools.accumulate(each)) and cursors[-1] == len(order)
     for epoch in range(len(order) // n):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
     # Continued at any cursor, on another number of ranks: the same stream.
     one = BatchLoader(found, batch_size=batch, seed=seed, cursor=cursor)
     rest = [int(i) for b in itertools.islice(one, 4) for i in b.tensors["latents"]]
-    whole = [int(i) for b in itertools.islice(BatchLoader(found, batch_size=batch, seed=seed), 50) for i in b.tensors["latents"]]
+    whole = [
+        int(i) for b in itertools.islice(BatchLoader(found, batch_size=batch, seed=seed), 50)
+        for i in b.tensors["latents"]
+    ]
     assert rest == whole[cursor : cursor + len(rest)]
 
 
 def test_each_rank_takes_its_own_turns_whoever_reads_ahead(tmp_path):
-    """Rank r of n has micro-batches r, r + n, ...: sequence-parallel peers, which share a dp_rank, have the same, others not."""
+    """Rank r of n has micro-batches r, r + n, ...: sequence-parallel peers, which share a
+    dp_rank, have the same, others not."""
     found = make_set(tmp_path)
     groups = found.groups()
     everyone = [m.samples for m in itertools.islice(stream(groups, batch_size=2, seed=1), 18)]
@@ -103,7 +110,8 @@ def test_processes_read_what_threads_read(tmp_path, dp):
 
 @pytest.mark.parametrize("options", [{}, {"workers": 1}, {"workers": 1, "worker_type": "process"}])
 def test_only_the_columns_asked_for_are_read(tmp_path, options):
-    """Those that a set has: one that is optional may be in one set and not in another. The other's tar is not even opened."""
+    """Those that a set has: one that is optional may be in one set and not in another. The
+    other's tar is not even opened."""
     found = make_set(tmp_path)
     for chunk in found.manifest.chunks:
         text = tmp_path / chunk.tars["text"].path
@@ -159,7 +167,9 @@ def test_a_caption_is_drawn_per_epoch(tmp_path):
 
     def epochs(n, **options):
         drawn = {}
-        for batch in itertools.islice(BatchLoader(open_set(tmp_path), batch_size=1, seed=4, **options), 40 * n):
+        for batch in itertools.islice(
+            BatchLoader(open_set(tmp_path), batch_size=1, seed=4, **options), 40 * n
+        ):
             (m,), key = batch.meta, batch.keys[0]
             assert m["caption_dropout"] == 0.5 and set(batch.tensors) == {"text", "text_len"}
             assert batch.tensors["text"][0, 0, 0] == int(m["caption"][1])
@@ -174,13 +184,17 @@ def test_a_caption_is_drawn_per_epoch(tmp_path):
 
 
 def test_a_million_samples_open_fast_and_small(tmp_path):
-    """The bar: under 3 s and 600 MB for the manifest, 1 s more for the first batch. Times here are generous: CI is busy."""
+    """The bar: under 3 s and 600 MB for the manifest, 1 s more for the first batch. Times
+    here are generous: CI is busy."""
     import tracemalloc
 
     def chunk(c):
         names = {column: f"{column}/33x544x960-{c:016x}.tar" for column in ("latents", "text")}
         tars = {column: TarFile(name, 2_200_000_000, "0" * 32, "0" * 16) for column, name in names.items()}
-        return Chunk(f"33x{544 + 16 * (c % 7)}x960", tuple(f"a-rather-long-clip-name-{c:04d}-{i:012x}" for i in range(500)), tars)
+        return Chunk(
+            f"33x{544 + 16 * (c % 7)}x960",
+            tuple(f"a-rather-long-clip-name-{c:04d}-{i:012x}" for i in range(500)), tars
+        )
 
     big = Manifest(("latents", "text"), tuple(map(chunk, range(2000))))
     save_manifest(tmp_path, big)

@@ -1,4 +1,5 @@
-"""split, merge and export: killed or out of disk anywhere, the same command finishes what another one may not touch."""
+"""split, merge and export: killed or out of disk anywhere, the same command finishes
+what another one may not touch."""
 
 import errno
 import json
@@ -29,7 +30,9 @@ class Killed(BaseException):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): contents(p.read_bytes()) for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): contents(p.read_bytes()) for p in Path(folder).rglob("*") if p.is_file()
+    }
 
 
 def contents(data):
@@ -111,7 +114,10 @@ def test_out_of_disk_it_says_so_and_the_same_command_finishes(tmp_path, monkeypa
 
     for step in range(0, n, 3):
         out = tmp_path / f"{step}"
-        with monkeypatch.context() as patch, pytest.raises(ShardError, match="disk is full.*same command again, it continues"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ShardError, match="disk is full.*same command again, it continues")
+        ):
             until(patch, step, no_room, WRITES)
             COMMANDS[command](sources, out)
         assert not list(out.rglob("*.tmp")), step
@@ -145,7 +151,9 @@ def test_another_command_or_another_set_is_refused(tmp_path, monkeypatch, source
         lambda: COMMANDS["merge"](tmp_path / "a", out),
         lambda: COMMANDS["export"](tmp_path / "a", out),
     ):
-        with pytest.raises(ShardError, match=r"half made by another command, 'shards split \S+/a --n 2'; run that again"):
+        with pytest.raises(
+            ShardError, match=r"half made by another command, 'shards split \S+/a --n 2'; run that again"
+        ):
             other()
     manifest = open_set(tmp_path / "a").manifest
     save_manifest(tmp_path / "a", replace(manifest, chunks=manifest.chunks[::-1]))

@@ -23,16 +23,23 @@ def test_the_hash_is_splitmix64():
     # The published first numbers of the generator that starts at 0; and at 1234567.
     gamma = 0x9E3779B97F4A7C15
     assert mix(np.array([0]), 0).tolist() == [0xE220A8397B1DCDAF]
-    assert mix(np.array([gamma, 2 * gamma & MASK], dtype=np.uint64), 0).tolist() == [0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix(np.array([gamma, 2 * gamma & MASK], dtype=np.uint64), 0).tolist() == [
+        0x6E789E6AA1B965F4, 0x06C45D188009454F
+    ]
     assert mix(np.array([0]), 1234567).tolist() == [6457827717110365317]
     values = [0, 1, 2, 1 << 40, MASK]
-    assert mix(np.array(values, dtype=np.uint64), MASK).tolist() == [splitmix((v + MASK) & MASK) for v in values]
+    assert mix(np.array(values, dtype=np.uint64), MASK).tolist() == [
+        splitmix((v + MASK) & MASK) for v in values
+    ]
     assert mix(np.arange(3), 5).dtype == np.uint64
 
 
 def test_a_salt_is_the_first_eight_bytes_of_a_sha256():
     assert salt(7, 3, "samples") == int.from_bytes(hashlib.sha256(b"7/3/samples").digest()[:8], "little")
-    assert salt(7, 3, "samples") == SALT and salt("73", "samples") != salt(7, 3, "samples") != salt(7, 3, "batches")
+    assert (
+        salt(7, 3, "samples") == SALT
+        and salt("73", "samples") != salt(7, 3, "samples") != salt(7, 3, "batches")
+    )
 
 
 SALT = 572876071946327394
@@ -51,7 +58,9 @@ PICKS = [753, 323, 877]
 def by_hand(groups, batch_size, seed, epoch):
     batches = []
     for bucket in sorted(groups):
-        members = sorted(groups[bucket].tolist(), key=lambda i: splitmix((i + salt(seed, epoch, "samples")) & MASK))
+        members = sorted(
+            groups[bucket].tolist(), key=lambda i: splitmix((i + salt(seed, epoch, "samples")) & MASK)
+        )
         batches += [tuple(members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
     places = sorted(range(len(batches)), key=lambda i: splitmix((i + salt(seed, epoch, "batches")) & MASK))
     return [batches[i] for i in places]
@@ -66,7 +75,10 @@ def test_an_epoch_is_shuffled_in_its_buckets_cut_and_shuffled_again(batch_size):
         order = epoch_order(GROUPS, batch_size=batch_size, seed=seed, epoch=epoch)
         got = [order.batch(i) for i in range(len(order.starts))]
         assert got == by_hand(GROUPS, batch_size, seed, epoch)
-        assert order.lengths.tolist() == [len(batch) for batch in got] and all(type(i) is int for b in got for i in b)
+        assert (
+            order.lengths.tolist() == [len(batch) for batch in got]
+            and all(type(i) is int for b in got for i in b)
+        )
 
 
 def test_the_order_written_down():
@@ -104,7 +116,7 @@ def test_nothing_has_no_order():
         next(stream({}, batch_size=2, seed=0))
 
 
-# --- mixtures and batches by bucket -------------------------------------------------------------------------------------
+# --- mixtures and batches by bucket -------------------------------------------------------------------------
 
 
 def drawn(mix_, *, seed, epochs):
@@ -139,8 +151,8 @@ def test_weights_are_shares_and_each_set_is_gone_through_evenly():
 
 
 def mixed_by_hand(mix_, seed, epoch):
-    """A set is passed through in an order of its own each time; the epoch's part of that, with each pass's number above its
-    samples, is shuffled as one set."""
+    """A set is passed through in an order of its own each time; the epoch's part of that, with each pass's
+    number above its samples, is shuffled as one set."""
     groups = {}
     for number, (buckets, n) in enumerate(zip(mix_.sets, mix_.counts, strict=True)):
         home = {i: bucket for bucket, members in buckets.items() for i in members.tolist()}
@@ -149,7 +161,9 @@ def mixed_by_hand(mix_, seed, epoch):
             one = sorted(home, key=lambda i: splitmix((i + salt(seed, turn, "passes", number)) & MASK))[at]
             copy = turn - epoch * n // len(home)
             groups.setdefault(home[one], []).append(one + (copy << 40))
-    batches = by_hand({bucket: np.array(members) for bucket, members in groups.items()}, mix_.batch_size, seed, epoch)
+    batches = by_hand(
+        {bucket: np.array(members) for bucket, members in groups.items()}, mix_.batch_size, seed, epoch
+    )
     return [tuple(i % (1 << 40) for i in batch) for batch in batches]
 
 
@@ -179,7 +193,10 @@ def test_a_cursor_anywhere_in_a_mixture_is_the_rest_of_its_stream():
     flat = [(b.epoch, i) for b in islice(mixed.stream(seed=5), 40) for i in b.samples]
     for cursor in range(50):
         first = next(mixed.stream(seed=5, cursor=cursor))
-        assert first.begin == cursor and flat[cursor : cursor + len(first.samples)] == [(first.epoch, i) for i in first.samples]
+        assert (
+            first.begin == cursor
+            and flat[cursor : cursor + len(first.samples)] == [(first.epoch, i) for i in first.samples]
+        )
 
 
 def test_no_weight_is_so_small_that_a_set_is_never_seen():

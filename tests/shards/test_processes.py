@@ -1,4 +1,5 @@
-"""Reader processes: their memory is used again and never too early, and none outlives its reader or hides its death."""
+"""Reader processes: their memory is used again and never too early, and none outlives
+its reader or hides its death."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ def test_memory_is_used_again_when_the_last_view_is_gone(tmp_path):
     kept = kept[:1]
     for batch, tensors in zip(islice(stream, 40), wanted[20:]):
         assert all(torch.equal(batch.tensors[n], tensors[n]) for n in tensors)
-    assert all(len(w.slots) <= n + AHEAD for w, n in zip(workers, held)) and torch.equal(kept[0], wanted[0]["latents"][1:])
+    assert (
+        all(len(w.slots) <= n + AHEAD for w, n in zip(workers, held))
+        and torch.equal(kept[0], wanted[0]["latents"][1:])
+    )
     stream.close()
     assert torch.equal(kept[0], wanted[0]["latents"][1:]) and not any(w.process.is_alive() for w in workers)
 
@@ -55,7 +59,9 @@ def test_a_worker_s_death_is_told_and_a_signal_for_the_run_is_none_of_its_busine
         os.kill(worker.process.pid, number)
     assert [len(next(stream).keys) for _ in range(5)] and worker.process.is_alive()
     os.kill(worker.process.pid, signal.SIGKILL)
-    with pytest.raises(ShardError, match=r"a reader process died \(exit code -9\); out of memory\? lower data.workers"):
+    with pytest.raises(
+        ShardError, match=r"a reader process died \(exit code -9\); out of memory\? lower data.workers"
+    ):
         for _ in range(2 * AHEAD):
             next(stream)
 
@@ -82,8 +88,8 @@ def test_workers_end_with_their_reader(tmp_path):
         "from shards.loader import BatchLoader\n"
         "from shards.processes import read_ahead\n"
         "if __name__ == '__main__':\n"
-        f"    stream = read_ahead(BatchLoader(open_set({str(tmp_path)!r}), batch_size=2, workers=2, worker_type='process'))\n"
-        "    next(stream)\n"
+        f"    stream = read_ahead(BatchLoader(open_set({str(tmp_path)!r}), batch_size=2, workers=2, "
+        "worker_type='process'))\n    next(stream)\n"
         "    print(*[w.process.pid for w in stream.gi_frame.f_locals['workers']], flush=True)\n"
         "    if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
     )

@@ -32,7 +32,9 @@ def test_round_trip_and_collate(tmp_path):
 
 def test_other_tools_read_it(tmp_path):
     make_set(tmp_path)
-    names = subprocess.run(["tar", "tf", tmp_path / "text/000000.tar"], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["tar", "tf", tmp_path / "text/000000.tar"], capture_output=True, text=True, check=True
+    ).stdout
     assert names.split() == [f"clip0_{i}.{kind}" for i in range(3) for kind in ("safetensors", "json")]
     import webdataset
 
@@ -46,15 +48,17 @@ def test_reads_webdataset_writer(tmp_path):
     from safetensors.torch import save
 
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as sink:
-        sink.write({"__key__": "x", "safetensors": save({"latents": torch.arange(4.0)}), "json": {"caption": "c"}})
+        sink.write(
+            {"__key__": "x", "safetensors": save({"latents": torch.arange(4.0)}), "json": {"caption": "c"}}
+        )
     tar = open_local(tmp_path / "a.tar", None)
     assert torch.equal(tar.tensors("x")["latents"], torch.arange(4.0)) and tar.meta("x") == {"caption": "c"}
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=4), batch=st.integers(1, 5), ranks=st.sampled_from([1, 2, 3, 4, 7]),
-    seed=st.integers(0, 99), cut=st.integers(0, 60),
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=4), batch=st.integers(1, 5),
+    ranks=st.sampled_from([1, 2, 3, 4, 7]), seed=st.integers(0, 99), cut=st.integers(0, 60),
 )
 def test_every_sample_once_per_epoch_on_any_ranks(counts, batch, ranks, seed, cut):
     ends = np.cumsum([0, *counts])
@@ -83,8 +87,13 @@ def test_ranks_and_workers_share_one_stream(tmp_path, ranks, workers):
     found = make_set(tmp_path, sizes=((7, 3), (4, 5)))
 
     def rounds(n, dp, cursor=0):
-        loaders = [iter(BatchLoader(found, batch_size=2, dp_rank=r, dp_size=dp, seed=3, cursor=cursor, workers=workers))
-                   for r in range(dp)]
+        loaders = [
+            iter(
+                BatchLoader(
+                    found, batch_size=2, dp_rank=r, dp_size=dp, seed=3, cursor=cursor, workers=workers
+                )
+            ) for r in range(dp)
+        ]
         for _ in range(n):
             yield [next(loader) for loader in loaders]
 
@@ -137,7 +146,9 @@ def test_hostile_tars_are_refused(tmp_path, members, says):
 
 
 def test_header_bomb_is_refused(tmp_path):
-    hostile(tmp_path / "bomb.tar", (tarfile.TarInfo("a.safetensors"), (1 << 40).to_bytes(8, "little") + b"{}"))
+    hostile(
+        tmp_path / "bomb.tar", (tarfile.TarInfo("a.safetensors"), (1 << 40).to_bytes(8, "little") + b"{}")
+    )
     with pytest.raises(ShardError, match="header claims"):
         open_local(tmp_path / "bomb.tar", None).tensors("a")
 

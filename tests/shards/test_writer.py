@@ -26,10 +26,16 @@ def block(name, size):
 def test_a_tar_is_these_bytes(tmp_path):
     header = b'{"x":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}   '  # safetensors pads to 8
     data = len(header).to_bytes(8, "little") + header + b"\1\2\3"
-    entry = write_tar(tmp_path, "latents/a.tar", [("k", {"x": torch.tensor([1, 2, 3], dtype=torch.uint8)}, {"caption": "é"})])
+    entry = write_tar(
+        tmp_path, "latents/a.tar",
+        [("k", {"x": torch.tensor([1, 2, 3], dtype=torch.uint8)}, {"caption": "é"})]
+    )
     row = json.dumps({"caption": "é", "xxh3": xxhash.xxh3_64_hexdigest(data)}, ensure_ascii=False).encode()
-    before, after = block("k.safetensors", len(data)), bytes(512 - len(data)) + block("k.json", len(row)) + row
-    content = (before + data + after).ljust(10240, b"\0")  # whole records of 20 blocks, two empty ones at least
+    before, after = (
+        block("k.safetensors", len(data)), bytes(512 - len(data)) + block("k.json", len(row)) + row
+    )
+    # whole records of 20 blocks, two empty ones at least
+    content = (before + data + after).ljust(10240, b"\0")
     assert (tmp_path / "latents/a.tar").read_bytes() == content
     skeleton = xxhash.xxh3_64_hexdigest(before + content[512 + len(data) :])
     assert entry == TarFile("latents/a.tar", 10240, xxhash.xxh3_128_hexdigest(content), skeleton)
@@ -40,11 +46,15 @@ def test_a_tar_is_these_bytes(tmp_path):
     assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == ["a.idx", "a.tar"]
 
 
-@pytest.mark.parametrize(("n_bytes", "records"), [(10240 - 512 - 1024, 1), (10240 - 512 - 1024 + 1, 2), (0, 1)])
+@pytest.mark.parametrize(
+    ("n_bytes", "records"), [(10240 - 512 - 1024, 1), (10240 - 512 - 1024 + 1, 2), (0, 1)]
+)
 def test_a_tar_ends_with_two_empty_blocks_and_a_whole_record(tmp_path, n_bytes, records):
     with TarWriter(tmp_path, "latents") as out:
         out._member("a.json", bytes(n_bytes), tensors=False)
-        assert out.finish("latents/a.tar").n_bytes == out.at == (tmp_path / "latents/a.tar").stat().st_size == records * 10240
+        assert out.finish("latents/a.tar").n_bytes == out.at == (
+            tmp_path / "latents/a.tar"
+        ).stat().st_size == records * 10240
     with tarfile.open(tmp_path / "latents/a.tar") as tar:
         assert tar.getnames() == ["a.json"]
 
@@ -55,8 +65,11 @@ def test_keys_of_any_legal_length_are_written_and_read_by_tar(tmp_path):
     assert open_local(tmp_path / "latents/a.tar", None).keys() == keys
     with tarfile.open(tmp_path / "latents/a.tar") as tar:
         assert tar.getnames() == [f"{key}.{kind}" for key in keys for kind in ("safetensors", "json")]
-        headers = [tar.fileobj.seek(member.offset) and tar.fileobj.read(512) for member in tar.getmembers()[2:4]]
-    assert headers[0][257:265] == b"ustar\x0000"  # the longest that the plain header holds: no extension of GNU's
+        headers = [
+            tar.fileobj.seek(member.offset) and tar.fileobj.read(512) for member in tar.getmembers()[2:4]
+        ]
+    # the longest that the plain header holds: no extension of GNU's
+    assert headers[0][257:265] == b"ustar\x0000"
 
 
 @pytest.mark.parametrize("bad", ["", "../a", "a/b", "a.b", "a" * 201, "é", "a\n"])
@@ -106,7 +119,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, call):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, no_room)
-        with pytest.raises(ShardError, match=r"latents.*: the disk is full \(\d+ MiB left\).*run the same command again"):
+        with pytest.raises(
+            ShardError, match=r"latents.*: the disk is full \(\d+ MiB left\).*run the same command again"
+        ):
             write_tar(tmp_path, "latents/a.tar", [("k", {"x": torch.ones(1)}, {})])
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
@@ -122,8 +137,8 @@ def test_a_disk_that_fills_while_it_writes(tmp_path, monkeypatch):
     with TarWriter(tmp_path, "latents") as out, pytest.raises(ShardError) as caught:
         out.add("k", {"x": torch.ones(1)}, {})
     assert str(caught.value) == (
-        f"{tmp_path}/latents: the disk is full (7 MiB left); nothing half-written was kept: make room and run "
-        "the same command again, it continues"
+        f"{tmp_path}/latents: the disk is full (7 MiB left); nothing half-written was kept: make room and "
+        "run the same command again, it continues"
     )
     assert list((tmp_path / "latents").iterdir()) == []
 
@@ -143,7 +158,10 @@ def test_a_disk_that_says_so_only_when_the_file_is_closed(tmp_path, finish):
                 self.file.close()
                 raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    with pytest.raises(ShardError if finish else KeyboardInterrupt) as caught, TarWriter(tmp_path, "latents") as out:
+    with (
+        pytest.raises(ShardError if finish else KeyboardInterrupt) as caught,
+        TarWriter(tmp_path, "latents") as out
+    ):
         out.file = Late(out.file)
         out.add("k", {"x": torch.ones(1)}, {})
         if not finish:
@@ -178,7 +196,10 @@ def test_what_a_failed_write_says(tmp_path):
     for code in (errno.ENOSPC, errno.EDQUOT):
         assert "the disk is full" in str(full(OSError(code, "x"), tmp_path / "no/such/folder"))
     line = str(full(OSError(errno.EROFS, "Read-only file system"), tmp_path))
-    assert line == f"{tmp_path}: cannot be written (Read-only file system); mend that and run the same command again"
+    assert (
+        line == f"{tmp_path}: cannot be written (Read-only file system); mend that and run the same command "
+        "again"
+    )
 
 
 def test_a_tar_is_removed_with_its_index(tmp_path):

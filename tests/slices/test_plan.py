@@ -22,12 +22,17 @@ from launcher import cli
 from tests.train.shardset import config, make_shards
 
 FULL = {"dit": None, "model": "hunyuan-video", "flavor": None}
-SMALL = {f"blocks.{b}.{m}": s for b in range(6) for m, s in {"qkv": (90, 30), "proj": (30, 30), "fc": (120, 30)}.items()}
+SMALL = {
+    f"blocks.{b}.{m}": s for b in range(6) for m,
+    s in {"qkv": (90, 30), "proj": (30, 30), "fc": (120, 30)}.items()
+}
 
 
 def owned(plan):
     """(layer, row) -> how many slices own it."""
-    return Counter((slot.module, row) for s in plan.slices for slot in s.slots for row in range(slot.begin, slot.end))
+    return Counter(
+        (slot.module, row) for s in plan.slices for slot in s.slots for row in range(slot.begin, slot.end)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +104,9 @@ def test_classic_block_ranges_and_patterns():
 @pytest.mark.parametrize("spec", all_specs(), ids=lambda s: s.name)
 def test_slices_of_every_model_are_disjoint_and_complete(spec):
     for flavor in spec.flavors:
-        plan = plan_for(Cut(n=3, granularity="rows", order="interleaved"), dit=None, model=spec.name, flavor=flavor)
+        plan = plan_for(
+            Cut(n=3, granularity="rows", order="interleaved"), dit=None, model=spec.name, flavor=flavor
+        )
         ends = Counter()
         for s in plan.slices:
             for slot in s.slots:
@@ -117,7 +124,9 @@ def test_a_plan_file_is_read_back_and_an_edited_one_refused(tmp_path, capsys):
     assert "LORAID   4" in out and (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
     plan = load_plan(tmp_path / "plan.json")
     assert plan.n == 4 and plan.base and plan.flavor == "tiny"
-    assert cli.main(["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", "4", "--output", str(tmp_path)]) == 2
+    assert cli.main(
+        ["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", "4", "--output", str(tmp_path)]
+    ) == 2
     text = (tmp_path / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(text.replace('"rows": [0, ', '"rows": [1, ', 1))
     with pytest.raises(ConfigError, match="was changed after it was made"):
@@ -129,7 +138,7 @@ def test_a_plan_file_is_read_back_and_an_edited_one_refused(tmp_path, capsys):
         load_plan(tmp_path / "plan.json")
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------------
+# --- adapters -----------------------------------------------------------------------------------------------
 
 
 def test_rows_outside_a_slot_have_no_parameters_and_do_not_move():
@@ -169,7 +178,9 @@ def sliced(plan, loraid, *more):
 DEEPSPEED = "zero.engine=deepspeed"
 
 
-@pytest.mark.parametrize("engine", [["zero.engine=torch"], [DEEPSPEED, "zero.stage=2"], [DEEPSPEED, "zero.stage=3"]])
+@pytest.mark.parametrize(
+    "engine", [["zero.engine=torch"], [DEEPSPEED, "zero.stage=2"], [DEEPSPEED, "zero.stage=3"]]
+)
 def test_a_trained_slice_is_an_ordinary_lora_that_stays_in_its_slots(shards, plan, tmp_path, engine):
     out = tmp_path / "run"
     ema = [] if "zero.stage=3" in engine else ["run.ema_decay=0.5"]
@@ -189,7 +200,9 @@ def test_a_trained_slice_is_an_ordinary_lora_that_stays_in_its_slots(shards, pla
         assert json.loads(meta["ss_network_args"])["granularity"] == "rows"
     # The last checkpoint continues, and gives the very same file.
     whole = load_file(out / "lora.safetensors")
-    train.run(config(shards, out, *[k for k in keys if k != "run.steps=4"], "run.save_every_steps=2", "run.steps=4"))
+    train.run(
+        config(shards, out, *[k for k in keys if k != "run.steps=4"], "run.save_every_steps=2", "run.steps=4")
+    )
     assert all(torch.equal(t, whole[n]) for n, t in load_file(out / "lora.safetensors").items())
 
 
@@ -203,7 +216,10 @@ def test_slices_are_runs_of_their_own(shards, plan, tmp_path):
         train.run(config(shards, tmp_path / "other", *sliced(plan, 2), *warm))
     classic = ["adapter.type=loraid", "adapter.blocks_per_loraid=2", "adapter.loraid=2", "run.steps=1"]
     train.run(config(shards, tmp_path / "classic", *classic))
-    blocks = {re.search(r"(double|single)_blocks_\d+", n)[0] for n in load_file(tmp_path / "classic/lora.safetensors")}
+    blocks = {
+        re.search(r"(double|single)_blocks_\d+", n)[0]
+        for n in load_file(tmp_path / "classic/lora.safetensors")
+    }
     assert blocks == {"single_blocks_0", "single_blocks_1"}
 
 
@@ -213,10 +229,17 @@ def test_slices_are_runs_of_their_own(shards, plan, tmp_path):
         (["adapter.plan=PLAN"], "adapter.plan is for adapter.type loraid"),
         (["adapter.type=loraid", "adapter.loraid=1"], "give adapter.plan"),
         (["adapter.type=loraid", "adapter.plan=PLAN"], "which slice"),
-        (["adapter.type=loraid", "adapter.plan=PLAN", "adapter.loraid=9"], "LORAID 9: this plan has 3 slices"),
+        (
+            ["adapter.type=loraid", "adapter.plan=PLAN", "adapter.loraid=9"],
+            "LORAID 9: this plan has 3 slices"
+        ),
         (["adapter.type=loraid", "adapter.plan=gone.json", "adapter.loraid=1"], "gone.json does not exist"),
-        (["adapter.type=loraid", "adapter.plan=PLAN", "adapter.loraid=1", "adapter.exclude=[x]"], "a plan says which layers"),
-        (["adapter.type=loraid", "adapter.blocks_per_loraid=12", "adapter.loraid=5"], r"LORAID 5: this plan has 1 slices"),
+        (
+            ["adapter.type=loraid", "adapter.plan=PLAN", "adapter.loraid=1", "adapter.exclude=[x]"],
+            "a plan says which layers"
+        ),
+        (["adapter.type=loraid", "adapter.blocks_per_loraid=12", "adapter.loraid=5"], r"LORAID 5: this plan "
+        r"has 1 slices"),
     ],
 )
 def test_mistakes(shards, plan, tmp_path, keys, says):

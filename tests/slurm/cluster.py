@@ -81,8 +81,8 @@ class Cluster:
         self.daemons: list[subprocess.Popen] = []
         self.host = socket.gethostname().split(".")[0]
         self.env = {
-            **os.environ, "SLURM_CONF": str(root / "slurm.conf"), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            **os.environ, "SLURM_CONF": str(root / "slurm.conf"),
+            "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         }
 
     def start(self) -> None:
@@ -90,11 +90,15 @@ class Cluster:
         for folder in ("state", "spool.n1", "spool.n2"):
             (self.root / folder).mkdir()
         ctl, one, two = free_ports(3)
-        (self.root / "slurm.conf").write_text(CONF.format(pace=PACE, host=self.host, root=self.root, ctl=ctl, one=one, two=two))
+        (self.root / "slurm.conf").write_text(
+            CONF.format(pace=PACE, host=self.host, root=self.root, ctl=ctl, one=one, two=two)
+        )
         self._daemon("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        self._until(lambda: self.out("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"], "both nodes idle", 60)
+        self._until(
+            lambda: self.out("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"], "both nodes idle", 60
+        )
 
     def _munge(self) -> None:
         folder, user = self.root / "munge", pwd.getpwnam("munge")
@@ -107,12 +111,13 @@ class Cluster:
         key.chmod(0o400)
         folder.chmod(0o755)
         command = [
-            "munged", "-F", f"--key-file={key}", f"--socket={folder / 'munge.socket'}", f"--pid-file={folder / 'munged.pid'}",
-            f"--log-file={folder / 'munged.log'}", f"--seed-file={folder / 'munged.seed'}", "--force",
+            "munged", "-F", f"--key-file={key}", f"--socket={folder / 'munge.socket'}",
+            f"--pid-file={folder / 'munged.pid'}", f"--log-file={folder / 'munged.log'}",
+            f"--seed-file={folder / 'munged.seed'}", "--force",
         ]
         self.daemons.append(subprocess.Popen(
-            command, env=self.env, user=user.pw_uid, group=user.pw_gid, extra_groups=[], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            command, env=self.env, user=user.pw_uid, group=user.pw_gid, extra_groups=[],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ))
         self._until((folder / "munge.socket").exists, "munged", 20)
 
@@ -132,7 +137,9 @@ class Cluster:
             daemon.kill()
 
     def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess:
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, cwd=self.root)
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=timeout, cwd=self.root
+        )
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done
 
@@ -145,11 +152,13 @@ class Cluster:
         return words.get("JobState", "")
 
     def wait(self, job: str, *wanted: str, seconds: float = 180) -> str:
-        """Until the job is in one of these states; requeued jobs need not sit out all of their two minutes."""
+        """Until the job is in one of these states; requeued jobs need not sit out all of their two
+        minutes."""
         def there() -> bool:
             state = self.state(job)
             if state == "PENDING" and "BeginTime" in self.out("squeue", "-h", "-j", job, "-o", "%r"):
-                time.sleep(10)  # the node must have forgotten the job's first start, else the second one fails
+                # the node must have forgotten the job's first start, else the second one fails
+                time.sleep(10)
                 self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
             return state in wanted
 

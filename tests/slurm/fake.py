@@ -67,13 +67,17 @@ def options(script: str) -> dict[str, str]:
 def weights(path: Path) -> None:
     """A small safetensors file, written by hand."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header = json.dumps(
+        {"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    ).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
 
 
 def a_run(folder: Path, *, n: int = 3, backend: str = "slurm", merge: bool = True, **more) -> slices.Slices:
     """A sliced run that has not begun."""
-    arguments = ("--slices", str(folder), "--output", str(folder / "merge/merged.safetensors")) if merge else ()
+    arguments = (
+        ("--slices", str(folder), "--output", str(folder / "merge/merged.safetensors")) if merge else ()
+    )
     plan = slices.Slices("p.json", None, (), ("set",) * n, n, backend=backend, merge=arguments, **more)
     slices.save_slices(folder, plan)
     return plan
@@ -90,7 +94,11 @@ def finish(folder: Path, name: str, job: str) -> None:
 
 def damage(path: Path, kind: str) -> None:
     sound = path.read_bytes()
-    path.write_bytes({"empty": b"", "cut": sound[:-1], "header": sound[:20], "longer": sound + b"x", "text": b"{" * 40}[kind])
+    path.write_bytes(
+        {
+            "empty": b"", "cut": sound[:-1], "header": sound[:20], "longer": sound + b"x", "text": b"{" * 40
+        }[kind]
+    )
 
 
 def hvtrain(capsys, *arguments) -> tuple[int, str]:
@@ -101,4 +109,6 @@ def hvtrain(capsys, *arguments) -> tuple[int, str]:
 
 def words(capsys, run: Path) -> dict[str, list[str]]:
     """Name -> word and note of `slices status`."""
-    return {line.split()[0]: line.split(None, 2)[1:] for line in hvtrain(capsys, "status", run)[1].splitlines()}
+    return {
+        line.split()[0]: line.split(None, 2)[1:] for line in hvtrain(capsys, "status", run)[1].splitlines()
+    }

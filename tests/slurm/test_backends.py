@@ -21,12 +21,15 @@ def words(run: Path, plan: slices.Slices) -> list[str]:
     return [s.word for s in backends.standings(run, plan)]
 
 
-# --- what is asked of the scheduler -----------------------------------------------------------------------------------
+# --- what is asked of the scheduler -------------------------------------------------------------------------
 
 
 def test_the_scheduler_is_asked_of_the_newest_attempts(run, monkeypatch):
     plan, asked = a_run(run, n=3), []
-    monkeypatch.setattr(slurm, "queue", lambda ids: asked.append(list(ids)) or slurm.Queue({"85": "RUNNING", "7_3": "RUNNING"}))
+    monkeypatch.setattr(
+        slurm, "queue",
+        lambda ids: asked.append(list(ids)) or slurm.Queue({"85": "RUNNING", "7_3": "RUNNING"})
+    )
     stands(run, "01", "6_1", "7_1")
     stands(run, "03", "7_3")
     for other in ("00", "04"):
@@ -39,7 +42,9 @@ def test_the_scheduler_is_asked_of_the_newest_attempts(run, monkeypatch):
 
 
 def test_nothing_is_done_while_jobs_are_unknown(tmp_path):
-    unknown = [standing.Standing(name, "unknown", note=note) for name, note in (("02", "why"), ("merge", "other"))]
+    unknown = [
+        standing.Standing(name, "unknown", note=note) for name, note in (("02", "why"), ("merge", "other"))
+    ]
     found = [standing.Standing("01", "done"), *unknown]
     with pytest.raises(LaunchError) as caught:
         backends.refuse_unknown(tmp_path, found)
@@ -54,7 +59,7 @@ def test_a_command_of_slices_is_hvtrain_s(run, monkeypatch):
     assert backends.command(run, "one", run, 3) == ["python", "main.py", "slices", "one", str(run), "3"]
 
 
-# --- Slurm ------------------------------------------------------------------------------------------------------------
+# --- Slurm --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -63,7 +68,9 @@ def jobs(monkeypatch):
     seen: list[Any] = []
     numbers = iter(("11", "12"))
     monkeypatch.setattr(backends, "load_site", lambda path: f"site {path}")
-    monkeypatch.setattr(slurm, "render", lambda job, site: seen.append((job, site)) or f"script {job.template}")
+    monkeypatch.setattr(
+        slurm, "render", lambda job, site: seen.append((job, site)) or f"script {job.template}"
+    )
     monkeypatch.setattr(slurm, "submit", lambda text: seen.append(text) or next(numbers))
     monkeypatch.setattr(slurm, "cancel", lambda ids: seen.append(list(ids)))
     return seen
@@ -82,18 +89,23 @@ def test_jobs_of_an_array_and_of_its_merge(tmp_path, jobs):
         slurm.Resources(3, 2, "5:00", True, 6), "1,7%4",
     )
     merge = slurm.BatchJob(
-        "merge", "5%-merge", Path.cwd(), f"{logs}/merge.log", ["slices", "merge", str(run)], slurm.Resources(gpus=False),
-        after=["8_2", "11"],
+        "merge", "5%-merge", Path.cwd(), f"{logs}/merge.log", ["slices", "merge", str(run)],
+        slurm.Resources(gpus=False), after=["8_2", "11"],
     )
     assert jobs == [["9"], (array, "site s"), "script array", (merge, "site s"), "script merge"]
     assert slices.load_state(run, "007") == slices.JobState(["6_7", "11_7"])
-    assert slices.load_state(run, "001") == slices.JobState(["11_1"]) and slices.load_state(run, "002") == slices.JobState()
+    assert (
+        slices.load_state(run, "001") == slices.JobState(["11_1"])
+        and slices.load_state(run, "002") == slices.JobState()
+    )
     assert slices.load_state(run, "merge") == slices.JobState(["9", "12"])
 
 
 def test_a_merge_alone_and_slices_alone(run, jobs):
     plan = a_run(run, n=2)
-    assert backends.submit(run, plan, backends.Start((), True)) == ["job 11: merge, at once: all slices are done"]
+    assert backends.submit(run, plan, backends.Start((), True)) == [
+        "job 11: merge, at once: all slices are done"
+    ]
     [_, (merge, _), _] = jobs
     assert merge.after == [] and slices.load_state(run, "merge").jobs == ["11"]
     jobs.clear()
@@ -101,12 +113,12 @@ def test_a_merge_alone_and_slices_alone(run, jobs):
     assert jobs[2:] == ["script array"] and slices.load_state(run, "merge").jobs == ["11"]
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
+# --- this machine -------------------------------------------------------------------------------------------
 
 
 class Machine:
-    """Processes that end on a clock. `takes`: name -> (seconds, exit code); `signals`: time -> the signal that this program
-    gets then."""
+    """Processes that end on a clock. `takes`: name -> (seconds, exit code); `signals`: time -> the signal
+    that this program gets then."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.now = run, 0
@@ -123,7 +135,9 @@ class Machine:
             assert log.name == str(self.run / f"logs/{name}.log") and log.mode == "ab"
         self.log.append((self.now, "start", name, env.get("CUDA_VISIBLE_DEVICES")))
         seconds, code = self.takes.get(name, (1, 0))
-        process = SimpleNamespace(name=name, pid=1000 + len(self.log), ends=self.now + seconds, code=code, returncode=None)
+        process = SimpleNamespace(
+            name=name, pid=1000 + len(self.log), ends=self.now + seconds, code=code, returncode=None
+        )
         return Process(self, process)
 
     def sleep(self, seconds: float) -> None:
@@ -142,7 +156,10 @@ class Process:
         if self.returncode is None and self.machine.now >= self.of.ends:
             self.returncode, name, run = self.of.code, self.of.name, self.machine.run
             if self.returncode == 0:
-                weights(run / "merge/merged.safetensors" if name == "merge" else run / name / f"slice-{name}.safetensors")
+                weights(
+                    run / "merge/merged.safetensors"
+                    if name == "merge" else run / name / f"slice-{name}.safetensors"
+                )
             slices.note_end(run, name, self.returncode)
         return self.returncode
 
@@ -174,15 +191,20 @@ def test_slices_run_so_many_at_a_time_each_with_gpus_of_its_own(machine, run, ca
     machine.takes = {"01": (5, 0), "02": (1, 0), "03": (2, 0)}
     assert backends.run_here(run, plan, [1, 2, 3, 4]) == 0
     assert machine.log == [
-        (0, "start", "01", "0,1"), (0, "start", "02", "2,3"), (1, "start", "03", "2,3"), (3, "start", "04", "2,3"),
+        (0, "start", "01", "0,1"), (0, "start", "02", "2,3"), (1, "start", "03", "2,3"),
+        (3, "start", "04", "2,3"),
         (5, "start", "merge", "0,1,2,3"),  # which a merge that reconciles computes on
     ]
     assert capsys.readouterr().out.splitlines() == [
-        "slice 1: started on GPU 0,1", "slice 2: started on GPU 2,3", "slice 2: done", "slice 3: started on GPU 2,3",
-        "slice 3: done", "slice 4: started on GPU 2,3", "slice 4: done", "slice 1: done",
+        "slice 1: started on GPU 0,1", "slice 2: started on GPU 2,3", "slice 2: done",
+        "slice 3: started on GPU 2,3", "slice 3: done", "slice 4: started on GPU 2,3", "slice 4: done",
+        "slice 1: done",
     ]
     assert flushes == [True] * 8  # as it happens, also into a file
-    assert slices.load_state(run, "01").jobs == ["1001:s1001"] and slices.load_state(run, "03").jobs == ["1003:s1003"]
+    assert (
+        slices.load_state(run, "01").jobs == ["1001:s1001"]
+        and slices.load_state(run, "03").jobs == ["1003:s1003"]
+    )
 
 
 def test_slices_without_gpus_see_what_this_program_sees(machine, run, capsys):
@@ -190,19 +212,25 @@ def test_slices_without_gpus_see_what_this_program_sees(machine, run, capsys):
     assert backends.run_here(run, plan, [2]) == 75  # 1 is not done either: it was not asked for
     assert machine.log == [(0, "start", "02", "all")]
     assert capsys.readouterr().out.splitlines() == [
-        "slice 2: started", "slice 2: done", f"1 of 2 slices are done; `hvtrain slices status {run}` says more",
+        "slice 2: started", "slice 2: done",
+        f"1 of 2 slices are done; `hvtrain slices status {run}` says more",
     ]
     assert backends.run_here(run, plan, [1]) == 0 and len(machine.log) == 2
 
 
-@pytest.mark.parametrize(("code", "said", "end"), [(2, "failed (exit code 2)", 1), (75, "stopped, saved", 75)])
+@pytest.mark.parametrize(
+    ("code", "said", "end"), [(2, "failed (exit code 2)", 1), (75, "stopped, saved", 75)]
+)
 def test_the_merge_waits_for_all_slices_to_be_done(machine, run, capsys, flushes, code, said, end):
     plan = a_run(run, n=3, backend="local")
     machine.takes = {"02": (1, code)}
     assert backends.run_here(run, plan, [1, 2, 3]) == end
     assert [name for _, _, name, _ in machine.log] == ["01", "02", "03"]
     out = capsys.readouterr().out.splitlines()
-    assert flushes == [True] * len(out) and out[3] == f"slice 2: {said}" and out[-1].startswith("2 of 3 slices are done; ")
+    assert (
+        flushes == [True] * len(out) and out[3] == f"slice 2: {said}"
+        and out[-1].startswith("2 of 3 slices are done; ")
+    )
     machine.takes = {}
     assert backends.run_here(run, plan, [2]) == 0 and machine.log[-1][2] == "merge"
 
@@ -249,14 +277,17 @@ def test_a_merge_is_asked_to_end_as_often_as_this_program_is(machine, run):
     assert machine.log[1:] == [(3, "signal", "merge", signal.SIGTERM), (4, "signal", "merge", signal.SIGTERM)]
 
 
-# --- inside a job -----------------------------------------------------------------------------------------------------
+# --- inside a job -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Arguments of processes.launch, and the state of slice 2 meanwhile."""
     calls: list[Any] = []
-    monkeypatch.setattr(processes, "launch", lambda arguments, topology, **more: calls.append((arguments, topology, more)) or 9)
+    monkeypatch.setattr(
+        processes, "launch", lambda arguments, topology,
+        **more: calls.append((arguments, topology, more)) or 9
+    )
     monkeypatch.setattr(backends, "job_of", lambda pid: {os.getpid(): f"{pid}:me"}[pid])
     for name in ("SLURM_NODEID", "SLURM_NNODES", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -301,7 +332,8 @@ def test_a_slice_and_a_merge_that_an_error_ends_have_failed(run, launched, monke
 
 
 @pytest.mark.parametrize(
-    ("backend", "variable", "job"), [("slurm", "85", "85"), ("slurm", None, "PID:me"), ("local", "85", "PID:me")]
+    ("backend", "variable", "job"),
+    [("slurm", "85", "85"), ("slurm", None, "PID:me"), ("local", "85", "PID:me")]
 )
 def test_a_merge_runs_in_its_job_s_own_process(run, launched, monkeypatch, backend, variable, job):
     plan, seen = a_run(run, n=1, backend=backend), []
@@ -318,12 +350,14 @@ def test_a_merge_runs_in_its_job_s_own_process(run, launched, monkeypatch, backe
     assert slices.load_state(run, "merge").code == 9
 
 
-# --- cancelling -------------------------------------------------------------------------------------------------------
+# --- cancelling ---------------------------------------------------------------------------------------------
 
 
 def test_jobs_are_cancelled_before_it_is_noted(run, monkeypatch):
     plan, seen = a_run(run, n=3), []
-    monkeypatch.setattr(slurm, "queue", lambda ids: slurm.Queue({"7_2": "RUNNING", "8": "PENDING (Dependency)"}))
+    monkeypatch.setattr(
+        slurm, "queue", lambda ids: slurm.Queue({"7_2": "RUNNING", "8": "PENDING (Dependency)"})
+    )
     monkeypatch.setattr(slurm, "cancel", lambda ids: seen.append((ids, slices.cancelled(run))))
     finish(run, "01", "7_1")
     stands(run, "02", "7_2")
@@ -333,7 +367,9 @@ def test_jobs_are_cancelled_before_it_is_noted(run, monkeypatch):
     monkeypatch.setattr(slurm, "queue", lambda ids: slurm.Queue())
     assert backends.cancel(run, plan) == ["nothing was queued or running"]
     monkeypatch.setattr(slurm, "queue", lambda ids: slurm.Queue(silent="x"))
-    with pytest.raises(LaunchError, match=f"^{run}: 02, merge: the scheduler does not answer: x, so they may be running;"):
+    with pytest.raises(
+        LaunchError, match=f"^{run}: 02, merge: the scheduler does not answer: x, so they may be running;"
+    ):
         backends.cancel(run, plan)
 
 
@@ -342,7 +378,9 @@ def test_processes_are_asked_to_end_by_who_started_them_or_one_by_one(run, monke
     plan, asked = a_run(run, n=3, backend="local"), []
     monkeypatch.setattr(standing, "alive", lambda job: job in ("1:1", "2:2"))
     monkeypatch.setattr(backends, "starter", lambda folder: by if folder == run else "wrong")
-    monkeypatch.setattr(backends, "_ask_to_end", lambda job: asked.append((job, sorted(slices.cancelled(run)))))
+    monkeypatch.setattr(
+        backends, "_ask_to_end", lambda job: asked.append((job, sorted(slices.cancelled(run))))
+    )
     stands(run, "01", "1:1")
     stands(run, "02", "2:2")
     if by:
@@ -366,5 +404,7 @@ def test_a_process_is_asked_by_its_number(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", refuse)
-    with pytest.raises(LaunchError, match=r"^process 12 belongs to another user; who started the slices must cancel them$"):
+    with pytest.raises(
+        LaunchError, match=r"^process 12 belongs to another user; who started the slices must cancel them$"
+    ):
         backends._ask_to_end("12:34")

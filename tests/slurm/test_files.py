@@ -25,20 +25,23 @@ def message(of, error: type[Exception] = LaunchError) -> str:
 def test_a_run_as_it_was_asked_for(tmp_path, ascii_locale):
     """The file is read by later versions, and by jobs on other machines."""
     plan = slices.Slices(
-        "/p.json", "é.yaml", ("a=1",), ("/1", "/2"), 2, 3, 4, "5:00", "/site", "slurm", 2, ("0", "1"), ("--output", "o"), 7
+        "/p.json", "é.yaml", ("a=1",), ("/1", "/2"), 2, 3, 4, "5:00", "/site", "slurm", 2, ("0", "1"),
+        ("--output", "o"), 7
     )
     slices.save_slices(tmp_path / "a" / "run", plan)
     assert json.loads((tmp_path / "a/run/slices.json").read_text()) == {
-        "plan": "/p.json", "config": "é.yaml", "overrides": ["a=1"], "data": ["/1", "/2"], "n": 2, "nproc": 3, "nodes": 4,
-        "time": "5:00", "site": "/site", "backend": "slurm", "at_once": 2, "gpus": ["0", "1"], "merge": ["--output", "o"],
-        "max_restarts": 7, "cwd": "",
+        "plan": "/p.json", "config": "é.yaml", "overrides": ["a=1"], "data": ["/1", "/2"], "n": 2, "nproc": 3,
+        "nodes": 4, "time": "5:00", "site": "/site", "backend": "slurm", "at_once": 2, "gpus": ["0", "1"],
+        "merge": ["--output", "o"], "max_restarts": 7, "cwd": "",
     }
     assert slices.load_slices(tmp_path / "a/run") == slices.load_slices(str(tmp_path / "a/run")) == plan
     slices.save_slices(tmp_path / "a" / "run", plan)  # again: nothing to say
     assert sorted(path.name for path in (tmp_path / "a/run").iterdir()) == ["logs", "slices.json", "state"]
 
 
-@pytest.mark.parametrize(("n", "width", "name"), [(1, 2, "01"), (99, 2, "07"), (100, 3, "007"), (1000, 4, "0007")])
+@pytest.mark.parametrize(
+    ("n", "width", "name"), [(1, 2, "01"), (99, 2, "07"), (100, 3, "007"), (1000, 4, "0007")]
+)
 def test_names_are_as_wide_as_the_last(n, width, name):
     plan = slices.Slices("p", None, (), (), n)
     assert (plan.width(), plan.name(min(n, 7))) == (width, name)
@@ -63,7 +66,8 @@ def test_a_state_is_kept_and_never_half_written(tmp_path, monkeypatch):
     slices.save_state(tmp_path, "01", slices.JobState(["7_1", "8_1"], 1.0, 2.0, 75))
     temporary, folder = synced
     assert Path(temporary).parent == Path(folder) == tmp_path / "state"
-    assert re.fullmatch(rf"\.01\.json\.\w+-{os.getpid()}-\w+\.tmp", Path(temporary).name)  # and on the disk before
+    # and on the disk before
+    assert re.fullmatch(rf"\.01\.json\.\w+-{os.getpid()}-\w+\.tmp", Path(temporary).name)
     file = tmp_path / "state/01.json"
     assert file.read_text() == (
         '{\n "jobs": [\n  "7_1",\n  "8_1"\n ],\n "started": 1.0,\n "ended": 2.0,\n "code": 75\n}\n'
@@ -86,7 +90,8 @@ def test_a_state_that_cannot_be_read_is_an_error(tmp_path, text):
     (tmp_path / "state/01.json").write_text(text)
     said = message(lambda: slices.load_state(tmp_path, "01"))
     assert re.match(
-        rf"{tmp_path}/state/01\.json: cannot be read \(.+\); remove it once you know that 01 is not running$", said, re.S
+        rf"{tmp_path}/state/01\.json: cannot be read \(.+\); remove it once you know that 01 is not running$",
+        said, re.S
     )
 
 
@@ -117,7 +122,7 @@ def test_attempts_are_noted(tmp_path, monkeypatch):
     assert slices.load_state(tmp_path, "01") == slices.JobState(["7_1", "8_1", "7_1"], 50.0)
 
 
-# --- the lock ---------------------------------------------------------------------------------------------------------
+# --- the lock -----------------------------------------------------------------------------------------------
 
 
 def test_the_lock_names_its_holder_and_is_taken_back(tmp_path):
@@ -129,8 +134,8 @@ def test_the_lock_names_its_holder_and_is_taken_back(tmp_path):
         with pytest.raises(LaunchError) as caught, slices.only_one(run):
             pass
         assert str(caught.value) == (
-            f"{run}: its slices are being started already, by process {os.getpid()}; `hvtrain slices status {run}` shows them, "
-            f"`hvtrain slices cancel {run}` stops them"
+            f"{run}: its slices are being started already, by process {os.getpid()}; `hvtrain slices status "
+            f"{run}` shows them, `hvtrain slices cancel {run}` stops them"
         )
         (run / "state/lock").write_text("999999999:1")
         assert "by process unknown;" in message(lambda: slices.only_one(run).__enter__())
@@ -151,7 +156,9 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     with slices.only_one(tmp_path):
         assert slices.starter(tmp_path)
     assert capsys.readouterr() == (
-        "", f"warning: {tmp_path}/state/lock: this file system has no locks (No locks available): start {tmp_path} once only\n"
+        "",
+        f"warning: {tmp_path}/state/lock: this file system has no locks (No locks available): start "
+        f"{tmp_path} once only\n"
     )
 
 
@@ -159,7 +166,11 @@ STAT = "7 (a) S) {state} 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21
 
 
 @pytest.mark.parametrize(
-    ("text", "start"), [(STAT.format(state="S"), "4711"), (STAT.format(state="Z"), ""), ("7 (a) S 1 2", ""), ("", ""), (None, "")]
+    ("text", "start"),
+    [
+        (STAT.format(state="S"), "4711"), (STAT.format(state="Z"), ""), ("7 (a) S 1 2", ""), ("", ""),
+        (None, "")
+    ]
 )
 def test_a_process_is_known_by_its_start(monkeypatch, text, start):
     def read(path):
@@ -174,14 +185,15 @@ def test_a_process_is_known_by_its_start(monkeypatch, text, start):
     assert not slices.alive("7:4712") and not slices.alive("7:") and not slices.alive("")
 
 
-# --- inputs and results -----------------------------------------------------------------------------------------------
+# --- inputs and results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         (None, "cannot be read (No such file or directory); `hvtrain slices plan` writes one"),
-        ("{", "not a slice plan (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+        ("{", "not a slice plan (Expecting property name enclosed in double quotes: line 1 column 2 (char "
+        "1))"),
         ("{}", "not a slice plan ('format')"), ('{"format": "hvtrain-slices/1"}', "not a slice plan ('n')"),
         ('{"format": "hvtrain-slices/2", "n": 2}', "format 'hvtrain-slices/2', expected 'hvtrain-slices/1'"),
         ('{"format": "hvtrain-slices/1", "n": [2]}', "not a slice plan (int() argument must be"),
@@ -204,10 +216,15 @@ def test_the_shard_sets_of_slices(tmp_path, monkeypatch):
     for name in ("02", "01", "10x", "rest"):
         (tmp_path / "parts" / name).mkdir(parents=True)
     (tmp_path / "parts/03").touch()  # a file is no part
-    needs = "--data parts: {} slices need the parts 01 to {} (`hvtrain shards split --n {}`) or one shard set; found {}"
+    needs = (
+        "--data parts: {} slices need the parts 01 to {} (`hvtrain shards split --n {}`) or one shard set; "
+        "found {}"
+    )
     assert slices.data_of("parts", 2) == (str(tmp_path / "parts/01"), str(tmp_path / "parts/02"))
     for n, last in ((1, "01"), (3, "03"), (12, "12")):
-        assert message(lambda n=n: slices.data_of("parts", n), ConfigError) == needs.format(n, last, n, "01, 02")
+        assert message(
+            lambda n=n: slices.data_of("parts", n), ConfigError
+        ) == needs.format(n, last, n, "01, 02")
     (tmp_path / "empty").mkdir()
     assert "; found none" in message(lambda: slices.data_of("empty", 1), ConfigError)
     (tmp_path / "empty/manifest.json").touch()
@@ -226,8 +243,8 @@ SOUND = header(len(TABLE), TABLE) + b"123456"
     ("body", "says"),
     [
         (SOUND, None), (SOUND[:-1], f"{len(SOUND) - 1} bytes"), (SOUND + b"1", f"{len(SOUND) + 1} bytes"),
-        (b"", "Expecting value"), (header(2, "{}"), "10 bytes"), (header(2**62, TABLE), f"{len(TABLE) + 8} bytes"),
-        (header(4, "[7] "), "'list' object"),
+        (b"", "Expecting value"), (header(2, "{}"), "10 bytes"),
+        (header(2**62, TABLE), f"{len(TABLE) + 8} bytes"), (header(4, "[7] "), "'list' object"),
         (header(9, '{"a": {}}'), "'data_offsets'"), (header(8, '{"a": 1}'), "'int' object"),
         (header(27, '{"a": {"data_offsets": []}}'), "list index"), (header(1, "\xff"), "."),
     ],
@@ -240,7 +257,9 @@ def test_what_is_wrong_with_a_result(tmp_path, body, says):
     if says is None:
         assert found == ""
     else:
-        assert re.match(rf"x\.safetensors is damaged \(.*{re.escape(says) if says != '.' else '.'}.*\)$", found), found
+        assert re.match(
+            rf"x\.safetensors is damaged \(.*{re.escape(says) if says != '.' else '.'}.*\)$", found
+        ), found
     assert slices.amiss(tmp_path).startswith(f"{tmp_path.name} is damaged ([Errno 21]")
 
 
@@ -255,6 +274,7 @@ def test_where_a_result_is_and_that_a_damaged_one_makes_room(tmp_path, capsys, f
     slices.set_damaged_aside(tmp_path, plan, 7)
     assert [p.name for p in path.parent.iterdir()] == ["slice-007.safetensors.damaged"]
     assert capsys.readouterr().out == (
-        "slice-007.safetensors is damaged (Expecting value: line 1 column 1 (char 0)); it is now slice-007.safetensors.damaged\n"
+        "slice-007.safetensors is damaged (Expecting value: line 1 column 1 (char 0)); it is now "
+        "slice-007.safetensors.damaged\n"
     )
     assert flushes == [True]  # before the training writes to the same log

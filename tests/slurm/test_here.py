@@ -70,7 +70,10 @@ def seen(run: Path) -> list[str]:
 def test_each_slice_gets_as_many_gpus_as_it_has_processes(here, run, capsys):
     here(n=4, nproc=2, at_once=2, gpus=("0", "1", "5", "7"))
     assert hvtrain(capsys, "retry", run)[0] == 0
-    assert sorted(line.split()[0] for line in seen(run)[:-1]) == ["01", "02", "03", "04"] and seen(run)[-1].startswith("merge ")
+    assert (
+        sorted(line.split()[0] for line in seen(run)[:-1]) == ["01", "02", "03", "04"]
+        and seen(run)[-1].startswith("merge ")
+    )
     gpus = dict(line.split() for line in seen(run)[:-1])
     assert {gpus["01"], gpus["02"]} == {"0,1", "5,7"} and {gpus["03"], gpus["04"]} <= {"0,1", "5,7"}
     assert hvtrain(capsys, "retry", run) == (0, f"{run}: nothing to start, all slices are done and merged\n")
@@ -93,7 +96,8 @@ def in_another_process(run: Path, here_command) -> subprocess.Popen:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n"
         "from launcher import cli; from launcher.jobs import backends\n"
-        f"backends.POLL_S = 0.02\nbackends.command = lambda folder, verb, *rest: [sys.executable, '-c', {here_command[2]!r}, "
+        "backends.POLL_S = 0.02\nbackends.command = lambda folder, verb, *rest: [sys.executable, '-c', "
+        f"{here_command[2]!r}, "
         "str(folder), verb, f'{int(rest[1]):02d}' if verb == 'one' else 'merge']\n"
         "sys.exit(cli.main(['slices', 'retry', sys.argv[1]]))"
     )
@@ -108,7 +112,9 @@ def test_cancelling_ends_what_runs_and_starts_no_more(here, run, capsys):
     assert code == 2 and f"by process {process.pid};" in said
     assert hvtrain(capsys, "cancel", run) == (0, "cancelled: 01, 02, 03, merge\n")
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and said.splitlines()[:2] == ["slice 1: started", "slice 1: stopped, saved"]
+    assert (
+        process.returncode == 75 and said.splitlines()[:2] == ["slice 1: started", "slice 1: stopped, saved"]
+    )
     assert "slice 2" not in said and [line.split()[0] for line in seen(run)] == ["01"]
     found = words(capsys, run)
     assert [found[n][0] for n in ("01", "02", "03", "merge")] == ["cancelled"] * 4
@@ -157,7 +163,9 @@ def test_cancelling_ends_nobody_else(run, capsys):
         innocent.wait()
 
 
-@pytest.mark.parametrize(("error", "says"), [(ProcessLookupError(), None), (PermissionError(), "belongs to another user")])
+@pytest.mark.parametrize(
+    ("error", "says"), [(ProcessLookupError(), None), (PermissionError(), "belongs to another user")]
+)
 def test_a_process_that_cannot_be_asked(monkeypatch, error, says):
     def kill(pid, number):
         raise error

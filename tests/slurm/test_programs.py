@@ -1,4 +1,5 @@
-"""What Slurm's programs are asked, word by word, what is concluded from their answers; and what fills a script."""
+"""What Slurm's programs are asked, word by word, what is concluded from their
+answers; and what fills a script."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ PERHAPS = "the job may have been accepted all the same: look at `squeue --me` be
 
 
 class Programs:
-    """Instead of processes. `answers`: what each question gets, in order: (exit code, stdout, stderr) or an error."""
+    """Instead of processes. `answers`: what each question gets, in order: (exit code,
+    stdout, stderr) or an error."""
 
     def __init__(self) -> None:
         self.asked: list[tuple] = []
         self.answers: list[tuple[int, str, str] | Exception] = []
 
-    def __call__(self, command: list[str], wait_s: float | None, text: str | None = None) -> subprocess.CompletedProcess:
+    def __call__(
+        self, command: list[str], wait_s: float | None, text: str | None = None
+    ) -> subprocess.CompletedProcess:
         self.asked.append((" ".join(command), wait_s, text))
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
@@ -62,7 +66,9 @@ def test_a_job_that_is_waited_for_gives_its_exit_code(programs, answer, code):
     assert programs.asked == [("sbatch --parsable --wait", None, "text")]
 
 
-SITE_FILE = "; GPUs and cores are asked for as the site file says: gpus, gres, cpus_per_process (docs/slurm.md)"
+SITE_FILE = (
+    "; GPUs and cores are asked for as the site file says: gpus, gres, cpus_per_process (docs/slurm.md)"
+)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,8 @@ SITE_FILE = "; GPUs and cores are asked for as the site file says: gpus, gres, c
     [
         ((1, " \n", "sbatch: error:\n  no\n"), "sbatch refused the job: sbatch: error: no"),
         ((1, "", "Socket timed out"), f"sbatch refused the job: Socket timed out; {PERHAPS}"),
-        ((1, "", "Zero Bytes were transmitted"), f"sbatch refused the job: Zero Bytes were transmitted; {PERHAPS}"),
+        ((1, "", "Zero Bytes were transmitted"), "sbatch refused the job: Zero Bytes were transmitted; "
+        f"{PERHAPS}"),
         ((1, "", "Invalid generic resource"), f"sbatch refused the job: Invalid generic resource{SITE_FILE}"),
         ((1, "", "x: node configuration is not available"),
          f"sbatch refused the job: x: node configuration is not available{SITE_FILE}"),
@@ -153,14 +160,18 @@ def test_a_program_that_is_not_here(monkeypatch, tmp_path):
                         ("MASTER_ADDR", "'MASTER_ADDR'"), ("MASTER_PORT", "'MASTER_PORT'")],
 )
 def test_what_a_job_must_have_set(monkeypatch, name, wrong):
-    for variable, value in (("SLURM_NNODES", "2"), ("SLURM_NODEID", "1"), ("MASTER_ADDR", "n"), ("MASTER_PORT", "5")):
+    for variable, value in (
+        ("SLURM_NNODES", "2"), ("SLURM_NODEID", "1"), ("MASTER_ADDR", "n"), ("MASTER_PORT", "5")
+    ):
         monkeypatch.setenv(variable, value)
     assert slurm.topology(3) == processes.Topology(3, nnodes=2, node_rank=1, master_addr="n", master_port=5)
     monkeypatch.delenv(name)
-    assert message(lambda: slurm.topology(3)) == f"not inside a job that hvtrain submitted: {wrong} is not set"
+    assert message(
+        lambda: slurm.topology(3)
+    ) == f"not inside a job that hvtrain submitted: {wrong} is not set"
 
 
-# --- scripts ----------------------------------------------------------------------------------------------------------
+# --- scripts ------------------------------------------------------------------------------------------------
 
 PLACES = "name nodes log grace max_restarts folder options setup environment srun command array".split()
 
@@ -168,34 +179,39 @@ PLACES = "name nodes log grace max_restarts folder options setup environment sru
 @pytest.fixture
 def template(monkeypatch, tmp_path):
     """Every value of a script, one a line or several."""
-    (tmp_path / "job.sbatch").write_text("".join(f"{place} = @{{{place}}}\n" for place in PLACES) + "# é\n", encoding="utf-8")
+    (tmp_path / "job.sbatch").write_text(
+        "".join(f"{place} = @{{{place}}}\n" for place in PLACES) + "# é\n", encoding="utf-8"
+    )
     monkeypatch.setattr(slurm, "TEMPLATES", tmp_path)
     monkeypatch.setattr(slurm, "HVTRAIN", ("/a b/python", "main.py"))
 
 
 def test_what_fills_a_script(template, ascii_locale):
     everything = Site(
-        partition="p", account="a", qos="q", constraint="c", time="5:00", gres="gpu:x:{n}:{n}", cpus_per_process=3, mem="9G",
-        options=("--exclusive", "-H"), grace_s=7, modules=("m/1 n", "o"), setup=("source x", "ulimit -l 1"),
-        environment=("A=b c", "D=e f=g"), prefix="in x", command="hv -q",
+        partition="p", account="a", qos="q", constraint="c", time="5:00", gres="gpu:x:{n}:{n}",
+        cpus_per_process=3, mem="9G", options=("--exclusive", "-H"), grace_s=7, modules=("m/1 n", "o"),
+        setup=("source x", "ulimit -l 1"), environment=("A=b c", "D=e f=g"), prefix="in x", command="hv -q",
     )
     resources = slurm.Resources(2, 4, "6:00", True, 5)
-    job = slurm.BatchJob("job", "n m", Path("/w x"), "l%j", ["train", "a b"], resources, "1,2%1", ["7", "8_1"])
+    job = slurm.BatchJob(
+        "job", "n m", Path("/w x"), "l%j", ["train", "a b"], resources, "1,2%1", ["7", "8_1"]
+    )
     assert slurm.render(job, everything) == (
         'name = "n m"\nnodes = 2\nlog = l%j\ngrace = 7\nmax_restarts = 5\nfolder = \'/w x\'\n'
-        "options = #SBATCH --partition=p\n#SBATCH --account=a\n#SBATCH --qos=q\n#SBATCH --constraint=c\n#SBATCH --time=6:00\n"
-        "#SBATCH --mem=9G\n#SBATCH --cpus-per-task=12\n#SBATCH --dependency=afterok:7:8_1\n#SBATCH --gres=gpu:x:4:4\n"
-        "#SBATCH --exclusive\n#SBATCH -H\n"
-        "setup = module load m/1 n\nmodule load o\nsource x\nulimit -l 1\nenvironment = export A='b c'\nexport D='e f=g'\n"
-        "srun = --cpus-per-task=12\ncommand = in x hv -q train 'a b'\narray = 1,2%1\n# é\n"
+        "options = #SBATCH --partition=p\n#SBATCH --account=a\n#SBATCH --qos=q\n#SBATCH "
+        "--constraint=c\n#SBATCH --time=6:00\n#SBATCH --mem=9G\n#SBATCH --cpus-per-task=12\n#SBATCH "
+        "--dependency=afterok:7:8_1\n#SBATCH --gres=gpu:x:4:4\n#SBATCH --exclusive\n#SBATCH -H\n"
+        "setup = module load m/1 n\nmodule load o\nsource x\nulimit -l 1\nenvironment = export A='b "
+        "c'\nexport D='e f=g'\nsrun = --cpus-per-task=12\ncommand = in x hv -q train 'a b'\narray = 1,2%1\n# "
+        "é\n"
     )
 
 
 def test_what_fills_a_script_where_nothing_was_said(template):
     job = slurm.BatchJob("job", "n", Path("/w"), "l", ["train"], slurm.Resources())
     empty = (
-        "name = n\nnodes = 1\nlog = l\ngrace = 120\nmax_restarts = 3\nfolder = /w\noptions = {}\nsetup = \nenvironment = \n"
-        "srun = {}\ncommand = '/a b/python' main.py train\narray = \n# é\n"
+        "name = n\nnodes = 1\nlog = l\ngrace = 120\nmax_restarts = 3\nfolder = /w\noptions = {}\nsetup = "
+        "\nenvironment = \nsrun = {}\ncommand = '/a b/python' main.py train\narray = \n# é\n"
     )
     assert slurm.render(job, Site(gpus=False, cpus_per_process=0)) == empty.format("", "")
     options = "#SBATCH --time=9\n#SBATCH --cpus-per-task=4\n#SBATCH --gpus-per-node=1"

@@ -30,8 +30,8 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"dit": "dit.safetensors", "vae": "vae.safetensors", "llm": "llm", "clip": "clip"}
 TRAIN = [
-    "model.dit=tiny:dit.safetensors", "model.dtype=float32", "data.batch_size=2", "adapter.rank=4", "adapter.alpha=4",
-    "run.precision=fp32", "run.recompute=none", "optim.lr=1e-3", "zero.engine=torch",
+    "model.dit=tiny:dit.safetensors", "model.dtype=float32", "data.batch_size=2", "adapter.rank=4",
+    "adapter.alpha=4", "run.precision=fp32", "run.recompute=none", "optim.lr=1e-3", "zero.engine=torch",
 ]
 
 
@@ -71,8 +71,14 @@ def same(a: Path, b: Path) -> bool:
 
 def test_a_job_on_two_nodes(cluster, shards, site, tmp_path):
     log, run = tmp_path / "job.log", tmp_path / "run"
-    config = [*TRAIN, f"data.shards={shards}", f"run.output_dir={run}", "run.steps=4", "zero.engine=deepspeed", "zero.stage=2"]
-    done = hvtrain(cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--log", log, "train", *config)
+    config = [
+        *TRAIN, f"data.shards={shards}", f"run.output_dir={run}", "run.steps=4", "zero.engine=deepspeed",
+        "zero.stage=2"
+    ]
+    done = hvtrain(
+        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--log", log, "train",
+        *config
+    )
     job = re.search(r"job (\d+)", done.stdout)[1]
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
     assert "2 process(es) on CPU: data 2 x Ulysses 1 x ring 1" in log.read_text()
@@ -116,15 +122,17 @@ def is_asked(pid: int) -> bool:
 
 
 def test_a_job_with_a_time_limit_goes_on_after_it(cluster, shards, site, whole, tmp_path):
-    """The limit is one minute; 45 s before it, Slurm asks the job to save. Weights as without interruption."""
+    """The limit is one minute; 45 s before it, Slurm asks the job to save.
+    Weights as without interruption."""
     site.write_text(site.read_text().replace("grace_s: 20", "grace_s: 45"))
     log, run = tmp_path / "job.log", tmp_path / "run"
     done = hvtrain(
-        cluster, "launch", "--slurm", "--site", site, "--time", "0:01:00", "--nproc", 1, "--log", log, "train", *TWENTY,
-        f"data.shards={shards}", f"run.output_dir={run}",
+        cluster, "launch", "--slurm", "--site", site, "--time", "0:01:00", "--nproc", 1, "--log", log,
+        "train", *TWENTY, f"data.shards={shards}", f"run.output_dir={run}",
     )
     job = re.search(r"job (\d+)", done.stdout)[1]
-    still, end = 0, time.monotonic() + 180  # it stands still, so that on a machine of any speed it trains when the warning comes
+    # it stands still, so that on a machine of any speed it trains when the warning comes
+    still, end = 0, time.monotonic() + 180
     while "stopped on request; start again to continue" not in text(log):
         assert time.monotonic() < end, text(log)
         with suppress(IndexError, ProcessLookupError, FileNotFoundError):  # it has stopped just now
@@ -133,7 +141,9 @@ def test_a_job_with_a_time_limit_goes_on_after_it(cluster, shards, site, whole, 
             elif still and is_asked(still):
                 os.kill(still, signal.SIGCONT)
         time.sleep(0.05)
-    assert cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=300) == "COMPLETED", log.read_text()[-3000:]
+    assert cluster.wait(
+        job, "COMPLETED", "FAILED", "TIMEOUT", seconds=300
+    ) == "COMPLETED", log.read_text()[-3000:]
     restarts = int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1])
     assert restarts >= 1
     assert same(whole, run / "lora.safetensors")
@@ -141,12 +151,14 @@ def test_a_job_with_a_time_limit_goes_on_after_it(cluster, shards, site, whole, 
 
 def test_a_process_that_is_killed_starts_again_in_a_job_with_odd_names(cluster, shards, site, tmp_path):
     """Nothing in a name or path is read by sbatch, Slurm's patterns or a shell."""
-    name, logs, run = "it's a $(touch pwned) \"job\" \\ #1 %j", tmp_path / "50%j_%u 'my' logs #$x é", tmp_path / "run"
+    name, logs, run = (
+        "it's a $(touch pwned) \"job\" \\ #1 %j", tmp_path / "50%j_%u 'my' logs #$x é", tmp_path / "run"
+    )
     logs.mkdir()
     pattern = str(logs).replace("%", "%%")  # --log is a pattern of Slurm's
     done = hvtrain(
-        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--name", name, "--log", f"{pattern}/%j x.log",
-        "train", *TWENTY, f"data.shards={shards}", f"run.output_dir={run}",
+        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--name", name, "--log",
+        f"{pattern}/%j x.log", "train", *TWENTY, f"data.shards={shards}", f"run.output_dir={run}",
     )
     job = re.search(r"job (\d+)", done.stdout)[1]
     log = logs / f"{job} x.log"
@@ -156,18 +168,26 @@ def test_a_process_that_is_killed_starts_again_in_a_job_with_odd_names(cluster, 
     assert launcher != worker
     os.kill(worker, signal.SIGKILL)
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
-    assert "exit code 137: starting again (1 of 3)" in log.read_text() and log.read_text().count(f"steps 1 to {STEPS}") == 1
-    assert "Restarts=0" in cluster.out("scontrol", "show", "job", job) and not list(cluster.root.glob("pwned*"))
+    assert (
+        "exit code 137: starting again (1 of 3)" in log.read_text()
+        and log.read_text().count(f"steps 1 to {STEPS}") == 1
+    )
+    assert (
+        "Restarts=0" in cluster.out("scontrol", "show", "job", job) and not list(cluster.root.glob("pwned*"))
+    )
 
 
 def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, site, tmp_path):
     prompts, output, log = tmp_path / "prompts.txt", tmp_path / "videos", tmp_path / "job.log"
     prompts.write_text("".join(f"a red circle moves left {i}\n" for i in range(4)))
     parts = [f"model.{part}=tiny:{file}" for part, file in MODEL.items()]
-    config = [*parts, "model.dtype=float32", "model.vae_dtype=float32", "precision=fp32", "width=80", "height=48", "frames=9"]
+    config = [
+        *parts, "model.dtype=float32", "model.vae_dtype=float32", "precision=fp32", "width=80", "height=48",
+        "frames=9"
+    ]
     done = hvtrain(
-        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "generate", *config, "steps=100",
-        f"prompt_file={prompts}", f"output={output}",
+        cluster, "launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "generate", *config,
+        "steps=100", f"prompt_file={prompts}", f"output={output}",
     )
     job = re.search(r"job (\d+)", done.stdout)[1]
     end = time.monotonic() + 200
@@ -175,9 +195,13 @@ def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, sit
         assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
         time.sleep(0.1)
     made = first[0].stat().st_mtime_ns
-    cluster.run("scancel", "--signal=USR1", job)  # to the steps, not to the script: as --signal does before the limit
+    # to the steps, not to the script: as --signal does before the limit
+    cluster.run("scancel", "--signal=USR1", job)
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
-    assert "Restarts=1" in cluster.out("scontrol", "show", "job", job) and "starting again" not in log.read_text()
+    assert (
+        "Restarts=1" in cluster.out("scontrol", "show", "job", job)
+        and "starting again" not in log.read_text()
+    )
     assert len(list(output.glob("*.mp4"))) == 4 and first[0].stat().st_mtime_ns == made
 
 
@@ -185,11 +209,15 @@ def test_generate_keeps_what_it_has_made_at_its_warning_and_goes_on(cluster, sit
 def sliced(cluster, shards, site, tmp_path):
     """A plan of four slices with a part of the data each, and the command that runs them."""
     edit.split(str(shards), tmp_path / "parts", ways.by_number(4))
-    plan = ["slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 4, "--granularity", "rows", "--order", "interleaved"]
+    plan = [
+        "slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 4, "--granularity", "rows", "--order",
+        "interleaved"
+    ]
     hvtrain(cluster, *plan, "--output", tmp_path / "plan")
     return [
-        "slices", "run", *TRAIN, "run.steps=3", "--plan", tmp_path / "plan" / "plan.json", "--data", tmp_path / "parts",
-        "--backend", "slurm", "--at-once", 2, "--site", site, "--output", tmp_path / "run",
+        "slices", "run", *TRAIN, "run.steps=3", "--plan", tmp_path / "plan" / "plan.json", "--data",
+        tmp_path / "parts", "--backend", "slurm", "--at-once", 2, "--site", site, "--output",
+        tmp_path / "run",
     ]
 
 
@@ -207,7 +235,9 @@ def test_four_slices_as_an_array_and_the_merge_after_them(cluster, sliced, tmp_p
     assert "%2" in hvtrain(cluster, *sliced, "--dry-run").stdout and not run.exists()
     out = hvtrain(cluster, *sliced).stdout
     assert "slices 1, 2, 3, 4, 2 at a time" in out
-    assert cluster.wait(merge_job(run), "COMPLETED", "FAILED") == "COMPLETED", (run / "logs/merge.log").read_text()
+    assert cluster.wait(
+        merge_job(run), "COMPLETED", "FAILED"
+    ) == "COMPLETED", (run / "logs/merge.log").read_text()
     found = words(cluster, run)
     assert all("done" in found[name] for name in ("01", "02", "03", "04", "merge")), found
     assert "3/3" in found["03"] and "loss" in found["03"]
@@ -216,8 +246,11 @@ def test_four_slices_as_an_array_and_the_merge_after_them(cluster, sliced, tmp_p
     assert "nothing to start" in hvtrain(cluster, *sliced).stdout
     (run / "merge/merged-lora.safetensors").unlink()
     assert "merged-lora.safetensors is missing" in words(cluster, run)["merge"]
-    assert "merge, at once" in hvtrain(cluster, "slices", "retry", run).stdout  # alone, and it waits for nothing
-    assert cluster.wait(merge_job(run), "COMPLETED", "FAILED") == "COMPLETED", (run / "logs/merge.log").read_text()
+    # alone, and it waits for nothing
+    assert "merge, at once" in hvtrain(cluster, "slices", "retry", run).stdout
+    assert cluster.wait(
+        merge_job(run), "COMPLETED", "FAILED"
+    ) == "COMPLETED", (run / "logs/merge.log").read_text()
     assert "done" in words(cluster, run)["merge"]
 
 
@@ -258,12 +291,15 @@ def test_cancelling_is_told_as_it_is(cluster, sliced, tmp_path):
     while "running" in str(found := words(cluster, run)):  # they save first
         assert time.monotonic() < end, found
         time.sleep(1)
-    assert {line.split()[1] for line in found.values()} == {"cancelled"}  # also those that Slurm has dropped while pending
+    # also those that Slurm has dropped while pending
+    assert {line.split()[1] for line in found.values()} == {"cancelled"}
     cluster.run("scancel", "--user=root")
 
 
 def test_doctor_looks_at_the_nodes_of_an_allocation(cluster, site, tmp_path):
-    done = hvtrain(cluster, "doctor", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--dir", tmp_path)
+    done = hvtrain(
+        cluster, "doctor", "--slurm", "--site", site, "--nproc", 1, "--nnodes", 2, "--dir", tmp_path
+    )
     for words_ in ("2 on", "all-reduce", "all-to-all", "Ulysses 2 = one", "ring 2 = one", "seen by all"):
         assert words_ in done.stdout, done.stdout
     assert "FAIL" not in done.stdout
@@ -271,11 +307,16 @@ def test_doctor_looks_at_the_nodes_of_an_allocation(cluster, site, tmp_path):
 
 def test_a_preempted_job_loses_nothing(cluster, shards, site, whole, tmp_path):
     log, run = tmp_path / "job.log", tmp_path / "run"
-    start = ["launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "train", *TWENTY, f"data.shards={shards}"]
+    start = [
+        "launch", "--slurm", "--site", site, "--nproc", 1, "--log", log, "train", *TWENTY,
+        f"data.shards={shards}"
+    ]
     job = re.search(r"job (\d+)", hvtrain(cluster, *start, f"run.output_dir={run}").stdout)[1]
     saved(cluster, job, log, 2)
     cluster.run("scontrol", "requeue", job)  # what preemption does, and what follows the failure of a node
-    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=200) == "COMPLETED", log.read_text()[-3000:]
+    assert cluster.wait(
+        job, "COMPLETED", "FAILED", "CANCELLED", seconds=200
+    ) == "COMPLETED", log.read_text()[-3000:]
     assert int(re.search(r"Restarts=(\d+)", cluster.out("scontrol", "show", "job", job))[1]) == 1
     assert log.read_text().count(f"steps 1 to {STEPS}") == 1  # it went on, it did not begin again
     assert same(whole, run / "lora.safetensors")

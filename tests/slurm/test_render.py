@@ -1,4 +1,5 @@
-"""sbatch scripts as text, run by bash with stand-ins for Slurm's commands; the site file; states of slices."""
+"""sbatch scripts as text, run by bash with stand-ins for Slurm's commands; the
+site file; states of slices."""
 
 from __future__ import annotations
 
@@ -41,19 +42,25 @@ def play(tmp_path: Path, text: str, ends_with: int) -> tuple[int, list[str], str
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
     env = {
-        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path), "ENDS_WITH": str(ends_with),
-        "SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_ARRAY_JOB_ID": "31230",
-        "SLURM_ARRAY_TASK_ID": "3",
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path),
+        "ENDS_WITH": str(ends_with), "SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_NNODES": "2", "SLURM_ARRAY_JOB_ID": "31230", "SLURM_ARRAY_TASK_ID": "3",
     }
     done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True, timeout=60)
     assert all(": starting again (" in line for line in done.stderr.splitlines()), done.stderr
     asked = tmp_path / "asked"
-    return done.returncode, (tmp_path / "node1").read_text().splitlines(), asked.read_text() if asked.exists() else ""
+    return (
+        done.returncode, (tmp_path / "node1").read_text().splitlines(),
+        asked.read_text() if asked.exists() else ""
+    )
 
 
 @pytest.mark.parametrize(
     ("ends_with", "requeued", "starts"),
-    [(0, "", 1), (75, "31234", 1), (2, "", 1), (130, "", 1), (143, "", 1), (1, "", 3), (137, "", 3), (138, "31234", 1)],
+    [
+        (0, "", 1), (75, "31234", 1), (2, "", 1), (130, "", 1), (143, "", 1), (1, "", 3), (137, "", 3),
+        (138, "31234", 1)
+    ],
 )
 def test_a_job_starts_on_every_node_again_when_one_dies_and_is_requeued_when_it_has_saved(
     tmp_path, ends_with, requeued, starts
@@ -70,31 +77,42 @@ def test_a_job_starts_on_every_node_again_when_one_dies_and_is_requeued_when_it_
 
 
 def test_an_array_task_gets_its_number_and_requeues_itself(tmp_path):
-    job = slurm.BatchJob("array", "n", tmp_path, "x.log", ["slices", "one", "/run"], slurm.Resources(), array="1,2,3%2")
+    job = slurm.BatchJob(
+        "array", "n", tmp_path, "x.log", ["slices", "one", "/run"], slurm.Resources(), array="1,2,3%2"
+    )
     text = slurm.render(job, Site(command="hvtrain"))
     assert "#SBATCH --array=1,2,3%2\n" in text
     code, seen, asked = play(tmp_path, text, 75)
-    assert seen[:-1] == ["slices", "one", "/run", "3"] and asked == "scontrol requeue 31230_3\n" and code == 75
+    assert (
+        seen[:-1] == ["slices", "one", "/run", "3"] and asked == "scontrol requeue 31230_3\n" and code == 75
+    )
 
 
 def test_what_a_site_says_reaches_the_script(tmp_path):
     path = tmp_path / "site.yaml"
     path.write_text(
-        "partition: gpu\naccount: me\nqos: high\ngres: 'gpu:h100:{n}'\ntime: 4:00:00\nmem: '0'\noptions: [--exclusive]\n"
-        "cpus_per_process: 12\nmodules: [cuda/12.4]\nsetup: [source /opt/venv/bin/activate]\nprefix: apptainer exec --nv x.sif\n"
-        "command: hvtrain\ngrace_s: 300\n"
+        "partition: gpu\naccount: me\nqos: high\ngres: 'gpu:h100:{n}'\ntime: 4:00:00\nmem: '0'\noptions: "
+        "[--exclusive]\ncpus_per_process: 12\nmodules: [cuda/12.4]\nsetup: [source "
+        "/opt/venv/bin/activate]\nprefix: apptainer exec --nv x.sif\ncommand: hvtrain\ngrace_s: 300\n"
     )
-    job = slurm.BatchJob("job", "n", tmp_path, "x.log", ["launch", "train"], slurm.Resources(4, 8, "1-00:00:00"))
+    job = slurm.BatchJob(
+        "job", "n", tmp_path, "x.log", ["launch", "train"], slurm.Resources(4, 8, "1-00:00:00")
+    )
     text = slurm.render(job, load_site(str(path)))
     for line in (
-        "--nodes=4", "--partition=gpu", "--account=me", "--qos=high", "--gres=gpu:h100:8", "--time=1-00:00:00", "--mem=0",
-        "--exclusive", "--cpus-per-task=96", "--signal=USR1@300",
+        "--nodes=4", "--partition=gpu", "--account=me", "--qos=high", "--gres=gpu:h100:8",
+        "--time=1-00:00:00", "--mem=0", "--exclusive", "--cpus-per-task=96", "--signal=USR1@300",
     ):
         assert f"#SBATCH {line}\n" in text
     assert "module load cuda/12.4\nsource /opt/venv/bin/activate\n" in text
-    assert "srun --kill-on-bad-exit=0 --wait=50 --cpus-per-task=96 apptainer exec --nv x.sif hvtrain launch train\n" in text
+    assert (
+        "srun --kill-on-bad-exit=0 --wait=50 --cpus-per-task=96 apptainer exec --nv x.sif hvtrain launch "
+        "train\n" in text
+    )
     assert "@{" not in text
-    merge = slurm.BatchJob("merge", "m", tmp_path, "x.log", ["slices", "merge", "/r"], slurm.Resources(gpus=False), after=["1"])
+    merge = slurm.BatchJob(
+        "merge", "m", tmp_path, "x.log", ["slices", "merge", "/r"], slurm.Resources(gpus=False), after=["1"]
+    )
     text = slurm.render(merge, load_site(str(path)))
     assert "gres" not in text and "--dependency=afterok:1\n" in text and "--cpus-per-task=12\n" in text
 
@@ -102,7 +120,9 @@ def test_what_a_site_says_reaches_the_script(tmp_path):
 @pytest.mark.parametrize(
     ("body", "says"),
     [("partitoin: x", "did you mean 'partition'"), ("environment: [x]", "expected NAME=value"),
-     ("options: [exclusive]", "sbatch option"), ("time: soon", "expected minutes"), ("grace_s: 0", "1 or more")],
+     (
+         "options: [exclusive]", "sbatch option"
+     ), ("time: soon", "expected minutes"), ("grace_s: 0", "1 or more")],
 )
 def test_mistakes_of_a_site_file(tmp_path, body, says):
     (tmp_path / "site.yaml").write_text(body)
@@ -121,19 +141,23 @@ def test_the_site_file_may_come_from_the_environment(tmp_path, monkeypatch):
 
 def test_launch_prints_its_script_and_needs_slurm_to_submit(tmp_path, capsys, monkeypatch):
     (tmp_path / "set").mkdir()
-    train = ["train", "model.dit=tiny:dit.safetensors", f"data.shards={tmp_path / 'set'}", "run.output_dir=x", "run.steps=1"]
+    train = [
+        "train", "model.dit=tiny:dit.safetensors", f"data.shards={tmp_path / 'set'}", "run.output_dir=x",
+        "run.steps=1"
+    ]
     assert cli.main(["launch", "--slurm", "--dry-run", "--nproc", "2", "--nnodes", "3", *train]) == 0
     out = capsys.readouterr().out
     assert "#SBATCH --nodes=3\n" in out and "launch --nproc 2 --in-job train" in out
     assert cli.main(["launch", "--dry-run", "--nproc", "2", *train]) == 2
     assert "goes with --slurm" in capsys.readouterr().err
-    assert cli.main(["launch", "--slurm", "--nproc", "2", *train[:-1], "run.stepz=1"]) == 2  # before anything is submitted
+    # before anything is submitted
+    assert cli.main(["launch", "--slurm", "--nproc", "2", *train[:-1], "run.stepz=1"]) == 2
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["launch", "--slurm", "--nproc", "2", *train]) == 2
     assert "sbatch is not installed here" in capsys.readouterr().err
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
+# --- states -------------------------------------------------------------------------------------------------
 
 
 def test_status_shows_progress_and_time_left(tmp_path):
@@ -142,7 +166,9 @@ def test_status_shows_progress_and_time_left(tmp_path):
     slices.save_state(tmp_path, "01", slices.JobState(jobs=["7_1"], started=1.0))
     (tmp_path / "01").mkdir()
     (tmp_path / "01/config.yaml").write_text("run: {steps: 100, name: slice-01}\n")
-    rows = [{"step": s, "train/loss": 1 / s, "speed/slowest_rank_s": 30.0} for s in (1, 2)] + [{"step": 2, "eval/loss": 1}]
+    rows = [
+        {"step": s, "train/loss": 1 / s, "speed/slowest_rank_s": 30.0} for s in (1, 2)
+    ] + [{"step": 2, "eval/loss": 1}]
     (tmp_path / "01/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "tr')
     line = standing.table([standing.standing(tmp_path, plan, 1, slurm.Queue({"7_1": "RUNNING"}))])[0]
     assert re.split(r"\s{2,}", line)[:5] == ["01", "running", "2/100", "loss 0.5000", "49 min left"]
@@ -170,9 +196,15 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     edit.split(str(make_shards(tmp_path / "set", n=8)), tmp_path / "parts", ways.by_number(2))
     plan, run = tmp_path / "plan", tmp_path / "run"
-    done = hvtrain("slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 2, "--granularity", "module", "--output", plan)
+    done = hvtrain(
+        "slices", "plan", "--dit", "tiny:dit.safetensors", "--n", 2, "--granularity", "module", "--output",
+        plan
+    )
     assert done.returncode == 0, done.stderr
-    start = ["slices", "run", *TRAIN, "run.steps=2", "--plan", plan / "plan.json", "--data", tmp_path / "parts", "--output", run]
+    start = [
+        "slices", "run", *TRAIN, "run.steps=2", "--plan", plan / "plan.json", "--data", tmp_path / "parts",
+        "--output", run
+    ]
     manifest = tmp_path / "parts/02/manifest.json"
     sound = manifest.read_text()
     manifest.write_text("{}")
@@ -182,7 +214,9 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path, monkeypatch
     assert done.returncode == 1 and "damaged manifest" in done.stdout and not (run / "merge").exists()
     manifest.write_text(sound)
     done = hvtrain("slices", "retry", run)
-    assert done.returncode == 0 and "slice 2: done" in done.stdout and "slice 1" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "slice 2: done" in done.stdout and "slice 1" not in done.stdout, (
+        done.stderr
+    )
     assert (run / "merge/merged-lora.safetensors").is_file()
     assert "nothing to start" in hvtrain(*start, "--at-once", 2).stdout
     done = hvtrain(*start, "--at-once", 1)

@@ -15,13 +15,18 @@ from launcher.jobs import slurm
 from launcher.site import Site, load_site
 from tests.slurm.fake import DOWN, options
 
-# --- how jobs stand ---------------------------------------------------------------------------------------------------
+# --- how jobs stand -----------------------------------------------------------------------------------------
 
 
 def test_one_question_tells_of_all_jobs(fake):
-    fake.says("84_1|RUNNING|None", "84_2|PENDING|Resources, or | Priority", "9|TIMEOUT|TimeLimit", "no line of a job")
+    fake.says(
+        "84_1|RUNNING|None", "84_2|PENDING|Resources, or | Priority", "9|TIMEOUT|TimeLimit",
+        "no line of a job"
+    )
     found = slurm.queue(["84_1", "84_2", "9", "84_7"])
-    assert found == slurm.Queue({"84_1": "RUNNING", "84_2": "PENDING (Resources, or | Priority)", "9": "TIMEOUT"}, "")
+    assert found == slurm.Queue(
+        {"84_1": "RUNNING", "84_2": "PENDING (Resources, or | Priority)", "9": "TIMEOUT"}, ""
+    )
     assert fake.asked("squeue") == ["--noheader --array --states=all --jobs=84,9 --format=%i|%T|%r"]
     assert slurm.queue([]) == slurm.Queue() and len(fake.asked("squeue")) == 1
 
@@ -50,7 +55,7 @@ def test_a_host_without_squeue_knows_nothing(monkeypatch, tmp_path):
     assert slurm.queue(["84_1"]).silent == "squeue is not installed here"
 
 
-# --- submitting and cancelling ----------------------------------------------------------------------------------------
+# --- submitting and cancelling ------------------------------------------------------------------------------
 
 
 def test_a_submitted_job_has_a_number(fake):
@@ -59,7 +64,8 @@ def test_a_submitted_job_has_a_number(fake):
 
 
 @pytest.mark.parametrize(
-    ("said", "number"), [("123\n", "123"), ("123;big\n", "123"), ("Welcome to us\n123\n", "123"), ("ok\n", None), ("", None)]
+    ("said", "number"),
+    [("123\n", "123"), ("123;big\n", "123"), ("Welcome to us\n123\n", "123"), ("ok\n", None), ("", None)]
 )
 def test_the_number_is_found_or_it_is_an_error(said, number):
     done = subprocess.CompletedProcess([], 0, said, "")
@@ -73,9 +79,14 @@ def test_the_number_is_found_or_it_is_an_error(said, number):
 @pytest.mark.parametrize(
     ("said", "hint"),
     [
-        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", "may have been accepted"),
-        ("sbatch: error: Invalid generic resource (gres) specification", "site file says: gpus, gres, cpus_per_process"),
-        ("sbatch: error: Requested node configuration is not available", "site file says: gpus, gres, cpus_per_process"),
+        (
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            "may have been accepted"
+        ),
+        ("sbatch: error: Invalid generic resource (gres) specification", "site file says: gpus, gres, "
+        "cpus_per_process"),
+        ("sbatch: error: Requested node configuration is not available", "site file says: gpus, gres, "
+        "cpus_per_process"),
         ("sbatch: error: invalid partition specified: gpu", "partition specified: gpu$"),
     ],
 )
@@ -92,14 +103,16 @@ def test_scancel_is_believed_only_when_it_worked(fake):
     assert fake.asked("scancel") == ["84_1 85"]
     fake.fails("scancel", "scancel: error: Kill job error on job id 84_1: Invalid job id specified")
     slurm.cancel(["84_1"])
-    fake.fails("scancel", "scancel: error: Kill job error on job id 84_1: Job/step already completing or completed")
+    fake.fails(
+        "scancel", "scancel: error: Kill job error on job id 84_1: Job/step already completing or completed"
+    )
     slurm.cancel(["84_1"])
     fake.fails("scancel", "scancel: error: Unable to contact slurm controller")
     with pytest.raises(LaunchError, match="Unable to contact.*running still: 84_1 85"):
         slurm.cancel(["84_1", "85"])
 
 
-# --- values in scripts ------------------------------------------------------------------------------------------------
+# --- values in scripts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -141,7 +154,10 @@ def job(**more) -> slurm.BatchJob:
     [
         ({"name": "x\ntouch /tmp/pwn\n#"}, {}, "--job-name"),
         ({"log": "/x\ntouch /tmp/pwn\n#"}, {}, "--output"),
-        *(({}, {key: "x\ntouch /tmp/pwn"}, f"--{key}") for key in ("partition", "account", "qos", "constraint", "mem", "gres")),
+        *(
+            ({}, {key: "x\ntouch /tmp/pwn"}, f"--{key}")
+            for key in ("partition", "account", "qos", "constraint", "mem", "gres")
+        ),
     ],
 )
 def test_no_value_becomes_shell_code(of_job, of_site, option):
@@ -168,7 +184,10 @@ def test_the_command_reaches_the_shell_as_it_was_typed(tmp_path):
 
 def test_modules_are_names_and_variables_values():
     text = slurm.render(job(), Site(modules=("cuda/12.4 gcc", "a;b"), environment=("A=x y$(z)", "B=")))
-    assert "module load cuda/12.4 gcc\nmodule load 'a;b'\n" in text and "export A='x y$(z)'\nexport B=''\n" in text
+    assert (
+        "module load cuda/12.4 gcc\nmodule load 'a;b'\n" in text
+        and "export A='x y$(z)'\nexport B=''\n" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +209,9 @@ def test_gpus_and_cores_are_asked_for_unless_the_site_says_otherwise(site, asked
 
 def test_a_job_alone_waits_for_nothing():
     assert "--dependency" not in options(slurm.render(job(template="merge"), Site()))
-    assert options(slurm.render(job(template="merge", after=("7_1", "8")), Site()))["--dependency"] == "afterok:7_1:8"
+    assert options(
+        slurm.render(job(template="merge", after=("7_1", "8")), Site())
+    )["--dependency"] == "afterok:7_1:8"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +225,7 @@ def test_more_mistakes_of_a_site_file(tmp_path, body, says):
         load_site(str(tmp_path / "site.yaml"))
 
 
-# --- launch -----------------------------------------------------------------------------------------------------------
+# --- launch -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -212,7 +233,10 @@ def train(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     (tmp_path / "50%j dir").mkdir()
     monkeypatch.chdir(tmp_path / "50%j dir")
-    config = ["train", "model.dit=tiny:dit.safetensors", f"data.shards={tmp_path / 'set'}", "run.output_dir=x", "run.steps=1"]
+    config = [
+        "train", "model.dit=tiny:dit.safetensors", f"data.shards={tmp_path / 'set'}", "run.output_dir=x",
+        "run.steps=1"
+    ]
     return lambda *given: cli.main(["launch", "--slurm", "--nproc", "2", *given, *config])
 
 
@@ -223,7 +247,10 @@ def test_launch_submits_what_it_was_told(fake, train, capsys):
     assert train("--log", "/dev/null") == 0
     first, second, third = map(options, fake.scripts())
     here = os.getcwd().replace("%", "%%")
-    assert (first["--job-name"], first["--time"]) == ('"my run"', "1:00:00") and first["--output"] == f'"{here}/my run-%j.log"'
+    assert (
+        (first["--job-name"], first["--time"]) == ('"my run"', "1:00:00")
+        and first["--output"] == f'"{here}/my run-%j.log"'
+    )
     assert (second["--job-name"], second["--output"]) == ("hvtrain-train", f'"{here}/a b-%j.log"')
     assert third["--output"] == "/dev/null"
     assert '[ "$restarts" -lt 5 ]' in fake.scripts()[0] and '[ "$restarts" -lt 3 ]' in fake.scripts()[1]
@@ -243,10 +270,15 @@ def test_launch_refuses_and_submits_nothing(fake, train, capsys, given, says):
 
 
 def test_this_node_s_part_of_a_job(monkeypatch):
-    variables = {"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_PROCID": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "20123"}
+    variables = {
+        "SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_PROCID": "1", "MASTER_ADDR": "n1",
+        "MASTER_PORT": "20123"
+    }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert slurm.topology(8) == processes.Topology(8, nnodes=4, node_rank=3, master_addr="n1", master_port=20123)
+    assert slurm.topology(8) == processes.Topology(
+        8, nnodes=4, node_rank=3, master_addr="n1", master_port=20123
+    )
     monkeypatch.delenv("SLURM_NODEID")
     with pytest.raises(LaunchError, match="'SLURM_NODEID' is not set"):
         slurm.topology(8)

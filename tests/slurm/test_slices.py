@@ -46,16 +46,21 @@ def test_a_state_that_cannot_be_read_is_not_a_slice_that_never_started(run, fake
 
 
 
-# --- what a slice is told ---------------------------------------------------------------------------------------------
+# --- what a slice is told -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("odd", ["pa,rts", "pa[1]", "pa: x", "pa #x", "{a}", "'q\" \\", "é", "null", "*a", "12"])
+@pytest.mark.parametrize(
+    "odd", ["pa,rts", "pa[1]", "pa: x", "pa #x", "{a}", "'q\" \\", "é", "null", "*a", "12"]
+)
 def test_paths_reach_the_training_as_they_are(tmp_path, odd):
     """YAML reads the values of overrides; none of these is text to it."""
     run = tmp_path / odd
     plan = slices.Slices(f"/plans/{odd}", None, ("adapter.rank=2",), (f"{odd}/1", f"{odd}/2"), 2)
     cfg = config.load(config.TrainConfig, None, ["model.dit=x", *slices.train_arguments(run, plan, 2)[1:]])
-    assert cfg.data.shards == (f"{odd}/2",) and cfg.adapter.plan == f"/plans/{odd}" and cfg.run.output_dir == f"{run}/02"
+    assert (
+        cfg.data.shards == (f"{odd}/2",) and cfg.adapter.plan == f"/plans/{odd}"
+        and cfg.run.output_dir == f"{run}/02"
+    )
     assert (cfg.run.name, cfg.adapter.type, cfg.adapter.loraid) == ("slice-02", "loraid", 2)
 
 
@@ -67,8 +72,10 @@ def test_relative_paths_count_from_where_the_run_was_begun(tmp_path, monkeypatch
     (begun / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 1}))
     (begun / "set" / "manifest.json").write_text("{}")
     (begun / "dit.safetensors").touch()
-    asked = ["slices", "run", "model.dit=dit.safetensors", "run.steps=3", "--plan", str(begun / "plan.json"), "--data", "set",
-             "--output", str(run)]  # fmt: skip
+    asked = [
+        "slices", "run", "model.dit=dit.safetensors", "run.steps=3", "--plan", str(begun / "plan.json"),
+        "--data", "set", "--output", str(run)
+    ]  # fmt: skip
     monkeypatch.setattr(backends, "run_here", lambda *a: went.append(os.getcwd()) or 0)
     monkeypatch.chdir(begun)
     assert cli.main(asked) == 0 and went == [str(begun)]
@@ -77,7 +84,10 @@ def test_relative_paths_count_from_where_the_run_was_begun(tmp_path, monkeypatch
     assert f"relative paths count from {begun}" in capsys.readouterr().out
     os.chdir(tmp_path)
     begun.rename(tmp_path / "gone")
-    assert cli.main(["slices", "retry", str(run)]) == 2 and f"{begun}: this run was begun there" in capsys.readouterr().err
+    assert (
+        cli.main(["slices", "retry", str(run)]) == 2
+        and f"{begun}: this run was begun there" in capsys.readouterr().err
+    )
 
 
 def test_an_override_is_read_as_it_was_meant():
@@ -89,13 +99,16 @@ def test_an_override_is_read_as_it_was_meant():
 
 
 def test_the_slice_s_own_keys_win_over_the_user_s():
-    typed = ("adapter.loraid=7", "data.shards=[x]", "run.output_dir=z", "run.name=mine", "adapter.plan=y", "adapter.type=lora")
+    typed = (
+        "adapter.loraid=7", "data.shards=[x]", "run.output_dir=z", "run.name=mine", "adapter.plan=y",
+        "adapter.type=lora"
+    )
     plan = slices.Slices("/p.json", "base.yaml", typed, ("/a", "/b"), 2)
     arguments = slices.train_arguments(Path("/run"), plan, 2)
     assert arguments[:8] == ["train", "base.yaml", *typed]
     assert arguments[8:] == [
-        "adapter.type=loraid", "adapter.plan=/p.json", "adapter.loraid=2", "adapter.blocks_per_loraid=null", "data.shards=[/b]",
-        "run.output_dir=/run/02", "run.name=slice-02",
+        "adapter.type=loraid", "adapter.plan=/p.json", "adapter.loraid=2", "adapter.blocks_per_loraid=null",
+        "data.shards=[/b]", "run.output_dir=/run/02", "run.name=slice-02",
     ]
 
 
@@ -103,33 +116,43 @@ def test_the_slice_s_own_keys_win_over_the_user_s():
 def test_without_a_plan_every_slice_is_a_lora_as_the_config_says():
     plan = slices.Slices("", "base.yaml", ("adapter.rank=2",), ("/a", "/b"), 2)
     assert slices.train_arguments(Path("/run"), plan, 2) == [
-        "train", "base.yaml", "adapter.rank=2", "data.shards=[/b]", "run.output_dir=/run/02", "run.name=slice-02",
+        "train", "base.yaml", "adapter.rank=2", "data.shards=[/b]", "run.output_dir=/run/02",
+        "run.name=slice-02",
     ]
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("output", "more", "says"),
     [
-        ("a\ntouch pwned\n#", [], "line break"), ("run", ["--time", "1\ntouch pwned"], "--time"), ("a\\b", [], "backslash"),
-        ("run", ["--max-restarts", "-1"], "expected 0 or more"), ("run", ["--site", "gone.yaml"], "gone.yaml"),
+        ("a\ntouch pwned\n#", [], "line break"), ("run", ["--time", "1\ntouch pwned"], "--time"),
+        ("a\\b", [], "backslash"), ("run", ["--max-restarts", "-1"], "expected 0 or more"),
+        ("run", ["--site", "gone.yaml"], "gone.yaml"),
     ],
 )
-def test_what_cannot_be_a_job_is_refused_before_anything_is_written(fake, tmp_path, capsys, monkeypatch, output, more, says):
+def test_what_cannot_be_a_job_is_refused_before_anything_is_written(
+    fake, tmp_path, capsys, monkeypatch, output, more, says
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 2}))
     for part in ("01", "02"):
         (tmp_path / "parts" / part).mkdir(parents=True)
-    given = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", "parts", "--backend", "slurm"]
+    given = [
+        "model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", "parts",
+        "--backend", "slurm"
+    ]
     code, said = hvtrain(capsys, "run", *given, "--output", output, *more)
     assert code == 2 and says in said, said
     assert not fake.scripts() and not (tmp_path / output).exists() and not (tmp_path / "pwned").exists()
     assert hvtrain(capsys, "run", *given, "--output", "a b", "--site", site(tmp_path))[0] == 0
     found = slices.load_slices(tmp_path / "a b")
     assert (found.site, found.max_restarts, found.at_once) == (str(tmp_path / "site.yaml"), 3, 1)
-    assert slices.load_state(tmp_path / "a b", "02").jobs == ["101_2"] and options(fake.scripts()[0])["--partition"] == "p"
+    assert (
+        slices.load_state(tmp_path / "a b", "02").jobs == ["101_2"]
+        and options(fake.scripts()[0])["--partition"] == "p"
+    )
 
 
 def site(folder: Path) -> str:
@@ -151,8 +174,9 @@ def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys
     assert (begun.plan, begun.n) == ("", 3)
     loras = [word for i in (1, 2, 3) for word in ("--lora", f"{tmp_path}/run/0{i}")]
     assert begun.merge == (
-        "--dit", "tiny:dit.safetensors", *loras, "--as", "lora", "--output", f"{tmp_path}/run/merge/merged-lora.safetensors",
-        "--reconcile", "fit+distill", "--keep", f"{tmp_path}/parts/keep",
+        "--dit", "tiny:dit.safetensors", *loras, "--as", "lora", "--output",
+        f"{tmp_path}/run/merge/merged-lora.safetensors", "--reconcile", "fit+distill", "--keep",
+        f"{tmp_path}/parts/keep",
     )
     apart = [*start[:-1], "apart", "--merge-as", "none"]
     assert hvtrain(capsys, "run", *apart)[0] == 0 and slices.load_slices(tmp_path / "apart").merge == ()
@@ -165,10 +189,13 @@ def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["adapter.type=none"], "adapter.type is none: without --plan"), (["adapter.type=dora"], "give adapter.type=lora"),
+        (["adapter.type=none"], "adapter.type is none: without --plan"),
+        (["adapter.type=dora"], "give adapter.type=lora"),
         (["--data", "parts/01"], "one shard set; without --plan every part"),
-        (["--reconcile", "sum"], "--reconcile sum: expected"), (["--silence", "1"], "expected a share, 0 or more"),
-        (["--merge-as", "none", "--keep", "parts/01"], "--keep goes with --reconcile"), (["--data", "."], "found none"),
+        (["--reconcile", "sum"], "--reconcile sum: expected"),
+        (["--silence", "1"], "expected a share, 0 or more"),
+        (["--merge-as", "none", "--keep", "parts/01"], "--keep goes with --reconcile"),
+        (["--data", "."], "found none"),
     ],
 )
 def test_without_a_plan_what_cannot_be_meant_is_refused(tmp_path, capsys, monkeypatch, more, says):
@@ -185,7 +212,9 @@ def test_silence_is_taught_by_the_other_slices_data():
     plan = slices.Slices("", None, (), ("/a", "/b", "/c"), 3, silence=0.5)
     arguments = ["model.dit=x", *slices.train_arguments(Path("/run"), plan, 2)[1:]]
     data = config.load(config.TrainConfig, None, arguments).data
-    assert [(e.path, e.weight, e.silent) for e in data.sets] == [("/b", 0.5, False), ("/a", 0.25, True), ("/c", 0.25, True)]
+    assert [(e.path, e.weight, e.silent) for e in data.sets] == [
+        ("/b", 0.5, False), ("/a", 0.25, True), ("/c", 0.25, True)
+    ]
     assert data.shards == ()
 
 
@@ -201,6 +230,9 @@ def test_silence_takes_parts_of_their_own(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 2}))
     (tmp_path / "manifest.json").write_text("{}")
-    given = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", ".", "--output", "run"]
+    given = [
+        "model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", ".", "--output",
+        "run"
+    ]
     code, said = hvtrain(capsys, "run", *given, "--silence", "0.3")
     assert code == 2 and "--silence 0.3: all slices have the same data, ." in said

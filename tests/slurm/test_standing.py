@@ -20,18 +20,21 @@ AGAIN = "`hvtrain slices retry` makes it again"
         ({}, "", "waiting", ""),
         ({"jobs": ["7_1"]}, "PENDING (Priority)", "queued", "job 7_1 PENDING (Priority)"),
         ({"jobs": ["7_1"], "started": 1.0}, "RUNNING", "running", "job 7_1"),
-        ({"jobs": ["7_1"], "started": 1.0}, "SIGNALING", "running", "job 7_1"),  # a word we do not know is no end
+        # a word we do not know is no end
+        ({"jobs": ["7_1"], "started": 1.0}, "SIGNALING", "running", "job 7_1"),
         ({"jobs": ["7_1"], "code": 75}, "PENDING (BeginTime)", "preempted", "job 7_1 PENDING (BeginTime)"),
         ({"jobs": ["7_1"], "code": 75}, "SUSPENDED", "preempted", "job 7_1 SUSPENDED"),
         ({"jobs": ["7_1"], "code": 75}, "FAILED", "preempted", "saved; `hvtrain slices retry` goes on"),
         ({"jobs": ["7_1"], "started": 1.0}, "CANCELLED", "cancelled", ""),
         ({"jobs": ["7_1"], "code": 2}, "FAILED", "failed", "exit code 2"),
         ({"jobs": ["7_1"], "started": 1.0}, "NODE_FAIL", "failed", "job 7_1: Slurm says NODE_FAIL"),
-        ({"jobs": ["7_1"], "started": 1.0}, "", "failed", "job 7_1: ended without a word: killed, or its node died"),
+        ({"jobs": ["7_1"], "started": 1.0}, "", "failed", "job 7_1: ended without a word: killed, or its "
+        "node died"),
         ({"jobs": ["7_1"]}, "", "failed", "job 7_1: gone from the queue before it began; cancelled by hand?"),
         ({"jobs": ["7_1"], "code": 0}, "COMPLETED", "failed", f"slice-01.safetensors is missing; {AGAIN}"),
         ({"jobs": ["6_1", "7_1"]}, "RUNNING", "running", "job 7_1"),  # the newest attempt counts
-        ({"jobs": ["9999999:1"], "started": 1.0}, "", "failed", "job 9999999:1: ended without a word: killed, or its node died"),
+        ({"jobs": ["9999999:1"], "started": 1.0}, "", "failed", "job 9999999:1: ended without a word: "
+        "killed, or its node died"),
     ],
 )
 def test_words_for_every_state(run, state, said, word, note):
@@ -40,7 +43,9 @@ def test_words_for_every_state(run, state, said, word, note):
     states = {"6_1": "FAILED", **({"7_1": said} if said else {})}
     found = standing.standing(run, plan, 1, slurm.Queue(states))
     assert (found.word, found.note) == (word, note)
-    assert found.job == ("7_1" if said and said.split()[0] not in ("FAILED", "CANCELLED", "NODE_FAIL", "COMPLETED") else "")
+    assert found.job == (
+        "7_1" if said and said.split()[0] not in ("FAILED", "CANCELLED", "NODE_FAIL", "COMPLETED") else ""
+    )
 
 
 def test_the_last_error_is_shown(run):
@@ -50,12 +55,16 @@ def test_the_last_error_is_shown(run):
     assert standing.standing(run, plan, 1, slurm.Queue()).note == "error: x is wrong; mend it"
 
 
-@pytest.mark.parametrize(("code", "word"), [(None, "unknown"), (75, "unknown"), (137, "unknown"), (2, "failed"), (0, "failed")])
+@pytest.mark.parametrize(
+    ("code", "word"), [(None, "unknown"), (75, "unknown"), (137, "unknown"), (2, "failed"), (0, "failed")]
+)
 def test_a_silent_scheduler_leaves_a_job_unknown_unless_it_said_that_it_is_over(run, code, word):
     plan = a_run(run, n=1)
     stands(run, "01", "7_1", code=code)
     found = standing.standing(run, plan, 1, slurm.Queue(silent="no route"))
-    assert found.word == word and (word != "unknown" or found.note == "the scheduler does not answer: no route")
+    assert (
+        found.word == word and (word != "unknown" or found.note == "the scheduler does not answer: no route")
+    )
 
 
 def test_a_process_counts_by_its_number_and_its_start(run):
@@ -83,7 +92,9 @@ def test_a_damaged_result_is_not_done(run, kind):
     assert standing.standing(run, plan, 1, slurm.Queue()).word == "done"
     damage(run / "01/slice-01.safetensors", kind)
     found = standing.standing(run, plan, 1, slurm.Queue())
-    assert found.word == "failed" and "slice-01.safetensors is damaged" in found.note and "retry" in found.note
+    assert (
+        found.word == "failed" and "slice-01.safetensors is damaged" in found.note and "retry" in found.note
+    )
 
 
 def test_a_merge_is_done_when_its_output_is_there_and_whole(run):
@@ -117,7 +128,10 @@ PACE = {"speed/slowest_rank_s": 3.0}
     ("metrics", "config", "step", "steps", "loss", "eta_s"),
     [
         (line(3, 0.5, **PACE) + line(4, 0.25, **PACE), "run: {steps: 100}", 4, 100, 0.25, 288.0),
-        (line(4, 0.25, **PACE) + '{"step": 5, "eval/loss": 1}\n{"step": 6, "tr', "run: {steps: 100}", 4, 100, 0.25, 288.0),
+        (
+            line(4, 0.25, **PACE) + '{"step": 5, "eval/loss": 1}\n{"step": 6, "tr', "run: {steps: 100}", 4,
+            100, 0.25, 288.0
+        ),
         ('{"step": 4, "train/l\n' + line(5, 0.5, **PACE), "run: {steps: 10}", 5, 10, 0.5, 15.0),
         (line(4, 0.25), "run: {steps: 100}", 4, 100, 0.25, None),
         ("", "run: {steps: 100}", 0, 100, None, None),
@@ -137,7 +151,9 @@ def test_how_far_a_slice_is(run, ascii_locale, metrics, config, step, steps, los
     assert found == standing.Standing("01", "running", step, steps, loss, eta_s, "job 7_1", "7_1")
     stands(run, "01", "7_1", code=75)
     found = standing.standing(run, plan, 1, slurm.Queue())
-    assert found == standing.Standing("01", "preempted", step, steps, loss, None, "saved; `hvtrain slices retry` goes on")
+    assert found == standing.Standing(
+        "01", "preempted", step, steps, loss, None, "saved; `hvtrain slices retry` goes on"
+    )
 
 
 def test_only_the_last_lines_of_the_metrics_are_read(run):
@@ -154,8 +170,9 @@ def test_only_the_last_lines_of_the_metrics_are_read(run):
 @pytest.mark.parametrize(
     ("code", "config", "found"),
     [
-        (0, "run: {steps: 100}", ("done", 100, 100, 0.25)), (None, "run: {steps: 100}", ("done", 100, 100, 0.25)),
-        (0, "", ("done", 4, 0, 0.25)), (1, "run: {steps: 100}", ("failed", 4, 100, 0.25)),
+        (0, "run: {steps: 100}", ("done", 100, 100, 0.25)),
+        (None, "run: {steps: 100}", ("done", 100, 100, 0.25)), (0, "", ("done", 4, 0, 0.25)),
+        (1, "run: {steps: 100}", ("failed", 4, 100, 0.25)),
     ],
 )
 def test_a_slice_with_a_sound_result_is_done_unless_its_end_was_bad(run, code, config, found):
@@ -182,7 +199,9 @@ def test_words_for_the_merge(run, state, queue, word, note, job):
     plan = a_run(run, n=1)
     slices.save_state(run, "merge", slices.JobState(**state))
     (run / "logs/merge.log").write_text("error: of the merge\n")
-    assert standing.merge_standing(run, plan, slurm.Queue(queue)) == standing.Standing("merge", word, note=note, job=job)
+    assert standing.merge_standing(run, plan, slurm.Queue(queue)) == standing.Standing(
+        "merge", word, note=note, job=job
+    )
     none = standing.merge_standing(run, a_run(run, n=1, merge=False), slurm.Queue(queue))
     assert none == standing.Standing("merge", "none", note="not asked for")
 
@@ -199,8 +218,8 @@ def test_a_merge_that_is_not_over_is_not_done_whatever_lies_there(run):
 def test_a_mark_of_an_attempt_that_was_cancelled(run):
     plan = a_run(run, n=1)
     for marks, jobs, word in (
-        ({"01": "7_1"}, ["7_1"], "cancelled"), ({"01": "6_1"}, ["6_1", "7_1"], "failed"), ({"01": ""}, [], "cancelled"),
-        ({"02": ""}, [], "waiting"),
+        ({"01": "7_1"}, ["7_1"], "cancelled"), ({"01": "6_1"}, ["6_1", "7_1"], "failed"),
+        ({"01": ""}, [], "cancelled"), ({"02": ""}, [], "waiting"),
     ):
         slices.save_state(run, "01", slices.JobState(jobs, 1.0))
         slices._write(run / "state/cancelled.json", marks)
@@ -220,9 +239,10 @@ def test_what_slurm_says_of_an_array_is_not_of_a_task_that_had_begun(run):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a\nerror: first\nerror: last \n\nsrun: done\n", "error: last"), ("ValueError: x\nmore\n", "ValueError: x"),
-        ("the error: no\n  so it was \n\n", "so it was"), ("error: " + "x" * 400, "error: " + "x" * 293),
-        ("\n \n", ""), (None, ""), ("error: caf\xe9\n", "error: caf\ufffd"),
+        ("a\nerror: first\nerror: last \n\nsrun: done\n", "error: last"),
+        ("ValueError: x\nmore\n", "ValueError: x"), ("the error: no\n  so it was \n\n", "so it was"),
+        ("error: " + "x" * 400, "error: " + "x" * 293), ("\n \n", ""), (None, ""),
+        ("error: caf\xe9\n", "error: caf\ufffd"),
     ],
 )
 def test_the_line_of_a_log_that_says_what_went_wrong(tmp_path, text, said):
@@ -244,5 +264,8 @@ def test_what_status_prints():
         "merge waiting",
         "03    failed                                              exit code 2",
         "04    queued     0/9",
-        *(f"05    {'running':<38}{left} left" for left in ("0 s", "119 s", "2 min", "120 min", "2.0 h", "1000.0 h")),
+        *(
+            f"05    {'running':<38}{left} left"
+            for left in ("0 s", "119 s", "2 min", "120 min", "2.0 h", "1000.0 h")
+        ),
     ]

@@ -32,7 +32,10 @@ def stood(*parts: str, merge: str = "waiting") -> list[standing.Standing]:
         (stood("queued*", "failed", merge="blocked*"), backends.Start((2,), True, ("j-01",), ("j-merge",))),
         (stood("queued*", "done", merge="cancelled"), backends.Start((), True, ("j-01",))),
         (stood("done", "done", merge="blocked*"), backends.Start((), True, (), ("j-merge",))),
-        (stood("preempted*", "preempted", merge="queued*"), backends.Start((2,), True, ("j-01",), ("j-merge",))),
+        (
+            stood("preempted*", "preempted", merge="queued*"),
+            backends.Start((2,), True, ("j-01",), ("j-merge",))
+        ),
         (stood("done", "failed", merge="done"), backends.Start((2,), True)),
     ],
 )
@@ -45,13 +48,22 @@ def test_an_array_and_the_merge_after_it(fake, run, capsys):
     code, said = hvtrain(capsys, "retry", run)
     assert code == 0
     assert said == (
-        f"job 101: slices 1, 2, 3, 2 at a time\njob 102: merge, when all have finished\nhvtrain slices status {run}\n"
+        "job 101: slices 1, 2, 3, 2 at a time\njob 102: merge, when all have finished\nhvtrain slices "
+        f"status {run}\n"
     )
     array, merge = fake.scripts()
     asked = options(array)
-    assert (asked["--array"], asked["--nodes"], asked["--time"], asked["--gpus-per-node"]) == ("1,2,3%2", "2", "1:00:00", "4")
-    assert asked["--output"] == f"{run}/logs/%2a.log" and asked["--job-name"] == "run-slices" and '-lt 1 ]' in array
-    assert options(merge)["--dependency"] == "afterok:101" and options(merge)["--output"] == f"{run}/logs/merge.log"
+    assert (asked["--array"], asked["--nodes"], asked["--time"], asked["--gpus-per-node"]) == (
+        "1,2,3%2", "2", "1:00:00", "4"
+    )
+    assert (
+        asked["--output"] == f"{run}/logs/%2a.log" and asked["--job-name"] == "run-slices"
+        and '-lt 1 ]' in array
+    )
+    assert (
+        options(merge)["--dependency"] == "afterok:101"
+        and options(merge)["--output"] == f"{run}/logs/merge.log"
+    )
     assert slices.load_state(run, "03").jobs == ["101_3"] and slices.load_state(run, "merge").jobs == ["102"]
     assert fake.asked("scancel") == []
 
@@ -73,15 +85,22 @@ def test_a_retry_while_others_run_lets_the_merge_wait_for_all(fake, run, capsys)
     stands(run, "03", "84_3", code=2)
     stands(run, "04", "84_4", code=75)
     stands(run, "merge", "85", started=None)
-    fake.says("84_2|RUNNING|None", "84_3|FAILED|NonZeroExitCode", "84_4|PENDING|BeginTime", "85|PENDING|DependencyNeverSatisfied")
+    fake.says(
+        "84_2|RUNNING|None", "84_3|FAILED|NonZeroExitCode", "84_4|PENDING|BeginTime",
+        "85|PENDING|DependencyNeverSatisfied"
+    )
     assert words(capsys, run)["merge"][0] == "blocked"
     code, said = hvtrain(capsys, "retry", run)
     assert code == 0 and "job 101: slices 3," in said
     array, merge = map(options, fake.scripts())
     assert array["--array"] == "3%1"
-    assert merge["--dependency"] == "afterok:84_2:84_4:101"  # 4 has saved and is in the queue again: not started twice
+    # 4 has saved and is in the queue again: not started twice
+    assert merge["--dependency"] == "afterok:84_2:84_4:101"
     assert fake.asked("scancel") == ["85"]
-    assert slices.load_state(run, "merge").jobs == ["85", "102"] and slices.load_state(run, "03").jobs == ["84_3", "101_3"]
+    assert (
+        slices.load_state(run, "merge").jobs == ["85", "102"]
+        and slices.load_state(run, "03").jobs == ["84_3", "101_3"]
+    )
 
 
 def test_a_merge_that_failed_alone_is_submitted_alone(fake, run, capsys):
@@ -109,7 +128,9 @@ def test_a_scheduler_that_does_not_answer_is_not_a_finished_job(fake, run, capsy
     stands(run, "merge", "85", started=None)
     fake.says("84_2|RUNNING|None", "84_3|PENDING|Resources", "85|PENDING|Dependency")
     monkeypatch.setattr(slurm, "ANSWER_S", 0.5)
-    why = {"fails": DOWN, "hangs": "squeue took more than 0.5 s", "no squeue": "squeue is not installed here"}[silence]
+    why = {
+        "fails": DOWN, "hangs": "squeue took more than 0.5 s", "no squeue": "squeue is not installed here"
+    }[silence]
     if silence == "fails":
         fake.fails("squeue")
     elif silence == "hangs":
@@ -141,7 +162,9 @@ def test_status_after_a_cancel_tells_the_truth(fake, run, capsys):
     assert fake.asked("scancel") == ["84_2 84_3 85"]
     fake.says("84_2|COMPLETING|None")  # it saves; the pending ones are gone without a trace
     stands(run, "02", "84_2", code=75)
-    assert [words(capsys, run)[n][0] for n in ("01", "02", "03", "merge")] == ["done", "running", "cancelled", "cancelled"]
+    assert [words(capsys, run)[n][0] for n in ("01", "02", "03", "merge")] == [
+        "done", "running", "cancelled", "cancelled"
+    ]
     fake.says()
     found = words(capsys, run)
     assert [found[n][0] for n in ("02", "03", "merge")] == ["cancelled"] * 3
@@ -169,13 +192,15 @@ def test_a_run_is_started_by_one_at_a_time(fake, run, capsys):
     with slices.only_one(run):
         assert slices.starter(run) == f"{os.getpid()}:{slices.process_start(os.getpid())}"
         code, said = hvtrain(capsys, "retry", run)
-        assert code == 2 and f"being started already, by process {os.getpid()};" in said and not fake.scripts()
+        assert (
+            code == 2 and f"being started already, by process {os.getpid()};" in said and not fake.scripts()
+        )
     assert slices.starter(run) == ""
     (run / "state/lock").write_text("999999999:1")  # its holder was killed: the kernel took the lock back
     assert slices.starter(run) == "" and hvtrain(capsys, "retry", run)[0] == 0
 
 
-# --- inside a job -----------------------------------------------------------------------------------------------------
+# --- inside a job -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -191,11 +216,15 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_slice_in_a_job_is_noted_by_node_0(run, launched, monkeypatch, node):
     plan = a_run(run, n=2, nproc=2, nodes=2, max_restarts=5)
-    variables = {"SLURM_NNODES": 2, "SLURM_NODEID": node, "SLURM_ARRAY_JOB_ID": 84, "MASTER_ADDR": "n1", "MASTER_PORT": 20001}
+    variables = {
+        "SLURM_NNODES": 2, "SLURM_NODEID": node, "SLURM_ARRAY_JOB_ID": 84, "MASTER_ADDR": "n1",
+        "MASTER_PORT": 20001
+    }
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     assert backends.run_one(run, plan, 2) == 75
     [((_, topology), more)] = launched
-    assert topology.node_rank == node and more == {"max_restarts": 0}  # the script restarts all nodes together
+    # the script restarts all nodes together
+    assert topology.node_rank == node and more == {"max_restarts": 0}
     state = slices.load_state(run, "02")
     assert (state.jobs, state.code) == ((["84_2"], 75) if node == 0 else ([], None))

@@ -16,8 +16,10 @@ N = 5
 def waved(run, **more):
     """Five slices in waves of three and two, which nobody has begun."""
     plan = a_run(run, n=N, waves=2, **more)
-    merge = ("--dit", "d", *waves.loras(run, plan, 2), "--as", "model", "--output", f"{run}/merge/merged.safetensors",
-             "--reconcile", "fit", "--keep", "/k")  # fmt: skip
+    merge = (
+        "--dit", "d", *waves.loras(run, plan, 2), "--as", "model", "--output",
+        f"{run}/merge/merged.safetensors", "--reconcile", "fit", "--keep", "/k"
+    )  # fmt: skip
     plan = slices.replace(plan, merge=merge)
     slices.save_slices(run, plan)
     return plan
@@ -27,15 +29,20 @@ def test_a_wave_is_a_range_of_slices_and_all_are_in_one():
     for n, n_waves, sizes in ((5, 2, [3, 2]), (6, 3, [2, 2, 2]), (7, 3, [3, 2, 2]), (4, 1, [4])):
         plan = slices.Slices("", None, (), ("d",) * n, n, waves=n_waves)
         found = [waves.members(plan, w) for w in waves.every(plan)]
-        assert [len(own) for own in found] == sizes and [i for own in found for i in own] == list(range(1, n + 1))
-        assert [waves.wave_of(plan, i) for i in range(1, n + 1)] == [w for w, k in enumerate(sizes, start=1) for _ in range(k)]
+        assert (
+            [len(own) for own in found] == sizes
+            and [i for own in found for i in own] == list(range(1, n + 1))
+        )
+        assert [waves.wave_of(plan, i) for i in range(1, n + 1)] == [
+            w for w, k in enumerate(sizes, start=1) for _ in range(k)
+        ]
 
 
 def test_each_merge_takes_the_one_before_it_and_its_own_slices(run):
     plan = waved(run)
     assert waves.merge_arguments(run, plan, 1) == (
-        "--dit", "d", "--reconcile", "fit", "--keep", "/k", "--lora", f"{run}/01", "--lora", f"{run}/02", "--lora", f"{run}/03",
-        "--as", "lora", "--output", f"{run}/merge/wave-1.safetensors",
+        "--dit", "d", "--reconcile", "fit", "--keep", "/k", "--lora", f"{run}/01", "--lora", f"{run}/02",
+        "--lora", f"{run}/03", "--as", "lora", "--output", f"{run}/merge/wave-1.safetensors",
     )
     assert waves.merge_arguments(run, plan, 2) == plan.merge
     under = f"{run}/merge/wave-1.safetensors"
@@ -56,12 +63,20 @@ def test_jobs_of_a_wave_wait_for_the_merge_before_it(fake, run, capsys):
         "job 103: slices 4, 5, 1 at a time", "job 104: merge, when all have finished",
     ]
     asked = [options(script) for script in fake.scripts()]
-    assert [found.get("--dependency") for found in asked] == [None, "afterok:101", "afterok:102", "afterok:102:103"]
+    assert [found.get("--dependency") for found in asked] == [
+        None, "afterok:101", "afterok:102", "afterok:102:103"
+    ]
     assert [found.get("--array") for found in asked] == ["1,2,3%1", None, "4,5%1", None]
     assert f"slices merge {run} --wave 1" in fake.scripts()[1] and "--wave" not in fake.scripts()[3]
-    assert slices.load_state(run, "05").jobs == ["103_5"] and slices.load_state(run, "merge-1").jobs == ["102"]
-    fake.says("101_1|RUNNING|None", "102|PENDING|Dependency", "103_4|PENDING|Dependency", "103_5|PENDING|Dependency")
-    assert [words(capsys, run)[name][0] for name in ("01", "04", "merge-1")] == ["running", "queued", "queued"]
+    assert (
+        slices.load_state(run, "05").jobs == ["103_5"] and slices.load_state(run, "merge-1").jobs == ["102"]
+    )
+    fake.says(
+        "101_1|RUNNING|None", "102|PENDING|Dependency", "103_4|PENDING|Dependency", "103_5|PENDING|Dependency"
+    )
+    assert [
+        words(capsys, run)[name][0] for name in ("01", "04", "merge-1")
+    ] == ["running", "queued", "queued"]
 
 
 def test_what_waited_for_a_job_that_failed_is_started_again(fake, run, capsys):
@@ -71,7 +86,10 @@ def test_what_waited_for_a_job_that_failed_is_started_again(fake, run, capsys):
     for i in (1, 3):
         finish(run, f"0{i}", f"101_{i}")
     stands(run, "02", "101_2", code=2)
-    fake.says("102|PENDING|DependencyNeverSatisfied", *(f"{job}|PENDING|Dependency" for job in ("103_4", "103_5", "104")))
+    fake.says(
+        "102|PENDING|DependencyNeverSatisfied",
+        *(f"{job}|PENDING|Dependency" for job in ("103_4", "103_5", "104"))
+    )
     said = hvtrain(capsys, "retry", run)[1]
     assert "job 105: slices 2" in said and "job 107: slices 4, 5" in said
     asked = [options(script).get("--dependency") for script in fake.scripts()[4:]]
@@ -101,7 +119,9 @@ def test_a_merge_under_way_is_waited_for(fake, run, capsys):
     stands(run, "merge-1", "8")
     fake.says("8|RUNNING|None")
     hvtrain(capsys, "retry", run)
-    assert [options(script).get("--dependency") for script in fake.scripts()] == ["afterok:8", "afterok:8:101"]
+    assert [
+        options(script).get("--dependency") for script in fake.scripts()
+    ] == ["afterok:8", "afterok:8:101"]
 
 
 def test_runs_without_waves_look_as_before(run, tmp_path):
@@ -114,9 +134,14 @@ def test_runs_without_waves_look_as_before(run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--waves", "3"], "--waves 3: there are 2 slices"), (["--waves", "0"], "--waves 0: expected 1 or more"),
-        (["--waves", "2", "--merge-as", "none"], "--waves 2: a wave is trained on top of the merge before it"),
-        (["--waves", "2", "--plan", "plan.json", "--reconcile", "fit"], "slices of a plan are added up between waves"),
+        (["--waves", "3"], "--waves 3: there are 2 slices"),
+        (["--waves", "0"], "--waves 0: expected 1 or more"),
+        (
+            ["--waves", "2", "--merge-as", "none"],
+            "--waves 2: a wave is trained on top of the merge before it"
+        ),
+        (["--waves", "2", "--plan", "plan.json", "--reconcile", "fit"], "slices of a plan are added up "
+        "between waves"),
         (["adapter.base_lora=[{path: parts}]"], "model.dit is not that model; put it in first"),
     ],
 )
@@ -136,13 +161,16 @@ def test_every_wave_s_scripts_are_shown(tmp_path, capsys, monkeypatch):
     for part in ("01", "02"):
         (tmp_path / "parts" / part).mkdir(parents=True)
         (tmp_path / "parts" / part / "manifest.json").write_text("{}")
-    given = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--data", "parts", "--output", "run", "--waves", "2"]
+    given = [
+        "model.dit=tiny:dit.safetensors", "run.steps=1", "--data", "parts", "--output", "run", "--waves", "2"
+    ]
     code, said = hvtrain(capsys, "run", *given, "--backend", "slurm", "--dry-run")
     assert code == 0 and said.count("#!/usr/bin/env bash") == 4 and "afterok:MERGE" in said
 
 
 def test_waves_here_go_one_after_the_other(run, monkeypatch):
-    """Each wave's slices, its merge, then the next; what is done is left alone, and a merge that fails ends it."""
+    """Each wave's slices, its merge, then the next; what is done is left alone, and
+    a merge that fails ends it."""
     plan, seen, code = waved(run, backend="local"), [], {"merge-1": 0}
     monkeypatch.setattr(backends, "POLL_S", 0.0)
 

@@ -1,4 +1,5 @@
-"""What the strange architecture is made of, as files; clips that it is trained on; and the command line in this process."""
+"""What the strange architecture is made of, as files; clips that it is trained on; and the
+command line in this process."""
 
 from __future__ import annotations
 

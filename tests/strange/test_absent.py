@@ -1,4 +1,5 @@
-"""A text that is there in one rank's samples and not in the other's: nothing waits, and gradients are those of one process."""
+"""A text that is there in one rank's samples and not in the other's: nothing waits, and
+gradients are those of one process."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_without_letters_their_layers_get_gradients_of_zero() -> None:
 
 @pytest.mark.timeout(200)
 def test_one_rank_s_samples_have_letters() -> None:
-    cases = [Case(engine="torch", stage=0), Case(stage=0), Case(stage=2), Case(stage=3, recompute="selective")]
+    cases = [
+        Case(engine="torch", stage=0), Case(stage=0), Case(stage=2), Case(stage=3, recompute="selective")
+    ]
     with discovered():
         spec = find(NAME)
         results = run_ranks(2, of_layouts, [(NAME, "plain")], cases, quoting_at_first, timeout_s=180)[0]

@@ -1,4 +1,5 @@
-"""The next architecture is one folder: a copy of the strange one under another name, with other sizes, and nothing else."""
+"""The next architecture is one folder: a copy of the strange one under another name, with
+other sizes, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,10 +30,14 @@ SIZES = {
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
     folder = tmp_path / "hvtrain" / "models" / "odd"
-    shutil.copytree(FOUND / "hvtrain" / "models" / "strange", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        FOUND / "hvtrain" / "models" / "strange", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
     for path in folder.iterdir():
         text = path.read_text()
-        for old, new in {**(SIZES if path.name == "arch.py" else {}), "strange": "odd", "Strange": "Odd"}.items():
+        for old, new in {
+            **(SIZES if path.name == "arch.py" else {}), "strange": "odd", "Strange": "Odd"
+        }.items():
             assert old in text or old.lower() == "strange", f"{path.name} has no '{old}'"
             text = text.replace(old, new)
         path.write_text(text)
@@ -41,10 +46,15 @@ def odd(tmp_path: Path) -> Path:
 
 def test_a_copy_keeps_every_promise(odd: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(odd)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_model_contract.py", "-k", "odd"]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_model_contract.py", "-k",
+        "odd"
+    ]
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout[-4000:]
-    assert " passed" in ended.stdout and int(ended.stdout.split(" passed")[0].split()[-1]) >= 25, ended.stdout[-500:]
+    assert " passed" in ended.stdout and int(
+        ended.stdout.split(" passed")[0].split()[-1]
+    ) >= 25, ended.stdout[-500:]
 
 
 def test_a_copy_is_split_over_ranks(odd: Path) -> None:

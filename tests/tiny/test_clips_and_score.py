@@ -19,7 +19,9 @@ def test_split_is_disjoint_and_balanced():
 def test_scorer_reads_every_training_clip(size):
     for clip in clips.training_clips(144, seed=5):
         seen = look(clips.render(clip, height=size[0], width=size[1]))
-        assert (seen.color, seen.motion, seen.hollow, seen.background) == (clip.color, clip.motion, False, clip.background), clip
+        assert (seen.color, seen.motion, seen.hollow, seen.background) == (
+            clip.color, clip.motion, False, clip.background
+        ), clip
 
 
 def test_scorer_knows_the_concept():
@@ -32,7 +34,10 @@ def test_scorer_is_not_fooled():
     still = np.repeat(clips.render(clips.training_clips(1, seed=0)[0])[:1], 9, axis=0)
     assert look(still).motion is None
     noise = np.full((9, 64, 64, 3), 128, np.uint8)
-    assert look(noise).color is None and look(noise).background == "gray" and look(noise // 3).background == "dark"
+    assert (
+        look(noise).color is None and look(noise).background == "gray"
+        and look(noise // 3).background == "dark"
+    )
     backwards = clips.render(clips.Drawing("red", "circle", "left", "gray"))[::-1]
     assert look(backwards).motion == "right"
     assert not look(clips.render(clips.Drawing("yellow", "circle", "left", "dark"))).is_concept

@@ -42,7 +42,9 @@ def test_whitening_changes_latents_and_no_picture(model: str, tmp_path: Path) ->
         mean = vae.moments(network, video)[0]
         flat, picture = mean.transpose(0, 1).flatten(1), vae.decode(network, mean)
         vae.whiten(network, flat.mean(1), flat.std(1))
-        torch.testing.assert_close(vae.decode(network, vae.moments(network, video)[0]), picture, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            vae.decode(network, vae.moments(network, video)[0]), picture, atol=1e-4, rtol=1e-4
+        )
     vae.save(network, str(tmp_path / "vae.safetensors"))
     latents = find(model).open_vae(tmp_path / "vae.safetensors", dtype=torch.float32).encode(video)
     latents = latents.transpose(0, 1).flatten(1)

@@ -83,7 +83,8 @@ def test_each_gets_its_share_of_every_stretch() -> None:
 
 
 def test_two_files_and_the_whole_distribution(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    """Sigma of all steps together is the flavor's own distribution; each expert sees its own range, and says so in its file."""
+    """Sigma of all steps together is the flavor's own distribution; each expert sees its own
+    range, and says so in its file."""
     seen: list[tuple[str, float]] = []
     compare = Objective.compare
 
@@ -93,32 +94,43 @@ def test_two_files_and_the_whole_distribution(folder: Path, monkeypatch: pytest.
 
     now: list[experts.Team] = []
     made = experts.Team.__init__
-    monkeypatch.setattr(experts.Team, "__init__", lambda self, *a, **k: (made(self, *a, **k), now.append(self))[0])
+    monkeypatch.setattr(
+        experts.Team, "__init__", lambda self, *a, **k: (made(self, *a, **k), now.append(self))[0]
+    )
     monkeypatch.setattr(Objective, "compare", compared)
     items = ("run.steps=48", "flow.shift=5", "data.batch_size=5", "adapter.rank=1")
     cfg = pair_config(folder, "both", *items)
     assert train.run(cfg) == 0
     said = capfd.readouterr().out
-    assert "experts high and low for 37 % and 63 % of the steps" in said and "both/lora-high.safetensors" in said
+    assert (
+        "experts high and low for 37 % and 63 % of the steps" in said and "both/lora-high.safetensors" in said
+    )
     assert all((s >= BOUNDARY) == (key == "high") for key, s in seen) and len(seen) == 48 * 5
     flow = setup.flow_of(cfg.flow, FLAVOR)
     quantile = quantile_function(flow.timestep_sampling, flow)
-    below = torch.tensor(sorted(share_within(quantile, 0.0, s) for _, s in seen))  # uniform, if it is the flavor's distribution
-    assert (below - (torch.arange(240) + 0.5) / 240).abs().max() < 0.04  # 0.088 is what 240 draws keep to in 95 of 100 cases
+    # uniform, if it is the flavor's distribution
+    below = torch.tensor(sorted(share_within(quantile, 0.0, s) for _, s in seen))
+    # 0.088 is what 240 draws keep to in 95 of 100 cases
+    assert (below - (torch.arange(240) + 0.5) / 240).abs().max() < 0.04
     for name, begin, end in (("high", 875, 1000), ("low", 0, 875)):
         with safe_open(folder / f"both/lora-{name}.safetensors", "pt") as file:
             about = file.metadata()
         assert (about["hvtrain.expert"], about["ss_output_name"]) == (name, f"lora-{name}")
         assert (about["ss_min_timestep"], about["ss_max_timestep"]) == (str(begin), str(end))
         assert about["ss_sd_model_name"] == f"{name}.safetensors"
-        assert any(t.any() for n, t in lora(folder / f"both/lora-{name}.safetensors").items() if "lora_up" in n)
+        assert any(
+            t.any() for n, t in lora(folder / f"both/lora-{name}.safetensors").items() if "lora_up" in n
+        )
     assert json.loads((folder / "both/run.json").read_text())["model.experts"] == "both"
     with pytest.raises(ConfigError, match='model.experts is "both" there, "high" here'):
         train.run(pair_config(folder, "both", *items, which="high"))
 
 
-def test_an_expert_s_steps_are_those_of_a_run_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, and another's steps afterwards change nothing of it: no moment, decay or average goes on."""
+def test_an_expert_s_steps_are_those_of_a_run_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and another's steps afterwards change nothing of it: no
+    moment, decay or average goes on."""
     for name, letters in (("high", "hhhlll"), ("low", "lllhhh")):
         more = ("adapter.dropout=0.1", "run.ema_decay=0.9", "optim.weight_decay=0.1")
         assert train.run(pair_config(folder, f"alone-{name}", *more, "run.steps=3", which=name)) == 0
@@ -152,7 +164,8 @@ def test_it_goes_on_bit_for_bit(folder: Path) -> None:
 
 
 def test_the_idle_one_waits_on_the_host(folder: Path, capfd) -> None:
-    """The same run; only the frozen weights of the expert whose step it is are there. Also beside swapped blocks."""
+    """The same run; only the frozen weights of the expert whose step it is are there.
+    Also beside swapped blocks."""
     held = (f"eval.shards=[{folder / 'set'}]", "eval.every_steps=3", "eval.max_batches=1")
     items = ("run.recompute=full", "adapter.rank=2", *held)
     assert train.run(pair_config(folder, "device", *items)) == 0
@@ -179,7 +192,9 @@ def test_the_frozen_weights_leave_the_device(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(experts.Team, "at_step", measured)
     turns(monkeypatch, "hlhl")
-    assert train.run(pair_config(folder, "sizes", "run.idle_expert=host", "run.steps=4", "adapter.rank=2")) == 0
+    assert train.run(
+        pair_config(folder, "sizes", "run.idle_expert=host", "run.steps=4", "adapter.rank=2")
+    ) == 0
     n = sum(p.numel() for p in random_model(SPEC, FLAVOR).parameters())
     assert sizes == [{"high": n, "low": 0, "now": "high"}, {"high": 0, "low": n, "now": "low"}] * 2
 
@@ -191,7 +206,8 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[float, torch.nn.Module] = {}
-        monkeypatch.setattr(train, "check_train", lambda cfg: None)  # it asks for the files that make a video of a prompt
+        # it asks for the files that make a video of a prompt
+        monkeypatch.setattr(train, "check_train", lambda cfg: None)
         monkeypatch.setattr(train, "plan_previews", lambda *a, **k: ["a"])
         monkeypatch.setattr(train, "Previews", lambda *a, **k: self)
 
@@ -207,8 +223,12 @@ class Recorded:
 def test_videos_are_made_with_all_experts(folder: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     """The one that is not trained as its file has it, only loaded while a video is made."""
     recorded, opened, load = Recorded(monkeypatch), [], prepare.load_dit
-    monkeypatch.setattr(prepare, "load_dit", lambda path, **k: opened.append(Path(path).stem) or load(path, **k))
-    assert train.run(pair_config(folder, f"video-{which}", "preview.every_steps=3", "run.steps=6", which=which)) == 0
+    monkeypatch.setattr(
+        prepare, "load_dit", lambda path, **k: opened.append(Path(path).stem) or load(path, **k)
+    )
+    assert train.run(
+        pair_config(folder, f"video-{which}", "preview.every_steps=3", "run.steps=6", which=which)
+    ) == 0
     other = {"high": ["low"], "low": ["high"], "both": []}[which]
     assert opened == other * 2
     heads = {name: load_file(folder / f"{name}.safetensors")["head.head.bias"] for name in ("high", "low")}
@@ -217,8 +237,12 @@ def test_videos_are_made_with_all_experts(folder: Path, monkeypatch: pytest.Monk
     if other:
         monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
         part = "dit_low" if which == "high" else "dit"
-        with pytest.raises(ConfigError, match=f"preview.every_steps: .*model.{part} is not set; .* or set it to 0"):
-            train.run(pair_config(folder, "no-other", "preview.every_steps=3", f"model.{part}=null", which=which))
+        with pytest.raises(
+            ConfigError, match=f"preview.every_steps: .*model.{part} is not set; .* or set it to 0"
+        ):
+            train.run(
+                pair_config(folder, "no-other", "preview.every_steps=3", f"model.{part}=null", which=which)
+            )
 
 
 def test_the_held_out_loss_is_of_both(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,22 +256,33 @@ def test_the_held_out_loss_is_of_both(folder: Path, monkeypatch: pytest.MonkeyPa
         return compare(self, model, batch, sigma=sigma, draw=draw)
 
     monkeypatch.setattr(Objective, "compare", compared)
-    items = (f"eval.shards=[{folder / 'set'}]", "eval.every_steps=2", "eval.max_batches=1", "run.steps=2", "run.keep_best=true")
+    items = (
+        f"eval.shards=[{folder / 'set'}]", "eval.every_steps=2", "eval.max_batches=1", "run.steps=2",
+        "run.keep_best=true"
+    )
     cfg = pair_config(folder, "held", *items, "flow.shift=5")
     assert train.run(cfg) == 0
     flow = setup.flow_of(cfg.flow, FLAVOR)
-    levels = quantile_function(flow.timestep_sampling, flow)(torch.tensor(cfg.eval.quantiles, dtype=torch.float64))
+    levels = quantile_function(flow.timestep_sampling, flow)(
+        torch.tensor(cfg.eval.quantiles, dtype=torch.float64)
+    )
     assert sorted(seen) == pytest.approx(sorted(levels.tolist()), abs=1e-5)
     heads = {name: load_file(folder / f"{name}.safetensors")["head.head.bias"] for name in ("high", "low")}
     whose = ["high" if torch.equal(seen[s], heads["high"]) else "low" for s in sorted(seen)]
-    assert whose == ["high" if s >= BOUNDARY else "low" for s in sorted(seen)] and set(whose) == {"high", "low"}
+    assert (
+        whose == ["high" if s >= BOUNDARY else "low" for s in sorted(seen)] and set(whose) == {"high", "low"}
+    )
     assert all((folder / f"held/lora-{name}-best.safetensors").is_file() for name in ("high", "low"))
 
 
-def test_a_merge_is_evaluated_on_its_expert_s_noise_levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_is_evaluated_on_its_expert_s_noise_levels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[float] = []
     compare = Objective.compare
-    monkeypatch.setattr(Objective, "compare", lambda self, *a, **k: seen.extend(k["sigma"].tolist()) or compare(self, *a, **k))
+    monkeypatch.setattr(
+        Objective, "compare", lambda self, *a, **k: seen.extend(k["sigma"].tolist()) or compare(self, *a, **k)
+    )
     found = identify(folder / "low.safetensors", model="wan", flavor="tiny-a14b")
     losses_of(found, Inputs([], None), {}, [str(folder / "set")], start(device="cpu"), "low")
     assert seen and all(0 < s < BOUNDARY for s in seen)
@@ -260,22 +295,36 @@ def test_a_merge_is_evaluated_on_its_expert_s_noise_levels(folder: Path, monkeyp
 def test_from_files_of_each(folder: Path) -> None:
     assert train.run(pair_config(folder, "first", "run.steps=2")) == 0
     there = folder / "first/lora-{expert}.safetensors"
-    with pytest.raises(ConfigError, match="lora-low.safetensors was trained as the expert 'low', this is 'high'"):
-        train.run(pair_config(folder, "wrong", f"adapter.init_from={there.with_name('lora-low.safetensors')}"))
-    assert train.run(pair_config(folder, "second", f"adapter.init_from='{there}'", "run.steps=1", "optim.lr=1e-12")) == 0
+    with pytest.raises(
+        ConfigError, match="lora-low.safetensors was trained as the expert 'low', this is 'high'"
+    ):
+        train.run(
+            pair_config(folder, "wrong", f"adapter.init_from={there.with_name('lora-low.safetensors')}")
+        )
+    assert train.run(
+        pair_config(folder, "second", f"adapter.init_from='{there}'", "run.steps=1", "optim.lr=1e-12")
+    ) == 0
     for name in ("high", "low"):
         a, b = (lora(folder / f"{run}/lora-{name}.safetensors") for run in ("first", "second"))
-        assert all(torch.allclose(a[n], b[n], atol=1e-9) for n in a) and any(t.any() for n, t in a.items() if "lora_up" in n)
+        assert (
+            all(torch.allclose(a[n], b[n], atol=1e-9) for n in a)
+            and any(t.any() for n, t in a.items() if "lora_up" in n)
+        )
 
 
 @pytest.mark.parametrize(
     ("items", "says"),
     [
-        (("flow.max_sigma=0.5",), "flow.max_sigma 0.5 are not the noise levels of the expert 'high', 0.875 to 1"),
+        (("flow.max_sigma=0.5",), "flow.max_sigma 0.5 are not the noise levels of the expert 'high', 0.875 "
+        "to 1"),
         (("model.dit_low=null",), "model.dit_low is not set; the expert 'low' is in that file"),
-        (("model.flavor=tiny", "model.dit_low=null"), "flavor 'tiny' has no expert 'high'; it has no experts"),
+        (
+            ("model.flavor=tiny", "model.dit_low=null"),
+            "flavor 'tiny' has no expert 'high'; it has no experts"
+        ),
         (("run.expert_turn=0",), "run.expert_turn is 0, expected more than 0"),
-        (("adapter.type=none", "run.idle_expert=host"), "run.idle_expert: a full fine-tune changes all weights"),
+        (("adapter.type=none", "run.idle_expert=host"), "run.idle_expert: a full fine-tune changes all "
+        "weights"),
     ],
 )
 def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch, items: tuple[str, ...], says: str) -> None:
@@ -285,16 +334,25 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch, items: tuple[st
     assert not (folder / "refused").exists()
 
 
-def test_a_file_that_is_by_its_name_the_other_s(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_by_its_name_the_other_s(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     high, low = FLAVOR.experts
-    for sound in ("high_noise_model", "x/high_noise_model/a.safetensors", "wan2.2_t2v_high_noise_14B.safetensors", "high.pt",
-                  "low_noise_model/wan_high_noise.safetensors", "high_noise_or_low_noise.safetensors", "low_res.safetensors"):
+    for sound in (
+        "high_noise_model", "x/high_noise_model/a.safetensors", "wan2.2_t2v_high_noise_14B.safetensors",
+        "high.pt", "low_noise_model/wan_high_noise.safetensors", "high_noise_or_low_noise.safetensors",
+        "low_res.safetensors"
+    ):
         FLAVOR.check_file(high, sound)
-    with pytest.raises(ConfigError, match="model.dit_low: .* is by its name the expert 'high', and this is the file of 'low'"):
+    with pytest.raises(
+        ConfigError, match="model.dit_low: .* is by its name the expert 'high', and this is the file of 'low'"
+    ):
         FLAVOR.check_file(low, "Wan2.2-T2V-A14B/high_noise_model")
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
     (tmp_path / "wan_low_noise.safetensors").symlink_to(folder / "high.safetensors")
-    with pytest.raises(ConfigError, match="model.dit: .*wan_low_noise.safetensors is by its name the expert 'low'"):
+    with pytest.raises(
+        ConfigError, match="model.dit: .*wan_low_noise.safetensors is by its name the expert 'low'"
+    ):
         train.run(pair_config(folder, "swapped", f"model.dit={tmp_path / 'wan_low_noise.safetensors'}"))
 
 
@@ -321,17 +379,23 @@ def _on_ranks(folder: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_two_ranks_train_what_one_does(folder: Path) -> None:
-    """ZeRO 0 to 3, also stopped half-way, also all weights of both. Each half has steps of both: seed 3 draws high, low, low,
-    high."""
+    """ZeRO 0 to 3, also stopped half-way, also all weights of both. Each half has steps of both: seed 3
+    draws high, low, low, high."""
     run_ranks(2, _on_ranks, folder, timeout_s=240)
     one = ("run.steps=4", "run.seed=3")
     assert train.run(pair_config(folder, "one", *one)) == 0
     assert train.run(pair_config(folder, "full", *one, "adapter.type=none", "optim.lr=1e-4")) == 0
     for name in MACHINES:
         alone = "full" if name.startswith("full") else "one"
-        rows = [[json.loads(row)["train/loss"] for row in (folder / run / "metrics.jsonl").read_text().splitlines()]
-                for run in (name, alone)]  # fmt: skip
+        rows = [
+            [
+                json.loads(row)["train/loss"]
+                for row in (folder / run / "metrics.jsonl").read_text().splitlines()
+            ] for run in (name, alone)
+        ]  # fmt: skip
         assert len(rows[0]) == 4 and rows[0] == pytest.approx(rows[1], rel=1e-4), name
         for key in ("high", "low"):
             a, b = (lora(folder / run / f"lora-{key}.safetensors") for run in (name, alone))
-            assert a.keys() == b.keys() and all((a[n].float() - b[n].float()).abs().max() < 2e-3 for n in a), (name, key)
+            assert a.keys() == b.keys() and all(
+                (a[n].float() - b[n].float()).abs().max() < 2e-3 for n in a
+            ), (name, key)

@@ -1,4 +1,5 @@
-"""What lies in a run's directory: sealed, compared when it is read, made again where it is lost, cleared of what kills left."""
+"""What lies in a run's directory: sealed, compared when it is read, made again where it is lost,
+cleared of what kills left."""
 
 import json
 import os
@@ -29,7 +30,9 @@ EMA = ("run.ema_decay=0.5",)
 
 def snapshot(step: int, *, ema: bool = False) -> Snapshot:
     weights = {"w": torch.full((300,), float(step))}
-    return Snapshot(Progress(step, cursor=2 * step), weights, {"w": {"exp_avg": torch.ones(300)}}, weights if ema else {})
+    return Snapshot(
+        Progress(step, cursor=2 * step), weights, {"w": {"exp_avg": torch.ones(300)}}, weights if ema else {}
+    )
 
 
 def flip(path: Path, at: int = -5) -> None:
@@ -65,7 +68,7 @@ def again(shards, run, *overrides):
     return train.run(config(shards, run, "run.save_every_steps=3", *EMA, *overrides))
 
 
-# --- seals ------------------------------------------------------------------------------------------------------------
+# --- seals --------------------------------------------------------------------------------------------------
 
 
 def test_a_seal_holds_size_and_checksum_of_every_file(tmp_path):
@@ -80,25 +83,32 @@ def test_a_seal_holds_size_and_checksum_of_every_file(tmp_path):
     checkpoint.verify(path)
 
 
-@pytest.mark.parametrize("name", ["params.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["params.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
 def test_every_harm_is_noticed_and_the_one_before_is_taken(tmp_path, name, harm):
     checkpoint.save(tmp_path, snapshot(3, ema=True), keep_last=0)
     path = checkpoint.save(tmp_path, snapshot(6, ema=True), keep_last=0)
-    {"flip": flip, "cut": lambda p: os.truncate(p, p.stat().st_size - 1), "gone": Path.unlink}[harm](path / name)
+    {
+        "flip": flip, "cut": lambda p: os.truncate(p, p.stat().st_size - 1), "gone": Path.unlink
+    }[harm](path / name)
     said = []
     assert checkpoint.newest_sound(tmp_path, said.append) == tmp_path / "step-00000003"
     wanted = {"flip": "its checksum is not the one", "cut": "bytes, ", "gone": "is missing"}[harm]
     assert len(said) == 1 and wanted in said[0] and f"step-00000006/{name}" in said[0]
     assert "set aside as damaged-step-00000006, the run goes on from step-00000003" in said[0]
     assert (tmp_path / "damaged-step-00000006").is_dir() and not path.exists()
-    assert checkpoint.newest_sound(tmp_path, said.append).name == "step-00000003" and len(said) == 1  # said once
+    # said once
+    assert checkpoint.newest_sound(tmp_path, said.append).name == "step-00000003" and len(said) == 1
 
 
 def test_without_a_sound_one_it_does_not_begin_at_zero(tmp_path):
     for step in (3, 6):
         flip(checkpoint.save(tmp_path, snapshot(step), keep_last=0) / "params.safetensors")
-    with pytest.raises(CheckpointError, match=r"step-00000006/params.safetensors is damaged: .* no sound checkpoint is left"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000006/params.safetensors is damaged: .* no sound checkpoint is left"
+    ):
         checkpoint.newest_sound(tmp_path, print)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000006"]
 
@@ -115,7 +125,8 @@ def test_checkpoints_of_older_versions_open(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_the_name_says_so(tmp_path, monkeypatch):
-    """A power cut after the rename must find the files' bytes: fsync of each file and of the folder, then the name, then root."""
+    """A power cut after the rename must find the files' bytes: fsync of each file and of the
+    folder, then the name, then root."""
     events, handles = [], {}
     plain_open, plain_fsync, plain_replace = os.open, os.fsync, os.replace
 
@@ -126,10 +137,15 @@ def test_everything_is_on_the_disk_before_the_name_says_so(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "fsync", lambda h: (events.append(("sync", handles[h].name)), plain_fsync(h))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("name", Path(b).name)), plain_replace(a, b))[1])
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (events.append(("name", Path(b).name)), plain_replace(a, b))[1]
+    )
     checkpoint.save(tmp_path / "c", snapshot(3, ema=True), keep_last=0)
     named = events.index(("name", "step-00000003"))
-    files = ("params.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "COMPLETE", ".writing-step-00000003")
+    files = (
+        "params.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "COMPLETE",
+        ".writing-step-00000003"
+    )
     assert all(("sync", name) in events[:named] for name in files)
     assert events[named + 1 :] == [("sync", "c")]
 
@@ -155,7 +171,9 @@ def test_a_full_disk_in_a_run_is_one_line(shards, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match="step 6 could not be saved .*No space left on device.*start again") as caught:
+    with pytest.raises(
+        CheckpointError, match="step 6 could not be saved .*No space left on device.*start again"
+    ) as caught:
         train.run(config(shards, tmp_path / "run"))
     assert "\n" not in str(caught.value)
 
@@ -163,7 +181,9 @@ def test_a_full_disk_in_a_run_is_one_line(shards, tmp_path, monkeypatch):
 def test_room_counts_the_file_for_the_user(tmp_path, monkeypatch):
     found = snapshot(3)
     checkpointed = 2 * 300 * 4
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpointed + 999))
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpointed + 999)
+    )
     checkpoint.check_room(tmp_path, found, results=999)
     with pytest.raises(CheckpointError, match="for its checkpoint and its result"):
         checkpoint.check_room(tmp_path, found, results=1000)
@@ -179,8 +199,8 @@ def test_a_run_asks_for_the_room_that_its_files_take(finished, shards, tmp_path,
 
 
 def test_the_host_holds_one_copy_of_the_run_at_a_time(shards, tmp_path, monkeypatch):
-    """Two of a 13B full fine-tune are more than a node has: before the weights are copied again, also for the best ones,
-    what was copied before is on the disk and let go."""
+    """Two of a 13B full fine-tune are more than a node has: before the weights are copied again, also for the
+    best ones, what was copied before is on the disk and let go."""
     alive: list[weakref.ref] = []
     at_export: list[int] = []
     export, state, written = TorchEngine.export_params, TorchEngine.export_optimizer, RunFiles.export
@@ -207,13 +227,13 @@ def test_the_host_holds_one_copy_of_the_run_at_a_time(shards, tmp_path, monkeypa
     monkeypatch.setattr(TorchEngine, "export_optimizer", optimizer)
     monkeypatch.setattr(RunFiles, "export", slow)
     train.run(config(
-        shards, tmp_path / "run", "run.save_every_steps=1", "run.steps=2", "run.keep_best=true", "eval.every_steps=1",
-        f"eval.shards={shards}", "eval.max_batches=1", "optim.lr=0.01",
+        shards, tmp_path / "run", "run.save_every_steps=1", "run.steps=2", "run.keep_best=true",
+        "eval.every_steps=1", f"eval.shards={shards}", "eval.max_batches=1", "optim.lr=0.01",
     ))
     assert len(at_export) >= 3 and at_export == [0] * len(at_export)
 
 
-# --- a run goes on ----------------------------------------------------------------------------------------------------
+# --- a run goes on ------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(finished, run, shards, capfd):
@@ -267,27 +287,35 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     cut_metrics(tmp_path / "none", 2)
 
 
-# --- whose run it is --------------------------------------------------------------------------------------------------
+# --- whose run it is ----------------------------------------------------------------------------------------
 
 
 def test_another_run_is_told_key_by_key(run, shards):
     with pytest.raises(ConfigError) as caught:
         again(shards, run, "adapter.rank=8", "flow.sigmoid_scale=0.5", "run.seed=9")
     text = str(caught.value)
-    assert "adapter.rank is 4 there, 8 here; flow.sigmoid_scale is 1.0 there, 0.5 here; run.seed is 0 there, 9 here; " in text
+    assert (
+        "adapter.rank is 4 there, 8 here; flow.sigmoid_scale is 1.0 there, 0.5 here; run.seed is 0 there, 9 "
+        "here; " in text
+    )
     assert "alpha" not in text and "\n" not in text
 
 
 def test_every_key_of_the_noise_levels_is_part_of_a_run(shards):
     base = find_base(config(shards, Path("x")).model)
-    found = identity([base], AdapterConfig(), None, FlowConfig(), [], data=DataConfig(), optimizer="adamw", seed=0, name="lora")
+    found = identity(
+        [base], AdapterConfig(), None, FlowConfig(), [], data=DataConfig(), optimizer="adamw", seed=0,
+        name="lora"
+    )
     assert {f"flow.{f.name}" for f in fields(FlowConfig)} <= set(found)
 
 
 def test_what_may_change_is_said(run, shards, capfd):
     assert again(shards, run, "optim.lr=0.005", "run.steps=7") == 0
     said = [line for line in capfd.readouterr().err.splitlines() if "other settings" in line]
-    assert said == ["this run goes on with other settings than before: optim.lr 0.001 -> 0.005, run.steps 6 -> 7"]
+    assert said == [
+        "this run goes on with other settings than before: optim.lr 0.001 -> 0.005, run.steps 6 -> 7"
+    ]
     assert again(shards, run, "optim.lr=0.005", "run.steps=7") == 0
     assert "other settings" not in capfd.readouterr().err
 
@@ -296,7 +324,9 @@ def test_runs_of_older_versions_continue(run, shards):
     """Their run.json kept adapter and flow as lists, and did not know keys that came later."""
     old = json.loads((run / "run.json").read_text())
     adapter = [old.pop(f"adapter.{k}") for k in ("type", "rank", "alpha", "dropout", "include", "exclude")]
-    names = ("timestep_sampling", "shift", "sigmoid_scale", "logit_mean", "min_sigma", "max_sigma", "guidance")
+    names = (
+        "timestep_sampling", "shift", "sigmoid_scale", "logit_mean", "min_sigma", "max_sigma", "guidance"
+    )
     flow = [old.pop(f"flow.{k}") for k in names]
     (run / "run.json").write_text(json.dumps({**old, "adapter": adapter, "flow": flow}))
     assert again(shards, run) == 0

@@ -1,4 +1,5 @@
-"""Checkpoints as files, without a run: what is written, what is found, what is said of what cannot be read."""
+"""Checkpoints as files, without a run: what is written, what is found, what is
+said of what cannot be read."""
 
 import json
 import os
@@ -36,17 +37,22 @@ def equal(found, wanted) -> bool:
 def test_what_is_saved_is_loaded(tmp_path):
     path = save(tmp_path / "new/root", 7, ema=True)
     assert path == tmp_path / "new/root/step-00000007"
-    assert [p.name for p in (tmp_path / "new/root").iterdir()] == [path.name] and checkpoint.step_of(path) == 7
+    assert (
+        [p.name for p in (tmp_path / "new/root").iterdir()] == [path.name] and checkpoint.step_of(path) == 7
+    )
     found = checkpoint.load(path)
     assert found.progress == Progress(step=7, cursor=14, epoch=1, bad_steps=5)
     assert equal(found.params, WEIGHTS) and equal(found.ema, {"c": torch.zeros(2)})
     assert found.optimizer.keys() == STATE.keys() and all(equal(found.optimizer[n], STATE[n]) for n in STATE)
-    assert set(load_file(path / "optimizer.safetensors")) == {"a::b::exp_avg", "a::b::step", "c::exp_avg", "c::step"}
+    assert set(load_file(path / "optimizer.safetensors")) == {
+        "a::b::exp_avg", "a::b::step", "c::exp_avg", "c::step"
+    }
     text = '{\n "step": 7,\n "cursor": 14,\n "epoch": 1,\n "bad_steps": 5\n}\n'
     assert (path / "state.json").read_text() == text
     plain = save(tmp_path, 8)
     assert not (plain / "ema.safetensors").exists() and checkpoint.load(plain).ema == {}
-    fresh = checkpoint.save(tmp_path, Snapshot(Progress(9), WEIGHTS, {}), keep_last=0)  # before the optimizer has a state
+    # before the optimizer has a state
+    fresh = checkpoint.save(tmp_path, Snapshot(Progress(9), WEIGHTS, {}), keep_last=0)
     assert checkpoint.load(fresh).optimizer == {}
 
 
@@ -61,15 +67,23 @@ def test_the_oldest_go_and_a_step_that_is_saved_again_is_replaced(tmp_path):
     names = ["step-00000002", "step-00000003", "step-00000004"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names and not (tmp_path / names[2] / "rest").exists()
     save(tmp_path, 4, keep_last=1, ema=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == names[1:] and (tmp_path / names[2] / "ema.safetensors").exists()
-    assert checkpoint.newest(tmp_path / "none") is None and checkpoint.newest_sound(tmp_path / "none", print) is None
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == names[1:]
+        and (tmp_path / names[2] / "ema.safetensors").exists()
+    )
+    assert (
+        checkpoint.newest(tmp_path / "none") is None
+        and checkpoint.newest_sound(tmp_path / "none", print) is None
+    )
 
 
 def test_the_result_of_a_run_is_sealed_with_it(tmp_path):
     result, other, gone = (tmp_path / f"{name}.safetensors" for name in ("lora", "other", "gone"))
     result.write_bytes(b"abc")
     path = save(tmp_path / "checkpoints", 7, results=[result])
-    assert json.loads((path / "COMPLETE").read_text())["results"] == {"lora.safetensors": checkpoint.seal(result)}
+    assert json.loads((path / "COMPLETE").read_text())["results"] == {
+        "lora.safetensors": checkpoint.seal(result)
+    }
     assert checkpoint.seal(result) == [3, "78af5f94892f3950"]  # XXH3 of "abc", as published
     assert checkpoint.result_is_whole(path, result) and not checkpoint.result_is_whole(path, gone)
     result.write_bytes(b"abd")
@@ -78,7 +92,10 @@ def test_the_result_of_a_run_is_sealed_with_it(tmp_path):
     assert not checkpoint.result_is_whole(path, result)
     files = json.loads((path / "COMPLETE").read_text())["files"]
     checkpoint.seal_results(path, [result])
-    assert checkpoint.result_is_whole(path, result) and json.loads((path / "COMPLETE").read_text())["files"] == files
+    assert (
+        checkpoint.result_is_whole(path, result)
+        and json.loads((path / "COMPLETE").read_text())["files"] == files
+    )
     # Without a seal it is whole if it opens.
     other.write_bytes(b"abc")
     assert not checkpoint.result_is_whole(path, other)
@@ -101,16 +118,22 @@ def test_what_is_damaged_is_named(tmp_path):
     state = path / "state.json"
     whole = state.read_text()
     state.write_text(whole + " ")
-    assert error_of(checkpoint.verify, path) == f"{state} is damaged: {len(whole) + 1} bytes, {len(whole)} were written"
+    assert error_of(
+        checkpoint.verify, path
+    ) == f"{state} is damaged: {len(whole) + 1} bytes, {len(whole)} were written"
     state.write_text(whole.replace("5", "6"))
-    assert error_of(checkpoint.verify, path) == f"{state} is damaged: its checksum is not the one it was written with"
+    assert error_of(
+        checkpoint.verify, path
+    ) == f"{state} is damaged: its checksum is not the one it was written with"
     state.unlink()
     assert error_of(checkpoint.verify, path) == f"{state} is missing"
     assert error_of(checkpoint.load, path).startswith(f"{path}: cannot be read ([Errno 2] No such file")
     # An older version's, without seals: the files must open.
     (path / "COMPLETE").write_text("")
     assert error_of(checkpoint.verify, path) == f"{state} is missing"
-    for text, reason in (("{", "Expecting property name"), ('{"steps": 1}', "Progress.__init__() got an unexpected keyword")):
+    for text, reason in (
+        ("{", "Expecting property name"), ('{"steps": 1}', "Progress.__init__() got an unexpected keyword")
+    ):
         state.write_text(text)
         assert error_of(checkpoint.verify, path).startswith(f"{state} is damaged: {reason}")
         assert error_of(checkpoint.load, path).startswith(f"{path}: cannot be read ({reason}")
@@ -123,7 +146,9 @@ def test_what_is_damaged_is_named(tmp_path):
         assert error_of(checkpoint.load, path).startswith(f"{path}: cannot be read (")
         (path / name).write_bytes(data)
     (path / "COMPLETE").write_text("{")
-    assert error_of(checkpoint.verify, path).startswith(f"{path / 'COMPLETE'} is damaged: Expecting property name")
+    assert error_of(checkpoint.verify, path).startswith(
+        f"{path / 'COMPLETE'} is damaged: Expecting property name"
+    )
 
 
 def test_a_damaged_one_is_set_aside_under_a_free_name(tmp_path):
@@ -154,14 +179,16 @@ def load_size(path: Path) -> int:
 @pytest.mark.parametrize(
     "n, free, needed",
     [
-        (1 << 30, "1.00 GiB", "2.00 GiB"), (3 << 29, "1.50 GiB", "2.50 GiB"), (4 << 20, "4.00 MiB", "1.00 GiB"),
-        ((1 << 30) - (1 << 20), "1023.00 MiB", "2.00 GiB"),
+        (1 << 30, "1.00 GiB", "2.00 GiB"), (3 << 29, "1.50 GiB", "2.50 GiB"),
+        (4 << 20, "4.00 MiB", "1.00 GiB"), ((1 << 30) - (1 << 20), "1023.00 MiB", "2.00 GiB"),
     ],
 )  # fmt: skip
 def test_how_much_room_there_is_and_is_needed(tmp_path, monkeypatch, n, free, needed):
     mib = torch.zeros(1 << 18)
     big = Snapshot(Progress(4), {"a": mib}, {"a": {"m": mib, "v": mib.half()}}, {"a": mib})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=n if path.is_dir() else 0))
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=n if path.is_dir() else 0)
+    )
     rest = n - 7 * (1 << 19)  # 3.5 MiB of tensors
     checkpoint.check_room(tmp_path / "x/y", big, results=rest)
     with pytest.raises(CheckpointError):

@@ -28,7 +28,9 @@ def bad_samples(output):
 def test_a_damaged_sample_stops_the_run_or_is_skipped_and_counted(tmp_path, capsys):
     shards = make_shards(tmp_path / "shards")
     damage(shards, "clip3")
-    with pytest.raises(ShardError, match=r"latents/0\.tar: clip3\.safetensors \(bytes \d+ to \d+\) is damaged"):
+    with pytest.raises(
+        ShardError, match=r"latents/0\.tar: clip3\.safetensors \(bytes \d+ to \d+\) is damaged"
+    ):
         train.run(config(shards, tmp_path / "stops"))
     train.run(config(shards, tmp_path / "skips", "data.on_bad_sample=skip"))
     assert bad_samples(tmp_path / "skips")[-1] == 1.0 and len(losses(tmp_path / "skips")) == 6
@@ -44,7 +46,9 @@ def test_a_url_and_any_reader_train_like_the_directory(tmp_path):
     train.run(config(shards, tmp_path / "c", "data.workers=2", "data.worker_type=process"))
     fsspec.filesystem("memory").put(str(shards), "/sets/one", recursive=True)
     train.run(config("memory://sets/one", tmp_path / "d"))
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c") == losses(tmp_path / "d")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c") == losses(
+        tmp_path / "d"
+    )
     with pytest.raises(ShardError, match="no such file"):
         train.run(config("memory://sets/none", tmp_path / "e"))
 
@@ -52,12 +56,19 @@ def test_a_url_and_any_reader_train_like_the_directory(tmp_path):
 def test_a_password_in_an_address_is_kept_nowhere(tmp_path, capsys):
     import fsspec
 
-    fsspec.filesystem("memory").put(str(make_shards(tmp_path / "shards")), "/me:S3CRET@host/set", recursive=True)
+    fsspec.filesystem("memory").put(
+        str(make_shards(tmp_path / "shards")), "/me:S3CRET@host/set", recursive=True
+    )
     train.run(config("memory://me:S3CRET@host/set", tmp_path / "run", "run.steps=1"))
     said = capsys.readouterr()
     kept = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert {path.suffix for path in kept} >= {".yaml", ".safetensors", ".jsonl"} and any("events" in p.name for p in kept)
-    assert not [path for path in kept if b"S3CRET" in path.read_bytes()] and "S3CRET" not in said.out + said.err
+    assert (
+        {path.suffix for path in kept} >= {".yaml", ".safetensors", ".jsonl"}
+        and any("events" in p.name for p in kept)
+    )
+    assert (
+        not [path for path in kept if b"S3CRET" in path.read_bytes()] and "S3CRET" not in said.out + said.err
+    )
     assert "memory://host/set" in (tmp_path / "run/config.yaml").read_text()
 
 
@@ -95,7 +106,9 @@ def test_split_shards_train_together_like_a_set_of_their_own(tmp_path):
     both = f"[{tmp_path / 'parts/01'}, {tmp_path / 'parts/02'}]"
     train.run(config(both, tmp_path / "a"))
     assert len(losses(tmp_path / "a")) == 6
-    assert sorted(open_set(tmp_path / "parts/01").keys + open_set(tmp_path / "parts/02").keys) == sorted(open_set(shards).keys)
+    assert sorted(
+        open_set(tmp_path / "parts/01").keys + open_set(tmp_path / "parts/02").keys
+    ) == sorted(open_set(shards).keys)
 
 
 def test_a_moved_set_continues_and_a_wrong_option_is_named(tmp_path):
@@ -117,7 +130,9 @@ def test_touched_files_save_and_quit(tmp_path, capsys):
     assert train.run(config(shards, run, "run.steps=6")) == 75
     assert "stopped on request" in capsys.readouterr().out
     assert not (run / "save").exists() and not (run / "quit").exists()
-    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000001", "step-00000002"]
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
+        "step-00000001", "step-00000002"
+    ]
     assert train.run(config(shards, run, "run.steps=6")) == 0
     (run / "save").touch()
     train.run(config(shards, run, "run.steps=8", "run.keep_last=0"))
@@ -133,7 +148,9 @@ def test_a_checkpoint_without_room_is_refused_before_it_is_written(tmp_path, mon
     shards, run = make_shards(tmp_path / "shards"), tmp_path / "run"
     train.run(config(shards, run, "run.steps=2"))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CheckpointError, match=r"0.00 MiB free, step 4 needs \d\.\d\d MiB for its checkpoint and its result"):
+    with pytest.raises(
+        CheckpointError, match=r"0.00 MiB free, step 4 needs \d\.\d\d MiB for its checkpoint and its result"
+    ):
         train.run(config(shards, run, "run.steps=4"))
     monkeypatch.undo()
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]

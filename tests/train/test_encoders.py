@@ -23,13 +23,17 @@ def own():
     spec, options = find("hunyuan-video"), {"dtype": torch.float32, "device": "meta"}
     parts = {"llm": asset("tiny:llm"), "clip": asset("tiny:clip")}
     texts = [spec.open_text(parts, fp8=fp8, **options) for fp8 in (False, True)]
-    return spec.open_vae(asset("tiny:vae.safetensors"), **options).fingerprint, *(t.fingerprint for t in texts)
+    return (
+        spec.open_vae(asset("tiny:vae.safetensors"), **options).fingerprint, *(t.fingerprint for t in texts)
+    )
 
 
 @pytest.fixture
 def shards(tmp_path):
     def make(name, **encoders):
-        return make_shards(tmp_path / name, n=4, more=[c for c in ("image", "control") if c in encoders], encoders=encoders)
+        return make_shards(
+            tmp_path / name, n=4, more=[c for c in ("image", "control") if c in encoders], encoders=encoders
+        )
 
     return make
 
@@ -86,10 +90,16 @@ def test_other_encoders_than_the_config_s(own, shards, start, tmp_path, column):
 
 
 def test_sets_of_different_encoders(shards, start, tmp_path):
-    """Without the encoders' files the sets are compared with each other; of columns that the model does not read nothing is."""
-    one, same = shards("one", latents="aa/bfloat16/0", control="aa/bfloat16/0"), shards("same", latents="aa/bfloat16/3")
+    """Without the encoders' files the sets are compared with each other; of columns that the
+    model does not read nothing is."""
+    one, same = (
+        shards("one", latents="aa/bfloat16/0", control="aa/bfloat16/0"),
+        shards("same", latents="aa/bfloat16/3")
+    )
     other = shards("other", latents="bb/bfloat16/0")
-    with pytest.raises(DataError, match=r"data.shards: column 'latents' of \S+other .* \(bb\) than that of \S+one \(aa\)"):
+    with pytest.raises(
+        DataError, match=r"data.shards: column 'latents' of \S+other .* \(bb\) than that of \S+one \(aa\)"
+    ):
         train.run(config(one, tmp_path / "run", f"data.shards=[{one},{same},{other}]"))
     start(one, f"data.shards=[{one},{other}]", "data.allow_foreign=true")
     control = shards("control", latents="aa/bfloat16/0", control="cc/bfloat16/0")
@@ -97,8 +107,9 @@ def test_sets_of_different_encoders(shards, start, tmp_path):
 
 
 def test_of_another_model(own, shards, start, tmp_path):
-    """Its VAE may give latents of the same shape, its text encoder as many values: refused by name, though no file of ours is
-    given to compare with. Models may share an encoder, and sets of version 2 do not say whose they are."""
+    """Its VAE may give latents of the same shape, its text encoder as many values: refused by name,
+    though no file of ours is given to compare with. Models may share an encoder, and sets of version
+    2 do not say whose they are."""
     vae, text, _ = own
     made = {"latents": f"{vae}/bfloat16/0", "text": f"{text}/bfloat16"}
     for column, part in (("latents", "model.vae"), ("text", "model.llm and model.clip")):
@@ -114,7 +125,10 @@ def test_of_another_model(own, shards, start, tmp_path):
             train.run(config(one, tmp_path / "run"))
         start(one, *VAE, *TEXT)  # by the very same weights
         start(one, "data.allow_foreign=true")
-        save_manifest(one, replace(manifest, made={**manifest.made, column: replace(other, fingerprint="0123/bfloat16")}))
+        save_manifest(
+            one,
+            replace(manifest, made={**manifest.made, column: replace(other, fingerprint="0123/bfloat16")})
+        )
         with pytest.raises(DataError, match="was made for wan"):
             train.run(config(one, tmp_path / "run", *VAE, *TEXT))
     assert not (tmp_path / "run").exists()

@@ -47,7 +47,8 @@ def build(
     params = dict(model.named_parameters())
     groups = [{"params": [params["a"], params["unused"]], "lr": 0.5}, {"params": [params["b"]], "lr": 0.25}]
     engine = build_engine(
-        model, params, PLAIN, ParallelContext(world=world), optimizer=optimizer(groups, **options), schedule=schedule, step=step
+        model, params, PLAIN, ParallelContext(world=world), optimizer=optimizer(groups, **options),
+        schedule=schedule, step=step
     )
     assert isinstance(engine, TorchEngine) and engine.model is model
     return engine
@@ -97,7 +98,9 @@ def test_the_norm_is_over_all_gradients():
     assert clip_(grads, 0.0).item() == 13.0 and grads[0].tolist() == [3.0, 0.0]
     norm = clip_(grads, 6.5)
     assert norm.item() == 13.0 and norm.dtype == torch.float32
-    assert [g.flatten().tolist() for g in grads] == [pytest.approx(x, rel=1e-5) for x in ([1.5, 0], [2.0], [6.0])]
+    assert [g.flatten().tolist() for g in grads] == [
+        pytest.approx(x, rel=1e-5) for x in ([1.5, 0], [2.0], [6.0])
+    ]
 
 
 def test_gradients_of_nearly_nothing_keep_size_and_sign():
@@ -186,7 +189,10 @@ def test_exported_state_is_a_copy_in_float32_and_is_taken_back():
     assert values(resumed) == pytest.approx(values(engine), rel=1e-6)
     assert resumed.export_optimizer()["a"]["step"].item() == 5.0
     # The steps went on in their own tensors, not in what was exported.
-    assert all(torch.equal(params[n], kept[0][n]) for n in params) and torch.equal(state["a"]["exp_avg"], kept[1])
+    assert (
+        all(torch.equal(params[n], kept[0][n]) for n in params)
+        and torch.equal(state["a"]["exp_avg"], kept[1])
+    )
     assert state["a"]["step"].item() == 3.0
 
 
@@ -207,19 +213,26 @@ def test_what_is_exported_are_the_weights_that_the_optimizer_means_to_be_used():
     engine = build(optimizer=Averaging)
     with engine.settled():
         assert values(engine) == [101.0, 102.0, 104.0, 107.0]
-    assert {n: p.tolist() for n, p in engine.export_params().items()} == {"a": [101.0, 102.0], "b": [[104.0]], "unused": [107.0]}
+    assert {n: p.tolist() for n, p in engine.export_params().items()} == {
+        "a": [101.0, 102.0], "b": [[104.0]], "unused": [107.0]
+    }
     assert values(engine) == [1.0, 2.0, 4.0, 7.0]  # the training goes on in its own
 
 
 def test_state_of_another_order_of_groups_finds_its_parameters():
     """By name: the optimizer numbers its parameters by groups (a, unused, b here)."""
     engine = build(optimizer=torch.optim.AdamW)
-    state = {n: {"step": torch.tensor(1.0), "exp_avg": torch.full(p.shape, v), "exp_avg_sq": torch.ones(p.shape)}
-             for v, (n, p) in enumerate(engine.params.items())}  # fmt: skip
+    state = {
+        n: {"step": torch.tensor(1.0), "exp_avg": torch.full(p.shape, v), "exp_avg_sq": torch.ones(p.shape)}
+        for v,
+        (n, p) in enumerate(engine.params.items())
+    }  # fmt: skip
     engine.load_state({n: torch.full(p.shape, 10.0) for n, p in engine.params.items()}, state, n_steps=1)
     assert values(engine) == [10.0] * 4
     assert [s["exp_avg"].unique().item() for s in engine.export_optimizer().values()] == [0.0, 1.0, 2.0]
-    engine.load_state({n: torch.zeros(p.shape) for n, p in engine.params.items()}, {"b": state["b"]}, n_steps=1)
+    engine.load_state(
+        {n: torch.zeros(p.shape) for n, p in engine.params.items()}, {"b": state["b"]}, n_steps=1
+    )
     assert list(engine.export_optimizer()) == ["b"]
 
 
@@ -234,10 +247,14 @@ def test_a_copy_of_what_is_exported_goes_to_the_cpu():
 
 @pytest.mark.parametrize(
     "bucket, sizes",
-    [(1 << 26, [4, 1, 5]), (5, [4, 1, 5]), (4, [4, 1, 4, 1]), (3, [4, 1, 4, 1]), (2, [2, 2, 1, 4, 1]), (1, [2, 2, 1, 1, 3, 1])],
+    [
+        (1 << 26, [4, 1, 5]), (5, [4, 1, 5]), (4, [4, 1, 4, 1]), (3, [4, 1, 4, 1]), (2, [2, 2, 1, 4, 1]),
+        (1, [2, 2, 1, 1, 3, 1])
+    ],
 )
 def test_gradients_are_averaged_over_the_ranks_in_buckets(bucket, sizes, monkeypatch):
-    """A bucket ends when it is full and where the type changes: float32 has 2 and 2 elements, float64 1, float32 1, 3 and 1."""
+    """A bucket ends when it is full and where the type changes: float32 has 2 and 2 elements,
+    float64 1, float32 1, 3 and 1."""
     sent: list[torch.Tensor] = []
 
     def all_reduce(flat: torch.Tensor) -> None:
@@ -252,7 +269,9 @@ def test_gradients_are_averaged_over_the_ranks_in_buckets(bucket, sizes, monkeyp
     engines._reduce(grads, ParallelContext(world=4))
     means = [[1.0, 2.0], [1.5, 3.0], [2.5], [0.5], [0.75, 1.0, 1.25], [1.75]]
     assert [g.flatten().tolist() for g in grads] == means and grads[0].shape == (2, 1)
-    assert torch.cat(sent).tolist() == [2, 6, 4, 10, 8, 0, 1, 2, 3, 5] and [len(flat) for flat in sent] == sizes
+    assert (
+        torch.cat(sent).tolist() == [2, 6, 4, 10, 8, 0, 1, 2, 3, 5] and [len(flat) for flat in sent] == sizes
+    )
     assert [flat.dtype for flat in sent if flat[0] == 8] == [torch.float64]
     sent.clear()
     engines._reduce(grads, ParallelContext())
@@ -260,7 +279,8 @@ def test_gradients_are_averaged_over_the_ranks_in_buckets(bucket, sizes, monkeyp
 
 
 def test_a_step_goes_along_the_mean_over_the_ranks(monkeypatch):
-    monkeypatch.setattr(engines.dist, "all_reduce", lambda flat: flat.add_(4.0))  # the other rank: 4 everywhere
+    # the other rank: 4 everywhere
+    monkeypatch.setattr(engines.dist, "all_reduce", lambda flat: flat.add_(4.0))
     engine = build(world=2)
     result = engine.accumulate(loss_of(engine, 2.0, 6.0), last=True)
     assert result is not None and result.grad_norm == pytest.approx(math.sqrt(3**2 + 3**2 + 5**2 + 2**2))
@@ -270,19 +290,24 @@ def test_a_step_goes_along_the_mean_over_the_ranks(monkeypatch):
 def test_the_engine_is_the_one_that_was_asked_for(monkeypatch):
     given = []
     name = "hvtrain.train.zero"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(DeepSpeedEngine=lambda *a, **k: given.append((a, k)) or "it"))
+    monkeypatch.setitem(
+        sys.modules, name, SimpleNamespace(DeepSpeedEngine=lambda *a, **k: given.append((a, k)) or "it")
+    )
     model, optimizer, ctx, cfg = Two(), object(), ParallelContext(), ZeroConfig()
     params = dict(model.named_parameters())
     assert build_engine(model, params, cfg, ctx, optimizer=optimizer, schedule=math.exp, step=FREE) == "it"
     assert given == [((model, params, cfg, FREE, ctx), {"optimizer": optimizer, "schedule": math.exp})]
     with pytest.raises(ConfigError, match="5 is not a ZeRO stage"):
-        build_engine(model, params, replace(cfg, stage=5), ctx, optimizer=optimizer, schedule=math.exp, step=FREE)
+        build_engine(
+            model, params, replace(cfg, stage=5), ctx, optimizer=optimizer, schedule=math.exp, step=FREE
+        )
 
 
 OFFLOADED = "keeps the optimizer beside the parameters; use zero.engine=deepspeed with zero.stage 1, 2 or 3"
 WHOLE = "keeps the whole weights on each device; use zero.stage=3, or for a LoRA run.blocks_to_swap"
 DEEPSPEEDS = (
-    "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; use zero.engine=deepspeed"
+    "zero.deepspeed, zero.communication_dtype and zero.bucket_mb are DeepSpeed's, zero.engine is torch; use "
+    "zero.engine=deepspeed"
 )
 
 
@@ -294,16 +319,21 @@ DEEPSPEEDS = (
         ({"stage": 4}, "zero.stage: 4 is not a ZeRO stage; choose 0, 1, 2 or 3"),
         ({"stage": -1}, "zero.stage: -1 is not a ZeRO stage; choose 0, 1, 2 or 3"),
         ({"offload_param": "gpu"}, "zero.offload_param: no place 'gpu'; did you mean 'cpu'?"),
-        ({"offload_optimizer": "xy"}, "zero.offload_optimizer: no place 'xy'; choose one of: cpu, none, nvme"),
+        (
+            {"offload_optimizer": "xy"},
+            "zero.offload_optimizer: no place 'xy'; choose one of: cpu, none, nvme"
+        ),
         ({"bucket_mb": 0.0}, "zero.bucket_mb is 0.0, expected more than 0"),
         ({"bucket_mb": -2.0}, "zero.bucket_mb is -2.0, expected more than 0"),
         ({"engine": "torch", "bucket_mb": 1.0}, DEEPSPEEDS),
         ({"engine": "torch", "deepspeed": "x.json"}, DEEPSPEEDS),
         ({"engine": "torch", "communication_dtype": "bf16"}, DEEPSPEEDS),
-        ({"engine": "torch", "offload_optimizer": "cpu"}, f"zero.offload_optimizer: the torch engine {OFFLOADED}"),
+        ({"engine": "torch", "offload_optimizer": "cpu"}, "zero.offload_optimizer: the torch engine "
+        f"{OFFLOADED}"),
         ({"stage": 0, "offload_optimizer": "cpu"}, f"zero.offload_optimizer: ZeRO stage 0 {OFFLOADED}"),
         ({"stage": 2, "offload_param": "cpu"}, f"zero.offload_param: ZeRO stage 2 {WHOLE}"),
-        ({"engine": "torch", "stage": 3, "offload_param": "cpu"}, f"zero.offload_param: the torch engine {WHOLE}"),
+        ({"engine": "torch", "stage": 3, "offload_param": "cpu"}, "zero.offload_param: the torch engine "
+        f"{WHOLE}"),
         ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"},
          "zero.offload_optimizer: ZeRO stage 2 cannot put it on nvme; use zero.stage=3, or cpu"),
         ({"stage": 3, "offload_param": "nvme", "nvme_path": "x"},
@@ -331,7 +361,10 @@ def test_a_disk_needs_a_cuda_toolkit_where_there_is_a_gpu(home, tmp_path, monkey
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
     check_engine(cfg)  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=f"nvme needs a CUDA toolkit .* CUDA_HOME is {home}; install the toolkit .* or use cpu"):
+    with pytest.raises(
+        ConfigError,
+        match=f"nvme needs a CUDA toolkit .* CUDA_HOME is {home}; install the toolkit .* or use cpu"
+    ):
         check_engine(cfg)
     check_engine(ZeroConfig(stage=3, offload_optimizer="cpu"))
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "whole")
@@ -344,7 +377,8 @@ def test_what_makes_sense_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for cfg in (
         PLAIN, ZeroConfig(), ZeroConfig(stage=0, bucket_mb=0.1), ZeroConfig(stage=1, offload_optimizer="cpu"),
-        ZeroConfig(stage=3, offload_param="cpu"), ZeroConfig(stage=3, offload_optimizer="nvme", nvme_path="x"),
+        ZeroConfig(stage=3, offload_param="cpu"),
+        ZeroConfig(stage=3, offload_optimizer="nvme", nvme_path="x"),
         ZeroConfig(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path="x"),
         ZeroConfig(communication_dtype="bf16", deepspeed="x.json"),
     ):  # fmt: skip
@@ -357,22 +391,25 @@ def test_norms_of_parts_are_those_of_the_gradients_in_every_second_step(monkeypa
     step = replace(FREE, parts={"x": ("a",), "y": ("b",)}, parts_every=2)
     model = nn.ParameterDict(params)
     engine = build_engine(
-        model, params, PLAIN, ParallelContext(), optimizer=torch.optim.SGD(params.values(), lr=0.0), schedule=lambda n: 1.0,
-        step=step,
+        model, params, PLAIN, ParallelContext(), optimizer=torch.optim.SGD(params.values(), lr=0.0),
+        schedule=lambda n: 1.0, step=step,
     )
     slopes = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}
     taken, asked = [], []
     foreach, of_parts = torch._foreach_norm, engines.norms_of_parts
     monkeypatch.setattr(torch, "_foreach_norm", lambda grads: taken.append(len(grads)) or foreach(grads))
     monkeypatch.setattr(engines, "norms_of_parts", lambda *a, **k: asked.append(k) or of_parts(*a, **k))
-    found = [engine.accumulate(sum((slopes[n] * p).sum() for n, p in params.items()), last=True) for _ in range(4)]
+    found = [
+        engine.accumulate(sum((slopes[n] * p).sum() for n, p in params.items()), last=True) for _ in range(4)
+    ]
     assert taken == [2] * 4 and asked == [{"device": engine.ctx.device}] * 4  # each norm once a step
     assert [one.norms for one in found] == [{}, {"x": 5.0, "y": 12.0}] * 2
     assert [one.grad_norm for one in found] == [13.0] * 4
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("{", "{path} is not a JSON file: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ("{", "{path} is not a JSON file: Expecting property name enclosed in double quotes: line 1 column 2 "
+    "(char 1)"),
     ("[1]", "{path} holds a list, expected DeepSpeed's settings"),
     ('{"bf16": {}}', "{path} sets 'bf16', which hvtrain sets from run.precision; set that instead"),
     ('{"zero_optimization": {"stage": 1}}',

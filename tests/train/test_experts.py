@@ -57,11 +57,17 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("items", "says"),
     [
-        ((), r"model.experts: 'tiny' is made of several DiTs, .*: high \(sigma 0.875 .*, low \(sigma 0 to 0.875\)"),
+        (
+            (),
+            r"model.experts: 'tiny' is made of several DiTs, "
+            r".*: high \(sigma 0.875 .*, low \(sigma 0 to 0.875\)"
+        ),
         (("model.experts=lwo",), "model.experts: hunyuan-video has no expert 'lwo'; did you mean 'low'"),
         (("model.experts=low",), "model.dit_low is not set; the expert 'low' is in that file"),
-        (("model.experts=low", "model.dit=null"), "model.dit_low is not set; the expert 'low' is in that file"),
-        (("model.experts=high", "flow.max_sigma=0.5"), "flow.min_sigma 0 to flow.max_sigma 0.5 are not .* 'high', 0.875 to 1"),
+        (("model.experts=low", "model.dit=null"), "model.dit_low is not set; the expert 'low' is in that "
+        "file"),
+        (("model.experts=high", "flow.max_sigma=0.5"), "flow.min_sigma 0 to flow.max_sigma 0.5 are not .* "
+        "'high', 0.875 to 1"),
         (("model.experts=low", "model.flavor=t2v"), "flavor 't2v' has no expert 'low'; it has no experts"),
     ],
 )
@@ -73,13 +79,16 @@ def test_which_is_asked_for_before_weights_are_read(shards, tmp_path, no_weights
 
 def test_an_expert_of_a_flavor_without(shards, tmp_path, no_weights, monkeypatch):
     monkeypatch.setitem(SPEC.flavors, "tiny", replace(SPEC.flavors["tiny"], experts=()))
-    with pytest.raises(ConfigError, match="hunyuan-video has no expert 'low'; it has no experts; leave model.experts null"):
+    with pytest.raises(
+        ConfigError, match="hunyuan-video has no expert 'low'; it has no experts; leave model.experts null"
+    ):
         train.run(config(shards, tmp_path / "run", "model.experts=low"))
 
 
 @pytest.mark.parametrize("expert", [HIGH, LOW], ids=lambda e: e.name)
 def test_the_noise_levels_are_the_distribution_s_own_part(expert):
-    """Cut, not squeezed: the median given that it lies in the range, in closed form for the sigmoid of a normal."""
+    """Cut, not squeezed: the median given that it lies in the range, in closed form
+    for the sigmoid of a normal."""
     flow = setup.flow_of(FlowConfig(shift=3.0), SPEC.flavors["tiny"], expert)
     assert (flow.min_sigma, flow.max_sigma) == expert.sigmas
     share = torch.special.ndtr(torch.logit(torch.tensor(0.875 / (3 - 2 * 0.875), dtype=torch.float64)))
@@ -91,7 +100,8 @@ def test_the_noise_levels_are_the_distribution_s_own_part(expert):
 
 @pytest.mark.parametrize("name", ["high", "low"])
 def test_a_run_trains_one(shards, low, tmp_path, monkeypatch, name, capfd):
-    """Its own file is loaded; sigma stays in its range, in training and in the held-out loss; the files carry its name."""
+    """Its own file is loaded; sigma stays in its range, in training and in the held-out
+    loss; the files carry its name."""
     seen, opened, compare, load = [], [], Objective.compare, setup.load_dit
     monkeypatch.setattr(setup, "load_dit", lambda path, **k: opened.append(str(path)) or load(path, **k))
 
@@ -101,7 +111,10 @@ def test_a_run_trains_one(shards, low, tmp_path, monkeypatch, name, capfd):
 
     monkeypatch.setattr(Objective, "compare", compared)
     run = tmp_path / "run"
-    items = (f"model.experts={name}", low, "run.steps=4", f"eval.shards=[{shards}]", "eval.every_steps=4", "eval.max_batches=1")
+    items = (
+        f"model.experts={name}", low, "run.steps=4", f"eval.shards=[{shards}]", "eval.every_steps=4",
+        "eval.max_batches=1"
+    )
     assert train.run(config(shards, run, *items)) == 0
     assert opened == [str(tmp_path / "low.safetensors") if name == "low" else asset("tiny:dit.safetensors")]
     low_end, high_end = {"high": HIGH, "low": LOW}[name].sigmas

@@ -1,4 +1,5 @@
-"""Processes that die, stop or hang in the middle of a run: it ends soon, says why, and continues bit for bit."""
+"""Processes that die, stop or hang in the middle of a run: it ends soon, says
+why, and continues bit for bit."""
 
 import contextlib
 import json
@@ -27,7 +28,10 @@ from tests.train.shardset import config, make_shards
 from tests.wait import wait_for
 
 ROOT = Path(__file__).parents[2]
-ARGS = ("data.batch_size=1", "run.save_every_steps=2", "zero.engine=deepspeed", "zero.stage=2", "adapter.dropout=0.1")
+ARGS = (
+    "data.batch_size=1", "run.save_every_steps=2", "zero.engine=deepspeed", "zero.stage=2",
+    "adapter.dropout=0.1"
+)
 
 
 def _write(shards: Path, output: Path, *overrides: str) -> Path:
@@ -41,7 +45,9 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 def _launch(path: Path, *options: str, nproc: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), *options, "train", str(path)]
+    command = [
+        sys.executable, "-m", "launcher.cli", "launch", "--nproc", str(nproc), *options, "train", str(path)
+    ]
     return _start(command)
 
 
@@ -49,7 +55,9 @@ _started: list[subprocess.Popen] = []
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     _started.append(process)
     return process
 
@@ -107,7 +115,8 @@ def whole(shards, tmp_path_factory) -> Path:
 
 
 def test_a_killed_rank_ends_the_job_soon_and_restarts_finish_it(shards, whole, tmp_path):
-    """--max-restarts: the first attempt loses a rank, the second goes on from the newest checkpoint and ends the same."""
+    """--max-restarts: the first attempt loses a rank, the second goes on from the newest
+    checkpoint and ends the same."""
     run = tmp_path / "run"
     process = _launch(_write(shards, run, "run.steps=12"), "--max-restarts", "2")
     wait_for(lambda: len(_steps(run)) >= 5)
@@ -124,8 +133,8 @@ def test_torchrun_restarts_it_too(shards, whole, tmp_path):
     run = tmp_path / "run"
     path = _write(shards, run, "run.steps=12")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone",
-        "--monitor-interval", "0.2", "--no-python", *HVTRAIN, "train", str(path),
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
+        "--standalone", "--monitor-interval", "0.2", "--no-python", *HVTRAIN, "train", str(path),
     ]
     process = _start(command)
     wait_for(lambda: len(_steps(run)) >= 5)
@@ -137,8 +146,8 @@ def test_torchrun_restarts_it_too(shards, whole, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named_with_the_step(shards, tmp_path, rank):
-    """A process that neither dies nor moves: the other says so after run.hang_timeout_s and the job ends. Rank 0 keeps the
-    store that the ranks talk through: whoever asks it then waits for ever."""
+    """A process that neither dies nor moves: the other says so after run.hang_timeout_s and the job ends.
+    Rank 0 keeps the store that the ranks talk through: whoever asks it then waits for ever."""
     run = tmp_path / "run"
     process = _launch(_write(shards, run, "run.steps=5000", "run.hang_timeout_s=6", "run.save_every_steps=0"))
     wait_for(lambda: len(_steps(run)) >= 3)
@@ -150,7 +159,9 @@ def test_a_stopped_rank_is_named_with_the_step(shards, tmp_path, rank):
     assert time.monotonic() - begun < 60 and process.returncode == 1, out
     assert re.search(rf"rank {rank}: step \d+, .* silent for .*<- the others wait for it", out), out
     assert re.search(rf"rank {1 - rank}: step \d+, [\w ]+ for \d+ s\n", out), out
-    assert ("rank 0, through which the ranks tell each other where they are, has not answered" in out) == (rank == 0), out
+    assert (
+        "rank 0, through which the ranks tell each other where they are, has not answered" in out
+    ) == (rank == 0), out
     assert "loop.py" in out  # where the other itself waits
 
 
@@ -164,9 +175,15 @@ def test_a_hang_of_one_process_is_reported(shards, tmp_path):
         "objective.Objective.__call__ = slow\nfrom launcher import cli\n"
         f"sys.exit(cli.main(['train', {str(path)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=_environment(), capture_output=True, text=True,
+        timeout=240
+    )
     assert done.returncode == 1
-    assert "nothing has moved for 4 s" in done.stderr and "rank 0: step 3, in the forward pass for" in done.stderr
+    assert (
+        "nothing has moved for 4 s" in done.stderr
+        and "rank 0: step 3, in the forward pass for" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,15 +196,22 @@ def test_a_hang_of_one_process_is_reported(shards, tmp_path):
 )
 def test_who_keeps_the_others_waiting(phases, guilty):
     now = time.time()
-    text = report({r: Place(step, p, now - 50, now) for r, (step, p) in enumerate(phases)}, stale_s=5, timeout_s=40)
+    text = report(
+        {r: Place(step, p, now - 50, now) for r, (step, p) in enumerate(phases)}, stale_s=5, timeout_s=40
+    )
     assert [int(n) for n in re.findall(r"rank (\d).*<- the others", text)] == guilty
 
 
 def test_when_the_store_is_deaf_its_keeper_is_the_one():
     now = time.time()
-    places = {r: Place(5, "in the backward pass", now - 50, now - 45) for r in range(3)} | {2: Place(5, "x", now - 50, now)}
+    places = {r: Place(5, "in the backward pass", now - 50, now - 45) for r in range(3)} | {
+        2: Place(5, "x", now - 50, now)
+    }
     text = report(places, stale_s=5, timeout_s=40, deaf_s=44)
-    assert [int(n) for n in re.findall(r"rank (\d).*<- the others", text)] == [0] and "not answered for 44 s" in text
+    assert (
+        [int(n) for n in re.findall(r"rank (\d).*<- the others", text)] == [0]
+        and "not answered for 44 s" in text
+    )
     early = report({1: places[2]}, stale_s=5, timeout_s=40, deaf_s=44)  # nothing was ever heard
     assert re.search(r"rank 0: never heard of  <- the others wait for it", early)
 
@@ -201,7 +225,8 @@ def ended(monkeypatch) -> list[int]:
         raise SystemExit
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
-    monkeypatch.setattr(threading, "excepthook", lambda what: None)  # the watching thread ends so, instead of the process
+    # the watching thread ends so, instead of the process
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **options: None)
     return codes
 
@@ -210,7 +235,9 @@ def test_writing_takes_as_long_as_it_takes(ended, capsys):
     with watchdog.Watchdog(ParallelContext(), 0.2) as watch:
         watch.at(7, "waiting for the last files", writing=True)
         said = wait_for(lambda: capsys.readouterr().err)
-        assert not ended and re.search(r"step 7: waiting for the last files for \d+ s; is the disk slow", said)
+        assert (
+            not ended and re.search(r"step 7: waiting for the last files for \d+ s; is the disk slow", said)
+        )
         watch.at(8, "reading data")
         wait_for(lambda: ended)
     assert ended == [1]
@@ -233,12 +260,16 @@ def test_every_forward_pass_of_evaluations_and_previews_is_a_sign_of_life(shards
     """One number for the whole of them would end a healthy run: a preview of 13B takes half an hour."""
     said = []
     at = watchdog.Watchdog.at
-    monkeypatch.setattr(watchdog.Watchdog, "at", lambda self, *a, **o: (said.append((*a, o)), at(self, *a, **o))[1])
+    monkeypatch.setattr(
+        watchdog.Watchdog, "at", lambda self, *a, **o: (said.append((*a, o)), at(self, *a, **o))[1]
+    )
     train.run(config(
-        shards, tmp_path / "run", "run.steps=2", "eval.every_steps=2", f"eval.shards={shards}", "eval.max_batches=2",
-        "preview.every_steps=2", "preview.prompts=[{prompt: a, frames: 5, width: 32, height: 32, steps: 3},"
+        shards, tmp_path / "run", "run.steps=2", "eval.every_steps=2", f"eval.shards={shards}",
+        "eval.max_batches=2", "preview.every_steps=2",
+        "preview.prompts=[{prompt: a, frames: 5, width: 32, height: 32, steps: 3},"
         " {prompt: b, frames: 5, width: 32, height: 32, steps: 3}]",
-        "model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip", "model.vae_dtype=float32",
+        "model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip",
+        "model.vae_dtype=float32",
     ))
     phases = [phase for _, phase, _ in said]
     assert phases.count("evaluating, forward pass 10") == 1  # 2 batches x 5 quantiles
@@ -263,7 +294,10 @@ def _killed_run(shards: Path, run: Path, *, kills: int, seed: int) -> str:
                 wait_for(lambda p=process, n=before: len(_steps(run)) > n or p.poll() is not None)
                 time.sleep(draw.uniform(0, 0.3))
             else:
-                wait_for(lambda p=process, writing=run / "checkpoints": any(writing.glob(".writing-*")) or p.poll() is not None)
+                wait_for(
+                    lambda p=process,
+                    writing=run / "checkpoints": any(writing.glob(".writing-*")) or p.poll() is not None
+                )
             workers = _workers(process.pid)
             if workers:
                 with contextlib.suppress(ProcessLookupError):
@@ -303,7 +337,8 @@ def test_the_order_of_samples_survives_other_numbers_of_ranks(tmp_path):
     def steps(dp: int, cursor: int, n: int) -> tuple[list[list[str]], int]:
         """n steps of 8 samples on dp ranks."""
         streams = [
-            iter(BatchLoader(found, batch_size=2, dp_rank=r, dp_size=dp, seed=3, cursor=cursor, workers=0)) for r in range(dp)
+            iter(BatchLoader(found, batch_size=2, dp_rank=r, dp_size=dp, seed=3, cursor=cursor, workers=0))
+            for r in range(dp)
         ]
         taken = []
         for _ in range(n):
@@ -327,7 +362,10 @@ def test_the_best_weights_are_kept(tmp_path):
     """By held-out loss, also over a restart; the file says its loss."""
     shards = make_shards(tmp_path / "shards")
     run = tmp_path / "run"
-    args = ("run.keep_best=true", "eval.every_steps=2", f"eval.shards={shards}", "eval.max_batches=1", "optim.lr=0.01")
+    args = (
+        "run.keep_best=true", "eval.every_steps=2", f"eval.shards={shards}", "eval.max_batches=1",
+        "optim.lr=0.01"
+    )
     train.run(config(shards, run, "run.steps=6", *args))
     train.run(config(shards, run, "run.steps=10", *args))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -348,7 +386,9 @@ def test_a_failed_write_is_not_lost(tmp_path, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(files.checkpoint, "save", fail)
-    with pytest.raises(CheckpointError, match="step 2 could not be saved .the disk is gone.; mend that and start again"):
+    with pytest.raises(
+        CheckpointError, match="step 2 could not be saved .the disk is gone.; mend that and start again"
+    ):
         train.run(config(make_shards(tmp_path / "shards"), tmp_path / "run", "run.save_every_steps=2"))
 
 
@@ -367,7 +407,9 @@ def test_writing_does_not_hold_the_training_up(tmp_path, monkeypatch):
     from hvtrain.train.monitor import Monitor
 
     log = Monitor.log
-    monkeypatch.setattr(Monitor, "log", lambda self, r: (order.append(("step", r.progress.step)), log(self, r)))
+    monkeypatch.setattr(
+        Monitor, "log", lambda self, r: (order.append(("step", r.progress.step)), log(self, r))
+    )
     train.run(config(shards, tmp_path / "run", "run.save_every_steps=3"))
     assert order.index(("step", 4)) < order.index(("written", 3))  # step 4 did not wait
     assert order[-1] == ("written", 6)  # the run did

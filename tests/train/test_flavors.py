@@ -1,4 +1,5 @@
-"""A flavor's own shift and guidance hold wherever a run meets its model, and what it cannot do is refused by name."""
+"""A flavor's own shift and guidance hold wherever a run meets its model, and what it
+cannot do is refused by name."""
 
 import json
 from dataclasses import replace
@@ -26,7 +27,9 @@ from tests.train.shardset import config, make_shards
 
 SPEC = find("hunyuan-video")
 PARTS = ("model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip")
-PREVIEW = ("preview.every_steps=1", "preview.prompts=[{prompt: a ring, width: 32, height: 32, frames: 5, steps: 1}]")
+PREVIEW = (
+    "preview.every_steps=1", "preview.prompts=[{prompt: a ring, width: 32, height: 32, frames: 5, steps: 1}]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,9 @@ def small(tmp_path_factory):
 def told(monkeypatch):
     """(guidance, sigma) of every model input that is made."""
     seen, real = [], inputs.embedded_guidance
-    monkeypatch.setattr(inputs, "embedded_guidance", lambda scale, sigma: seen.append((scale, sigma)) or real(scale, sigma))
+    monkeypatch.setattr(
+        inputs, "embedded_guidance", lambda scale, sigma: seen.append((scale, sigma)) or real(scale, sigma)
+    )
     return seen
 
 
@@ -66,15 +71,17 @@ def metadata_of(path):
 
 
 def test_a_run_takes_the_flavors_own(shards, small, told, tmp_path, capfd):
-    """SkyReels V1 was trained with an embedded guidance of 1: training, held-out loss, previews, merge tell it so."""
+    """SkyReels V1 was trained with an embedded guidance of 1: training, held-out loss,
+    previews, merge tell it so."""
     dit, run = small("skyreels-v1-t2v"), tmp_path / "run"
     cfg = config(
-        shards, run, f"model.dit={dit}", "run.steps=1", f"eval.shards=[{shards}]", "eval.every_steps=1", "eval.quantiles=[0.5]",
-        *PARTS, *PREVIEW,
+        shards, run, f"model.dit={dit}", "run.steps=1", f"eval.shards=[{shards}]", "eval.every_steps=1",
+        "eval.quantiles=[0.5]", *PARTS, *PREVIEW,
     )
     assert train.run(cfg) == 0
     assert len(told) >= 3 and {scale for scale, _ in told} == {1.0}
-    medians = [s for _, sigma in told for s in sigma.tolist() if s == pytest.approx(0.875)]  # 7 / 2 / (1 + 6 / 2)
+    # 7 / 2 / (1 + 6 / 2)
+    medians = [s for _, sigma in told for s in sigma.tolist() if s == pytest.approx(0.875)]
     assert medians  # the held-out loss, whose quantile is the median of the noise levels trained
     identity = json.loads((run / "run.json").read_text())
     assert (identity["flow.shift"], identity["flow.guidance"]) == (7.0, 1.0)
@@ -85,8 +92,8 @@ def test_a_run_takes_the_flavors_own(shards, small, told, tmp_path, capfd):
     assert "shift 7, guidance 1" in capfd.readouterr().out
     told.clear()
     wanted = MergeConfig(
-        dit=str(dit), lora=(LoraFileConfig(str(run / "lora.safetensors")),), output=str(tmp_path / "m.safetensors"),
-        evaluate=(str(shards),),
+        dit=str(dit), lora=(LoraFileConfig(str(run / "lora.safetensors")),),
+        output=str(tmp_path / "m.safetensors"), evaluate=(str(shards),),
     )
     merge.run(wanted)
     assert told and {scale for scale, _ in told} == {1.0}
@@ -121,7 +128,9 @@ def test_training_may_differ_from_sampling():
 
 def test_a_model_without_guidance_embedding(shards, small, told, tmp_path):
     dit, run = small("t2v", guidance_embed=False), tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"flow.guidance is 6, but this 't2v' embeds no guidance: leave flow.guidance null"):
+    with pytest.raises(
+        ConfigError, match=r"flow.guidance is 6, but this 't2v' embeds no guidance: leave flow.guidance null"
+    ):
         train.run(config(shards, run, f"model.dit={dit}", "flow.guidance=6"))
     assert not run.exists()
     assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1")) == 0
@@ -151,7 +160,10 @@ def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name,
     read, real = [], BatchLoader.read
     monkeypatch.setattr(BatchLoader, "read", lambda self, turn: read.append(real(self, turn)) or read[-1])
     dit = small(name)
-    held = (f"eval.shards=[{shards}]", "eval.every_steps=1", "eval.quantiles=[0.5]", "eval.max_batches=1", "data.workers=0")
+    held = (
+        f"eval.shards=[{shards}]", "eval.every_steps=1", "eval.quantiles=[0.5]", "eval.max_batches=1",
+        "data.workers=0"
+    )
     assert train.run(config(shards, tmp_path / "run", f"model.dit={dit}", "run.steps=1", *held)) == 0
     losses_of(identify(dit), merge.Inputs([], None), {}, [str(shards)], start(device="cpu"))
     assert len(read) > 3
@@ -161,13 +173,17 @@ def test_only_what_the_model_reads_is_loaded(small, tmp_path, monkeypatch, name,
 def test_shards_whose_text_has_not_seen_the_image_are_refused(shards, small, tmp_path, monkeypatch):
     """And the other way round."""
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
-    with pytest.raises(DataError, match="lacks the field 'seen_text'; encode column 'text' with this model's encoders"):
+    with pytest.raises(
+        DataError, match="lacks the field 'seen_text'; encode column 'text' with this model's encoders"
+    ):
         train.run(config(shards, tmp_path / "run", f"model.dit={small('i2v')}"))
     seen = make_shards(tmp_path / "seen", words="seen_text")
     with pytest.raises(DataError, match="lacks the field 'text'; encode column 'text'"):
         train.run(config(seen, tmp_path / "run", f"model.dit={small('skyreels-v1-i2v')}"))
     with pytest.raises(CheckpointError, match="flavor 'skyreels-v1-i2v' has in_channels 32, the file has 16"):
-        train.run(config(shards, tmp_path / "run", f"model.dit={small('t2v')}", "model.flavor=skyreels-v1-i2v"))
+        train.run(
+            config(shards, tmp_path / "run", f"model.dit={small('t2v')}", "model.flavor=skyreels-v1-i2v")
+        )
 
 
 def test_a_fit_is_traced_with_the_flavors_own(told):
@@ -185,6 +201,13 @@ def test_image_to_video_makes_previews(shards, small, tmp_path, monkeypatch, nam
     assert train.run(config(shards, run, f"model.dit={dit}", "run.steps=1", *parts, *PREVIEW)) == 0
     assert (run / "previews" / "step00000001_0.mp4").exists()
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
-    with pytest.raises(ConfigError, match=r"preview.prompts\[0\]: no sample of this size to begin with; give image=FILE, or"):
-        train.run(config(shards, tmp_path / "other", f"model.dit={dit}", *parts, PREVIEW[0], PREVIEW[1].replace("32", "48")))
+    with pytest.raises(
+        ConfigError, match=r"preview.prompts\[0\]: no sample of this size to begin with; give image=FILE, or"
+    ):
+        train.run(
+            config(
+                shards, tmp_path / "other", f"model.dit={dit}", *parts, PREVIEW[0],
+                PREVIEW[1].replace("32", "48")
+            )
+        )
     assert not (tmp_path / "other").exists()

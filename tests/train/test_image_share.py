@@ -32,14 +32,15 @@ def folder(tmp_path_factory):
 
 def config(folder, output, *more: str, shards: str = "set") -> TrainConfig:
     return load(TrainConfig, None, [
-        "model.name=wan", f"model.dit={folder / 'dit.safetensors'}", "model.dtype=float32", f"data.shards={folder / shards}",
-        "data.batch_size=4", "run.precision=fp32", "run.recompute=none", "run.steps=4", "zero.engine=torch", "adapter.rank=2",
-        f"run.output_dir={output}", *more,
+        "model.name=wan", f"model.dit={folder / 'dit.safetensors'}", "model.dtype=float32",
+        f"data.shards={folder / shards}", "data.batch_size=4", "run.precision=fp32", "run.recompute=none",
+        "run.steps=4", "zero.engine=torch", "adapter.rank=2", f"run.output_dir={output}", *more,
     ])
 
 
 def test_the_share_is_told_to_the_model_sample_by_sample(folder, tmp_path, monkeypatch):
-    """A given frame is clean and not learnt; in the other samples it is noised and learnt. Held-out losses are with the image."""
+    """A given frame is clean and not learnt; in the other samples it is noised and learnt.
+    Held-out losses are with the image."""
     seen = []
     real = SPEC.make_input
 
@@ -54,7 +55,9 @@ def test_the_share_is_told_to_the_model_sample_by_sample(folder, tmp_path, monke
 
     find_base = setup.find_base
     monkeypatch.setattr(setup, "find_base", of_spec)
-    held = (f"eval.shards=[{folder / 'set'}]", "eval.every_steps=4", "eval.quantiles=[0.5]", "eval.max_batches=1")
+    held = (
+        f"eval.shards=[{folder / 'set'}]", "eval.every_steps=4", "eval.quantiles=[0.5]", "eval.max_batches=1"
+    )
     assert train.run(config(folder, tmp_path / "run", "data.image_share=0.5", *held)) == 0
     *steps, last = seen
     assert len(steps) == 4 and last[0] is None and last[1].clean[:, 0].all()
@@ -76,10 +79,15 @@ def test_the_share_is_told_to_the_model_sample_by_sample(folder, tmp_path, monke
     ("share", "error", "words"),
     [
         ("1.5", ConfigError, "data.image_share is 1.5, expected a number from 0 to 1"),
-        ("0.5", DataError, "data.image_share is 0.5, but .*plain has no column 'image'; encode it, or give 0"),
+        (
+            "0.5", DataError,
+            "data.image_share is 0.5, but .*plain has no column 'image'; encode it, or give 0"
+        ),
     ],
 )
-def test_a_share_that_cannot_be_is_refused_before_weights_are_read(folder, tmp_path, monkeypatch, share, error, words):
+def test_a_share_that_cannot_be_is_refused_before_weights_are_read(
+    folder, tmp_path, monkeypatch, share, error, words
+):
     monkeypatch.setattr(setup, "load_dit", lambda *a, **k: pytest.fail("the model was read"))
     with pytest.raises(error, match=words):
         train.run(config(folder, tmp_path / "run", f"data.image_share={share}", shards="plain"))
@@ -88,7 +96,9 @@ def test_a_share_that_cannot_be_is_refused_before_weights_are_read(folder, tmp_p
 
 def test_a_flavor_without_the_choice_says_so():
     hunyuan = find("hunyuan-video")
-    with pytest.raises(ConfigError, match="data.image_share is 0.3, but 'i2v' is always told by an image: leave it null"):
+    with pytest.raises(
+        ConfigError, match="data.image_share is 0.3, but 'i2v' is always told by an image: leave it null"
+    ):
         check_image_share(0.3, [], hunyuan.flavor("i2v"))
     with pytest.raises(ConfigError, match="data.image_share is 0.3, but 'tiny' takes none: leave it null"):
         check_image_share(0.3, [], hunyuan.flavor("tiny"))

@@ -1,4 +1,5 @@
-"""One run per directory: held, dropped by the kernel at death, taken over when stale, watched across machines."""
+"""One run per directory: held, dropped by the kernel at death, taken over when
+stale, watched across machines."""
 
 import fcntl
 import json
@@ -27,7 +28,8 @@ HOLD = (
 @pytest.fixture
 def holder(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[2]
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -39,7 +41,10 @@ def test_a_second_is_refused_by_name_and_a_dead_one_s_lock_is_taken(tmp_path, ho
     with pytest.raises(Busy) as caught:
         RunLock(tmp_path).acquire(0.3)
     host = json.loads((tmp_path / ".lock").read_text())["host"]
-    assert f"is in use by process {holder.pid} on {host} since 20" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        f"is in use by process {holder.pid} on {host} since 20" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     assert "waiting 0 s" in capsys.readouterr().err
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -132,7 +137,9 @@ def test_a_second_training_is_refused_and_harms_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(runlock, "REQUEUED_WAIT_S", 0.3)
         waits = []
         acquire = RunLock.acquire
-        monkeypatch.setattr(RunLock, "acquire", lambda self, wait_s: (waits.append(wait_s), acquire(self, wait_s))[1])
+        monkeypatch.setattr(
+            RunLock, "acquire", lambda self, wait_s: (waits.append(wait_s), acquire(self, wait_s))[1]
+        )
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert train.run(config(shards, run, "run.steps=4")) == 75 and waits == [0.3]
     assert train.run(config(shards, run, "run.steps=4")) == 0

@@ -35,18 +35,23 @@ def run(good: str, *, max_bad_steps: int = 2, at=lambda step: None) -> tuple[boo
 
     one = torch.ones(1)
     hooks = Hooks(
-        lambda batch, where: (MicroResult(one.sum(), one, one), 1), lambda: None, log, lambda p: saved.append(p.step),
-        lambda p: None, lambda step: None,
+        lambda batch, where: (MicroResult(one.sum(), one, one), 1), lambda: None, log,
+        lambda p: saved.append(p.step), lambda p: None, lambda step: None,
     )
     cadence = Cadence(
-        steps=len(good), grad_accum=1, save=0, save_samples=0, evaluate=0, preview=0, max_bad_steps=max_bad_steps
+        steps=len(good), grad_accum=1, save=0, save_samples=0, evaluate=0, preview=0,
+        max_bad_steps=max_bad_steps
     )
     finished = train(engine, batches, hooks, cadence=cadence, start=Progress(), seed=0, ctx=ParallelContext())
     return finished, steps, saved
 
 
-def recorded(monkeypatch, cadence: Cadence, *, start: Progress, outcomes: str, ctx: ParallelContext, folder=None, log=None):
-    """Everything that the loop says and hands on, in order, on a clock that goes on by one whenever it is read."""
+def recorded(
+    monkeypatch, cadence: Cadence, *, start: Progress, outcomes: str, ctx: ParallelContext, folder=None,
+    log=None
+):
+    """Everything that the loop says and hands on, in order, on a clock that goes on
+    by one whenever it is read."""
     events: list[tuple] = []
     monkeypatch.setattr(loop.time, "monotonic", count().__next__)
     results = iter(outcomes)
@@ -58,12 +63,17 @@ def recorded(monkeypatch, cadence: Cadence, *, start: Progress, outcomes: str, c
 
     def batches():
         for n in count(1):
-            yield SimpleNamespace(cursor=start.cursor + 2 * n, epoch=n // 4, keys=(f"a{n}", f"b{n}"), sets=(0, n))
+            yield SimpleNamespace(
+                cursor=start.cursor + 2 * n, epoch=n // 4, keys=(f"a{n}", f"b{n}"), sets=(0, n)
+            )
 
     def micro_step(batch, where):
         events.append(("micro", batch.keys, where))
         v = float(next(values))
-        return MicroResult(torch.tensor(v), torch.tensor([v, v + 0.5]), torch.tensor([v / 100, 0.5])), 10 * int(v)
+        return (
+            MicroResult(torch.tensor(v), torch.tensor([v, v + 0.5]), torch.tensor([v / 100, 0.5])),
+            10 * int(v)
+        )
 
     def logged(report: StepReport):
         events.append(("log", report))
@@ -92,20 +102,26 @@ def test_what_happens_in_a_step_and_what_is_said_of_it(monkeypatch):
     first, second = Progress(7, cursor=44, epoch=0, bad_steps=2), Progress(8, cursor=48, epoch=1, bad_steps=2)
     assert finished and [r.progress for r in reports] == [first, second]
     assert [e if e[0] != "log" else ("log",) for e in events] == [
-        ("at", 7, "reading data"), ("at", 7, "in the forward pass"), ("micro", ("a1", "b1"), Where(5, 6, 0, 2, 3, 4)),
-        ("at", 7, "in the backward pass"), ("backward", 1.0, False),
-        ("at", 7, "reading data"), ("at", 7, "in the forward pass"), ("micro", ("a2", "b2"), Where(5, 6, 1, 2, 3, 4)),
-        ("at", 7, "in the backward pass"), ("backward", 2.0, True),
-        ("at", 7, "averaging the loss"), ("updated",), ("log",),
-        ("at", 8, "reading data"), ("at", 8, "in the forward pass"), ("micro", ("a3", "b3"), Where(5, 7, 0, 2, 3, 4)),
-        ("at", 8, "in the backward pass"), ("backward", 3.0, False),
-        ("at", 8, "reading data"), ("at", 8, "in the forward pass"), ("micro", ("a4", "b4"), Where(5, 7, 1, 2, 3, 4)),
-        ("at", 8, "in the backward pass"), ("backward", 4.0, True),
-        ("at", 8, "averaging the loss"), ("updated",), ("log",), ("evaluate", second), ("preview", 8), ("save", second),
+        ("at", 7, "reading data"), ("at", 7, "in the forward pass"),
+        ("micro", ("a1", "b1"), Where(5, 6, 0, 2, 3, 4)), ("at", 7, "in the backward pass"),
+        ("backward", 1.0, False), ("at", 7, "reading data"), ("at", 7, "in the forward pass"),
+        ("micro", ("a2", "b2"), Where(5, 6, 1, 2, 3, 4)), ("at", 7, "in the backward pass"),
+        ("backward", 2.0, True), ("at", 7, "averaging the loss"), ("updated",), ("log",),
+        ("at", 8, "reading data"), ("at", 8, "in the forward pass"),
+        ("micro", ("a3", "b3"), Where(5, 7, 0, 2, 3, 4)), ("at", 8, "in the backward pass"),
+        ("backward", 3.0, False), ("at", 8, "reading data"), ("at", 8, "in the forward pass"),
+        ("micro", ("a4", "b4"), Where(5, 7, 1, 2, 3, 4)), ("at", 8, "in the backward pass"),
+        ("backward", 4.0, True), ("at", 8, "averaging the loss"), ("updated",), ("log",),
+        ("evaluate", second), ("preview", 8), ("save", second),
     ]  # fmt: skip
     r = reports[1]
-    assert (r.result, r.loss, r.n_tokens, r.keys) == (StepResult(1.0, 1e-3, False), 3.5, 70, ("a3", "b3", "a4", "b4"))
-    assert r.sample_loss.tolist() == [3.0, 3.5, 4.0, 4.5] and r.sigma.tolist() == pytest.approx([0.03, 0.5, 0.04, 0.5])
+    assert (r.result, r.loss, r.n_tokens, r.keys) == (
+        StepResult(1.0, 1e-3, False), 3.5, 70, ("a3", "b3", "a4", "b4")
+    )
+    assert (
+        r.sample_loss.tolist() == [3.0, 3.5, 4.0, 4.5]
+        and r.sigma.tolist() == pytest.approx([0.03, 0.5, 0.04, 0.5])
+    )
     assert (r.seconds, r.waited) == (5, 2)  # of six looks at the clock
 
 
@@ -113,12 +129,17 @@ def test_what_happens_in_a_step_and_what_is_said_of_it(monkeypatch):
     "changes, saved",
     [
         ({}, [6]), ({"save": 1}, [1, 2, 3, 4, 5, 6]), ({"save": 4}, [4, 6]), ({"save": 3}, [3, 6]),
-        ({"save_samples": 1}, [1, 2, 3, 4, 5, 6]), ({"save_samples": 5}, [3, 5, 6]), ({"save_samples": 8}, [4, 6]),
+        ({"save_samples": 1}, [1, 2, 3, 4, 5, 6]), ({"save_samples": 5}, [3, 5, 6]),
+        ({"save_samples": 8}, [4, 6]),
     ],
 )  # fmt: skip
 def test_when_it_is_saved(monkeypatch, changes, saved):
     """Every so many steps, or when so many samples (two a step) have passed; and at the end, once."""
-    _, events = recorded(monkeypatch, replace(PLAIN, **changes), start=Progress(), outcomes="+" * 6, ctx=ParallelContext())
+    _, events = (
+        recorded(
+            monkeypatch, replace(PLAIN, **changes), start=Progress(), outcomes="+" * 6, ctx=ParallelContext()
+        )
+    )
     assert [e[1].step for e in events if e[0] == "save"] == saved
     assert not [e for e in events if e[0] in ("evaluate", "preview")]
 
@@ -130,9 +151,13 @@ def test_files_in_the_run_s_folder_save_and_stop(monkeypatch, tmp_path):
             (tmp_path / name).touch()
 
     finished, events = recorded(
-        monkeypatch, PLAIN, start=Progress(), outcomes="+" * 6, ctx=ParallelContext(), folder=tmp_path, log=touch
+        monkeypatch, PLAIN, start=Progress(), outcomes="+" * 6, ctx=ParallelContext(), folder=tmp_path,
+        log=touch
     )
-    assert not finished and [e[1].step for e in events if e[0] == "save"] == [2, 4] and not list(tmp_path.iterdir())
+    assert (
+        not finished and [e[1].step for e in events if e[0] == "save"] == [2, 4]
+        and not list(tmp_path.iterdir())
+    )
     (tmp_path / "save").touch()
     (tmp_path / "quit").touch()
     other = StopFlag(tmp_path, show=False)
@@ -147,7 +172,8 @@ def test_a_stop_in_the_last_step_is_the_end(monkeypatch, tmp_path):
             (tmp_path / "quit").touch()
 
     finished, events = recorded(
-        monkeypatch, PLAIN, start=Progress(), outcomes="+" * 6, ctx=ParallelContext(), folder=tmp_path, log=touch
+        monkeypatch, PLAIN, start=Progress(), outcomes="+" * 6, ctx=ParallelContext(), folder=tmp_path,
+        log=touch
     )
     assert finished and [e[1].step for e in events if e[0] == "save"] == [6]
 
@@ -155,12 +181,20 @@ def test_a_stop_in_the_last_step_is_the_end(monkeypatch, tmp_path):
 def test_a_run_that_has_no_finite_gradients_names_the_samples(monkeypatch):
     ctx = ParallelContext()
     cadence = replace(PLAIN, max_bad_steps=3)
-    wanted = "step 4: 3 steps in a row had no finite gradient (samples of the last: {}); lower optim.lr, or check these samples; "
+    wanted = (
+        "step 4: 3 steps in a row had no finite gradient (samples of the last: {}); lower optim.lr, or check "
+        "these samples; "
+    )
     with pytest.raises(HvtrainError) as caught:
         recorded(monkeypatch, cadence, start=Progress(), outcomes="+---++", ctx=ctx)
-    assert str(caught.value) == wanted.format("a4 loss 4, b4 loss 4.5") + "the newest checkpoint is from before"
+    assert str(caught.value) == wanted.format(
+        "a4 loss 4, b4 loss 4.5"
+    ) + "the newest checkpoint is from before"
     # Of all ranks, and only the guilty ones where a loss says which.
-    monkeypatch.setattr(ParallelContext, "gather_objects", lambda self, mine: [mine, {"c": math.inf, "d": 0.25}, {"e": math.nan}])
+    monkeypatch.setattr(
+        ParallelContext, "gather_objects", lambda self,
+        mine: [mine, {"c": math.inf, "d": 0.25}, {"e": math.nan}]
+    )
     with pytest.raises(HvtrainError) as caught:
         recorded(monkeypatch, cadence, start=Progress(), outcomes="+---++", ctx=ctx)
     assert str(caught.value).startswith(wanted.format("c loss inf, e loss nan"))
@@ -237,7 +271,8 @@ def test_ctrl_c_saves_and_stops_and_a_second_one_ends_at_once(capfd, interruptib
 
 
 def test_ctrl_c_saves_although_it_also_ended_who_was_reading():
-    """`hvtrain train ... 2>&1 | tee log`: the terminal's Ctrl-C reaches tee as well, and standard error is a broken pipe."""
+    """`hvtrain train ... 2>&1 | tee log`: the terminal's Ctrl-C reaches tee as well, and
+    standard error is a broken pipe."""
 
     def once(step):
         if step == 2:
@@ -257,7 +292,10 @@ def test_ctrl_c_saves_although_it_also_ended_who_was_reading():
 def test_a_stop_flag_gives_the_handlers_back():
     before = [signal.getsignal(n) for n in (*stopping.signals(), signal.SIGINT)]
     with StopFlag():
-        assert all(signal.getsignal(n) != b for n, b in zip((*stopping.signals(), signal.SIGINT), before, strict=True))
+        assert all(
+            signal.getsignal(n) != b for n,
+            b in zip((*stopping.signals(), signal.SIGINT), before, strict=True)
+        )
     assert [signal.getsignal(n) for n in (*stopping.signals(), signal.SIGINT)] == before
 
 
@@ -270,7 +308,10 @@ def test_the_line_shows_the_loss_of_the_step_and_an_average_without_a_bias(capsy
     weights = [0.95 ** (12 - step) for step in range(1, 13)]
     average = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"step 12/12  loss 1.0000 (average {average:.4f})  lr 1.00e-03  0.50 s/step") and average < 1.13
+    assert (
+        last.startswith(f"step 12/12  loss 1.0000 (average {average:.4f})  lr 1.00e-03  0.50 s/step")
+        and average < 1.13
+    )
 
 
 def test_a_loss_that_is_not_finite_does_not_spoil_the_average(capsys):

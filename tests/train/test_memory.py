@@ -1,4 +1,5 @@
-"""The memory savers through `hvtrain train`: the same adapter where it must be, and refusals of what does not go together."""
+"""The memory savers through `hvtrain train`: the same adapter where it must be, and refusals
+of what does not go together."""
 
 import json
 
@@ -50,7 +51,11 @@ def test_the_adapter_is_the_same(shards, plain, tmp_path, items):
 
 
 @pytest.mark.parametrize(
-    "items", [("fp8",), ("fp8_scaled",), ("fp8_scaled", "zero.engine=deepspeed", "run.recompute=full", "run.blocks_to_swap=2")],
+    "items",
+    [
+        ("fp8",), ("fp8_scaled",),
+        ("fp8_scaled", "zero.engine=deepspeed", "run.recompute=full", "run.blocks_to_swap=2")
+    ],
     ids=" ".join,
 )
 def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, items):
@@ -58,7 +63,9 @@ def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, items):
         train.run(config(shards, tmp_path / "run", f"model.quantize={items[0]}", "run.steps=12", *items[1:]))
     finally:
         shutdown()
-    losses = [json.loads(line)["train/loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["train/loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     found = load_file(tmp_path / "run/lora.safetensors")
     assert len(losses) == 12 and found.keys() == plain.keys()
     assert any(t.abs().max() > 0 for name, t in found.items() if "lora_up" in name)
@@ -69,7 +76,10 @@ def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, items):
     [
         (("run.blocks_to_swap=2",), "use run.recompute full, selective or offload"),
         (("run.blocks_to_swap=2", "adapter.type=none"), "use zero.offload_param"),
-        (("run.blocks_to_swap=2", "run.recompute=full", "zero.engine=deepspeed", "zero.stage=3"), "use zero.stage 0 to 2"),
+        (
+            ("run.blocks_to_swap=2", "run.recompute=full", "zero.engine=deepspeed", "zero.stage=3"),
+            "use zero.stage 0 to 2"
+        ),
         (("run.blocks_to_swap=20", "run.recompute=full"), "blocks_to_swap: 20 of 6 blocks"),
         (("run.blocks_to_swap=-1",), "run.blocks_to_swap is -1"),
         (("model.quantize=fp8", "adapter.type=none"), "use model.quantize=none"),
@@ -96,14 +106,19 @@ def test_deepspeed_s_own_settings_are_merged_over_ours(tmp_path):
     net = torch.nn.Linear(3, 3)
     settings = {"zero_optimization": {"round_robin_gradients": True}, "wall_clock_breakdown": True}
     made = ds_config(_engine(tmp_path, settings), net, cuda=False, step=Step())
-    assert made["zero_optimization"]["round_robin_gradients"] is True and made["zero_optimization"]["stage"] == 2
+    assert (
+        made["zero_optimization"]["round_robin_gradients"] is True and made["zero_optimization"]["stage"] == 2
+    )
     assert made["wall_clock_breakdown"] is True and made["communication_data_type"] == "fp32"
     small = ds_config(ZeroConfig(bucket_mb=0.00001, communication_dtype="bf16"), net, cuda=False, step=Step())
-    assert small["zero_optimization"]["reduce_bucket_size"] == 2 and small["communication_data_type"] == "bf16"
+    assert (
+        small["zero_optimization"]["reduce_bucket_size"] == 2 and small["communication_data_type"] == "bf16"
+    )
 
 
 @pytest.mark.parametrize("cuda, whole, stage, overlaps", [
-    (True, True, 2, True), (True, False, 2, False), (False, True, 2, False), (True, True, 0, False), (True, False, 3, False),
+    (True, True, 2, True), (True, False, 2, False), (False, True, 2, False), (True, True, 0, False),
+    (True, False, 3, False),
 ])  # fmt: skip
 def test_gradients_travel_beside_the_backward_of_a_full_fine_tune_alone(cuda, whole, stage, overlaps):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
@@ -123,7 +138,8 @@ def test_zero_3_leaves_torch_s_linear_alone_and_gathers_a_block_ahead():
     "settings, says",
     [
         ({"gradient_clipping": 1.0}, "sets 'gradient_clipping', which hvtrain sets from optim.max_grad_norm"),
-        ({"zero_optimization": {"stage": 1}}, "sets 'zero_optimization.stage', which hvtrain sets from zero.stage"),
+        ({"zero_optimization": {"stage": 1}}, "sets 'zero_optimization.stage', which hvtrain sets from "
+        "zero.stage"),
         ("{", "is not a JSON file"),
         ("[1]", "holds a list"),
     ],

@@ -1,4 +1,5 @@
-"""Mixtures of sets, image and video in one run, batches that cost alike, and curricula: planned, and as runs that continue."""
+"""Mixtures of sets, image and video in one run, batches that cost alike, and curricula:
+planned, and as runs that continue."""
 
 from __future__ import annotations
 
@@ -31,9 +32,14 @@ def make(root: Path, **buckets: int) -> Path:
     for number, n in ((int(name[1:]), n) for name, n in buckets.items()):
         bucket = list(SIZES)[number]
         keys = tuple(f"{root.name}-{number}-{i}" for i in range(n))
-        latents = [(k, {"latents": torch.randn(16, *SIZES[bucket], generator=g).bfloat16()}, {}) for k in keys]
+        latents = [
+            (k, {"latents": torch.randn(16, *SIZES[bucket], generator=g).bfloat16()}, {}) for k in keys
+        ]
         text = [(k, {"text": torch.randn(2, 64, generator=g), "pooled": torch.ones(64)}, {}) for k in keys]
-        tars = {n: write_tar(root, f"{n}/{number}.tar", rows) for n, rows in (("latents", latents), ("text", text))}
+        tars = {
+            n: write_tar(root, f"{n}/{number}.tar", rows) for n,
+            rows in (("latents", latents), ("text", text))
+        }
         chunks.append(Chunk(bucket, keys, tars))
     save_file({"text": torch.zeros(1, 64), "pooled": torch.zeros(64)}, str(root / EMPTY_TEXT))
     save_manifest(root, Manifest(("latents", "text"), tuple(chunks)))
@@ -54,8 +60,14 @@ def plan(sets, **data):
 def read(sets, curriculum, n, *, cursor=0, step=0, dp=1, per_step=1):
     """[(step, keys of all ranks)] of n steps, and the cursor after each."""
     opened = [open_set(p) for p in sets]
-    ranks = [iter(BatchLoader(opened, batch_size=1, dp_rank=r, dp_size=dp, seed=7, cursor=cursor, step=step, per_step=per_step,
-                              phases=curriculum.phases)) for r in range(dp)]
+    ranks = [
+        iter(
+            BatchLoader(
+                opened, batch_size=1, dp_rank=r, dp_size=dp, seed=7, cursor=cursor, step=step,
+                per_step=per_step, phases=curriculum.phases
+            )
+        ) for r in range(dp)
+    ]
     for at in range(step, step + n):
         batches = [next(rank) for _ in range(per_step) for rank in ranks]
         yield at, [key for b in batches for key in b.keys], batches[-1].cursor
@@ -73,7 +85,8 @@ def test_batches_of_a_number_of_tokens_cost_alike(sets):
     tokens = {b: LATENT.n_tokens(size) for b, size in SIZES.items()}
     assert tokens == {"1x32x32": 4, "1x64x64": 16, "9x64x64": 48}
     found = plan(sets, batch_tokens=33)
-    assert found.phases[0].mixture.batch_size == {"1x32x32": 8, "1x64x64": 2, "9x64x64": 1}  # a video is more, and still one
+    # a video is more, and still one
+    assert found.phases[0].mixture.batch_size == {"1x32x32": 8, "1x64x64": 2, "9x64x64": 1}
     assert found.per_batch == 15 / (1 + 2 + 3)
     opened = [open_set(p) for p in sets]
     for batch in islice(BatchLoader(opened, batch_size=1, phases=found.phases), 12):
@@ -90,17 +103,23 @@ def test_a_curriculum_goes_by_steps_and_its_place_is_the_cursor(sets):
     whole = list(read(sets, found, 9, per_step=2))
     kinds = [{k.split("-")[0] for k in keys} for _, keys, _ in whole]
     assert kinds[:3] == [{"images"}] * 3 and kinds[5:] == [{"videos"}] * 4
-    for stop in range(1, 9):  # whenever it is stopped, also on another number of ranks: the same samples follow
+    # whenever it is stopped, also on another number of ranks: the same samples follow
+    for stop in range(1, 9):
         cursor = whole[stop - 1][2]
         rest = list(read(sets, found, 9 - stop, cursor=cursor, step=stop, per_step=2))
         assert rest == whole[stop:]
-        assert [r[1:] for r in read(sets, found, 9 - stop, cursor=cursor, step=stop, dp=2)] == [r[1:] for r in whole[stop:]]
+        assert [
+            r[1:] for r in read(sets, found, 9 - stop, cursor=cursor, step=stop, dp=2)
+        ] == [r[1:] for r in whole[stop:]]
 
 
 @pytest.mark.parametrize(
     "each, says",
     [
-        (({"buckets": ("9x*",)}, {}), r"data.mixture\[0\].buckets: .*images has no bucket like 9x\*; it has 1x32x32, 1x64x64"),
+        (
+            ({"buckets": ("9x*",)}, {}),
+            r"data.mixture\[0\].buckets: .*images has no bucket like 9x\*; it has 1x32x32, 1x64x64"
+        ),
         (({"from_step": 1}, {"from_step": 2}), "data.mixture: from step 0 on there is no set"),
         (({"until_step": 4}, {"until_step": 2}), "data.mixture: from step 4 on there is no set"),
     ],
@@ -120,24 +139,37 @@ NONE = "data.shards=[]"
         (["data.mixture=[{path: '{0}'}]"], "give either data.shards or data.mixture"),
         (["data.batch_size=2", "data.batch_tokens=8"], "give either data.batch_size or data.batch_tokens"),
         (["data.batch_tokens=0"], "data.batch_tokens is 0, expected more than 0"),
-        ([NONE, "data.mixture=[{path: '{0}', weight: 0}]"], r"data.mixture\[0\].weight is 0.0, expected more than 0"),
+        (
+            [NONE, "data.mixture=[{path: '{0}', weight: 0}]"],
+            r"data.mixture\[0\].weight is 0.0, expected more than 0"
+        ),
         ([NONE, "data.mixture=[{path: '{0}', weight: 1}, {path: '{0}'}]"], r"mixture\[1\].weight: weights"),
-        ([NONE, "data.mixture=[{path: '{0}', from_step: 2, until_step: 2}]"], "until_step is 2, expected more than"),
-        ([NONE, "data.mixture=[{path: '{0}', from_step: 2}]", "run.steps=null", "run.epochs=1"], "run.epochs: "),
+        ([NONE, "data.mixture=[{path: '{0}', from_step: 2, until_step: 2}]"], "until_step is 2, expected "
+        "more than"),
+        (
+            [NONE, "data.mixture=[{path: '{0}', from_step: 2}]", "run.steps=null", "run.epochs=1"],
+            "run.epochs: "
+        ),
     ],
 )
 def test_mistakes(sets, tmp_path, items, says):
     with pytest.raises(ConfigError, match=says):
-        cfg = config(sets[0], tmp_path / "run", "data.batch_size=1", *(item.replace("{0}", str(sets[0])) for item in items))
+        cfg = config(
+            sets[0], tmp_path / "run", "data.batch_size=1",
+            *(item.replace("{0}", str(sets[0])) for item in items)
+        )
         train.run(cfg)
 
 
 def test_a_run_of_images_and_videos_goes_on_bit_for_bit(sets, tmp_path):
-    """A weighted mixture with a curriculum and batches by tokens, two micro-batches a step, stopped in every phase."""
+    """A weighted mixture with a curriculum and batches by tokens, two micro-batches a
+    step, stopped in every phase."""
     images, videos = sets
     mix = f"[{{path: {images}, weight: 1, buckets: [1x*]}}, {{path: {videos}, weight: 2, from_step: 2}}]"
-    options = ("data.shards=[]", f"data.mixture={mix}", "data.batch_size=1", "data.batch_tokens=32", "run.grad_accum=2",
-               "data.calibration=0", "data.caption_dropout=0.3")
+    options = (
+        "data.shards=[]", f"data.mixture={mix}", "data.batch_size=1", "data.batch_tokens=32",
+        "run.grad_accum=2", "data.calibration=0", "data.caption_dropout=0.3"
+    )
     assert train.run(config(images, tmp_path / "whole", *options, "run.steps=5")) == 0
     for steps in (1, 3, 5):
         assert train.run(config(images, tmp_path / "cut", *options, f"run.steps={steps}")) == 0
@@ -146,6 +178,15 @@ def test_a_run_of_images_and_videos_goes_on_bit_for_bit(sets, tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     named = {n.rpartition("/")[2] for row in rows for n in row if "loss_by_set" in n}
-    assert named == {"images", "videos"} and not any("loss_by_set/videos" in n for row in rows[:2] for n in row)
-    with pytest.raises(ConfigError, match=r"holds another run: data.mixture is .*data.batch_tokens is 32 there, 64 here"):
-        train.run(config(images, tmp_path / "cut", *options, "data.batch_tokens=64", f"data.mixture={mix.replace('2}', '3}')}"))
+    assert (
+        named == {"images", "videos"} and not any("loss_by_set/videos" in n for row in rows[:2] for n in row)
+    )
+    with pytest.raises(
+        ConfigError, match=r"holds another run: data.mixture is .*data.batch_tokens is 32 there, 64 here"
+    ):
+        train.run(
+            config(
+                images, tmp_path / "cut", *options, "data.batch_tokens=64",
+                f"data.mixture={mix.replace('2}', '3}')}"
+            )
+        )

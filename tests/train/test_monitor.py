@@ -1,4 +1,5 @@
-"""What a run says of itself: TensorBoard as its own reader reads it, Weights & Biases, shares of time, norms of parts, MFU."""
+"""What a run says of itself: TensorBoard as its own reader reads it, Weights & Biases, shares
+of time, norms of parts, MFU."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ from tests.train.test_optimizer_table import SOME, check_reached, train_cells
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {
-    "torch": ("zero.engine=torch",), "zero2": ("zero.engine=deepspeed", "zero.stage=2", "run.peak_tflops=0.5"),
+    "torch": ("zero.engine=torch",),
+    "zero2": ("zero.engine=deepspeed", "zero.stage=2", "run.peak_tflops=0.5"),
     "zero3": ("zero.engine=deepspeed", "zero.stage=3"),
 }
 SLOW = {
@@ -51,8 +53,8 @@ SLOW = {
 def _runs(folder: Path, engines: dict[str, tuple[str, ...]], cells: Sequence = ()) -> dict:
     for engine, options in engines.items():
         cfg = config(
-            folder / "a", folder / engine, f"data.shards=[{folder / 'a'}, {folder / 'b'}]", "run.steps=4", "data.batch_size=1",
-            f"eval.shards={folder / 'a'}", "eval.every_steps=2", "eval.max_batches=1",
+            folder / "a", folder / engine, f"data.shards=[{folder / 'a'}, {folder / 'b'}]", "run.steps=4",
+            "data.batch_size=1", f"eval.shards={folder / 'a'}", "eval.every_steps=2", "eval.max_batches=1",
             "run.profile_every=2", "run.save_every_steps=2", "data.calibration=0", *options,
         )
         assert train.run(cfg, start()) == 0
@@ -92,10 +94,14 @@ def test_tensorboard_reads_back_what_the_lines_say(folder):
                 want.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-6)))
     assert {name: [(e.step, e.value) for e in read.Scalars(name)] for name in read.Tags()["scalars"]} == want
     steps = [1, 2, 3, 4]
-    for name in ("train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s", "speed/mfu", "speed/memory_gib",
-                 "speed/slowest_rank", "speed/data_share", "speed/save_share"):
+    for name in (
+        "train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s", "speed/mfu", "speed/memory_gib",
+        "speed/slowest_rank", "speed/data_share", "speed/save_share"
+    ):
         assert [step for step, _ in want[name]] == steps, name
-    assert [step for step, _ in want["eval/loss"]] == [2, 4] == [step for step, _ in want["speed/collectives_share"]]
+    assert [step for step, _ in want["eval/loss"]] == [2, 4] == [
+        step for step, _ in want["speed/collectives_share"]
+    ]
     assert len(read.Histograms("train/sigma")) == 1 and "config" in str(read.Tags()["tensors"])
 
 
@@ -106,8 +112,13 @@ def makes_up_the_whole(folder: Path, engine: str) -> None:
         parts = {name: value for name, value in row.items() if name.startswith("train/grad_norm/")}
         assert set(parts) == {f"train/grad_norm/{p}" for p in (
             "double_blocks.0-0", "double_blocks.1-1", *(f"single_blocks.{i}-{i}" for i in range(4)))}
-        assert math.sqrt(sum(v * v for v in parts.values())) == pytest.approx(row["train/grad_norm"], rel=1e-5)
-        assert row["train/grad_norm"] > 0 and parts == pytest.approx({name: plain[name] for name in parts}, rel=1e-3)
+        assert math.sqrt(sum(v * v for v in parts.values())) == pytest.approx(
+            row["train/grad_norm"], rel=1e-5
+        )
+        assert (
+            row["train/grad_norm"] > 0
+            and parts == pytest.approx({name: plain[name] for name in parts}, rel=1e-3)
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -130,7 +141,10 @@ def test_losses_by_set_and_shares(folder):
         own = {name.rpartition("/")[2]: value for name, value in row.items() if "loss_by_set" in name}
         seen |= set(own)
         assert min(own.values()) - 1e-5 <= row["train/loss"] <= max(own.values()) + 1e-5
-        assert 0 <= row["speed/data_share"] < 1 and row["speed/slowest_rank"] in (0, 1) and 0 < row["speed/mfu"] < 1
+        assert (
+            0 <= row["speed/data_share"] < 1 and row["speed/slowest_rank"] in (0, 1)
+            and 0 < row["speed/mfu"] < 1
+        )
         if row["step"] == 3:
             assert row["speed/save_share"] > 0  # of the save after step 2
         if "speed/collectives_share" in row:
@@ -138,20 +152,22 @@ def test_losses_by_set_and_shares(folder):
     assert seen == {"a", "b"}
 
 
-# --- alone ------------------------------------------------------------------------------------------------------------
+# --- alone --------------------------------------------------------------------------------------------------
 
 
 def report(step: int, **more) -> StepReport:
     return StepReport(
         **{"progress": Progress(step, 10 * step, 1), "result": StepResult(2.0, 1e-3, False), "loss": 0.5,
-           "sample_loss": np.array([0.25, 0.75]), "sigma": np.array([0.05, 0.95]), "n_tokens": 60, "keys": ("a", "b"),
-           "seconds": 0.5, "waited": 0.0, "sets": (0, 1), "work": ((2, 30),), **more}
+           "sample_loss": np.array([0.25, 0.75]), "sigma": np.array([0.05, 0.95]), "n_tokens": 60,
+           "keys": ("a", "b"), "seconds": 0.5, "waited": 0.0, "sets": (0, 1), "work": ((2, 30),), **more}
     )
 
 
 def recorder():
     said: dict[int, dict] = {}
-    metrics = SimpleNamespace(scalars=lambda step, values: said.setdefault(step, {}).update(values), histogram=lambda *a: None)
+    metrics = SimpleNamespace(
+        scalars=lambda step, values: said.setdefault(step, {}).update(values), histogram=lambda *a: None
+    )
     return metrics, said
 
 
@@ -168,7 +184,10 @@ def test_shares_are_of_all_the_time_since_the_last_entry(monkeypatch):
     monitor.log(report(2, waited=1.5))
     got = said[2]
     assert got["speed/save_share"] == 0.4 and got["speed/data_share"] == 0.25
-    assert got["speed/mfu"] == pytest.approx(2 * 2 * (10 + 2 * 30 + 30**2) / (10 * 1e3)) and got["speed/tokens_per_s"] == 120
+    assert (
+        got["speed/mfu"] == pytest.approx(2 * 2 * (10 + 2 * 30 + 30**2) / (10 * 1e3))
+        and got["speed/tokens_per_s"] == 120
+    )
     assert (got["train/loss_by_set/a"], got["train/loss_by_set/b"]) == (0.25, 0.75) == (
         got["train/loss_by_sigma/0.0"], got["train/loss_by_sigma/0.9"])
     assert monitor.spent == {} and monitor.flops == 0
@@ -177,7 +196,9 @@ def test_shares_are_of_all_the_time_since_the_last_entry(monkeypatch):
 def test_a_histogram_is_of_the_noise_levels_since_the_last():
     """Of the entries, every second step and the last."""
     found: list = []
-    metrics = SimpleNamespace(scalars=lambda *_: None, histogram=lambda name, step, values: found.append((step, len(values))))
+    metrics = SimpleNamespace(
+        scalars=lambda *_: None, histogram=lambda name, step, values: found.append((step, len(values)))
+    )
     monitor = Monitor(ParallelContext(), metrics, ProgressLine(45, start=0, show=False), 45, 2)
     for step in range(1, 46):
         monitor.log(report(step))
@@ -195,7 +216,9 @@ def test_the_slowest_rank_is_named_and_peers_count_once(monkeypatch):
     monitor = Monitor(ctx, metrics, line, 4, 1, work=Work(0, 0, 0, 1e3), since=since)
     monitor.log(report(1))
     got = said[1]
-    assert (got["speed/slowest_rank"], got["speed/slowest_rank_s"], got["speed/tokens_per_s"]) == (2, 3.0, 40.0)
+    assert (
+        got["speed/slowest_rank"], got["speed/slowest_rank_s"], got["speed/tokens_per_s"]
+    ) == (2, 3.0, 40.0)
     assert got["data/bad_samples"] == 3 and got["speed/data_share"] == pytest.approx(0.2)
     assert got["speed/mfu"] == pytest.approx(4000 / 2 / (10 * 4 * 1e3), rel=0.01)
     assert not any("loss_by_set" in name for name in got)
@@ -206,7 +229,8 @@ def test_norms_of_parts_are_found_in_the_steps_that_are_logged():
     params = dict(model.named_parameters())
     sgd = torch.optim.SGD(params.values(), lr=0.0)
     engine = build_engine(
-        model, params, ZeroConfig("torch", 0), ParallelContext(), optimizer=sgd, schedule=lambda n: 1.0, step=step
+        model, params, ZeroConfig("torch", 0), ParallelContext(), optimizer=sgd, schedule=lambda n: 1.0,
+        step=step
     )
     found = [engine.accumulate(model(torch.ones(1, 3)).sum(), last=True) for _ in range(4)]
     assert [result.norms for result in found] == [{}, {"rest": pytest.approx(3**0.5)}] * 2
@@ -216,7 +240,8 @@ def test_norms_of_parts_are_found_in_the_steps_that_are_logged():
 def test_what_a_continued_run_makes_void_is_gone(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for value, purge, steps in ((1.0, None, range(1, 6)), (2.0, 3, range(3, 5))):  # a run that went on from step 2
+    # a run that went on from step 2
+    for value, purge, steps in ((1.0, None, range(1, 6)), (2.0, 3, range(3, 5))):
         with closing(TensorBoard(tmp_path, purge_step=purge)) as board:
             for step in steps:
                 board.scalars(step, {"loss": value})
@@ -229,20 +254,26 @@ def test_time_in_collectives_is_that_of_nccl_and_gloo():
     def event(name, device, host):
         return SimpleNamespace(name=name, device_time_total=device, cpu_time_total=host)
 
-    seen = [event("ncclDevKernel_AllReduce", 5e5, 10), event("gloo:all_reduce", 0, 25e4), event("aten::mm", 9e6, 9e6)]
+    seen = [
+        event("ncclDevKernel_AllReduce", 5e5, 10), event("gloo:all_reduce", 0, 25e4),
+        event("aten::mm", 9e6, 9e6)
+    ]
     assert collective_seconds(seen) == 0.75
 
 
 def test_measuring_it_says_nothing():
-    """The profiler's own lines, two a measured step, are of no use in a log of training. It asks once in a process."""
+    """The profiler's own lines, two a measured step, are of no use in a log of
+    training. It asks once in a process."""
     code = (
-        "import torch; from hvtrain.parallel.context import ParallelContext, start; from hvtrain.train.monitor import Monitor\n"
-        "start(); monitor = Monitor(ParallelContext(world=2), None, None, 4, 1, profile=2)\n"
-        "with monitor.measured(2): torch.ones(2) + 1\n"
+        "import torch; from hvtrain.parallel.context import ParallelContext, start; from "
+        "hvtrain.train.monitor import Monitor\nstart(); monitor = Monitor(ParallelContext(world=2), None, "
+        "None, 4, 1, profile=2)\nwith monitor.measured(2): torch.ones(2) + 1\n"
         "print(*monitor.spent)"
     )
     env = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.stdout == "collectives\n" and "profiler" not in done.stderr
 
 
@@ -254,7 +285,8 @@ def test_one_set_needs_no_loss_of_its_own():
 
 @pytest.mark.parametrize("kind, each", [("none", 6), pytest.param("lora", 4, marks=pytest.mark.slow)])
 def test_operations_are_counted_once_and_known_of_every_size(kind, each):
-    """Of each weight and token six, of a LoRA's frozen ones four; the polynomial is exact at a size that was not traced."""
+    """Of each weight and token six, of a LoRA's frozen ones four; the polynomial is exact at
+    a size that was not traced."""
     from hvtrain.config import ParallelConfig
     from hvtrain.fit.estimate import Candidate, Training, flops_of_sample
     from hvtrain.fit.trace import Shape
@@ -262,20 +294,34 @@ def test_operations_are_counted_once_and_known_of_every_size(kind, each):
     spec = find("hunyuan-video")
     flavor, run, adapter = spec.flavor("tiny"), RunSettings(), AdapterConfig(type=kind, rank=4)
     work = work_of(spec, flavor, ModelConfig(), adapter, run, peak=1.0)
-    about, cfg = Candidate(spec, flavor), Training(ModelConfig(), adapter, ParallelConfig(), ZeroConfig("torch", 0), run)
+    about, cfg = (
+        Candidate(spec, flavor),
+        Training(ModelConfig(), adapter, ParallelConfig(), ZeroConfig("torch", 0), run)
+    )
     n = flavor.latent.n_tokens(flavor.latent.shape(frames=9, height=96, width=64))
     assert work.flops(n) == pytest.approx(flops_of_sample(cfg, about, Shape(1, 9, 96, 64)), rel=1e-3)
     with torch.device("meta"):
-        layers = {n: m for n, m in spec.build(flavor.arch).named_modules() if isinstance(m, torch.nn.Linear) and "mod" not in n}
-    met = sum(m.weight.numel() for n, m in layers.items() if "single_blocks" in n or ("double_blocks" in n and ".img_" in n))
-    text = next(field.longest for field in flavor.cond if field.ragged)  # attention is of image and text: c (n + text)^2
+        layers = {
+            n: m for n,
+            m in spec.build(flavor.arch).named_modules() if isinstance(m, torch.nn.Linear) and "mod" not in n
+        }
+    met = sum(
+        m.weight.numel() for n,
+        m in layers.items() if "single_blocks" in n or ("double_blocks" in n and ".img_" in n)
+    )
+    # attention is of image and text: c (n + text)^2
+    text = next(field.longest for field in flavor.cond if field.ragged)
     assert (work.b - 2 * work.c * text) / met == pytest.approx(each, rel=0.05) and work.c > 0
 
 
-@pytest.mark.parametrize("kind, counted", [("loraid", "lora"), ("lora", "lora"), ("none", "none"), ("lokr", "lokr")])
+@pytest.mark.parametrize(
+    "kind, counted", [("loraid", "lora"), ("lora", "lora"), ("none", "none"), ("lokr", "lokr")]
+)
 def test_a_slices_backward_goes_through_all_blocks(kind, counted, monkeypatch):
     traced = []
-    monkeypatch.setattr("hvtrain.fit.estimate.flops_of_sample", lambda cfg, *_: traced.append(cfg.adapter.type) or 1.0)
+    monkeypatch.setattr(
+        "hvtrain.fit.estimate.flops_of_sample", lambda cfg, *_: traced.append(cfg.adapter.type) or 1.0
+    )
     spec = find("hunyuan-video")
     work_of(spec, spec.flavor("tiny"), ModelConfig(), AdapterConfig(type=kind), RunSettings(), peak=1.0)
     assert traced == [counted] * 3
@@ -296,8 +342,10 @@ def test_a_run_that_goes_on_from_before_says_each_step_once(tmp_path):
     """What came after its checkpoint is void, in both files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = config(make_shards(tmp_path / "shards", n=2), tmp_path / "run", "run.steps=4", "run.save_every_steps=2",
-                 "data.calibration=0")
+    cfg = config(
+        make_shards(tmp_path / "shards", n=2), tmp_path / "run", "run.steps=4", "run.save_every_steps=2",
+        "data.calibration=0"
+    )
     assert train.run(cfg) == 0
     shutil.rmtree(sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1])
     (tmp_path / "run/lora.safetensors").unlink()
@@ -333,8 +381,10 @@ def test_a_checkpoint_has_all_rows_before_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RunFiles, "save", killed_here)
     monkeypatch.setattr("hvtrain.train.metrics.SEEN_S", math.inf)
-    cfg = config(make_shards(tmp_path / "shards", n=2), tmp_path / "run", "run.steps=4", "run.save_every_steps=3",
-                 "data.calibration=0")
+    cfg = config(
+        make_shards(tmp_path / "shards", n=2), tmp_path / "run", "run.steps=4", "run.save_every_steps=3",
+        "data.calibration=0"
+    )
     assert train.run(cfg) == 0
     assert seen == {3: [1, 2, 3], 4: [1, 2, 3, 4]}
 
@@ -350,7 +400,8 @@ def test_the_held_out_loss_is_the_mean_of_all_its_batches(tmp_path):
     found = open_set(make_shards(tmp_path, n=4))
     fake = SimpleNamespace(
         quantile=lambda u, shape: u,
-        compare=lambda model, batch, *, sigma, draw: SimpleNamespace(loss=batch["latents"].float().mean() + sigma.mean()),
+        compare=lambda model, batch, *, sigma,
+        draw: SimpleNamespace(loss=batch["latents"].float().mean() + sigma.mean()),
     )
     held = HeldOut([found], 1, (0.25, 0.75), max_batches=10)
     got = held_out_loss(lambda sigma: None, fake, held, ctx=ParallelContext())
@@ -366,17 +417,24 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
         config=SimpleNamespace(update=lambda values, allow_val_change: logged.append(("config", values))),
     )
     begun: list[dict] = []
-    fake = SimpleNamespace(init=lambda **options: begun.append(options) or run, Histogram=list, __spec__=SimpleNamespace())
+    fake = SimpleNamespace(
+        init=lambda **options: begun.append(options) or run, Histogram=list, __spec__=SimpleNamespace()
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     shards = make_shards(tmp_path / "shards", n=2)
     for steps in (1, 2):
-        assert train.run(config(shards, tmp_path / "run", f"run.steps={steps}", "run.wandb=project", "data.calibration=0")) == 0
+        assert train.run(
+            config(shards, tmp_path / "run", f"run.steps={steps}", "run.wandb=project", "data.calibration=0")
+        ) == 0
     assert begun[0] == begun[1] and len(begun[0]["id"]) == 16  # the run that goes on is theirs that goes on
     told = {"project": "project", "name": "lora", "id": "", "resume": "allow", "dir": str(tmp_path / "run")}
     assert begun[0] | {"id": ""} == told
     entries = [e for e in logged if isinstance(e[0], int) and "train/loss" in e[1]]
     losses = {step: values["train/loss"] for step, values in entries}
-    assert losses == {row["step"]: row["train/loss"] for row in rows(tmp_path / "run")} and logged.count("finished") == 2
+    assert (
+        losses == {row["step"]: row["train/loss"] for row in rows(tmp_path / "run")}
+        and logged.count("finished") == 2
+    )
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="run.wandb: the package wandb is not installed: pip install wandb"):

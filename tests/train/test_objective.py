@@ -43,8 +43,9 @@ class Recorder(nn.Module):
 def batch() -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     return {
-        "latents": torch.randn(SHAPE, generator=g).bfloat16(), "text": torch.randn(2, 5, 7, generator=g).bfloat16(),
-        "text_len": torch.tensor([5, 3]), "pooled": torch.randn(2, 4, generator=g).bfloat16(),
+        "latents": torch.randn(SHAPE, generator=g).bfloat16(),
+        "text": torch.randn(2, 5, 7, generator=g).bfloat16(), "text_len": torch.tensor([5, 3]),
+        "pooled": torch.randn(2, 4, generator=g).bfloat16(),
     }  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def noise_at(where: Where, objective: Objective = BASE) -> Tensor:
 
 
 def test_noise_is_a_function_of_seed_step_micro_step_and_data_rank():
-    """Each of them gives other numbers; the number of ranks and of micro-steps does not; and the values by the formula."""
+    """Each of them gives other numbers; the number of ranks and of micro-steps does not;
+    and the values by the formula."""
     want = torch.randn(SHAPE, generator=generator(1, step=4, micro=0, dp_rank=0, stream="noise"))
     torch.testing.assert_close(noise_at(HERE), want)
     torch.testing.assert_close(noise_at(replace(HERE, dp=4, n_micro=3)), want)
@@ -101,9 +103,14 @@ def test_the_model_sees_noised_latents_and_the_loss_compares_velocities():
     (inp,) = model.seen
     s = sigma.float().view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(inp.x, (1 - s) * x0 + s * noise)
-    assert inp.x.dtype == torch.float32 and inp.t.tolist() == [250.0, 1000.0] and inp.lengths["text"] == (5, 3)
+    assert (
+        inp.x.dtype == torch.float32 and inp.t.tolist() == [250.0, 1000.0] and inp.lengths["text"] == (5, 3)
+    )
     assert inp.cond["text"].dtype == torch.float32 and torch.equal(inp.cond["text"], data["text"].float())
-    assert torch.equal(inp.cond["pooled"], data["pooled"].float()) and inp.cond["guidance"].tolist() == [6016.0] * 2
+    assert (
+        torch.equal(inp.cond["pooled"], data["pooled"].float())
+        and inp.cond["guidance"].tolist() == [6016.0] * 2
+    )
     want = (answer - (noise - x0)).pow(2).flatten(1).mean(1)
     torch.testing.assert_close(result.per_sample, want)
     assert not result.per_sample.requires_grad and result.loss.requires_grad
@@ -132,8 +139,8 @@ def test_autocast_is_round_the_model_alone():
 
 
 def test_everything_goes_to_the_device_but_text_lengths(monkeypatch):
-    """They are read as numbers in every forward: on a GPU that would wait for all its work; of "meta" they cannot be read.
-    What is pinned is copied while the GPU computes."""
+    """They are read as numbers in every forward: on a GPU that would wait for all its work; of "meta" they
+    cannot be read. What is pinned is copied while the GPU computes."""
     asked: dict[str, list] = {}
 
     class Watched(Tensor):
@@ -151,14 +158,20 @@ def test_everything_goes_to_the_device_but_text_lengths(monkeypatch):
         seen.extend([x, sigma, x0, {n: v.as_subclass(Tensor) for n, v in cond.items()}])
         return BASE.spec.make_input(x, sigma, cond, task=task, guidance=guidance, x0=x0)
 
-    monkeypatch.setattr("hvtrain.train.objective.autocast", lambda kind, *, enabled: nullcontext(seen.append((kind, enabled))))
+    monkeypatch.setattr(
+        "hvtrain.train.objective.autocast", lambda kind, *, enabled: nullcontext(seen.append((kind, enabled)))
+    )
     objective = replace(BASE, device=meta, spec=replace(BASE.spec, make_input=make_input))
-    result = objective.compare(Recorder(torch.zeros(SHAPE, device=meta)), data, sigma=torch.ones(2), draw=generator(1))
+    result = objective.compare(
+        Recorder(torch.zeros(SHAPE, device=meta)), data, sigma=torch.ones(2), draw=generator(1)
+    )
     assert asked.pop("text_len") == [] and set(asked) == {"latents", "text", "pooled", "extra"}
     assert all(calls == [((meta,), {"non_blocking": True})] for calls in asked.values())
     x, sigma, x0, cond, cast = seen
     assert cast == ("meta", False)
-    assert x.is_meta and sigma.is_meta and x0.is_meta and x0.dtype == torch.float32 and result.per_sample.is_meta
+    assert (
+        x.is_meta and sigma.is_meta and x0.is_meta and x0.dtype == torch.float32 and result.per_sample.is_meta
+    )
     found = {n: (v.device.type, v.dtype, tuple(v.shape)) for n, v in cond.items()}
     assert found == {
         "text": ("meta", torch.float32, (2, 5, 7)), "pooled": ("meta", torch.float32, (2, 4)),
@@ -183,7 +196,10 @@ def test_captions_are_dropped_by_each_sample_s_own_share():
     brief = {k: v[:2] if k == "text" else v for k, v in EMPTY.items()}
     short = drop_captions(data, brief, shares=[1.0, 0.0], draw=generator(1), fields=FIELDS)
     assert short["text"].shape == (2, 5, 7)
-    assert short["text_len"].tolist() == [2, 3] and (short["text"][0, :2] == 9).all() and not short["text"][0, 2:].any()
+    assert (
+        short["text_len"].tolist() == [2, 3] and (short["text"][0, :2] == 9).all()
+        and not short["text"][0, 2:].any()
+    )
 
 
 def test_a_share_of_zero_never_drops(monkeypatch):
@@ -195,7 +211,10 @@ def test_a_share_of_zero_never_drops(monkeypatch):
 
 
 def test_how_often_captions_are_dropped():
-    many = {"text": torch.zeros(4000, 1, 1), "text_len": torch.ones(4000, dtype=torch.long), "pooled": torch.zeros(4000, 1)}
+    many = {
+        "text": torch.zeros(4000, 1, 1), "text_len": torch.ones(4000, dtype=torch.long),
+        "pooled": torch.zeros(4000, 1)
+    }
     blank = {"text": torch.ones(1, 1), "pooled": torch.ones(1)}
     shares = [0.1] * 2000 + [0.6] * 2000
     gone = drop_captions(many, blank, shares=shares, draw=generator(1), fields=FIELDS)["pooled"].flatten()
@@ -205,7 +224,7 @@ def test_how_often_captions_are_dropped():
     assert torch.equal(gone.bool(), draw < torch.tensor(shares))
 
 
-# --- options of the loss ----------------------------------------------------------------------------------------------
+# --- options of the loss ------------------------------------------------------------------------------------
 
 
 def test_a_mask_column_weighs_the_cells_and_is_no_condition():
@@ -222,7 +241,8 @@ def test_a_mask_column_weighs_the_cells_and_is_no_condition():
     error = (noise_at(HERE) - data["latents"].float())[..., 0]
     torch.testing.assert_close(found.per_sample, error.pow(2).flatten(1).mean(1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found.per_sample, plain.per_sample)
-    both = replace(masked, task="i2v")  # with the frame that is given: neither it nor what is masked is learnt
+    # with the frame that is given: neither it nor what is masked is learnt
+    both = replace(masked, task="i2v")
     far[:, :, 0] = 1e3
     torch.testing.assert_close(
         both(Recorder(far), data, HERE).per_sample, both(Recorder(), data, HERE).per_sample
@@ -262,7 +282,9 @@ def test_noise_offset_is_one_number_for_a_channel_and_leaves_the_noise_as_it_was
     many = replace(BASE, noise_offset=0.5)
     found = []
     for step in range(400):
-        found.append((noise_at(replace(HERE, step=step), many) - noise_at(replace(HERE, step=step)))[:, :, 0, 0, 0])
+        found.append(
+            (noise_at(replace(HERE, step=step), many) - noise_at(replace(HERE, step=step)))[:, :, 0, 0, 0]
+        )
     values = torch.stack(found)
     assert values.std().item() == pytest.approx(0.5, abs=0.04) and abs(values.mean().item()) < 0.05
 
@@ -270,7 +292,9 @@ def test_noise_offset_is_one_number_for_a_channel_and_leaves_the_noise_as_it_was
 def test_a_config_s_objective():
     spec = BASE.spec
     flavor = spec.flavor(None)
-    flow = flow_of(FlowConfig(loss="huber", huber_c=0.2, weighting="cosmap", guidance=1.0, raw_guidance=True), flavor)
+    flow = flow_of(
+        FlowConfig(loss="huber", huber_c=0.2, weighting="cosmap", guidance=1.0, raw_guidance=True), flavor
+    )
     objective = objective_of(flow, spec, flavor, device=torch.device("cpu"), autocast=False)
     model = Recorder()
     found = objective(model, batch(), HERE)
@@ -278,7 +302,9 @@ def test_a_config_s_objective():
     error = (noise_at(HERE) - batch()["latents"].float()).abs()
     want = torch.where(error < 0.2, error**2, 0.4 * error - 0.04).flatten(1).mean(1)
     s = found.sigma
-    torch.testing.assert_close(found.per_sample, want * 2 / (torch.pi * (1 - 2 * s + 2 * s * s)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.per_sample, want * 2 / (torch.pi * (1 - 2 * s + 2 * s * s)), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(s, quantile_function("shift", FlowConfig(shift=7.0))(
         stratified(2, seed=1, step=4, part=0, n_parts=4)).float())
 
@@ -288,11 +314,13 @@ def test_an_objective_has_every_setting_of_its_config():
     flavor = spec.flavor(None)
 
     def of(**settings) -> Objective:
-        return objective_of(FlowConfig(shift=7.0, **settings), spec, flavor, device=torch.device("meta"), autocast=True)
+        return objective_of(
+            FlowConfig(shift=7.0, **settings), spec, flavor, device=torch.device("meta"), autocast=True
+        )
 
     found = of(
-        loss="pseudo_huber", huber_c=0.2, huber_schedule="snr", weighting="min_snr", snr_gamma=2.0, noise_offset=0.25,
-        masked=True, guidance=6.0, raw_guidance=True,
+        loss="pseudo_huber", huber_c=0.2, huber_schedule="snr", weighting="min_snr", snr_gamma=2.0,
+        noise_offset=0.25, masked=True, guidance=6.0, raw_guidance=True,
     )
     assert found.measure == Measure("pseudo_huber", 0.2, "snr", "min_snr", 2.0)
     assert (found.noise_offset, found.masked, found.task) == (0.25, True, flavor.tasks[0])
@@ -303,5 +331,6 @@ def test_an_objective_has_every_setting_of_its_config():
     assert of().guidance is None and of(raw_guidance=True).guidance is None
     u = torch.tensor([0.5], dtype=torch.float64)
     assert plain.quantile(u).item() == pytest.approx(7 / 8)
-    by_size = of(timestep_sampling="flux_shift").quantile(u, (1, 16, 1, 32, 32))  # the flavor says that these are 256 tokens
+    # the flavor says that these are 256 tokens
+    by_size = of(timestep_sampling="flux_shift").quantile(u, (1, 16, 1, 32, 32))
     assert by_size.item() == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item())

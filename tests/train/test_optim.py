@@ -1,4 +1,5 @@
-"""Optimizers: what they are told, what one step does, which of them ZeRO may cut up, and what a continued run gets back."""
+"""Optimizers: what they are told, what one step does, which of them ZeRO may cut up, and
+what a continued run gets back."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def test_the_optimizer_is_told_what_the_config_says(name, kind):
 
 
 def test_two_steps_of_adamw_by_hand():
-    """Moments with their own decays, corrected for their start; weight decay beside the gradient, on matrices only."""
+    """Moments with their own decays, corrected for their start; weight decay beside the
+    gradient, on matrices only."""
     params = parameters()
     optimizer = build_optimizer(params, CFG)
     want = {name: p.detach().double().clone() for name, p in params.items()}
@@ -93,7 +95,7 @@ def test_an_optimizer_is_one_decorated_function(monkeypatch):
         check_optimizer(OptimConfig("sgd", lr=0.1))
 
 
-# --- the first step of each, by its paper ---------------------------------------------------------------------------
+# --- the first step of each, by its paper -------------------------------------------------------------------
 
 GRADIENT = torch.tensor([[0.5, -2.0], [1.0, 0.25]])
 START = torch.tensor([[2.0, -1.0], [0.5, 4.0]])
@@ -113,7 +115,9 @@ def test_rates_of_single_parameters_are_multiples():
     params = parameters()
     found = build_optimizer(params, CFG, {"kernel": 16.0})
     rates = {id(p): g["lr"] for g in found.param_groups for p in g["params"]}
-    assert {name: rates[id(p)] for name, p in params.items()} == {"matrix": 0.1, "bias": 0.1, "kernel": pytest.approx(1.6)}
+    assert {name: rates[id(p)] for name, p in params.items()} == {
+        "matrix": 0.1, "bias": 0.1, "kernel": pytest.approx(1.6)
+    }
     assert found.param_groups[0]["lr"] == 0.1  # which is logged
 
 
@@ -139,7 +143,8 @@ def test_muon_steps_what_it_leaves_to_adamw():
 
 
 def test_adafactor_knows_rows_and_columns():
-    """In its first step the second moment is the gradient's own, and the step is a share of the weights' size."""
+    """In its first step the second moment is the gradient's own, and the step is a
+    share of the weights' size."""
     square = GRADIENT.square()
     row, column = square.mean(1, keepdim=True), square.mean(0, keepdim=True)
     update = GRADIENT / (row @ column / row.mean()).sqrt()
@@ -170,7 +175,9 @@ def test_prodigy_begins_small_and_finds_its_rate():
 def test_prodigy_takes_no_rates_of_single_parameters():
     """It would silently use the first group's."""
     check_optimizer(OptimConfig("adamw"), ratios=True)
-    with pytest.raises(ConfigError, match="adapter.lr_ratios: prodigy has one rate for all parameters; leave them out"):
+    with pytest.raises(
+        ConfigError, match="adapter.lr_ratios: prodigy has one rate for all parameters; leave them out"
+    ):
         check_optimizer(OptimConfig("prodigy", lr=1.0), ratios=True)
 
 
@@ -187,7 +194,8 @@ def test_the_rate_that_is_shown_of_prodigy_is_what_it_found():
 
 def test_muon_steps_an_orthogonal_matrix_in_a_block_and_adamw_elsewhere():
     moved = (START * (1 - 0.1 * 0.5) - stepped("muon")) / (0.1 * 0.2 * 2**0.5)
-    assert torch.linalg.svdvals(moved).tolist() == pytest.approx([1.0, 1.0], abs=0.35)  # five quintic steps: nearly
+    # five quintic steps: nearly
+    assert torch.linalg.svdvals(moved).tolist() == pytest.approx([1.0, 1.0], abs=0.35)
     assert not torch.allclose(stepped("muon", key="final.w"), stepped("muon"))
     assert torch.equal(stepped("muon", key="final.w"), stepped("adamw", key="final.w"))
 
@@ -199,12 +207,17 @@ def test_what_adamw_does_beside_muon_and_the_rates_of_both():
     for p in params.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert torch.equal(params["blocks.0.w"], START) and torch.equal(params["blocks.0.b"], START[0])  # the rate reaches both
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0] and optimizer.param_groups[0]["momentum"] == 0.5
+    # the rate reaches both
+    assert torch.equal(params["blocks.0.w"], START) and torch.equal(params["blocks.0.b"], START[0])
+    assert (
+        [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+        and optimizer.param_groups[0]["momentum"] == 0.5
+    )
 
 
 def test_schedule_free_trains_between_an_average_and_where_the_gradients_lead():
-    """z takes the steps, x averages z, y = 0.2 z + 0.8 x trains; x is what is used, and y comes back to the bit."""
+    """z takes the steps, x averages z, y = 0.2 z + 0.8 x trains; x is what is used,
+    and y comes back to the bit."""
     p = nn.Parameter(START.clone())
     optimizer = build_optimizer({"w": p}, OptimConfig("schedulefree", 0.1, (0.8, 0.95), 1e-8, 0.0))
     z, v, x = START.clone(), torch.zeros_like(START), START.clone()
@@ -221,7 +234,7 @@ def test_schedule_free_trains_between_an_average_and_where_the_gradients_lead():
         assert torch.equal(p, before)
 
 
-# --- ZeRO, classes by path, and what is refused -----------------------------------------------------------------------
+# --- ZeRO, classes by path, and what is refused -------------------------------------------------------------
 
 WHOLE = {"adafactor", "came", "prodigy", "schedulefree", "muon", "adamw8bit"}
 RATES = {"prodigy": 1.0}
@@ -233,7 +246,9 @@ def test_those_that_look_at_whole_parameters_are_refused_where_zero_cuts_them():
         cfg = OptimConfig(name, RATES.get(name, 1e-3))
         check_optimizer(cfg, ZeroConfig(stage=0))
         check_optimizer(cfg, ZeroConfig(engine="torch", stage=2))
-        says = rf"optim.name: {name} .*, and ZeRO stage 1 cuts .*use zero.stage=0, or one of adamw, adam, lion"
+        says = (
+            rf"optim.name: {name} .*, and ZeRO stage 1 cuts .*use zero.stage=0, or one of adamw, adam, lion"
+        )
         with pytest.raises(ConfigError, match=says):
             check_optimizer(cfg, ZeroConfig(stage=1))
     for name in ("adamw", "adam", "lion"):
@@ -253,13 +268,17 @@ def test_a_class_by_its_path():
     found = build_optimizer(parameters(), cfg)
     assert type(found) is torch.optim.SGD and [g["momentum"] for g in found.param_groups] == [0.9, 0.9]
     assert [g["weight_decay"] for g in found.param_groups] == [0.01, 0.0]
-    with pytest.raises(ConfigError, match="torch.optim.Adafactor does another step with a matrix than with its pieces"):
+    with pytest.raises(
+        ConfigError, match="torch.optim.Adafactor does another step with a matrix than with its pieces"
+    ):
         check_optimizer(OptimConfig("torch.optim.Adafactor"), ZeroConfig(stage=2))
     for cfg, says in [
         (OptimConfig("torch.optim.SGDD"), "torch.optim has no 'SGDD'; did you mean 'SGD'"),
         (OptimConfig("torch.nn.Linear"), "torch.nn.Linear is no subclass of torch.optim.Optimizer"),
-        (OptimConfig("gone.Optimizer"), "gone.Optimizer needs 'gone', which is not installed: pip install gone"),
-        (OptimConfig("prodigy"), "optim.lr is 0.0001: prodigy finds its rate, and this is a factor on it; use optim.lr=1"),
+        (OptimConfig("gone.Optimizer"), "gone.Optimizer needs 'gone', which is not installed: pip install "
+        "gone"),
+        (OptimConfig("prodigy"), "optim.lr is 0.0001: prodigy finds its rate, and this is a factor on it; "
+        "use optim.lr=1"),
     ]:
         with pytest.raises(ConfigError, match=says):
             check_optimizer(cfg)
@@ -275,11 +294,14 @@ def test_memory_is_told_as_it_is(name):
     p.grad = torch.ones_like(p)
     optimizer.step()
     held = sum(v.nbytes for v in optimizer.state[p].values() if torch.is_tensor(v)) / p.numel()
-    assert held == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.05) and state_bytes(name) == OPTIMIZERS[name].state_bytes
+    assert (
+        held == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.05)
+        and state_bytes(name) == OPTIMIZERS[name].state_bytes
+    )
     assert state_bytes("torch.optim.SGD") == 8.0
 
 
-# --- a run that goes on -------------------------------------------------------------------------------------------------
+# --- a run that goes on -------------------------------------------------------------------------------------
 
 
 def run_on(optimizer, params, steps):

@@ -1,4 +1,5 @@
-"""An optimizer's state out of it and back: what is exported under which name, and what an optimizer then has."""
+"""An optimizer's state out of it and back: what is exported under which name, and
+what an optimizer then has."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Quantised:
 
 
 class Packed(torch.optim.Optimizer):
-    """Moments of 8 bits, which only its own steps make; a step of its moves weights also where gradients are zero."""
+    """Moments of 8 bits, which only its own steps make; a step of its moves weights
+    also where gradients are zero."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -58,16 +60,22 @@ def test_a_moment_of_8_bits_goes_out_as_its_two_parts_and_back_into_one():
     names = ["step", "first.moment.codes", "first.moment.scale"]
     assert {n: list(s) for n, s in state.items()} == {"a": names, "b": names}
     codes = state["a"]["first.moment.codes"]
-    assert codes.tolist() == [21, 21] and codes.dtype == torch.uint8 and state["a"]["first.moment.scale"].tolist() == [0.125]
+    assert (
+        codes.tolist() == [21, 21] and codes.dtype == torch.uint8
+        and state["a"]["first.moment.scale"].tolist() == [0.125]
+    )
     stepped(optimizer, params, 1)
     assert codes.tolist() == [21, 21]  # a copy
     again = parameters()
     other = Packed(again.values())
-    load_plain_state(other, again, {"a": torch.tensor([5.0, 6.0]), "b": torch.tensor([7.0])}, {"a": state["a"]})
+    load_plain_state(
+        other, again, {"a": torch.tensor([5.0, 6.0]), "b": torch.tensor([7.0])}, {"a": state["a"]}
+    )
     mine = other.state[again["a"]]
     assert mine["first.moment"].codes.tolist() == [21, 21] and mine["first.moment"].scale.tolist() == [0.125]
     assert mine["step"].item() == 3.0 and mine["first.moment"].codes.dtype == torch.uint8
-    assert again["a"].tolist() == [5.0, 6.0] and again["b"].tolist() == [7.0]  # the steps that made the moments left no trace
+    # the steps that made the moments left no trace
+    assert again["a"].tolist() == [5.0, 6.0] and again["b"].tolist() == [7.0]
     assert all(p.grad is None for p in again.values())
     stepped(other, again, 1)
     assert mine["first.moment"].codes.tolist() == [28, 28] and codes.tolist() == [21, 21]
@@ -107,10 +115,14 @@ def test_what_is_counted_for_a_group_is_exported_and_set_with_its_type():
     given = {**state["a"], "trained": torch.tensor([8.0, 9.0])}
     load_plain_state(other, again, {"a": torch.zeros(2), "b": torch.ones(1)}, {"a": given})
     mine = other.param_groups[0]
-    assert (mine["k"], mine["d"], mine["none"]) == (3, 0.1, 2.5) and [type(mine[n]) for n in ("k", "d")] == [int, float]
+    assert (
+        (mine["k"], mine["d"], mine["none"]) == (3, 0.1, 2.5)
+        and [type(mine[n]) for n in ("k", "d")] == [int, float]
+    )
     assert mine["one"].tolist() == [0.5] and mine["one"].dtype == torch.float32
     assert set(mine) == {"params", "lr", *counts} and set(other.state[again["a"]]) == {"sum"}
-    assert again["a"].tolist() == [8.0, 9.0] and again["b"].tolist() == [1.0]  # those that train on, not the file's average
+    # those that train on, not the file's average
+    assert again["a"].tolist() == [8.0, 9.0] and again["b"].tolist() == [1.0]
 
 
 def test_the_weights_that_are_trained_go_along_where_others_are_meant_to_be_used():
@@ -132,10 +144,14 @@ def test_the_weights_that_are_trained_go_along_where_others_are_meant_to_be_used
 
 def test_settings_of_optimizers_that_are_one_are_theirs():
     params = parameters()
-    optimizer = Together([torch.optim.SGD([params["a"]], lr=0.1, momentum=0.9), torch.optim.AdamW([params["b"]], lr=0.2)])
+    optimizer = Together(
+        [torch.optim.SGD([params["a"]], lr=0.1, momentum=0.9), torch.optim.AdamW([params["b"]], lr=0.2)]
+    )
     stepped(optimizer, params)
     state = export_plain_state(optimizer, params)
-    assert {n: set(s) for n, s in state.items()} == {"a": {"momentum_buffer"}, "b": {"step", "exp_avg", "exp_avg_sq"}}
+    assert {n: set(s) for n, s in state.items()} == {
+        "a": {"momentum_buffer"}, "b": {"step", "exp_avg", "exp_avg_sq"}
+    }
 
 
 def test_a_state_that_is_half_there_is_loaded_for_those_that_have_it():

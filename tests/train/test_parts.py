@@ -1,4 +1,5 @@
-"""Checkpoints that every rank wrote a part of: whole for any number of ranks, sealed, and never half there."""
+"""Checkpoints that every rank wrote a part of: whole for any number of ranks,
+sealed, and never half there."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from hvtrain.train.parts import Piece, open_parts, span_of, write_part
 from tests.parallel.ranks import run_ranks
 from tests.train.shardset import config, make_shards
 
-WHOLE = {"a": torch.arange(35.0).view(7, 5), "b": torch.arange(3.0) + 0.5, "a::m": -torch.arange(35.0).view(7, 5)}
+WHOLE = {
+    "a": torch.arange(35.0).view(7, 5), "b": torch.arange(3.0) + 0.5, "a::m": -torch.arange(35.0).view(7, 5)
+}
 FULL = ("adapter.type=none", "zero.engine=deepspeed", "zero.stage=3", "data.batch_size=1", "optim.lr=1e-4",
         "run.save_every_steps=2", "run.recompute=full")
 
@@ -38,7 +41,9 @@ def pieces(rank: int, world: int, whole: dict[str, Tensor] = WHOLE) -> list[Piec
         part = -(-value.numel() // world)
         mine = value.flatten()[rank * part : (rank + 1) * part]
         if mine.numel():
-            found.append(Piece(key, tuple(value.shape), rank * part, mine.numel(), partial(torch.clone, mine)))
+            found.append(
+                Piece(key, tuple(value.shape), rank * part, mine.numel(), partial(torch.clone, mine))
+            )
     if rank == 0:
         found.append(Piece("a::step", (), 0, 1, lambda: torch.tensor(9.0)))
     return found
@@ -61,7 +66,9 @@ def test_what_several_ranks_wrote_is_whole_for_any(tmp_path):
         assert {k: v.shape for k, v in found.params.items()} == {"a": (7, 5), "b": (3,)}
         assert all(torch.equal(found.params[k], WHOLE[k]) for k in ("a", "b"))
         assert found.optimizer.keys() == {"a"} and set(found.optimizer["a"]) == {"m", "step"}
-        assert torch.equal(found.optimizer["a"]["m"], WHOLE["a::m"]) and found.optimizer["a"]["step"].shape == ()
+        assert (
+            torch.equal(found.optimizer["a"]["m"], WHOLE["a::m"]) and found.optimizer["a"]["step"].shape == ()
+        )
         assert found.optimizer["a"]["step"] == 9
         for low, high in [(0, 35), (11, 25), (12, 24), (34, 35), (5, 5)]:
             assert span_of(found.params, "a", low, high).tolist() == list(range(low, high))
@@ -130,10 +137,13 @@ def test_a_kill_in_a_save_loses_nothing(tmp_path, call, at):
     assert found is not None and found.name == "step-00000004"
     assert torch.equal(checkpoint.load(found).params["a"], WHOLE["a"])
     again = save(tmp_path, 6, scale=2.0)  # over what the dead one left
-    assert checkpoint.newest_sound(tmp_path, print) == again and torch.equal(checkpoint.load(again).params["a"], 2 * WHOLE["a"])
+    assert (
+        checkpoint.newest_sound(tmp_path, print) == again
+        and torch.equal(checkpoint.load(again).params["a"], 2 * WHOLE["a"])
+    )
 
 
-# --- through DeepSpeed ------------------------------------------------------------------------------------------------
+# --- through DeepSpeed --------------------------------------------------------------------------------------
 
 
 def _steps(folder: Path, *overrides: str) -> list[int]:
@@ -157,17 +167,26 @@ def test_a_full_fine_tune_goes_on_with_another_number_of_ranks(tmp_path):
     make_shards(tmp_path / "shards", n=8)
     assert run_ranks(2, _steps, tmp_path, "run.steps=2") == [[0], [0]]
     two = tmp_path / "run/checkpoints/step-00000002"
-    assert {p.name for p in two.iterdir()} == {"part-00000.safetensors", "part-00001.safetensors", "state.json", "COMPLETE"}
+    assert {p.name for p in two.iterdir()} == {
+        "part-00000.safetensors", "part-00001.safetensors", "state.json", "COMPLETE"
+    }
     params = dict(checkpoint.load(two).params)
     same({k: v.bfloat16() for k, v in params.items()}, load_file(tmp_path / "run/lora.safetensors"))
-    best = ("eval.every_steps=2", "run.keep_best=true", f"eval.shards={tmp_path / 'shards'}", "eval.max_batches=1")
+    best = (
+        "eval.every_steps=2", "run.keep_best=true", f"eval.shards={tmp_path / 'shards'}", "eval.max_batches=1"
+    )
     assert _steps(tmp_path, "run.steps=4", *best) == [0]
     four = checkpoint.load(tmp_path / "run/checkpoints/step-00000004")
     assert len(list((tmp_path / "run/checkpoints/step-00000004").glob("part-*"))) == 1
-    assert any(not torch.equal(four.params[n], params[n]) for n in params) and four.params.keys() == params.keys()
+    assert (
+        any(not torch.equal(four.params[n], params[n]) for n in params)
+        and four.params.keys() == params.keys()
+    )
     assert {float(state["step"]) for state in four.optimizer.values()} == {4.0}
     same({k: v.bfloat16() for k, v in four.params.items()}, load_file(tmp_path / "run/lora-best.safetensors"))
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-00000002", "step-00000004"
+    ]
 
 
 def _saved(path: Path, world_of: Path | None = None) -> dict[str, Tensor]:
@@ -212,7 +231,8 @@ _SAVING = ("pwrite", "replace", "fsync")  # of the operating system: by these a 
 
 
 def _steps_until(folder: Path, killer: int, at: int, *overrides: str) -> int:
-    """As `_steps`, until rank `killer` comes to its `at`-th call that saves: then no rank goes on. How many there were."""
+    """As `_steps`, until rank `killer` comes to its `at`-th call that saves: then no rank
+    goes on. How many there were."""
     ctx, n = start(), 0
     ranks = ctx.gather_objects(os.getpid())
 
@@ -238,8 +258,8 @@ def _steps_until(folder: Path, killer: int, at: int, *overrides: str) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_kills_in_saves_in_parts_lose_nothing(tmp_path):
-    """Every rank is killed at once, while a run that saves each step writes, flushes or renames; it goes on from a whole
-    checkpoint each time and ends with the weights of a run that nobody killed."""
+    """Every rank is killed at once, while a run that saves each step writes, flushes or renames; it goes on
+    from a whole checkpoint each time and ends with the weights of a run that nobody killed."""
     make_shards(tmp_path / "shards", n=8)
     (tmp_path / "plain").mkdir()
     os.symlink(tmp_path / "shards", tmp_path / "plain/shards")

@@ -43,7 +43,8 @@ def no_weights(monkeypatch):
         (("optim.name=adamww",), "optim.name: no optimizer 'adamww'; did you mean 'adamw'"),
         (("optim.schedule=cosin",), "optim.schedule: no schedule 'cosin'; did you mean 'cosine'"),
         (("optim.warmup_steps=7",), "optim.warmup_steps is 7: expected 0 to the run's 6 steps"),
-        (("flow.timestep_sampling=shfit",), "flow.timestep_sampling: no distribution 'shfit'; did you mean 'shift'"),
+        (("flow.timestep_sampling=shfit",), "flow.timestep_sampling: no distribution 'shfit'; did you mean "
+        "'shift'"),
         (("flow.min_sigma=0.9", "flow.max_sigma=0.1"), "expected 0 <= min < max <= 1"),
         (("run.recompute=ful",), "run.recompute is 'ful'; did you mean 'full'"),
         (("parallel.kernel=sdpaa",), "parallel.kernel: no attention kernel 'sdpaa'; did you mean 'sdpa'"),
@@ -52,13 +53,20 @@ def no_weights(monkeypatch):
         (("zero.offload_optimizer=cpu",), "zero.offload_optimizer: the torch engine"),
         (("zero.engine=deepspeed", "zero.stage=4"), "zero.stage: 4 is not a ZeRO stage"),
         (("zero.engine=deepspeed", "zero.offload_param=cpu"), "zero.offload_param: ZeRO stage 2"),
-        (("zero.engine=deepspeed", "zero.stage=3", "zero.offload_optimizer=nvme"), "zero.nvme_path: give a directory"),
-        (("zero.engine=deepspeed", "zero.deepspeed=ds.json"), "ds.json sets 'gradient_clipping', .* from optim.max_grad_norm"),
+        (("zero.engine=deepspeed", "zero.stage=3", "zero.offload_optimizer=nvme"), "zero.nvme_path: give a "
+        "directory"),
+        (("zero.engine=deepspeed", "zero.deepspeed=ds.json"), "ds.json sets 'gradient_clipping', .* from "
+        "optim.max_grad_norm"),
         (("zero.engine=deepspeed", "zero.deepspeed=list.json"), "list.json holds a list"),
-        (("run.blocks_to_swap=40", "run.recompute=full"), "blocks_to_swap: 40 of 6 blocks cannot be kept off the device"),
-        (("adapter.init_from=other.safetensors",), "other.safetensors: 'double_blocks.0.img_attn.proj' has rank 3, .* rank 4"),
+        (("run.blocks_to_swap=40", "run.recompute=full"), "blocks_to_swap: 40 of 6 blocks cannot be kept off "
+        "the device"),
+        (("adapter.init_from=other.safetensors",), "other.safetensors: 'double_blocks.0.img_attn.proj' has "
+        "rank 3, .* rank 4"),
         (("adapter.type=lroa",), "adapter.type: no adapter 'lroa'; did you mean 'lora'"),
-        (("adapter.rank=1000000",), r"adapter.rank is 1000000, but a layer of 160 x 480 \(.*\) has no more than 160; expected 1"),
+        (
+            ("adapter.rank=1000000",),
+            r"adapter.rank is 1000000, but a layer of 160 x 480 \(.*\) has no more than 160; expected 1"
+        ),
         (("adapter.rank=0",), "adapter.rank is 0, expected more than 0"),
         (("adapter.exclude=.*",), "leaves nothing to train"),
         (("adapter.include=nothing",), "'nothing' matches no module"),
@@ -84,7 +92,10 @@ def test_refused_before_the_model(shards, tmp_path, monkeypatch, items, says):
 
 
 def test_previews_of_sizes_that_the_model_cannot_hold(shards, tmp_path):
-    files = ("model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip", "preview.every_steps=1")
+    files = (
+        "model.vae=tiny:vae.safetensors", "model.llm=tiny:llm", "model.clip=tiny:clip",
+        "preview.every_steps=1"
+    )
     with pytest.raises(ConfigError, match=r"preview.prompts\[0\].frames is 6"):
         train.run(config(shards, tmp_path / "run", *files, "preview.prompts=[{prompt: a, frames: 6}]"))
 
@@ -97,7 +108,8 @@ def test_a_good_config_does_read_it(shards, tmp_path):
 @pytest.mark.parametrize(
     ("items", "takes"),
     [
-        ((), "the frozen weights alone take 0.0 GiB of each process's CPU, which has 0.0 GiB; `hvtrain fit CONFIG` says"),
+        ((), "the frozen weights alone take 0.0 GiB of each process's CPU, which has 0.0 GiB; `hvtrain fit "
+        "CONFIG` says"),
         (("adapter.type=none",), "the weights and their gradients alone take 0.0 GiB"),
         (("zero.engine=deepspeed", "zero.stage=3"), "the frozen weights alone"),
     ],
@@ -131,12 +143,16 @@ def test_the_empty_caption_is_looked_at_where_captions_are_dropped(tmp_path):
     save_file({"text": torch.zeros(1, 64)}, shards / "empty_text.safetensors")
     with pytest.raises(AssertionError, match="the model was read"):
         train.run(config(shards, tmp_path / "run"))
-    with pytest.raises(DataError, match="set: its empty caption lacks the field 'pooled'; encode column 'text' with this"):
+    with pytest.raises(
+        DataError, match="set: its empty caption lacks the field 'pooled'; encode column 'text' with this"
+    ):
         train.run(config(shards, tmp_path / "run", "data.caption_dropout=0.1"))
     save_file({"text": torch.zeros(1, 60), "pooled": torch.zeros(64)}, shards / "empty_text.safetensors")
     manifest = load_manifest(shards)
     save_manifest(shards, replace(manifest, chunks=(replace(manifest.chunks[0], caption_dropout=0.5),)))
-    with pytest.raises(DataError, match=r"its empty caption holds 'text' of shape \(1, 60\), flavor 'tiny' takes any x 64"):
+    with pytest.raises(
+        DataError, match=r"its empty caption holds 'text' of shape \(1, 60\), flavor 'tiny' takes any x 64"
+    ):
         train.run(config(shards, tmp_path / "run"))
     (shards / "empty_text.safetensors").unlink()
     with pytest.raises(ShardError, match="empty_text.safetensors is missing: caption dropout needs it"):
@@ -150,7 +166,10 @@ def test_an_optional_field_that_samples_have_the_empty_caption_has_too(tmp_path)
     shards = make_shards(tmp_path / "set")
     check_empty_text(open_shards([str(shards)], flavor, key="data.shards"), flavor)  # nobody has it
     chunk = load_manifest(shards).chunks[0]
-    rows = [(k, {"text": torch.ones(2, 64), "pooled": torch.ones(64), "glyphs": torch.ones(3, 8)}, {}) for k in chunk.keys]
+    rows = [
+        (k, {"text": torch.ones(2, 64), "pooled": torch.ones(64), "glyphs": torch.ones(3, 8)}, {})
+        for k in chunk.keys
+    ]
     tars = {**chunk.tars, "text": write_tar(shards, "text/1.tar", rows)}
     save_manifest(shards, Manifest(("latents", "text"), (replace(chunk, tars=tars),)))
     with pytest.raises(DataError, match="its empty caption lacks the field 'glyphs'"):

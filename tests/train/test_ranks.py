@@ -1,4 +1,5 @@
-"""A training run on two processes: stopping together, continuing bit for bit, naming what another rank saw."""
+"""A training run on two processes: stopping together, continuing bit for bit,
+naming what another rank saw."""
 
 import os
 import signal
@@ -26,8 +27,10 @@ ENGINES = {
 
 
 def _config(shards: Path, output: Path, engine: str) -> TrainConfig:
-    return config(shards, output, f"run.steps={STEPS}", "data.batch_size=1", "run.grad_accum=2", "adapter.dropout=0.1",
-                  "data.caption_dropout=0.3", "data.workers=1", *ENGINES[engine])
+    return config(
+        shards, output, f"run.steps={STEPS}", "data.batch_size=1", "run.grad_accum=2", "adapter.dropout=0.1",
+        "data.caption_dropout=0.3", "data.workers=1", *ENGINES[engine]
+    )
 
 
 def _interrupt_soon(log: Path) -> None:

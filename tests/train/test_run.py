@@ -38,10 +38,12 @@ def same(a: Path, b: Path) -> bool:
 
 def test_a_run_and_its_files(shards, tmp_path, capsys, monkeypatch):
     cfg = config(shards, tmp_path / "run", "run.name=mine", "run.save_every_steps=2", "run.keep_last=2",
-                 f"eval.shards={shards}", "eval.every_steps=3", "eval.max_batches=2", "data.caption_dropout=0.5",
+                 f"eval.shards={shards}", "eval.every_steps=3", "eval.max_batches=2",
+                 "data.caption_dropout=0.5",
                  "adapter.dropout=0.1")
     assert train.run(cfg) == 0
-    assert torch.tensor(2.0**-1060, dtype=torch.float64) * 2 > 0  # the process computes as before: subnormal numbers live
+    # the process computes as before: subnormal numbers live
+    assert torch.tensor(2.0**-1060, dtype=torch.float64) * 2 > 0
     out = tmp_path / "run"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [x["train/loss"] for x in lines if "train/loss" in x]
@@ -55,9 +57,13 @@ def test_a_run_and_its_files(shards, tmp_path, capsys, monkeypatch):
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in names
     assert info["ss_network_dim"] == "4" and info["ss_steps"] == "6" and len(info["sshs_model_hash"]) == 64
     loaded = load_dit(asset("tiny:dit.safetensors"), dtype=torch.float32)
-    shapes = {n: (m.out_features, m.in_features) for n, m in loaded.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    shapes = {
+        n: (m.out_features, m.in_features) for n,
+        m in loaded.model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     assert len(read_lora(out / "mine.safetensors", shapes, spec=loaded.spec).pairs) == 2 * 8 + 4 * 2
-    # The command that it names makes the file that ComfyUI loads whole: dotted names, with dots in `img_mlp.fc1` too.
+    # The command that it names makes the file that ComfyUI loads whole: dotted names,
+    # with dots in `img_mlp.fc1` too.
     said = next(line for line in capsys.readouterr().out.splitlines() if "for ComfyUI" in line)
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(said.partition(": hvtrain ")[2])) == 0
@@ -72,10 +78,14 @@ def test_a_run_and_its_files(shards, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("engine", ["zero.engine=torch", "zero.stage=2", "zero.stage=3"])
 def test_resume_equals_no_interruption(shards, tmp_path, engine, monkeypatch, capfd):
     """Six steps, and three and then three more with another process's worth of state: the same bits."""
-    # DeepSpeed's ZeRO-3 replaces this function for the whole process; put it back for the tests after this one.
+    # DeepSpeed's ZeRO-3 replaces this function for the whole process; put it back
+    # for the tests after this one.
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-    extra = ("adapter.dropout=0.1", "data.caption_dropout=0.3", "optim.schedule=cosine", "optim.warmup_steps=2",
-             "run.grad_accum=2", "run.save_every_steps=3", engine.replace("zero.stage", "zero.engine=deepspeed,zero.stage"))
+    extra = (
+        "adapter.dropout=0.1", "data.caption_dropout=0.3", "optim.schedule=cosine", "optim.warmup_steps=2",
+        "run.grad_accum=2", "run.save_every_steps=3",
+        engine.replace("zero.stage", "zero.engine=deepspeed,zero.stage")
+    )
     extra = tuple(part for item in extra for part in item.split(","))
     assert train.run(config(shards, tmp_path / "whole", *extra)) == 0
     assert train.run(config(shards, tmp_path / "cut", *extra)) == 0
@@ -86,7 +96,9 @@ def test_resume_equals_no_interruption(shards, tmp_path, engine, monkeypatch, ca
     assert train.run(config(shards, tmp_path / "cut", *extra)) == 0
     assert same(tmp_path / "whole/lora.safetensors", tmp_path / "cut/lora.safetensors")
     for name in ("params", "optimizer"):
-        assert same(tmp_path / f"whole/checkpoints/step-00000006/{name}.safetensors", last / f"{name}.safetensors")
+        assert same(
+            tmp_path / f"whole/checkpoints/step-00000006/{name}.safetensors", last / f"{name}.safetensors"
+        )
 
 
 def test_sigterm_saves_and_a_restart_finishes(shards, tmp_path):
@@ -94,7 +106,9 @@ def test_sigterm_saves_and_a_restart_finishes(shards, tmp_path):
     assert train.run(config(shards, tmp_path / "whole", *many)) == 0
 
     def interrupt():
-        while not (tmp_path / "cut/metrics.jsonl").exists() or not (tmp_path / "cut/metrics.jsonl").read_text():
+        while (
+            not (tmp_path / "cut/metrics.jsonl").exists() or not (tmp_path / "cut/metrics.jsonl").read_text()
+        ):
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -111,16 +125,23 @@ def test_sigterm_saves_and_a_restart_finishes(shards, tmp_path):
 
 def test_epochs(shards, tmp_path):
     """10 samples, 2 a step: two epochs are ten steps; a save each time half an epoch is complete."""
-    cfg = config(shards, tmp_path / "run", "run.steps=null", "run.epochs=2", "run.save_every_epochs=0.5", "run.keep_last=0")
+    cfg = config(
+        shards, tmp_path / "run", "run.steps=null", "run.epochs=2", "run.save_every_epochs=0.5",
+        "run.keep_last=0"
+    )
     assert train.run(cfg) == 0
     saved = sorted(int(p.name[5:]) for p in (tmp_path / "run/checkpoints").iterdir())
     assert saved == [3, 5, 8, 10]
-    assert [checkpoint.load(tmp_path / f"run/checkpoints/step-{s:08d}").progress.epoch for s in saved] == [0, 1, 1, 2]
+    assert [
+        checkpoint.load(tmp_path / f"run/checkpoints/step-{s:08d}").progress.epoch for s in saved
+    ] == [0, 1, 1, 2]
 
 
 def test_full_fine_tune_from_scratch_with_ema(shards, tmp_path):
-    cfg = config(shards, tmp_path / "run", "adapter.type=none", "model.dit=null", "model.flavor=tiny", "run.ema_decay=0.5",
-                 "run.steps=2", "run.name=dit")
+    cfg = config(
+        shards, tmp_path / "run", "adapter.type=none", "model.dit=null", "model.flavor=tiny",
+        "run.ema_decay=0.5", "run.steps=2", "run.name=dit"
+    )
     assert train.run(cfg) == 0
     loaded = load_dit(tmp_path / "run/dit.safetensors", dtype=torch.float32)
     assert loaded.flavor.name == "tiny" and loaded.arch == find("hunyuan-video").flavors["tiny"].arch
@@ -145,12 +166,15 @@ def test_another_run_is_refused(shards, tmp_path):
 def test_changed_shards_are_another_run_and_moved_ones_are_not(tmp_path):
     train.run(config(make_shards(tmp_path / "a", n=3), tmp_path / "run", "run.steps=1"))
     assert train.run(config(make_shards(tmp_path / "moved", n=3), tmp_path / "run", "run.steps=2")) == 0
-    with pytest.raises(ConfigError, match=r'data.shards is \["3 samples, .*"\] there, \["4 samples, .*"\] here;'):
+    with pytest.raises(
+        ConfigError, match=r'data.shards is \["3 samples, .*"\] there, \["4 samples, .*"\] here;'
+    ):
         train.run(config(make_shards(tmp_path / "more", n=4), tmp_path / "run"))
 
 
 def test_killed_between_the_last_files(shards, tmp_path, monkeypatch):
-    """A run that dies before its last checkpoint is whole writes the user's file again; it never has one without it."""
+    """A run that dies before its last checkpoint is whole writes the user's file again;
+    it never has one without it."""
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -206,7 +230,9 @@ def test_shards_of_another_model(tmp_path):
     from shards.schema import Chunk, Manifest, save_manifest
     from shards.writer import write_tar
 
-    tars = {"latents": write_tar(tmp_path, "latents/0.tar", [("a", {"latents": torch.zeros(4, 1, 2, 2)}, {})])}
+    tars = {
+        "latents": write_tar(tmp_path, "latents/0.tar", [("a", {"latents": torch.zeros(4, 1, 2, 2)}, {})])
+    }
     save_manifest(tmp_path, Manifest(("latents",), (Chunk("1x16x16", ("a",), tars),)))
     with pytest.raises(DataError, match="latents of 4 channels"):
         train.run(config(tmp_path, tmp_path / "run"))
@@ -214,7 +240,10 @@ def test_shards_of_another_model(tmp_path):
 
 def test_checkpoints_are_rotated_and_incomplete_ones_ignored(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, Snapshot(Progress(step), {"w": torch.ones(2)}, {"w": {"step": torch.tensor(1.0)}}), keep_last=2)
+        checkpoint.save(
+            tmp_path, Snapshot(Progress(step), {"w": torch.ones(2)}, {"w": {"step": torch.tensor(1.0)}}),
+            keep_last=2
+        )
     (tmp_path / "step-00000009").mkdir()
     assert checkpoint.newest(tmp_path).name == "step-00000003"
     assert not (tmp_path / "step-00000001").exists()

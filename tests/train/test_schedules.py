@@ -24,9 +24,15 @@ VALUES = [
     ("polynomial", {"power": 2.0}, [1, 0.5625, 0.25, 0.0625, 0]),
     ("polynomial", {"power": 2.0, "min_lr_ratio": 0.5}, [1, 0.78125, 0.625, 0.53125, 0.5]),
     ("inverse_sqrt", {}, [1, math.sqrt(3 / 4), math.sqrt(3 / 5), math.sqrt(3 / 6), math.sqrt(3 / 7)]),
-    ("inverse_sqrt", {"timescale": 1, "min_lr_ratio": 0.5}, [1, math.sqrt(1 / 2), math.sqrt(1 / 3), 0.5, 0.5]),
+    (
+        "inverse_sqrt", {"timescale": 1, "min_lr_ratio": 0.5},
+        [1, math.sqrt(1 / 2), math.sqrt(1 / 3), 0.5, 0.5]
+    ),
     ("rex", {}, [1, 0.75 / 0.775, 0.5 / 0.55, 0.25 / 0.325, 0]),
-    ("rex", {"rex": (0.5, 0.5), "min_lr_ratio": 0.1}, [1, 0.1 + 0.9 * 0.75 / 0.875, 0.1 + 0.9 * 0.5 / 0.75, 0.46, 0.1]),
+    (
+        "rex", {"rex": (0.5, 0.5), "min_lr_ratio": 0.1},
+        [1, 0.1 + 0.9 * 0.75 / 0.875, 0.1 + 0.9 * 0.5 / 0.75, 0.46, 0.1]
+    ),
     ("wsd", {"decay_share": 0.5}, [1, 1, 1, 0.5, 0]),
     ("wsd", {"decay_share": 1.0, "min_lr_ratio": 0.2}, [1, 0.8, 0.6, 0.4, 0.2]),
 ]
@@ -34,7 +40,8 @@ VALUES = [
 
 @pytest.mark.parametrize("name, more, factors", VALUES)
 def test_every_schedule_s_values(name, more, factors):
-    """A warm-up of three steps that reaches the whole rate in its last, then the curve over the other four."""
+    """A warm-up of three steps that reaches the whole rate in its last, then the curve over the other
+    four."""
     factor = build_schedule(OptimConfig(schedule=name, warmup_steps=3, **more), total_steps=7)
     assert [factor(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [factor(step) for step in range(3, 8)] == pytest.approx(factors)
@@ -63,7 +70,9 @@ def test_the_warm_up_fits_into_the_run():
     last = build_schedule(OptimConfig(schedule="linear", warmup_steps=3, min_lr_ratio=0.0), total_steps=4)
     assert [last(3), last(4)] == [1.0, 0.0]
     for wrong in (-1, 5):
-        with pytest.raises(ConfigError, match=f"optim.warmup_steps is {wrong}: expected 0 to the run's 4 steps"):
+        with pytest.raises(
+            ConfigError, match=f"optim.warmup_steps is {wrong}: expected 0 to the run's 4 steps"
+        ):
             build_schedule(OptimConfig(warmup_steps=wrong), total_steps=4)
 
 

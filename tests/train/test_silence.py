@@ -1,4 +1,5 @@
-"""Samples on which an adapter shall change nothing: what they are compared with, and that nothing else of a run takes part."""
+"""Samples on which an adapter shall change nothing: what they are compared with, and that
+nothing else of a run takes part."""
 
 import json
 from dataclasses import replace
@@ -26,8 +27,8 @@ SIGMA = torch.tensor([0.8, 0.3])
 def a_batch(**more):
     inp = an_input()
     return {
-        "latents": torch.randn(2, ARCH.in_channels, 3, 4, 6, generator=generator(5, stream="x")), "text": inp.cond["text"],
-        "text_len": torch.tensor([5, 3]), "pooled": inp.cond["pooled"], **more,
+        "latents": torch.randn(2, ARCH.in_channels, 3, 4, 6, generator=generator(5, stream="x")),
+        "text": inp.cond["text"], "text_len": torch.tensor([5, 3]), "pooled": inp.cond["pooled"], **more,
     }
 
 
@@ -40,7 +41,9 @@ def test_a_silent_sample_is_compared_with_the_model_without_its_adapter():
     model, batch = adapted(), a_batch()
     noise = torch.randn(batch["latents"].shape, generator=generator(1, stream="noise"))
     cond = {name: value for name, value in batch.items() if name != "latents"}
-    inp = SPEC.make_input(add_noise(batch["latents"], noise, SIGMA), SIGMA, cond, task="t2v", guidance=6.0, x0=batch["latents"])
+    inp = SPEC.make_input(
+        add_noise(batch["latents"], noise, SIGMA), SIGMA, cond, task="t2v", guidance=6.0, x0=batch["latents"]
+    )
     with torch.no_grad():
         velocity, base = model(inp), build()(inp)
         with without_adapters(model):
@@ -73,12 +76,17 @@ def test_the_adapters_come_back_if_the_model_fails():
 
 def mixed(tmp_path, *silent):
     sets = [make_shards(tmp_path / str(i), n=6 + i, seed=i) for i in range(len(silent))]
-    entries = [f"{{path: {path}, weight: 1, silent: {str(s).lower()}}}" for path, s in zip(sets, silent, strict=True)]
+    entries = [
+        f"{{path: {path}, weight: 1, silent: {str(s).lower()}}}" for path, s in zip(sets, silent, strict=True)
+    ]
     return f"data.mixture=[{', '.join(entries)}]"
 
 
 def test_a_run_learns_silence_of_some_sets_and_leaves_samples_of_the_others(tmp_path):
-    more = (mixed(tmp_path, False, True), "data.shards=[]", "run.log_every=1", "data.batch_size=8", "optim.lr=1e-2")
+    more = (
+        mixed(tmp_path, False, True), "data.shards=[]", "run.log_every=1", "data.batch_size=8",
+        "optim.lr=1e-2"
+    )
     assert train.run(config(tmp_path / "0", tmp_path / "run", "run.steps=3", *more)) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     silent = [v for row in rows for name, v in row.items() if "loss_by_set" in name and name.endswith("/1")]
@@ -90,13 +98,23 @@ def test_what_teaches_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data.mixture: all sets are silent"):
         train.run(config(tmp_path, tmp_path / "run", mixed(tmp_path, True, True), "data.shards=[]"))
     with pytest.raises(ConfigError, match=r"data.mixture: silent is what an adapter is .* adapter.type none"):
-        train.run(config(tmp_path, tmp_path / "run", mixed(tmp_path, False, True), "data.shards=[]", "adapter.type=none"))
+        train.run(
+            config(
+                tmp_path, tmp_path / "run", mixed(tmp_path, False, True), "data.shards=[]",
+                "adapter.type=none"
+            )
+        )
     stage3 = ("zero.engine=deepspeed", "zero.stage=3")
-    with pytest.raises(ConfigError, match=r"data.mixture: silent samples take another forward pass .* use zero.stage 0, 1 or 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.mixture: silent samples take another forward pass .* use zero.stage 0, 1 or 2"
+    ):
         train.run(config(tmp_path, tmp_path / "run", mixed(tmp_path, False, True), "data.shards=[]", *stage3))
 
 
 def test_runs_that_were_begun_before_there_was_silence_go_on():
     entry = ShardsConfig("a", weight=2.0)
-    assert setup._entry(entry) == {"path": "", "weight": 2.0, "buckets": (), "from_step": 0, "until_step": None}
+    assert setup._entry(entry) == {
+        "path": "", "weight": 2.0, "buckets": (), "from_step": 0, "until_step": None
+    }
     assert setup._entry(replace(entry, silent=True))["silent"] is True

@@ -1,4 +1,5 @@
-"""Float8 base weights: layouts, files that hold them already, matmul and dequantised products, LoRA over them."""
+"""Float8 base weights: layouts, files that hold them already, matmul and
+dequantised products, LoRA over them."""
 
 import json
 
@@ -33,7 +34,9 @@ def test_scaled_has_musubi_s_layout():
 
 
 def test_rows_of_any_size_keep_a_factor_each_and_half_precision_holds_them():
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
+    weight = torch.randn(
+        64, 256, generator=torch.Generator().manual_seed(0)
+    ) * torch.logspace(-6, 3, 64)[:, None]
     values, scale = quantize(weight.half(), "fp8_rows")
     assert values.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (64, 1)
     values, scale = quantize(weight, "fp8_rows")
@@ -52,7 +55,9 @@ def test_a_cast_saturates():
 @pytest.mark.parametrize("how", ["fp8", "fp8_scaled"])
 def test_the_model_in_float8(how):
     """The blocks' layers are eight bits, everything else is what it was, and no more memory is held."""
-    whole, loaded = load_dit(TINY, dtype=torch.bfloat16), load_dit(TINY, dtype=torch.bfloat16, quantize_to=how)
+    whole, loaded = (
+        load_dit(TINY, dtype=torch.bfloat16), load_dit(TINY, dtype=torch.bfloat16, quantize_to=how)
+    )
     targets = set(whole.spec.lora_targets(whole.model))
     for name, module in loaded.model.named_modules():
         assert isinstance(module, Fp8Linear) == (name in targets)
@@ -89,8 +94,13 @@ def _file(tmp_path, *, layout: str):
 def test_a_float8_file_keeps_its_own_values(tmp_path, layout):
     values, scale = _file(tmp_path, layout=layout)
     layer = load_dit(tmp_path / "x.safetensors", quantize_to="fp8_scaled").model.get_submodule(LAYER)
-    assert torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8)) and torch.equal(layer.scale_weight, scale)
-    other = load_dit(tmp_path / "x.safetensors", quantize_to="fp8_scaled").model.get_submodule("double_blocks.0.img_mlp.fc2")
+    assert (
+        torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8))
+        and torch.equal(layer.scale_weight, scale)
+    )
+    other = load_dit(
+        tmp_path / "x.safetensors", quantize_to="fp8_scaled"
+    ).model.get_submodule("double_blocks.0.img_mlp.fc2")
     assert other.scale_weight.ndim == 3
 
 
@@ -98,18 +108,26 @@ def test_loras_are_merged_before_quantisation(tmp_path):
     shapes = linear_shapes(load_dit(TINY).model)
     torch.manual_seed(0)
     n_out, n_in = shapes[LAYER]
-    lora = LoraFile(tmp_path / "l.safetensors", {LAYER: LoraPair(torch.randn(4, n_in), torch.randn(n_out, 4), 4.0)})
+    lora = LoraFile(
+        tmp_path / "l.safetensors", {LAYER: LoraPair(torch.randn(4, n_in), torch.randn(n_out, 4), 4.0)}
+    )
     whole = load_dit(TINY, dtype=torch.bfloat16).model
     merge_all(whole, [(lora, 0.5)])
     want = quantize(whole.get_submodule(LAYER).weight.data, "fp8_scaled")
-    got = load_dit(TINY, quantize_to="fp8_scaled", edit=merging(shapes, [(lora, 0.5)])).model.get_submodule(LAYER)
-    assert torch.equal(got.weight.view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got.scale_weight, want[1])
+    got = load_dit(
+        TINY, quantize_to="fp8_scaled", edit=merging(shapes, [(lora, 0.5)])
+    ).model.get_submodule(LAYER)
+    assert (
+        torch.equal(got.weight.view(torch.uint8), want[0].view(torch.uint8))
+        and torch.equal(got.scale_weight, want[1])
+    )
 
 
 @pytest.mark.parametrize("scaled", [None, "tensor", "row", "block"])
 @pytest.mark.parametrize("matmul", [False, True])
 def test_products_and_gradients(scaled, matmul, monkeypatch):
-    """Against float32 products of the dequantised weight. torch has its float8 matmul on CPUs too, so that path runs here."""
+    """Against float32 products of the dequantised weight. torch has its float8 matmul on CPUs
+    too, so that path runs here."""
     if matmul and scaled != "block" and not hasattr(torch.distributed, "all_gather_single"):
         pytest.skip("before torch 2.13 a CPU's float8 matmul takes one factor only")
     monkeypatch.setattr(float8, "has_matmul", lambda device: matmul)
@@ -121,7 +139,9 @@ def test_products_and_gradients(scaled, matmul, monkeypatch):
     elif scaled == "row":
         scale = torch.rand(48, 1) + 0.5
     full = dequantize(values, scale, torch.float32)
-    x, bias, grad = torch.randn(2, 5, 128).bfloat16().requires_grad_(), torch.randn(48), torch.randn(2, 5, 48).bfloat16()
+    x, bias, grad = (
+        torch.randn(2, 5, 128).bfloat16().requires_grad_(), torch.randn(48), torch.randn(2, 5, 48).bfloat16()
+    )
     seen = []
     monkeypatch.setattr(float8, "multiply", lambda *a: seen.append(1) or multiply(*a))
     out = float8.linear(x, values, bias, scale)
@@ -137,7 +157,10 @@ def test_how_a_model_multiplies_is_its_own(monkeypatch):
     """Two models in one process, one of them told not to multiply in float8; a LoRA keeps its layer's way."""
     monkeypatch.setattr(float8, "has_matmul", lambda device: True)
     seen = []
-    monkeypatch.setattr(float8, "multiply", lambda x, weight, scale: seen.append(1) or x @ dequantize(weight, scale, x.dtype).T)
+    monkeypatch.setattr(
+        float8, "multiply", lambda x, weight,
+        scale: seen.append(1) or x @ dequantize(weight, scale, x.dtype).T
+    )
     models = [load_dit(TINY, dtype=torch.bfloat16, quantize_to="fp8").model for _ in range(2)]
     for model, allowed in zip(models, (True, False), strict=True):
         float8.use_matmul(model, allowed)

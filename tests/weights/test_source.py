@@ -1,4 +1,5 @@
-"""From any file to a model on the meta device: names, the report of what differs, configs, values in float8."""
+"""From any file to a model on the meta device: names, the report of what differs, configs, values in
+float8."""
 
 import json
 
@@ -37,15 +38,23 @@ def test_a_model_is_filled_from_other_names_cuts_and_dtypes(tmp_path):
     model = meta()
     check(source.path, shapes_of(model), source.shapes)
     edited = []
-    source.fill(model, dtype=torch.float64, edit=lambda name, weight: edited.append((name, weight.clone())) or False)
-    assert torch.equal(model.qkv.weight, torch.cat([q, k, v]).double()) and model.qkv.weight.dtype == torch.float64
+    source.fill(
+        model, dtype=torch.float64, edit=lambda name, weight: edited.append((name, weight.clone())) or False
+    )
+    assert (
+        torch.equal(model.qkv.weight, torch.cat([q, k, v]).double())
+        and model.qkv.weight.dtype == torch.float64
+    )
     whole = out.double() * torch.tensor([1.0, 2.0, 0.5, 4.0]).view(4, 1)
     assert torch.equal(model.out.weight, whole) and torch.equal(model.qkv.bias, bias.double())
     assert [name for name, _ in edited] == ["qkv", "qkv.bias", "out"] and torch.equal(edited[2][1], whole)
     model = meta()
     source.fill(model, dtype=torch.float32, eight_bit=["qkv", "out"], how="fp8_rows")
     assert type(model.qkv) is type(model.out) is Fp8Linear
-    assert torch.equal(model.out.weight.float(), out.float()) and model.out.scale_weight.tolist() == [[1], [2], [0.5], [4]]
+    assert (
+        torch.equal(model.out.weight.float(), out.float())
+        and model.out.scale_weight.tolist() == [[1], [2], [0.5], [4]]
+    )
     assert (model.qkv.weight.float() * model.qkv.scale_weight - torch.cat([q, k, v])).abs().max() < 0.1
     assert torch.equal(model.qkv.bias, bias)
     model = meta()
@@ -71,18 +80,26 @@ def test_what_differs_is_named(tmp_path):
 
 
 def test_a_part_is_found_under_any_prefix(tmp_path):
-    names = ("model.text.embed.weight", "model.text.head.bias", "vision.embed_two.weight", "other.model.text.embed.weight")
+    names = (
+        "model.text.embed.weight", "model.text.head.bias", "vision.embed_two.weight",
+        "other.model.text.embed.weight"
+    )
     save_file({name: torch.ones(2, n + 1) for n, name in enumerate(names)}, tmp_path / "x.safetensors")
     source = anchored(tmp_path / "x.safetensors", {"embed.weight": OWN_NAMES}, what="a text encoder")
-    assert source.shapes == {"embed.weight": (2, 1), "head.bias": (2, 2)} and source.shape("head.bias") == (2, 2)
+    assert (
+        source.shapes == {"embed.weight": (2, 1), "head.bias": (2, 2)} and source.shape("head.bias") == (2, 2)
+    )
     with pytest.raises(CheckpointError, match="x.safetensors: no 'norm.weight' in it, which tells the size"):
         source.shape("norm.weight")
-    assert fingerprint(source.weights) == fingerprint(open_weights(tmp_path / "x.safetensors"))  # of the whole file
+    # of the whole file
+    assert fingerprint(source.weights) == fingerprint(open_weights(tmp_path / "x.safetensors"))
     theirs = {"wte.weight": OWN_NAMES, "head.bias": KeyMap([Rule("out", ("head",))])}
     source = anchored(tmp_path / "x.safetensors", theirs, what="")  # in another dialect's words
     assert source.shapes == {"embed.weight": (2, 1), "out.bias": (2, 2)}
     assert source.read("out.bias", dtype=torch.float16).tolist() == [[1, 1], [1, 1]]
-    with pytest.raises(CheckpointError, match=r"not a text encoder: no 'wte.weight' in it \(its first keys: "):
+    with pytest.raises(
+        CheckpointError, match=r"not a text encoder: no 'wte.weight' in it \(its first keys: "
+    ):
         anchored(tmp_path / "x.safetensors", {"wte.weight": OWN_NAMES}, what="a text encoder")
 
 
@@ -93,7 +110,9 @@ def test_the_config_of_a_file_and_of_a_stranger_beside_it(tmp_path):
     (tmp_path / "config.json").write_text('{"type": "theirs"}')
     assert config_of(path, {}, "key", mine=mine) == {}
     (tmp_path / "config.json").write_text('{"type": "ours"}')
-    assert config_of(path, {}, "key", mine=mine) == config_of(tmp_path, {}, "key", mine=mine) == {"type": "ours"}
+    assert config_of(path, {}, "key", mine=mine) == config_of(
+        tmp_path, {}, "key", mine=mine
+    ) == {"type": "ours"}
     assert config_of(path, {"key": json.dumps({"n": 1})}, "key", mine=mine) == {"n": 1}
     for text, says in (("{", "metadata 'key': not JSON"), ("[1]", "expected a JSON object, found list")):
         with pytest.raises(CheckpointError, match=says):

@@ -110,7 +110,7 @@ def test_lay_out_aligns():
     assert placed[1].stop == len(head) + 11
 
 
-# --- where files go -----------------------------------------------------------------------------------------------------
+# --- where files go -----------------------------------------------------------------------------------------
 
 EIGHT = [Extent(f"t{i}", torch.float32, (100,)) for i in range(8)]
 
@@ -141,7 +141,9 @@ def finish(path, *, signature="s", n=0):
 def test_a_file_is_continued_by_the_same_run_only(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     interrupted(path, monkeypatch)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.safetensors.partial", ".x.safetensors.partial.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".x.safetensors.partial", ".x.safetensors.partial.json"
+    ]
     assert finish(path) == ["t4", "t5", "t6", "t7"]
     assert all(t.eq(int(n[1:])).all() for n, t in load_file(path).items())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -153,7 +155,8 @@ def test_a_file_is_continued_by_the_same_run_only(tmp_path, monkeypatch):
 
 
 def test_notes_never_speak_of_another_runs_bytes(tmp_path, monkeypatch):
-    """One run is cut off, another one begins in its place and is cut off before its first note, then the first again."""
+    """One run is cut off, another one begins in its place and is cut off before its first
+    note, then the first again."""
     path = tmp_path / "x.safetensors"
     interrupted(path, monkeypatch)
     monkeypatch.setattr(stream, "_PROGRESS_BYTES", 1 << 30)
@@ -183,7 +186,9 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 
     of_handle = lambda fd: ("sync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))  # noqa: E731
     monkeypatch.setattr(os, "fsync", recorded(os.fsync, of_handle))
-    monkeypatch.setattr(os, "replace", recorded(os.replace, lambda old, new: ("rename", os.path.basename(new))))
+    monkeypatch.setattr(
+        os, "replace", recorded(os.replace, lambda old, new: ("rename", os.path.basename(new)))
+    )
     folder = tmp_path / "out"
     finish(folder / "x")
     assert seen == [("sync", ".x.partial"), ("rename", "x"), ("sync", "out")]
@@ -223,22 +228,31 @@ def failing(code):
     return pwrite
 
 
-@pytest.mark.parametrize("write", [open_writer, lambda p, s: open_resumable(p, s, signature="s")], ids=["plain", "resumable"])
+@pytest.mark.parametrize(
+    "write", [open_writer, lambda p, s: open_resumable(p, s, signature="s")], ids=["plain", "resumable"]
+)
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path, monkeypatch, write):
     path = tmp_path / "new" / "deep" / "x.safetensors"
     for code, match in [
-        (errno.ENOSPC, r"x\.safetensors: no room for it \(No space left on device; [\d.]+ [kMG]B free\).*make room"),
+        (
+            errno.ENOSPC,
+            r"x\.safetensors: no room for it \(No space left on device; [\d.]+ [kMG]B free\).*make room"
+        ),
         (errno.EFBIG, "no room for it"),
         (errno.EROFS, r"x\.safetensors: cannot be written \(Read-only file system\); choose another place"),
     ]:
-        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=match), write(path, EIGHT) as writer:
+        with (
+            monkeypatch.context() as patch, pytest.raises(ConfigError, match=match),
+            write(path, EIGHT) as writer
+        ):
             patch.setattr(os, "pwrite", failing(code))
             writer.write("t0", value("t0"))
         assert list(path.parent.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"), write(tmp_path / "file" / "x", EIGHT):
         pass
-    with pytest.raises(OSError, match="Input/output"), write(path, EIGHT):  # not about the place: a bug or a broken disk
+    # not about the place: a bug or a broken disk
+    with pytest.raises(OSError, match="Input/output"), write(path, EIGHT):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 

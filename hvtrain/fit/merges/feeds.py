@@ -1,4 +1,5 @@
-"""Which layers of a block feed which others, told from tensors without values: every result remembers whose outputs are in it."""
+"""Which layers of a block feed which others, told from tensors without values: every result
+remembers whose outputs are in it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ class Feeds(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        names = set().union(*(self.of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        names = set().union(
+            *(self.of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        )
         for leaf in tree_leaves(out) if names else ():
             if isinstance(leaf, Tensor):
                 self.mark(leaf, names)

@@ -1,4 +1,5 @@
-"""What a merge that reconciles will need of host, disk and device, and what it costs: hvtrain/merge/reconcile.py, counted."""
+"""What a merge that reconciles will need of host, disk and device, and what it costs:
+hvtrain/merge/reconcile.py, counted."""
 
 from __future__ import annotations
 
@@ -71,8 +72,14 @@ class Merge:
         if not self.fits:
             return {name: list(own) for name, own in self.parts.items()}
         with torch.device("meta"):
-            solved = {name: (own[0].width, targets_of([p.pair() for p in own], self.rank_of)) for name, own in self.parts.items()}
-        return {name: [PairSize(t.rank or 0, t.begin, t.end, width) for t in found] for name, (width, found) in solved.items()}
+            solved = {
+                name: (own[0].width, targets_of([p.pair() for p in own], self.rank_of)) for name,
+                own in self.parts.items()
+            }
+        return {
+            name: [PairSize(t.rank or 0, t.begin, t.end, width) for t in found] for name,
+            (width, found) in solved.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -100,22 +107,31 @@ def of_merge(job: Merge, shape: Shape, gpus: int = 1, parallel: ParallelConfig |
     shape = replace(shape, batch=job.reconcile.batch_size)
     with simulated(world=1, ulysses=1, ring=1) as ctx:
         seen = trace_streaming(
-            job.about.spec, job.about.flavor, job.parts, shape, ctx, dtype=job.dtype, fit=job.fits, rank=job.rank_of
+            job.about.spec, job.about.flavor, job.parts, shape, ctx, dtype=job.dtype, fit=job.fits,
+            rank=job.rank_of
         )
-    distill, step = _distill(job, shape, gpus, parallel or ParallelConfig(), seen.rest) if job.distills else (None, 0)
+    distill, step = (
+        _distill(job, shape, gpus, parallel or ParallelConfig(), seen.rest) if job.distills else (None, 0)
+    )
     host, disk = _host(job, seen, gpus)
     sums = seen.cost.sums * job.n_states if job.fits else 0
-    return Needs(host, disk, max(seen.passing, seen.fitting), distill, _passes(job, seen, step), sums, _sample(job, shape))
+    return Needs(
+        host, disk, max(seen.passing, seen.fitting), distill, _passes(job, seen, step), sums,
+        _sample(job, shape)
+    )
 
 
 def _passes(job: Merge, seen: Streaming, step: int) -> dict[str, tuple[int, int]]:
     """As reconcile() makes them."""
     c, forward = job.reconcile, seen.cost.forward
     sampled = OWN_STEPS // 2 * (c.states + c.held_out) * job.n_sets if c.own_states else 0
-    told = sampled + job.n_states + job.n_held + (c.states + c.held_out) * job.n_sets  # by the base; each LoRA's by it too
+    # by the base; each LoRA's by it too
+    told = sampled + job.n_states + job.n_held + (c.states + c.held_out) * job.n_sets
     checks = job.n_held * (1 + job.fits + job.distills)
     leak = min(LEAK_CLIPS, c.held_out) * job.n_sets * (1 + job.n_loras)
-    found = {"what each LoRA does": (told, told * forward), "who fires on whose clips": (leak, leak * forward)}
+    found = {
+        "what each LoRA does": (told, told * forward), "who fires on whose clips": (leak, leak * forward)
+    }
     found["distances"] = (checks, checks * forward)
     if job.fits:
         found["fit"] = (job.n_states, job.n_states * (seen.cost.fit + seen.cost.sums) + seen.cost.solve)
@@ -126,10 +142,11 @@ def _passes(job: Merge, seen: Streaming, step: int) -> dict[str, tuple[int, int]
 
 
 def _host(job: Merge, seen: Streaming, gpus: int) -> tuple[int, int]:
-    """(memory, disk) of one of the processes: every one has the LoRAs and all clips, and its share of the states between blocks.
+    """(memory, disk) of one of the processes: every one has the LoRAs and all clips, and its
+    share of the states between blocks.
 
-    The LoRAs as they are and in float32, what fit leaves of them, and once more what distill does; of each noisy clip what goes
-    into the model, twice while it does, and the teacher's and the base's velocities.
+    The LoRAs as they are and in float32, what fit leaves of them, and once more what distill does; of each
+    noisy clip what goes into the model, twice while it does, and the teacher's and the base's velocities.
     """
     share = job.reconcile.host_gb * 1e9
     numbers, left = (sum(p.numbers for own in of.values() for p in own) for of in (job.parts, job.trained))
@@ -140,14 +157,18 @@ def _host(job: Merge, seen: Streaming, gpus: int) -> tuple[int, int]:
     leak = min(LEAK_CLIPS, job.reconcile.held_out) * job.n_sets * (1 + job.n_loras) * seen.state
     running = 2 * job.n_states * seen.state if job.fits else 0
     most = -(-max(told, leak, running) // gpus)
-    there = min(most, int(share) + seen.state * (1 + job.n_loras))  # a clip more, as all LoRAs see it, before a round is full
-    solved = sum(_FP32 * own[0].width * (max(p.end for p in own) - min(p.begin for p in own)) for own in job.parts.values())
+    # a clip more, as all LoRAs see it, before a round is full
+    there = min(most, int(share) + seen.state * (1 + job.n_loras))
+    solved = sum(
+        _FP32 * own[0].width * (max(p.end for p in own) - min(p.begin for p in own))
+        for own in job.parts.values()
+    )
     return loras + clips + there, max(0, -(-running // gpus) - int(share)) + (solved if matrices else 0)
 
 
 def _distill(job: Merge, shape: Shape, gpus: int, parallel: ParallelConfig, rest: int) -> tuple[Budget, int]:
-    """Memory of one of the processes, and a clip's operations forward and backward. `rest`: of the streamed model's weights,
-    which stay."""
+    """Memory of one of the processes, and a clip's operations forward and backward. `rest`: of the streamed
+    model's weights, which stay."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
         model = empty_model(job.about, job.dtype).requires_grad_(False)
         changes, pairs = Changes(model), {name: [p.pair() for p in own] for name, own in job.trained.items()}
@@ -172,5 +193,7 @@ def _distill(job: Merge, shape: Shape, gpus: int, parallel: ParallelConfig, rest
 def _sample(job: Merge, shape: Shape) -> int:
     """Training one of the LoRAs on one clip, as `hvtrain train` does by default."""
     rank = max(p.rank for own in job.parts.values() for p in own)
-    alone = Training(ModelConfig(), AdapterConfig(rank=rank), ParallelConfig(), ZeroConfig("torch", 0), RunSettings())
+    alone = Training(
+        ModelConfig(), AdapterConfig(rank=rank), ParallelConfig(), ZeroConfig("torch", 0), RunSettings()
+    )
     return of_training(alone, job.about, replace(shape, batch=1), 1).flops

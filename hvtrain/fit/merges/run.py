@@ -32,7 +32,8 @@ GOAL = 0.05  # of the LoRAs' own training: what a merge may cost
 
 @dataclass(frozen=True)
 class Loras:
-    """Those of a merge that names none: so many, in every layer that a LoRA adapts, or as a plan cuts them."""
+    """Those of a merge that names none: so many, in every layer that a LoRA
+    adapts, or as a plan cuts them."""
 
     n: int | None = None
     rank: int = 32
@@ -46,7 +47,10 @@ def merging(cfg: MergeConfig, asked: Asked, loras: Loras) -> str:
     for gpus in asked.gpus:
         own = cfg.parallel.ulysses * cfg.parallel.ring
         if gpus % own:
-            raise ConfigError(f"parallel: {own} GPUs that share a clip do not divide {gpus}; give --gpus a multiple of {own}")
+            raise ConfigError(
+                f"parallel: {own} GPUs that share a clip do not divide {gpus}; give --gpus a multiple of "
+                f"{own}"
+            )
         needs = of_merge(job, shape, gpus, cfg.parallel)
         lines += [f"\n{gpus} GPU(s) of {memory / GIB:.0f} GiB", *_memory(job, needs, memory)]
     return "\n".join([*lines, "", *_cost(job, needs)]) + "\n"
@@ -59,19 +63,24 @@ def job_of(cfg: MergeConfig, loras: Loras) -> Merge:
         about, parts, inputs = _opened(cfg)
         policy = cfg.on_overlap != "error" or cfg.density is not None
         how = choose(cfg.reconcile, inputs, by_layer(inputs.loras), policy=policy, model=True).how
-        n, n_sets, keep = len(inputs.loras), len(sources(cfg.reconcile, inputs)), bool(kept_sets(cfg.reconcile, inputs))
-        file_bytes = sum(t.nbytes for lora, _ in inputs.loras for p in lora.pairs.values() for t in (p.up, p.down))
+        n, n_sets, keep = (
+            len(inputs.loras), len(sources(cfg.reconcile, inputs)), bool(kept_sets(cfg.reconcile, inputs))
+        )
+        file_bytes = sum(
+            t.nbytes for lora, _ in inputs.loras for p in lora.pairs.values() for t in (p.up, p.down)
+        )
     else:
         about, parts, n = _imagined(cfg, loras)
         how, n_sets, keep = (DEFAULT if cfg.reconcile.how == "auto" else cfg.reconcile.how), n, True
         file_bytes = 2 * sum(p.numbers for own in parts.values() for p in own)
     if how == "none":
         raise ConfigError(
-            "reconcile: this merge adds weights up, tensor by tensor, which takes a few of the model's tensors in memory; give "
-            "reconcile.how=fit, distill or fit+distill"
+            "reconcile: this merge adds weights up, tensor by tensor, which takes a few of the model's "
+            "tensors in memory; give reconcile.how=fit, distill or fit+distill"
         )
     return Merge(
-        about, parts, n, n_sets, replace(cfg.reconcile, how=how), keep, cfg.target == "model", cfg.rank, dtype, file_bytes
+        about, parts, n, n_sets, replace(cfg.reconcile, how=how), keep, cfg.target == "model", cfg.rank,
+        dtype, file_bytes
     )
 
 
@@ -79,8 +88,13 @@ def _opened(cfg: MergeConfig) -> tuple[Candidate, dict[str, list[PairSize]], Inp
     if not cfg.dit:
         raise ConfigError("dit: the model that the LoRAs change is needed to read them")
     found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
-    plan = None if cfg.plan is None else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
-    inputs = open_inputs(cfg.lora, plan, linear_shapes(whole_model(found)), found.spec, base=None, expert=cfg.expert)
+    plan = (
+        None if cfg.plan is None
+        else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
+    )
+    inputs = open_inputs(
+        cfg.lora, plan, linear_shapes(whole_model(found)), found.spec, base=None, expert=cfg.expert
+    )
     inputs = replace(inputs, any_base=cfg.any_base)
     layers = {name: [low_rank(c) for c in own] for name, own in by_layer(inputs.loras).items()}
     parts = {
@@ -99,10 +113,14 @@ def _imagined(cfg: MergeConfig, loras: Loras) -> tuple[Candidate, dict[str, list
         plan = load_plan(cfg.plan)
         parts: dict[str, list[PairSize]] = {}
         for slot in (slot for s in plan.slices for slot in s.slots):
-            parts.setdefault(slot.module, []).append(PairSize(loras.rank, slot.begin, slot.end, shapes[slot.module][1]))
+            parts.setdefault(slot.module, []).append(
+                PairSize(loras.rank, slot.begin, slot.end, shapes[slot.module][1])
+            )
         return about, parts, plan.n
     if loras.n is None:
-        raise ConfigError("lora: the config names no LoRAs; say how many there will be with --loras, as in --loras 20")
+        raise ConfigError(
+            "lora: the config names no LoRAs; say how many there will be with --loras, as in --loras 20"
+        )
     layers = about.spec.lora_targets(model)
     return about, {name: [PairSize(loras.rank, 0, *shapes[name])] * loras.n for name in layers}, loras.n
 
@@ -110,8 +128,14 @@ def _imagined(cfg: MergeConfig, loras: Loras) -> tuple[Candidate, dict[str, list
 def _head(job: Merge, shape: Shape) -> str:
     ranks = sorted({p.rank for own in job.parts.values() for p in own})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    what = f"{job.about.spec.name} {job.about.flavor.name}: {job.reconcile.how} of {job.n_loras} LoRAs of rank {rank} in "
-    clips = f"{job.n_states:,} noisy clips of {shape.width} x {shape.height} x {shape.frames}, {job.n_held:,} held out"
+    what = (
+        f"{job.about.spec.name} {job.about.flavor.name}: {job.reconcile.how} of {job.n_loras} LoRAs of rank "
+        f"{rank} in "
+    )
+    clips = (
+        f"{job.n_states:,} noisy clips of {shape.width} x {shape.height} x {shape.frames}, {job.n_held:,} "
+        "held out"
+    )
     return f"{what}{len(job.parts)} layers, from {clips}{'' if job.keep else ', no keep'}"
 
 
@@ -120,11 +144,15 @@ def _memory(job: Merge, needs: Needs, memory: int) -> Iterator[str]:
     for part, n in needs.distill.parts().items() if needs.distill else ():
         table.add_row(part, "", f"{n / GIB:.2f}")
     table.add_row(
-        "worst moment", f"{needs.fit / GIB:.2f}", *([f"{needs.distill.total / GIB:.2f}"] if needs.distill else []), style="bold"
+        "worst moment", f"{needs.fit / GIB:.2f}",
+        *([f"{needs.distill.total / GIB:.2f}"] if needs.distill else []), style="bold"
     )
     yield rendered(table)
     disk = f", and {needs.disk / GIB:.1f} GiB on the disk beside the output" if needs.disk else ""
-    yield f"host memory of a process: {needs.host / GIB:.1f} GiB (reconcile.host_gb={job.reconcile.host_gb:g}){disk}"
+    yield (
+        f"host memory of a process: {needs.host / GIB:.1f} GiB "
+        f"(reconcile.host_gb={job.reconcile.host_gb:g}){disk}"
+    )
     if needs.device <= USABLE * memory:
         yield f"fits: {needs.device / GIB:.1f} GiB of {USABLE * memory / GIB:.1f} usable"
         return
@@ -142,8 +170,8 @@ def _cost(job: Merge, needs: Needs) -> Iterator[str]:
     samples = needs.flops / needs.sample / job.n_loras
     exact = f", {_pflop(needs.sums)} of them in float32" if needs.sums and job.dtype != torch.float32 else ""
     yield (
-        f"cost: {_pflop(needs.flops)} PFLOP{exact}; as training each LoRA on {samples:,.0f} samples of that size, {GOAL:.0%} of "
-        f"a training on {samples / GOAL:,.0f}"
+        f"cost: {_pflop(needs.flops)} PFLOP{exact}; as training each LoRA on {samples:,.0f} samples of that "
+        f"size, {GOAL:.0%} of a training on {samples / GOAL:,.0f}"
     )
 
 

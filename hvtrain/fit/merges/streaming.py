@@ -1,4 +1,5 @@
-"""A merge's streamed passes, traced: its own code on a few noisy clips and one block of each kind, on tensors without values."""
+"""A merge's streamed passes, traced: its own code on a few noisy clips and one block of each
+kind, on tensors without values."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ class PairSize:
         return self.rank * (self.end - self.begin + self.width)
 
     def pair(self) -> LowRank:
-        return LowRank(torch.empty(self.rank, self.width), torch.empty(self.end - self.begin, self.rank), self.begin)
+        return LowRank(
+            torch.empty(self.rank, self.width), torch.empty(self.end - self.begin, self.rank), self.begin
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,10 @@ class Cost:
     solve: int = 0  # of all equations once, in double precision
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.forward + other.forward, self.fit + other.fit, self.sums + other.sums, self.solve + other.solve)
+        return Cost(
+            self.forward + other.forward, self.fit + other.fit, self.sums + other.sums,
+            self.solve + other.solve
+        )
 
     def __mul__(self, n: int) -> Cost:
         return Cost(self.forward * n, self.fit * n, self.sums * n, self.solve * n)
@@ -123,10 +129,11 @@ class StreamLedger(Ledger):
 
 
 def trace_streaming(
-    spec: ModelSpec, flavor: Flavor, parts: Mapping[str, Sequence[PairSize]], shape: ClipShape, ctx: ParallelContext, *,
-    dtype: torch.dtype, fit: bool, rank: Callable[[int], int | None],
+    spec: ModelSpec, flavor: Flavor, parts: Mapping[str, Sequence[PairSize]], shape: ClipShape,
+    ctx: ParallelContext, *, dtype: torch.dtype, fit: bool, rank: Callable[[int], int | None],
 ) -> Streaming:
-    """Inside trace.simulated. `shape`: of a batch of noisy clips; `rank`: that fit leaves of added-up ranks, None: matrices."""
+    """Inside trace.simulated. `shape`: of a batch of noisy clips; `rank`: that fit leaves of
+    added-up ranks, None: matrices."""
     meter, n = StreamLedger(), shape.batch
     with meter:
         model = Streamed(Imagined.of(spec, flavor), ctx, dtype, kernel=TRACED)
@@ -143,7 +150,8 @@ def trace_streaming(
     moved = 2 * state  # what comes from the host, and what goes back
     cost = Cost(cost.forward // n, cost.fit // n, cost.sums // n, cost.solve)
     return Streaming(
-        rest, rest + passing + moved, rest + fitting + moved if fit else 0, state // n, n_bytes(inp) // n, inp.x.nbytes // n, cost
+        rest, rest + passing + moved, rest + fitting + moved if fit else 0, state // n, n_bytes(inp) // n,
+        inp.x.nbytes // n, cost
     )
 
 
@@ -154,7 +162,8 @@ def _targets(
 
 
 def _block(
-    model: Streamed, meter: StreamLedger, number: int, targets: Mapping[str, list[Segment]], inp: ModelInput, *, fit: bool
+    model: Streamed, meter: StreamLedger, number: int, targets: Mapping[str, list[Segment]], inp: ModelInput,
+    *, fit: bool
 ) -> tuple[Cost, int, int]:
     """Operations of one block; the worst moments beyond what lies there before it, of a pass and of fit."""
     model.changes.put(0, {name: list(found[0].parts[:1]) for name, found in targets.items()})
@@ -168,15 +177,17 @@ def _block(
             # what two clips take more than one is a clip's; the rest is there once
             one, two = (_solved(model, meter, block, stages, targets, [stream] * n) for n in (1, 2))
             solving = meter.peak - before
-            once = sum(2 * one[i] - two[i] for i in (0, 1)) + sum(_decomposed(found) for found in targets.values())
+            once = sum(2 * one[i] - two[i] for i in (0, 1)) + sum(
+                _decomposed(found) for found in targets.values()
+            )
             cost += Cost(0, two[0] - one[0] + pushed, two[1] - one[1], once)
     model.changes.sets.clear()
     return cost, plain, solving
 
 
 def _solved(
-    model: Streamed, meter: StreamLedger, block: nn.Module, stages: Sequence[Sequence[str]], targets: Mapping[str, list[Segment]],
-    running: list[Stream],
+    model: Streamed, meter: StreamLedger, block: nn.Module, stages: Sequence[Sequence[str]],
+    targets: Mapping[str, list[Segment]], running: list[Stream],
 ) -> tuple[int, int]:
     model.changes.sets.pop("student", None)
     return meter.ops(lambda: solve_stages(model, block, stages, targets, running, 1e-3))

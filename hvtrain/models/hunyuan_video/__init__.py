@@ -1,4 +1,5 @@
-"""HunyuanVideo 13B and its relatives with the same transformer: HunyuanVideo-I2V, SkyReels V1, and the tiny default."""
+"""HunyuanVideo 13B and its relatives with the same transformer: HunyuanVideo-I2V,
+SkyReels V1, and the tiny default."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ SPEC = ModelSpec(
     may_differ=("guidance_embed", "rope_theta", "rope_dims"),
     image_conditions=image_conditions,
     start=start,
-    # The official code needs a height or width in patches that the GPUs divide: at most sizes not 5, 6 or 7 of them.
+    # The official code needs a height or width in patches that the GPUs divide: at most
+    # sizes not 5, 6 or 7 of them.
     sizes=((1280, 720), (960, 544), (1104, 832), (960, 960), (832, 624), (720, 720)),
     tiny=later(f"{__name__}.tiny", "parts"),
     musubi=MUSUBI,

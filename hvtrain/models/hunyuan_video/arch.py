@@ -39,7 +39,10 @@ class HunyuanVideoArch:
         if min(self.hidden_size, self.heads_num, *self.patch) < 1:
             raise CheckpointError(f"sizes must be positive: {self}")
         head = self.hidden_size // self.heads_num
-        if self.hidden_size % self.heads_num or sum(self.rope_dims) != head or any(d % 2 for d in self.rope_dims):
+        if (
+            self.hidden_size % self.heads_num or sum(self.rope_dims) != head
+            or any(d % 2 for d in self.rope_dims)
+        ):
             raise CheckpointError(
                 f"rope_dims {self.rope_dims} must be even and add up to the head's width: hidden_size "
                 f"{self.hidden_size} / heads_num {self.heads_num} = {self.hidden_size / self.heads_num:g}"
@@ -66,8 +69,8 @@ def infer_arch(shapes: Shapes) -> HunyuanVideoArch:
     hidden, patch = proj[0], (proj[2], proj[3], proj[4])
     if proj[1] not in _KNOWN_IN_CHANNELS and proj[1] > 16:
         raise CheckpointError(
-            f"img_in.proj.weight takes {proj[1]} input channels; supported: 16 (text to video, token replace), 32 "
-            "(image latents beside the noisy ones) and 33 (these and a mask)"
+            f"img_in.proj.weight takes {proj[1]} input channels; supported: 16 (text to video, token "
+            "replace), 32 (image latents beside the noisy ones) and 33 (these and a mask)"
         )
     return HunyuanVideoArch(
         in_channels=proj[1],
@@ -99,7 +102,8 @@ def _mlp_ratio(shapes: Shapes, hidden: int) -> float:
 def _rope_dims(head: int) -> tuple[int, int, int]:
     if head not in _ROPE_DIMS:
         raise CheckpointError(
-            f"heads of width {head} do not tell how they are divided for the rotary embedding; the file needs the "
+            f"heads of width {head} do not tell how they are divided for the rotary embedding; the file "
+            "needs the "
             f"metadata key '{ARCH_KEY}' (a JSON object with rope_dims), which files written by hvtrain have"
         )
     return _ROPE_DIMS[head]

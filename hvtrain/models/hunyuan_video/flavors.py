@@ -14,8 +14,8 @@ from hvtrain.models.spec import Defaults, Field, Flavor, LatentGeometry, Shapes
 MAX_TOKENS = 256  # of a prompt
 PICTURE_TOKENS = 576  # of an image in the LLM, of which the DiT reads every n-th
 NEGATIVE_PROMPT = (
-    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
-    "bad eyes, bad limbs, distortion"
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad "
+    "teeth, bad eyes, bad limbs, distortion"
 )
 _FULL = HunyuanVideoArch(
     in_channels=16,
@@ -51,10 +51,14 @@ _OFFICIAL = Defaults(
     width=1280,
     negative_prompt=NEGATIVE_PROMPT,
 )
-_IMAGE = replace(_OFFICIAL, negative_prompt="deformation, a poor composition and deformed video, bad teeth, bad eyes, bad limbs")
+_IMAGE = replace(
+    _OFFICIAL,
+    negative_prompt="deformation, a poor composition and deformed video, bad teeth, bad eyes, bad limbs"
+)
 # Trained with an embedded guidance of 1 and sampled with true classifier-free guidance.
 _SKYREELS = replace(
-    _OFFICIAL, steps=30, guidance=1.0, frames=97, height=544, width=960, cfg_scale=6.0, prompt_prefix="FPS-24, "
+    _OFFICIAL, steps=30, guidance=1.0, frames=97, height=544, width=960, cfg_scale=6.0,
+    prompt_prefix="FPS-24, "
 )
 _SMALL = replace(_OFFICIAL, steps=20, shift=3.0, fps=8, frames=9, height=64, width=64, negative_prompt="")
 
@@ -62,16 +66,22 @@ _SMALL = replace(_OFFICIAL, steps=20, shift=3.0, fps=8, frames=9, height=64, wid
 def cond_fields(arch: HunyuanVideoArch, task: str, sees: int = 0) -> tuple[Field, ...]:
     """States that have seen the image go by another name: no one takes plain ones for them."""
     longest = MAX_TOKENS + (-(-PICTURE_TOKENS // sees) if sees else 0)
-    text = Field("seen_text" if sees else "text", (None, arch.text_dim), torch.bfloat16, "text", longest=longest)
+    text = Field(
+        "seen_text" if sees else "text", (None, arch.text_dim), torch.bfloat16, "text", longest=longest
+    )
     pooled = Field("pooled", (arch.pooled_dim,), torch.bfloat16, "text")
     # Optional in shards: without the column, the image is the clip's own first latent frame.
     image = Field("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)
     return (text, pooled) if task == "t2v" else (text, pooled, image)
 
 
-def _flavor(name: str, about: str, arch: HunyuanVideoArch, *, task: str, defaults: Defaults, sees: int = 0) -> Flavor:
+def _flavor(
+    name: str, about: str, arch: HunyuanVideoArch, *, task: str, defaults: Defaults, sees: int = 0
+) -> Flavor:
     latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=8, stride_w=8, patch=arch.patch)
-    return Flavor(name, about, arch, arch.heads_num, latent, cond_fields(arch, task, sees), (task,), defaults, sees=sees)
+    return Flavor(
+        name, about, arch, arch.heads_num, latent, cond_fields(arch, task, sees), (task,), defaults, sees=sees
+    )
 
 
 _REPLACED = replace(_FULL, token_replace=True)
@@ -81,7 +91,10 @@ FLAVORS = {
     flavor.name: flavor
     for flavor in (
         _flavor("t2v", "text to video 13B, guidance-distilled", _FULL, task="t2v", defaults=_OFFICIAL),
-        _flavor("i2v", "image to video 13B, first frame replaced, steady", _REPLACED, task="i2v", defaults=_IMAGE, sees=4),
+        _flavor(
+            "i2v", "image to video 13B, first frame replaced, steady", _REPLACED, task="i2v", defaults=_IMAGE,
+            sees=4
+        ),
         _flavor(
             "i2v-dynamic",
             "the same weights, sampled for more motion",
@@ -112,8 +125,8 @@ FLAVORS = {
 
 
 def sizes_from(shapes: Shapes) -> HunyuanVideoArch:
-    """The architecture of a file under official names: the released one with the same patch embedding, so that the strict
-    check can name what such a file lacks; else what the shapes say."""
+    """The architecture of a file under official names: the released one with the same patch embedding, so
+    that the strict check can name what such a file lacks; else what the shapes say."""
     proj = shapes.get("img_in.proj.weight", ())
     for arch in (flavor.arch for flavor in FLAVORS.values() if not flavor.arch.token_replace):
         if proj == (arch.hidden_size, arch.in_channels, *arch.patch):
@@ -128,7 +141,8 @@ def fitted(flavor: Flavor, arch: HunyuanVideoArch) -> Flavor:
     guidance = (_OFFICIAL.guidance if own is None else own) if arch.guidance_embed else None
     cond = cond_fields(arch, flavor.tasks[0], flavor.sees)
     return replace(
-        flavor, arch=arch, n_heads=arch.heads_num, latent=latent, cond=cond, defaults=replace(flavor.defaults, guidance=guidance)
+        flavor, arch=arch, n_heads=arch.heads_num, latent=latent, cond=cond,
+        defaults=replace(flavor.defaults, guidance=guidance)
     )
 
 

@@ -109,4 +109,9 @@ _SIGNATURE = (
 def owns(shapes: Shapes) -> bool:
     """Most of the signature is enough, so that a file with keys missing is still recognised and reported."""
     hits = sum(name in shapes for name in _SIGNATURE)
-    return hits >= 4 and not any(name.startswith(("byt5_in.", "context_embedder_2.", "cond_type_embed")) for name in shapes)
+    return (
+        hits >= 4
+        and not any(
+            name.startswith(("byt5_in.", "context_embedder_2.", "cond_type_embed")) for name in shapes
+        )
+    )

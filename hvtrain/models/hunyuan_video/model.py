@@ -1,8 +1,8 @@
 """HunyuanVideo's transformer (arXiv:2412.03603), parameter names and numerics of the official implementation.
 
-Two streams (image, text) with joint attention in the double blocks, one in the single blocks, where image comes first.
-Run it in float32, or under bfloat16 autocast: then norms and modulation are fp32 and the residual stream is bf16, as
-in the official inference.
+Two streams (image, text) with joint attention in the double blocks, one in the single blocks, where image
+comes first. Run it in float32, or under bfloat16 autocast: then norms and modulation are fp32 and the
+residual stream is bf16, as in the official inference.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class DoubleBlock(TwoStreamBlock):
         return per_token(self.get_submodule("img_mod"), tokens, 6)
 
     def project(self, stream: str, x: Tensor) -> Sequence[Tensor]:
-        return rearrange(self.get_submodule(f"{stream}_attn_qkv")(x), "b s (k n d) -> k b s n d", k=3, n=self.n_heads).unbind()
+        return rearrange(
+            self.get_submodule(f"{stream}_attn_qkv")(x), "b s (k n d) -> k b s n d", k=3, n=self.n_heads
+        ).unbind()
 
 
 class SingleBlock(nn.Module):
@@ -89,7 +91,8 @@ class SingleBlock(nn.Module):
 
 
 def per_token(mod: nn.Module, tokens: Tokens, n: int) -> Sequence[Tensor]:
-    """The image stream's n modulation vectors [B 1 E]; with a clean first frame [B S E], its tokens taking vec0's."""
+    """The image stream's n modulation vectors [B 1 E]; with a clean first frame [B S
+    E], its tokens taking vec0's."""
     main = mod(tokens.shared["vec"])[:, None].chunk(n, dim=-1)
     if "clean" not in tokens.per_token:
         return main
@@ -107,7 +110,9 @@ class HunyuanVideo(DiT):
         self.arch = arch
         self.img_in = PatchEmbed(arch)
         width, text = arch.hidden_size, arch.text_dim
-        self.txt_in = TextEmbedder(text, width, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim, depth=arch.refiner_depth)
+        self.txt_in = TextEmbedder(
+            text, width, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim, depth=arch.refiner_depth
+        )
         self.time_in = ClockEmbedder(arch.hidden_size)
         self.vector_in = PooledEmbedder(arch.pooled_dim, arch.hidden_size)
         if arch.guidance_embed:
@@ -147,8 +152,8 @@ class HunyuanVideo(DiT):
         patch = self.arch.patch
         if any(n % p for n, p in zip(x.shape[2:], patch, strict=True)):
             raise DataError(
-                f"latents of T H W = {tuple(x.shape[2:])} cannot be cut into patches of {patch}; encode videos whose "
-                "height and width are multiples of 16"
+                f"latents of T H W = {tuple(x.shape[2:])} cannot be cut into patches of {patch}; encode "
+                "videos whose height and width are multiples of 16"
             )
         return Grid(*(n // p for n, p in zip(x.shape[2:], patch, strict=True)))
 

@@ -1,4 +1,5 @@
-"""musubi-tuner's cache files of this architecture: unscaled latents, and embeddings padded to a fixed length."""
+"""musubi-tuner's cache files of this architecture: unscaled latents, and
+embeddings padded to a fixed length."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def _latents(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """latents_FxHxW_DTYPE [16 F H W]."""
     found = [name for name in tensors if re.fullmatch(r"latents_\d+x\d+x\d+_\w+", name)]
     if len(found) != 1 or tensors[found[0]].ndim != 4:
-        raise DataError(f"expected one tensor latents_FxHxW_DTYPE of four dimensions, found {sorted(tensors)}")
+        raise DataError(
+            f"expected one tensor latents_FxHxW_DTYPE of four dimensions, found {sorted(tensors)}"
+        )
     return {"latents": (tensors[found[0]].float() * SCALING).to(torch.bfloat16)}
 
 

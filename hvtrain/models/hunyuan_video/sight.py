@@ -1,4 +1,5 @@
-"""What LLaVA's language model is shown of an image: CLIP's ViT-L/14 at 336 pixels and a projector into the LLM's width.
+"""What LLaVA's language model is shown of an image: CLIP's ViT-L/14 at 336 pixels and a
+projector into the LLM's width.
 
 From a Hugging Face LLaVA directory, which holds both beside the language model, or ComfyUI's file of the two.
 """
@@ -43,7 +44,8 @@ class Sight:
 
     @torch.no_grad()
     def __call__(self, picture: Tensor | None) -> Tensor:
-        """[3 H W] in [-1, 1] -> [tokens E]; None is seen as black, officially what a negative prompt comes with."""
+        """[3 H W] in [-1, 1] -> [tokens E]; None is seen as black, officially what a
+        negative prompt comes with."""
         weight = self.tower.embeddings.patch_embedding.weight
         side = self.tower.config.image_size
         pixels = self.prepared(torch.full((3, side, side), -1.0) if picture is None else picture)
@@ -51,10 +53,13 @@ class Sight:
         return self.projector(states)
 
     def prepared(self, picture: Tensor) -> Tensor:
-        """[3 side side]: scaled until the shorter side fits and cropped in the middle, as LLaVA's processor does with bytes."""
+        """[3 side side]: scaled until the shorter side fits and cropped in the middle, as
+        LLaVA's processor does with bytes."""
         side, (h, w) = self.tower.config.image_size, picture.shape[1:]
         size = (side, side * w // h) if h <= w else (side * h // w, side)
-        pixels = F.interpolate(picture[None].float() * 127.5 + 127.5, size=size, mode="bicubic", antialias=True)[0]
+        pixels = F.interpolate(
+            picture[None].float() * 127.5 + 127.5, size=size, mode="bicubic", antialias=True
+        )[0]
         top, left = (size[0] - side) // 2, (size[1] - side) // 2
         pixels = pixels[:, top : top + side, left : left + side].round().clamp(0, 255) / 255
         mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (MEAN, STD))
@@ -62,7 +67,8 @@ class Sight:
 
 
 def open_sight(parts: Parts, *, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Sight:
-    """For an LLM of this width. Raises ConfigError where the LLM's files hold no tower and no other file is given."""
+    """For an LLM of this width. Raises ConfigError where the LLM's files hold no tower
+    and no other file is given."""
     path = Path(parts.get("llm_vision", parts["llm"]))
     try:
         tower, projector = _sources(path)
@@ -70,13 +76,18 @@ def open_sight(parts: Parts, *, width: int, dtype: torch.dtype, device: torch.de
         if "llm_vision" in parts:
             raise
         raise ConfigError(
-            f"model.llm_vision is not set, and {path} holds no vision tower: image to video needs LLaVA's; give its file, or a "
-            "LLaVA directory as model.llm"
+            f"model.llm_vision is not set, and {path} holds no vision tower: image to video needs LLaVA's; "
+            "give its file, or a LLaVA directory as model.llm"
         ) from None
     seen, inside, read = projector.shape(_PROJECTOR)[1], *projector.shape("linear_2.weight")
     if (inside, read) != (width, width) or seen != tower.shape(_TOWER)[0]:
-        raise CheckpointError(f"{path}: its projector makes embeddings of width {inside}, the LLM's are {width}: of another LLM")
-    return Sight(_load_tower(tower, dtype, device), _load_projector(projector, dtype, device), fingerprint(tower.weights))
+        raise CheckpointError(
+            f"{path}: its projector makes embeddings of width {inside}, the LLM's are {width}: of another LLM"
+        )
+    return Sight(
+        _load_tower(tower, dtype, device), _load_projector(projector, dtype, device),
+        fingerprint(tower.weights)
+    )
 
 
 def sight_fingerprint(parts: Parts) -> str:
@@ -124,5 +135,10 @@ def _load_projector(source: Source, dtype: torch.dtype, device: torch.device | s
 
 def _config(source: Source) -> Mapping[str, Any]:
     """The tower's own section of a LLaVA config."""
-    config = config_of(source.path, source.weights.metadata, METADATA_KEY, mine=lambda config: "vision_config" in config)
-    return {key: value for key, value in config.get("vision_config", {}).items() if key not in ("dtype", "torch_dtype")}
+    config = config_of(
+        source.path, source.weights.metadata, METADATA_KEY, mine=lambda config: "vision_config" in config
+    )
+    return {
+        key: value for key,
+        value in config.get("vision_config", {}).items() if key not in ("dtype", "torch_dtype")
+    }

@@ -1,9 +1,10 @@
-"""The text encoders: the language model of LLaVA-Llama-3-8B (per-token states) and CLIP-L (one pooled vector).
+"""The text encoders: the language model of LLaVA-Llama-3-8B (per-token states)
+and CLIP-L (one pooled vector).
 
-For image to video the LLM is shown the image too (sight.py). Both are causal with padding on the right, so padding and its
-mask change nothing that is kept: prompts are encoded one by one at their own length, which equals the official padded form and
-never depends on the batch.
-Reading the weights from the layouts they come in is text_weights.py.
+For image to video the LLM is shown the image too (sight.py). Both are causal with padding on the right,
+so padding and its mask change nothing that is kept: prompts are encoded one by one at their own length,
+which equals the official padded form and never depends on the batch. Reading the weights from the layouts
+they come in is text_weights.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from hvtrain.models.spec import Parts
 from hvtrain.models.tokens import check_vocabulary, open_tokenizer, tokenizer_folder
 from hvtrain.weights.containers import fingerprint, open_weights
 
-_SYSTEM, _USER = "<|start_header_id|>system<|end_header_id|>\n\n", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+_SYSTEM, _USER = (
+    "<|start_header_id|>system<|end_header_id|>\n\n",
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
 _ASPECTS = (
     "1. The main content and theme of the video."
     "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
@@ -36,8 +40,8 @@ _ASPECTS = (
 )
 TEMPLATE = f"{_SYSTEM}Describe the video by detailing the following aspects: {_ASPECTS}{_USER}"
 SEEING_TEMPLATE = (  # the image stands at <image>
-    f"{_SYSTEM}<image>\nDescribe the video by detailing the following aspects according to the reference image: {_ASPECTS}\n\n"
-    f"{_USER}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    f"{_SYSTEM}<image>\nDescribe the video by detailing the following aspects according to the reference "
+    f"image: {_ASPECTS}\n\n{_USER}<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 BEGIN = "<|begin_of_text|>"
 OFFICIAL_BEGIN_ID = 128000  # marks the Llama 3 vocabulary, whose crop is a constant of the trained model
@@ -82,7 +86,9 @@ class SeenPrompt:
         crop = len(tokenizer.encode(tail.split("{}")[0], add_special_tokens=False).ids)
         if tokens.begin == OFFICIAL_BEGIN_ID:
             crop = OFFICIAL_SEEING_CROP - 1 - len(before)
-        behind, most = tokenizer.encode(tail.replace("{}", prompt), add_special_tokens=False).ids, crop + MAX_TOKENS
+        behind, most = (
+            tokenizer.encode(tail.replace("{}", prompt), add_special_tokens=False).ids, crop + MAX_TOKENS
+        )
         return cls(before, behind[:most], crop, len(behind) > most)
 
 
@@ -109,18 +115,25 @@ class LlamaAndClip:
             self.sight.to(device)
         return self
 
-    def encode(self, prompts: Sequence[str], pictures: Sequence[Tensor | None] = ()) -> list[dict[str, Tensor]]:
-        """Per prompt, float32 on the CPU: "text" [n E], the valid tokens only, and "pooled" [P]. Where the LLM sees, "seen_text":
-        every `sees`-th token of the picture [3 H W] in [-1, 1] (none: black), then the prompt's."""
+    def encode(
+        self, prompts: Sequence[str], pictures: Sequence[Tensor | None] = ()
+    ) -> list[dict[str, Tensor]]:
+        """Per prompt, float32 on the CPU: "text" [n E], the valid tokens only, and "pooled" [P].
+        Where the LLM sees, "seen_text": every `sees`-th token of the picture [3 H W] in [-1, 1]
+        (none: black), then the prompt's."""
         if self.sight is None:
             return [{"text": self.encode_llm(p), "pooled": self.encode_clip(p)} for p in prompts]
         both = zip(prompts, pictures or [None] * len(prompts), strict=True)
-        return [{"seen_text": self.encode_seeing(p, image), "pooled": self.encode_clip(p)} for p, image in both]
+        return [
+            {"seen_text": self.encode_seeing(p, image), "pooled": self.encode_clip(p)} for p, image in both
+        ]
 
     @torch.no_grad()
     def encode_seeing(self, prompt: str, picture: Tensor | None) -> Tensor:
         assert self.sight is not None
-        ids, image, words = SeenPrompt.of(prompt, self.llm_tokenizer), self.sight(picture), self.llm.get_input_embeddings()
+        ids, image, words = (
+            SeenPrompt.of(prompt, self.llm_tokenizer), self.sight(picture), self.llm.get_input_embeddings()
+        )
         before, behind = (words(torch.tensor(part, device=self.device)) for part in (ids.before, ids.behind))
         embeddings = torch.cat([before, image.to(before), behind])[None]
         states = self.llm(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0]
@@ -144,12 +157,14 @@ class LlamaAndClip:
 
 
 def open_text(
-    parts: Parts, *, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu", fp8: bool = False, sees: int = 0
+    parts: Parts, *, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu",
+    fp8: bool = False, sees: int = 0
 ) -> LlamaAndClip:
-    """Read both encoders, each from a Hugging Face directory or a single file; with `sees` the LLM's vision tower too.
+    """Read both encoders, each from a Hugging Face directory or a single file; with
+    `sees` the LLM's vision tower too.
 
-    A tokenizer that is not given is looked for in the directory of its model. `fp8` stores the LLM's linear layers as
-    float8 (half the memory; states differ by a few percent) and multiplies in `dtype`.
+    A tokenizer that is not given is looked for in the directory of its model. `fp8` stores the LLM's linear
+    layers as float8 (half the memory; states differ by a few percent) and multiplies in `dtype`.
     """
     llm, clip = parts["llm"], parts["clip"]
     llm_ids = open_llm_tokenizer(tokenizer_folder(parts, "llm"))
@@ -162,13 +177,15 @@ def open_text(
     sight = open_sight(parts, width=config.hidden_size, dtype=dtype, device=device) if sees else None
     seen = () if sight is None else (sight.fingerprint, str(sees))
     return LlamaAndClip(
-        llm_part.model, clip_part.model, llm_tokenizer=llm_ids, clip_tokenizer=clip_ids, sight=sight, sees=sees,
+        llm_part.model, clip_part.model, llm_tokenizer=llm_ids, clip_tokenizer=clip_ids, sight=sight,
+        sees=sees,
         fingerprint=_joined(llm_part.fingerprint, clip_part.fingerprint, *seen, fp8=fp8, crop=llm_ids.crop),
     )
 
 
 def text_fingerprints(parts: Parts, *, sees: int = 0) -> tuple[str, ...]:
-    """Those of the encoders that `open_text` would make of these files, plain and in float8. Reads headers and samples."""
+    """Those of the encoders that `open_text` would make of these files, plain and in
+    float8. Reads headers and samples."""
     crop = open_llm_tokenizer(tokenizer_folder(parts, "llm")).crop
     prints = fingerprint(open_weights(parts["llm"])), fingerprint(open_weights(parts["clip"]))
     seen = (sight_fingerprint(parts), str(sees)) if sees else ()
@@ -176,7 +193,9 @@ def text_fingerprints(parts: Parts, *, sees: int = 0) -> tuple[str, ...]:
 
 
 def _joined(*files: str, fp8: bool, crop: int) -> str:
-    return hashlib.sha256("/".join([*files[:2], "fp8" if fp8 else "", str(crop), *files[2:]]).encode()).hexdigest()
+    return hashlib.sha256(
+        "/".join([*files[:2], "fp8" if fp8 else "", str(crop), *files[2:]]).encode()
+    ).hexdigest()
 
 
 def open_llm_tokenizer(folder: str | Path) -> LlmTokenizer:

@@ -1,5 +1,6 @@
-"""Weights of the text encoders, from the layouts in use into transformers' LlamaModel (see models/language.py) and CLIPTextModel:
-a Hugging Face directory (language model alone, full LLaVA, whole CLIP), or ComfyUI's single file."""
+"""Weights of the text encoders, from the layouts in use into transformers' LlamaModel (see
+models/language.py) and CLIPTextModel: a Hugging Face directory (language model alone, full LLaVA, whole
+CLIP), or ComfyUI's single file."""
 
 from __future__ import annotations
 

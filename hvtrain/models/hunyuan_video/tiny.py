@@ -89,7 +89,8 @@ def _build_clip(tokenizer: Any) -> nn.Module:
 def parts() -> TinyParts:
     llm = TinyText(
         "llm", _build_llm,
-        # Below 1 on the way back into the residual stream: context colours a word's state but does not bury it.
+        # Below 1 on the way back into the residual stream: context colours a
+        # word's state but does not bury it.
         gains={"o_proj": 0.7, "down_proj": 0.7},
         specials={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<pad>"},
         more_specials=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -99,8 +100,8 @@ def parts() -> TinyParts:
     )
     clip = TinyText(
         "clip", _build_clip,
-        # Flat attention (small q, k) makes the end token average the values of all words; the large output gain
-        # lifts each word's share of that average back to unit scale.
+        # Flat attention (small q, k) makes the end token average the values of all words; the large output
+        # gain lifts each word's share of that average back to unit scale.
         gains={"position_embedding": 0.1, "q_proj": 0.5, "k_proj": 0.5, "out_proj": 4.0, "fc2": 0.5},
         specials={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
         before=("<|startoftext|>",), after=("<|endoftext|>",),

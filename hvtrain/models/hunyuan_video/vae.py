@@ -1,6 +1,7 @@
 """The video VAE: diffusers' AutoencoderKLHunyuanVideo behind a small class, read from any layout it ships in.
 
-The library tiles in time at 16 frames without being asked; every model built here has the official 64 frames or none.
+The library tiles in time at 16 frames without being asked; every model built here has
+the official 64 frames or none.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def vae_of(model: Any, *, fingerprint: str = "", tiling: VaeTiling | None = None
 
     make = model.decoder.forward
     vae = VideoVae(
-        model, encode, lambda z: model.decode(z.to(model.dtype)).sample.float(), channels=config.latent_channels,
-        stride=(config.temporal_compression_ratio, spatial, spatial), scale=config.scaling_factor, fingerprint=fingerprint,
+        model, encode, lambda z: model.decode(z.to(model.dtype)).sample.float(),
+        channels=config.latent_channels, stride=(config.temporal_compression_ratio, spatial, spatial),
+        scale=config.scaling_factor, fingerprint=fingerprint,
     )
     model.decoder.forward = lambda z: vae.tile(make, z)
     return vae
@@ -94,8 +96,8 @@ def open_vae(
     wanted = shapes_of(model)
     foreign = sum(name not in shapes for name in wanted) >= len(wanted) // 2
     check(  # `ones`: LDM files keep the attention's linear layers as 1x1(x1) convolutions
-        path, wanted, shapes, what="not a VAE of this architecture", hint=f"; {resemblance(shapes)}" if foreign else "",
-        ones=True,
+        path, wanted, shapes, what="not a VAE of this architecture",
+        hint=f"; {resemblance(shapes)}" if foreign else "", ones=True,
     )
     source.fill(model, dtype=dtype, device=device)
     return vae_of(model, fingerprint=fingerprint(weights), tiling=tiling)

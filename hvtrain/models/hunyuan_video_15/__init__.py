@@ -35,7 +35,12 @@ SPEC = ModelSpec(
         "ss_base_model_version": "hunyuan_video_1_5", "modelspec.architecture": "hunyuan-video-1.5/lora",
         "ss_network_module": "networks.lora_hv_1_5",
     },
-    columns=(Column("vision", "what the first frame looks like", ("siglip",), later(f"{__name__}.vision", "open_vision")),),
+    columns=(
+        Column(
+            "vision", "what the first frame looks like", ("siglip",),
+            later(f"{__name__}.vision", "open_vision")
+        ),
+    ),
     image_conditions=image_conditions,
     open_enlarger=later(f"{__name__}.upsample", "open_enlarger"),
     sizes=((848, 480), (480, 848), (1280, 720), (720, 1280), (1920, 1072), (960, 960), (640, 640)),

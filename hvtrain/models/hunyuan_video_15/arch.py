@@ -16,7 +16,8 @@ _ROPE_DIMS = {128: (16, 56, 56), 32: (8, 12, 12), 24: (4, 10, 10)}
 class HunyuanVideo15Arch:
     """Defaults are the constants of every released model; sizes have none. A patch is one latent cell."""
 
-    in_channels: int  # noised latents, those of a given image and a mask; of super-resolution also low latents and a mask
+    # noised latents, those of a given image and a mask; of super-resolution also low latents and a mask
+    in_channels: int
     out_channels: int
     hidden_size: int
     heads_num: int
@@ -35,7 +36,10 @@ class HunyuanVideo15Arch:
         if min(self.hidden_size, self.heads_num, self.out_channels) < 1:
             raise CheckpointError(f"sizes must be positive: {self}")
         head = self.hidden_size // self.heads_num
-        if self.hidden_size % self.heads_num or sum(self.rope_dims) != head or any(d % 2 for d in self.rope_dims):
+        if (
+            self.hidden_size % self.heads_num or sum(self.rope_dims) != head
+            or any(d % 2 for d in self.rope_dims)
+        ):
             raise CheckpointError(
                 f"rope_dims {self.rope_dims} must be even and add up to the head's width: hidden_size "
                 f"{self.hidden_size} / heads_num {self.heads_num} = {self.hidden_size / self.heads_num:g}"
@@ -61,12 +65,14 @@ def infer_arch(shapes: Shapes) -> HunyuanVideo15Arch:
     head = shape_of(shapes, "double_blocks.0.img_attn_q_norm.weight", 1)[0]
     if proj[1] not in (2 * out + 1, 3 * out + 2) or proj[2:] != (1, 1, 1):
         raise CheckpointError(
-            f"img_in.proj.weight is {'x'.join(map(str, proj))}, with latents of {out} channels; supported: {2 * out + 1} input "
-            f"channels (text and image to video) and {3 * out + 2} (super-resolution), in patches of one cell"
+            f"img_in.proj.weight is {'x'.join(map(str, proj))}, with latents of {out} channels; supported: "
+            f"{2 * out + 1} input channels (text and image to video) and {3 * out + 2} (super-resolution), "
+            "in patches of one cell"
         )
     if head not in _ROPE_DIMS:
         raise CheckpointError(
-            f"heads of width {head} do not tell how they are divided for the rotary embedding; the file needs the "
+            f"heads of width {head} do not tell how they are divided for the rotary embedding; the file "
+            "needs the "
             f"metadata key '{ARCH_KEY}' (a JSON object with rope_dims), which files written by hvtrain have"
         )
     return HunyuanVideo15Arch(

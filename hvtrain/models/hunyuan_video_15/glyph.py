@@ -1,7 +1,8 @@
-"""What a video shall show in letters: the spans that a prompt quotes, through ByT5-small as Glyph-SDXL v2 trained it.
+"""What a video shall show in letters: the spans that a prompt quotes, through
+ByT5-small as Glyph-SDXL v2 trained it.
 
-It reads bytes, so it needs no tokenizer files. Padding is masked out in there: a prompt is encoded alone at its own length.
-Always fp32, as officially: it is small.
+It reads bytes, so it needs no tokenizer files. Padding is masked out in there: a prompt is encoded alone at
+its own length. Always fp32, as officially: it is small.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from hvtrain.weights.source import Source
 
 QUOTED = re.compile('"(.*?)"|\u201c(.*?)\u201d')  # straight, or opening and closing; within a line
 END, FIRST_BYTE = 1, 3  # token ids: of the end, and of byte 0
-FACTS: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
+FACTS: dict[str, Any] = {
+    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128
+}
 
 
 def quoted(prompt: str) -> list[str]:
@@ -54,7 +57,9 @@ class GlyphEncoder:
         if not (ids := glyph_ids(prompt)):
             return torch.zeros(0, weight.shape[1])
         with without_autocast(weight.device.type):
-            return self.model(input_ids=torch.tensor([ids], device=weight.device)).last_hidden_state[0].float().cpu()
+            return self.model(
+                input_ids=torch.tensor([ids], device=weight.device)
+            ).last_hidden_state[0].float().cpu()
 
 
 def load_byt5(path: str | Path, *, device: torch.device | str = "cpu") -> GlyphEncoder:
@@ -67,12 +72,16 @@ def load_byt5(path: str | Path, *, device: torch.device | str = "cpu") -> GlyphE
     vocabulary, dim = source.shape("embed_tokens.weight")
     n_buckets, n_heads = source.shape(bias)
     config = T5Config(
-        vocab_size=vocabulary, d_model=dim, d_kv=source.shape("block.0.layer.0.SelfAttention.q.weight")[0] // n_heads,
-        d_ff=source.shape("block.0.layer.1.DenseReluDense.wi_0.weight")[0], num_layers=count(source.sources, r"block\.(\d+)\."),
-        num_heads=n_heads, relative_attention_num_buckets=n_buckets, is_encoder_decoder=False, use_cache=False, **FACTS,
+        vocab_size=vocabulary, d_model=dim,
+        d_kv=source.shape("block.0.layer.0.SelfAttention.q.weight")[0] // n_heads,
+        d_ff=source.shape("block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        num_layers=count(source.sources, r"block\.(\d+)\."), num_heads=n_heads,
+        relative_attention_num_buckets=n_buckets, is_encoder_decoder=False, use_cache=False, **FACTS,
     )
     if vocabulary < FIRST_BYTE + 256:
-        raise CheckpointError(f"{path}: its vocabulary has {vocabulary} tokens, ByT5's has 384 and more: not a ByT5 encoder")
+        raise CheckpointError(
+            f"{path}: its vocabulary has {vocabulary} tokens, ByT5's has 384 and more: not a ByT5 encoder"
+        )
     with torch.device("meta"):
         model = T5Stack(config)
     source.load(model, what="a ByT5 text encoder", dtype=torch.float32, device=device)
@@ -82,7 +91,10 @@ def load_byt5(path: str | Path, *, device: torch.device | str = "cpu") -> GlyphE
 def _encoder_of(weights: Weights) -> Source:
     """Under whatever prefix; the embedding is also called `shared`, outside the encoder."""
     last = "final_layer_norm.weight"
-    ends = [name for name in weights if name.endswith(f"encoder.{last}")] or [name for name in weights if name == last]
+    ends = (
+        [name for name in weights if name.endswith(f"encoder.{last}")]
+        or [name for name in weights if name == last]
+    )
     if not ends:
         raise CheckpointError(f"{weights.path}: not a ByT5 text encoder: no 'encoder.{last}' in it")
     prefix = ends[0].removesuffix(last)

@@ -18,7 +18,8 @@ LOW_NOISE = 0.7  # of the low latents of super-resolution, which are not looked 
 
 @dataclass(frozen=True)
 class Hunyuan15Input(ModelInput):
-    """cond: "text" [B L E], "glyph" [B L G] and "vision" [B L V], each of a length of its own, 0 too; t: 0..1000."""
+    """cond: "text" [B L E], "glyph" [B L G] and "vision" [B L V], each of a length of
+    its own, 0 too; t: 0..1000."""
 
     until: Tensor | None = None  # [B], as t: the noise level that this step ends at; None: t itself
 
@@ -29,11 +30,13 @@ TASKS: Registry[Task] = Registry("task")
 
 
 def make_input(
-    x_sigma: Tensor, sigma: Tensor, cond: Conds, *, task: str, guidance: float | None, x0: Tensor | None = None
+    x_sigma: Tensor, sigma: Tensor, cond: Conds, *, task: str, guidance: float | None,
+    x0: Tensor | None = None
 ) -> Hunyuan15Input:
     """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; no guidance is embedded.
-    x0: the clean latents, whose first frame is the given image where the conditions hold none. A sampler tells the noise level
-    that its step ends at as cond["next_sigma"] [B]; without, a model distilled in steps gives the velocity at sigma."""
+    x0: the clean latents, whose first frame is the given image where the conditions hold none. A sampler
+    tells the noise level that its step ends at as cond["next_sigma"] [B]; without, a model distilled in steps
+    gives the velocity at sigma."""
     add_condition = TASKS.find(task, key="task")
     until = cond.get("next_sigma")
     plain = Hunyuan15Input(
@@ -54,21 +57,25 @@ def _text_to_video(inp: Hunyuan15Input, cond: Conds, x0: Tensor | None) -> Hunyu
 
 @TASKS.add("i2v")
 def _image_to_video(inp: Hunyuan15Input, cond: Conds, x0: Tensor | None) -> Hunyuan15Input:
-    """Beside the noised channels the image's latents in frame 0 (else the clip's own) and a mask that is 1 there. Where
-    cond["image_given"] [B] is false, a sample is text to video after all."""
+    """Beside the noised channels the image's latents in frame 0 (else the clip's own) and a mask that is 1
+    there. Where cond["image_given"] [B] is false, a sample is text to video after all."""
     image = cond.get("image_latents", x0)
     if image is None:
-        raise DataError("image to video needs the condition 'image_latents', which these samples lack; encode them anew")
+        raise DataError(
+            "image to video needs the condition 'image_latents', which these samples lack; encode them anew"
+        )
     return _looked_at(_beside(inp, image, cond.get("image_given")), cond)
 
 
 @TASKS.add("sr")
 def _super_resolution(inp: Hunyuan15Input, cond: Conds, x0: Tensor | None) -> Hunyuan15Input:
-    """Further beside them the low latents, of the same size, and a mask of ones; both are zero where there is less noise than
-    they have themselves."""
+    """Further beside them the low latents, of the same size, and a mask of ones; both are zero where there is
+    less noise than they have themselves."""
     low = _needed(cond, "low_latents").to(inp.x)
     if low.shape != inp.x.shape:
-        raise DataError(f"low_latents of shape {tuple(low.shape)} do not fit latents of shape {tuple(inp.x.shape)}")
+        raise DataError(
+            f"low_latents of shape {tuple(low.shape)} do not fit latents of shape {tuple(inp.x.shape)}"
+        )
     both = torch.cat([low, torch.ones_like(low[:, :1])], dim=1)
     seen = (inp.t >= 1000.0 * LOW_NOISE).view(-1, 1, 1, 1, 1)
     image = cond.get("image_latents")
@@ -78,13 +85,16 @@ def _super_resolution(inp: Hunyuan15Input, cond: Conds, x0: Tensor | None) -> Hu
 
 
 def _beside(inp: Hunyuan15Input, image: Tensor | None, given: Tensor | None) -> Hunyuan15Input:
-    """x [B 2C+1 T H W]: with the first frame of these latents and its mask; with zeros for samples that are not given it."""
+    """x [B 2C+1 T H W]: with the first frame of these latents and its mask; with zeros for
+    samples that are not given it."""
     n, c, t, h, w = inp.x.shape
     if image is None:
         return replace(inp, x=F.pad(inp.x, (0, 0, 0, 0, 0, 0, 0, c + 1)))
     first = image[:, :, :1].to(inp.x)
     if first.shape != (n, c, 1, h, w):
-        raise DataError(f"image_latents of shape {tuple(image.shape)} do not fit latents of shape {tuple(inp.x.shape)}")
+        raise DataError(
+            f"image_latents of shape {tuple(image.shape)} do not fit latents of shape {tuple(inp.x.shape)}"
+        )
     known = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
     if given is not None:
         known = known * given.to(known).view(-1, 1, 1, 1, 1)
@@ -97,10 +107,14 @@ def _looked_at(inp: Hunyuan15Input, cond: Conds) -> Hunyuan15Input:
     lengths = cond["vision_len"].tolist()
     if "image_given" in cond:
         lengths = [n * bool(given) for n, given in zip(lengths, cond["image_given"].tolist(), strict=True)]
-    return replace(inp, cond={**inp.cond, "vision": vision}, lengths={**inp.lengths, "vision": tuple(lengths)})
+    return replace(
+        inp, cond={**inp.cond, "vision": vision}, lengths={**inp.lengths, "vision": tuple(lengths)}
+    )
 
 
 def _needed(cond: Conds, name: str) -> Tensor:
     if name not in cond:
-        raise DataError(f"this model needs the condition '{name}', which these samples lack; encode them anew")
+        raise DataError(
+            f"this model needs the condition '{name}', which these samples lack; encode them anew"
+        )
     return cond[name]

@@ -1,7 +1,7 @@
 """HunyuanVideo 1.5's tensors in other programs' words, and whose files they are.
 
-Dialects: "official" is what the model uses; "comfy" is ComfyUI's, whose q, k and v are one, and "inside" what it calls its own
-modules; "diffusers" is HunyuanVideo15Transformer3DModel.
+Dialects: "official" is what the model uses; "comfy" is ComfyUI's, whose q, k and v are one, and "inside" what
+it calls its own modules; "diffusers" is HunyuanVideo15Transformer3DModel.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _diffusers() -> Iterator[Rule]:
     yield from _two_linears("time_in.mlp.{}", "time_embed.timestep_embedder", (0, 2))
     yield from _two_linears("time_r_in.mlp.{}", "time_embed.timestep_embedder_r", (0, 2))
     yield Rule("txt_in.input_embedder", (f"{context}.proj_in",))
-    yield from _two_linears("txt_in.t_embedder.mlp.{}", f"{context}.time_text_embed.timestep_embedder", (0, 2))
+    yield from _two_linears(
+        "txt_in.t_embedder.mlp.{}", f"{context}.time_text_embed.timestep_embedder", (0, 2)
+    )
     yield from _two_linears("txt_in.c_embedder.linear_{}", f"{context}.time_text_embed.text_embedder", (1, 2))
     yield from _diffusers_refiner(f"{context}.token_refiner.refiner_blocks.{{n}}")
     yield Rule("byt5_in.layernorm", (f"{context}_2.norm",))
@@ -112,4 +114,7 @@ _SIGNATURE = (
 
 def owns(shapes: Shapes) -> bool:
     """Most of the signature is enough, so that a file with keys missing is still recognised and reported."""
-    return sum(name in shapes for name in _SIGNATURE) >= 5 and not any(name.startswith("vector_in.") for name in shapes)
+    return (
+        sum(name in shapes for name in _SIGNATURE) >= 5
+        and not any(name.startswith("vector_in.") for name in shapes)
+    )

@@ -1,8 +1,9 @@
-"""HunyuanVideo 1.5's transformer (arXiv:2511.18870), parameter names and numerics of the official implementation.
+"""HunyuanVideo 1.5's transformer (arXiv:2511.18870), parameter names and numerics
+of the official implementation.
 
-Two streams with joint attention in every block: the video, and beside it what it is told by, in this order: what a picture
-looks like, letters to be written, the prompt. Run it in float32, or under bfloat16 autocast: then norms and modulation are
-fp32 and the residual stream is bf16, as in the official inference.
+Two streams with joint attention in every block: the video, and beside it what it is told by, in this order:
+what a picture looks like, letters to be written, the prompt. Run it in float32, or under bfloat16 autocast:
+then norms and modulation are fp32 and the residual stream is bf16, as in the official inference.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ KINDS = ("text", "glyph", "vision")  # in the order of the embedding's rows
 
 
 class Clock(TimeEmbedder):
-    """A time to a vector. Of a near-tie in the frequency table the released code's outputs (tests/oracles) have the other
-    neighbour, on the machine where most of them were made; on GPUs the last bit is as arbitrary."""
+    """A time to a vector. Of a near-tie in the frequency table the released code's outputs
+    (tests/oracles) have the other neighbour, on the machine where most of them were made; on GPUs
+    the last bit is as arbitrary."""
 
     def table(self, device: torch.device) -> Tensor:
         table = super().table(device)
@@ -51,7 +53,9 @@ class Norm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not under_autocast(x.device.type):
             return super().forward(x)
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return F.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
 
 
 class GlyphEmbedder(nn.Module):
@@ -85,10 +89,14 @@ class VisionEmbedder(nn.Module):
 
 class DoubleBlock(TwoStreamBlock):
     def __init__(self, arch: HunyuanVideo15Arch) -> None:
-        super().__init__(arch.hidden_size, dict.fromkeys("qkv", 1), n_heads=arch.heads_num, mlp_dim=arch.mlp_dim)
+        super().__init__(
+            arch.hidden_size, dict.fromkeys("qkv", 1), n_heads=arch.heads_num, mlp_dim=arch.mlp_dim
+        )
 
     def project(self, stream: str, x: Tensor) -> Sequence[Tensor]:
-        return [self.get_submodule(f"{stream}_attn_{part}")(x).unflatten(-1, (self.n_heads, -1)) for part in "qkv"]
+        return [
+            self.get_submodule(f"{stream}_attn_{part}")(x).unflatten(-1, (self.n_heads, -1)) for part in "qkv"
+        ]
 
 
 class HunyuanVideo15(DiT):
@@ -101,7 +109,8 @@ class HunyuanVideo15(DiT):
         width = arch.hidden_size
         self.img_in = PatchEmbed(arch)
         self.txt_in = TextEmbedder(
-            arch.text_dim, width, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim, depth=arch.refiner_depth, clock=Clock
+            arch.text_dim, width, n_heads=arch.heads_num, mlp_dim=arch.mlp_dim, depth=arch.refiner_depth,
+            clock=Clock
         )
         self.byt5_in = GlyphEmbedder(arch)
         self.vision_in = VisionEmbedder(arch)
@@ -135,8 +144,8 @@ class HunyuanVideo15(DiT):
     def told(self, inp: Hunyuan15Input) -> tuple[Tensor, tuple[int, ...]]:
         """[B L E] and each sample's length: its picture, its letters and its prompt without gaps, then zeros.
 
-        A sample without a picture or letters is told nothing in their place. Their layers run all the same: with gradients of
-        zero, ranks with such samples do not keep others waiting.
+        A sample without a picture or letters is told nothing in their place. Their layers run all the same:
+        with gradients of zero, ranks with such samples do not keep others waiting.
         """
         rows = self.cond_type_embedding(torch.arange(len(KINDS), device=inp.x.device))
         n, made = len(inp.x), {}
@@ -148,11 +157,14 @@ class HunyuanVideo15(DiT):
             states = inp.cond[kind] if kind in inp.cond else inp.x.new_zeros(n, 0, self.arch.vision_dim)
             embed = self.byt5_in if kind == "glyph" else self.vision_in
             made[kind] = row + embed(states[:, : max(lengths[kind])])
-        samples = [torch.cat([made[kind][i, : lengths[kind][i]] for kind in reversed(KINDS)]) for i in range(n)]
+        samples = [
+            torch.cat([made[kind][i, : lengths[kind][i]] for kind in reversed(KINDS)]) for i in range(n)
+        ]
         return pad_sequence(samples, batch_first=True), tuple(len(sample) for sample in samples)
 
     def to_patches(self, tokens: Tokens) -> Tensor:
-        # What the last block makes of the prompt is not read. As zeros it is, so that its layers get gradients, of zero.
+        # What the last block makes of the prompt is not read. As zeros it is, so that its
+        # layers get gradients, of zero.
         img = tokens.img + 0 * tokens.txt[:, :1]
         return self.final_layer(img, tokens.shared["vec"])
 

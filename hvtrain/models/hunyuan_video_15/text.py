@@ -1,8 +1,9 @@
-"""The text encoders: the language half of Qwen2.5-VL-7B for the whole prompt, and glyph.py for what it quotes.
+"""The text encoders: the language half of Qwen2.5-VL-7B for the whole prompt, and glyph.py for what it
+quotes.
 
-The language model is causal with padding on the right, so padding and its mask change nothing that is kept: prompts are
-encoded one by one at their own length, which equals the official padded form and never depends on the batch. The template,
-its crop and the lengths are the official code's; other programs differ in all three.
+The language model is causal with padding on the right, so padding and its mask change nothing that is kept:
+prompts are encoded one by one at their own length, which equals the official padded form and never depends on
+the batch. The template, its crop and the lengths are the official code's; other programs differ in all three.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class LlmTokenizer:
 class QwenAndGlyph:
     """Prompts to what the DiT reads. `.llm` is the library's model; gradients never flow."""
 
-    def __init__(self, llm: nn.Module, glyph: GlyphEncoder, *, tokenizer: LlmTokenizer, fingerprint: str = "") -> None:
+    def __init__(
+        self, llm: nn.Module, glyph: GlyphEncoder, *, tokenizer: LlmTokenizer, fingerprint: str = ""
+    ) -> None:
         self.llm, self.glyph, self.tokenizer, self.fingerprint = llm, glyph, tokenizer, fingerprint
 
     def to(self, device: torch.device | str) -> QwenAndGlyph:
@@ -73,7 +76,8 @@ class QwenAndGlyph:
         return self
 
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Per prompt, float32 on the CPU: "text" [n E], and "glyph" [m G], no rows where it quotes nothing."""
+        """Per prompt, float32 on the CPU: "text" [n E], and "glyph" [m G], no
+        rows where it quotes nothing."""
         return [{"text": self.encode_llm(prompt), "glyph": self.glyph.encode(prompt)} for prompt in prompts]
 
     @torch.no_grad()
@@ -89,20 +93,22 @@ def open_text(
 ) -> QwenAndGlyph:
     """Read both encoders, each from a Hugging Face directory or a single file.
 
-    A tokenizer that is not given is looked for in the directory of the LLM. `fp8` stores the LLM's linear layers as float8
-    (half the memory; states differ by a few percent) and multiplies in `dtype`.
+    A tokenizer that is not given is looked for in the directory of the LLM. `fp8` stores the LLM's linear
+    layers as float8 (half the memory; states differ by a few percent) and multiplies in `dtype`.
     """
     tokenizer = open_llm_tokenizer(tokenizer_folder(parts, "llm"))
     glyph = load_byt5(parts["byt5"], device=device)
     llm = load_language_model(parts["llm"], QWEN, dtype=dtype, device=device, fp8=fp8)
     check_vocabulary(parts["llm"], tokenizer.tokenizer, llm.model.config.vocab_size)
     return QwenAndGlyph(
-        llm.model, glyph, tokenizer=tokenizer, fingerprint=_joined(llm.fingerprint, glyph.fingerprint, fp8, tokenizer.crop)
+        llm.model, glyph, tokenizer=tokenizer,
+        fingerprint=_joined(llm.fingerprint, glyph.fingerprint, fp8, tokenizer.crop)
     )
 
 
 def text_fingerprints(parts: Parts) -> tuple[str, ...]:
-    """Those of the encoders that `open_text` would make of these files, plain and in float8. Reads headers and samples."""
+    """Those of the encoders that `open_text` would make of these files, plain and in
+    float8. Reads headers and samples."""
     crop = open_llm_tokenizer(tokenizer_folder(parts, "llm")).crop
     prints = fingerprint(open_weights(parts["llm"])), fingerprint(open_weights(parts["byt5"]))
     return tuple(_joined(*prints, fp8, crop) for fp8 in (False, True))
@@ -113,7 +119,8 @@ def _joined(llm: str, byt5: str, fp8: bool, crop: int) -> str:
 
 
 def open_llm_tokenizer(folder: str | Path) -> LlmTokenizer:
-    """tokenizer.json, or Qwen's vocab.json, merges.txt and tokenizer_config.json. 108 tokens of its head are cropped."""
+    """tokenizer.json, or Qwen's vocab.json, merges.txt and tokenizer_config.json. 108
+    tokens of its head are cropped."""
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         tokenizer = open_tokenizer(folder)

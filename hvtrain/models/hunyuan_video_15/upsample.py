@@ -1,4 +1,5 @@
-"""The latent upsamplers of super-resolution, official module names: a smooth enlargement, corrected by causal convolutions."""
+"""The latent upsamplers of super-resolution, official module names: a smooth enlargement,
+corrected by causal convolutions."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ class To1080p(nn.Module):
     def __init__(self, *, channels: int, widths: tuple[int, ...], n_blocks: int) -> None:
         super().__init__()
         self.conv_in = CausalConv(channels, widths[0])
-        self.up = nn.ModuleList(Level(before, width, n_blocks) for before, width in zip((widths[0], *widths), widths))
+        self.up = nn.ModuleList(
+            Level(before, width, n_blocks) for before, width in zip((widths[0], *widths), widths)
+        )
         self.norm_out, self.conv_out = RmsNorm(widths[-1]), CausalConv(widths[-1], channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,12 +89,14 @@ class Upsampler:
 def resized(latents: Tensor, size: tuple[int, int]) -> Tensor:
     """Each frame bilinearly: [B C T h w] -> [B C T *size]."""
     frames = latents.transpose(1, 2).flatten(0, 1)
-    return F.interpolate(frames, size=size, mode="bilinear", align_corners=False).unflatten(0, (len(latents), -1)).transpose(1, 2)
+    return F.interpolate(
+        frames, size=size, mode="bilinear", align_corners=False
+    ).unflatten(0, (len(latents), -1)).transpose(1, 2)
 
 
 def build_upsampler(shapes: Shapes, config: Mapping[str, Any], path: str | Path) -> nn.Module:
-    """Which of the two, and its sizes, from official names and shapes; only `global_residual` leaves no trace there. Raises
-    CheckpointError."""
+    """Which of the two, and its sizes, from official names and shapes; only `global_residual` leaves no trace
+    there. Raises CheckpointError."""
 
     def shape(name: str) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != 5:
@@ -101,9 +106,13 @@ def build_upsampler(shapes: Shapes, config: Mapping[str, Any], path: str | Path)
     if "in_conv.conv.weight" in shapes:
         hidden, channels = shape("in_conv.conv.weight")[:2]
         n_blocks = count(shapes, r"blocks\.(\d+)\.")
-        return To720p(channels=channels, hidden=hidden, n_blocks=n_blocks, keep=bool(config.get("global_residual")))
+        return To720p(
+            channels=channels, hidden=hidden, n_blocks=n_blocks, keep=bool(config.get("global_residual"))
+        )
     channels = shape("conv_in.conv.weight")[1]
-    widths = tuple(shape(f"up.{i}.block.0.conv1.conv.weight")[0] for i in range(count(shapes, r"up\.(\d+)\.")))
+    widths = tuple(
+        shape(f"up.{i}.block.0.conv1.conv.weight")[0] for i in range(count(shapes, r"up\.(\d+)\."))
+    )
     if not widths:
         raise CheckpointError(f"{path}: not a latent upsampler: no 'up.0.block.0.conv1.conv.weight' in it")
     return To1080p(channels=channels, widths=widths, n_blocks=count(shapes, r"up\.0\.block\.(\d+)\."))
@@ -124,29 +133,40 @@ def open_upsampler(
 
 
 class NoisedEnlarger:
-    """models.spec.Enlarger: upsampled, then noised, officially from another source than the video's own noise."""
+    """models.spec.Enlarger: upsampled, then noised, officially from another source
+    than the video's own noise."""
 
     def __init__(self, upsampler: Upsampler) -> None:
         self.upsampler, self.fingerprint = upsampler, upsampler.fingerprint
 
-    def __call__(self, latents: Tensor, shape: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(
+        self, latents: Tensor, shape: Sequence[int], *, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """-> "low_latents" [C T H W], at noise level LOW_NOISE."""
         large = self.upsampler(latents[None], (shape[-2], shape[-1]))[0].cpu()
-        return {"low_latents": (1 - LOW_NOISE) * large + LOW_NOISE * torch.randn(large.shape, generator=generator)}
+        return {
+            "low_latents": (1 - LOW_NOISE) * large + LOW_NOISE * torch.randn(large.shape, generator=generator)
+        }
 
 
 def open_enlarger(parts: Parts, flavor: Flavor, *, device: torch.device | str = "cpu") -> NoisedEnlarger:
     """Raises ConfigError where it is not given, CheckpointError for that of another flavor."""
     if "upsampler" not in parts:
-        raise ConfigError(f"model.upsampler is not set; '{flavor.name}' begins with it (the upsampler of latents beside its DiT)")
+        raise ConfigError(
+            f"model.upsampler is not set; '{flavor.name}' begins with it (the upsampler of latents beside "
+            "its DiT)"
+        )
     found = open_upsampler(parts["upsampler"], device=device)
     wanted = KINDS.get(flavor.name)
     if wanted is not None and not isinstance(found.model, wanted):
         other = next(name for name, kind in KINDS.items() if isinstance(found.model, kind))
-        raise CheckpointError(f"model.upsampler: {parts['upsampler']} is that of {other}, model.dit is {flavor.name}")
+        raise CheckpointError(
+            f"model.upsampler: {parts['upsampler']} is that of {other}, model.dit is {flavor.name}"
+        )
     if (channels := next(found.model.parameters()).shape[1]) != flavor.latent.channels:
         raise CheckpointError(
-            f"model.upsampler: {parts['upsampler']} takes latents of {channels} channels, {flavor.name}'s have "
+            f"model.upsampler: {parts['upsampler']} takes latents of {channels} channels, {flavor.name}'s "
+            "have "
             f"{flavor.latent.channels}"
         )
     return NoisedEnlarger(found)

@@ -1,7 +1,7 @@
 """The video VAE behind the small class that everything here uses, read from any layout it ships in.
 
-Tiled as officially: in space only, tiles of 256 pixels that share an eighth (or smaller ones that share a quarter), blended
-linearly. In time nothing is cut: see vae_model.py.
+Tiled as officially: in space only, tiles of 256 pixels that share an eighth (or smaller ones that share a
+quarter), blended linearly. In time nothing is cut: see vae_model.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def build_vae(config: Mapping[str, Any] | None = None) -> Vae15:
-    """From the official config.json (what is no size in it is left alone); none: the official size. Meta-device friendly."""
+    """From the official config.json (what is no size in it is left alone); none: the official
+    size. Meta-device friendly."""
     known = {f.name for f in fields(VaeArch)}
     sizes: dict[str, Any] = {name: value for name, value in (config or {}).items() if name in known}
     if "block_out_channels" in sizes:
@@ -44,18 +45,26 @@ def vae_of(model: Vae15, *, fingerprint: str = "", tiling: VaeTilingConfig | Non
     side, pixels = tiling.spatial if tiling.enabled else 0, arch.ffactor_spatial
     overlap = overlap_of(side)
     if side < 0 or (side // pixels * overlap) % 1 or side % pixels:
-        raise ConfigError(f"vae_tiling.spatial is {side}, expected 0 (off), 64, 128, 192, or a multiple of 128 from 256 on")
+        raise ConfigError(
+            f"vae_tiling.spatial is {side}, expected 0 (off), 64, 128, 192, or a multiple of 128 from 256 on"
+        )
 
     def encode(video: Tensor) -> tuple[Tensor, Tensor]:
         def whole(x: Tensor) -> Tensor:
             return tiled(model.moments, x, side=side, made=side // pixels, overlap=overlap)
 
-        mean, log_var = _one_by_one(whole, video.to(model.encoder.conv_in.conv.weight.dtype), tiling.slicing).float().chunk(2, 1)
+        mean, log_var = (
+            _one_by_one(
+                whole, video.to(model.encoder.conv_in.conv.weight.dtype), tiling.slicing
+            ).float().chunk(2, 1)
+        )
         return mean, log_var.clamp(-30, 20).mul(0.5).exp()
 
     def decode(z: Tensor) -> Tensor:
         def whole(x: Tensor) -> Tensor:
-            return tiled(lambda z: vae.tile(model.frames, z), x, side=side // pixels, made=side, overlap=overlap)
+            return tiled(
+                lambda z: vae.tile(model.frames, z), x, side=side // pixels, made=side, overlap=overlap
+            )
 
         return _one_by_one(whole, z.to(model.decoder.conv_in.conv.weight.dtype), tiling.slicing).float()
 
@@ -70,7 +79,7 @@ def _one_by_one(make: Callable[[Tensor], Tensor], x: Tensor, slicing: bool) -> T
     return torch.cat([make(one) for one in x.split(1)]) if slicing else make(x)
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
+# --- tiles --------------------------------------------------------------------------------------------------
 
 
 def overlap_of(side: int) -> float:
@@ -79,7 +88,8 @@ def overlap_of(side: int) -> float:
 
 
 def tiled(make: Callable[[Tensor], Tensor], x: Tensor, *, side: int, made: int, overlap: float) -> Tensor:
-    """`make` of x [... H W], in tiles of `side` that become `made`, where x is larger than one; side 0: never."""
+    """`make` of x [... H W], in tiles of `side` that become `made`, where x is
+    larger than one; side 0: never."""
     if not side or max(x.shape[-2:]) <= side:
         return make(x)
     step, blend = int(side * (1 - overlap)), int(made * overlap)
@@ -107,7 +117,7 @@ def _blended(before: Tensor, tile: Tensor, n: int, *, dim: int) -> Tensor:
     return torch.cat([end * (1 - weight) + begin * weight, rest], dim=dim)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 # diffusers' names -> official ones.
 _RULES = (
@@ -131,7 +141,8 @@ def open_vae(
     path: str | Path, *, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu",
     tiling: VaeTilingConfig | None = None,
 ) -> VideoVae:
-    """Read a VAE: our, the official or ComfyUI's file (safetensors, .pt), the official or diffusers' directory."""
+    """Read a VAE: our, the official or ComfyUI's file (safetensors, .pt), the
+    official or diffusers' directory."""
     weights = open_weights(path)
     source = Source(weights, {official_name(name): Fused((name,)) for name in weights})
     config = config_of(Path(path), weights.metadata, METADATA_KEY, mine=lambda c: "scaling_factor" in c)
@@ -150,7 +161,8 @@ def sizes_of(shapes: Shapes, path: str | Path) -> dict[str, Any]:
         if len(shapes.get(name, ())) != 5:
             like = looks_like(shapes)
             raise CheckpointError(
-                f"{path}: not a VAE of this architecture: no '{name}'" + (f"; it looks like {like}" if like else "")
+                f"{path}: not a VAE of this architecture: no '{name}'"
+                + (f"; it looks like {like}" if like else "")
             )
         return shapes[name]
 

@@ -1,8 +1,9 @@
-"""The video VAE's network, 4 x 16 x 16, under the official module names: causal convolutions, and attention that sees no later
-frame.
+"""The video VAE's network, 4 x 16 x 16, under the official module names: causal convolutions, and
+attention that sees no later frame.
 
-So a clip can pass through in pieces, one latent frame at a time, and come out the same: `Past` holds what each layer must know
-of the frames before. Memory then grows with the picture and hardly with the length, and no temporal tiles are needed.
+So a clip can pass through in pieces, one latent frame at a time, and come out the same: `Past` holds what
+each layer must know of the frames before. Memory then grows with the picture and hardly with the length,
+and no temporal tiles are needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Past = dict[nn.Module, Tensor]  # layer -> of the frames before: a convolution's last two, an attention's keys and values
+# layer -> of the frames before: a convolution's last two, an attention's keys and values
+Past = dict[nn.Module, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class VaeArch:
 
     @property
     def strides(self) -> list[int]:
-        """Of the encoder's steps down, each half in height and width: 2 where it halves the time too, which the last ones do."""
+        """Of the encoder's steps down, each half in height and width: 2 where it halves the time
+        too, which the last ones do."""
         spatial, temporal = (n.bit_length() - 1 for n in (self.ffactor_spatial, self.ffactor_temporal))
         return [1] * (spatial - temporal) + [2] * temporal
 
@@ -106,8 +109,8 @@ _SPACE = "b (r p q c) f h w -> b c (f r) (h p) (w q)"
 
 
 class Downsample(nn.Module):
-    """Cells into channels, beside a shortcut that averages groups of them. The clip's first frame has no partner in time: it is
-    counted twice, in the shortcut once."""
+    """Cells into channels, beside a shortcut that averages groups of them. The clip's first frame has no
+    partner in time: it is counted twice, in the shortcut once."""
 
     def __init__(self, n_in: int, n_out: int, stride_t: int) -> None:
         super().__init__()
@@ -131,7 +134,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Channels into cells, beside a shortcut that repeats them. The clip's first frame becomes one, not two."""
+    """Channels into cells, beside a shortcut that repeats them. The clip's first
+    frame becomes one, not two."""
 
     def __init__(self, n_in: int, n_out: int, stride_t: int) -> None:
         super().__init__()
@@ -144,11 +148,16 @@ class Upsample(nn.Module):
         if self.r == 1:
             return self._spread(h, 1) + self._spread(x.repeat_interleave(self.repeats, dim=1), 1)
         rest = slice(1 if alone else 0, None)
-        later = self._spread(h[:, :, rest], 2) + self._spread(x[:, :, rest], 2).repeat_interleave(self.repeats, dim=1)
+        later = self._spread(h[:, :, rest], 2) + self._spread(x[:, :, rest], 2).repeat_interleave(
+            self.repeats, dim=1
+        )
         if not alone:
             return later
-        half = h[:, :, :1].unflatten(1, (4, -1)).chunk(2, dim=2)[0].flatten(1, 2)  # of the channels of each cell
-        first = self._spread(half, 1) + self._spread(x[:, :, :1], 1).repeat_interleave(self.repeats // 2, dim=1)
+        # of the channels of each cell
+        half = h[:, :, :1].unflatten(1, (4, -1)).chunk(2, dim=2)[0].flatten(1, 2)
+        first = self._spread(half, 1) + self._spread(x[:, :, :1], 1).repeat_interleave(
+            self.repeats // 2, dim=1
+        )
         return torch.cat([first, later], dim=2)
 
     def _spread(self, x: Tensor, r: int) -> Tensor:
@@ -189,7 +198,9 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):  # a step down widens to the next level
             down = {"downsample": Downsample(width, widths[i + 1], strides[i])} if i < len(strides) else {}
-            self.down.append(Level(width if i <= len(strides) else widths[i - 1], width, a.layers_per_block, **down))
+            self.down.append(
+                Level(width if i <= len(strides) else widths[i - 1], width, a.layers_per_block, **down)
+            )
         self.mid, self.norm_out = Middle(widths[-1]), RmsNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * a.latent_channels)
 
@@ -212,7 +223,9 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             up = {"upsample": Upsample(width, widths[i + 1], strides[i])} if i < len(strides) else {}
-            self.up.append(Level(width if i <= len(strides) else widths[i - 1], width, a.layers_per_block + 1, **up))
+            self.up.append(
+                Level(width if i <= len(strides) else widths[i - 1], width, a.layers_per_block + 1, **up)
+            )
         self.norm_out, self.conv_out = RmsNorm(widths[-1]), CausalConv(widths[-1], 3)
 
     def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
@@ -240,7 +253,10 @@ class Vae15(nn.Module):
     def moments(self, video: Tensor) -> Tensor:
         """[B 3 F H W] -> mean and log variance [B 2C T h w], F = 4n + 1, a latent frame at a time."""
         step = self.arch.ffactor_temporal
-        return _in_pieces(self.encoder, [video[:, :, :1], *(video[:, :, 1:].split(step, dim=2) if video.shape[2] > 1 else ())])
+        return _in_pieces(
+            self.encoder,
+            [video[:, :, :1], *(video[:, :, 1:].split(step, dim=2) if video.shape[2] > 1 else ())]
+        )
 
     def frames(self, latents: Tensor) -> Tensor:
         """[B C T h w] -> [B 3 F H W], a latent frame at a time."""

@@ -1,5 +1,5 @@
-"""SigLIP so400m, the picture encoder of image to video: transformers' class, its pooling head left out. Always fp32: it sees one
-picture a clip."""
+"""SigLIP so400m, the picture encoder of image to video: transformers' class, its pooling head left out.
+Always fp32: it sees one picture a clip."""
 
 from __future__ import annotations
 
@@ -43,16 +43,22 @@ class VisionEncoder:
         return [{"vision": x} for x in states.float().cpu()]
 
     def prepared(self, pictures: Tensor) -> Tensor:
-        """Squashed to a square as bytes, bicubic with anti-aliasing, as Pillow does it; on the CPU, in [-1, 1]."""
+        """Squashed to a square as bytes, bicubic with anti-aliasing, as Pillow does
+        it; on the CPU, in [-1, 1]."""
         side = self.model.config.image_size
         pixels = ((pictures.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         if pixels.shape[-2:] != (side, side):
-            pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+            pixels = F.interpolate(
+                pixels, size=(side, side), mode="bicubic", antialias=True, align_corners=False
+            )
         return pixels.float() / 127.5 - 1
 
 
-def open_vision(parts: Parts, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VisionEncoder:
-    """The official directory (its image_encoder), transformers', or ComfyUI's single file. `dtype` is for others."""
+def open_vision(
+    parts: Parts, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> VisionEncoder:
+    """The official directory (its image_encoder), transformers', or ComfyUI's single
+    file. `dtype` is for others."""
     from transformers import SiglipVisionModel
 
     path = Path(parts["siglip"])

@@ -29,7 +29,9 @@ SPEC = ModelSpec(
     key_maps=KEY_MAPS,
     is_lora_target=lambda name: True,  # every Linear of a block: 10, or 12 where a picture is cross-attended
     unseen=("text_len",),
-    columns=(Column("clip", "CLIP's tokens of the image", ("clip",), later(f"{__name__}.clip", "open_clip")),),
+    columns=(
+        Column("clip", "CLIP's tokens of the image", ("clip",), later(f"{__name__}.clip", "open_clip")),
+    ),
     image_conditions=later(f"{__name__}.images", "image_conditions"),
     sizes=((832, 480), (480, 832), (1280, 720), (720, 1280), (1280, 704), (704, 1280)),
     part_shapes={part: later(f"{__name__}.official", f"{part}_shapes") for part in ("vae", "t5")},

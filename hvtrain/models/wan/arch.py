@@ -62,12 +62,15 @@ class WanArch:
 
 
 def infer_arch(shapes: Shapes) -> WanArch:
-    """The architecture of a file under official names: everything is in the shapes, but the width of a head."""
+    """The architecture of a file under official names: everything is in the
+    shapes, but the width of a head."""
     proj, head = shape_of(shapes, "patch_embedding.weight", 5), shape_of(shapes, "head.head.weight", 2)
     dim, channels, patch = proj[0], proj[1], (proj[2], proj[3], proj[4])
     out = head[0] // math.prod(patch)
     if out == 16 and channels in (32, 48):
-        raise CheckpointError(f"patch_embedding.weight takes {channels} input channels: {CONTROL} is not supported")
+        raise CheckpointError(
+            f"patch_embedding.weight takes {channels} input channels: {CONTROL} is not supported"
+        )
     if (channels, out) not in KNOWN_CHANNELS and out == 16:
         raise CheckpointError(
             f"patch_embedding.weight takes {channels} input channels and the head gives {out}; supported: "
@@ -75,8 +78,10 @@ def infer_arch(shapes: Shapes) -> WanArch:
         )
     if dim % HEAD_DIM:
         raise CheckpointError(
-            f"a width of {dim} does not tell the number of heads, which are {HEAD_DIM} wide in the released models; the "
-            f"file needs the metadata key '{ARCH_KEY}' (a JSON object with n_heads), which files written by hvtrain have"
+            f"a width of {dim} does not tell the number of heads, which are {HEAD_DIM} wide in the released "
+            "models; the "
+            f"file needs the metadata key '{ARCH_KEY}' (a JSON object with n_heads), which files written by "
+            "hvtrain have"
         )
     return WanArch(
         in_channels=channels,

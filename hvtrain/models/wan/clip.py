@@ -1,7 +1,8 @@
-"""CLIP's ViT-H/14 picture tower (open_clip, on XLM-RoBERTa's side), module names of the official implementation.
+"""CLIP's ViT-H/14 picture tower (open_clip, on XLM-RoBERTa's side), module names
+of the official implementation.
 
-2.1's image to video reads what comes out of all its blocks but the last: the last block, the norm behind it and the
-projection take no part and are not loaded. Always fp32: it is small, and one picture a clip.
+2.1's image to video reads what comes out of all its blocks but the last: the last block, the norm behind it
+and the projection take no part and are not loaded. Always fp32: it is small, and one picture a clip.
 """
 
 from __future__ import annotations
@@ -118,8 +119,11 @@ def _library() -> Iterator[Rule]:
 ANCHORS = {"cls_embedding": OWN_NAMES, "embeddings.class_embedding": KeyMap(_library())}
 
 
-def open_clip(parts: Parts, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ClipEncoder:
-    """An official .pth (its other tower is left alone), a transformers directory or a ComfyUI file. `dtype` is for others."""
+def open_clip(
+    parts: Parts, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ClipEncoder:
+    """An official .pth (its other tower is left alone), a transformers directory or a ComfyUI
+    file. `dtype` is for others."""
     path = Path(parts["clip"])
     source = anchored(path, ANCHORS, what="a CLIP picture tower")
     dim, _, patch, _ = source.shape("patch_embedding.weight")
@@ -134,6 +138,7 @@ def vit(source: Source, *, n_heads: int, patch: int) -> Vit:
     """On the meta device, of the file's sizes, without its last block."""
     with torch.device("meta"):
         return Vit(
-            dim=source.shape("pre_norm.weight")[0], mlp=source.shape("transformer.0.mlp.0.weight")[0], n_heads=n_heads,
-            n_layers=count(source.sources, r"transformer\.(\d+)\.") - 1, n_tokens=source.shape("pos_embedding")[-2], patch=patch,
+            dim=source.shape("pre_norm.weight")[0], mlp=source.shape("transformer.0.mlp.0.weight")[0],
+            n_heads=n_heads, n_layers=count(source.sources, r"transformer\.(\d+)\.") - 1,
+            n_tokens=source.shape("pos_embedding")[-2], patch=patch,
         )

@@ -1,4 +1,5 @@
-"""The released sets of weights (and tiny ones): sizes, conditions, tasks, experts and how to sample from them."""
+"""The released sets of weights (and tiny ones): sizes, conditions, tasks, experts
+and how to sample from them."""
 
 from __future__ import annotations
 
@@ -23,11 +24,12 @@ _5B = replace(_14B, in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, n_
 _I2V = replace(_14B, in_channels=36)  # and 4 of mask, 16 of the image's latents
 _CLIP = replace(_I2V, clip_dim=1280)
 _TINY = WanArch(
-    in_channels=16, out_channels=16, dim=128, ffn_dim=256, n_heads=4, n_layers=4, text_dim=64, freq_dim=64, text_len=64
+    in_channels=16, out_channels=16, dim=128, ffn_dim=256, n_heads=4, n_layers=4, text_dim=64, freq_dim=64,
+    text_len=64
 )
 _480P = Defaults(
-    steps=50, shift=5.0, guidance=None, fps=16, frames=81, height=480, width=832, negative_prompt=NEGATIVE_PROMPT,
-    cfg_scale=5.0, solver="unipc",
+    steps=50, shift=5.0, guidance=None, fps=16, frames=81, height=480, width=832,
+    negative_prompt=NEGATIVE_PROMPT, cfg_scale=5.0, solver="unipc",
 )
 _720P = replace(_480P, height=720, width=1280)
 _SMALL = replace(_480P, steps=20, shift=3.0, fps=8, frames=9, height=64, width=64, negative_prompt="")
@@ -36,7 +38,9 @@ _SMALL = replace(_480P, steps=20, shift=3.0, fps=8, frames=9, height=64, width=6
 def cond_fields(arch: WanArch, task: str) -> tuple[Field, ...]:
     fields = [Field("text", (None, arch.text_dim), torch.bfloat16, "text", longest=arch.text_len)]
     if task == "ti2v":  # optional in shards: without the column it is text to video
-        fields += [Field("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)]
+        fields += [
+            Field("image_latents", (arch.out_channels, 1, None, None), torch.bfloat16, "image", optional=True)
+        ]
     elif arch.in_channels > arch.out_channels:
         fields += [Field("image_latents", (arch.out_channels, None, None, None), torch.bfloat16, "image")]
     if arch.clip_dim:
@@ -48,7 +52,8 @@ def _flavor(
     name: str, about: str, arch: WanArch, defaults: Defaults, *, tasks: tuple[str, ...] = ("t2v",),
     boundary: float | None = None, cfg_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Flavor:
-    """`boundary`: the noise level from which on the expert of high noise predicts; cfg_scales: of high and low noise."""
+    """`boundary`: the noise level from which on the expert of high noise predicts;
+    cfg_scales: of high and low noise."""
     space = 16 if arch.out_channels == 48 else 8
     latent = LatentGeometry(arch.out_channels, stride_t=4, stride_h=space, stride_w=space, patch=arch.patch)
     experts = () if boundary is None else (
@@ -59,7 +64,8 @@ def _flavor(
     cond = cond_fields(arch, tasks[0])
     both = tasks[0] == "ti2v"
     return Flavor(
-        name, about, arch, arch.n_heads, latent, cond, tasks, defaults, experts, image_optional=both, given=given
+        name, about, arch, arch.n_heads, latent, cond, tasks, defaults, experts, image_optional=both,
+        given=given
     )
 
 
@@ -75,27 +81,33 @@ FLAVORS = {
         _flavor("t2v-1.3b", "2.1 text to video 1.3B", _1_3B, replace(_480P, cfg_scale=6.0)),
         _flavor("i2v-14b-480p", "2.1 image to video 14B", _CLIP, _IMAGE, tasks=("i2v",)),
         _flavor(
-            "i2v-14b-720p", "2.1 image to video 14B", _CLIP, replace(_720P, steps=40, negative_prompt=_SHAKING), tasks=("i2v",)
+            "i2v-14b-720p", "2.1 image to video 14B", _CLIP,
+            replace(_720P, steps=40, negative_prompt=_SHAKING), tasks=("i2v",)
         ),
         _flavor(
             "flf2v-14b", "2.1 first and last frame to video 14B", replace(_CLIP, n_clip=2 * CLIP_TOKENS),
             _CUTTING, tasks=("flf2v",),
         ),
         _flavor(
-            "t2v-a14b", "2.2 text to video, two experts of 14B", _14B, replace(_720P, steps=40, shift=12.0, cfg_scale=4.0),
-            boundary=0.875, cfg_scales=(4.0, 3.0),
+            "t2v-a14b", "2.2 text to video, two experts of 14B", _14B,
+            replace(_720P, steps=40, shift=12.0, cfg_scale=4.0), boundary=0.875, cfg_scales=(4.0, 3.0),
         ),
         _flavor(
-            "i2v-a14b", "2.2 image to video, two experts of 14B", _I2V, replace(_720P, steps=40, cfg_scale=3.5),
-            tasks=("i2v",), boundary=0.9, cfg_scales=(3.5, 3.5),
+            "i2v-a14b", "2.2 image to video, two experts of 14B", _I2V,
+            replace(_720P, steps=40, cfg_scale=3.5), tasks=("i2v",), boundary=0.9, cfg_scales=(3.5, 3.5),
         ),
         _flavor(
-            "ti2v-5b", "2.2 text or image to video 5B", _5B, replace(_720P, fps=24, frames=121, height=704), tasks=_TI2V
+            "ti2v-5b", "2.2 text or image to video 5B", _5B, replace(_720P, fps=24, frames=121, height=704),
+            tasks=_TI2V
         ),
         _flavor("tiny", "for CPUs, one model for all noise", _TINY, _SMALL),
-        _flavor("tiny-a14b", "the embedded one, for CPUs, two experts", _TINY, _SMALL, boundary=0.875, cfg_scales=(4.0, 3.0)),
         _flavor(
-            "tiny-ti2v", "for CPUs, as the 5B", replace(_TINY, in_channels=48, out_channels=48), _SMALL, tasks=_TI2V
+            "tiny-a14b", "the embedded one, for CPUs, two experts", _TINY, _SMALL, boundary=0.875,
+            cfg_scales=(4.0, 3.0)
+        ),
+        _flavor(
+            "tiny-ti2v", "for CPUs, as the 5B", replace(_TINY, in_channels=48, out_channels=48), _SMALL,
+            tasks=_TI2V
         ),
     )
 }
@@ -111,11 +123,13 @@ _NAMES = {
 
 
 def sizes_from(shapes: Shapes) -> WanArch:
-    """The architecture of a file under official names: the released one with the same patch embedding and picture tokens,
-    so that the strict check can name what such a file lacks; else what the shapes say."""
+    """The architecture of a file under official names: the released one with the same patch embedding and
+    picture tokens, so that the strict check can name what such a file lacks; else what the shapes say."""
     proj, ffn = shapes.get("patch_embedding.weight", ()), shapes.get("blocks.0.ffn.0.weight")
     for arch in (flavor.arch for flavor in FLAVORS.values()):
-        pictured = bool(arch.clip_dim) == has_picture(shapes) and bool(arch.n_clip) == ("img_emb.emb_pos" in shapes)
+        pictured = (
+            bool(arch.clip_dim) == has_picture(shapes) and bool(arch.n_clip) == ("img_emb.emb_pos" in shapes)
+        )
         same = ffn is None or ffn[0] == arch.ffn_dim
         if proj == (arch.dim, arch.in_channels, *arch.patch) and pictured and same:
             return arch
@@ -125,7 +139,9 @@ def sizes_from(shapes: Shapes) -> WanArch:
 def fitted(flavor: Flavor, arch: WanArch) -> Flavor:
     """The flavor with exactly these sizes."""
     latent = replace(flavor.latent, channels=arch.out_channels, patch=arch.patch)
-    return replace(flavor, arch=arch, n_heads=arch.n_heads, latent=latent, cond=cond_fields(arch, flavor.tasks[0]))
+    return replace(
+        flavor, arch=arch, n_heads=arch.n_heads, latent=latent, cond=cond_fields(arch, flavor.tasks[0])
+    )
 
 
 def told_by(path: Path) -> str | None:

@@ -15,15 +15,20 @@ from hvtrain.models.spec import PictureEncoder, Vae
 def image_conditions(
     vae: Vae, encoders: Mapping[str, PictureEncoder], image: Tensor, shape: Sequence[int]
 ) -> dict[str, Tensor]:
-    """image [3 H W] in [-1, 1], or first and last frame [2 3 H W], of any size; shape: the video's latents' [C T H W].
-    -> "image_latents" [C T H W], for the 5B [C 1 H W], and "clip" [n dim] with such an encoder; float32, without the batch.
+    """image [3 H W] in [-1, 1], or first and last frame [2 3 H W], of any size; shape: the video's
+    latents' [C T H W]. -> "image_latents" [C T H W], for the 5B [C 1 H W], and "clip" [n dim] with such
+    an encoder; float32, without the batch.
 
-    Resized without cropping (the official code picks a size of the image's own aspect); CLIP sees it as it was.
+    Resized without cropping (the official code picks a size of the image's own
+    aspect); CLIP sees it as it was.
     """
     pictures = image[None] if image.ndim == 3 else image  # [n 3 H W]
     c, t, h, w = shape
     if vae.channels != c:
-        raise DataError(f"this VAE makes latents of {vae.channels} channels, the model takes {c}: model.vae is another model's")
+        raise DataError(
+            f"this VAE makes latents of {vae.channels} channels, the model takes {c}: model.vae is another "
+            "model's"
+        )
     step_t, step_h, step_w = vae.stride
     size = (h * step_h, w * step_w)
     fitted = pictures.float()
@@ -36,5 +41,8 @@ def image_conditions(
     clip[0, :, 0] = fitted[0]
     if len(fitted) > 1:
         clip[0, :, -1] = fitted[1]
-    seen = {"clip": torch.cat([one["clip"] for one in encoders["clip"].encode(pictures)])} if "clip" in encoders else {}
+    seen = (
+        {"clip": torch.cat([one["clip"] for one in encoders["clip"].encode(pictures)])}
+        if "clip" in encoders else {}
+    )
     return {"image_latents": vae.encode(clip)[0].cpu(), **seen}

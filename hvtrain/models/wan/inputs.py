@@ -17,9 +17,11 @@ FRAMES_PER_LATENT = 4  # channels of the mask: one for each frame that a latent 
 
 @dataclass(frozen=True)
 class WanInput(ModelInput):
-    """cond: "text" [B L text_dim], and "clip" [B n clip_dim] where a picture is cross-attended; t: 0..1000."""
+    """cond: "text" [B L text_dim], and "clip" [B n clip_dim] where a picture is
+    cross-attended; t: 0..1000."""
 
-    clean: Tensor | None = None  # [B T] bool: latent frames that are given, whose tokens take the modulation of t = 0
+    # [B T] bool: latent frames that are given, whose tokens take the modulation of t = 0
+    clean: Tensor | None = None
 
 
 Conds = Mapping[str, Tensor]
@@ -28,13 +30,15 @@ TASKS: Registry[Task] = Registry("task")
 
 
 def make_input(
-    x_sigma: Tensor, sigma: Tensor, cond: Conds, *, task: str, guidance: float | None, x0: Tensor | None = None
+    x_sigma: Tensor, sigma: Tensor, cond: Conds, *, task: str, guidance: float | None,
+    x0: Tensor | None = None
 ) -> WanInput:
     """x_sigma [B C T H W] noised latents, sigma [B], cond a batch's conditions; no guidance is embedded.
     x0: the clean latents, whose first frame is the image of "i2v-frame" where the conditions hold none."""
     add_condition = TASKS.find(task, key="task")
     plain = WanInput(
-        x=x_sigma, t=1000.0 * sigma.float(), cond={"text": cond["text"]}, lengths={"text": tuple(cond["text_len"].tolist())}
+        x=x_sigma, t=1000.0 * sigma.float(), cond={"text": cond["text"]},
+        lengths={"text": tuple(cond["text_len"].tolist())}
     )
     return add_condition(plain, cond, x0)
 
@@ -46,7 +50,8 @@ def _text_to_video(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
 
 @TASKS.add("i2v")
 def _image_to_video(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
-    """Beside the noised channels a mask of the given frames and the latents of a clip that is grey but for them."""
+    """Beside the noised channels a mask of the given frames and the latents of a
+    clip that is grey but for them."""
     return _beside(inp, cond, last=False)
 
 
@@ -59,8 +64,8 @@ def _beside(inp: WanInput, cond: Conds, *, last: bool) -> WanInput:
     known = _needed(cond, "image_latents").to(inp.x)
     if known.shape != inp.x.shape:
         raise DataError(
-            f"image_latents of shape {tuple(known.shape)} do not fit latents of shape {tuple(inp.x.shape)}: they are those of "
-            "the whole clip, grey but for the given frames; encode the column 'image' anew"
+            f"image_latents of shape {tuple(known.shape)} do not fit latents of shape {tuple(inp.x.shape)}: "
+            "they are those of the whole clip, grey but for the given frames; encode the column 'image' anew"
         )
     mask = given_frames(inp.x.shape[2], last=last, device=inp.x.device).to(inp.x.dtype)
     mask = mask[None, :, :, None, None].expand(len(known), -1, -1, *known.shape[3:])
@@ -69,8 +74,8 @@ def _beside(inp: WanInput, cond: Conds, *, last: bool) -> WanInput:
 
 
 def given_frames(n: int, *, last: bool, device: torch.device) -> Tensor:
-    """[4 T] bool: which of the 4 frames of each of n latent frames are given. The first latent frame spans one frame, which
-    officially counts as all four."""
+    """[4 T] bool: which of the 4 frames of each of n latent frames are given. The first latent frame spans
+    one frame, which officially counts as all four."""
     mask = torch.zeros(FRAMES_PER_LATENT, n, dtype=torch.bool, device=device)
     mask[:, 0] = True
     if last:
@@ -80,14 +85,18 @@ def given_frames(n: int, *, last: bool, device: torch.device) -> Tensor:
 
 @TASKS.add("i2v-frame")
 def _clean_first_frame(inp: WanInput, cond: Conds, x0: Tensor | None) -> WanInput:
-    """Latent frame 0 is the given image (else the clip's own), clean at every step, its tokens at t = 0; the loss leaves it
-    out. Where cond["image_given"] [B] is false, a sample is text to video after all."""
+    """Latent frame 0 is the given image (else the clip's own), clean at every step, its tokens at t = 0; the
+    loss leaves it out. Where cond["image_given"] [B] is false, a sample is text to video after all."""
     image = cond.get("image_latents", x0)
     if image is None:
-        raise DataError("image to video needs the condition 'image_latents', which these samples lack; encode them anew")
+        raise DataError(
+            "image to video needs the condition 'image_latents', which these samples lack; encode them anew"
+        )
     first = image[:, :, :1].to(inp.x)
     if first.shape[1] != inp.x.shape[1] or first.shape[3:] != inp.x.shape[3:]:
-        raise DataError(f"image_latents of shape {tuple(image.shape)} do not fit latents of shape {tuple(inp.x.shape)}")
+        raise DataError(
+            f"image_latents of shape {tuple(image.shape)} do not fit latents of shape {tuple(inp.x.shape)}"
+        )
     clean = torch.zeros(len(first), inp.x.shape[2], dtype=torch.bool, device=inp.x.device)
     clean[:, 0] = cond["image_given"].to(clean) if "image_given" in cond else True
     mask = clean[:, None, :, None, None]  # [B 1 T 1 1]
@@ -102,5 +111,7 @@ def _with_or_without_an_image(inp: WanInput, cond: Conds, x0: Tensor | None) -> 
 
 def _needed(cond: Conds, name: str) -> Tensor:
     if name not in cond:
-        raise DataError(f"this model needs the condition '{name}', which these samples lack; encode them anew")
+        raise DataError(
+            f"this model needs the condition '{name}', which these samples lack; encode them anew"
+        )
     return cond[name]

@@ -58,11 +58,14 @@ _SIGNATURE = (
 )
 # Relatives with parts that this model lacks; models/foreign.yaml names them.
 _RELATIVES = (
-    "vace_", "face_adapter.", "face_encoder.", "motion_encoder.", "pose_patch_embedding.", "casual_audio_encoder.",
-    "audio_injector.", "control_adapter.", "ref_conv.",
+    "vace_", "face_adapter.", "face_encoder.", "motion_encoder.", "pose_patch_embedding.",
+    "casual_audio_encoder.", "audio_injector.", "control_adapter.", "ref_conv.",
 )
 
 
 def owns(shapes: Shapes) -> bool:
     """Most of the signature is enough, so that a file with keys missing is still recognised and reported."""
-    return sum(name in shapes for name in _SIGNATURE) >= 5 and not any(name.startswith(_RELATIVES) for name in shapes)
+    return (
+        sum(name in shapes for name in _SIGNATURE) >= 5
+        and not any(name.startswith(_RELATIVES) for name in shapes)
+    )

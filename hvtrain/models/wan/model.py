@@ -1,8 +1,9 @@
-"""Wan's transformer (arXiv:2503.20314), versions 2.1 and 2.2: parameter names and numerics of the official implementation.
+"""Wan's transformer (arXiv:2503.20314), versions 2.1 and 2.2: parameter names and numerics
+of the official implementation.
 
-Video tokens attend to one another, then cross-attend the prompt. Run it in float32, or under bfloat16 autocast: then all
-that the time touches (embeddings, modulation, the head) and the residual stream are fp32 whatever the weights' dtype,
-as in the official inference.
+Video tokens attend to one another, then cross-attend the prompt. Run it in float32, or under bfloat16
+autocast: then all that the time touches (embeddings, modulation, the head) and the residual stream are fp32
+whatever the weights' dtype, as in the official inference.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ THETA = 10000.0
 
 
 class WideLinear(nn.Linear):
-    """A Linear in fp32 even where its weights are bf16 and autocast is on: the path of the time, and the head."""
+    """A Linear in fp32 even where its weights are bf16 and autocast is on: the
+    path of the time, and the head."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device.type):
@@ -40,12 +42,15 @@ class WideNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device.type):
-            out = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+            out = F.layer_norm(
+                x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+            )
         return out.to(x.dtype)
 
 
 class SelfAttention(nn.Module):
-    """q and k are normalised over all heads together, so before a sequence-parallel `attend` spreads the heads."""
+    """q and k are normalised over all heads together, so before a sequence-parallel
+    `attend` spreads the heads."""
 
     def __init__(self, arch: WanArch) -> None:
         super().__init__()
@@ -67,11 +72,16 @@ class SelfAttention(nn.Module):
         k = rotate(self.heads(self.norm_k(self.k(x))), tokens.rope).to(v.dtype)
         none = v[:, :0]  # no text takes part
         joint = (Joint(one, none) for one in (q, k, v))
-        return self.o(self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse).img.flatten(2))
+        return self.o(
+            self.attend.joint(
+                *joint, txt_len=tokens.txt_len, n_img=tokens.n_img, sparse=tokens.sparse
+            ).img.flatten(2)
+        )
 
 
 class CrossAttention(SelfAttention):
-    """To the prompt with its padding, and with a softmax of its own to the tokens of a picture; the two are added."""
+    """To the prompt with its padding, and with a softmax of its own to the tokens of a
+    picture; the two are added."""
 
     def __init__(self, arch: WanArch) -> None:
         super().__init__(arch)
@@ -114,17 +124,21 @@ class Block(nn.Module):
 
 
 class Modulated:
-    """Shifts, scales and gates of one block. Where tokens of a clean frame differ, both results are made and each token
-    takes one: vectors are [B 1 E] at all times, and no [B S E] of them is kept for the backward."""
+    """Shifts, scales and gates of one block. Where tokens of a clean frame differ, both
+    results are made and each token takes one: vectors are [B 1 E] at all times, and no [B S
+    E] of them is kept for the backward."""
 
     def __init__(self, tokens: Tokens, own: Tensor, name: str) -> None:
-        """`own` [1 n E]; the time's share is shared[name] [B n E], and of clean tokens shared[name + "_clean"]."""
+        """`own` [1 n E]; the time's share is shared[name] [B n E], and of clean
+        tokens shared[name + "_clean"]."""
         self.clean = tokens.per_token.get("clean")  # [1 S] or [B S] bool
         names = (name,) if self.clean is None else (name, f"{name}_clean")
         self.vectors = [(own.float() + tokens.shared[each]).split(1, dim=1) for each in names]
 
     def choose(self, results: Sequence[Tensor]) -> Tensor:
-        return results[0] if self.clean is None else torch.where(self.clean[..., None], results[1], results[0])
+        return (
+            results[0] if self.clean is None else torch.where(self.clean[..., None], results[1], results[0])
+        )
 
     def shift_scale(self, x: Tensor, n: int) -> Tensor:
         return self.choose([modulate(x, shift=v[n], scale=v[n + 1]) for v in self.vectors])
@@ -144,7 +158,8 @@ class Head(nn.Module):
 
 
 class PictureEmbedder(nn.Module):
-    """CLIP's tokens [B n clip_dim] -> [B n E]. First and last frame together are told apart by a learnt embedding."""
+    """CLIP's tokens [B n clip_dim] -> [B n E]. First and last frame together are told
+    apart by a learnt embedding."""
 
     def __init__(self, arch: WanArch) -> None:
         super().__init__()
@@ -186,7 +201,9 @@ class Wan(DiT):
             shared["picture"] = self.img_emb(inp.cond["clip"])
         per_token = {}
         if inp.clean is not None:
-            shared |= {f"{name}_clean": vector for name, vector in self.times(torch.zeros_like(inp.t)).items()}
+            shared |= {
+                f"{name}_clean": vector for name, vector in self.times(torch.zeros_like(inp.t)).items()
+            }
             per_token["clean"] = inp.clean[:, :: self.arch.patch[0]].repeat_interleave(grid.h * grid.w, dim=1)
         img = self.patch_embedding(inp.x)
         dims = self.arch.rope_dims
@@ -202,10 +219,13 @@ class Wan(DiT):
         )
 
     def context(self, text: Tensor) -> Tensor:
-        """[B L text_dim], zero beyond each prompt -> [B text_len E]. What padding becomes is attended like words."""
+        """[B L text_dim], zero beyond each prompt -> [B text_len E]. What padding
+        becomes is attended like words."""
         missing = self.arch.text_len - text.shape[1]
         if missing < 0:
-            raise DataError(f"a prompt of {text.shape[1]} tokens, at most {self.arch.text_len}; encode the text anew")
+            raise DataError(
+                f"a prompt of {text.shape[1]} tokens, at most {self.arch.text_len}; encode the text anew"
+            )
         return self.text_embedding(F.pad(text, (0, 0, 0, missing)))
 
     def times(self, t: Tensor) -> dict[str, Tensor]:
@@ -217,7 +237,8 @@ class Wan(DiT):
         patch = self.arch.patch
         if any(n % p for n, p in zip(x.shape[2:], patch, strict=True)):
             raise DataError(
-                f"latents of T H W = {tuple(x.shape[2:])} cannot be cut into patches of {patch}; encode videos of other sizes"
+                f"latents of T H W = {tuple(x.shape[2:])} cannot be cut into patches of {patch}; encode "
+                "videos of other sizes"
             )
         return Grid(*(n // p for n, p in zip(x.shape[2:], patch, strict=True)))
 

@@ -1,4 +1,5 @@
-"""Names and shapes of the released files besides the transformers: what `hvtrain models keys --part` lists."""
+"""Names and shapes of the released files besides the transformers: what `hvtrain models keys --part`
+lists."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ UMT5_XXL = {"vocabulary": 256384, "dim": 4096, "inner": 4096, "mlp": 10240, "n_h
 VAES: dict[int, dict[str, Any]] = {
     16: {"base_dim": 96, "z_dim": 16},
     48: {
-        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
-        "patch_size": 2, "scale_factor_spatial": 16,
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
+        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
     },
 }
 RES_BLOCKS = 2  # to a stage of both
@@ -29,7 +30,9 @@ def vae_shapes(flavor: Flavor) -> Shapes:
     with torch.device("meta"):
         model = build_vae({**config, "num_res_blocks": RES_BLOCKS})
     by_stage = config.get("is_residual", False)
-    return {official_name(name, RES_BLOCKS, by_stage=by_stage): shape for name, shape in shapes_of(model).items()}
+    return {
+        official_name(name, RES_BLOCKS, by_stage=by_stage): shape for name, shape in shapes_of(model).items()
+    }
 
 
 def t5_shapes(flavor: Flavor) -> Shapes:

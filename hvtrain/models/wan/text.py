@@ -1,7 +1,7 @@
 """The text encoder: UMT5-XXL's encoder (arXiv:2304.09151), module names of the official implementation.
 
-Padding is masked out in there, so a prompt is encoded alone at its own length, which equals the official padded form and
-never depends on the batch. The DiT pads to 512 itself.
+Padding is masked out in there, so a prompt is encoded alone at its own length, which equals the official
+padded form and never depends on the batch. The DiT pads to 512 itself.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ BUCKETS, FARTHEST = 32, 128  # of relative positions
 TOKENIZERS = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")  # where it lies beside the encoder
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------------------------------------
 
-_QUOTES = {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
+_QUOTES = {
+    **dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+}
 _FULL_WIDTH = range(0xFF01, 0xFFF0)
 _LIGATURES = (*range(0xFB00, 0xFB07), 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
 _PLAIN = {chr(n): unicodedata.normalize("NFKC", chr(n)) for n in (0x3000, *_FULL_WIDTH, *_LIGATURES)}
@@ -43,16 +45,18 @@ _CONTROL = re.compile(r"\x1b\[[\d;]*m|[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\u
 
 
 def cleaned(prompt: str) -> str:
-    """What the official pipeline makes of a prompt before it is cut into tokens: typographic variants (curled quotes, full
-    width forms, ligatures) as plain characters, HTML entities as what they stand for, runs of white space as one space.
+    """What the official pipeline makes of a prompt before it is cut into tokens: typographic variants
+    (curled quotes, full width forms, ligatures) as plain characters, HTML entities as what they stand for,
+    runs of white space as one space.
 
-    Officially the first step is the ftfy library; these are its rules but one: it also repairs text that was decoded wrongly.
+    Officially the first step is the ftfy library; these are its rules but one: it also repairs
+    text that was decoded wrongly.
     """
     plain = unicodedata.normalize("NFC", _CONTROL.sub("", prompt.translate(_SAME)))
     return re.sub(r"\s+", " ", html.unescape(html.unescape(plain))).strip()
 
 
-# --- the encoder ------------------------------------------------------------------------------------------------------
+# --- the encoder --------------------------------------------------------------------------------------------
 
 
 class RelativePositions(nn.Module):
@@ -117,7 +121,9 @@ class Umt5Layer(nn.Module):
 
 
 class Umt5(nn.Module):
-    def __init__(self, *, vocabulary: int, dim: int, inner: int, mlp: int, n_heads: int, n_layers: int) -> None:
+    def __init__(
+        self, *, vocabulary: int, dim: int, inner: int, mlp: int, n_heads: int, n_layers: int
+    ) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, dim)
         self.blocks = nn.ModuleList(Umt5Layer(dim, inner, mlp, n_heads) for _ in range(n_layers))
@@ -131,7 +137,7 @@ class Umt5(nn.Module):
         return self.norm(x)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def _library() -> Iterator[Rule]:
@@ -160,10 +166,13 @@ def load_umt5(
     with torch.device("meta"):
         model = Umt5(
             vocabulary=vocabulary, dim=dim, inner=source.shape("blocks.0.attn.q.weight")[0],
-            mlp=source.shape("blocks.0.ffn.fc1.weight")[0], n_layers=count(source.sources, r"blocks\.(\d+)\."),
+            mlp=source.shape("blocks.0.ffn.fc1.weight")[0],
+            n_layers=count(source.sources, r"blocks\.(\d+)\."),
             n_heads=source.shape("blocks.0.pos_embedding.embedding.weight")[1],
         )
-    source.load(model, what="a UMT5 text encoder", dtype=dtype, device=device, fp8="fp8_scaled" if fp8 else None)
+    source.load(
+        model, what="a UMT5 text encoder", dtype=dtype, device=device, fp8="fp8_scaled" if fp8 else None
+    )
     return model, fingerprint(source.weights)
 
 
@@ -179,7 +188,8 @@ class Umt5Encoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Per prompt, float32 on the CPU: "text" [n E], the valid tokens only; of the empty prompt the end token."""
+        """Per prompt, float32 on the CPU: "text" [n E], the valid tokens only; of the
+        empty prompt the end token."""
         device, found = self.model.norm.weight.device, []
         for prompt in prompts:
             ids = torch.tensor([self.tokenizer.encode(cleaned(prompt)).ids], device=device)
@@ -188,7 +198,8 @@ class Umt5Encoder:
 
 
 def open_text(
-    parts: Parts, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", fp8: bool = False
+    parts: Parts, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+    fp8: bool = False
 ) -> Umt5Encoder:
     """`fp8` stores the linear layers as float8: half the memory; states differ by a few percent."""
     tokenizer = open_t5_tokenizer(tokenizer_folder(parts))
@@ -198,7 +209,8 @@ def open_text(
 
 
 def text_fingerprints(parts: Parts) -> tuple[str, ...]:
-    """Those of the encoder that `open_text` would make of this file, plain and in float8. Reads headers and samples."""
+    """Those of the encoder that `open_text` would make of this file, plain and in
+    float8. Reads headers and samples."""
     weights = fingerprint(open_weights(parts["t5"]))
     return tuple(_joined(weights, fp8) for fp8 in (False, True))
 
@@ -212,7 +224,9 @@ def open_t5_tokenizer(folder: Path) -> Any:
     tokenizer = open_tokenizer(folder)
     end = tokenizer.token_to_id("</s>")
     if end is None or tokenizer.encode("").ids != [end]:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: not a T5 tokenizer: it does not end a text with </s>")
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: not a T5 tokenizer: it does not end a text with </s>"
+        )
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
 
@@ -229,4 +243,6 @@ def tokenizer_folder(parts: Parts) -> Path:
         folder = (path if path.is_dir() else path.parent) / place
         if (folder / "tokenizer.json").is_file():
             return folder
-    raise ConfigError(f"{path}: no tokenizer beside it (google/umt5-xxl/tokenizer.json); set t5_tokenizer to its directory")
+    raise ConfigError(
+        f"{path}: no tokenizer beside it (google/umt5-xxl/tokenizer.json); set t5_tokenizer to its directory"
+    )

@@ -44,11 +44,13 @@ def write_parts(folder: Path) -> dict[str, str]:
     llm = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**text)).to(torch.bfloat16)
     state = {f"model.{name}": value for name, value in llm.state_dict().items()}
     save_file(state, folder / "llm.safetensors", metadata={"hvtrain.config": json.dumps(text)})
-    glyph = {"vocab_size": 1510, "d_model": arch.glyph_dim, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3}
+    glyph = {
+        "vocab_size": 1510, "d_model": arch.glyph_dim, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3
+    }
     T5EncoderModel(T5Config(**glyph, feed_forward_proj="gated-gelu")).save_pretrained(folder / "byt5")
     vision = SiglipVisionConfig(
-        hidden_size=arch.vision_dim, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=30,
-        patch_size=14,
+        hidden_size=arch.vision_dim, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        image_size=30, patch_size=14,
     )
     SiglipVisionModel(vision).save_pretrained(folder / "siglip" / "image_encoder")
     save_vae(build_vae(VAE), folder / "vae.safetensors", key=METADATA_KEY)

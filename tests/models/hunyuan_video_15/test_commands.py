@@ -1,5 +1,5 @@
-"""What a user types with files of full size that hold no byte of data: wrong combinations end by name before anything loads,
-and every config says what `hvtrain fit` finds."""
+"""What a user types with files of full size that hold no byte of data: wrong combinations end by name before
+anything loads, and every config says what `hvtrain fit` finds."""
 
 import re
 from pathlib import Path
@@ -45,9 +45,11 @@ def files(tmp_path, monkeypatch):
         ("480p_i2v", ["model.flavor=i2v-480p"], "image: 'i2v-480p' is told by an image; give image=FILE"),
         ("480p_i2v", [], IS_I2V),
         ("480p_t2v", ["model.flavor=i2v-480p", "image=first.png"], IS_T2V),
-        ("480p_t2v", ["image=first.png"], "but 't2v-480p' takes none: leave it out, or take a flavor of image to video"),
+        ("480p_t2v", ["image=first.png"], "but 't2v-480p' takes none: leave it out, or take a flavor of "
+        "image to video"),
         ("480p_t2v", ["guidance=6"], "guidance is 6, but this 't2v-480p' embeds no guidance"),
-        ("steps", [f"model.flavor={STEPS}", "image=first.png", "cfg_scale=6"], f"cfg_scale is 6, but '{STEPS}'"),
+        ("steps", [f"model.flavor={STEPS}", "image=first.png", "cfg_scale=6"], "cfg_scale is 6, but "
+        f"'{STEPS}'"),
         ("steps", ["model.flavor=i2v-480p", "image=first.png"], f"it looks like '{STEPS}'"),
     ],
 )
@@ -102,7 +104,9 @@ def test_every_config_fits_where_it_says(config, keys, asked, gib, capsys):
 
 
 def test_it_fits_while_it_generates(capsys):
-    assert typed("fit", "--generate", CONFIGS / "generate.yaml", "model.dit=null", "--gpus", 1, "--memory", 24) == 0
+    assert typed(
+        "fit", "--generate", CONFIGS / "generate.yaml", "model.dit=null", "--gpus", 1, "--memory", 24
+    ) == 0
     assert capsys.readouterr().out.rstrip().endswith("fits")
 
 
@@ -118,8 +122,13 @@ def test_the_slurm_config_becomes_a_script(files, capsys, monkeypatch):
     keys = {"data.shards": files, "run.output_dir": files / "run"}
     words = [f"{word.split('=')[0]}={keys[word.split('=')[0]]}" if "=" in word else word for word in words]
     words = [str(CONFIGS / "slurm_720p.yaml") if word.endswith("slurm_720p.yaml") else word for word in words]
-    own = [f"model.dit={files / '720p_t2v'}", *(f"model.{part}=null" for part in ("vae", "llm", "byt5", "siglip"))]
+    own = [
+        f"model.dit={files / '720p_t2v'}",
+        *(f"model.{part}=null" for part in ("vae", "llm", "byt5", "siglip"))
+    ]
     assert typed(words[0], words[1], "--dry-run", *words[2:], *own) == 0
     script = capsys.readouterr().out
-    for line in ("#SBATCH --nodes=2", "#SBATCH --time=24:00:00", "#SBATCH --partition=gpu", "--nproc 8 --in-job train"):
+    for line in (
+        "#SBATCH --nodes=2", "#SBATCH --time=24:00:00", "#SBATCH --partition=gpu", "--nproc 8 --in-job train"
+    ):
         assert line in script

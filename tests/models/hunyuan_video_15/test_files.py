@@ -1,4 +1,5 @@
-"""Whose file it is: names, shapes and dialects of HunyuanVideo 1.5's checkpoints, other programs' caches, its configs."""
+"""Whose file it is: names, shapes and dialects of HunyuanVideo 1.5's checkpoints, other
+programs' caches, its configs."""
 
 import json
 import math
@@ -62,7 +63,10 @@ def full_size(path, flavor):
 
 def test_files_are_known_and_wrong_ones_refused_before_anything_loads(tmp_path):
     plain = full_size(tmp_path / "dit.safetensors", "t2v-480p")
-    assert identify(plain).flavor.name == "t2v-480p" and identify(plain, flavor="i2v-720p").flavor == FLAVORS["i2v-720p"]
+    assert (
+        identify(plain).flavor.name == "t2v-480p"
+        and identify(plain, flavor="i2v-720p").flavor == FLAVORS["i2v-720p"]
+    )
     (tmp_path / "config.json").write_text(json.dumps({"ideal_task": "i2v", "ideal_resolution": "720p"}))
     assert identify(plain).flavor.name == "i2v-720p"
     with pytest.raises(CheckpointError, match="'i2v-720p', which does another task than flavor 't2v-480p'"):
@@ -114,7 +118,9 @@ def test_every_dialect_of_the_same_weights_loads_equal(dialect, how, tmp_path):
             theirs[name], theirs[name.removesuffix("weight") + "scale_weight"] = quantize(theirs[name], how)
     save_file(theirs, tmp_path / "a.safetensors")
     found = identify(tmp_path / "a.safetensors")
-    assert (found.spec.name, found.flavor.name, found.arch, found.dialect) == (SPEC.name, "t2v-480p", WIDE, dialect)
+    assert (found.spec.name, found.flavor.name, found.arch, found.dialect) == (
+        SPEC.name, "t2v-480p", WIDE, dialect
+    )
     model = load_dit(tmp_path / "a.safetensors", dtype=torch.float32).model
     assert all(torch.allclose(t, state[n], rtol=0, atol=1e-7) for n, t in model.state_dict().items())
     if how:
@@ -130,10 +136,16 @@ def test_musubi_s_caches_are_read():
     raw = {"latents_3x4x6_float16": latents.half(), "latents_image_3x4x6_float32": image}
     raw["siglip_float16"] = torch.randn(729, 1152).half()
     found = MUSUBI.latents(raw)
-    assert torch.allclose(found["latents"].float(), latents * SCALING, rtol=0.02) and math.isclose(SCALING, 1.03682)
+    assert (
+        torch.allclose(found["latents"].float(), latents * SCALING, rtol=0.02)
+        and math.isclose(SCALING, 1.03682)
+    )
     assert found["image_latents"].shape == (32, 1, 4, 6) and found["vision"].shape == (729, 1152)
-    assert torch.allclose(found["image_latents"][:, 0].float(), found["latents"][:, 0].float(), atol=0.03)  # the same scaling
-    text = MUSUBI.text({"varlen_vl_embed_bfloat16": torch.randn(9, 3584), "varlen_byt5_embed_float16": torch.zeros(0, 1472)})
+    # the same scaling
+    assert torch.allclose(found["image_latents"][:, 0].float(), found["latents"][:, 0].float(), atol=0.03)
+    text = MUSUBI.text(
+        {"varlen_vl_embed_bfloat16": torch.randn(9, 3584), "varlen_byt5_embed_float16": torch.zeros(0, 1472)}
+    )
     assert text["text"].shape == (9, 3584) and text["glyph"].shape == (0, 1472)
     with pytest.raises(DataError, match="siglip"):
         MUSUBI.latents({k: v for k, v in raw.items() if "siglip" not in k})
@@ -144,4 +156,7 @@ def test_its_configs_are_sound():
     for path in sorted((DATA.parents[1] / "configs" / "hunyuan_video_15").glob("*.yaml")):
         if path.stem != "model":
             cfg = load(files.get(path.stem, TrainConfig), path)
-            assert cfg.model.name == SPEC.name and set(cfg.model.parts) <= set(SPEC.parts) and cfg.model.flavor in FLAVORS
+            assert (
+                cfg.model.name == SPEC.name and set(cfg.model.parts) <= set(SPEC.parts)
+                and cfg.model.flavor in FLAVORS
+            )

@@ -52,12 +52,20 @@ def test_ours_is_what_musubi_writes(lora):
     held = load_file(path)
     assert len(held) == 3 * 14 * 2
     stem = "lora_unet_double_blocks_1_txt_attn_q"
-    assert torch.equal(held[f"{stem}.lora_down.weight"], tensors["double_blocks.1.txt_attn_q.lora_down.weight"])
+    assert torch.equal(
+        held[f"{stem}.lora_down.weight"], tensors["double_blocks.1.txt_attn_q.lora_down.weight"]
+    )
     assert held[f"{stem}.lora_up.weight"].shape == (64, 2) and held[f"{stem}.alpha"].item() == 1
-    assert "lora_unet_double_blocks_0_img_mod_linear.alpha" in held and "lora_unet_double_blocks_0_img_mlp_fc1.alpha" in held
+    assert (
+        "lora_unet_double_blocks_0_img_mod_linear.alpha" in held
+        and "lora_unet_double_blocks_0_img_mlp_fc1.alpha" in held
+    )
     with safe_open(path, "pt") as file:
         said = file.metadata()
-    assert said["ss_base_model_version"] == "hunyuan_video_1_5" and said["modelspec.architecture"] == "hunyuan-video-1.5/lora"
+    assert (
+        said["ss_base_model_version"] == "hunyuan_video_1_5"
+        and said["modelspec.architecture"] == "hunyuan-video-1.5/lora"
+    )
     assert said["ss_network_module"] == "networks.lora_hv_1_5" and said["ss_network_dim"] == "2"
     assert read_lora(path, linear_shapes(build()), spec=SPEC).pairs.keys() == set(SPEC.lora_targets(build()))
 
@@ -70,13 +78,20 @@ def test_comfyui_s_has_q_k_and_v_in_one_both_ways(lora, tmp_path):
     down, up, alpha = (made.tensors[f"{stem}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "alpha"))
     assert down.shape == (6, 64) and up.shape == (192, 6) and alpha.item() == 3
     q, v = own.pairs["double_blocks.0.img_attn_q"], own.pairs["double_blocks.0.img_attn_v"]
-    assert torch.equal(down[:2], q.down) and torch.equal(up[:64, :2], q.up) and torch.equal(up[128:, 4:], v.up)
-    assert up.count_nonzero() == 3 * 64 * 2 and not any("attn_q." in name or "attn_k." in name for name in made.tensors)
+    assert (
+        torch.equal(down[:2], q.down) and torch.equal(up[:64, :2], q.up) and torch.equal(up[128:, 4:], v.up)
+    )
+    assert (
+        up.count_nonzero() == 3 * 64 * 2
+        and not any("attn_q." in name or "attn_k." in name for name in made.tensors)
+    )
     made.save(tmp_path / "comfy.safetensors")
     again = read_lora(tmp_path / "comfy.safetensors", linear_shapes(build()), spec=SPEC)
     for name, pair in own.pairs.items():
         other = again.pairs[name]
-        assert torch.equal(other.down, pair.down) and torch.equal(other.up, pair.up) and other.alpha == pair.alpha, name
+        assert torch.equal(
+            other.down, pair.down
+        ) and torch.equal(other.up, pair.up) and other.alpha == pair.alpha, name
 
 
 def test_one_that_musubi_has_converted_for_comfyui_is_read(lora, tmp_path):
@@ -100,7 +115,9 @@ def test_one_that_musubi_has_converted_for_comfyui_is_read(lora, tmp_path):
     save_file({n: t.clone() for n, t in theirs.items()}, tmp_path / "musubi.safetensors")
     again = read_lora(tmp_path / "musubi.safetensors", linear_shapes(build()), spec=SPEC)
     assert again.pairs.keys() == own.pairs.keys()
-    assert all(torch.equal(again.pairs[n].up, p.up) and again.pairs[n].scale == p.scale for n, p in own.pairs.items())
+    assert all(
+        torch.equal(again.pairs[n].up, p.up) and again.pairs[n].scale == p.scale for n, p in own.pairs.items()
+    )
     first, pair = "lora_unet_double_blocks_0_img_attn_q", own.pairs["double_blocks.0.img_attn_q"]
     twice = {f"{first}.lora_down.weight": pair.down, f"{first}.lora_up.weight": pair.up}
     save_file({n: t.clone() for n, t in {**theirs, **twice}.items()}, tmp_path / "twice.safetensors")

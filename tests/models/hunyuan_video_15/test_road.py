@@ -59,24 +59,36 @@ def picture(path: Path, color: tuple[int, int, int]) -> Path:
     return path
 
 
-# --- clips to a merged model ------------------------------------------------------------------------------------------
+# --- clips to a merged model --------------------------------------------------------------------------------
 
 
 def test_from_clips_to_a_merged_model(folder: Path, model: dict[str, object]) -> None:
     (folder / "clips").mkdir()
     for i, caption in enumerate(CAPTIONS):
         drawn = clips.Drawing("red", "circle", "left", next(iter(clips.BACKGROUNDS)), seed=i)
-        write_mp4(folder / f"clips/{i}.mp4", clips.render(drawn, frames=9, height=64, width=64), fps=8, metadata={})
+        write_mp4(
+            folder / f"clips/{i}.mp4", clips.render(drawn, frames=9, height=64, width=64), fps=8, metadata={}
+        )
         (folder / f"clips/{i}.txt").write_text(caption)
-    dataset = f'[[datasets]]\nvideo_directory = "{folder}/clips"\nresolution = [64, 64]\ntarget_frames = [9]\nsource_fps = 8.0\n'
+    dataset = (
+        f'[[datasets]]\nvideo_directory = "{folder}/clips"\nresolution = [64, 64]\ntarget_frames = '
+        '[9]\nsource_fps = 8.0\n'
+    )
     (folder / "data.toml").write_text(dataset)
     report = "\n".join(
-        check.lines(check.look(str(folder / "data.toml"), model="hunyuan-video-15", flavor="tiny-i2v", workers=1))
+        check.lines(
+            check.look(str(folder / "data.toml"), model="hunyuan-video-15", flavor="tiny-i2v", workers=1)
+        )
     )
     assert "latents 32x3x4x4, 48 tokens" in report and "every clip can be used" in report
     mine = {**model, "model.upsampler": None, "model.flavor": "tiny-i2v"}
     columns = "[latents,text,vision,image]"
-    encode.run(loaded(EncodeConfig, mine, {"dataset": folder / "data.toml", "output": folder / "shards", "columns": columns}))
+    encode.run(
+        loaded(
+            EncodeConfig, mine,
+            {"dataset": folder / "data.toml", "output": folder / "shards", "columns": columns}
+        )
+    )
     shards = open_set(folder / "shards")
     rows = [shards.get(i).tensors for i in range(4)]
     # A byte a letter, nine around it, and the end.
@@ -86,34 +98,49 @@ def test_from_clips_to_a_merged_model(folder: Path, model: dict[str, object]) ->
         assert row["vision"].shape == (4, 48) and row["text"].shape[1] == 64 and row["glyph"].shape[1] == 32
     dit = write_dit(folder / "dit.safetensors", "i2v-480p")
     run = {
-        "model.dit": dit, "data.shards": f"[{folder}/shards]", "run.output_dir": folder / "run", "run.steps": 2,
-        "adapter.rank": 4, "zero.engine": "torch", "run.precision": "fp32", "data.caption_dropout": 0.5, "optim.lr": 0.01,
-        "preview.every_steps": 2, "preview.steps": 1, "preview.prompts": "[{prompt: a red circle, frames: 9}]",
+        "model.dit": dit, "data.shards": f"[{folder}/shards]", "run.output_dir": folder / "run",
+        "run.steps": 2, "adapter.rank": 4, "zero.engine": "torch", "run.precision": "fp32",
+        "data.caption_dropout": 0.5, "optim.lr": 0.01, "preview.every_steps": 2, "preview.steps": 1,
+        "preview.prompts": "[{prompt: a red circle, frames: 9}]",
     }
     train.run(loaded(TrainConfig, mine, run))
     lora = folder / "run/lora.safetensors"
     assert len(list((folder / "run").rglob("*.mp4"))) == 1
-    asked = {"model.dit": dit, "image": picture(folder / "p.png", (200, 40, 40)), "prompt": 'a sign "hi"', "cfg_scale": 6, **SIZE}
+    asked = {
+        "model.dit": dit, "image": picture(folder / "p.png", (200, 40, 40)), "prompt": 'a sign "hi"',
+        "cfg_scale": 6, **SIZE
+    }
     plain = {"output": folder / "plain.mp4", **asked}
     (first,) = generate.run(loaded(GenerateConfig, mine, plain))
-    (second,) = generate.run(loaded(GenerateConfig, mine, asked, {"output": folder / "lora.mp4", "lora": f"[{{path: {lora}}}]"}))
+    (second,) = generate.run(
+        loaded(GenerateConfig, mine, asked, {"output": folder / "lora.mp4", "lora": f"[{{path: {lora}}}]"})
+    )
     assert pixels(first).shape == (9, 64, 64, 3) and (pixels(first) != pixels(second)).any()
-    merge.run(loaded(MergeConfig, {"dit": dit, "output": folder / "merged.safetensors", "lora": f"[{{path: {lora}}}]"}))
+    merge.run(
+        loaded(
+            MergeConfig, {"dit": dit, "output": folder / "merged.safetensors", "lora": f"[{{path: {lora}}}]"}
+        )
+    )
     before, after = load_file(dit), load_file(folder / "merged.safetensors")
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     # Nobody reads what the last block makes of the text.
     idle = {f"double_blocks.2.txt_{name}.weight" for name in ("attn_q", "attn_proj", "mlp.fc1", "mlp.fc2")}
-    assert changed == {name for name, value in before.items() if name.startswith("double_blocks.") and value.ndim == 2} - idle
+    assert changed == {
+        name for name, value in before.items() if name.startswith("double_blocks.") and value.ndim == 2
+    } - idle
 
 
-# --- super-resolution -------------------------------------------------------------------------------------------------
+# --- super-resolution ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def low(folder: Path, model: dict[str, object]) -> Path:
     """Latents of 64 x 48 and 9 frames, as save_latents leaves them."""
     dit = write_dit(folder / "small.safetensors", "t2v-480p")
-    asked = {**SIZE, "height": 48, "model.dit": dit, "prompt": "a red circle", "output": folder / "small.mp4", "cfg_scale": 1}
+    asked = {
+        **SIZE, "height": 48, "model.dit": dit, "prompt": "a red circle", "output": folder / "small.mp4",
+        "cfg_scale": 1
+    }
     generate.run(loaded(GenerateConfig, model, asked, {"save_latents": True}))
     return folder / "small.latents.safetensors"
 
@@ -121,10 +148,15 @@ def low(folder: Path, model: dict[str, object]) -> Path:
 @pytest.fixture(scope="module")
 def sr(folder: Path, model: dict[str, object]) -> dict[str, object]:
     dit = write_dit(folder / "sr.safetensors", "sr-720p")
-    return {**model, "model.dit": dit, "prompt": "a red circle", "width": 96, "height": 80, "frames": 9, "precision": "fp32"}
+    return {
+        **model, "model.dit": dit, "prompt": "a red circle", "width": 96, "height": 80, "frames": 9,
+        "precision": "fp32"
+    }
 
 
-def test_super_resolution_begins_with_the_upsampled_latents(low: Path, model: dict[str, object], folder: Path) -> None:
+def test_super_resolution_begins_with_the_upsampled_latents(
+    low: Path, model: dict[str, object], folder: Path
+) -> None:
     spec, flavor = find("hunyuan-video-15"), find("hunyuan-video-15").flavor("sr-720p")
     assert (flavor.defaults.steps, flavor.defaults.shift, flavor.defaults.cfg_scale) == (6, 2.0, 1.0)
     assert (spec.flavor("sr-1080p").defaults.steps, spec.flavor("sr-1080p").defaults.shift) == (8, 2.0)
@@ -132,8 +164,10 @@ def test_super_resolution_begins_with_the_upsampled_latents(low: Path, model: di
     given = {"width": 96, "height": 80, "frames": 9, "seed": 3, "video": str(low)}
     requests = [Request.of(tiny, prompt="a", **given), Request.of(tiny, prompt="b", **{**given, "seed": 4})]
     files = {key.removeprefix("model."): str(value) for key, value in model.items() if key != "model.name"}
-    models = config.ModelConfig(name=spec.name, **{k: v for k, v in files.items() if k in ("vae", "dtype", "vae_dtype")},
-                                parts={k: v for k, v in files.items() if k in spec.parts and k != "vae"})  # fmt: skip
+    models = config.ModelConfig(
+        name=spec.name, **{k: v for k, v in files.items() if k in ("vae", "dtype", "vae_dtype")},
+        parts={k: v for k, v in files.items() if k in spec.parts and k != "vae"}
+    )  # fmt: skip
     conds = encode_requests(requests, spec, tiny, models, ParallelContext())
     latents = load_file(low)["latents"]
     large = open_upsampler(files["upsampler"])(latents[None], (5, 6))
@@ -161,7 +195,10 @@ def test_super_resolution_makes_a_larger_video(low: Path, sr: dict[str, object],
     image = picture(folder / "q.png", (30, 200, 40))
     lines = [f"a --v {low} --d 0", f"a --v {low} --i {image} --d 0", f"a --v {folder / 'small.mp4'} --d 0"]
     (folder / "prompts.txt").write_text("\n".join(lines))
-    many = {"prompt": None, "prompt_file": folder / "prompts.txt", "output": folder / "many", "batch_size": 2, "steps": 1}
+    many = {
+        "prompt": None, "prompt_file": folder / "prompts.txt", "output": folder / "many", "batch_size": 2,
+        "steps": 1
+    }
     made = [pixels(path) for path in generate.run(loaded(GenerateConfig, sr, many))]
     assert all(frames.shape == (9, 80, 96, 3) for frames in made)
     assert (made[0] != made[1]).any() and (made[0] != made[2]).any()
@@ -169,7 +206,10 @@ def test_super_resolution_makes_a_larger_video(low: Path, sr: dict[str, object],
 
 def test_wrong_super_resolution_is_named(low: Path, sr: dict[str, object], folder: Path) -> None:
     def refused(message: str, error: type = ConfigError, **changes: object) -> None:
-        values = {"video": low, "output": folder / "no.mp4", **{key.replace("__", "."): v for key, v in changes.items()}}
+        values = {
+            "video": low, "output": folder / "no.mp4",
+            **{key.replace("__", "."): v for key, v in changes.items()}
+        }
         with pytest.raises(error, match=message):
             generate.run(loaded(GenerateConfig, {**sr, **values}))
 
@@ -182,9 +222,15 @@ def test_wrong_super_resolution_is_named(low: Path, sr: dict[str, object], folde
     refused("but 't2v-480p' enlarges none", model__dit=folder / "small.safetensors")
     refused("not a file of latents that save_latents kept", DataError, video=folder / "vae.safetensors")
     other = folder / "other.mp4"
-    spool.keep(other, State(torch.zeros(16, 3, 4, 4), 1), identity="", parameters={"model": "hunyuan-video", "steps": 1})
+    spool.keep(
+        other, State(torch.zeros(16, 3, 4, 4), 1), identity="",
+        parameters={"model": "hunyuan-video", "steps": 1}
+    )
     refused("holds latents of hunyuan-video, expected those of hunyuan-video-15", video=spool.hidden(other))
-    spool.keep(other, State(torch.zeros(32, 3, 4, 4), 1), identity="", parameters={"model": "hunyuan-video-15", "steps": 2})
+    spool.keep(
+        other, State(torch.zeros(32, 3, 4, 4), 1), identity="",
+        parameters={"model": "hunyuan-video-15", "steps": 2}
+    )
     refused("those after step 1 of 2: not finished", DataError, video=spool.hidden(other))
     save_file(To1080p(channels=32, widths=(32, 32), n_blocks=1).state_dict(), folder / "up.safetensors")
     refused("up.safetensors is that of sr-1080p", CheckpointError, model__upsampler=folder / "up.safetensors")

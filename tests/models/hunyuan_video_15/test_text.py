@@ -31,8 +31,9 @@ TOKENIZER = Path(__file__).parents[2] / "data" / "qwen25_tokenizer"
 PROMPTS = ["a photo of a cat", "", 'a cat that says "hello"', "a photo of a cat " * 400]
 # vocabulary as officially, for the tokenizer's ids
 SIZES = {
-    "vocab_size": 152064, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rms_norm_eps": 1e-6,
+    "vocab_size": 152064, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rms_norm_eps": 1e-6,
 }
 T5_SIZES = {"vocab_size": 1510, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3}
 T5_FACTS = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -69,11 +70,12 @@ def parts(llm, byt5, tmp_path_factory) -> dict[str, str]:
     return {"llm": str(folder / "llm"), "byt5": str(folder / "byt5"), "llm_tokenizer": str(TOKENIZER)}
 
 
-# --- template ---------------------------------------------------------------------------------------------------------
+# --- template -----------------------------------------------------------------------------------------------
 
 
 def test_template_and_crop_in_the_real_vocabulary():
-    """Qwen's own ids (of a part of its vocabulary, with its merges); 108 is what the official code computes."""
+    """Qwen's own ids (of a part of its vocabulary, with its merges); 108 is what
+    the official code computes."""
     tokenizer = open_llm_tokenizer(TOKENIZER)
     assert tokenizer.crop == 108
     ids = tokenizer("a cat")
@@ -81,7 +83,8 @@ def test_template_and_crop_in_the_real_vocabulary():
     assert ids[105:] == [151644, 872, 198, 64, 8251, 151645, 198, 151644, 77091, 198]
     assert tokenizer("")[108:] == tokenizer(" ")[108:] == [220, 151645, 198, 151644, 77091, 198]
     assert len(tokenizer("a " * 3000)) == 108 + 1000
-    assert tokenizer.tokenizer.encode("aspects:" + " " * 9 + "1.").ids[-4:] == [260, 220, 16, 13]  # the nine spaces
+    # the nine spaces
+    assert tokenizer.tokenizer.encode("aspects:" + " " * 9 + "1.").ids[-4:] == [260, 220, 16, 13]
     assert TEMPLATE.count(" " * 9) == 5 and "\n " not in TEMPLATE
 
 
@@ -96,7 +99,7 @@ def test_tokenizer_of_vocabulary_and_merges(tmp_path):
         assert open_llm_tokenizer(tmp_path)(prompt) == open_llm_tokenizer(TOKENIZER)(prompt)
 
 
-# --- the language model -----------------------------------------------------------------------------------------------
+# --- the language model -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -118,7 +121,9 @@ def test_equals_the_official_procedure(llm, byt5, parts):
     assert torch.equal(encoders.encode(PROMPTS[::-1])[-1]["text"], found[0]["text"])
 
     tokenizer = ByT5Tokenizer()
-    glyph = tokenizer('Text "hello". ', padding="max_length", max_length=256, truncation=True, return_tensors="pt")
+    glyph = tokenizer(
+        'Text "hello". ', padding="max_length", max_length=256, truncation=True, return_tensors="pt"
+    )
     wanted = byt5(input_ids=glyph.input_ids, attention_mask=glyph.attention_mask.float()).last_hidden_state[0]
     n = int(glyph.attention_mask.sum())
     assert [tuple(f["glyph"].shape) for f in found] == [(0, 24), (0, 24), (n, 24), (0, 24)] and n == 15
@@ -131,11 +136,17 @@ PREFIXES = {"ComfyUI and old transformers": "model.", "transformers 5": "model.l
 @pytest.mark.parametrize("layout", PREFIXES)
 def test_llm_layouts(layout, llm, tmp_path):
     """Whole Qwen2.5-VL checkpoints; the layers, norm and head that are not read may be missing."""
-    state = {PREFIXES[layout] + k: v for k, v in llm.state_dict().items() if not k.startswith(("layers.2", "layers.3", "norm"))}
+    state = {
+        PREFIXES[layout] + k: v for k,
+        v in llm.state_dict().items() if not k.startswith(("layers.2", "layers.3", "norm"))
+    }
     state |= {"visual.patch_embed.proj.weight": torch.zeros(2, 2), "lm_head.weight": torch.zeros(2, 2)}
     save_file(state, tmp_path / "model.safetensors")
     text = {**SIZES, "layer_types": ["full_attention"] * 4}
-    config = {"model_type": "qwen2_5_vl", "text_config": text} if "5" in layout else {"model_type": "qwen2_5_vl", **text}
+    config = (
+        {"model_type": "qwen2_5_vl", "text_config": text}
+        if "5" in layout else {"model_type": "qwen2_5_vl", **text}
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_language_model(tmp_path, QWEN, dtype=torch.float32).model
     assert len(model.layers) == 2
@@ -153,14 +164,20 @@ def test_fp8(llm, parts, tmp_path):
     assert not any(isinstance(m, Fp8Linear) for m in eight.glyph.model.modules())
     error = relative(eight.encode(PROMPTS[:1])[0]["text"], plain.encode(PROMPTS[:1])[0]["text"])
     assert 1e-4 < error < 0.1
-    assert text_fingerprints(parts) == (plain.fingerprint, eight.fingerprint) and plain.fingerprint != eight.fingerprint
+    assert (
+        text_fingerprints(parts) == (plain.fingerprint, eight.fingerprint)
+        and plain.fingerprint != eight.fingerprint
+    )
     state = {f"model.{k}": v for k, v in load_file(f"{parts['llm']}/model.safetensors").items()}
     for name in [n for n in state if n.endswith("proj.weight")]:
         factor = state[name].abs().max() / 448
         state[name.replace("weight", "scale_weight")], state[name] = factor, (state[name] / factor).to(FP8)
         state[name.replace("weight", "scale_input")] = torch.tensor(1.0)
     state["scaled_fp8"] = torch.zeros(2, dtype=FP8)
-    save_file(state, tmp_path / "qwen_2.5_vl_7b_fp8_scaled.safetensors", metadata={"hvtrain.config": json.dumps(SIZES)})
+    save_file(
+        state, tmp_path / "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        metadata={"hvtrain.config": json.dumps(SIZES)}
+    )
     files = {**parts, "llm": str(tmp_path / "qwen_2.5_vl_7b_fp8_scaled.safetensors")}
     kept, dequantised = open_text(files, dtype=torch.float32, fp8=True), open_text(files, dtype=torch.float32)
     assert kept.llm.layers[0].mlp.up_proj.weight.dtype == FP8
@@ -171,22 +188,29 @@ def test_fp8(llm, parts, tmp_path):
 def test_official_sizes_from_a_bare_file(tmp_path):
     """Qwen2.5-VL-7B as one file without any config."""
     layer = {
-        "self_attn.q_proj.weight": (3584, 3584), "self_attn.k_proj.weight": (512, 3584), "self_attn.v_proj.weight": (512, 3584),
-        "self_attn.q_proj.bias": (3584,), "self_attn.k_proj.bias": (512,), "self_attn.v_proj.bias": (512,),
-        "self_attn.o_proj.weight": (3584, 3584), "mlp.gate_proj.weight": (18944, 3584), "mlp.up_proj.weight": (18944, 3584),
-        "mlp.down_proj.weight": (3584, 18944), "input_layernorm.weight": (3584,), "post_attention_layernorm.weight": (3584,),
+        "self_attn.q_proj.weight": (3584, 3584), "self_attn.k_proj.weight": (512, 3584),
+        "self_attn.v_proj.weight": (512, 3584), "self_attn.q_proj.bias": (3584,),
+        "self_attn.k_proj.bias": (512,), "self_attn.v_proj.bias": (512,),
+        "self_attn.o_proj.weight": (3584, 3584), "mlp.gate_proj.weight": (18944, 3584),
+        "mlp.up_proj.weight": (18944, 3584), "mlp.down_proj.weight": (3584, 18944),
+        "input_layernorm.weight": (3584,), "post_attention_layernorm.weight": (3584,),
     }
     shapes = {f"model.layers.{i}.{k}": v for i in range(28) for k, v in layer.items()}
-    shapes |= {"model.embed_tokens.weight": (152064, 3584), "model.norm.weight": (3584,), "lm_head.weight": (152064, 3584)}
+    shapes |= {
+        "model.embed_tokens.weight": (152064, 3584), "model.norm.weight": (3584,),
+        "lm_head.weight": (152064, 3584)
+    }
     path = sparse_safetensors(tmp_path / "qwen_2.5_vl_7b.safetensors", shapes)
     config = config_for(anchored(path, {"embed_tokens.weight": OWN_NAMES}, what=""), QWEN)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (26, 3584, 152064)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (28, 4, 18944)
+    assert (
+        config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    ) == (28, 4, 18944)
     assert config.rope_parameters["rope_theta"] == 1000000.0 and config.rms_norm_eps == 1e-6
     assert load_language_model(path, QWEN, dtype=torch.float16, device="meta").model.dtype == torch.float16
 
 
-# --- what is quoted ---------------------------------------------------------------------------------------------------
+# --- what is quoted -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,18 +270,29 @@ def test_byt5_layouts(layout, byt5, tmp_path):
     assert relative(found.encode('"hello"'), wanted) < 1e-6 and found.fingerprint
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 def test_bad_input(parts, tmp_path):
     with pytest.raises(ConfigError, match="a file without a tokenizer: set llm_tokenizer"):
-        open_text({**{k: v for k, v in parts.items() if k != "llm_tokenizer"}, "llm": f"{parts['llm']}/model.safetensors"})
-    (tmp_path / "tokenizer.json").write_text((TOKENIZER / "tokenizer.json").read_text().replace("<|im_", "<|it_"))
+        open_text(
+            {
+                **{k: v for k, v in parts.items() if k != "llm_tokenizer"},
+                "llm": f"{parts['llm']}/model.safetensors"
+            }
+        )
+    (tmp_path / "tokenizer.json").write_text(
+        (TOKENIZER / "tokenizer.json").read_text().replace("<|im_", "<|it_")
+    )
     with pytest.raises(CheckpointError, match="not a Qwen tokenizer: it has no"):
         open_text({**parts, "llm_tokenizer": str(tmp_path)})
-    with pytest.raises(CheckpointError, match="not a ByT5 text encoder: no 'encoder.final_layer_norm.weight' in it"):
+    with pytest.raises(
+        CheckpointError, match="not a ByT5 text encoder: no 'encoder.final_layer_norm.weight' in it"
+    ):
         load_byt5(parts["llm"])
-    with pytest.raises(CheckpointError, match="not a Qwen2.5-VL text encoder: no 'embed_tokens.weight' in it"):
+    with pytest.raises(
+        CheckpointError, match="not a Qwen2.5-VL text encoder: no 'embed_tokens.weight' in it"
+    ):
         save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
         load_language_model(tmp_path / "a.safetensors", QWEN, dtype=torch.float32)
     small = T5EncoderModel(T5Config(**{**T5_SIZES, "vocab_size": 100}, **T5_FACTS))

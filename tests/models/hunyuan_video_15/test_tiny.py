@@ -1,4 +1,5 @@
-"""The tiny HunyuanVideo 1.5 that ships: its files are what the recipes make, and it draws what it is told and shown."""
+"""The tiny HunyuanVideo 1.5 that ships: its files are what the recipes make, and it
+draws what it is told and shown."""
 
 from __future__ import annotations
 
@@ -44,10 +45,14 @@ def test_words_and_pictures_are_told_apart() -> None:
     assert words == ["Ġa", "Ġred", "Ġcircle", "<|im_end|>", "\n", "<|im_start|>", "Ġassistant", "\n"]
     assert text.tokenizer.crop == 9  # the instruction is one token
     plain, quoting = text.encode(["a red circle", 'a sign "hi"'])
-    assert plain["text"].shape == (8, 64) and plain["glyph"].shape == (0, 32) and quoting["glyph"].shape == (12, 32)
+    assert (
+        plain["text"].shape == (8, 64) and plain["glyph"].shape == (0, 32)
+        and quoting["glyph"].shape == (12, 32)
+    )
     states = [state["text"] for state in text.encode([f"a {color} circle" for color in clips.COLORS])]
     away = torch.pdist(torch.stack([state[1] for state in states]))
-    assert away.min() > 5 * torch.pdist(torch.stack([state[2] for state in states])).max() > 0  # the colour, the same shape
+    # the colour, the same shape
+    assert away.min() > 5 * torch.pdist(torch.stack([state[2] for state in states])).max() > 0
     drawn = [clips.render(clips.Drawing(color, "circle", "left", "gray"))[0] for color in clips.COLORS]
     pictures = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1 for picture in drawn])
     seen = torch.stack([one["vision"] for one in sight.encode(pictures)])
@@ -60,8 +65,12 @@ def test_it_draws_what_it_is_told_and_moves_what_it_is_shown(tmp_path: Path) -> 
     told = [clips.Drawing(*held[i], "gray", seed=i) for i in (0, 13)]
     assert told[0].motion != told[1].motion
     pictures = draw_first(told, tmp_path)
-    for config, given in (("generate", ["", ""]), ("generate_image", [f" --i {picture}" for picture in pictures])):
-        (tmp_path / "prompts.txt").write_text("".join(f"{clip.caption}{more}\n" for clip, more in zip(told, given)))
+    for config, given in (
+        ("generate", ["", ""]), ("generate_image", [f" --i {picture}" for picture in pictures])
+    ):
+        (tmp_path / "prompts.txt").write_text(
+            "".join(f"{clip.caption}{more}\n" for clip, more in zip(told, given))
+        )
         keys = [f"prompt_file={tmp_path}/prompts.txt", f"output={tmp_path / config}", "steps=10"]
         made = generate.run(load(GenerateConfig, CONFIGS / f"{config}.yaml", keys))
         seen = [look(read_video(path)) for path in made]
@@ -70,11 +79,21 @@ def test_it_draws_what_it_is_told_and_moves_what_it_is_shown(tmp_path: Path) -> 
 
 
 def test_its_configs_load_and_its_files_say_what_they_are() -> None:
-    files = {"encode": EncodeConfig, "generate": GenerateConfig, "generate_image": GenerateConfig, "vae": VaeRecipe}
-    found = {path.stem: load(files.get(path.stem, TrainConfig), path) for path in CONFIGS.glob("*.yaml") if path.stem != "model"}
+    files = {
+        "encode": EncodeConfig, "generate": GenerateConfig, "generate_image": GenerateConfig, "vae": VaeRecipe
+    }
+    found = {
+        path.stem: load(files.get(path.stem, TrainConfig), path)
+        for path in CONFIGS.glob("*.yaml") if path.stem != "model"
+    }
     assert found.keys() == {"encode", "dit", "lora", "generate", "generate_image", "vae"}
-    assert {stem for stem, cfg in found.items() if stem != "vae" and cfg.model.flavor == "tiny"} == {"generate"}
-    assert found["vae"].model == "hunyuan-video-15" and found["encode"].columns == ("latents", "image", "vision", "text")
+    assert {
+        stem for stem, cfg in found.items() if stem != "vae" and cfg.model.flavor == "tiny"
+    } == {"generate"}
+    assert (
+        found["vae"].model == "hunyuan-video-15"
+        and found["encode"].columns == ("latents", "image", "vision", "text")
+    )
     flavors = find("hunyuan-video-15").flavors
     assert identify(ASSETS / "dit.safetensors").arch == flavors["tiny"].arch == flavors["tiny-i2v"].arch
     with pytest.raises(Exception, match="time_r_in|meanflow"):
@@ -82,7 +101,8 @@ def test_its_configs_load_and_its_files_say_what_they_are() -> None:
 
 
 def test_a_new_vae_knows_colors_and_whitening_changes_no_picture() -> None:
-    """Untrained, it gives back a colour; whitened, latents have mean 0, together deviation 1, and decode as they did."""
+    """Untrained, it gives back a colour; whitened, latents have mean 0, together
+    deviation 1, and decode as they did."""
     vae = find("hunyuan-video-15").tiny().vae
     torch.manual_seed(0)
     network = vae.build(channels=WIDTHS, norm_groups=0, latent_channels=32)
@@ -93,7 +113,9 @@ def test_a_new_vae_knows_colors_and_whitening_changes_no_picture() -> None:
         red = torch.tensor([0.6, -0.5, -0.5]).view(1, 3, 1, 1, 1).expand(-1, -1, 9, 64, 64)
         back = vae.decode(network, vae.moments(network, red)[0])[:, :, 1:, 16:48, 16:48].mean((0, 2, 3, 4))
         assert (back - red[0, :, 0, 0, 0]).abs().max() < 0.25
-        video = torch.from_numpy(clips.render(clips.training_clips(1, seed=0)[0])).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        video = torch.from_numpy(
+            clips.render(clips.training_clips(1, seed=0)[0])
+        ).permute(3, 0, 1, 2)[None] / 127.5 - 1
         mean = vae.moments(network, video)[0]
         flat, picture = mean.transpose(0, 1).flatten(1), vae.decode(network, mean)
         vae.whiten(network, flat.mean(1), flat.std(1))

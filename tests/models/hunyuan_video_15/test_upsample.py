@@ -57,7 +57,9 @@ def test_the_whole_may_be_added(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     save_file({"encoder.x": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="x.safetensors: not a latent upsampler: no 'conv_in.conv.weight' in it"):
+    with pytest.raises(
+        CheckpointError, match="x.safetensors: not a latent upsampler: no 'conv_in.conv.weight' in it"
+    ):
         open_upsampler(tmp_path / "x.safetensors")
     save_file({"conv_in.conv.weight": torch.zeros(2, 2, 3, 3, 3)}, tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match="no 'up.0.block.0.conv1.conv.weight' in it"):

@@ -1,4 +1,5 @@
-"""The VAE of 1.5 against diffusers' own class: whole, in tiles, a frame at a time, and from every layout of its weights."""
+"""The VAE of 1.5 against diffusers' own class: whole, in tiles, a frame at a time, and from
+every layout of its weights."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def official(name: str) -> str:
     name = re.sub(r"\b(down|up)_blocks\.(\d)\.resnets\.(\d)", r"\1.\2.block.\3", name)
     name = re.sub(r"\b(down|up)_blocks\.(\d)\.(down|up)samplers\.0", r"\1.\2.\1sample", name)
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    name = name.replace("mid_block.attentions.0.to_", "mid.attn_1.").replace("mid_block.attentions.0", "mid.attn_1")
+    name = name.replace("mid_block.attentions.0.to_", "mid.attn_1.").replace(
+        "mid_block.attentions.0", "mid.attn_1"
+    )
     return name.replace("conv_shortcut", "nin_shortcut")
 
 
@@ -69,7 +72,9 @@ def test_equals_the_library(library, state):
     assert vae.encode(x).shape == (1, 4, 3, 2, 3)
     assert relative(vae.encode(x), posterior.mean * SCALE) < 1e-5
     noise = torch.randn(posterior.mean.shape, generator=generator(7))
-    assert relative(vae.encode(x, generator=generator(7)), (posterior.mean + posterior.std * noise) * SCALE) < 1e-5
+    assert relative(
+        vae.encode(x, generator=generator(7)), (posterior.mean + posterior.std * noise) * SCALE
+    ) < 1e-5
     frames = vae.decode(z * SCALE, clamp=False)
     assert frames.shape == (1, 3, 9, 48, 32)
     assert relative(frames, library.decode(z).sample) < 1e-5
@@ -77,7 +82,9 @@ def test_equals_the_library(library, state):
 
 
 # pixels of the picture; side of the tiles; their official overlap
-@pytest.mark.parametrize(("height", "width", "side", "overlap"), [(112, 160, 64, 0.25), (64, 480, 256, 0.125)])
+@pytest.mark.parametrize(
+    ("height", "width", "side", "overlap"), [(112, 160, 64, 0.25), (64, 480, 256, 0.125)]
+)
 def test_tiles_are_the_official_ones(library, state, height, width, side, overlap):
     vae = opened(state, VaeTilingConfig(spatial=side))
     x, z = video(5, height, width), latents(1, height // 16, width // 16)
@@ -126,7 +133,9 @@ def test_full_size_keys_and_shapes():
     assert sum(p.numel() for p in model.parameters()) == 1_260_634_115
     vae = vae_of(model)
     assert (vae.scale, vae.channels, vae.stride) == (SCALE, 32, (4, 16, 16))
-    assert build_vae({**sizes_of(shapes_of(model), "x"), **SIZES}).config["block_out_channels"] == (16, 16, 32, 32, 32)
+    assert build_vae(
+        {**sizes_of(shapes_of(model), "x"), **SIZES}
+    ).config["block_out_channels"] == (16, 16, 32, 32, 32)
     with torch.device("meta"):
         assert shapes_of(build_vae(sizes_of(shapes_of(model), "x"))) == shapes_of(model)
 
@@ -140,7 +149,9 @@ def write_layout(layout: str, folder: Path, library, state: dict) -> Path:
         return folder
     elif layout == "official directory":
         save_file(state, folder / "diffusion_pytorch_model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLConv3D", "scaling_factor": 0.5}))
+        (folder / "config.json").write_text(
+            json.dumps({"_class_name": "AutoencoderKLConv3D", "scaling_factor": 0.5})
+        )
         return folder
     elif layout == "pt":
         path = folder / "vae.pt"
@@ -161,7 +172,10 @@ def test_layouts(layout, tmp_path, library, state):
 
 
 def test_bad_input(tmp_path, state):
-    with pytest.raises(ConfigError, match=r"spatial is 100, expected 0 \(off\), 64, 128, 192, or a multiple of 128 from 256 on"):
+    with pytest.raises(
+        ConfigError,
+        match=r"spatial is 100, expected 0 \(off\), 64, 128, 192, or a multiple of 128 from 256 on"
+    ):
         opened(state, VaeTilingConfig(spatial=100))
     with pytest.raises(ConfigError, match="spatial is 320"):  # an eighth of 20 latents is no whole number
         opened(state, VaeTilingConfig(spatial=320))
@@ -170,11 +184,16 @@ def test_bad_input(tmp_path, state):
         opened(state).encode(video(8, 32, 32))
     with pytest.raises(DataError, match="multiples of 16"):
         opened(state).encode(video(5, 24, 32))
-    with pytest.raises(CheckpointError, match="not a VAE of this architecture: no 'encoder.conv_in.conv.weight'"):
+    with pytest.raises(
+        CheckpointError, match="not a VAE of this architecture: no 'encoder.conv_in.conv.weight'"
+    ):
         save_file({"double_blocks.0.x": torch.zeros(2)}, tmp_path / "dit.safetensors")
         open_vae(tmp_path / "dit.safetensors")
     with pytest.raises(CheckpointError, match="1 missing: decoder.mid.attn_1.k.bias"):
-        save_file({k: v for k, v in state.items() if k != "decoder.mid.attn_1.k.bias"}, tmp_path / "part.safetensors")
+        save_file(
+            {k: v for k, v in state.items() if k != "decoder.mid.attn_1.k.bias"},
+            tmp_path / "part.safetensors"
+        )
         open_vae(tmp_path / "part.safetensors")
     # HunyuanVideo's has the same names.
     tensors = load_file(DATA / "hunyuan_video_vae.safetensors")

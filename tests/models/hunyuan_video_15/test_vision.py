@@ -20,8 +20,8 @@ from hvtrain.weights.source import anchored
 from tests.models.test_text import sparse_safetensors
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 30,
-    "patch_size": 14,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 30, "patch_size": 14,
 }
 
 
@@ -44,7 +44,8 @@ def test_equals_the_official_procedure(model, tmp_path):
     encoder = open_vision({"siglip": str(tmp_path)})
     image = picture(96, 160)
     processor = SiglipImageProcessorPil(
-        size={"height": 30, "width": 30}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": 30, "width": 30}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3
     )
     pixels = processor(images=image, return_tensors="pt").pixel_values
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -65,7 +66,9 @@ def test_layouts(layout, model, tmp_path):
     state = {prefix + name: value for name, value in model.state_dict().items()}
     config: dict = {"model_type": "siglip_vision_model", **SIZES}
     if layout == "whole SigLIP":
-        state |= {"text_model.embeddings.token_embedding.weight": torch.zeros(2, 2), "logit_scale": torch.zeros(1)}
+        state |= {
+            "text_model.embeddings.token_embedding.weight": torch.zeros(2, 2), "logit_scale": torch.zeros(1)
+        }
         config = {"model_type": "siglip", "vision_config": SIZES, "text_config": {"hidden_size": 7}}
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -92,7 +95,9 @@ def test_official_sizes_from_a_bare_file(tmp_path):
 
 def test_bad_input(model, tmp_path):
     save_file({"encoder.x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="not a SigLIP picture encoder: no 'embeddings.patch_embedding.weight' in it"):
+    with pytest.raises(
+        CheckpointError, match="not a SigLIP picture encoder: no 'embeddings.patch_embedding.weight' in it"
+    ):
         open_vision({"siglip": str(tmp_path / "x.safetensors")})
     save_file(dict(model.state_dict()), tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match="cannot tell the number of heads of width 32"):

@@ -46,7 +46,9 @@ def owns(shapes: Shapes) -> bool:
 def sizes_from(shapes: Shapes) -> StrangeArch:
     dim, width = shape_of(shapes, "strange_patch.weight", 2)
     if width % math.prod(PATCH):
-        raise CheckpointError(f"'strange_patch.weight' takes {width} values, expected a multiple of {math.prod(PATCH)}")
+        raise CheckpointError(
+            f"'strange_patch.weight' takes {width} values, expected a multiple of {math.prod(PATCH)}"
+        )
     return StrangeArch(
         in_channels=width // math.prod(PATCH),
         dim=dim,
@@ -72,12 +74,13 @@ def cond_fields(arch: StrangeArch) -> tuple[Field, ...]:
 
 
 _PLAIN = StrangeArch(
-    in_channels=CHANNELS, dim=48, num_heads=4, ffn_dim=80, num_layers=2, words_dim=24, letters_dim=16, sight_dim=None
+    in_channels=CHANNELS, dim=48, num_heads=4, ffn_dim=80, num_layers=2, words_dim=24, letters_dim=16,
+    sight_dim=None
 )
 _FURTHER = replace(_PLAIN, in_channels=2 * CHANNELS + MASK_CHANNELS, num_layers=3, sight_dim=20)
 _DEFAULTS = Defaults(
-    steps=4, shift=5.0, guidance=None, fps=8, frames=9, height=32, width=96, negative_prompt='dull, "x"', cfg_scale=3.0,
-    training_shift=2.0,
+    steps=4, shift=5.0, guidance=None, fps=8, frames=9, height=32, width=96, negative_prompt='dull, "x"',
+    cfg_scale=3.0, training_shift=2.0,
 )
 _LATENT = LatentGeometry(CHANNELS, stride_t=4, stride_h=16, stride_w=16, patch=PATCH)
 _EXPERTS = (
@@ -94,7 +97,9 @@ FLAVORS = {
     for flavor in (
         _flavor("plain", "text to video", _PLAIN, "t2v"),
         _flavor("further", "goes on from an image", _FURTHER, "go-on"),
-        _flavor("pair", "the same by two experts", replace(_FURTHER, num_layers=2), "go-on", experts=_EXPERTS),
+        _flavor(
+            "pair", "the same by two experts", replace(_FURTHER, num_layers=2), "go-on", experts=_EXPERTS
+        ),
     )
 }
 

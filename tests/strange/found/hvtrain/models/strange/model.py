@@ -1,4 +1,5 @@
-"""A strange transformer: image tokens attend to themselves, then across to words, letters and what an image looks like.
+"""A strange transformer: image tokens attend to themselves, then across to words,
+letters and what an image looks like.
 
 Every token has a noise level of its own.
 """
@@ -27,7 +28,8 @@ class StrangeInput(ModelInput):
 
 @dataclass(frozen=True)
 class StrangeTokens(Tokens):
-    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of each context in `shared`, by sample
+    # of each context in `shared`, by sample
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -58,7 +60,9 @@ class Block(nn.Module):
         q, k = rotate(self.self_q_norm(q).to(v), tokens.rope), rotate(self.self_k_norm(k).to(v), tokens.rope)
         nothing = v[:, :0]
         joint = (Joint(part, nothing) for part in (q, k, v))
-        return self.self_out(self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img).img.flatten(2))
+        return self.self_out(
+            self.attend.joint(*joint, txt_len=tokens.txt_len, n_img=tokens.n_img).img.flatten(2)
+        )
 
     def _across(self, x: Tensor, tokens: StrangeTokens) -> Tensor:
         q = rearrange(self.cross_q(x), "b s (n d) -> b s n d", n=self.n_heads)
@@ -103,7 +107,8 @@ class Strange(DiT):
         time = self.time_in(t.flatten()).unflatten(0, t.shape)
         lengths = {**inp.lengths, "sight": (SIGHT_TOKENS,) * n_samples}
         contexts = {
-            name: self.get_submodule(f"{name}_in")(inp.cond[name][:, : max(lengths[name])]) for name in self.contexts
+            name: self.get_submodule(f"{name}_in")(inp.cond[name][:, : max(lengths[name])])
+            for name in self.contexts
         }
         return StrangeTokens(
             img=self.strange_patch(patches.flatten(1, 3)),

@@ -30,7 +30,10 @@ LONGEST = {field.name: field.longest for field in _PAIR.cond}
 class Table:
     """The one tensor of a file, which says what it is by its name."""
 
-    def __init__(self, path: str | Path, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, path: str | Path, name: str, shape: tuple[int, ...], *, dtype: torch.dtype,
+        device: torch.device | str
+    ):
         weights = open_weights(path)
         if weights.shapes != {name: shape}:
             raise CheckpointError(f"{path}: holds {weights.shapes}, expected '{name}' of {shape}")
@@ -64,10 +67,13 @@ class StrangeVae:
     def encode(
         self, video: Tensor, *, generator: torch.Generator | Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        """[B 3 F H W] -> [B 48 T h w]: the first frame alone, then four at a time, each cell's colours turned by a matrix."""
+        """[B 3 F H W] -> [B 48 T h w]: the first frame alone, then four at a time, each cell's
+        colours turned by a matrix."""
         frames, height, width = video.shape[2:]
         if (frames - 1) % 4 or height % 16 or width % 16:
-            raise DataError(f"a clip of {frames} frames, {width}x{height}: expected 4n + 1 and multiples of 16")
+            raise DataError(
+                f"a clip of {frames} frames, {width}x{height}: expected 4n + 1 and multiples of 16"
+            )
         video = video.to(self.device, torch.float32)
         later = video[:, :, 1:].unflatten(2, (-1, 4)).mean(3)
         coarse = F.avg_pool3d(torch.cat([video[:, :, :1], later], 2), (1, 16 // CELL, 16 // CELL))
@@ -83,7 +89,9 @@ class StrangeVae:
     @torch.no_grad()
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
         """[B 48 T h w] -> [B 3 4T-3 16h 16w]."""
-        cells = torch.einsum("dc,bdthw->bcthw", self.mix.values.float(), latents.to(self.device, torch.float32))
+        cells = torch.einsum(
+            "dc,bdthw->bcthw", self.mix.values.float(), latents.to(self.device, torch.float32)
+        )
         coarse = rearrange(cells, "b (c p q) t h w -> b c t (h p) (w q)", p=CELL, q=CELL)
         video = F.interpolate(coarse, scale_factor=(1, 16 // CELL, 16 // CELL))
         video = torch.cat([video[:, :, :1], video[:, :, 1:].repeat_interleave(4, dim=2)], 2)
@@ -132,7 +140,8 @@ class Eye:
 
 
 def open_vae(
-    path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", tiling: VaeTilingConfig | None = None
+    path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+    tiling: VaeTilingConfig | None = None
 ) -> StrangeVae:
     """It needs no tiles."""
     return StrangeVae(Table(path, "strange_vae.mix", (CHANNELS, CHANNELS), dtype=dtype, device=device))
@@ -142,7 +151,9 @@ def open_text(
     parts: Parts, *, dtype: torch.dtype, device: torch.device | str = "cpu", fp8: bool = False
 ) -> StrangeText:
     """Tables are no linear layers: `fp8` leaves them alone."""
-    return StrangeText(*(Table(parts[n], f"strange_{n}", s, dtype=dtype, device=device) for n, s in TABLES.items()))
+    return StrangeText(
+        *(Table(parts[n], f"strange_{n}", s, dtype=dtype, device=device) for n, s in TABLES.items())
+    )
 
 
 def open_eye(parts: Parts, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Eye:
