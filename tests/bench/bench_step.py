@@ -1,7 +1,7 @@
 """A training step and a sampling step at real size: time, tokens/s, MFU, peak memory.
 
-    python -m tests.bench.bench_step                                  # a GPU: 13B, 544x960x{33,129}, 720x1280x129
-    python -m tests.bench.bench_step --flavor tiny --sizes 64x64x9    # anywhere, to see that it runs
+    python -m tests.bench.bench_step               # a GPU: 13B, 544 x 960 x {33, 129}, 720 x 1280 x 129
+    python -m tests.bench.bench_step --flavor tiny --sizes 64x64x9     # anywhere, to see that it runs
 
 Random weights at the flavor's real dimensions. One row for each size x {LoRA training, sampling} x attention
 kernel that this device has, then torch.compile of the blocks, float8 weights, diffusers' model in the same
