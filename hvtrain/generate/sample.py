@@ -67,26 +67,20 @@ def sample_latents(
     goes on from such a state and ends with the same latents, or with those after `until` steps. Sparse
     attention begins after `exact_steps`.
     """
-    seeds = seeds or [request.seed]
-    n = len(next(iter(cond.values())))
+    seeds, n = seeds or [request.seed], len(next(iter(cond.values())))
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} prompts")
     if uncond is None and request.guided:
-        raise ConfigError(
-            f"cfg_scale {request.cfg_scale} needs a negative prompt's conditions; set it to 1 without"
-        )
+        needed = "a negative prompt's conditions; set it to 1 without"
+        raise ConfigError(f"cfg_scale {request.cfg_scale} needs {needed}")
     task, conds = flavor.tasks[0], [_placed(c, ctx.device) for c in (cond, uncond) if c is not None]
     solver = SOLVERS[request.solver]
     schedule = solver.schedule(request.steps, shift=request.shift)
 
-    def given(
-        x: Tensor, sigma: Tensor, which: int = 0, until: float = 0.0, exact: bool = False
-    ) -> ModelInput:
-        # some are told where a step ends
-        cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}
-        return replace(
-            spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0), exact=exact
-        )
+    def given(x: Tensor, sigma: Tensor, which: int = 0, until: float = 0, exact: bool = False) -> ModelInput:
+        cond = {**conds[which], "next_sigma": torch.full_like(sigma, until)}  # some are told a step's end
+        made = spec.make_input(x, sigma, cond, task=task, guidance=request.guidance, x0=x0)
+        return replace(made, exact=exact)
 
     def velocity_at(step: int) -> Velocity:
         level, until = (float(sigma) for sigma in schedule[step : step + 2])
@@ -98,12 +92,7 @@ def sample_latents(
         return under(0) if scale == 1 else classifier_free(under(0), under(1), scale)
 
     if begin is None:
-        shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
-        # On the CPU whatever the device, and per video: neither the machine nor the
-        # batch changes a seed's video.
-        noise = torch.stack(
-            [torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds]
-        ).to(ctx.device)
+        noise = noise_of(flavor, request, seeds).to(ctx.device)
         begin = State(noise if spec.start is None else spec.start(noise, conds[0], task=task, x0=x0))
     x = begin.x.to(ctx.device)
     hold = _holding(given(x, torch.full((n,), float(schedule[0]), device=ctx.device)), channels=x.shape[1])
@@ -114,6 +103,12 @@ def sample_latents(
         if on_step is not None:
             on_step(state)
     return state.x
+
+
+def noise_of(flavor: Flavor, request: Request, seeds: Sequence[int]) -> Tensor:  # [B C T H W]
+    """On the CPU whatever the device, and per video: neither machine nor batch changes a seed's video."""
+    shape = flavor.latent.shape(frames=request.frames, height=request.height, width=request.width)
+    return torch.stack([torch.randn(shape, generator=generator(seed, stream="video")) for seed in seeds])
 
 
 def _holding(inp: ModelInput, *, channels: int) -> Callable[[Tensor], Tensor]:

@@ -70,15 +70,7 @@ def run(cfg: MergeConfig) -> None:
     computes = not plain or bool(cfg.evaluate)
     ctx = _start(cfg) if computes else ParallelContext()
     base, spec = _open_base(cfg)
-    plan = (
-        None if cfg.plan is None
-        else PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
-    )
-    known = None if cfg.any_base else base.fingerprint
-    inputs = replace(open_inputs(
-        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert,
-        decomposed=cfg.target == "model" and plain
-    ), any_base=cfg.any_base)
+    inputs = _open_inputs(cfg, base, spec)
     layers = by_layer(inputs.loras)
     policy = cfg.on_overlap != "error" or cfg.density is not None
     chosen = choose(cfg.reconcile, inputs, layers, policy=policy, model=base.found is not None)
@@ -93,17 +85,13 @@ def run(cfg: MergeConfig) -> None:
             f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge "
             "it into a model, without --reconcile and --evaluate"
         )
-    combined = (
-        combine(layers, cfg.on_overlap, Options(cfg.density, cfg.seed, chosen.why_not))
-        if how == "none" else {}
-    )
+    options = Options(cfg.density, cfg.seed, chosen.why_not)
+    combined = combine(layers, cfg.on_overlap, options) if how == "none" else {}
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
     if ctx.is_main:
         for lora, multiplier in inputs.loras:
-            print(
-                f"{lora.summary()}, times {multiplier:g}{'' if multiplier else ' (off)'}; "
-                f"{blocks(lora.pairs)}"
-            )
+            off = "" if multiplier else " (off)"
+            print(f"{lora.summary()}, times {multiplier:g}{off}; {blocks(lora.pairs)}")
         for line in (*report.lines(), *chosen.lines(bool(cfg.reconcile.keep))):
             print(line)
     if how != "none":
@@ -135,6 +123,18 @@ def run(cfg: MergeConfig) -> None:
 def _start(cfg: MergeConfig) -> ParallelContext:
     """On a GPU if there is one, unless told otherwise: a large model's passes take hours on a CPU."""
     return start(cfg.parallel.ulysses, cfg.parallel.ring, device=None if cfg.device == "auto" else cfg.device)
+
+
+def _open_inputs(cfg: MergeConfig, base: Base, spec: ModelSpec) -> Inputs:
+    plan = None
+    if cfg.plan is not None:
+        plan = PlanSlices(Path(cfg.plan), Path(cfg.slices) if cfg.slices else None, cfg.allow_missing)
+    known = None if cfg.any_base else base.fingerprint
+    whole = cfg.target == "model" and cfg.reconcile.how in PLAIN
+    found = open_inputs(
+        cfg.lora, plan, base.shapes, spec, base=known, expert=cfg.expert, decomposed=whole
+    )
+    return replace(found, any_base=cfg.any_base)
 
 
 def _write(

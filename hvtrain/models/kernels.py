@@ -205,10 +205,6 @@ def _cudnn_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return reason and f"PyTorch has it, but {reason}"
 
 
-def _sdpa_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
-
-
 # --- optional packages, imported when used ------------------------------------------------------------------
 
 
@@ -245,9 +241,8 @@ def _installed(package: str) -> bool:
 def _trial(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Call all of a kernel on a little attention and compare: what is wrong, or None.
 
-    A package of that name may be another one (flash-attn-4 brings a `flash_attn` without FlashAttention
-    2), built for another PyTorch, or have changed its private functions; else that shows in the first
-    step, after minutes of loading.
+    A package of that name may be another one (flash-attn-4 brings a `flash_attn` without FlashAttention 2),
+    built for another PyTorch, or have changed its private functions; else the first step shows it.
     """
     kernel = KERNELS[name]
     q, k, v, d_out = _little_attention(device, dtype)
@@ -380,7 +375,7 @@ def _as_flash(name: str) -> Iterator[None]:
 
 
 KERNELS |= {
-    "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, _sdpa_missing),
+    "sdpa": Kernel("sdpa", _sdpa, _sdpa_partial, _sdpa_backward, lambda device, dtype: None),
     "onednn": Kernel(
         "onednn", onednn.attend, lambda q, k, v: Partial(*onednn.forward(q, k, v)),
         lambda dout, q, k, v, merged: Grads(*onednn.backward(dout, q, k, v, merged.out, merged.lse)),

@@ -21,11 +21,20 @@ from hvtrain.adapters.attach import (
 )
 from hvtrain.adapters.lokr import LokrLinear
 from hvtrain.adapters.table import kind_of
-from hvtrain.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, SparseConfig, ZeroConfig
+from hvtrain.config import (
+    AdapterConfig,
+    LoraFileConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    SparseConfig,
+    ZeroConfig,
+    asset,
+)
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.lorafiles.experts import check_range
 from hvtrain.lorafiles.files import LoraFile
-from hvtrain.lorafiles.metadata import EXPERT_KEY
+from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY
 from hvtrain.models.dit import DiT, Grid
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import load_dit
@@ -167,6 +176,37 @@ def open_idle(
     use_matmul(dit, model.fp8_matmul)
     parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False, sparse=sparse)
     return dit
+
+
+def check_silent(zero: ZeroConfig, *, whole: bool) -> None:
+    """Samples on which the adapter shall change nothing."""
+    if whole:
+        raise ConfigError(
+            "data.mixture: silent is what an adapter is on those samples; adapter.type none trains all "
+            "weights"
+        )
+    if zero.engine == "deepspeed" and zero.stage == 3:
+        raise ConfigError(
+            "data.mixture: silent samples take another forward pass on the ranks that have them, and under "
+            "ZeRO-3 every rank must take part in each; use zero.stage 0, 1 or 2"
+        )
+
+
+def subject_note(a: AdapterConfig) -> str:
+    """What is trained, in words."""
+    if a.type == "none":
+        return "some weights" if a.train or a.freeze else "all weights"
+    kind = kind_of(a.type, a.slice_type).LABEL
+    if a.type == "loraid":
+        kind = f"LORAID {a.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
+    return f"{kind} rank {a.rank}"
+
+
+def lora_note(lora: LoraFileConfig) -> dict[str, object]:
+    """A LoRA that is in the base, with the sum of its tensors, by which a merge knows it again."""
+    known = open_weights(asset(lora.path)).metadata
+    told = {key: known[key] for key in (SUM_KEY,) if key in known}
+    return {"file": Path(lora.path).name, "multiplier": lora.multiplier, **told}
 
 
 def sparse_note(cfg: SparseConfig, base: Origin, sets: Sequence[ShardSet]) -> str:

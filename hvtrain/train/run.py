@@ -10,12 +10,10 @@ from pathlib import Path
 
 import torch
 
-from hvtrain.adapters.table import kind_of
-from hvtrain.config import LoraFileConfig, TrainConfig, asset, dump
+from hvtrain.config import TrainConfig, dump
 from hvtrain.config.rules import check_train
-from hvtrain.errors import ConfigError
 from hvtrain.flow.picture import draw, lines, look
-from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, SPARSE_KEY, SUM_KEY, of_flavor
+from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, SPARSE_KEY, of_flavor
 from hvtrain.models.sparse import check_sparse
 from hvtrain.parallel.apply import largest_work, parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
@@ -38,15 +36,18 @@ from hvtrain.train.optim import build_optimizer
 from hvtrain.train.prepare import (
     check_adapter,
     check_machinery,
+    check_silent,
     check_weights,
     check_whole,
     find_others,
     grids,
     idle_on_host,
+    lora_note,
     on_all,
     open_idle,
     say,
     sparse_note,
+    subject_note,
     take,
 )
 from hvtrain.train.preview import Preview, Previews, plan_previews
@@ -56,7 +57,6 @@ from hvtrain.train.schedules import build_schedule
 from hvtrain.train.session import Session, restore
 from hvtrain.train.setup import Origin, TeamMember
 from hvtrain.train.status import FINISHED, STOPPED, told
-from hvtrain.weights.containers import open_weights
 from shards import ShardSet
 from shards.loader import BatchLoader
 from shards.remote import shown
@@ -205,16 +205,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
         groups = {"data.shards": sets, "eval.shards": held_out}
         data.check_encoders(groups, flavor.columns, cfg.model, base.spec, flavor)
     if any(entry.silent for entry in cfg.data.sets):
-        if whole:
-            raise ConfigError(
-                "data.mixture: silent is what an adapter is on those samples; adapter.type none trains all "
-                "weights"
-            )
-        if cfg.zero.engine == "deepspeed" and cfg.zero.stage == 3:
-            raise ConfigError(
-                "data.mixture: silent samples take another forward pass on the ranks that have them, and "
-                "under ZeRO-3 every rank must take part in each; use zero.stage 0, 1 or 2"
-            )
+        check_silent(cfg.zero, whole=whole)
     data.check_image_share(cfg.data.image_share, sets, flavor)
     if data.drops_captions(sets, cfg.data.caption_dropout):
         data.check_empty_text(sets, flavor)
@@ -339,14 +330,6 @@ def _cadence(ready: Prepared) -> Cadence:
 def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
     """What the run says of itself at its start."""
     c, base, cadence = ready.cfg, ready.base, _cadence(ready)
-    what = "some weights" if c.adapter.train or c.adapter.freeze else "all weights"
-    if c.adapter.type != "none":
-        kind = kind_of(c.adapter.type, c.adapter.slice_type).LABEL
-        kind = (
-            kind if ready.plan is None
-            else f"LORAID {c.adapter.loraid}{'' if kind == 'LoRA' else f', a {kind}'}"
-        )
-        what = f"{kind} rank {c.adapter.rank}"
     shift = "" if c.flow.shift is None else f", shift {c.flow.shift:g}"
     guidance = "none" if c.flow.guidance is None else f"{c.flow.guidance:g}"
     keys, n = (
@@ -362,7 +345,7 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         "; no checkpoint before the last step (run.save_every_steps): what breaks the run costs all of it"
     )
     return (
-        f"{base.spec.name} {base.flavor.name}{expert}: training {what} ({n:,} parameters) "
+        f"{base.spec.name} {base.flavor.name}{expert}: training {subject_note(c.adapter)} ({n:,} parameters) "
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
         f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; "
@@ -374,13 +357,6 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         "tensorboard --logdir "
         f"{Path(c.run.output_dir, 'tensorboard')}"
     )
-
-
-def _named(lora: LoraFileConfig) -> dict[str, object]:
-    """With the sum of its tensors, by which a merge knows it again."""
-    known = open_weights(asset(lora.path)).metadata
-    told = {key: known[key] for key in (SUM_KEY,) if key in known}
-    return {"file": Path(lora.path).name, "multiplier": lora.multiplier, **told}
 
 
 def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
@@ -397,7 +373,7 @@ def _metadata(ready: Prepared, member: TeamMember) -> dict[str, object]:
         owner = {"ss_loraid": a.loraid, "hvtrain.plan": plan.hash, "hvtrain.slices": plan.n}
         told |= {"loraid": a.loraid, "granularity": plan.granularity, "order": plan.order}
     if a.base_lora:
-        owner |= {BASE_LORA_KEY: [_named(one) for one in setup.adapter_of(a, base.expert).base_lora]}
+        owner |= {BASE_LORA_KEY: [lora_note(one) for one in setup.adapter_of(a, base.expert).base_lora]}
     return owner | {"ss_network_args": told, "ss_scale_weight_norms": a.scale_weight_norms or None} | {
         "ss_learning_rate": c.optim.lr, "ss_lr_scheduler": c.optim.schedule, "ss_optimizer": c.optim.name,
         "ss_lr_warmup_steps": c.optim.warmup_steps, "ss_max_grad_norm": c.optim.max_grad_norm,
