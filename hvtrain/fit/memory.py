@@ -9,7 +9,7 @@ from hvtrain.config import ZeroConfig
 from hvtrain.fit.trace import Trace
 
 _LIVE = 10**9  # elements that DeepSpeed's stage 3 keeps gathered (its default)
-_PREFETCH = 1 << 28  # as train/zero.py sets it
+_PREFETCH = 1 << 28  # as train/zero_config.py sets it
 _BUCKET = 1 << 28
 _TORCH_BUCKET = 1 << 26
 

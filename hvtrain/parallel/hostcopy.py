@@ -20,7 +20,7 @@ from torch import Tensor
 from hvtrain.parallel.pinned import Rooms
 
 
-class Queue:
+class CopyQueue:
     """Copies on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Queue:
 class _Copy:
     """One tensor on the host, perhaps still on the device, or on its way back."""
 
-    def __init__(self, host: Tensor, x: Tensor, queue: Queue | None, rooms: Rooms) -> None:
+    def __init__(self, host: Tensor, x: Tensor, queue: CopyQueue | None, rooms: Rooms) -> None:
         self.host, self.device, self.queue, self.rooms = host, x.device, queue, rooms
         self.still: Tensor | None = None
         self.left: torch.cuda.Event | None = None
@@ -70,7 +70,7 @@ class HostCopies:
         self.made = made  # told of each tensor that lies in host memory
         self.out: list[ref[_Copy]] = []  # in the order of the forward; autograd has the copies themselves
         self.leaving: deque[ref[_Copy]] = deque()
-        self.queues: dict[torch.device, Queue | None] = {}
+        self.queues: dict[torch.device, CopyQueue | None] = {}
         self.rooms = Rooms()
 
     def pack(self, x: Tensor) -> Tensor | _Copy:
@@ -115,9 +115,9 @@ class HostCopies:
             return torch.empty(x.shape, dtype=x.dtype)
         return self.rooms.take(x.nbytes).view(x.dtype).view(x.shape)
 
-    def queue(self, device: torch.device) -> Queue | None:
+    def queue(self, device: torch.device) -> CopyQueue | None:
         if device not in self.queues:
-            self.queues[device] = Queue(device) if device.type == "cuda" else None
+            self.queues[device] = CopyQueue(device) if device.type == "cuda" else None
         return self.queues[device]
 
     def _start(self, copy: _Copy) -> None:

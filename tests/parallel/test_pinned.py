@@ -180,10 +180,10 @@ def test_the_real_queue_copies_behind_the_computation_and_says_when(monkeypatch:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    queue, to = hostcopy.Queue(torch.device("cuda", 0)), torch.zeros(2)
+    queue, to = hostcopy.CopyQueue(torch.device("cuda", 0)), torch.zeros(2)
     event = queue.copy(to, torch.ones(2))
     assert told == [("side", "waits for", "main"), ("on", "side"), "off"] and to.tolist() == [1, 1]
     queue.wait(event)
     assert told[-1] == ("main", "waits for", "the copy")
     assert HostCopies().queue(torch.device("cpu")) is None
-    assert isinstance(HostCopies().queue(torch.device("cuda", 0)), hostcopy.Queue)
+    assert isinstance(HostCopies().queue(torch.device("cuda", 0)), hostcopy.CopyQueue)

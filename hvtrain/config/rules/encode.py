@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvtrain.config import EncodeConfig
 from hvtrain.config.parts import MASK, parts_of
-from hvtrain.config.rules.common import check_exists, check_files, check_given
+from hvtrain.config.rules.values import check_exists, check_files, check_given
 from hvtrain.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvtrain.config import GenerateConfig
-from hvtrain.config.rules.common import SAMPLED, check_exists, check_files, check_given, check_sampling
+from hvtrain.config.rules.values import SAMPLED, check_exists, check_files, check_given, check_sampling
 from hvtrain.config.sparse import check_values
 from hvtrain.errors import ConfigError
 

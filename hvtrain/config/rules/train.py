@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hvtrain.config import AdapterConfig, DataConfig, TrainConfig
 from hvtrain.config.model import EXPERT
-from hvtrain.config.rules.common import (
+from hvtrain.config.rules.values import (
     SAMPLED,
     check_exists,
     check_files,
