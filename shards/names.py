@@ -73,8 +73,7 @@ def check_tar_path(path: str) -> str:
         if not part or part == "." or len(part) > _PART or not part.isprintable() or set(part) & set("%?#"):
             raise ShardError(
                 f"a tar {_short(path)}: expected FOLDER/NAME.tar of printable letters other than '%', '?' "
-                "and '#', "
-                f"at most {_PART} a part"
+                f"and '#', at most {_PART} a part"
             )
     if not path.endswith(".tar"):
         raise ShardError(f"a tar {_short(path)}: expected a name that ends in .tar")

@@ -266,8 +266,7 @@ def _fill(layer: AdaptedLinear, delta: Delta, path: Path) -> None:
         if value.shape != parameter.shape:
             raise CheckpointError(
                 f"{path}: '{layer.name}' has {part} of shape {list(value.shape)}, this run's is "
-                f"{list(parameter.shape)}: "
-                "set adapter.rank and adapter.factor as they were"
+                f"{list(parameter.shape)}: set adapter.rank and adapter.factor as they were"
             )
         if part == layer.ROWS[-1]:
             value = value * (delta.scale / layer.scale_of(own, layer.alpha))

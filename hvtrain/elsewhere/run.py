@@ -161,8 +161,8 @@ def _choose_expert(made: Draft, flavor: Flavor) -> None:
     if "model.experts" not in values:
         raise ConfigError(
             f"'{flavor.name}' is made of {len(flavor.experts)} DiTs; which of them is "
-            f"{values.get('model.dit')}? Neither its "
-            "name (..high_noise.., ..low_noise..) nor the range of timesteps says"
+            f"{values.get('model.dit')}? Neither its name (..high_noise.., ..low_noise..) nor the range of "
+            "timesteps says"
         )
     own = next((f"model.{e.part}" for e in flavor.experts if e.name == values["model.experts"]), None)
     if own and own not in values and "model.dit" in values:

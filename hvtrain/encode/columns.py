@@ -134,8 +134,7 @@ def check_images(samples: Sequence[PlannedSample], flavor: Flavor, columns: Cont
     if first and first.image and made:
         raise DataError(
             f"{first.clip.path}: comes with {first.image.path}, of which column '{made[0]}' is made: encode "
-            "it too, "
-            f"columns=[..., {made[0]}]"
+            f"it too, columns=[..., {made[0]}]"
         )
 
 

@@ -87,8 +87,7 @@ def carried(root: Path, manifest: Manifest | None, asked: Iterable[str], spec: M
         if manifest and (model := manifest.made_by(column).model) not in ("", spec.name):
             raise DataError(
                 f"output: {root} holds column '{column}' of {model}, this is {spec.name}; choose another "
-                "directory, or "
-                f"encode it as well: columns=[..., {column}]"
+                f"directory, or encode it as well: columns=[..., {column}]"
             )
     return others
 

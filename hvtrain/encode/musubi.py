@@ -111,8 +111,7 @@ def _model_of(caches: Sequence[str]) -> ModelSpec:
         legal = ", ".join(f"'{short}' ({spec.name})" for short, spec in shorts.items())
         raise DataError(
             f"{', '.join(caches)}: latent caches of {sorted(seen) or 'no architecture'} found; known are "
-            f"{legal}; "
-            "give the right directory, or --model"
+            f"{legal}; give the right directory, or --model"
         )
     return shorts[known[0]]
 

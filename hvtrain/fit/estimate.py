@@ -215,8 +215,7 @@ def sparse_line(cfg: SparseConfig, about: Candidate, shape: Shape) -> str:
     )
     return (
         f"sparse attention, NOT exact ({pattern_of(cfg).describe()}): {kept_share(cfg, grid, n_blocks):.1%} "
-        "of the pairs of "
-        f"{' x '.join(map(str, grid))} video tokens are computed{blocks}"
+        f"of the pairs of {' x '.join(map(str, grid))} video tokens are computed{blocks}"
     )
 
 

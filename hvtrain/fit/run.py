@@ -56,8 +56,7 @@ def training(cfg: TrainConfig, asked: Asked) -> str:
         if gpus % own:
             raise ConfigError(
                 f"parallel: ulysses {cfg.parallel.ulysses} x ring {cfg.parallel.ring} does not divide {gpus} "
-                "GPU(s); "
-                f"give --gpus a multiple of {own}"
+                f"GPU(s); give --gpus a multiple of {own}"
             )
         given = of_training(wanted, about, shape, gpus)
         lines += [] if lines else _head(about, shape, given, cfg.sparse)

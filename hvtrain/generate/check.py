@@ -53,8 +53,7 @@ def check_parts(model: ModelConfig, spec: ModelSpec, flavor: Flavor) -> dict[str
         raise CheckpointError(
             f"model.vae: {model.vae} has latents of {vae.channels} channels, "
             f"{' x '.join(map(str, vae.stride))} smaller than the video; those of {flavor.name} have "
-            f"{flavor.latent.channels}, {' x '.join(map(str, own))} "
-            "smaller"
+            f"{flavor.latent.channels}, {' x '.join(map(str, own))} smaller"
         )
     return {"vae": vae.fingerprint, "text": open_text(spec, model, nowhere, flavor).fingerprint}
 
@@ -90,9 +89,9 @@ def check_memory(
         together = f" ({len(batch)} together)" if len(batch) > 1 else ""
         raise ConfigError(
             f"{name}: {r.width} x {r.height} x {r.frames} frames{together} are {n_tokens:,} image tokens "
-            "each and "
-            f"need at least {_size(least)} besides the weights; {ctx.device} has {_size(there)}. Lower "
-            "width, height or frames, or share a video among more processes (parallel.ulysses, parallel.ring)"
+            f"each and need at least {_size(least)} besides the weights; {ctx.device} has {_size(there)}. "
+            "Lower width, height or frames, or share a video among more processes (parallel.ulysses, "
+            "parallel.ring)"
         )
 
 

@@ -45,8 +45,7 @@ def check_low(path: str, request: Request, spec: ModelSpec, flavor: Flavor) -> N
     if width * height >= request.width * request.height:
         raise ConfigError(
             f"video: {path} is {width}x{height}, no smaller than the {request.width}x{request.height} that "
-            f"'{flavor.name}' shall "
-            "make of it: give a larger width and height, or a smaller video"
+            f"'{flavor.name}' shall make of it: give a larger width and height, or a smaller video"
         )
 
 

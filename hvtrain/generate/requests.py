@@ -183,8 +183,7 @@ def _single_output(where: str, request: Request, also: object) -> Path:
     if output.suffix not in (VIDEO, PICTURE):
         raise ConfigError(
             f"output is {where}, expected a name that ends with {VIDEO} (or {PICTURE} for frames=1), or a "
-            "directory: "
-            f"one that exists, or {where}/"
+            f"directory: one that exists, or {where}/"
         )
     if output.suffix == PICTURE and request.frames != 1:
         raise ConfigError(

@@ -86,8 +86,7 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
     if len(jobs) < ctx.dp:
         raise ConfigError(
             f"parallel: {len(jobs)} video(s) for {ctx.dp} data-parallel groups of processes; let the "
-            "processes share "
-            f"a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
+            f"processes share a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
         )
     check_placing(compute, dits.empty, ctx)
     size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work

@@ -158,8 +158,8 @@ class Writer:
         if not torch.isfinite(video).all():
             raise DataError(
                 f"{job.output}: the VAE makes values that are not finite in model.vae_dtype "
-                f"{self.plan.model.vae_dtype}; start "
-                "again with bfloat16 or float32: the latents are kept, only decoding is done again"
+                f"{self.plan.model.vae_dtype}; start again with bfloat16 or float32: the latents are kept, "
+                "only decoding is done again"
             )
         about = {**parameters(self.plan, job.request), "identity": self.plan.sources.video(job.request)}
         frames = to_bytes(video)

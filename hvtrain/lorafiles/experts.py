@@ -78,7 +78,6 @@ def check_range(lora: LoraFile, expert: Expert) -> None:
     if span and (span[1] <= expert.sigmas[0] + _NEAR or span[0] >= expert.sigmas[1] - _NEAR):
         raise ConfigError(
             f"{lora.path}: trained on sigma {span[0]:g} to {span[1]:g}, the expert '{expert.name}' predicts "
-            "from "
-            f"{expert.sigmas[0]:g} to {expert.sigmas[1]:g}: it would never be asked what it learned; give it "
-            "to another expert"
+            f"from {expert.sigmas[0]:g} to {expert.sigmas[1]:g}: it would never be asked what it learned; "
+            "give it to another expert"
         )

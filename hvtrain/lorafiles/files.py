@@ -115,9 +115,7 @@ def _compare(path: Path, changed_ns: int, said: frozenset[str], ours: bool) -> N
         raise CheckpointError(
             f"{path}: damaged: its tensors are not those that its checksum ({SUM_KEY}) was taken of; copy it "
             "again, or make it again from the run's checkpoint. If another program changed it and you trust "
-            "that, `hvtrain "
-            f"lora convert {path} "
-            "--edited --to musubi --output NEW` gives it a new checksum"
+            f"that, `hvtrain lora convert {path} --edited --to musubi --output NEW` gives it a new checksum"
         )
     print(
         f"warning: {path}: its tensors do not fit its {SD_SUM_KEY}: damaged, or rewritten by another program",

@@ -58,8 +58,7 @@ class LoraPair:
         if own != shape:
             raise CheckpointError(
                 f"{path}: '{name}' adapts a layer of shape {own[0]}x{own[1]}, this model's is "
-                f"{shape[0]}x{shape[1]}: "
-                "the LoRA was trained on a model of another size"
+                f"{shape[0]}x{shape[1]}: the LoRA was trained on a model of another size"
             )
 
 

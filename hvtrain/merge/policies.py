@@ -51,8 +51,7 @@ def _error(found: Sequence[Contribution], module: str, options: Options) -> Resu
         raise CheckpointError(
             f"{shared.first} and {shared.second} both change {shared.n_rows} rows of '{module}': added up, "
             "neither is what it was trained to be. Train them as slices of one plan, or say how to reconcile "
-            "them: "
-            f"--on-overlap {others}{why_not}"
+            f"them: --on-overlap {others}{why_not}"
         )
     return list(found)
 

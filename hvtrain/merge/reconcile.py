@@ -201,8 +201,7 @@ def _refuse_worse(before: float, after: float, lr: float) -> None:
     if not after <= max(2 * before, before + WORSE):
         raise CheckpointError(
             f"distill took the merge further from its LoRAs (mean distance {after:.3g}, {before:.3g} before "
-            "it): its rate of "
-            f"{lr:g} is too high; give reconcile.lr={lr / 4:g}; nothing was written"
+            f"it): its rate of {lr:g} is too high; give reconcile.lr={lr / 4:g}; nothing was written"
         )
 
 
@@ -211,9 +210,8 @@ def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
     if lost and not c.allow_lost:
         raise CheckpointError(
             f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): "
-            f"{', '.join(lost)}; give more "
-            "reconcile.states or reconcile.steps, another --reconcile, or reconcile.allow_lost=true; nothing "
-            "was written"
+            f"{', '.join(lost)}; give more reconcile.states or reconcile.steps, another --reconcile, or "
+            "reconcile.allow_lost=true; nothing was written"
         )
 
 

@@ -195,8 +195,7 @@ def _check_room(folder: Path, sizes: Mapping[Path, int]) -> None:
         if free < 0:
             raise ConfigError(
                 f"output: {folder} has {size_text(room)} free, {size_text(-free)} too little for the merged "
-                "model "
-                f"of {size_text(sum(sizes.values()))}{_old_ones(folder, sizes)}"
+                f"model of {size_text(sum(sizes.values()))}{_old_ones(folder, sizes)}"
             )
         free += disk_bytes(path)
 

@@ -250,8 +250,7 @@ class Flavor:
             if len(said) == 1:
                 raise ConfigError(
                     f"model.{expert.part}: {path} is by its name the expert '{said[0].name}', and this is "
-                    "the file of "
-                    f"'{expert.name}', which predicts other noise levels; give that, or rename it"
+                    f"the file of '{expert.name}', which predicts other noise levels; give that, or rename it"
                 )
 
     def expert(self, sigma: float) -> Expert | None:

@@ -272,9 +272,8 @@ def _pick_device(device: str | torch.device | None, local_rank: int) -> torch.de
         n_gpus = torch.cuda.device_count()
         if local_rank >= n_gpus:
             raise LaunchError(
-                f"process {local_rank} of this machine has no GPU: PyTorch sees {n_gpus}; "
-                f"start one process per GPU (--nproc {max(1, n_gpus)}), or set {DEVICE}=cpu to compute on "
-                "the CPU"
+                f"process {local_rank} of this machine has no GPU: PyTorch sees {n_gpus}; start one process "
+                f"per GPU (--nproc {max(1, n_gpus)}), or set {DEVICE}=cpu to compute on the CPU"
             )
         place = torch.device("cuda", place.index if place.index is not None else local_rank)
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -307,9 +306,8 @@ def _refuse_unseen_gpus() -> None:
         reason = str(error).strip().splitlines()[0].rstrip(".")
     raise LaunchError(
         f"{found}, but PyTorch {torch.__version__} sees no GPU: {reason}. Install the build of PyTorch for "
-        "your driver "
-        f"(docs/install.md), or have Slurm give the job its GPUs; {DEVICE}=cpu computes on the CPU all the "
-        "same"
+        f"your driver (docs/install.md), or have Slurm give the job its GPUs; {DEVICE}=cpu computes on the "
+        "CPU all the same"
     )
 
 

@@ -292,8 +292,7 @@ def _choose(sizes: Sequence[int], n: int) -> list[int]:
             return hosted
     raise ConfigError(
         f"blocks_to_swap: {n} of {n_blocks} blocks cannot be kept off the device, because {SLOTS} have to be "
-        "there at a time; "
-        f"at most {most}"
+        f"there at a time; at most {most}"
     )
 
 

@@ -186,8 +186,7 @@ def _deal_blocks(layers: Shapes, blocks: Mapping[str, list[str]], n: int, order:
     if n > len(blocks):
         raise ConfigError(
             f"{n} slices of whole blocks: the model has {len(blocks)} blocks, so at most that many; "
-            "--granularity module "
-            f"makes up to {len(layers)}, --granularity rows more"
+            f"--granularity module makes up to {len(layers)}, --granularity rows more"
         )
     costs = [sum(layers[m][0] * layers[m][1] for m in modules) for modules in blocks.values()]
     where = _shares(costs, n, order)

@@ -123,8 +123,8 @@ def check_encoders(
             if not own and name != made[0][2]:
                 raise DataError(
                     f"{key}: column '{column}' of {found.name} was made by other weights ({name[:12]}) than "
-                    "that "
-                    f"of {made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or {ANYWAY}"
+                    f"that of {made[0][1].name} ({made[0][2][:12]}); encode both with the same {part}, or "
+                    f"{ANYWAY}"
                 )
 
 

@@ -215,8 +215,8 @@ def _check_toolkit() -> None:
     if CUDA_HOME is None or not Path(CUDA_HOME, "include").is_dir():
         raise ConfigError(
             "zero.offload_optimizer: nvme needs a CUDA toolkit to compile DeepSpeed's disk access, and "
-            "CUDA_HOME is "
-            f"{CUDA_HOME}; install the toolkit of PyTorch's CUDA version and set CUDA_HOME to it, or use cpu"
+            f"CUDA_HOME is {CUDA_HOME}; install the toolkit of PyTorch's CUDA version and set CUDA_HOME to "
+            "it, or use cpu"
         )
 
 

@@ -252,8 +252,7 @@ def check_adapter(base: Origin, a: AdapterConfig, plan: SlicePlan | None) -> Non
     if rank > bound and kind is not LokrLinear:  # a high rank of a LoKr says that its large matrix is whole
         raise ConfigError(
             f"adapter.rank is {rank}, but a layer of {n_in} x {n_out} ('{largest}', the largest it adapts) "
-            "has no "
-            f"more than {bound}; expected 1 to {bound}, as a rule 8 to 128"
+            f"has no more than {bound}; expected 1 to {bound}, as a rule 8 to 128"
         )
     if a.init_from is not None:
         add_adapter(base.outline, base.spec, a, plan, seed=0)

@@ -108,8 +108,7 @@ def _begin(sets: Sequence[ShardSet], asked: dict, *, where: str) -> tuple[Openin
             seen.append(bucket)
     raise ConfigError(
         f"{where}: no sample of this size to begin with; give image=FILE, or frames, height and width of one "
-        "of "
-        f"{', '.join(dict.fromkeys(seen))}"
+        f"of {', '.join(dict.fromkeys(seen))}"
     )
 
 

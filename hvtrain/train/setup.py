@@ -285,8 +285,7 @@ def flow_of(flow: FlowConfig, flavor: Flavor, expert: Expert | None = None) -> F
     if low >= high:
         raise ConfigError(
             f"flow.min_sigma {flow.min_sigma:g} to flow.max_sigma {flow.max_sigma:g} are not the noise "
-            "levels of "
-            f"the expert '{expert.name}', {expert.sigmas[0]:g} to {expert.sigmas[1]:g}"
+            f"levels of the expert '{expert.name}', {expert.sigmas[0]:g} to {expert.sigmas[1]:g}"
         )
     return replace(flow, min_sigma=low, max_sigma=high)
 

@@ -161,8 +161,7 @@ def report(places: dict[int, Place | None], *, stale_s: float, timeout_s: float,
     if deaf:
         lines.append(
             "  rank 0, through which the ranks tell each other where they are, has not answered for "
-            f"{deaf_s:.0f} s; what "
-            "follows was true before"
+            f"{deaf_s:.0f} s; what follows was true before"
         )
     everyone = sorted(
         {**dict.fromkeys(silent), **places}.items(), key=lambda item: (item[0] not in guilty, item[0])

@@ -205,8 +205,7 @@ def data_of(path: str, n: int | None) -> tuple[str, ...]:
         found = ", ".join(p.name for p in parts) or "none"
         raise ConfigError(
             f"--data {path}: {n} slices need the parts 01 to {n:02d} (`hvtrain shards split --n {n}`) or one "
-            "shard set; "
-            f"found {found}"
+            f"shard set; found {found}"
         )
     return tuple(str(p.resolve()) for p in parts)
 

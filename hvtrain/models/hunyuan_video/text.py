@@ -32,11 +32,10 @@ _SYSTEM, _USER = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 _ASPECTS = (
-    "1. The main content and theme of the video."
-    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
-    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
-    "4. background environment, light, style and atmosphere."
-    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "1. The main content and theme of the video.2. The color, shape, size, texture, quantity, text, and "
+    "spatial relationships of the objects.3. Actions, events, behaviors temporal relationships, physical "
+    "movement changes of the objects.4. background environment, light, style and atmosphere.5. camera "
+    "angles, movements, and transitions used in the video:<|eot_id|>"
 )
 TEMPLATE = f"{_SYSTEM}Describe the video by detailing the following aspects: {_ASPECTS}{_USER}"
 SEEING_TEMPLATE = (  # the image stands at <image>

@@ -72,8 +72,8 @@ def infer_arch(shapes: Shapes) -> HunyuanVideo15Arch:
     if head not in _ROPE_DIMS:
         raise CheckpointError(
             f"heads of width {head} do not tell how they are divided for the rotary embedding; the file "
-            "needs the "
-            f"metadata key '{ARCH_KEY}' (a JSON object with rope_dims), which files written by hvtrain have"
+            f"needs the metadata key '{ARCH_KEY}' (a JSON object with rope_dims), which files written by "
+            "hvtrain have"
         )
     return HunyuanVideo15Arch(
         in_channels=proj[1],

@@ -166,7 +166,6 @@ def open_enlarger(parts: Parts, flavor: Flavor, *, device: torch.device | str = 
     if (channels := next(found.model.parameters()).shape[1]) != flavor.latent.channels:
         raise CheckpointError(
             f"model.upsampler: {parts['upsampler']} takes latents of {channels} channels, {flavor.name}'s "
-            "have "
-            f"{flavor.latent.channels}"
+            f"have {flavor.latent.channels}"
         )
     return NoisedEnlarger(found)

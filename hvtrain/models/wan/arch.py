@@ -79,9 +79,8 @@ def infer_arch(shapes: Shapes) -> WanArch:
     if dim % HEAD_DIM:
         raise CheckpointError(
             f"a width of {dim} does not tell the number of heads, which are {HEAD_DIM} wide in the released "
-            "models; the "
-            f"file needs the metadata key '{ARCH_KEY}' (a JSON object with n_heads), which files written by "
-            "hvtrain have"
+            f"models; the file needs the metadata key '{ARCH_KEY}' (a JSON object with n_heads), which files "
+            "written by hvtrain have"
         )
     return WanArch(
         in_channels=channels,
