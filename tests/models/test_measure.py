@@ -91,9 +91,10 @@ def test_the_fastest_right_one_is_taken_and_kept(tmp_path, caplog, monkeypatch):
     assert all(part in key for part in ("CPU", torch.__version__, "float32", "wrong | late | quick"))
     with pytest.raises(ZeroDivisionError):  # other kernels, another question
         fastest([late, quick], CPU, FP32, work=SHORT, kept=kept)
-    kept.write_text("{")
-    with pytest.raises(ZeroDivisionError):
-        fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept)
+    for text in ("{", "[1]", json.dumps({key: ["quick"]})):  # broken, or somebody else's
+        kept.write_text(text)
+        with pytest.raises(ZeroDivisionError):
+            fastest([wrong, late, quick], CPU, FP32, work=SHORT, kept=kept)
 
 
 def test_each_class_of_shapes_has_its_own_answer(tmp_path, monkeypatch):
