@@ -202,7 +202,7 @@ def test_the_nearest_config_has_no_ring() -> None:
     cfg = config.load(TrainConfig, None, ["model.dit=null", "model.flavor=t2v", "run.recompute=offload"])
     about = candidate(cfg.model)
     shape_of(about.flavor)
-    sections = fit._sections(cfg)
+    sections = fit.sections(cfg)
     for sparse, rings in ((SparseConfig(), True), (GIVEN, False)):
         steps = [change for change, _ in _ladder(replace(sections, sparse=sparse), about, 10)]
         assert any("parallel.ring=5" in change for change in steps) is rings
