@@ -154,6 +154,11 @@ class Under:
     multiplier: float
     sum: str | None  # None: other tools write none, and an older version did not note it
 
+    @property
+    def entry(self) -> dict[str, object]:
+        told = {} if self.sum is None else {SUM_KEY: self.sum}
+        return {"file": self.file, "multiplier": self.multiplier, **told}
+
 
 def base_loras(path: Path, metadata: Mapping[str, str]) -> list[Under]:
     """Those that a LoRA was trained on top of. Raises CheckpointError."""

@@ -15,7 +15,7 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.experts import number_of
 from hvtrain.lorafiles.files import LoraFile, read_lora
-from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY, base_loras
+from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY, Under, base_loras
 from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
@@ -34,13 +34,11 @@ class Inputs:
         """Of each LoRA, the numbers of those that were merged into the model before its
         training: without them it does not do what it was trained to do. Raises ConfigError
         where one is not here as it was then."""
-        sums = [lora.metadata.get(SUM_KEY) for lora, _ in self.loras]
         found = []
         for lora, _ in self.loras:
             own: list[int] = []
             for one in base_loras(lora.path, lora.metadata) if not self.any_base else ():
-                number = sums.index(one.sum) if one.sum and one.sum in sums else None
-                if number is None or self.loras[number][1] != one.multiplier:
+                if (number := self._number_of(one)) is None:
                     raise ConfigError(
                         f"{lora.path}: was trained on top of {one.file}, times {one.multiplier:g}, "
                         "which is not among this merge's LoRAs; give it too (--lora, --multiplier), or merge "
@@ -49,6 +47,16 @@ class Inputs:
                 own.append(number)
             found.append(tuple(own))
         return found
+
+    def built_on_others(self) -> list[Under]:
+        """What was merged into the model before and is not among these: their merge is on top of it too."""
+        every = (one for lora, _ in self.loras for one in base_loras(lora.path, lora.metadata))
+        return list(dict.fromkeys(one for one in every if self._number_of(one) is None))
+
+    def _number_of(self, one: Under) -> int | None:
+        here = [(lora.metadata.get(SUM_KEY), multiplier) for lora, multiplier in self.loras]
+        wanted = (one.sum, one.multiplier)
+        return here.index(wanted) if one.sum and wanted in here else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hvtrain.config.rules import check_merge
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.lowrank import factor, shrink
-from hvtrain.lorafiles.metadata import EXPERT_KEY, json_tables, lora_metadata
+from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, json_tables, lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
@@ -252,6 +252,8 @@ def _write_lora(
         given["ss_loraid"] = ids
     if rate := learning_rate(inputs.loras):  # by which a later merge with others may train it further
         given[RATE_KEY] = rate
+    if under := inputs.built_on_others():
+        given[BASE_LORA_KEY] = [one.entry for one in under]
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)
     write_lora(
         cfg.output, pairs,
