@@ -41,8 +41,8 @@ class Inputs:
                 if (number := self._number_of(one)) is None:
                     raise ConfigError(
                         f"{lora.path}: was trained on top of {one.file}, times {one.multiplier:g}, "
-                        "which is not among this merge's LoRAs; give it too (--lora, --multiplier), or merge "
-                        "it into the model and say --any-base"
+                        "which as it was then is not among this merge's LoRAs; give it too (--lora, "
+                        "--multiplier), or merge it into the model and say --any-base"
                     )
                 own.append(number)
             found.append(tuple(own))
