@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from hvtrain.adapters.attach import adapted_layers, inject, linear_shapes, merge_all
 from hvtrain.config import ModelConfig
+from hvtrain.errors import CheckpointError
 from hvtrain.fit.run import size_table
 from hvtrain.generate.requests import Request
 from hvtrain.generate.sample import sample_latents
@@ -168,6 +169,12 @@ def test_a_file_tells_its_flavor(spec, flavor):
     assert flavor_of(spec, arch_of(spec, shapes, {}), flavor.name) == flavor  # sizes from shapes alone
     others = [other for other in all_specs() if other is not spec]
     assert not any(other.signature(shapes) for other in others)
+    sizes = asdict(flavor.arch)
+    for name in sizes:
+        with pytest.raises(CheckpointError, match=f"metadata 'hvtrain.arch': {name}"):
+            arch_of(spec, shapes, {"hvtrain.arch": json.dumps({**sizes, name: {"x": None}})})
+    with pytest.raises(CheckpointError, match="metadata 'hvtrain.arch' is not JSON"):
+        arch_of(spec, shapes, {"hvtrain.arch": "[" * 100_000})
 
 
 @pytest.mark.parametrize("spec", SPECS)

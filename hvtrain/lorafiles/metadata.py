@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -120,15 +121,60 @@ def _plain(name: str) -> str:
 
 def json_entry(path: Path, metadata: Mapping[str, str], key: str) -> dict:
     """A table that is kept as JSON in an entry; empty if there is none."""
-    try:
-        table = json.loads(metadata.get(key, "{}"))
-    except ValueError:
-        table = None
+    table = _parsed(metadata.get(key, "{}"))
     if not isinstance(table, dict):
         raise CheckpointError(
             f"{path}: damaged: its metadata '{key}' is no JSON table: {metadata[key][:60]!r}"
         )
     return table
+
+
+def json_tables(path: Path, metadata: Mapping[str, str], key: str) -> list[dict]:
+    """A list of tables that is kept so."""
+    found = _parsed(metadata.get(key, "[]"))
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise CheckpointError(
+            f"{path}: damaged: its metadata '{key}' is no JSON list of tables: {metadata[key][:60]!r}"
+        )
+    return found
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True)
+class Under:
+    """A LoRA that was in the model already when another was trained."""
+
+    file: str
+    multiplier: float
+    sum: str | None  # None: other tools write none, and an older version did not note it
+
+    @property
+    def entry(self) -> dict[str, object]:
+        told = {} if self.sum is None else {SUM_KEY: self.sum}
+        return {"file": self.file, "multiplier": self.multiplier, **told}
+
+
+def base_loras(path: Path, metadata: Mapping[str, str]) -> list[Under]:
+    """Those that a LoRA was trained on top of. Raises CheckpointError."""
+    found = []
+    for one in json_tables(path, metadata, BASE_LORA_KEY):
+        file, multiplier, total = one.get("file"), one.get("multiplier"), one.get(SUM_KEY)
+        if (
+            not isinstance(file, str) or not isinstance(multiplier, (int, float))
+            or not abs(multiplier) <= sys.float_info.max or not isinstance(total, (str, type(None)))
+        ):
+            raise CheckpointError(
+                f"{path}: damaged: its metadata '{BASE_LORA_KEY}' names no LoRA and multiplier: "
+                f"{str(one)[:60]}"
+            )
+        found.append(Under(file, float(multiplier), total))
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ anything is read twice or written once."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.experts import number_of
 from hvtrain.lorafiles.files import LoraFile, read_lora
-from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, SUM_KEY
+from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY, Under, base_loras
 from hvtrain.lorafiles.runs import finished, lora_in
 from hvtrain.models.spec import ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
@@ -34,21 +34,29 @@ class Inputs:
         """Of each LoRA, the numbers of those that were merged into the model before its
         training: without them it does not do what it was trained to do. Raises ConfigError
         where one is not here as it was then."""
-        sums = [lora.metadata.get(SUM_KEY) for lora, _ in self.loras]
         found = []
         for lora, _ in self.loras:
             own: list[int] = []
-            for one in json.loads(lora.metadata.get(BASE_LORA_KEY, "[]")) if not self.any_base else ():
-                number = sums.index(one[SUM_KEY]) if one.get(SUM_KEY) in sums else None
-                if number is None or self.loras[number][1] != one["multiplier"]:
+            for one in base_loras(lora.path, lora.metadata) if not self.any_base else ():
+                if (number := self._number_of(one)) is None:
                     raise ConfigError(
-                        f"{lora.path}: was trained on top of {one['file']}, times {one['multiplier']:g}, "
-                        "which is not among this merge's LoRAs; give it too (--lora, --multiplier), or merge "
-                        "it into the model and say --any-base"
+                        f"{lora.path}: was trained on top of {one.file}, times {one.multiplier:g}, "
+                        "which as it was then is not among this merge's LoRAs; give it too (--lora, "
+                        "--multiplier), or merge it into the model and say --any-base"
                     )
                 own.append(number)
             found.append(tuple(own))
         return found
+
+    def built_on_others(self) -> list[Under]:
+        """What was merged into the model before and is not among these: their merge is on top of it too."""
+        every = (one for lora, _ in self.loras for one in base_loras(lora.path, lora.metadata))
+        return list(dict.fromkeys(one for one in every if self._number_of(one) is None))
+
+    def _number_of(self, one: Under) -> int | None:
+        here = [(lora.metadata.get(SUM_KEY), multiplier) for lora, multiplier in self.loras]
+        wanted = (one.sum, one.multiplier)
+        return here.index(wanted) if one.sum and wanted in here else None
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def check_slots(lora: LoraFile, plan: SlicePlan) -> None:
     if lora.metadata.get("hvtrain.plan", plan.hash) != plan.hash:
         other = lora.metadata["hvtrain.plan"][:12]
         raise CheckpointError(f"{lora.path}: trained by another plan ({other}), this is {plan.hash[:12]}")
-    if not said.isdigit():
+    if not said.isdecimal():
         raise CheckpointError(f"{lora.path}: does not say which slice it is (ss_loraid '{said}')")
     allowed = {slot.module: (slot.begin, slot.end) for slot in plan.slice(int(said)).slots}
     for module, pair in lora.pairs.items():
@@ -178,4 +186,4 @@ def learning_rate(loras: Sequence[tuple[LoraFile, float]]) -> float | None:
             found.append(float(lora.metadata[RATE_KEY]))
         except (KeyError, ValueError):  # another tool's, which says nothing or says it in words
             continue
-    return min(found, default=None)
+    return min((rate for rate in found if 0 < rate < math.inf), default=None)

@@ -140,7 +140,7 @@ def reconcile(
 ) -> Reconciled:
     """The merge's changes; `report` gets the distances. Collective. Raises
     CheckpointError if a LoRA is lost."""
-    dtype = compute_dtype(ctx.device)
+    dtype, built_on = compute_dtype(ctx.device), inputs.built_on()
     clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed)
     sets, files = _sets_and_files(kept_sets(c, inputs))
     prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
@@ -150,7 +150,7 @@ def reconcile(
     layers = by_layer(inputs.loras)
     solved: ByLayer = (every := _changes(layers))
     names = labels(inputs.loras)
-    for number, under in enumerate(inputs.built_on()):
+    for number, under in enumerate(built_on):
         own = {names[i] for i in (number, *under)}
         model.changes.put(
             number, {module: [p for p in parts if p.owner in own] for module, parts in every.items()}
@@ -323,8 +323,11 @@ def _whole(own: Sequence[Change], out: int) -> Tensor:
 
 def write_slices(output: Path, inputs: Inputs, changes: Mapping[str, Result]) -> Path | None:
     """Each slice of a plan as the merge has changed it, in NAME-slices/01, 02, ...: `--loraid` takes them as
-    it takes the slices themselves. None where there is no plan, or matrices that are nobody's."""
-    if inputs.plan is None or any(isinstance(result, Dense) for result in changes.values()):
+    it takes the slices themselves. None where there is no plan, or other LoRAs beside it, or matrices that
+    are nobody's."""
+    if inputs.plan is None or len(inputs.loras) + len(inputs.missing) > inputs.plan.n:
+        return None
+    if any(isinstance(result, Dense) for result in changes.values()):
         return None
     root = output.with_name(f"{output.stem}-slices")
     for name, (lora, _) in zip(labels(inputs.loras), inputs.loras, strict=True):

@@ -15,7 +15,7 @@ from hvtrain.config.rules import check_merge
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.lowrank import factor, shrink
-from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata
+from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, json_tables, lora_metadata
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
@@ -178,6 +178,8 @@ def _open_base(cfg: MergeConfig) -> tuple[Base, ModelSpec]:
         known = open_any(first, expert=cfg.expert)
         return Base(None, dict(known.shapes), None), known.spec
     found = identify(Path(asset(cfg.dit)), model=cfg.model, flavor=cfg.flavor)
+    if cfg.target == "model":
+        _history(found.weights)
     shapes = linear_shapes(whole_model(found))
     return Base(found, shapes, fingerprint(found.weights)), found.spec
 
@@ -204,9 +206,14 @@ def _write_model(
     print(f"{cfg.output}: {len(parts)} of {len(weights)} tensors changed{where}")
 
 
+def _history(weights: Weights) -> list[dict]:
+    """What was merged into it before. Raises CheckpointError."""
+    return json_tables(weights.files[0], weights.metadata, MERGED_KEY)
+
+
 def _metadata(weights: Weights, loras: Sequence[tuple[LoraFile, float]]) -> dict[str, str]:
     kept = {key: value for key, value in weights.metadata.items() if not key.startswith(_STALE)}
-    history = json.loads(kept.get(MERGED_KEY, "[]"))
+    history = _history(weights)
     for lora, multiplier in loras:
         entry: dict[str, object] = {"file": lora.path.name, "multiplier": multiplier}
         entry |= {key: lora.metadata[key] for key in ("sshs_model_hash", "ss_loraid") if key in lora.metadata}
@@ -245,6 +252,8 @@ def _write_lora(
         given["ss_loraid"] = ids
     if rate := learning_rate(inputs.loras):  # by which a later merge with others may train it further
         given[RATE_KEY] = rate
+    if under := inputs.built_on_others():
+        given[BASE_LORA_KEY] = [one.entry for one in under]
     given["ss_training_comment"] = "merged: " + ", ".join(lora.path.name for lora, _ in inputs.loras)
     write_lora(
         cfg.output, pairs,

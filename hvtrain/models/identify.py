@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
-from hvtrain.errors import CheckpointError
+from hvtrain.config.load import build
+from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.models.spec import Flavor, ModelSpec, Shapes
 
 ARCH_KEY = "hvtrain.arch"  # of a file's metadata: JSON of the architecture's sizes
@@ -21,7 +22,7 @@ def arch_of(spec: ModelSpec, shapes: Shapes, metadata: Mapping[str, str]) -> Any
         return spec.sizes_from(shapes)
     try:
         return parse_arch(spec.arch, json.loads(metadata[ARCH_KEY]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"metadata '{ARCH_KEY}' is not JSON: {error}") from None
 
 
@@ -35,11 +36,9 @@ def parse_arch(kind: type, values: Any) -> Any:
     if missing := [n for n, f in known.items() if f.default is MISSING and n not in values]:
         raise CheckpointError(f"metadata '{ARCH_KEY}' is incomplete: it lacks {', '.join(missing)}")
     try:
-        return kind(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
-    except TypeError as error:
-        raise CheckpointError(f"metadata '{ARCH_KEY}': {error}") from None
+        return build(kind, values, where=f"metadata '{ARCH_KEY}'")
+    except ConfigError as error:  # a value of another type
+        raise CheckpointError(str(error)) from None
 
 
 def flavor_of(

@@ -151,8 +151,8 @@ def fastest(
     kept: Path = KEPT,
 ) -> Kernel:
     """Of those whose gradients are right on this device, for work of this class. The last
-    candidate, PyTorch's own, is taken if none is. Several processes that measure at a time agree on
-    what one of them has kept first."""
+    candidate, PyTorch's own, is taken if none is. Of several processes that measure at a time, those that end
+    later take what the first has kept; two that end in the same instant may differ, which costs little."""
     work = class_of(work)
     key = " | ".join([_machine(device), str(dtype), *(k.name for k in candidates), str(tuple(work))])
     kept = kept.expanduser()

@@ -188,7 +188,7 @@ def start(ulysses: int = 1, ring: int = 1, device: str | torch.device | None = N
 
 def start_simulated(world: int, *, ulysses: int, ring: int) -> ParallelContext:
     """Rank 0 of a job of `world` processes, of which only this one exists: collectives return at once, with
-    nothing in them. For tensors without values (hvtrain/plan)."""
+    nothing in them. For tensors without values (hvtrain/fit)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dp = _data_degree(world, ulysses=ulysses, ring=ring)

@@ -34,6 +34,7 @@ from hvtrain.config import (
     load,
 )
 from hvtrain.encode import run as encode
+from hvtrain.errors import ConfigError, suggest
 from hvtrain.generate import run as generate
 from hvtrain.merge import run as merge
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, save_plan
@@ -130,8 +131,24 @@ def ways_of(recipe: Recipe) -> tuple[Way, ...]:
 
 
 def run(recipe: Recipe) -> None:
+    check(recipe)
     done = [list(Seed(recipe, seed).rows()) for seed in recipe.seeds]
     print(markdown(done))
+
+
+def check(recipe: Recipe) -> None:
+    """What would be left out without a word. Raises ConfigError."""
+    if not recipe.output:
+        raise ConfigError("output is not set; give the directory of everything")
+    if recipe.clips < 1 or recipe.clips % len(PLACES):
+        raise ConfigError(f"clips: {recipe.clips}: expected a multiple of {len(PLACES)}")
+    there = list(Seed(recipe, 0).makers())
+    for key, names, known in (
+        ("ways", recipe.ways, {way for way, _ in there}), ("rows", recipe.rows, {how for _, how in there})
+    ):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{key}: there is no '{name}'; {suggest(name, known)}")
 
 
 @dataclass(frozen=True)
@@ -145,16 +162,20 @@ class Seed:
     def folder(self) -> Path:
         return Path(self.recipe.output) / f"seed-{self.seed}"
 
-    def rows(self) -> list[Row]:
-        """Those that are asked for, in the table's order."""
-        makers = {(BASE, ""): self._base}
+    def makers(self) -> dict[tuple[str, str], Callable[[], Row]]:
+        """Of every row, by way and name, in the table's order."""
+        makers: dict[tuple[str, str], Callable[[], Row]] = {(BASE, ""): self._base}
         for way in ways_of(self.recipe):
             makers |= {(way.name, how): partial(self._row, way, how) for how in way.rows}
         if self.recipe.words == len(CONCEPTS):
             makers |= {(JOINT, f"{steps} steps"): partial(self._joint, steps) for steps in self.recipe.joint}
+        return makers
+
+    def rows(self) -> list[Row]:
+        """Those that are asked for."""
         found = [
             self._kept_row(way, how, make)
-            for (way, how), make in makers.items()
+            for (way, how), make in self.makers().items()
             if way in (self.recipe.ways or (way,)) and how in (self.recipe.rows or (how,))
         ]
         return [row for row in found if row is not None]

@@ -34,7 +34,7 @@ from hvtrain.config import (
 from hvtrain.errors import ConfigError, HvtrainError
 from hvtrain.lorafiles.experts import check_range
 from hvtrain.lorafiles.files import LoraFile
-from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY
+from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY, Under
 from hvtrain.models.dit import DiT, Grid
 from hvtrain.models.kernels import pick_kernel
 from hvtrain.models.load import load_dit
@@ -205,8 +205,7 @@ def subject_note(a: AdapterConfig) -> str:
 def lora_note(lora: LoraFileConfig) -> dict[str, object]:
     """A LoRA that is in the base, with the sum of its tensors, by which a merge knows it again."""
     known = open_weights(asset(lora.path)).metadata
-    told = {key: known[key] for key in (SUM_KEY,) if key in known}
-    return {"file": Path(lora.path).name, "multiplier": lora.multiplier, **told}
+    return Under(Path(lora.path).name, lora.multiplier, known.get(SUM_KEY)).entry
 
 
 def sparse_note(cfg: SparseConfig, base: Origin, sets: Sequence[ShardSet]) -> str:

@@ -19,7 +19,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     add("--merge", action="store_true", help="the config is of `hvtrain merge`, one that reconciles")
     add("--loras", type=int, metavar="N", help="with --merge: so many LoRAs, where the config names none")
-    add("--lora-rank", type=int, default=32, metavar="R", help="with --loras: their rank (default: 32)")
+    add("--lora-rank", type=int, metavar="R", help="with --loras or a plan: their rank (default: 32)")
     add("--gpus", default="1", metavar="N,N", help="numbers of GPUs to try, as in 1,4,8 (default: 1)")
     add(
         "--memory", type=float, metavar="GIB", help="memory of one GPU (default: this machine's GPU, else 80)"
@@ -91,8 +91,8 @@ def _fit(args: argparse.Namespace) -> None:
     if args.merge:
         print(_of_merge(args, numbers, (width, height, frames)), end="")
         return
-    if args.loras is not None:
-        raise ConfigError("--loras is for --merge")
+    if args.loras is not None or args.lora_rank is not None:
+        raise ConfigError(f"--{'loras' if args.loras is not None else 'lora-rank'} is for --merge")
     cfg = _config(args)
     _weights_or_none(cfg.model)
     from hvtrain.fit import run as fit

@@ -171,45 +171,43 @@ def submit(run: Path, slices: Slices, start: Start) -> list[str]:
 def run_here(run: Path, slices: Slices, loraids: Sequence[int]) -> int:
     """Wave by wave: slices, `at_once` of them at a time, then the merge. Ctrl-C and SIGTERM ask
     them to save. The exit code."""
-    for wave in waves.every(slices):
-        own = [i for i in loraids if i in waves.members(slices, wave)]
-        if wave < slices.waves and not own and standings(run, slices)[slices.n + wave - 1].word in GOOD:
-            continue
-        if code := _wave_here(run, slices, own, wave):
-            return code
+    asked: list[int] = []
+    with processes.handling(lambda number, frame: asked.append(number)):
+        for wave in waves.every(slices):
+            own = [i for i in loraids if i in waves.members(slices, wave)]
+            if not own and standings(run, slices)[slices.n + wave - 1].word in GOOD:
+                continue
+            if code := _wave_here(run, slices, own, wave, asked):
+                return code
     return 0
 
 
-def _wave_here(run: Path, slices: Slices, loraids: Sequence[int], wave: int) -> int:
-    waiting, stopped = list(loraids), False
+def _wave_here(run: Path, slices: Slices, loraids: Sequence[int], wave: int, asked: list[int]) -> int:
+    """`asked`: signals as they come; after one, nothing more is begun."""
+    waiting, told = list(loraids), 0
     running: dict[subprocess.Popen, tuple[int, str]] = {}
     free = [",".join(slices.gpus[i * slices.nproc : (i + 1) * slices.nproc]) for i in range(slices.at_once)]
-    asked: list[int] = []
-    with processes.handling(lambda number, frame: asked.append(number)):
-        while waiting or running:
-            while waiting and free and not asked:
-                loraid, gpus = waiting.pop(0), free.pop(0)
-                running[_start(run, slices, loraid, gpus)] = (loraid, gpus)
-                print(f"slice {loraid}: started{f' on GPU {gpus}' if gpus else ''}", flush=True)
-            if asked:
-                asked.clear()
-                waiting.clear()
-                stopped = True
-                for process in running:
-                    process.send_signal(signal.SIGTERM)
-            time.sleep(POLL_S)
-            for process in [p for p in running if p.poll() is not None]:
-                loraid, gpus = running.pop(process)
-                free.append(gpus)
-                print(f"slice {loraid}: {_ending(process.returncode)}", flush=True)
-        words = [s.word for s in standings(run, slices)[: waves.members(slices, wave)[-1]]]
-        if stopped or asked or any(word not in GOOD for word in words):
-            done = sum(word in GOOD for word in words)
-            print(
-                f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True
-            )
-            return 1 if "failed" in words else REQUEUE
-        return _merge_here(run, slices, wave, asked) if slices.merge else 0
+    while waiting or running:
+        while waiting and free and not asked:
+            loraid, gpus = waiting.pop(0), free.pop(0)
+            running[_start(run, slices, loraid, gpus)] = (loraid, gpus)
+            print(f"slice {loraid}: started{f' on GPU {gpus}' if gpus else ''}", flush=True)
+        if len(asked) > told:
+            told = len(asked)
+            waiting.clear()
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+        time.sleep(POLL_S)
+        for process in [p for p in running if p.poll() is not None]:
+            loraid, gpus = running.pop(process)
+            free.append(gpus)
+            print(f"slice {loraid}: {_ending(process.returncode)}", flush=True)
+    words = [s.word for s in standings(run, slices)[: waves.members(slices, wave)[-1]]]
+    if asked or any(word not in GOOD for word in words):
+        done = sum(word in GOOD for word in words)
+        print(f"{done} of {slices.n} slices are done; `hvtrain slices status {run}` says more", flush=True)
+        return 1 if "failed" in words else REQUEUE
+    return _merge_here(run, slices, wave, asked) if slices.merge else 0
 
 
 def _merge_here(run: Path, slices: Slices, wave: int, asked: list[int]) -> int:
@@ -217,9 +215,10 @@ def _merge_here(run: Path, slices: Slices, wave: int, asked: list[int]) -> int:
     process = subprocess.Popen(
         command(run, "merge", run, *_which(slices, wave)), env=env, start_new_session=True
     )
+    told = 0
     while process.poll() is None:
-        if asked:
-            asked.clear()
+        if len(asked) > told:  # it may end well all the same: then the next wave is not begun
+            told = len(asked)
             process.send_signal(signal.SIGTERM)
         time.sleep(POLL_S)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode

@@ -30,7 +30,6 @@ from shards.atomic import write_text
 
 FILE = "slices.json"
 PLAN_FORMAT = "hvtrain-slices/1"
-MERGE = "merge"
 
 
 @dataclass(frozen=True)

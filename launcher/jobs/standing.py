@@ -10,7 +10,7 @@ from pathlib import Path
 from hvtrain.stopping import REQUEUE
 from launcher.exits import USER_ERROR
 from launcher.jobs import waves
-from launcher.jobs.slices import MERGE, JobState, Slices, alive, amiss, cancelled, load_state, result
+from launcher.jobs.slices import JobState, Slices, alive, amiss, cancelled, load_state, result
 from launcher.jobs.slurm import Queue
 
 # Slurm's words for jobs that wait, and for jobs that have ended. One with any other word is running.
@@ -52,7 +52,7 @@ def standing(run: Path, slices: Slices, loraid: int, queue: Queue) -> Standing:
 def merge_standing(run: Path, slices: Slices, queue: Queue, wave: int | None = None) -> Standing:
     """Of a wave's merge; None: the last one's, which is the run's."""
     if not slices.merge:
-        return Standing(MERGE, "none", note="not asked for")
+        return Standing(waves.MERGE, "none", note="not asked for")
     name = waves.merge_name(slices, wave or slices.waves)
     arguments = waves.merge_arguments(run, slices, wave or slices.waves)
     state, output = load_state(run, name), Path(arguments[arguments.index("--output") + 1])

@@ -11,6 +11,8 @@ from hvtrain.fit.merges.needs import of_merge
 from hvtrain.fit.merges.run import Loras, job_of
 from hvtrain.fit.merges.streaming import PairSize
 from hvtrain.fit.trace import Shape
+from hvtrain.models import find
+from hvtrain.models.load import save_dit
 from hvtrain.slices.plan import Cut
 from hvtrain.slices.run import run as plan_slices
 from launcher import cli
@@ -65,6 +67,12 @@ def test_what_will_be_is_said_for_each_number_of_gpus(capsys):
         ([*TINY, "--loras", "2", "--gpus", "3", "parallel.ulysses=2"], "2 GPUs that share a clip do not "
         "divide 3"),
         (["lora=[{path: a}]"], "dit: the model that the LoRAs change is needed"),
+        (["lora=[{path: a}]", "--lora-rank", "4"], "are for LoRAs that are not there yet"),
+        ([*TINY, "--loras", "2", "reconcile.batch_size=0"], "reconcile.batch_size is 0, expected more"),
+        ([*TINY, "--loras", "2", "rank=0", "target=lora"], "rank is 0, expected 1 or more"),
+        ([*TINY, "--loras", "2", "reconcile.how=fit", "on_overlap=sum"], "leave --on-overlap and --density"),
+        ([*TINY, "--loras", "2", "on_overlap=sum"], "reconcile: this merge adds weights up"),
+        ([*TINY, "--loras", "1"], "reconcile: this merge adds weights up"),
     ],
 )
 def test_what_cannot_be_told_is_refused(capsys, arguments, says):
@@ -72,11 +80,21 @@ def test_what_cannot_be_told_is_refused(capsys, arguments, says):
     assert code == 2 and says in text
 
 
-def test_the_loras_are_of_merges_only(capsys):
+@pytest.mark.parametrize("option", ["--loras", "--lora-rank"])
+def test_the_loras_are_of_merges_only(capsys, option):
     assert (
-        cli.main(["fit", "--loras", "2", "model.flavor=tiny"]) == 2
-        and "--loras is for --merge" in capsys.readouterr().err
+        cli.main(["fit", option, "2", "model.flavor=tiny"]) == 2
+        and f"{option} is for --merge" in capsys.readouterr().err
     )
+
+
+def test_the_model_s_file_says_which_it_is(tmp_path, capsys):
+    """As it does to `hvtrain merge`."""
+    spec = find("wan")
+    flavor = spec.flavors["tiny"]
+    save_dit(spec.build(flavor.arch), tmp_path / "dit.safetensors", spec=spec, flavor=flavor)
+    code, text = said(capsys, f"dit={tmp_path}/dit.safetensors", "--loras", "2", "--size", "32x32x5")
+    assert code == 0 and text.startswith("wan tiny: fit+distill of 2 LoRAs of rank 32"), text
 
 
 def test_loras_that_are_there_are_looked_at(place, tmp_path):  # noqa: F811
@@ -96,10 +114,16 @@ def test_loras_that_are_there_are_looked_at(place, tmp_path):  # noqa: F811
     assert not job_of(replace(cfg, reconcile=replace(cfg.reconcile, keep=())), Loras()).keep
 
 
-def test_slices_of_a_plan_keep_their_rows(tmp_path):
+def test_slices_of_a_plan_keep_their_rows(tmp_path, capsys):
     cut = Cut(n=3, granularity="rows", order="interleaved")
     list(plan_slices(cut, str(tmp_path), dit=None, model="hunyuan-video", flavor="tiny"))
     cfg = load(MergeConfig, None, [*TINY, f"plan={tmp_path}/plan.json", "reconcile.how=distill"])
+    code, text = said(capsys, *TINY, f"plan={tmp_path}/plan.json")
+    assert code == 2 and "reconcile: this merge adds weights up" in text  # slices share no row
+    code, text = said(capsys, *TINY, f"plan={tmp_path}/plan.json", "--loras", "2")
+    assert code == 2 and "--loras 2: the plan has 3 slices" in text
+    code, text = said(capsys, "model=wan", "flavor=tiny", f"plan={tmp_path}/plan.json")
+    assert code == 2 and "plan.json: made for hunyuan-video, this is wan" in text
     job = job_of(cfg, Loras(rank=2))
     assert job.n_loras == 3 and job.trained == {name: list(own) for name, own in job.parts.items()}
     for own in job.parts.values():

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from hvtrain.config import LoraFileConfig, MergeConfig, dump
-from hvtrain.errors import ConfigError
+from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.files import read_lora
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
@@ -189,6 +189,19 @@ def test_a_merged_model_says_what_is_in_it(small, tmp_path, capsys, monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:4] == ["held-out loss 1.50000  base", "held-out loss 0.25000  merged"]
     assert json.loads((tmp_path / "two-merge.json").read_text())["losses"] == {"base": 1.5, "merged": 0.25}
+
+
+@pytest.mark.parametrize("said", ["{", "{}", "[1]"])
+def test_a_history_that_is_damaged_is_refused_before_anything_is_computed(small, tmp_path, monkeypatch, said):
+    dit = tmp_path / "dit.safetensors"
+    save_dit(build(), dit, spec=SPEC, flavor=SPEC.flavors["tiny"], extra={"hvtrain.merged": said})
+    cfg = MergeConfig(
+        dit=str(dit), lora=entries(small, 1.0), output=str(tmp_path / "x.safetensors"), any_base=True
+    )
+    merge.run(replace(cfg, target="lora"))  # which has no such history
+    monkeypatch.setattr(merge, "combine", lambda *given: pytest.fail("too late"))
+    wrong = refusal(CheckpointError, merge.run, cfg)
+    assert wrong.startswith(f"{dit}: damaged: its metadata 'hvtrain.merged' is no JSON list of tables: ")
 
 
 def test_what_the_writer_is_told(small, tmp_path, monkeypatch, capsys):

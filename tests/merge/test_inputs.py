@@ -1,6 +1,7 @@
 """What goes into a merge: LoRA files, runs and the slices of a plan, and what of
 them is refused, word for word."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hvtrain.merge.inputs import (
     owners_note,
     slices_of,
 )
+from hvtrain.merge.reconcile import write_slices
 from hvtrain.slices.plan import Cut, make_plan, save_plan
 from tests.adapters.models import SPEC
 
@@ -134,7 +136,7 @@ def test_slots_are_proved_from_the_tensors(plan):
     assert refusal(CheckpointError, check_slots, slice_file(own, **{"hvtrain.plan": "f" * 64}), plan) == (
         f"s.safetensors: trained by another plan ({'f' * 12}), this is {plan.hash[:12]}"
     )
-    for said in ("", "1,2", "x"):
+    for said in ("", "1,2", "x", "²"):
         assert refusal(CheckpointError, check_slots, slice_file(own, loraid=said), plan) == (
             f"s.safetensors: does not say which slice it is (ss_loraid '{said}')"
         )
@@ -240,3 +242,45 @@ def test_the_rate_is_the_least_that_anyone_says():
     said = of(ss_learning_rate="2e-3"), of(), of(ss_learning_rate="0.0005"), of(ss_learning_rate="by cosine")
     assert learning_rate(said) == 5e-4 and learning_rate(said[:2]) == 2e-3
     assert learning_rate(said[1:2]) is None and learning_rate(said[3:]) is None
+    none = [of(ss_learning_rate=text) for text in ("nan", "inf", "-1e-3", "0")]  # no rates to train by
+    assert learning_rate(none) is None and learning_rate([*none, said[0]]) == 2e-3
+
+
+def test_a_lora_beside_a_plans_slices_is_none_of_them(plan, tmp_path):
+    """It has no number, and what it changes is in none of their files."""
+    extra, *slices = [LoraFile(tmp_path / f"{i}.safetensors", {}, {"ss_loraid": str(i)} if i else {})
+                      for i in range(3)]  # fmt: skip
+    for loras, missing in (([extra, *slices], ()), ([extra, slices[1]], (1,)), ([extra], (1, 2))):
+        inputs = Inputs([(lora, 1.0) for lora in loras], plan, missing)
+        assert write_slices(tmp_path / "m.safetensors", inputs, {}) is None
+
+
+# --- what a LoRA was trained on top of ----------------------------------------------------------------------
+
+
+def on_top(**said):
+    """Of a LoRA that says this of what it was trained on, after one with a sum and one without."""
+    known = LoraFile(Path("a.safetensors"), {}, {"hvtrain.sha256": "abc"})
+    text = {"hvtrain.base_lora": said["text"] if "text" in said else json.dumps([said])}
+    return Inputs([(known, 1.0), (LoraFile(Path("b.safetensors"), {}), 1.0),
+                   (LoraFile(Path("c.safetensors"), {}, text), 1.0)], None)  # fmt: skip
+
+
+def test_what_a_lora_was_trained_on_is_known_by_its_sum():
+    said = {"file": "a.safetensors", "multiplier": 1}
+    assert on_top(**said, **{"hvtrain.sha256": "abc"}).built_on() == [(), (), (0,)]
+    assert replace(on_top(text="{"), any_base=True).built_on() == [(), (), ()]  # nobody asks
+    # as older versions wrote it; that another LoRA has no sum either does not make it the one
+    wrong = refusal(ConfigError, on_top(**said).built_on)
+    assert wrong.startswith("c.safetensors: was trained on top of a.safetensors, times 1, which as it was")
+
+
+@pytest.mark.parametrize("said", [
+    {"text": "{"}, {"text": "[" * 100_000}, {"text": "7"}, {"text": "[1]"}, {"text": '{"file": "a"}'},
+    {"multiplier": 1.0}, {"file": "a"}, {"file": 3, "multiplier": 1.0}, {"file": "a", "multiplier": "1"},
+    {"file": "a", "multiplier": float("nan")}, {"file": "a", "multiplier": 10**400},
+    {"file": "a", "multiplier": 1.0, "hvtrain.sha256": ["abc"]},
+])  # fmt: skip
+def test_what_it_says_of_that_may_be_damaged(said):
+    wrong = refusal(CheckpointError, on_top(**said).built_on)
+    assert wrong.startswith("c.safetensors: damaged: its metadata 'hvtrain.base_lora' ")

@@ -95,3 +95,25 @@ def test_what_a_lora_was_trained_on_must_be_there(place, two, wrong):  # noqa: F
     ):
         merge.run(cfg)
     merge.run(merge.replace(cfg, any_base=True))
+
+
+def test_a_merge_is_on_top_of_what_its_loras_were_trained_on(place, two, tmp_path):  # noqa: F811
+    """One LoRA of some says so too, unless that is among them: else its teacher would not be what it is."""
+    cfg, second, first = two
+    on_top_of(second, first)
+    alone = merge.replace(
+        cfg, lora=cfg.lora[1:], output=str(tmp_path / "one.safetensors"), target="lora",
+        reconcile=merge.replace(cfg.reconcile, how="none")
+    )
+    merge.run(alone)
+    merge.run(merge.replace(
+        alone, lora=cfg.lora, on_overlap="sum", output=str(tmp_path / "both.safetensors")
+    ))
+    said = metadata(tmp_path / "one.safetensors")["hvtrain.base_lora"]
+    assert json.loads(said) == json.loads(metadata(second)["hvtrain.base_lora"])
+    assert "hvtrain.base_lora" not in metadata(tmp_path / "both.safetensors")
+    third = LoraFileConfig(str(place / "3" / "lora.safetensors"))
+    again = merge.replace(cfg, lora=(third, LoraFileConfig(str(tmp_path / "one.safetensors"))))
+    sets = tuple(str(place / n / "calibration") for n in "31")
+    with pytest.raises(ConfigError, match=r"one.safetensors: was trained on top of lora.safetensors"):
+        merge.run(merge.replace(again, reconcile=merge.replace(cfg.reconcile, samples=sets)))

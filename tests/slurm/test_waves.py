@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -205,3 +206,42 @@ def test_waves_here_go_one_after_the_other(run, monkeypatch):
     (run / "05/slice-05.safetensors").unlink()
     seen.clear()
     assert backends.run_here(run, plan, [5]) == 0 and seen == [5, "merge"]
+    (run / "merge/wave-1.safetensors").unlink()
+    seen.clear()
+    assert backends.run_here(run, plan, []) == 0 and seen == ["merge-1"]  # the last one is there
+
+
+@pytest.mark.parametrize("asks", [1, 2])
+def test_one_that_is_asked_to_end_as_a_merge_ends_well_begins_no_other_wave(run, monkeypatch, capsys, asks):
+    plan, sent = waved(run, backend="local"), []
+    for i in (1, 2, 3):
+        finish(run, f"0{i}", "1:1")
+
+    class Merge:
+        returncode = 0
+
+        def __init__(self, command, **options) -> None:
+            self.left = asks
+
+        def poll(self) -> int | None:
+            if self.left:
+                return None
+            weights(run / "merge/wave-1.safetensors")
+            stands(run, "merge-1", "1:1", code=0)
+            return 0
+
+        def send_signal(self, number: int) -> None:
+            sent.append(number)
+
+        def sleep(self, seconds: float) -> None:
+            self.left -= 1
+            signal.raise_signal(signal.SIGTERM)
+
+    running = Merge(())
+    monkeypatch.setattr(backends.subprocess, "Popen", lambda *given, **options: running)
+    monkeypatch.setattr(backends, "time", running)
+    assert backends.run_here(run, plan, [4, 5]) == 75
+    assert sent == [signal.SIGTERM] * (asks - 1)  # the last came too late for it
+    assert capsys.readouterr().out.splitlines() == [
+        f"3 of 5 slices are done; `hvtrain slices status {run}` says more"
+    ]

@@ -2,6 +2,7 @@
 and how seeds become a line."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -159,6 +160,20 @@ def test_more_words_share_their_trainings(made, tmp_path, capsys):
     for n in (1, 41):
         with pytest.raises(ConfigError, match=f"words: {n}: expected 2 to 40"):
             forgetting.run(replace(recipe, words=n))
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"output": ""}, "output is not set"),
+    ({"clips": 30}, "clips: 30: expected a multiple of 12"),
+    ({"clips": 0}, "clips: 0: expected a multiple of 12"),
+    ({"rows": ("alone", "fitt")}, "rows: there is no 'fitt'; did you mean 'fit'?"),
+    ({"ways": ("ordinary",)}, "ways: there is no 'ordinary'; "),
+    ({"words": 12, "rows": ("fit",)}, "rows: there is no 'fit'; "),
+])  # fmt: skip
+def test_what_would_be_left_out_without_a_word_is_refused(made, tmp_path, given, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        forgetting.run(replace(Recipe(str(tmp_path)), **given))
+    assert not made.trained and not made.scored
 
 
 def test_the_seventh_word_is_none_of_the_six():

@@ -14,6 +14,35 @@ def check_merge(cfg: MergeConfig) -> None:
         raise ConfigError(f"target (--as): '{cfg.target}', expected model or lora")
     if cfg.target == "model" and not cfg.dit:
         raise ConfigError("dit: the model to merge into; or give target=lora for one LoRA of all")
+    if cfg.reconcile.how not in ("auto", "none") and not cfg.dit:
+        raise ConfigError(
+            f"dit: --reconcile {cfg.reconcile.how} compares with the model; give it, also for --as lora"
+        )
+    check_merge_values(cfg)
+    if not cfg.output:
+        raise ConfigError("output is required: the file to write")
+    if not cfg.lora and cfg.plan is None:
+        raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
+    for key, places in (
+        ("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)
+    ):
+        for place in places:
+            if not Path(place).is_dir() and not (key == "keep" and Path(place).is_file()):
+                raise ConfigError(
+                    f"{key}: {place}: no such shard set{' or file of captions' if key == 'keep' else ''}"
+                )
+    output = Path(cfg.output)
+    for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise ConfigError(f"output: {output} is one of the inputs; choose another name")
+    if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
+        raise ConfigError(
+            f"output: {output} must end in .safetensors (or name a directory, for a sharded model)"
+        )
+
+
+def check_merge_values(cfg: MergeConfig) -> None:
+    """What can be wrong with a merge of which no file is known yet."""
     if cfg.target == "model" and cfg.rank is not None:
         raise ConfigError("rank is for target lora; a model takes the whole change")
     if cfg.target == "lora" and (cfg.dtype or cfg.max_shard_gb):
@@ -29,27 +58,7 @@ def check_merge(cfg: MergeConfig) -> None:
             raise ConfigError(f"lora[{number}].multiplier is {entry.multiplier}, expected a finite number")
     if cfg.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device: '{cfg.device}', expected auto, cpu or cuda")
-    if not cfg.output:
-        raise ConfigError("output is required: the file to write")
-    if not cfg.lora and cfg.plan is None:
-        raise ConfigError("lora: nothing to merge; give at least one LoRA file (--lora), or a plan (--plan)")
-    for key, places in (
-        ("evaluate", cfg.evaluate), ("samples", cfg.reconcile.samples), ("keep", cfg.reconcile.keep)
-    ):
-        for place in places:
-            if not Path(place).is_dir() and not (key == "keep" and Path(place).is_file()):
-                raise ConfigError(
-                    f"{key}: {place}: no such shard set{' or file of captions' if key == 'keep' else ''}"
-                )
     _check_reconcile(cfg)
-    output = Path(cfg.output)
-    for path in ([Path(asset(cfg.dit))] if cfg.dit else []) + [Path(entry.path) for entry in cfg.lora]:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise ConfigError(f"output: {output} is one of the inputs; choose another name")
-    if output.suffix != ".safetensors" and (output.suffix or cfg.target == "lora"):
-        raise ConfigError(
-            f"output: {output} must end in .safetensors (or name a directory, for a sharded model)"
-        )
 
 
 def _check_reconcile(cfg: MergeConfig) -> None:
@@ -79,8 +88,6 @@ def _check_reconciling(cfg: MergeConfig) -> None:
         raise ConfigError(
             f"--reconcile {c.how} decides what becomes of shared rows: leave --on-overlap and --density away"
         )
-    if not cfg.dit:
-        raise ConfigError(f"dit: --reconcile {c.how} compares with the model; give it, also for --as lora")
     if off := [entry.path for entry in cfg.lora if entry.multiplier == 0]:
         raise ConfigError(f"{off[0]}: a multiplier of 0 leaves nothing to reconcile; leave it out")
     if cfg.rank is not None and c.how == "distill":

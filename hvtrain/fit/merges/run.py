@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hvtrain.adapters.attach import linear_shapes
 from hvtrain.config import MergeConfig, ModelConfig, asset
+from hvtrain.config.rules import check_merge_values
 from hvtrain.errors import ConfigError
 from hvtrain.fit.estimate import Candidate, candidate, empty_model, shape_of
 from hvtrain.fit.merges.needs import Merge, Needs, of_merge
@@ -25,8 +26,9 @@ from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.merge.inputs import Inputs, PlanSlices, open_inputs
 from hvtrain.merge.reconcile import kept_sets, sources
 from hvtrain.models.load import identify, whole_model
-from hvtrain.slices.plan import load_plan
+from hvtrain.slices.plan import check_fits, load_plan
 
+RANK = 32  # of LoRAs of which none is said
 GOAL = 0.05  # of the LoRAs' own training: what a merge may cost
 
 
@@ -36,7 +38,7 @@ class Loras:
     adapts, or as a plan cuts them."""
 
     n: int | None = None
-    rank: int = 32
+    rank: int | None = None  # None: RANK
 
 
 def merging(cfg: MergeConfig, asked: Asked, loras: Loras) -> str:
@@ -58,10 +60,15 @@ def merging(cfg: MergeConfig, asked: Asked, loras: Loras) -> str:
 
 def job_of(cfg: MergeConfig, loras: Loras) -> Merge:
     """From the LoRAs that the config names, else from as many as `loras` says."""
+    check_merge_values(cfg)
     dtype = torch.float32 if cfg.device == "cpu" else compute_dtype(torch.device("cuda"))
+    policy = cfg.on_overlap != "error" or cfg.density is not None
     if cfg.lora or (cfg.plan and cfg.slices):
+        if loras != Loras():
+            raise ConfigError(
+                "--loras and --lora-rank are for LoRAs that are not there yet; the config names some"
+            )
         about, parts, inputs = _opened(cfg)
-        policy = cfg.on_overlap != "error" or cfg.density is not None
         how = choose(cfg.reconcile, inputs, by_layer(inputs.loras), policy=policy, model=True).how
         n, n_sets, keep = (
             len(inputs.loras), len(sources(cfg.reconcile, inputs)), bool(kept_sets(cfg.reconcile, inputs))
@@ -71,7 +78,9 @@ def job_of(cfg: MergeConfig, loras: Loras) -> Merge:
         )
     else:
         about, parts, n = _imagined(cfg, loras)
-        how, n_sets, keep = (DEFAULT if cfg.reconcile.how == "auto" else cfg.reconcile.how), n, True
+        shared = n > 1 and cfg.plan is None and not policy
+        by_itself = DEFAULT if shared else "none"
+        how, n_sets, keep = (by_itself if cfg.reconcile.how == "auto" else cfg.reconcile.how), n, True
         file_bytes = 2 * sum(p.numbers for own in parts.values() for p in own)
     if how == "none":
         raise ConfigError(
@@ -105,16 +114,23 @@ def _opened(cfg: MergeConfig) -> tuple[Candidate, dict[str, list[PairSize]], Inp
 
 
 def _imagined(cfg: MergeConfig, loras: Loras) -> tuple[Candidate, dict[str, list[PairSize]], int]:
-    about = candidate(ModelConfig(name=cfg.model or ModelConfig.name, flavor=cfg.flavor, dit=cfg.dit or None))
+    if cfg.dit:
+        found = identify(asset(cfg.dit), model=cfg.model, flavor=cfg.flavor)
+        about = Candidate(found.spec, found.flavor)
+    else:
+        about = candidate(ModelConfig(name=cfg.model or ModelConfig.name, flavor=cfg.flavor))
     with torch.device("meta"):
         model = empty_model(about, torch.bfloat16)
-    shapes = linear_shapes(model)
+    shapes, rank = linear_shapes(model), loras.rank or RANK
     if cfg.plan is not None:
         plan = load_plan(cfg.plan)
+        check_fits(plan, model=about.spec.name, shapes=shapes, where=cfg.plan)
+        if loras.n is not None:
+            raise ConfigError(f"--loras {loras.n}: the plan has {plan.n} slices; leave it away")
         parts: dict[str, list[PairSize]] = {}
         for slot in (slot for s in plan.slices for slot in s.slots):
             parts.setdefault(slot.module, []).append(
-                PairSize(loras.rank, slot.begin, slot.end, shapes[slot.module][1])
+                PairSize(rank, slot.begin, slot.end, shapes[slot.module][1])
             )
         return about, parts, plan.n
     if loras.n is None:
@@ -122,7 +138,7 @@ def _imagined(cfg: MergeConfig, loras: Loras) -> tuple[Candidate, dict[str, list
             "lora: the config names no LoRAs; say how many there will be with --loras, as in --loras 20"
         )
     layers = about.spec.lora_targets(model)
-    return about, {name: [PairSize(loras.rank, 0, *shapes[name])] * loras.n for name in layers}, loras.n
+    return about, {name: [PairSize(rank, 0, *shapes[name])] * loras.n for name in layers}, loras.n
 
 
 def _head(job: Merge, shape: Shape) -> str:
