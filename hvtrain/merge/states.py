@@ -187,16 +187,22 @@ def fidelity(
     clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashable, batch_size: int
 ) -> dict[str, float]:
     """Of each task, on its held-out states: squared distance of the velocity from the teacher's over the
-    base's, so 0 is as the LoRA alone and 1 as if it were not there. Of the base's own words: over the base's
-    velocity, so 0 is unchanged."""
+    base's, so 0 is as the LoRA alone and 1 as if it were not there. A state counts by what its teacher
+    changes there, as one to merge by: a LoRA's small change of clips from which it learnt nothing need not
+    be kept. Of the base's own words: over the base's velocity, so 0 is unchanged."""
+    shares = [(task.held, told_shares(task, task.held).tolist()) for task in tasks]
+    counts = {id(s): count for held, own in shares for s, count in zip(held, own, strict=True)}
     jobs = batches([(task.name, s) for task in tasks for s in task.held], batch_size)
     inputs = [clips.input([s for _, s in job]) for job in jobs]
     away: dict[Hashable, float] = defaultdict(float)
     for job, inp, (velocity,) in zip(jobs, inputs, forward([(inp, (key,)) for inp in inputs]), strict=True):
         errors = squared_error(velocity, torch.stack([s.taught for _, s in job]), inp.loss_mask)
-        for (name, _), error in zip(job, errors.tolist(), strict=True):
-            away[name] += error
-    scale = {task.name: sum(s.size if task.teacher is None else s.told for s in task.held) for task in tasks}
+        for (name, state), error in zip(job, errors.tolist(), strict=True):
+            away[name] += counts[id(state)] * error
+    scale = {
+        task.name: sum(counts[id(s)] * (s.size if task.teacher is None else s.told) for s in task.held)
+        for task in tasks
+    }
     return {task.name: away[task.name] / max(scale[task.name], 1e-12) for task in tasks}
 
 
@@ -234,7 +240,9 @@ def spread(tasks: Sequence[Task]) -> Iterator[tuple[Task, NoisyClip, float]]:
             yield task, state, task.weight * share
 
 
-def told_shares(task: Task) -> Tensor:
-    """[n], together 1: of a LoRA's states by how much it changes there; of the base's all alike."""
-    told = torch.tensor([1.0 if task.teacher is None else max(s.told, 1e-12) for s in task.states])
+def told_shares(task: Task, states: Sequence[NoisyClip] | None = None) -> Tensor:
+    """[n], together 1: of a LoRA's states (those to merge by, unless others of it are given) by how much it
+    changes there; of the base's all alike."""
+    own = task.states if states is None else states
+    told = torch.tensor([1.0 if task.teacher is None else max(s.told, 1e-12) for s in own])
     return told / told.sum()
