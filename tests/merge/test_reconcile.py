@@ -183,7 +183,7 @@ def test_what_fit_and_polish_make_is_what_is_written(place, tmp_path, target):
     # the same again, bit for bit
     assert (tmp_path / "n.safetensors").read_bytes()[-4096:] == out.read_bytes()[-4096:]
     for name in ("1/lora.safetensors", "2/lora.safetensors"):
-        assert said["summed"][name] > 0.8 and said["fidelity"][name] < 0.15
+        assert said["summed"][name] > 0.75 and said["fidelity"][name] < 0.15
     assert said["fidelity"]["keep"] < 0.5 * said["summed"]["keep"]
     assert (tmp_path / "m-calibration" / "keep" / "manifest.json").exists() == (target == "lora")
 
