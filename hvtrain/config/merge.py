@@ -39,6 +39,9 @@ class ReconcileConfig:
     """For fit: pull towards the plain sum, as a share of the inputs' mean square"""
     steps: int = 100
     """For distill: optimizer steps"""
+    new_noise: bool = True
+    """For distill: noise the clips anew in every step and ask the LoRAs again, a forward pass more; false:
+    the noisy clips that fit has. Clips that the LoRAs themselves have sampled are never noised"""
     lr: float | None = None
     """For distill: learning rate; null: that of the LoRAs' own training"""
     batch_size: int = 1

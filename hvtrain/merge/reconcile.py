@@ -181,7 +181,9 @@ def reconcile(
         lr = c.lr or learning_rate(inputs.loras) or UNTOLD
         pairs = {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
         before = _mean(report)
-        solved = distill(found, ctx, dtype, pairs, Draw(tasks, wanted.seed), clips, c, journal, lr=lr)
+        draw = Draw(tasks, wanted.seed, c.new_noise)
+        teachers = {t.teacher: model.changes.sets[t.teacher] for t in tasks if t.teacher is not None}
+        solved = distill(found, ctx, dtype, pairs, draw, clips, c, journal, lr=lr, teachers=teachers)
         judge()
         _refuse_worse(before, _mean(report), lr)
     for line in report.kept() if ctx.is_main else ():

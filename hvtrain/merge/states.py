@@ -38,6 +38,7 @@ class NoisyClip:
     taught: Tensor = field(default_factory=lambda: torch.empty(0))  # velocity by the teacher
     told: float = 0.0  # mean square of what the teacher changes
     size: float = 0.0  # of the base's velocity itself
+    sampled: bool = False  # x is the teacher's own: clean has nothing to do with it
 
     @property
     def form(self) -> tuple:
@@ -46,6 +47,12 @@ class NoisyClip:
             n: tuple(v.tolist()) if n.endswith("_len") else tuple(v.shape) for n, v in self.cond.items()
         }
         return (tuple(self.x.shape), *sorted(lengths.items()))
+
+    def noised(self, sigma: float, noise: torch.Generator) -> NoisyClip:
+        """The clip with other noise, of which no teacher has said anything yet."""
+        clean = self.clean[None]
+        x = add_noise(clean, torch.randn(clean.shape, generator=noise), torch.tensor([sigma]))[0]
+        return replace(self, x=x, sigma=sigma, taught=torch.empty(0))
 
 
 @dataclass
@@ -148,7 +155,7 @@ class Clips:
                 for (_, now), v in zip(job, velocity, strict=True):
                     now.x, now.sigma = now.x + (there - here) * v, there
         for _, state, now, _ in moving:
-            state.x, state.sigma = now.x, now.sigma
+            state.x, state.sigma, state.sampled = now.x, now.sigma, True
 
 
 def _conditions(sample: Sample, flavor: Flavor) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def _passes(job: Merge, seen: Streaming, step: int) -> dict[str, tuple[int, int]
         found["fit"] = (job.n_states, job.n_states * (seen.cost.fit + seen.cost.sums) + seen.cost.solve)
     if job.distills:
         n = c.steps * A_SLICE * job.n_sets
-        found["distill"] = (n, n * step)
+        found["distill"] = (n, n * (step + forward * (c.new_noise and not c.own_states)))
     return found
 
 
