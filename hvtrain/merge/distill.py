@@ -12,7 +12,7 @@ their rows are those of the LoRAs (of a plan: its slots), and no other weight ca
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from hvtrain.merge.changes import ByLayer, Changes, LowRank
 from hvtrain.merge.journal import Journal
 from hvtrain.merge.states import Clips, NoisyClip, Task, batches, told_shares
 from hvtrain.merge.stream import placed
+from hvtrain.models.dit import ModelInput
 from hvtrain.models.load import Identified, load_found
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
@@ -89,21 +90,15 @@ def distill(
     recompute = "full" if ctx.device.type == "cuda" else "none"
     parallelize(model, ctx, kernel="auto", recompute=recompute, dtype=dtype)
     changes = Changes(model)
-    student = {
-        name: [replace(p, down=_parameter(p.down, ctx), up=_parameter(p.up, ctx)) for p in own] for name,
-        own in pairs.items()
-    }
+    student = _trainable(pairs, ctx)
     for key, own in {**teachers, STUDENT: student}.items():
         changes.put(key, own)
     computing = partial(autocast, ctx.device.type, enabled=dtype != torch.float32)
 
-    @torch.no_grad()
-    def ask(new: Sequence[tuple[Hashable, NoisyClip]]) -> None:
-        for job in batches(new, cfg.batch_size):
-            with computing(), changes.using(job[0][0]):
-                taught = model(placed(clips.input([s for _, s in job]), ctx.device)).float().cpu()
-            for (_, state), velocity in zip(job, taught, strict=True):
-                state.taught = velocity
+    def velocities(key: Hashable, states: Sequence[NoisyClip]) -> tuple[ModelInput, Tensor]:
+        inp = placed(clips.input(states), ctx.device)
+        with computing(), changes.using(key):
+            return inp, model(inp)
 
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
     # else it makes as much again as the weights, for a moment
@@ -116,11 +111,10 @@ def distill(
         loss, drawn = 0.0, {id(s): (task.teacher, scale) for task, s, scale in states}
         for job in batches([(None, s) for _, s, _ in states], cfg.batch_size)[ctx.dp_rank :: ctx.dp]:
             batch = [s for _, s in job]
-            ask([(drawn[id(s)][0], s) for s in batch if not s.taught.numel()])
+            new = [(drawn[id(s)][0], s) for s in batch if not s.taught.numel()]
+            _ask(batches(new, cfg.batch_size), velocities)
             wanted = torch.stack([s.taught for s in batch]).to(ctx.device)
-            inp = placed(clips.input(batch), ctx.device)
-            with computing(), changes.using(STUDENT):
-                velocity = model(inp)
+            inp, velocity = velocities(STUDENT, batch)
             counts = torch.tensor([drawn[id(s)][1] for s in batch], device=ctx.device)
             error = (squared_error(velocity, wanted, inp.loss_mask) * counts).sum() / len(states)
             error.backward()
@@ -145,8 +139,23 @@ def distill(
     }
 
 
-def _parameter(value: Tensor, ctx: ParallelContext) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(ctx.device, torch.float32, copy=True))
+def _trainable(pairs: Pairs, ctx: ParallelContext) -> dict[str, list[LowRank]]:
+    def copy(value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.detach().to(ctx.device, torch.float32, copy=True))
+
+    return {name: [replace(p, down=copy(p.down), up=copy(p.up)) for p in own] for name, own in pairs.items()}
+
+
+@torch.no_grad()
+def _ask(
+    jobs: Sequence[Sequence[tuple[Hashable, NoisyClip]]],
+    velocities: Callable[[Hashable, Sequence[NoisyClip]], tuple[ModelInput, Tensor]],
+) -> None:
+    """Fill in what its teacher says of each clip. `jobs`: (teacher, clip), of one teacher each."""
+    for job in jobs:
+        _, taught = velocities(job[0][0], [s for _, s in job])
+        for (_, state), velocity in zip(job, taught.float().cpu(), strict=True):
+            state.taught = velocity
 
 
 def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], journal: Journal) -> int:
