@@ -19,7 +19,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hvtrain.config import ReconcileConfig
 from hvtrain.flow.loss import squared_error
 from hvtrain.merge.changes import ByLayer, Changes, LowRank
 from hvtrain.merge.journal import Journal
@@ -78,9 +77,18 @@ class Draw:
         return 1.0 if task.teacher is None else mean / max(told[task.name], 1e-12)
 
 
+@dataclass(frozen=True)
+class Training:
+    """How the pairs are trained."""
+
+    steps: int
+    lr: float
+    batch_size: int
+
+
 def distill(
     found: Identified, ctx: ParallelContext, dtype: torch.dtype, pairs: Pairs, draw: Draw, clips: Clips,
-    cfg: ReconcileConfig, journal: Journal, *, lr: float, teachers: Mapping[Hashable, ByLayer],
+    teachers: Mapping[Hashable, ByLayer], cfg: Training, journal: Journal,
 ) -> dict[str, list[LowRank]]:
     """The trained pairs, on the CPU. Needs the whole model on the device, as training does.
     `teachers`: by Task.teacher, each one's changes. Collective: data-parallel ranks take parts of a step's
@@ -103,7 +111,7 @@ def distill(
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
     # else it makes as much again as the weights, for a moment
     fused = True if ctx.device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, eps=_EPS, fused=fused)
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0, eps=_EPS, fused=fused)
     done = _restore(optimizer, weights, journal)
     began = time.monotonic()
     for step in range(done, cfg.steps):
@@ -122,7 +130,7 @@ def distill(
         _sum_gradients(weights, ctx)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, cfg.steps)
+            group["lr"] = cfg.lr * _rate(step, cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % _SAVED == 0 and ctx.is_main:

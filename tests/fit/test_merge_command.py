@@ -151,9 +151,10 @@ def test_what_costs_more_is_said_to(tmp_path):
     assert states.sums == 2 * base.sums > 0 and states.passes["distill"] == base.passes["distill"]
     told, forwards = base.passes["what each LoRA does"]
     (n, asked), forward = base.passes["distill"], forwards // told
-    for key in ("new_noise", "own_states"):  # each step asks the LoRAs again, but about its own noise only
-        known = replace(job.reconcile, **{key: not getattr(job.reconcile, key)})
-        assert of_merge(replace(job, reconcile=known), CLIP).passes["distill"] == (n, asked - n * forward)
+    new = replace(job.reconcile, new_noise=True)  # each step asks the LoRAs again, but not what they sampled
+    assert of_merge(replace(job, reconcile=new), CLIP).passes["distill"] == (n, asked + n * forward)
+    sampled = of_merge(replace(job, reconcile=replace(new, own_states=True)), CLIP)
+    assert sampled.passes["distill"] == (n, asked)
     share = of_merge(replace(job, reconcile=replace(job.reconcile, host_gb=1e-3)), CLIP)
     assert base.disk == 0 < share.disk and share.host < base.host and share.fit == base.fit
     two = of_merge(job, CLIP, gpus=2)

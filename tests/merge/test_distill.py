@@ -5,8 +5,10 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
+from hvtrain.config import ReconcileConfig
 from hvtrain.merge import run as merge
 from hvtrain.merge.distill import A_SLICE, Draw
+from hvtrain.merge.effort import FEW, Effort, effort
 from hvtrain.merge.states import NoisyClip, Task
 from tests.merge.test_reconcile import config, place, report  # noqa: F401 - a fixture
 
@@ -48,7 +50,7 @@ def test_a_step_noises_its_clips_anew():
 
 def test_one_lora_asked_about_new_noise_stays_what_it_is(place, tmp_path):  # noqa: F811
     """It is its own teacher: any other's velocity, or its own of other noise, would move it."""
-    merge.run(config(place, tmp_path / "m.safetensors", 1, how="distill", target="lora"))
+    merge.run(config(place, tmp_path / "m.safetensors", 1, how="distill", target="lora", new_noise=True))
     before, after = load_file(place / "1" / "lora.safetensors"), load_file(tmp_path / "m.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -63,3 +65,11 @@ def test_new_noise_serves_on_clips_that_were_held_out(place, tmp_path):  # noqa:
     assert away[True] < 0.8 * away[False], away
 
 
+
+
+def test_many_loras_take_more_unless_something_else_is_said():
+    few, many = effort(ReconcileConfig(), FEW), effort(ReconcileConfig(), FEW + 1)
+    assert few == Effort(48, 100, False) and many == Effort(48, 200, True)
+    for n in (2, 40):
+        assert effort(ReconcileConfig(states=3, steps=5, new_noise=False), n) == Effort(3, 5, False)
+        assert effort(ReconcileConfig(new_noise=True), n).new_noise

@@ -214,7 +214,7 @@ def test_a_lora_joins_an_earlier_merge_without_the_others(place, tmp_path, monke
     """The merged LoRA and what it left are enough: it speaks for its two, each of which is measured. It is
     trained further at the rate of its own LoRAs, not as one that says nothing of it."""
     rates = []
-    monkeypatch.setattr(reconciling, "distill", lambda *args, lr, teachers: rates.append(lr) or args[3])
+    monkeypatch.setattr(reconciling, "distill", lambda *args: rates.append(args[7].lr) or args[3])
     merge.run(
         config(
             place, tmp_path / "two.safetensors", 1, 2, how="fit", target="lora", keep=(str(place / "old"),)
