@@ -78,7 +78,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Training:
+class Polish:
     """How the pairs are trained."""
 
     steps: int
@@ -88,7 +88,7 @@ class Training:
 
 def distill(
     found: Identified, ctx: ParallelContext, dtype: torch.dtype, pairs: Pairs, draw: Draw, clips: Clips,
-    teachers: Mapping[Hashable, ByLayer], cfg: Training, journal: Journal,
+    teachers: Mapping[Hashable, ByLayer], cfg: Polish, journal: Journal,
 ) -> dict[str, list[LowRank]]:
     """The trained pairs, on the CPU. Needs the whole model on the device, as training does.
     `teachers`: by Task.teacher, each one's changes. Collective: data-parallel ranks take parts of a step's

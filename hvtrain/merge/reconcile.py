@@ -21,7 +21,7 @@ from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.runs import CONFIG
 from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
-from hvtrain.merge.distill import Draw, Training, distill
+from hvtrain.merge.distill import Draw, Polish, distill
 from hvtrain.merge.effort import effort
 from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.merge.fit import STUDENT, device_bytes, fit_block, push, streams, targets_of
@@ -185,8 +185,8 @@ def reconcile(
         before = _mean(report)
         draw = Draw(tasks, wanted.seed, much.new_noise)
         teachers = {t.teacher: model.changes.sets[t.teacher] for t in tasks if t.teacher is not None}
-        training = Training(much.steps, lr, c.batch_size)
-        solved = distill(found, ctx, dtype, pairs, draw, clips, teachers, training, journal)
+        polish = Polish(much.steps, lr, c.batch_size)
+        solved = distill(found, ctx, dtype, pairs, draw, clips, teachers, polish, journal)
         judge()
         _refuse_worse(before, _mean(report), lr)
     for line in report.kept() if ctx.is_main else ():
