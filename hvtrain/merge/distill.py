@@ -62,10 +62,9 @@ class Draw:
 
     def _clip(self, task: Task, draw: torch.Generator) -> NoisyClip:
         """Those on which a LoRA does more come up more often; levels of noise likewise."""
-        clip, other = (
-            task.states[i] for i in torch.multinomial(told_shares(task), 2, True, generator=draw).tolist()
-        )
-        return clip.noised(other.sigma, draw) if self.new_noise and not clip.sampled else clip
+        chosen = torch.multinomial(told_shares(task), 1 + self.new_noise, True, generator=draw).tolist()
+        clip, level = task.states[chosen[0]], task.states[chosen[-1]].sigma
+        return clip.noised(level, draw) if self.new_noise and not clip.sampled else clip
 
     def scale(self, task: Task) -> float:
         """Each LoRA's error counts by what it changes in all, so that the weak are not
