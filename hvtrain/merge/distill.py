@@ -4,25 +4,27 @@ teachers, inside their own rows.
     loss = mean over noisy clips of || v_merged - v_teacher ||^2;  teacher: base + one LoRA on
     its own captions, base on keep's
 
-The teachers' velocities are computed before, so that a step costs what a training step costs. Only the pairs
-are trained: their rows are those of the LoRAs (of a plan: its slots), and no other weight can move.
+Every step noises its clips anew and asks their teachers, for one more forward pass: the pairs learn a few
+dozen noisy clips by heart long before they do on others what the teachers do. Only the pairs are trained:
+their rows are those of the LoRAs (of a plan: its slots), and no other weight can move.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hvtrain.config import ReconcileConfig
 from hvtrain.flow.loss import squared_error
-from hvtrain.merge.changes import Changes, LowRank
+from hvtrain.merge.changes import ByLayer, Changes, LowRank
 from hvtrain.merge.journal import Journal
 from hvtrain.merge.states import Clips, NoisyClip, Task, batches, told_shares
 from hvtrain.merge.stream import placed
+from hvtrain.models.dit import ModelInput
 from hvtrain.models.load import Identified, load_found
 from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
@@ -33,6 +35,7 @@ Pairs = Mapping[str, Sequence[LowRank]]
 STUDENT = "student"
 A_SLICE = 2  # clips of each step for each LoRA, those of old words among them
 _WARMUP = 10
+_EPS = 1e-7  # above what rounding makes of a gradient: it depends on how many ranks share a clip
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SAVED = 25  # steps between two notes of where it is
 
@@ -43,8 +46,10 @@ class Draw:
 
     tasks: Sequence[Task]
     seed: int
+    new_noise: bool
 
-    def __call__(self, step: int) -> list[tuple[NoisyClip, float]]:
+    def __call__(self, step: int) -> list[tuple[Task, NoisyClip, float]]:
+        """Each with what its error counts."""
         own = [t for t in self.tasks if t.teacher is not None]
         kept = [t for t in self.tasks if t.teacher is None]
         whole, n = sum(t.weight for t in self.tasks), A_SLICE * len(own)
@@ -53,10 +58,13 @@ class Draw:
         chosen = [(kept[i % len(kept)]) for i in range(n_kept)] if kept else []
         order = torch.randperm(len(own), generator=draw).tolist()
         chosen += [own[order[i % len(own)]] for i in range(n - n_kept)]
-        return [
-            (task.states[int(torch.multinomial(told_shares(task), 1, generator=draw))], self.scale(task))
-            for task in chosen
-        ]
+        return [(task, self._clip(task, draw), self.scale(task)) for task in chosen]
+
+    def _clip(self, task: Task, draw: torch.Generator) -> NoisyClip:
+        """Those on which a LoRA does more come up more often; levels of noise likewise."""
+        chosen = torch.multinomial(told_shares(task), 1 + self.new_noise, True, generator=draw).tolist()
+        clip, level = task.states[chosen[0]], task.states[chosen[-1]].sigma
+        return clip.noised(level, draw) if self.new_noise and not clip.sampled else clip
 
     def scale(self, task: Task) -> float:
         """Each LoRA's error counts by what it changes in all, so that the weak are not
@@ -68,46 +76,60 @@ class Draw:
         return 1.0 if task.teacher is None else mean / max(told[task.name], 1e-12)
 
 
+@dataclass(frozen=True)
+class Polish:
+    """How the pairs are trained."""
+
+    steps: int
+    lr: float
+    batch_size: int
+
+
 def distill(
     found: Identified, ctx: ParallelContext, dtype: torch.dtype, pairs: Pairs, draw: Draw, clips: Clips,
-    cfg: ReconcileConfig, journal: Journal, *, lr: float,
+    teachers: Mapping[Hashable, ByLayer], cfg: Polish, journal: Journal,
 ) -> dict[str, list[LowRank]]:
     """The trained pairs, on the CPU. Needs the whole model on the device, as training does.
-    Collective: data-parallel ranks take parts of a step's clips, sequence-parallel ones share each.
-    Goes on at the last noted step."""
+    `teachers`: by Task.teacher, each one's changes. Collective: data-parallel ranks take parts of a step's
+    clips, sequence-parallel ones share each. Goes on at the last noted step."""
     loaded = load_found(found, dtype=dtype, device=ctx.device)
     model = loaded.model.eval().requires_grad_(False)
     recompute = "full" if ctx.device.type == "cuda" else "none"
     parallelize(model, ctx, kernel="auto", recompute=recompute, dtype=dtype)
     changes = Changes(model)
-    student = {
-        name: [replace(p, down=_parameter(p.down, ctx), up=_parameter(p.up, ctx)) for p in own] for name,
-        own in pairs.items()
-    }
-    changes.put(STUDENT, student)
+    student = _trainable(pairs, ctx)
+    for key, own in {**teachers, STUDENT: student}.items():
+        changes.put(key, own)
+    computing = partial(autocast, ctx.device.type, enabled=dtype != torch.float32)
+
+    def velocities(key: Hashable, states: Sequence[NoisyClip]) -> tuple[ModelInput, Tensor]:
+        inp = placed(clips.input(states), ctx.device)
+        with computing(), changes.using(key):
+            return inp, model(inp)
+
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
     # else it makes as much again as the weights, for a moment
     fused = True if ctx.device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0, eps=_EPS, fused=fused)
     done = _restore(optimizer, weights, journal)
     began = time.monotonic()
     for step in range(done, cfg.steps):
         states = draw(step)
-        loss, scales = 0.0, {id(s): scale for s, scale in states}
-        for job in batches([(None, s) for s, _ in states], cfg.batch_size)[ctx.dp_rank :: ctx.dp]:
+        loss, drawn = 0.0, {id(s): (task.teacher, scale) for task, s, scale in states}
+        for job in batches([(None, s) for _, s, _ in states], cfg.batch_size)[ctx.dp_rank :: ctx.dp]:
             batch = [s for _, s in job]
+            new = [(drawn[id(s)][0], s) for s in batch if not s.taught.numel()]
+            _ask(batches(new, cfg.batch_size), velocities)
             wanted = torch.stack([s.taught for s in batch]).to(ctx.device)
-            inp = placed(clips.input(batch), ctx.device)
-            with autocast(ctx.device.type, enabled=dtype != torch.float32), changes.using(STUDENT):
-                velocity = model(inp)
-            counts = torch.tensor([scales[id(s)] for s in batch], device=ctx.device)
+            inp, velocity = velocities(STUDENT, batch)
+            counts = torch.tensor([drawn[id(s)][1] for s in batch], device=ctx.device)
             error = (squared_error(velocity, wanted, inp.loss_mask) * counts).sum() / len(states)
             error.backward()
             loss += error.item()
         _sum_gradients(weights, ctx)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, cfg.steps)
+            group["lr"] = cfg.lr * _rate(step, cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % _SAVED == 0 and ctx.is_main:
@@ -124,8 +146,23 @@ def distill(
     }
 
 
-def _parameter(value: Tensor, ctx: ParallelContext) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(ctx.device, torch.float32, copy=True))
+def _trainable(pairs: Pairs, ctx: ParallelContext) -> dict[str, list[LowRank]]:
+    def copy(value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.detach().to(ctx.device, torch.float32, copy=True))
+
+    return {name: [replace(p, down=copy(p.down), up=copy(p.up)) for p in own] for name, own in pairs.items()}
+
+
+@torch.no_grad()
+def _ask(
+    jobs: Sequence[Sequence[tuple[Hashable, NoisyClip]]],
+    velocities: Callable[[Hashable, Sequence[NoisyClip]], tuple[ModelInput, Tensor]],
+) -> None:
+    """Fill in what its teacher says of each clip. `jobs`: (teacher, clip), of one teacher each."""
+    for job in jobs:
+        _, taught = velocities(job[0][0], [s for _, s in job])
+        for (_, state), velocity in zip(job, taught.float().cpu(), strict=True):
+            state.taught = velocity
 
 
 def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], journal: Journal) -> int:

@@ -38,6 +38,7 @@ class NoisyClip:
     taught: Tensor = field(default_factory=lambda: torch.empty(0))  # velocity by the teacher
     told: float = 0.0  # mean square of what the teacher changes
     size: float = 0.0  # of the base's velocity itself
+    sampled: bool = False  # x is the teacher's own: clean has nothing to do with it
 
     @property
     def form(self) -> tuple:
@@ -46,6 +47,12 @@ class NoisyClip:
             n: tuple(v.tolist()) if n.endswith("_len") else tuple(v.shape) for n, v in self.cond.items()
         }
         return (tuple(self.x.shape), *sorted(lengths.items()))
+
+    def noised(self, sigma: float, noise: torch.Generator) -> NoisyClip:
+        """The clip with other noise, of which no teacher has said anything yet."""
+        clean = self.clean[None]
+        x = add_noise(clean, torch.randn(clean.shape, generator=noise), torch.tensor([sigma]))[0]
+        return replace(self, x=x, sigma=sigma, taught=torch.empty(0))
 
 
 @dataclass
@@ -148,7 +155,7 @@ class Clips:
                 for (_, now), v in zip(job, velocity, strict=True):
                     now.x, now.sigma = now.x + (there - here) * v, there
         for _, state, now, _ in moving:
-            state.x, state.sigma = now.x, now.sigma
+            state.x, state.sigma, state.sampled = now.x, now.sigma, True
 
 
 def _conditions(sample: Sample, flavor: Flavor) -> dict[str, Tensor]:
@@ -187,16 +194,22 @@ def fidelity(
     clips: Clips, forward: Forward, tasks: Sequence[Task], key: Hashable, batch_size: int
 ) -> dict[str, float]:
     """Of each task, on its held-out states: squared distance of the velocity from the teacher's over the
-    base's, so 0 is as the LoRA alone and 1 as if it were not there. Of the base's own words: over the base's
-    velocity, so 0 is unchanged."""
+    base's, so 0 is as the LoRA alone and 1 as if it were not there. A state counts by what its teacher
+    changes there, as one to merge by: a LoRA's small change of clips from which it learnt nothing need not
+    be kept. Of the base's own words: over the base's velocity, so 0 is unchanged."""
+    shares = [(task.held, told_shares(task, task.held).tolist()) for task in tasks]
+    counts = {id(s): count for held, own in shares for s, count in zip(held, own, strict=True)}
     jobs = batches([(task.name, s) for task in tasks for s in task.held], batch_size)
     inputs = [clips.input([s for _, s in job]) for job in jobs]
     away: dict[Hashable, float] = defaultdict(float)
     for job, inp, (velocity,) in zip(jobs, inputs, forward([(inp, (key,)) for inp in inputs]), strict=True):
         errors = squared_error(velocity, torch.stack([s.taught for _, s in job]), inp.loss_mask)
-        for (name, _), error in zip(job, errors.tolist(), strict=True):
-            away[name] += error
-    scale = {task.name: sum(s.size if task.teacher is None else s.told for s in task.held) for task in tasks}
+        for (name, state), error in zip(job, errors.tolist(), strict=True):
+            away[name] += counts[id(state)] * error
+    scale = {
+        task.name: sum(counts[id(s)] * (s.size if task.teacher is None else s.told) for s in task.held)
+        for task in tasks
+    }
     return {task.name: away[task.name] / max(scale[task.name], 1e-12) for task in tasks}
 
 
@@ -234,7 +247,9 @@ def spread(tasks: Sequence[Task]) -> Iterator[tuple[Task, NoisyClip, float]]:
             yield task, state, task.weight * share
 
 
-def told_shares(task: Task) -> Tensor:
-    """[n], together 1: of a LoRA's states by how much it changes there; of the base's all alike."""
-    told = torch.tensor([1.0 if task.teacher is None else max(s.told, 1e-12) for s in task.states])
+def told_shares(task: Task, states: Sequence[NoisyClip] | None = None) -> Tensor:
+    """[n], together 1: of a LoRA's states (those to merge by, unless others of it are given) by how much it
+    changes there; of the base's all alike."""
+    own = task.states if states is None else states
+    told = torch.tensor([1.0 if task.teacher is None else max(s.told, 1e-12) for s in own])
     return told / told.sum()

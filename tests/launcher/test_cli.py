@@ -84,7 +84,7 @@ def test_the_committed_reference_is_the_code() -> None:
     assert committed == configs.reference_text(), "run: hvtrain config > configs/reference.yaml"
 
 
-RECIPES = ("clips", "forgetting", "vae")  # of hvtrain.tiny's own programs
+RECIPES = ("clips", "forgetting", "vae", "words")  # of hvtrain.tiny's own programs
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*/**/*.yaml")) if path.stem not in RECIPES]
 
 

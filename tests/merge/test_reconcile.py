@@ -183,7 +183,7 @@ def test_what_fit_and_polish_make_is_what_is_written(place, tmp_path, target):
     # the same again, bit for bit
     assert (tmp_path / "n.safetensors").read_bytes()[-4096:] == out.read_bytes()[-4096:]
     for name in ("1/lora.safetensors", "2/lora.safetensors"):
-        assert said["summed"][name] > 0.9 and said["fidelity"][name] < 0.2
+        assert said["summed"][name] > 0.75 and said["fidelity"][name] < 0.15
     assert said["fidelity"]["keep"] < 0.5 * said["summed"]["keep"]
     assert (tmp_path / "m-calibration" / "keep" / "manifest.json").exists() == (target == "lora")
 
@@ -214,7 +214,7 @@ def test_a_lora_joins_an_earlier_merge_without_the_others(place, tmp_path, monke
     """The merged LoRA and what it left are enough: it speaks for its two, each of which is measured. It is
     trained further at the rate of its own LoRAs, not as one that says nothing of it."""
     rates = []
-    monkeypatch.setattr(reconciling, "distill", lambda *args, lr: rates.append(lr) or args[3])
+    monkeypatch.setattr(reconciling, "distill", lambda *args: rates.append(args[7].lr) or args[3])
     merge.run(
         config(
             place, tmp_path / "two.safetensors", 1, 2, how="fit", target="lora", keep=(str(place / "old"),)

@@ -17,7 +17,8 @@ from tests.parallel.ranks import run_ranks
 
 
 def asked(folder, name, how):
-    cfg = config(folder, folder / f"{name}.safetensors", 1, 2, how=how, keep=(str(folder / "old"),))
+    keep = (str(folder / "old"),)
+    cfg = config(folder, folder / f"{name}.safetensors", 1, 2, how=how, keep=keep, new_noise=True)
     return replace(cfg, dtype="float32")
 
 

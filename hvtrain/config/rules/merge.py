@@ -72,7 +72,8 @@ def _check_reconcile(cfg: MergeConfig) -> None:
     if c.how != "auto":
         _check_reconciling(cfg)
     for key in ("states", "held_out", "steps", "batch_size", "ridge", "host_gb"):
-        if not getattr(c, key) > 0:
+        value = getattr(c, key)
+        if value is not None and not value > 0:
             raise ConfigError(f"reconcile.{key} is {getattr(c, key)}, expected more than 0")
     if c.keep_weight < 0 or (c.lr is not None and not c.lr > 0):
         raise ConfigError(
