@@ -78,13 +78,19 @@ def load_slices(run: str | Path) -> Slices:
         raw = json.loads(path.read_text())
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         build(Slices, raw, where=FILE)  # the type of each value
-        return Slices(**values)
+        return Slices(**{**values, "merge": _without_device(values.get("merge", ()))})
     except OSError as error:
         raise LaunchError(
             f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it"
         ) from None
     except (ConfigError, ValueError, TypeError, AttributeError) as error:
         raise LaunchError(f"{path}: damaged ({error})") from None
+
+
+def _without_device(merge: tuple[str, ...]) -> tuple[str, ...]:
+    """An older version said where a reconciling merge computes; it finds a GPU by itself now."""
+    at = merge.index("--device") if "--device" in merge else len(merge)
+    return merge[:at] + merge[at + 2 :]
 
 
 def save_slices(run: Path, slices: Slices) -> None:

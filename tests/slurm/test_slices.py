@@ -178,6 +178,11 @@ def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys
         f"{tmp_path}/run/merge/merged-lora.safetensors", "--reconcile", "fit+distill", "--keep",
         f"{tmp_path}/parts/keep",
     )
+    file = tmp_path / "run" / slices.FILE
+    older = json.loads(file.read_text())
+    file.write_text(json.dumps({**older, "merge": [*older["merge"], "--device", "cpu"]}))
+    code, said = hvtrain(capsys, "run", *start)
+    assert code == 0 and "runs (1, 2, 3)" in said, said
     apart = [*start[:-1], "apart", "--merge-as", "none"]
     assert hvtrain(capsys, "run", *apart)[0] == 0 and slices.load_slices(tmp_path / "apart").merge == ()
     code, said = hvtrain(capsys, "merge", tmp_path / "apart")
