@@ -53,6 +53,14 @@ class Inputs:
         every = (one for lora, _ in self.loras for one in base_loras(lora.path, lora.metadata))
         return list(dict.fromkeys(one for one in every if self._number_of(one) is None))
 
+    def notes(self) -> list[str]:
+        """What is not wrong, and may not be meant."""
+        return [] if self.any_base else [
+            f"note: trained on top of {one.file}, times {one.multiplier:g}, which is not among these: give it "
+            "too, unless the model has it already (--any-base)"
+            for one in self.built_on_others()
+        ]
+
     def _number_of(self, one: Under) -> int | None:
         here = [(lora.metadata.get(SUM_KEY), multiplier) for lora, multiplier in self.loras]
         wanted = (one.sum, one.multiplier)

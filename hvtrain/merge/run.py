@@ -92,7 +92,7 @@ def run(cfg: MergeConfig) -> None:
         for lora, multiplier in inputs.loras:
             off = "" if multiplier else " (off)"
             print(f"{lora.summary()}, times {multiplier:g}{off}; {blocks(lora.pairs)}")
-        for line in (*report.lines(), *chosen.lines(bool(cfg.reconcile.keep))):
+        for line in (*inputs.notes(), *report.lines(), *chosen.lines(bool(cfg.reconcile.keep))):
             print(line)
     if how != "none":
         from hvtrain.merge.reconcile import Wanted, reconcile

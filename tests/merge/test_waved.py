@@ -97,7 +97,7 @@ def test_what_a_lora_was_trained_on_must_be_there(place, two, wrong):  # noqa: F
     merge.run(merge.replace(cfg, any_base=True))
 
 
-def test_a_merge_is_on_top_of_what_its_loras_were_trained_on(place, two, tmp_path):  # noqa: F811
+def test_a_merge_is_on_top_of_what_its_loras_were_trained_on(place, two, tmp_path, capsys):  # noqa: F811
     """One LoRA of some says so too, unless that is among them: else its teacher would not be what it is."""
     cfg, second, first = two
     on_top_of(second, first)
@@ -106,9 +106,13 @@ def test_a_merge_is_on_top_of_what_its_loras_were_trained_on(place, two, tmp_pat
         reconcile=merge.replace(cfg.reconcile, how="none")
     )
     merge.run(alone)
+    note = "note: trained on top of lora.safetensors, times 1, which is not among these"
+    assert note in capsys.readouterr().out
+    merge.run(merge.replace(alone, any_base=True))
     merge.run(merge.replace(
         alone, lora=cfg.lora, on_overlap="sum", output=str(tmp_path / "both.safetensors")
     ))
+    assert "note:" not in capsys.readouterr().out
     said = metadata(tmp_path / "one.safetensors")["hvtrain.base_lora"]
     assert json.loads(said) == json.loads(metadata(second)["hvtrain.base_lora"])
     assert "hvtrain.base_lora" not in metadata(tmp_path / "both.safetensors")
