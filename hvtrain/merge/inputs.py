@@ -56,8 +56,8 @@ class Inputs:
     def notes(self) -> list[str]:
         """What is not wrong, and may not be meant."""
         return [] if self.any_base else [
-            f"note: trained on top of {one.file}, times {one.multiplier:g}, which is not among these: give it "
-            "too, unless the model has it already (--any-base)"
+            f"note: trained on top of {one.file}, times {one.multiplier:g}, which is not among these: give "
+            "it too, unless the model has it already (--any-base)"
             for one in self.built_on_others()
         ]
 
