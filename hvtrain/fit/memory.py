@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from hvtrain.config import ZeroConfig
 from hvtrain.fit.trace import Trace
+from hvtrain.train.zero_config import PREFETCH
 
 _LIVE = 10**9  # elements that DeepSpeed's stage 3 keeps gathered (its default)
-_PREFETCH = 1 << 28  # as train/zero_config.py sets it
 _BUCKET = 1 << 28
 _TORCH_BUCKET = 1 << 26
 
@@ -116,7 +116,7 @@ def _sharded(n: int, trained: int, frozen: int, activations: int, trace: Trace, 
     if zero.stage == 3:
         size = max(1, weights // max(1, n)) if not frozen else 2
         held = 0 if zero.offload_param != "none" else -(-weights // layout.world)
-        weights = held + min(weights, (_LIVE + _PREFETCH) * size)
+        weights = held + min(weights, (_LIVE + PREFETCH) * size)
     in_step = gradients + own  # once more
     in_backward = trace.peak_bytes + buffers + (0 if layout.keeps_gradients else gradients)
     return Budget(

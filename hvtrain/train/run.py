@@ -108,8 +108,7 @@ def run(cfg: TrainConfig, ctx: ParallelContext | None = None) -> int:
     except Busy as error:
         if not ctx.requeues:
             raise
-        # Slurm started this job again while its first life goes on (on a lost node): it ends, and then we
-        # may.
+        # Slurm started this job again while its first life goes on (on a lost node): first that ends.
         if ctx.is_main:
             say(f"{error}; asking Slurm to start this job again later")
         return REQUEUE
