@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.rng import generator
-from hvtrain.weights.float8 import Fp8Linear, linear
+from hvtrain.weights.float8 import DEQUANTISED, Fp8Linear, linear
 
 Parts = Mapping[str, Tensor]  # of one layer's adapter, by part
 
@@ -68,7 +68,7 @@ class AdaptedLinear(nn.Linear):
             self.register_buffer("scale_weight", base.scale_weight)
         else:
             self.weight, self.scale_weight = base.weight, None
-        self.matmul = getattr(base, "matmul", True)  # of a float8 weight
+        self.products = getattr(base, "products", DEQUANTISED)  # of a float8 weight
         self.bias = base.bias
         self.name, self.rank, self.alpha, self.dropout, self.how = name, rank, alpha, dropout, how
         # Only these output rows are adapted: the others have no parameters, so nothing can move them.
@@ -177,7 +177,9 @@ class AdaptedLinear(nn.Linear):
         )
 
     def plain(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
+        return linear(
+            x, self.weight, self.bias, self.scale_weight, products=self.products, fast=not self.training
+        )
 
     def joined(self, x: Tensor, scale: float | Tensor) -> Tensor | None:  # [B ... in] -> [B ... out]
         """The layer's whole output made in one buffer; None where the kind, or

@@ -134,7 +134,7 @@ def _reference(cls: type, *, depth: int) -> list[str]:
             continue
         note = notes.get(f.name, "")
         if get_origin(kind) is Literal:
-            note += " (" + " | ".join(str(a) for a in get_args(kind)) + ")"
+            note += " (" + " | ".join(map(_word, get_args(kind))) + ")"
         default = (
             f.default if f.default is not MISSING else f.default_factory()
             if f.default_factory is not MISSING else None
@@ -289,8 +289,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if origin in (Union, types.UnionType):
         return _optional(value, kind, where=where, key=key)
     if origin is Literal:
-        if value not in get_args(kind):
-            legal = [str(a) for a in get_args(kind)]
+        if not any(value == a and type(value) is type(a) for a in get_args(kind)):  # 1 is not true
+            legal = [_word(a) for a in get_args(kind)]
             near = suggest(value if isinstance(value, str) else "", legal)
             listed = "" if near.startswith("choose") else f" ({' | '.join(legal)})"
             raise ConfigError(f"{where}: {key} is {_shown(value)}; {near}{listed}")
@@ -308,6 +308,11 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if origin is tuple:
         return _sequence(value, get_args(kind), where=where, key=key)
     return _scalar(value, kind, where=where, key=key)
+
+
+def _word(choice: object) -> str:
+    """As YAML has it."""
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _optional(value: Any, kind: Any, *, where: str, key: str) -> Any:

@@ -60,9 +60,10 @@ class ModelConfig:
     quantize: Literal["none", "fp8", "fp8_scaled"] = "none"
     """Hold the DiT's frozen Linear weights in float8: fp8 casts, fp8_scaled keeps a factor for every 64
     values; a file that is float8 already keeps its own values"""
-    fp8_matmul: bool = True
-    """With quantize, multiply in float8 where the GPU can (not for fp8_scaled's factors);
-    false dequantises everywhere"""
+    fp8_matmul: Literal["auto", True, False] = "auto"
+    """With quantize, multiply in float8, which rounds activations and gradients too: auto where that is
+    measured to be faster on this GPU, true wherever a layer's sizes and factors let it, false nowhere. Layers
+    with a factor for every 64 values (fp8_scaled) are always dequantised"""
     vae_dtype: DType = "float16"
     """Dtype of the VAE"""
     fp8_text: bool = False

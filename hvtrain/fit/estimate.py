@@ -37,7 +37,7 @@ from hvtrain.parallel.swap import shard_savings, swap_savings
 from hvtrain.slices.plan import Cut, SlicePlan, load_plan, make_plan
 from hvtrain.train.optim import state_bytes
 from hvtrain.train.setup import part_of
-from hvtrain.weights.float8 import BLOCK, DTYPE, replace_linear
+from hvtrain.weights.float8 import BLOCK, DTYPE, Products, replace_linear, use_products
 
 MACHINE = 8  # GPUs with fast links among them
 
@@ -173,7 +173,7 @@ def of_sampling(
     much again, not more memory."""
     with simulated(world=gpus, ulysses=parallel.ulysses, ring=parallel.ring) as ctx:
         dit = empty_model(about, getattr(torch, model.dtype)).requires_grad_(False)
-        _quantize(dit, about.spec, model.quantize)
+        _quantize(dit, about.spec, model)
         inp = fake_input(about.spec, about.flavor, shape)
         trace = trace_step(dit.eval(), inp, ctx=ctx, training=False, sparse=sparse)
         freed = (
@@ -245,7 +245,7 @@ def _build(cfg: Training, about: Candidate) -> DiT:
             p.requires_grad_(name in names)
         return whole
     model = empty_model(about, getattr(torch, cfg.model.dtype))
-    _quantize(model, about.spec, cfg.model.quantize)
+    _quantize(model, about.spec, cfg.model)
     adapter = replace(cfg.adapter, init_from=None, init="zero")
     add_adapter(model, about.spec, adapter, _plan(cfg, about, model), seed=cfg.run.seed)
     return model.train()
@@ -270,16 +270,20 @@ def _plan(cfg: Training, about: Candidate, model: DiT) -> SlicePlan | None:
     )
 
 
-def _quantize(model: DiT, spec: ModelSpec, how: str) -> None:
-    if how == "none":
+def _quantize(model: DiT, spec: ModelSpec, cfg: ModelConfig) -> None:
+    """With float8 products wherever there may be some: what they make of long clips is more than a weight that
+    is dequantised."""
+    if cfg.quantize == "none":
         return
     for name in spec.lora_targets(model):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         n_out, n_in = layer.weight.shape
-        scaled = how == "fp8_scaled" and n_in % BLOCK == 0
+        scaled = cfg.quantize == "fp8_scaled" and n_in % BLOCK == 0
         scale = torch.empty(n_out, n_in // BLOCK, 1, dtype=layer.weight.dtype) if scaled else None
         replace_linear(model, name, torch.empty(n_out, n_in, dtype=DTYPE), scale)
+    if cfg.fp8_matmul is not False:
+        use_products(model, dict.fromkeys(linear_shapes(model).values(), Products(True, True)))
 
 
 def _freed(model: DiT, blocks_to_swap: int) -> int:

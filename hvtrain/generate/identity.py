@@ -16,6 +16,7 @@ from hvtrain.config import ModelConfig
 from hvtrain.generate.loras import Applied
 from hvtrain.generate.requests import Request
 from hvtrain.weights.containers import fingerprint, open_weights
+from hvtrain.weights.float8 import NO_PRODUCTS, Chosen
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Sources:
 
 def sources_of(
     model: ModelConfig, loras: Sequence[Applied], prints: Mapping[str, Any], *, precision: str,
-    images: Sequence[str] = (),
+    images: Sequence[str] = (), float8: Chosen = NO_PRODUCTS,
 ) -> Sources:
     """`prints`: of the flavor, of every part and of sparse attention; that of "vae" is the pixels',
-    the others are the latents'."""
+    the others are the latents'. `float8`: the layers whose products are."""
     m = model
-    how = [precision, m.dtype, m.quantize, m.quantize != "none" and m.fp8_matmul, m.fp8_text]
+    rounded = sorted(shape for shape, products in float8.items() if products.forward)
+    how = [precision, m.dtype, m.quantize, rounded or False, m.fp8_text]
     changed = [
         (fingerprint(open_weights(one.lora.path)), one.multiplier, one.expert)
         for one in loras if one.multiplier

@@ -24,15 +24,17 @@ from hvtrain.generate.requests import Job, Request
 from hvtrain.generate.video import read_metadata
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import pick_kernel
-from hvtrain.models.load import Identified, identify, whole_model
+from hvtrain.models.load import Identified, float8_shapes, identify, whole_model
 from hvtrain.models.parts import open_enlarger
 from hvtrain.models.sparse import check_sparse, pick_sparse
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.apply import EXACT
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.products import pick_products
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.weights.containers import fingerprint
+from hvtrain.weights.float8 import NO_PRODUCTS, Chosen
 
 DIT = "dit"  # the part that every model has
 
@@ -57,6 +59,7 @@ class Compute:
     blocks_to_swap: int = 0
     shard_weights: bool = False
     sparse: SparseConfig = EXACT
+    float8: Chosen = NO_PRODUCTS  # layers that multiply in float8
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +142,7 @@ def open_headers(model: ModelConfig) -> Dits:
 
 def find_sources(
     dits: Dits, model: ModelConfig, loras: Sequence[Applied], jobs: Sequence[Job], *, precision: str,
-    sparse: SparseConfig = EXACT,
+    sparse: SparseConfig = EXACT, float8: Chosen = NO_PRODUCTS,
 ) -> Sources:
     """Of all parts the headers are read, and single values; of each image the picture."""
     prints: dict[str, Any] = {part: fingerprint(found.weights) for part, found in dits.files.items()}
@@ -159,7 +162,7 @@ def find_sources(
         shown[str(request.video)] = request
     if sparse.sampled:
         prints["sparse"] = sparse.sampled
-    return sources_of(model, loras, prints, precision=precision, images=list(shown))
+    return sources_of(model, loras, prints, precision=precision, images=list(shown), float8=float8)
 
 
 def remaining(grouped: list[list[Job]], sources: Sources, *, save_latents: bool = False) -> list[Lot]:
@@ -188,6 +191,24 @@ def _is_there(job: Job, sources: Sources) -> bool:
         )
     except DataError:
         return False
+
+
+def pick_float8(
+    dits: Dits, model: ModelConfig, jobs: Sequence[Job], size: int, ctx: ParallelContext, *,
+    dtype: torch.dtype,
+) -> Chosen:
+    """Which layers multiply in float8, for batches of `size` of the largest of these videos. Collective."""
+    shapes = set().union(*(float8_shapes(found, model.quantize) for found in dits.files.values()))
+    longest = max(map(dits.flavor.latent.n_tokens, latent_shapes(jobs, dits.flavor)))
+    return pick_products(
+        model.fp8_matmul, shapes, ctx, dtype=dtype, tokens=longest * size // ctx.sp, learns=False
+    )
+
+
+def latent_shapes(jobs: Sequence[Job], flavor: Flavor) -> list[tuple[int, int, int, int]]:
+    """Latents [C T H W] of each video."""
+    requests = [job.request for job in jobs]
+    return [flavor.latent.shape(frames=r.frames, height=r.height, width=r.width) for r in requests]
 
 
 def check_placing(compute: Compute, model: DiT, ctx: ParallelContext) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from hvtrain.generate.plan import (
     check_placing,
     find_sources,
     open_headers,
+    pick_float8,
     remaining,
 )
 from hvtrain.generate.requests import Job, batches, prompt_jobs, single_job
@@ -36,6 +37,7 @@ from hvtrain.generate.stop import Stop, Stopped
 from hvtrain.generate.write import Writer
 from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
+from hvtrain.parallel.products import check_products
 from hvtrain.weights.containers import fingerprint
 
 
@@ -89,6 +91,7 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
             f"processes share a video with parallel.ulysses={ctx.world} or parallel.ring={ctx.world}"
         )
     check_placing(compute, dits.empty, ctx)
+    check_products(model.fp8_matmul, model.quantize, device=ctx.device, dtype=compute.dtype)
     size = min(cfg.batch_size, -(-len(jobs) // ctx.dp))  # no group without work
     grouped = batches(jobs, size)
     check_memory(grouped, flavor, dits.layers, n_bytes=compute.dtype.itemsize, ctx=ctx)
@@ -97,8 +100,12 @@ def _plan(cfg: GenerateConfig, ctx: ParallelContext) -> Plan:
         wanted += of_slices(Path(cfg.slices), cfg.loraid, cfg.lora_multiplier, names)
     bases = {expert.name: fingerprint(dits.files[expert.part].weights) for expert in flavor.experts}
     loras = open_loras(wanted, dits.layers, dits.spec, flavor, quiet=not ctx.is_main, bases=bases)
+    float8 = pick_float8(dits, model, jobs, size, ctx, dtype=compute.dtype)
+    compute = replace(compute, float8=float8)
     sources = on_main(
-        ctx, lambda: find_sources(dits, model, loras, jobs, precision=cfg.precision, sparse=cfg.sparse)
+        ctx, lambda: find_sources(
+            dits, model, loras, jobs, precision=cfg.precision, sparse=cfg.sparse, float8=float8
+        )
     )
     lots = on_main(ctx, lambda: remaining(grouped, sources, save_latents=cfg.save_latents))
     left = [job for lot in lots for job in lot.jobs]

@@ -19,7 +19,7 @@ from hvtrain.flow.guidance import classifier_free
 from hvtrain.flow.solvers import SOLVERS, State, Velocity
 from hvtrain.generate.conditions import Cond, Conditions, free
 from hvtrain.generate.loras import on_expert
-from hvtrain.generate.plan import DIT, Lot, Plan, last_step, phases
+from hvtrain.generate.plan import DIT, Lot, Plan, last_step, latent_shapes, phases
 from hvtrain.generate.progress import StepsBar
 from hvtrain.generate.requests import Request
 from hvtrain.generate.spool import find, keep
@@ -34,10 +34,11 @@ from hvtrain.models.sparse_masks import kept_note
 from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.parallel.apply import largest_work, parallelize
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.products import note
 from hvtrain.parallel.spread import spread_weights
 from hvtrain.parallel.swap import BlockShards, BlockSwap
 from hvtrain.rng import generator
-from hvtrain.weights.float8 import use_matmul
+from hvtrain.weights.float8 import use_products
 
 Models = Callable[[float], Callable[[ModelInput], Tensor]]  # noise level -> the model that predicts there
 
@@ -245,7 +246,7 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
             spread=spread,
         )
     model = loaded.model.eval().requires_grad_(False)
-    use_matmul(model, m.fp8_matmul)
+    use_products(model, plan.compute.float8)
     visits: BlockSwap | BlockShards | None = None
     if plan.compute.shard_weights:
         visits = BlockShards(model.blocks, ctx)
@@ -253,13 +254,14 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
         visits = BlockSwap(model.blocks, n_swapped, ctx.device)
     model.to(ctx.device)
     how = plan.compute
-    work = largest_work(plan.flavor, (plan.flavor.latent.n_tokens(shape) for shape in _shapes(plan)), ctx)
+    shapes = latent_shapes(plan.jobs, plan.flavor)
+    work = largest_work(plan.flavor, map(plan.flavor.latent.n_tokens, shapes), ctx)
     kernel = parallelize(
         model, ctx, kernel=how.kernel, dtype=how.dtype, training=False, visits=visits, sparse=how.sparse,
         work=work
     )
     if ctx.is_main:
-        away = f", {visits.describe()}" if visits else ""
+        away = note(model) + (f", {visits.describe()}" if visits else "")
         who = f"{expert.name}: " if expert else ""
         print(
             f"{who}{ctx.device_name}, Ulysses {ctx.ulysses} x ring {ctx.ring}, {kernel.name} attention{away}",
@@ -273,13 +275,5 @@ def open_dit(plan: Plan, expert: Expert | None, ctx: ParallelContext) -> DiT:
 def _left_out(plan: Plan, n_blocks: int) -> str:
     exact = plan.compute.sparse.exact_steps
     first = f", after {exact} exact steps" if exact else ""
-    return kept_note(plan.compute.sparse, map(plan.flavor.latent.grid, _shapes(plan)), n_blocks) + first
-
-
-def _shapes(plan: Plan) -> list[tuple[int, int, int, int]]:
-    """Latents [C T H W] of each video."""
-    latent = plan.flavor.latent
-    return [
-        latent.shape(frames=r.frames, height=r.height, width=r.width)
-        for r in (job.request for job in plan.jobs)
-    ]
+    grids = map(plan.flavor.latent.grid, latent_shapes(plan.jobs, plan.flavor))
+    return kept_note(plan.compute.sparse, grids, n_blocks) + first

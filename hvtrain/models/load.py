@@ -121,6 +121,15 @@ def load_found(
     )
 
 
+def float8_shapes(found: Identified, quantize_to: str) -> set[tuple[int, int]]:
+    """[out, in] of the layers that `load_found` makes float8 and that float8 products could take."""
+    if quantize_to == "none":
+        return set()
+    names = [f"{name}.weight" for name in found.spec.lora_targets(whole_model(found))]
+    shapes = found.shapes
+    return {(shapes[n][0], shapes[n][1]) for n in names if found.takes_product(n, quantize_to)}
+
+
 def whole_model(found: Identified) -> DiT:
     """The file's model on the meta device, after its tensors were compared with what the file has."""
     with torch.device("meta"):

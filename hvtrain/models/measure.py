@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -50,10 +50,15 @@ _CLASSES, _HEADS = (1024, 4096, 16384, 65536), 4
 
 
 def class_of(work: Workload) -> Workload:
-    """What is measured in its place: the least number of tokens in _CLASSES that is not below half of it
-    (beyond, kernels no longer get faster), and no more heads than fill a card."""
-    tokens = next((n for n in _CLASSES if work.tokens <= 2 * n), _CLASSES[-1])
+    """What is measured in its place: as many tokens as `tokens_class` says, and no more heads than fill a
+    card."""
+    tokens = tokens_class(work.tokens)
     return work._replace(tokens=tokens, heads=min(work.heads, max(1, _HEADS * 16384 // tokens)))
+
+
+def tokens_class(tokens: int) -> int:
+    """The least number in _CLASSES that is not below half of it; beyond, kernels no longer get faster."""
+    return next((n for n in _CLASSES if tokens <= 2 * n), _CLASSES[-1])
 
 
 class Errors(NamedTuple):
@@ -151,14 +156,16 @@ def fastest(
     kept: Path = KEPT,
 ) -> Kernel:
     """Of those whose gradients are right on this device, for work of this class. The last
-    candidate, PyTorch's own, is taken if none is. Of several processes that measure at a time, those that end
-    later take what the first has kept; two that end in the same instant may differ, which costs little."""
+    candidate, PyTorch's own, is taken if none is."""
     work = class_of(work)
-    key = " | ".join([_machine(device), str(dtype), *(k.name for k in candidates), str(tuple(work))])
-    kept = kept.expanduser()
+    key = " | ".join([machine(device), str(dtype), *(k.name for k in candidates), str(tuple(work))])
     by_name = {kernel.name: kernel for kernel in candidates}
-    if (name := _read(kept).get(key)) in by_name:
-        return by_name[name]
+    return by_name[remembered(key, by_name, lambda: _measured(candidates, device, dtype, work), kept=kept)]
+
+
+def _measured(
+    candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, work: Workload
+) -> str:
     times: dict[str, float] = {}
     for kernel in candidates:
         wrong = next(wrongs(kernel, device, dtype, dim=work.dim), None)
@@ -169,21 +176,35 @@ def fastest(
             )
             continue
         times[kernel.name] = seconds(kernel, work, device, dtype)
-    name = min(times, key=lambda n: times[n], default=candidates[-1].name)
     told = ", ".join(f"{n} {1000 * s:.2f}" for n, s in times.items())
     log.info(
         "attention kernels at %d tokens x %d heads of %d, ms: %s", work.tokens, work.heads, work.dim, told
     )
+    return min(times, key=lambda n: times[n], default=candidates[-1].name)
+
+
+def remembered(key: str, legal: Collection[str], find: Callable[[], str | None], *, kept: Path) -> str:
+    """What `find` gives, one of `legal`; asked once for a key, and kept in a file. Of several processes that
+    measure at a time, those that end later take what the first has kept; two that end in the same instant may
+    differ, which costs little. Nothing is kept of None, which counts as the last of `legal`."""
+    kept = kept.expanduser()
+    before = _read(kept).get(key)
+    if before is not None and before in legal:
+        return before
+    found = find()
+    if found is None:
+        return list(legal)[-1]
     known = _read(kept)
-    if (first := known.get(key)) in by_name:
-        return by_name[first]
+    first = known.get(key)
+    if first is not None and first in legal:
+        return first
     with suppress(OSError):  # a home that cannot be written: measured again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({**known, key: name}, indent=1) + "\n")
-    return by_name[name]
+        write_text(kept, json.dumps({**known, key: found}, indent=1) + "\n")
+    return found
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
 

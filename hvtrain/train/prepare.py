@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from hvtrain.adapters.lokr import LokrLinear
 from hvtrain.adapters.table import kind_of
 from hvtrain.config import (
     AdapterConfig,
+    DataConfig,
     LoraFileConfig,
     ModelConfig,
     OptimConfig,
@@ -37,12 +39,14 @@ from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY, Under
 from hvtrain.models.dit import DiT, Grid
 from hvtrain.models.kernels import pick_kernel
-from hvtrain.models.load import load_dit
+from hvtrain.models.load import float8_shapes, identify, load_dit
+from hvtrain.models.measure import LONG
 from hvtrain.models.sparse import pick_sparse
 from hvtrain.models.sparse_masks import kept_note
 from hvtrain.parallel import xfuser_path
 from hvtrain.parallel.apply import EXACT, parallelize
 from hvtrain.parallel.context import ParallelContext
+from hvtrain.parallel.products import check_products, pick_products
 from hvtrain.parallel.recompute import pick_policy
 from hvtrain.parallel.swap import swap_savings
 from hvtrain.slices.plan import SlicePlan
@@ -52,7 +56,7 @@ from hvtrain.train.optim import check_optimizer
 from hvtrain.train.runlock import RunLock
 from hvtrain.train.setup import Origin, find_idle
 from hvtrain.weights.containers import open_weights
-from hvtrain.weights.float8 import use_matmul
+from hvtrain.weights.float8 import NO_PRODUCTS, Chosen, use_products
 from shards import ShardError, ShardSet
 
 T = TypeVar("T")
@@ -101,9 +105,10 @@ def say(text: str) -> None:
 
 def check_machinery(
     zero: ZeroConfig, optim: OptimConfig, parallel: ParallelConfig, ctx: ParallelContext, *, recompute: str,
-    dtype: torch.dtype, ratios: bool = False, sparse: SparseConfig = EXACT,
+    dtype: torch.dtype, model: ModelConfig, ratios: bool = False, sparse: SparseConfig = EXACT,
 ) -> None:
     """What a run computes with, whatever the model."""
+    check_products(model.fp8_matmul, model.quantize, device=ctx.device, dtype=dtype)
     check_engine(zero)
     check_optimizer(optim, zero, ratios=ratios)
     pick_policy(recompute)
@@ -166,16 +171,31 @@ def find_others(model: ModelConfig, bases: Sequence[Origin]) -> dict[str, Origin
 
 def open_idle(
     base: Origin, model: ModelConfig, ctx: ParallelContext, *, kernel: str, dtype: torch.dtype,
-    sparse: SparseConfig = EXACT
+    sparse: SparseConfig = EXACT, float8: Chosen = NO_PRODUCTS,
 ) -> DiT:
     """A DiT that only makes videos, whole on every rank. Collective."""
     dit = load_dit(
         str(base.path), model=model.name, flavor=model.flavor, dtype=getattr(torch, model.dtype),
         device=ctx.device, quantize_to=model.quantize,
     ).model.eval().requires_grad_(False)
-    use_matmul(dit, model.fp8_matmul)
+    use_products(dit, float8)
     parallelize(dit, ctx, kernel=kernel, dtype=dtype, training=False, sparse=sparse)
     return dit
+
+
+def pick_float8(
+    bases: Sequence[Origin], model: ModelConfig, sets: Sequence[ShardSet], ctx: ParallelContext, *,
+    data: DataConfig, dtype: torch.dtype,
+) -> Chosen:
+    """Which layers multiply in float8, for batches of the largest clips. Collective."""
+    shapes: set[tuple[int, int]] = set()
+    for base in bases if model.quantize != "none" else ():
+        if base.path is not None:
+            found = identify(base.path, model=model.name, flavor=model.flavor)
+            shapes |= float8_shapes(found, model.quantize)
+    longest = max(map(math.prod, grids(bases[0], sets)), default=LONG.tokens)
+    tokens = max(longest * data.batch_size, data.batch_tokens or 0) // ctx.sp
+    return pick_products(model.fp8_matmul, shapes, ctx, dtype=dtype, tokens=tokens, learns=True)
 
 
 def check_silent(zero: ZeroConfig, *, whole: bool) -> None:

@@ -17,6 +17,7 @@ from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, SPARSE_KEY, of
 from hvtrain.models.sparse import check_sparse
 from hvtrain.parallel.apply import largest_work, parallelize
 from hvtrain.parallel.context import ParallelContext, check_heads, shutdown, start
+from hvtrain.parallel.products import note
 from hvtrain.parallel.swap import ModelSwap
 from hvtrain.slices.plan import SlicePlan
 from hvtrain.stopping import REQUEUE
@@ -45,6 +46,7 @@ from hvtrain.train.prepare import (
     lora_note,
     on_all,
     open_idle,
+    pick_float8,
     say,
     sparse_note,
     subject_note,
@@ -167,7 +169,7 @@ def prepare(cfg: TrainConfig, ctx: ParallelContext) -> Prepared:
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     check_machinery(
         cfg.zero, cfg.optim, cfg.parallel, ctx, recompute=cfg.run.recompute, dtype=dtype,
-        ratios=bool(cfg.adapter.lr_ratios), sparse=cfg.sparse,
+        model=cfg.model, ratios=bool(cfg.adapter.lr_ratios), sparse=cfg.sparse,
     )
     whole = cfg.adapter.type == "none"
     bases = setup.find_bases(cfg.model, scratch=whole and cfg.model.dit is None)
@@ -270,10 +272,12 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
     dtype = torch.bfloat16 if whole.autocast else torch.float32
     idle, trainees = ModelSwap(ctx.device) if ready.idle_on_host else None, {}
     work = largest_work(ready.base.flavor, map(math.prod, grids(ready.base, ready.sets)), ctx)
+    bases = [member.base for member in ready.members]
+    float8 = pick_float8(bases, cfg.model, ready.sets, ctx, data=cfg.data, dtype=dtype)
     for member in ready.members:
         subject = setup.open_subject(
             member.base, cfg.model, cfg.adapter, ready.plan, ctx, seed=cfg.run.seed,
-            blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle,
+            blocks_to_swap=cfg.run.blocks_to_swap, move=not stage3, idle=idle, float8=float8,
         )
         kernel = parallelize(
             subject.model, ctx, kernel=cfg.parallel.kernel, recompute=cfg.run.recompute, dtype=dtype,
@@ -298,7 +302,7 @@ def _team(ready: Prepared, ctx: ParallelContext, whole: Objective) -> Team:
         trainees, seed=cfg.run.seed, turn=cfg.run.expert_turn, idle=idle,
         open_idle=lambda expert: open_idle(
             ready.others[expert.name], cfg.model, ctx, kernel=cfg.parallel.kernel, dtype=dtype,
-            sparse=cfg.sparse
+            sparse=cfg.sparse, float8=float8
         ),
     )
 
@@ -347,7 +351,8 @@ def _about(ready: Prepared, ctx: ParallelContext, team: Team, step: int) -> str:
         f"{base.spec.name} {base.flavor.name}{expert}: training {subject_note(c.adapter)} ({n:,} parameters) "
         f"on {ready.n_samples} samples\n"
         f"{ctx.world} process(es) on {ctx.devices}: data {ctx.dp} x Ulysses {ctx.ulysses} x ring "
-        f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention, {c.run.precision}; "
+        f"{ctx.ring}, {zero}{offload}, {team.now.kernel} attention{note(team.now.subject.model)}, "
+        f"{c.run.precision}; "
         f"{c.flow.timestep_sampling} noise levels{shift}, guidance {guidance}\n"
         f"{sparse_note(c.sparse, base, ready.sets)}"
         f"steps {step + 1} to {ready.steps}, {ctx.dp * ready.curriculum.per_batch * c.run.grad_accum:g} "

@@ -27,7 +27,7 @@ from hvtrain.parallel.swap import BlockSwap, ModelSwap
 from hvtrain.rng import generator
 from hvtrain.slices.plan import Cut, SlicePlan, check_fits, load_plan, make_plan
 from hvtrain.weights.containers import fingerprint, open_weights
-from hvtrain.weights.float8 import use_matmul
+from hvtrain.weights.float8 import NO_PRODUCTS, Chosen, use_products
 from hvtrain.weights.source import Edit
 from shards import ShardSet
 
@@ -169,10 +169,12 @@ def _expert(flavor: Flavor, name: str | None) -> Expert | None:
 def open_subject(
     base: Origin, model: ModelConfig, adapter: AdapterConfig, plan: SlicePlan | None, ctx: ParallelContext, *,
     seed: int, blocks_to_swap: int = 0, move: bool = True, idle: ModelSwap | None = None,
+    float8: Chosen = NO_PRODUCTS,
 ) -> Subject:
     """Load (or make) the DiT and choose what is trained: adapters in fp32, or all weights in fp32. `plan`: of
     its slices. `move`: to the device at once; ZeRO-3 moves and cuts it itself, parameter by parameter.
-    `idle`: takes the frozen weights, to have them on the device when they are computed with."""
+    `idle`: takes the frozen weights, to have them on the device when they are computed with. `float8`: the
+    layers that multiply so."""
     adapter = adapter_of(adapter, base.expert)
     whole, edit = adapter.type == "none", None
     if base.path is None:
@@ -188,7 +190,7 @@ def open_subject(
                 base.path, model=model.name, flavor=model.flavor, dtype=dtype, device=place,
                 quantize_to=model.quantize, edit=edit, spread=spread,
             ).model
-    use_matmul(dit, model.fp8_matmul)
+    use_products(dit, float8)
     if whole:
         names = set(
             trained([n for n, _ in dit.named_parameters()], train=adapter.train, freeze=adapter.freeze)

@@ -1,5 +1,5 @@
-"""Frozen Linear weights in float8 (E4M3), computed as float8 matmul where the device has
-one, else dequantised per use.
+"""Frozen Linear weights in float8 (E4M3), dequantised per use, or multiplied as they are
+where that was chosen (parallel/products.py).
 
 Three ways to quantise: `fp8` casts; `fp8_scaled` divides every 64 neighbours of a row by their largest value
 / 448 and keeps that factor as `scale_weight` [out, in/64, 1], which is musubi-tuner's layout (one factor a
@@ -10,14 +10,30 @@ the backward needs only the weight, which does not change.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0
+from hvtrain.weights.float8_tokens import DTYPE, LARGEST, SMALLEST_SCALE, quantize_tokens
+
 BLOCK = 64
-_SMALLEST_SCALE = 1e-8
+_MULTIPLE = 16  # of the sizes that torch's float8 product takes
+
+
+class Products(NamedTuple):
+    """Which of a layer's products are in float8; the others are made with the weight dequantised."""
+
+    forward: bool = False
+    backward: bool = False
+
+
+DEQUANTISED = Products()
+Chosen = Mapping[tuple[int, int], Products]  # by a layer's shape, [out, in]
+NO_PRODUCTS: Chosen = MappingProxyType({})
 
 
 def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
@@ -29,7 +45,7 @@ def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
     width = BLOCK if how == "fp8_scaled" and n_in % BLOCK == 0 else n_in
     kept = weight.dtype if how == "fp8_scaled" else torch.float32
     blocks = weight.float().view(n_out, n_in // width, width)
-    scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(_SMALLEST_SCALE).to(kept)
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE).to(kept)
     values = (blocks / scale.float()).clamp(-LARGEST, LARGEST).to(DTYPE).view(n_out, n_in)
     return values, scale if width == BLOCK else scale.view(n_out, 1)
 
@@ -59,77 +75,113 @@ class Fp8Linear(nn.Linear):
 
     weight: Tensor  # type: ignore[assignment]
     scale_weight: Tensor | None
-    matmul = True  # see use_matmul
+    products = DEQUANTISED  # see use_products
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.scale_weight, matmul=self.matmul)
+        return linear(
+            x, self.weight, self.bias, self.scale_weight, products=self.products, fast=not self.training
+        )
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, *, matmul: bool = True
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, *,
+    products: Products = DEQUANTISED, fast: bool = False,
 ) -> Tensor:
-    """F.linear for a float8 or an ordinary weight. `matmul`: in float8 where the device can."""
+    """F.linear for a float8 or an ordinary weight.
+
+    `fast`: a float8 product may sum coarsely, which Hopper's does faster; never the backward's. It must be
+    the same in all passes of a training step (the block that is computed again, the samples that ask for the
+    model without its adapter), so it is told by the model's mode and not by whether gradients are asked.
+    """
     if weight.dtype != DTYPE:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype), scale, matmul)
+    bias = None if bias is None else bias.to(x.dtype)
+    return _Linear.apply(x, weight, bias, scale, products.forward, products.backward, fast)
 
 
-def use_matmul(model: nn.Module, allowed: bool) -> None:
-    """Whether float8 matmul may be used where the device has it; it also rounds activations and gradients. A
-    LoRA that is put on a layer later keeps the layer's way."""
+def use_products(model: nn.Module, chosen: Chosen) -> None:
+    """Which of the layers' products are in float8; those that are not named are dequantised. Float8 products
+    round activations and gradients, too. A LoRA that is put on a layer later keeps the layer's way."""
     for module in model.modules():
         if isinstance(module, Fp8Linear):
-            module.matmul = allowed
+            module.products = chosen.get((module.out_features, module.in_features), DEQUANTISED)
 
 
 def has_matmul(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _multiplies(x: Tensor, scale: Tensor | None, allowed: bool) -> bool:
-    """Factors within a row cannot leave the sum; torch's kernel wants sizes in sixteens and bfloat16 out."""
-    fits = allowed and has_matmul(x.device) and x.dtype == torch.bfloat16
-    return fits and (scale is None or scale.ndim < 3)
+def fits_matmul(n_out: int, n_in: int) -> bool:
+    """Whether torch's float8 product takes a weight of this shape."""
+    return n_out % _MULTIPLE == n_in % _MULTIPLE == 0
+
+
+def takes_product(weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether a float8 product can be made with it: factors within a row cannot leave the sum."""
+    return (scale is None or scale.ndim < 3) and fits_matmul(weight.shape[0], weight.shape[1])
+
+
+def _multiplies(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    return x.dtype == torch.bfloat16 and takes_product(weight, scale)  # torch's kernel gives bfloat16
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, matmul: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, forward: bool,
+        backward: bool, fast: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.matmul = matmul
-        if _multiplies(x, scale, matmul) and not any(n % 16 for n in weight.shape):
-            out = multiply(x, weight, scale)
-            return out if bias is None else out + bias
+        ctx.float8 = backward
+        if forward and _multiplies(x, weight, scale):
+            return multiply(x, weight, scale, bias, fast=fast)
         return F.linear(x, dequantize(weight, scale, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, scale = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        if _multiplies(grad, scale, ctx.matmul) and not any(n % 16 for n in weight.shape):
-            # a factor a row is one a column of the transposed weight
-            if scale is not None and scale.numel() > 1:
-                grad, scale = grad * scale.view(-1).to(grad.dtype), None
-            return multiply(grad, weight.t().contiguous(), scale), None, None, None, None
-        return grad @ dequantize(weight, scale, grad.dtype), None, None, None, None
+        back = None
+        if ctx.needs_input_grad[0]:
+            if ctx.float8 and _multiplies(grad, weight, scale):
+                back = multiply_back(grad, weight, scale)
+            else:
+                back = grad @ dequantize(weight, scale, grad.dtype)
+        return back, None, None, None, None, None, None
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """x [... in] times the float8 weight [out, in], by torch's float8 matmul; each token of
-    x gets a factor of its own."""
-    flat = x.reshape(-1, x.shape[-1])
-    own = (flat.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp_min(_SMALLEST_SCALE)  # [tokens, 1]
-    values = (flat.float() / own).clamp(-LARGEST, LARGEST).to(DTYPE)
-    factors = torch.ones(1, len(weight), device=x.device) if scale is None else scale.float().reshape(1, -1)
-    if factors.shape[1] == 1:
-        factors = factors.expand(1, len(weight)).contiguous()
-    out = torch._scaled_mm(values, weight.t(), scale_a=own, scale_b=factors, out_dtype=torch.bfloat16)
-    return out.view(*x.shape[:-1], len(weight))
+def multiply(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, fast: bool = False
+) -> Tensor:
+    """bfloat16 x [... in] times the float8 weight [out, in], plus bias [out], by torch's float8 product; each
+    token of x gets a factor of its own."""
+    values, own = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    return _product(values, own, weight, scale, bias, fast=fast).view(*x.shape[:-1], len(weight))
+
+
+def multiply_back(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """bfloat16 grad [... out] times the float8 weight [out, in] as it is: its columns are summed over, so
+    that a copy of it is turned each time (a byte a value; one that is kept would double the weights)."""
+    by = None
+    if scale is not None and scale.numel() > 1:
+        # a factor a row is one of each number that is summed: it goes in before the gradient is rounded
+        by, scale = scale.float().view(-1), None
+    values, own = quantize_tokens(grad.reshape(-1, grad.shape[-1]), by)
+    return _product(values, own, weight.t().contiguous(), scale).view(*grad.shape[:-1], weight.shape[1])
+
+
+def _product(
+    values: Tensor, own: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, *,
+    fast: bool = False,
+) -> Tensor:
+    """values [tokens, n] (own), by weight [m, n] (a factor, or one a row): bfloat16 [tokens, m]."""
+    n = len(weight)
+    factors = torch.ones(1, 1, device=values.device) if scale is None else scale.float().reshape(1, -1)
+    return torch._scaled_mm(
+        values, weight.t(), scale_a=own, scale_b=factors.expand(1, n).contiguous(), bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=fast,
+    )
 
 
 def replace_linear(model: nn.Module, name: str, weight: Tensor, scale: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hvtrain.errors import CheckpointError
 from hvtrain.weights.containers import Weights, open_weights
-from hvtrain.weights.float8 import DTYPE, dequantize, quantize, replace_linear, use_matmul
+from hvtrain.weights.float8 import BLOCK, DTYPE, dequantize, quantize, replace_linear
 from hvtrain.weights.keymap import Fused, KeyMap
 
 # the factors of a float8 weight: ComfyUI's and musubi-tuner's word, others'
@@ -105,14 +105,14 @@ class Source:
     ) -> None:
         """Compare and fill a frozen encoder; `fp8`: how its Linear layers are quantised. What the
         file holds beside is another part's, except parameters that `used` matches: those are
-        refused. Raises CheckpointError."""
+        refused. Its float8 weights are dequantised: what is encoded does not depend on the machine. Raises
+        CheckpointError."""
         wanted = shapes_of(model)
         beside = {n for n in self.sources if used and used.match(n) and n.endswith((".weight", ".bias"))}
         mine = {n: shape for n, shape in self.shapes.items() if n in wanted or n in beside}
         check(self.path, wanted, mine, what=f"not {what}", hint="", ones=True)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         self.fill(model, dtype=dtype, device=device, eight_bit=linear if fp8 else (), how=fp8 or "")
-        use_matmul(model, False)  # what is encoded does not depend on the machine
         model.eval().requires_grad_(False)
 
     def _whole(
@@ -131,8 +131,7 @@ class Source:
         changes them, else new ones."""
         module, source = name.removesuffix(".weight"), self.sources[name]
         part = source.parts[0]
-        kept = len(source.parts) == 1 and not source.swap and self.weights.dtype(part) == DTYPE
-        if kept and (edit is None or not edit(module, None)):
+        if self._keeps(source) and (edit is None or not edit(module, None)):
             mapped, scale = self.weights.get(part), self._scale(part)
             values = source.own_rows(mapped.to(device, copy=True))
             self.weights.release(mapped)
@@ -146,6 +145,19 @@ class Source:
         if edit is not None:
             edit(module, weight)
         return quantize(weight, how)
+
+    def takes_product(self, name: str, how: str) -> bool:
+        """Whether this weight [out, in], loaded as float8 as `how` says, has no factors within a row: they
+        could not leave the sum of a float8 product."""
+        source = self.sources[name]
+        if self._keeps(source):
+            scale = self._scale(source.parts[0])
+            return scale is None or scale.ndim < 3
+        return how != "fp8_scaled" or self.shapes[name][1] % BLOCK != 0
+
+    def _keeps(self, source: Fused) -> bool:
+        """Whether the file's own float8 values can be taken as they are."""
+        return len(source.parts) == 1 and not source.swap and self.weights.dtype(source.parts[0]) == DTYPE
 
     def _scale(self, part: str) -> Tensor | None:
         """The factors of a weight in float8: one, one a row [out, 1], or one a block [out, blocks, 1]."""
