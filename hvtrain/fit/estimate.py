@@ -271,8 +271,8 @@ def _plan(cfg: Training, about: Candidate, model: DiT) -> SlicePlan | None:
 
 
 def _quantize(model: DiT, spec: ModelSpec, cfg: ModelConfig) -> None:
-    """With float8 products wherever there may be some: what they make of long clips is more than a weight that
-    is dequantised."""
+    """With float8 products wherever there may be some: what they make of long clips is more than a weight
+    that is dequantised."""
     if cfg.quantize == "none":
         return
     for name in spec.lora_targets(model):

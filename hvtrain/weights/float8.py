@@ -98,7 +98,10 @@ def linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
-    return _Linear.apply(x, weight, bias, scale, products.forward, products.backward, fast)
+    flat = x.reshape(-1, x.shape[-1])
+    out = _Linear.apply(flat, weight, bias, scale, products.forward, products.backward, fast)
+    # here, not in the Function: what it gave as a view could not be added to in place
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def use_products(model: nn.Module, chosen: Chosen) -> None:
@@ -154,21 +157,21 @@ class _Linear(torch.autograd.Function):
 def multiply(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None = None, *, fast: bool = False
 ) -> Tensor:
-    """bfloat16 x [... in] times the float8 weight [out, in], plus bias [out], by torch's float8 product; each
-    token of x gets a factor of its own."""
-    values, own = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    return _product(values, own, weight, scale, bias, fast=fast).view(*x.shape[:-1], len(weight))
+    """bfloat16 x [tokens, in] times the float8 weight [out, in], plus bias [out], by torch's float8 product;
+    each token of x gets a factor of its own."""
+    values, own = quantize_tokens(x)
+    return _product(values, own, weight, scale, bias, fast=fast)
 
 
 def multiply_back(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """bfloat16 grad [... out] times the float8 weight [out, in] as it is: its columns are summed over, so
+    """bfloat16 grad [tokens, out] times the float8 weight [out, in] as it is: its columns are summed over, so
     that a copy of it is turned each time (a byte a value; one that is kept would double the weights)."""
     by = None
     if scale is not None and scale.numel() > 1:
         # a factor a row is one of each number that is summed: it goes in before the gradient is rounded
         by, scale = scale.float().view(-1), None
-    values, own = quantize_tokens(grad.reshape(-1, grad.shape[-1]), by)
-    return _product(values, own, weight.t().contiguous(), scale).view(*grad.shape[:-1], weight.shape[1])
+    values, own = quantize_tokens(grad, by)
+    return _product(values, own, weight.t().contiguous(), scale)
 
 
 def _product(
