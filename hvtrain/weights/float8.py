@@ -42,12 +42,13 @@ def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
         # beyond the largest a plain cast gives NaN
         return weight.float().clamp(-LARGEST, LARGEST).to(DTYPE), None
     n_out, n_in = weight.shape
-    width = BLOCK if how == "fp8_scaled" and n_in % BLOCK == 0 else n_in
+    in_blocks = how == "fp8_scaled" and n_in % BLOCK == 0
+    width = BLOCK if in_blocks else n_in
     kept = weight.dtype if how == "fp8_scaled" else torch.float32
     blocks = weight.float().view(n_out, n_in // width, width)
     scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE).to(kept)
     values = (blocks / scale.float()).clamp(-LARGEST, LARGEST).to(DTYPE).view(n_out, n_in)
-    return values, scale if width == BLOCK else scale.view(n_out, 1)
+    return values, scale if in_blocks else scale.view(n_out, 1)
 
 
 def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

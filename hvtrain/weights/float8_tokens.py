@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = 1e-8
+FUSED_ON = "cuda"  # a CPU's float8 products are for tests
 
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _refused: dict[int, str] = {}  # width -> why torch.compile could not make the kernel
@@ -32,7 +33,7 @@ def quantize_tokens(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor
     if isinstance(x, FakeTensor):  # hvtrain/fit counts what is allocated
         return x.new_empty(x.shape, dtype=DTYPE), x.new_empty((len(x), 1), dtype=torch.float32)
     # of one token another kernel would have to be made
-    return fused(x, by) if x.device.type == "cuda" and len(x) > 1 and not _watched() else plain(x, by)
+    return fused(x, by) if x.device.type == FUSED_ON and len(x) > 1 and not _watched() else plain(x, by)
 
 
 def plain(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,7 @@ def fused(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: it is not our code
+        error = getattr(error, "inner_exception", error)  # the compiler's, in one of torch.compile
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if not _refused:
             log.warning(
