@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Compute:
     blocks_to_swap: int = 0
     shard_weights: bool = False
     sparse: SparseConfig = EXACT
-    float8: Chosen = NO_PRODUCTS  # layers that multiply in float8
+    float8: Chosen = field(default_factory=dict)  # layers that multiply in float8
 
     @property
     def dtype(self) -> torch.dtype:

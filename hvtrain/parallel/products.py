@@ -31,7 +31,6 @@ from hvtrain.weights.float8 import (
     has_matmul,
     multiply,
     multiply_back,
-    takes_product,
 )
 
 log = logging.getLogger(__name__)
@@ -104,8 +103,7 @@ def note(model: nn.Module) -> str:
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "products") and m.weight.dtype == DTYPE]
     if not layers:
         return ""
-    used = [m.products for m in layers if takes_product(m.weight, m.scale_weight)]
-    forward, back = (sum(p.forward for p in used), sum(p.backward for p in used))
+    forward, back = sum(m.products.forward for m in layers), sum(m.products.backward for m in layers)
     if not forward + back:
         return f", {len(layers)} float8 layers dequantised"
     return f", float8 products in the forward of {forward} and the backward of {back} of {len(layers)} layers"

@@ -106,11 +106,13 @@ def linear(
 
 
 def use_products(model: nn.Module, chosen: Chosen) -> None:
-    """Which of the layers' products are in float8; those that are not named are dequantised. Float8 products
-    round activations and gradients, too. A LoRA that is put on a layer later keeps the layer's way."""
+    """Which of the layers' products are in float8; those that are not named, or cannot, are dequantised.
+    Float8 products round activations and gradients, too. A LoRA that is put on a layer later keeps the
+    layer's way."""
     for module in model.modules():
         if isinstance(module, Fp8Linear):
-            module.products = chosen.get((module.out_features, module.in_features), DEQUANTISED)
+            way = chosen.get((module.out_features, module.in_features), DEQUANTISED)
+            module.products = way if takes_product(module.weight, module.scale_weight) else DEQUANTISED
 
 
 def has_matmul(device: torch.device) -> bool:

@@ -25,12 +25,14 @@ from hvtrain.lorafiles.write import save_lora
 from hvtrain.merge.run import run as merge
 from hvtrain.models.dit import DiT
 from hvtrain.models.kernels import Kernel
+from hvtrain.parallel import products
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.swap import resident_bytes
 from launcher.processes import free_port
 from tests.generate.models import SIZE, random_dit, write_dit
 from tests.parallel.ranks import run_ranks
+from tests.weights.scaled import ScaledProduct
 
 ROOT = Path(__file__).resolve().parents[2]
 HVTRAIN = [sys.executable, "-m", "launcher.cli"]
@@ -234,6 +236,26 @@ def test_a_float8_model_makes_nearly_the_same_video(folder: Path, plain: np.ndar
     assert 0 < difference(out, plain) < 20  # another seed or prompt: 28
 
 
+def test_float8_products_sum_fast_where_nothing_is_learnt(
+    folder: Path, plain: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And make another video than dequantised weights: what was made so is not taken for it."""
+    monkeypatch.setattr(products, "missing", lambda device, dtype: None)
+    product = ScaledProduct()
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    asked = {"precision": "bf16", "model.quantize": "fp8", "output": folder / "products.mp4"}
+    (out,) = make(folder, **asked, **{"model.fp8_matmul": "true"})
+    assert len(product.fast) > 60 and all(product.fast) and 0 < difference(out, plain) < 20
+    assert "float8 products in the forward of" in capsys.readouterr().out
+    n = len(product.fast)
+    make(folder, **asked, **{"model.fp8_matmul": "true"})
+    assert "made with these parameters" in capsys.readouterr().out
+    make(folder, **asked, **{"model.fp8_matmul": "false"})
+    said = capsys.readouterr().out
+    assert "made with other parameters" in said and "float8 layers dequantised" in said
+    assert len(product.fast) == n
+
+
 def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None:
     """Encoding text with an 8B model takes minutes: mistakes must not wait for it.
     The text encoder here is none."""
@@ -252,6 +274,8 @@ def test_everything_wrong_is_found_before_weights_are_read(folder: Path) -> None
         generate.run(cfg, ParallelContext(world=3, ulysses=3))
     with pytest.raises(ConfigError, match="is told by an image"):
         make(folder, **late, **{"model.dit": write_dit(folder / "i2v.safetensors", "i2v")})
+    with pytest.raises(ConfigError, match="a CPU, has no float8 products; use auto"):
+        make(folder, **late, **{"model.quantize": "fp8", "model.fp8_matmul": "true"})
     with pytest.raises(ConfigError, match="needs model.dtype float32"):
         make(folder, **late, **{"model.dtype": "bfloat16"})
     with pytest.raises(HvtrainError, match=r"none\.pt"):  # and without a mistake, it is the encoder's turn

@@ -22,6 +22,7 @@ from hvtrain.generate.spool import hidden, keep, visible
 from hvtrain.generate.video import write_mp4, write_png
 from hvtrain.generate.write import decode, parameters, to_bytes
 from hvtrain.lorafiles.files import LoraFile
+from hvtrain.weights.float8 import Products
 from tests.generate.models import spec_and_flavor
 
 SPEC, FLAVOR = spec_and_flavor()
@@ -109,6 +110,11 @@ def test_what_changes_the_result_changes_the_sources(tmp_path: Path) -> None:
     def with_model(**changes: object) -> Sources:
         return of(changed=replace(model, **changes))
 
+    def rounded(**products: Products) -> Sources:
+        float8 = {(48, 64) if name == "one" else (64, 48): p for name, p in products.items()}
+        loras = [Applied(lora, 1.0)]
+        return sources_of(replace(model, quantize="fp8"), loras, prints, precision="bf16", float8=float8)
+
     own = of()
     assert own == of()
     sampling = [
@@ -117,8 +123,9 @@ def test_what_changes_the_result_changes_the_sources(tmp_path: Path) -> None:
         of(loras=[(lora, 1.0, "high")]),
         *(with_model(**m) for m in (
             {"dtype": "float16"}, {"fp8_text": True}, {"quantize": "fp8"},
-            {"quantize": "fp8", "fp8_matmul": False},
         )),
+        rounded(one=Products(True)), rounded(two=Products(True)),
+        rounded(one=Products(True), two=Products(True)),
     ]
     assert len({s.sampling for s in sampling} | {own.sampling}) == len(sampling) + 1
     assert {s.decoding for s in sampling} == {own.decoding}
@@ -130,6 +137,10 @@ def test_what_changes_the_result_changes_the_sources(tmp_path: Path) -> None:
         and {s.sampling for s in decoding} == {own.sampling}
     )
     assert with_model(fp8_matmul=False) == own
+    # what is computed counts, not what was asked for, and of a sampling the forward alone
+    dequantised = with_model(quantize="fp8")
+    assert dequantised == rounded() == rounded(one=Products(False, True))
+    assert dequantised == with_model(quantize="fp8", fp8_matmul=False)
     assert of(loras=[(lora, 0.0)]) == of(loras=[])  # switched off completely
     tensors = load_file(str(lora.path))
     save_file({"x": tensors["x"] * 2}, str(lora.path))

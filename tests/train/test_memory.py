@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from hvtrain.config import TrainConfig, ZeroConfig, load
 from hvtrain.config.rules import check_train
 from hvtrain.errors import ConfigError, HvtrainError
+from hvtrain.parallel import products
 from hvtrain.parallel.context import shutdown
 from hvtrain.train import run as train
 from hvtrain.train.engine import Step
 from hvtrain.train.zero import ds_config
 from tests.train.shardset import config, make_shards
+from tests.weights.scaled import ScaledProduct
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,24 @@ def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, items):
     assert any(t.abs().max() > 0 for name, t in found.items() if "lora_up" in name)
 
 
+def test_a_run_with_float8_products(shards, tmp_path, monkeypatch, capsys):
+    """Where a device has them: sums with care in training, and nothing of it in float32 or by false."""
+    monkeypatch.setattr(products, "missing", lambda device, dtype: None)
+    items = ("model.quantize=fp8", "run.precision=bf16", "run.recompute=full", "run.steps=2")
+    n, losses = [], []
+    for setting in ("true", "false"):
+        product = ScaledProduct()
+        monkeypatch.setattr(torch, "_scaled_mm", product)
+        train.run(config(shards, tmp_path / setting, *items, f"model.fp8_matmul={setting}"))
+        assert not any(product.fast)
+        n.append(len(product.shapes))
+        metrics = (tmp_path / setting / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(metrics[-1])["train/loss"])
+    said = capsys.readouterr().out
+    assert n[0] > 100 and n[1] == 0 and 0 < abs(losses[0] - losses[1]) < 0.05 * losses[1]
+    assert "float8 products in the forward of" in said and "float8 layers dequantised" in said
+
+
 @pytest.mark.parametrize(
     "items, says",
     [
@@ -84,6 +104,7 @@ def test_a_lora_learns_over_float8_weights(shards, plain, tmp_path, items):
         (("run.blocks_to_swap=-1",), "run.blocks_to_swap is -1"),
         (("model.quantize=fp8", "adapter.type=none"), "use model.quantize=none"),
         (("model.quantize=fp8", "zero.engine=deepspeed", "zero.stage=3"), "use zero.stage 0, 1 or 2"),
+        (("model.quantize=fp8", "model.fp8_matmul=true"), "a CPU, has no float8 products; use auto"),
         (("run.keep_best=true",), "set eval.every_steps"),
         (("zero.deepspeed=gone.json",), "zero.deepspeed: gone.json does not exist"),
         (("zero.offload_param=cpu",), "torch engine"),
