@@ -4,9 +4,10 @@
     python -m tests.bench.bench_step --flavor tiny --sizes 64x64x9     # anywhere, to see that it runs
 
 Random weights at the flavor's real dimensions. One row for each size x {LoRA training, sampling} x attention
-kernel that this device has, then torch.compile of the blocks, float8 weights, diffusers' model in the same
-run. FLOPs are those of a step without recomputation (hvtrain.fit's trace); MFU is against this device's own
-measured bfloat16 matmul. What does not fit or run says so in its row. Prints a table, asserts nothing.
+kernel that this device has, then torch.compile of the blocks, float8 weights (multiplied as they are where
+that is measured to be faster), diffusers' model in the same run. FLOPs are those of a step without
+recomputation (hvtrain.fit's trace); MFU is against this device's own measured bfloat16 matmul. What does not
+fit or run says so in its row. Prints a table, asserts nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from hvtrain.adapters.attach import inject
+from hvtrain.adapters.attach import inject, linear_shapes
 from hvtrain.fit.trace import Shape, fake_input, simulated, trace_step
 from hvtrain.models import all_specs, find
 from hvtrain.models.dit import DiT, ModelInput
 from hvtrain.models.kernels import KERNELS, pick_kernel
+from hvtrain.models.measure import LONG
 from hvtrain.models.precision import autocast
 from hvtrain.models.spec import Flavor, ModelSpec
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
-from hvtrain.weights.float8 import quantize, replace_linear
+from hvtrain.parallel.products import pick_products
+from hvtrain.weights.float8 import quantize, replace_linear, use_products
 
 RANK = 32
 
@@ -77,6 +80,13 @@ def build(spec: ModelSpec, flavor: Flavor, case: Case, device: torch.device) -> 
     if case.quantized != "none":
         for name in spec.lora_targets(model):
             replace_linear(model, name, *quantize(model.get_submodule(name).weight.data, case.quantized))
+        shapes = set(linear_shapes(model).values()) if case.quantized == "fp8" else set()
+        use_products(
+            model, pick_products(
+                "auto", shapes, ParallelContext(device=device), dtype=torch.bfloat16, tokens=LONG.tokens,
+                learns=case.training,
+            )
+        )
     model.requires_grad_(False)
     if case.training:
         inject(model, spec.lora_targets(model), rank=RANK)

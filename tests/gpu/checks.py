@@ -26,8 +26,8 @@ from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext, shutdown, start
 from hvtrain.parallel.swap import BlockSwap
 from hvtrain.parallel.usp import _merge
-from hvtrain.weights.float8 import dequantize, has_matmul, multiply, quantize
 from tests.bench.bench_step import RANK, Case, build, ceiling, flops, our_step, step_of
+from tests.gpu.float8 import float8_products
 from tests.gpu.ranks import shared_attention
 from tests.gpu.report import Check, Row, Setup
 from tests.gpu.sparse import sparse_attention
@@ -277,48 +277,7 @@ def _fit(about: Candidate, shape: Shape, case: Case) -> float:
     ).budget.total / GIB
 
 
-# --- 6 to 9: float8, DeepSpeed, process groups, VAE ---------------------------------------------------------
-
-
-def float8(here: Setup) -> Iterator[Row]:
-    width = 3072 if here.cuda else 64
-    rows = 119_056 if here.cuda else 96
-    for name, n_in, n_out in (
-        ("qkv", width, 3 * width), ("fc2", 4 * width, width), ("linear2", 5 * width, width)
-    ):
-        weight = torch.randn(n_out, n_in, device=here.device, dtype=torch.bfloat16) / n_in**0.5
-        values, _ = quantize(weight, "fp8")
-        for m in (rows, rows + 1):
-            x = torch.randn(m, n_in, device=here.device, dtype=torch.bfloat16)
-            plain = timed(lambda: F.linear(x, weight), here.device)  # noqa: B023
-            yield Row(
-                f"{name} bfloat16, M {m:,}", ms=1000 * plain, tflops=2 * m * n_in * n_out / plain / 1e12
-            )
-            if not has_matmul(here.device):
-                yield Row(f"{name} float8, M {m:,}", note="this device multiplies no float8")
-                continue
-            want = F.linear(x[:512], dequantize(values, None, torch.bfloat16))
-            error = relative(multiply(x[:512], values, None), want)
-            eight = timed(lambda: multiply(x, values, None), here.device)  # noqa: B023
-            yield Row(
-                f"{name} float8, M {m:,}", passed=error < 0.1, error=error, ms=1000 * eight,
-                tflops=2 * m * n_in * n_out / eight / 1e12, note=f"{plain / eight:.2f}x bfloat16",
-            )
-            yield from _scaled_products(here, f"{name} float8, M {m:,}", x, values)
-
-
-def _scaled_products(here: Setup, what: str, x: Tensor, weight: Tensor) -> Iterator[Row]:
-    """What of it is the product, summed carefully and fast, and so what is the rounding of x."""
-    ones = [torch.ones(shape, device=here.device) for shape in ((len(x), 1), (1, len(weight)))]
-    values = x.to(weight.dtype)
-    for fast in (False, True):
-        product = partial(
-            torch._scaled_mm, values, weight.t(), scale_a=ones[0], scale_b=ones[1], out_dtype=torch.bfloat16,
-            use_fast_accum=fast
-        )
-        yield Row(
-            f"{what}, the product alone", ms=1000 * timed(product, here.device), note=f"use_fast_accum {fast}"
-        )
+# --- 7 to 9: DeepSpeed, process groups, VAE -----------------------------------------------------------------
 
 
 def engines(here: Setup) -> Iterator[Row]:
@@ -417,7 +376,7 @@ CHECKS = {
         Check("savers", "selective, offload and swapped blocks give the same to the bit", 40, savers),
         Check("blocks", "two blocks of the 13B, eager and compiled; how often is compiled", 120, blocks),
         Check("steps", "whole steps of the 13B: time, MFU, peak memory against hvtrain fit", 120, steps),
-        Check("float8", "float8 products against bfloat16", 30, float8),
+        Check("float8", "float8 products: values, speed of each part, what auto takes", 30, float8_products),
         Check("engines", "ZeRO stages of one process against plain PyTorch", 30, engines),
         Check("groups", "process groups of one process", 10, groups),
         Check("ranks", "Ulysses and ring of 2 and 4 processes that share the device", 30, shared_attention),

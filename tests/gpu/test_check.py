@@ -14,8 +14,11 @@ import torch
 
 from hvtrain.models.kernels import KERNELS
 from hvtrain.models.sparse import WAYS
-from tests.gpu import check, checks
+from hvtrain.parallel import products
+from hvtrain.weights.float8_tokens import plain
+from tests.gpu import check, checks, float8
 from tests.gpu.report import Check, Row, Setup, carry_out, read, setup
+from tests.weights.scaled import ScaledProduct
 
 CPU = setup(torch.device("cpu"))
 
@@ -62,18 +65,57 @@ def test_a_wrong_way_of_sparse_attention_fails(tmp_path: Path, monkeypatch) -> N
     assert [rows[f"{name} by gather, values"].passed for name in ("tiles", "radial")] == [False, False]
 
 
-def test_float8_products_where_a_device_has_them(tmp_path: Path, monkeypatch) -> None:
-    asked = []
+@pytest.fixture
+def eight(monkeypatch) -> ScaledProduct:
+    """A device that multiplies float8."""
+    product = ScaledProduct()
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(float8, "has_matmul", lambda device: True)
+    monkeypatch.setattr(products, "missing", lambda device, dtype: None)
+    return product
 
-    def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum=False):
-        asked.append(use_fast_accum)
-        return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(checks, "has_matmul", lambda device: True)
+def test_float8_products_where_a_device_has_them(tmp_path: Path, eight: ScaledProduct) -> None:
     rows = carry_out(checks.CHECKS["float8"], CPU, tmp_path / "rows.json")
-    assert len(rows) == 3 * 2 * 4 and all(row.passed for row in rows) and set(asked) == {False, True}
-    assert all(row.error for row in rows if "float8" in row.what and "alone" not in row.what)
+    assert all(row.passed for row in rows), [r for r in rows if not r.passed]
+    assert len(rows) == 3 * 2 * 11 + 3 and set(eight.fast) == {False, True}
+    errors = {r.what: r.error for r in rows if r.error is not None}
+    float8_errors = [e for what, e in errors.items() if ", float8" in what]
+    assert len(float8_errors) == 3 * 2 * 3 and all(0.01 < e < 0.05 for e in float8_errors)
+    assert all(e < 0.01 for what, e in errors.items() if "dequantised" in what or "again" in what)
+    assert [r.what for r in rows[-2:]] == ["auto, training", "auto, sampling"]
+    assert "64 -> 192: " in rows[-1].note and "320 -> 64: " in rows[-1].note
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("odd", ("M 97, float8, careful sums", "M 97, float8, fast sums", "backward, M 97, float8")),
+        ("backward", ("backward, M 96, float8", "backward, M 97, float8")),
+        ("rounding", ("M 96, rounding one kernel", "M 97, rounding one kernel")),
+        ("again", ("computed again, bit for bit",)),
+    ],
+)
+def test_a_wrong_float8_product_fails(
+    part: str, told: tuple[str, ...], tmp_path: Path, eight: ScaledProduct, monkeypatch
+) -> None:
+    def wrong(a, b, **options):
+        out = eight(a, b, **options)
+        if part == "odd" and len(a) == 97:
+            out[-1] = 0
+        if part == "backward" and options.get("bias") is None:
+            out *= 1.1
+        if part == "again" and len(a) == 257:
+            out += len(eight.shapes)
+        return out
+
+    monkeypatch.setattr(torch, "_scaled_mm", wrong)
+    if part == "rounding":
+        monkeypatch.setattr(float8, "fused", lambda x: plain(x * 1.02))
+    rows = carry_out(checks.CHECKS["float8"], CPU, tmp_path / "rows.json")
+    failed = [row.what for row in rows if not row.passed]
+    assert len(failed) == (1 if part == "again" else 3 * len(told))
+    assert all(what.endswith(told) for what in failed)
 
 
 def _good(here: Setup) -> Iterator[Row]:
