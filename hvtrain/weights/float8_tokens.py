@@ -47,10 +47,12 @@ def fused(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     width = x.shape[1]
     if width in _refused:
         return plain(x, by)
-    x = x.contiguous().view(-1, width)  # a tensor of our own: the mark below stays on it
+    x = x.detach().contiguous().view(-1, width)  # a tensor of our own: the mark below stays on it
     torch._dynamo.maybe_mark_dynamic(x, 0)
     try:
-        return _compiled(width)(x, by)
+        # of every state that it is called in, a kernel would be made
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False, cache_enabled=False):
+            return _compiled(width)(x, by)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: it is not our code
@@ -67,7 +69,8 @@ def fused(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def _watched() -> bool:
     """Whether somebody wants to see every operation (a FLOP counter): then nothing is compiled."""
-    return any(not mode.ignore_compile_internals() for mode in _get_current_dispatch_mode_stack())
+    modes = _get_current_dispatch_mode_stack()
+    return any(not getattr(mode, "ignore_compile_internals", bool)() for mode in modes)
 
 
 @cache

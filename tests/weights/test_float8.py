@@ -2,6 +2,7 @@
 dequantised products, LoRA over them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from hvtrain.adapters.attach import inject, linear_shapes, merge_all, merging
 from hvtrain.config import asset
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.models.dit import Tokens
 from hvtrain.models.load import load_dit
-from hvtrain.parallel.recompute import keeping_attention
+from hvtrain.parallel.recompute import keeping_attention, pick_policy
 from hvtrain.weights import float8, float8_tokens
 from hvtrain.weights.float8 import Fp8Linear, Products, dequantize, multiply, multiply_back, quantize
 from tests.weights.scaled import ScaledProduct
@@ -320,6 +322,31 @@ def test_a_compiled_block_multiplies_as_it_does_in_eager_mode(recompute, monkeyp
     assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
 
 
+@of_rows
+def test_one_kernel_serves_a_layer_wherever_it_is_called(monkeypatch):
+    """Forward, backward and computed again, under autocast and hooks, with and without gradients."""
+    monkeypatch.setattr(float8_tokens, "FUSED_ON", "cpu")
+    monkeypatch.setattr(float8_tokens, "_refused", {})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    float8_tokens._compiled.cache_clear()
+    for m, policy in zip((5, 9, 33, 7), ("none", "full", "selective", "offload"), strict=True):
+        block, asked = Block().train(), torch.randn(1, m, 32).bfloat16()
+        empty = asked.new_empty(0)
+        tokens = Tokens(asked.clone().requires_grad_(m != 5), (empty, empty), m, (1, 1, m), empty, (0,))
+
+        def run(t: Tokens, block: Block = block) -> Tokens:
+            return replace(t, img=block(t.img))
+
+        with torch.autocast("cpu", torch.bfloat16):
+            out = pick_policy(policy)(run, tokens).img
+        out.float().square().sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            block.eval()(asked)
+    # widths of 32 and 64, each forward, and backward with a factor a row
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4 and not float8_tokens._refused
+
+
 def test_sizes_that_have_no_product_are_dequantised(product):
     x = torch.randn(3, 64).bfloat16()
     for n_out, n_in in ((40, 64), (48, 24), (16, 64)):
@@ -356,8 +383,6 @@ def test_how_a_model_multiplies_is_its_own(product):
 
 def test_a_lora_over_float8_trains_as_over_the_dequantised_model():
     """Same adapters, same loss and gradients as over a float32 model with the dequantised weights."""
-    from dataclasses import replace
-
     from hvtrain.models.hunyuan_video.inputs import HunyuanInput
 
     a = load_dit(TINY, dtype=torch.float32, quantize_to="fp8_scaled").model
