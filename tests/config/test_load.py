@@ -90,6 +90,18 @@ def test_numbers_as_people_write_them(tmp_path):
     )
 
 
+def test_true_and_false_beside_words():
+    """As YAML has them, and nothing that is only equal to them."""
+    given = [[], *([f"model.fp8_matmul={word}"] for word in ("true", "false", "auto"))]
+    said = [load(TrainConfig, None, items).model.fp8_matmul for items in given]
+    assert said == ["auto", True, False, "auto"]
+    for text in ("1", "0", "1.0", "'true'", "null"):
+        with pytest.raises(ConfigError, match="model.fp8_matmul is .*auto.*true"):
+            load(TrainConfig, None, [f"model.fp8_matmul={text}"])
+    cfg = load(TrainConfig, None, ["model.fp8_matmul=true"])
+    assert "fp8_matmul: true\n" in dump(cfg) and build(TrainConfig, to_dict(cfg), where="") == cfg
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_encodings_that_editors_write(tmp_path, encoding):
     text = "preview: {prompts: [{prompt: 'Käse \u732b'}]}\n"

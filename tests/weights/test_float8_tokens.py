@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,6 +79,15 @@ def test_one_kernel_gives_the_formula_s_bits_for_any_number_of_tokens(kind):
         turned = x.t().contiguous().t()  # a gradient may come in any layout
         assert torch.equal(fused(turned, by)[0].view(torch.uint8), values.view(torch.uint8))
     assert n_graphs() == 1 and not float8_tokens._refused
+
+
+@pytest.mark.parametrize("by", [None, torch.ones(48)], ids=["plain", "by"])
+def test_it_is_one_kernel_with_nothing_in_between(by):
+    with inductor.patch(force_disable_caches=True):
+        _, (code,) = run_and_get_code(fused, torch.randn(5, 48).bfloat16(), by)
+    assert code.count("async_compile.cpp_pybinding(") == 1
+    made = [line for line in code.splitlines() if "= empty_strided_cpu(" in line]
+    assert [("48" in line, "float8" in line) for line in made] == [(False, False), (True, True)]
 
 
 def test_every_width_of_a_model_gets_its_kernel(monkeypatch, caplog):
