@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvtrain.weights.float8_tokens import DTYPE, LARGEST, SMALLEST_SCALE, quantize_tokens
+from hvtrain.weights.float8_tokens import DTYPE, LARGEST, quantize_tokens
 
 BLOCK = 64
+_SMALLEST_SCALE = 1e-8
 _MULTIPLE = 16  # of the sizes that torch's float8 product takes
 
 
@@ -46,7 +47,7 @@ def quantize(weight: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
     width = BLOCK if in_blocks else n_in
     kept = weight.dtype if how == "fp8_scaled" else torch.float32
     blocks = weight.float().view(n_out, n_in // width, width)
-    scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE).to(kept)
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / LARGEST).clamp_min(_SMALLEST_SCALE).to(kept)
     values = (blocks / scale.float()).clamp(-LARGEST, LARGEST).to(DTYPE).view(n_out, n_in)
     return values, scale if in_blocks else scale.view(n_out, 1)
 

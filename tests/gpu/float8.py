@@ -88,7 +88,7 @@ def _dequantised(x: Tensor, values: Tensor, scale: Tensor | None, bias: Tensor |
 
 
 def _backward(here: Setup, what: str, values: Tensor, scale: Tensor | None, m: int) -> Iterator[Row]:
-    grad = torch.randn(m, len(values), device=here.device, dtype=BF16)
+    grad = torch.randn(m, len(values), device=here.device, dtype=BF16) * 1e-9
     wide, flop = dequantize(values, scale, torch.float32), 2 * m * values.numel()
     base = _row(
         here, f"{what}, dequantised", lambda: grad @ dequantize(values, scale, BF16), grad,
