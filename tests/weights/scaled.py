@@ -12,7 +12,7 @@ from torch import Tensor
 FLOAT8 = torch.float8_e4m3fn
 
 
-@dataclass
+@dataclass(eq=False)  # with a hash: torch.compile looks up all that torch has
 class ScaledProduct:
     """In the place of torch._scaled_mm. `coarse`: what fast sums are wrong by, relatively."""
 
