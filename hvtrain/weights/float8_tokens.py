@@ -37,6 +37,7 @@ def quantize_tokens(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def plain(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()  # what is made of it lies as it does, and a float8 product takes rows alone
     wide = x.float() if by is None else x.float() * by
     factors = (wide.abs().amax(dim=1, keepdim=True) / LARGEST).clamp_min(SMALLEST_FACTOR)
     return (wide / factors).clamp(-LARGEST, LARGEST).to(DTYPE), factors
@@ -78,4 +79,6 @@ def _compiled(width: int) -> Quantize:
     """Of a width that the kernel knows, for any number of tokens. Its code is its own: torch.compile counts
     how often it compiles one, and would give up after a model's eighth width."""
     code = plain.__code__.replace(co_name=f"quantize_{width}")
-    return torch.compile(FunctionType(code, globals(), argdefs=plain.__defaults__), fullgraph=True)
+    made = FunctionType(code, globals(), argdefs=plain.__defaults__)
+    # made for a text's few tokens, it would be cut into three kernels to fill a GPU, for a video's too
+    return torch.compile(made, fullgraph=True, options={"split_reductions": False})

@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch._dynamo.utils
 from torch._inductor import config as inductor
+from torch._inductor.choices import InductorChoices
+from torch._inductor.codegen.common import BackendFeature
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,7 +92,12 @@ def test_one_kernel_gives_the_formula_s_bits_for_any_number_of_tokens(kind):
 
 
 @pytest.mark.parametrize("by", [None, torch.ones(48)], ids=["plain", "by"])
-def test_it_is_one_kernel_with_nothing_in_between(by):
+def test_it_is_one_kernel_with_nothing_in_between(by, monkeypatch):
+    """Also where it is made for few tokens, and so for less work than a GPU has processors: there the
+    compiler cuts a long row's maximum in parts, each a kernel's, and would for many tokens after."""
+    able = CppScheduling.backend_features - {BackendFeature.REDUCE_TO_SINGLE_ELEMENT}
+    monkeypatch.setattr(CppScheduling, "backend_features", able)
+    monkeypatch.setattr(InductorChoices, "reduction_split_factor", lambda *asked, **options: 4)
     with inductor.patch(force_disable_caches=True):
         _, (code,) = run_and_get_code(fused, torch.randn(5, 48).bfloat16(), by)
     assert code.count("async_compile.cpp_pybinding(") == 1
