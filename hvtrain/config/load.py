@@ -291,6 +291,8 @@ def _convert(value: Any, kind: Any, *, where: str, key: str) -> Any:
     if origin is Literal:
         if not any(value == a and type(value) is type(a) for a in get_args(kind)):  # 1 is not true
             legal = [_word(a) for a in get_args(kind)]
+            if isinstance(value, str) and value in legal:
+                raise _wrong(value, f"{value} without quotes", where=where, key=key)
             near = suggest(value if isinstance(value, str) else "", legal)
             listed = "" if near.startswith("choose") else f" ({' | '.join(legal)})"
             raise ConfigError(f"{where}: {key} is {_shown(value)}; {near}{listed}")

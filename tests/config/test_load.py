@@ -95,9 +95,11 @@ def test_true_and_false_beside_words():
     given = [[], *([f"model.fp8_matmul={word}"] for word in ("true", "false", "auto"))]
     said = [load(TrainConfig, None, items).model.fp8_matmul for items in given]
     assert said == ["auto", True, False, "auto"]
-    for text in ("1", "0", "1.0", "'true'", "null"):
+    for text in ("1", "0", "1.0", "'tru'", "null"):
         with pytest.raises(ConfigError, match="model.fp8_matmul is .*auto.*true"):
             load(TrainConfig, None, [f"model.fp8_matmul={text}"])
+    with pytest.raises(ConfigError, match="model.fp8_matmul is 'false', expected false without quotes"):
+        load(TrainConfig, None, ["model.fp8_matmul='false'"])
     cfg = load(TrainConfig, None, ["model.fp8_matmul=true"])
     assert "fp8_matmul: true\n" in dump(cfg) and build(TrainConfig, to_dict(cfg), where="") == cfg
 
