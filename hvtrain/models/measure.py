@@ -160,7 +160,8 @@ def fastest(
     work = class_of(work)
     key = " | ".join([machine(device), str(dtype), *(k.name for k in candidates), str(tuple(work))])
     by_name = {kernel.name: kernel for kernel in candidates}
-    return by_name[remembered(key, by_name, lambda: _measured(candidates, device, dtype, work), kept=kept)]
+    found = remembered(key, by_name, lambda: Answer(_measured(candidates, device, dtype, work)), kept=kept)
+    return by_name[found]
 
 
 def _measured(
@@ -183,25 +184,32 @@ def _measured(
     return min(times, key=lambda n: times[n], default=candidates[-1].name)
 
 
-def remembered(key: str, legal: Collection[str], find: Callable[[], str | None], *, kept: Path) -> str:
-    """What `find` gives, one of `legal`; asked once for a key, and kept in a file. Of several processes that
-    measure at a time, those that end later take what the first has kept; two that end in the same instant may
-    differ, which costs little. Nothing is kept of None, which counts as the last of `legal`."""
+class Answer(NamedTuple):
+    """What a measurement found; it does not last where it says less of the device than of this run."""
+
+    word: str
+    lasts: bool = True
+
+
+def remembered(key: str, legal: Collection[str], find: Callable[[], Answer], *, kept: Path) -> str:
+    """What `find` gives, one of `legal`; asked once for a key, and kept in a file if it lasts. Of several
+    processes that measure at a time, those that end later take what the first has kept; two that end in the
+    same instant may differ, which costs little."""
     kept = kept.expanduser()
     before = _read(kept).get(key)
     if before is not None and before in legal:
         return before
     found = find()
-    if found is None:
-        return list(legal)[-1]
+    if not found.lasts:
+        return found.word
     known = _read(kept)
     first = known.get(key)
     if first is not None and first in legal:
         return first
     with suppress(OSError):  # a home that cannot be written: measured again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({**known, key: found}, indent=1) + "\n")
-    return found
+        write_text(kept, json.dumps({**known, key: found.word}, indent=1) + "\n")
+    return found.word
 
 
 def machine(device: torch.device) -> str:

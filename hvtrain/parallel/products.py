@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvtrain.errors import ConfigError
-from hvtrain.models.measure import machine, remembered, timed, tokens_class
+from hvtrain.models.measure import Answer, machine, remembered, timed, tokens_class
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.weights.float8 import (
     DTYPE,
@@ -32,6 +32,7 @@ from hvtrain.weights.float8 import (
     multiply,
     multiply_back,
 )
+from hvtrain.weights.float8_tokens import in_passes
 
 log = logging.getLogger(__name__)
 KEPT = Path("~/.cache/hvtrain/products.json")
@@ -39,7 +40,7 @@ GAIN = 1.05  # how much faster a float8 product must be
 # norm of what is off over the norm of the right result: one factor a token, three bits behind the point, make
 # .026 of it
 TOLERANCE = 0.05
-_ODD = 17  # tokens, besides those that are measured: kernels have been wrong where a tile was not full
+_FEW = (17, 1)  # tokens, besides those that are measured: kernels have been wrong where a tile was not full
 _ROWS = 64  # that are compared
 _WORDS = {
     "both": Products(True, True), "forward": Products(True, False), "backward": Products(False, True),
@@ -114,8 +115,9 @@ def _faster(layer: Layer, device: torch.device, kept: Path) -> Products:
     return _WORDS[remembered(key, _WORDS, lambda: _measured(layer, device), kept=kept)]
 
 
-def _measured(layer: Layer, device: torch.device) -> str | None:
-    """One of _WORDS; None if the device has no memory left to tell by."""
+def _measured(layer: Layer, device: torch.device) -> Answer:
+    """One of _WORDS. It does not last if the device had no memory left to tell by, or no compiler was there
+    for the kernel that rounds: tomorrow there may be."""
     what = f"{layer.n_in} -> {layer.n_out} at {layer.tokens:,} tokens"
     try:
         with torch.no_grad():
@@ -123,8 +125,9 @@ def _measured(layer: Layer, device: torch.device) -> str | None:
             backward = layer.learns and _wins("backward", layer, device)
     except torch.OutOfMemoryError:
         log.warning("float8 products, %s: no memory to measure them; dequantised", what)
-        return None
-    return next(word for word, p in _WORDS.items() if p == Products(forward, backward))
+        return Answer("none", lasts=False)
+    word = next(word for word, p in _WORDS.items() if p == Products(forward, backward))
+    return Answer(word, lasts=not in_passes(layer.n_in) and not (layer.learns and in_passes(layer.n_out)))
 
 
 class _Trial(NamedTuple):
@@ -140,7 +143,7 @@ def _wins(way: str, layer: Layer, device: torch.device) -> bool:
     trial = _trial(way, layer, device)
     what = f"{way} {layer.n_in} -> {layer.n_out} at {layer.tokens:,} tokens"
     try:
-        errors = [_error(trial, n) for n in (_ODD, layer.tokens - 1, layer.tokens)]
+        errors = [_error(trial, n) for n in (layer.tokens, layer.tokens - 1, *_FEW)]
         worst = max(errors, key=lambda e: (e != e, e))
         times = [timed(partial(run, trial.x), device) for run in (trial.float8, trial.dequantised)]
     except torch.OutOfMemoryError:

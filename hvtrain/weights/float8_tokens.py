@@ -46,7 +46,7 @@ def plain(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def fused(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same in one kernel; at most one step of float8 away where the compiler divides in another way."""
     width = x.shape[1]
-    if width in _refused:
+    if in_passes(width):
         return plain(x, by)
     x = x.detach().contiguous().view(-1, width)  # a tensor of our own: the mark below stays on it
     torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -66,6 +66,11 @@ def fused(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
             )
         _refused[width] = reason
         return plain(x, by)
+
+
+def in_passes(width: int) -> bool:
+    """Whether tokens of this width are rounded in several passes, for want of a compiler."""
+    return width in _refused
 
 
 def _watched() -> bool:

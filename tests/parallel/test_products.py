@@ -16,6 +16,7 @@ from hvtrain.models.load import float8_shapes, identify, load_dit
 from hvtrain.parallel import products
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.products import GAIN, Layer, check_products, missing, note, pick_products
+from hvtrain.weights import float8_tokens
 from hvtrain.weights.float8 import Products, use_products
 from tests.parallel.ranks import run_ranks
 from tests.weights.scaled import ScaledProduct
@@ -140,7 +141,7 @@ def wrong_from(tokens: int, how):
     return product
 
 
-@pytest.mark.parametrize("tokens", [17, 1023, 1024])
+@pytest.mark.parametrize("tokens", [1, 17, 1023, 1024])
 @pytest.mark.parametrize("how", ["nan", "last", "scale"])
 def test_what_is_wrong_is_not_taken_however_fast(tokens, how, able, tmp_path, monkeypatch, caplog):
     def spoilt(out):
@@ -176,6 +177,24 @@ def test_what_fails_is_not_taken_and_a_full_memory_is_not_kept(able, tmp_path, m
     assert pick("auto", tmp_path, shapes={(48, 64)}) == {(48, 64): Products()}
     assert "fails: RuntimeError: no kernel image" in caplog.text and "and more" not in caplog.text
     assert list(json.loads((tmp_path / "cache/p.json").read_text()).values()) == ["none"]
+
+
+@pytest.mark.parametrize("refused", ["forward", "backward"])
+def test_what_is_measured_without_a_compiler_is_asked_again(refused, able, tmp_path, monkeypatch):
+    """The kernel that rounds was not there for one of the widths; the next run may be on a node that has
+    what makes it."""
+    def without(width):
+        if width == {"forward": 64, "backward": 48}[refused]:
+            raise RuntimeError("no compiler")
+        return float8_tokens.plain
+
+    monkeypatch.setattr(float8_tokens, "FUSED_ON", "cpu")
+    for made in (without, lambda width: float8_tokens.plain):
+        monkeypatch.setattr(float8_tokens, "_refused", {})
+        monkeypatch.setattr(float8_tokens, "_compiled", made)
+        clock(monkeypatch, float8=1.0, dequantised=2.0)
+        assert pick("auto", tmp_path, shapes={(48, 64)}) == {(48, 64): Products(True, True)}
+        assert (tmp_path / "cache/p.json").exists() == (made is not without)
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
