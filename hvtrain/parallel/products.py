@@ -130,6 +130,17 @@ def _measured(layer: Layer, device: torch.device) -> Answer:
     return Answer(word, lasts=not in_passes(layer.n_in) and not (layer.learns and in_passes(layer.n_out)))
 
 
+def _check_works(device: torch.device, what: str) -> None:
+    """A kernel that reads where nothing is ends all that a process does on a GPU. Raises ConfigError."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"float8 product, {what}: it fails so that nothing can be computed after it; set model.fp8_matmul "
+            "to false"
+        ) from error
+
+
 class _Trial(NamedTuple):
     """A product in both ways, of tokens [n, ...]."""
 
@@ -151,6 +162,7 @@ def _wins(way: str, layer: Layer, device: torch.device) -> bool:
     except Exception as error:  # of any kind: it is not our code
         reason = str(error).strip().partition("\n")[0]
         log.warning("float8 product, %s: fails: %s: %s", what, type(error).__name__, reason)
+        _check_works(device, what)
         return False
     if not worst <= TOLERANCE:
         log.warning("float8 product, %s: wrong on this device: error %.3g", what, worst)

@@ -179,6 +179,21 @@ def test_what_fails_is_not_taken_and_a_full_memory_is_not_kept(able, tmp_path, m
     assert list(json.loads((tmp_path / "cache/p.json").read_text()).values()) == ["none"]
 
 
+def test_a_device_that_does_nothing_after_a_failure_is_told_with_the_way_out(able, tmp_path, monkeypatch):
+    """Of a later product only CUDA's words would be seen, and in each start again."""
+    def dead(*args, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def product(*args, **options):
+        monkeypatch.setattr(torch, "zeros", dead)
+        dead()
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    with pytest.raises(ConfigError, match="forward 64 -> 48 at 1,024 tokens: it fails so.*fp8_matmul to false"):
+        pick("auto", tmp_path, shapes={(48, 64)})
+    assert not (tmp_path / "cache/p.json").exists()
+
+
 @pytest.mark.parametrize("refused", ["forward", "backward"])
 def test_what_is_measured_without_a_compiler_is_asked_again(refused, able, tmp_path, monkeypatch):
     """The kernel that rounds was not there for one of the widths; the next run may be on a node that has
