@@ -136,8 +136,8 @@ def _check_works(device: torch.device, what: str) -> None:
         torch.zeros(1, device=device).item()
     except RuntimeError as error:
         raise ConfigError(
-            f"float8 product, {what}: it fails so that nothing can be computed after it; set model.fp8_matmul "
-            "to false"
+            f"float8 product, {what}: it fails so that nothing can be computed after it; set "
+            "model.fp8_matmul to false"
         ) from error
 
 

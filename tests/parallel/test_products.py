@@ -189,7 +189,7 @@ def test_a_device_that_does_nothing_after_a_failure_is_told_with_the_way_out(abl
         dead()
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    with pytest.raises(ConfigError, match="forward 64 -> 48 at 1,024 tokens: it fails so.*fp8_matmul to false"):
+    with pytest.raises(ConfigError, match="forward 64 -> 48 at 1,024 tokens: it fails.*fp8_matmul to false"):
         pick("auto", tmp_path, shapes={(48, 64)})
     assert not (tmp_path / "cache/p.json").exists()
 

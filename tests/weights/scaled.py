@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import torch._inductor.kernel.mm  # takes torch._scaled_mm by its name when it is imported
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
+of_rows = pytest.mark.skipif(
+    not hasattr(torch.distributed, "all_gather_single"),
+    reason="before torch 2.13 a CPU's float8 product takes one factor only"
+)
 
 
 @dataclass(eq=False)  # with a hash: torch.compile looks up all that torch has
