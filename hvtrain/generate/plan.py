@@ -201,7 +201,8 @@ def pick_float8(
     shapes = set().union(*(float8_shapes(found, model.quantize) for found in dits.files.values()))
     longest = max(map(dits.flavor.latent.n_tokens, latent_shapes(jobs, dits.flavor)))
     return pick_products(
-        model.fp8_matmul, shapes, ctx, dtype=dtype, tokens=longest * size // ctx.sp, learns=False
+        model.fp8_matmul, shapes, ctx, dtype=dtype, tokens=longest * size // ctx.sp, learns=False,
+        factors=model.quantize != "fp8",
     )
 
 

@@ -56,6 +56,7 @@ class Layer(NamedTuple):
     n_in: int
     tokens: int
     learns: bool  # gradients go back through it, and the forward sums with care
+    factors: bool  # one a row; else none, and to dequantise is a cast
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -83,16 +84,16 @@ def check_products(setting: Setting, quantize: str, *, device: torch.device, dty
 
 def pick_products(
     setting: Setting, shapes: Collection[tuple[int, int]], ctx: ParallelContext, *, dtype: torch.dtype,
-    tokens: int, learns: bool, kept: Path = KEPT,
+    tokens: int, learns: bool, factors: bool, kept: Path = KEPT,
 ) -> Chosen:
     """Of layers of these shapes [out, in] that a rank runs over about so many tokens; the same on every rank:
-    the first one measures. Collective."""
+    the first one measures. `factors`: whether their weights usually have some. Collective."""
     able = sorted(shape for shape in shapes if fits_matmul(*shape))
     if setting is False or not able or ctx.any(missing(ctx.device, dtype) is not None):
         return {}
     if setting is True:
         return dict.fromkeys(able, Products(True, learns))
-    asked = [Layer(*shape, tokens_class(tokens), learns) for shape in able]
+    asked = [Layer(*shape, tokens_class(tokens), learns, factors) for shape in able]
     mine = [_faster(layer, ctx.device, kept) for layer in asked] if ctx.is_main else None
     if ctx.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -174,11 +175,13 @@ def _wins(way: str, layer: Layer, device: torch.device) -> bool:
 
 
 def _trial(way: str, layer: Layer, device: torch.device) -> _Trial:
-    """A weight with one factor a row, and tokens of unlike size; gradients as small as they are."""
+    """Of tokens of unlike size; gradients as small as they are."""
     draw = torch.Generator(device).manual_seed(layer.n_out * 100_003 + layer.n_in)
     normal = partial(torch.randn, device=device, dtype=torch.bfloat16, generator=draw)
     weight = normal((layer.n_out, layer.n_in)).clamp(-4, 4).mul_(100).to(DTYPE)
-    scale = (torch.rand((layer.n_out, 1), device=device, generator=draw) + 0.1) / 100
+    scale = None
+    if layer.factors:
+        scale = (torch.rand((layer.n_out, 1), device=device, generator=draw) + 0.1) / 100
     x = normal((layer.tokens, layer.n_in if way == "forward" else layer.n_out))
     x *= normal((layer.tokens, 1)) * (1 if way == "forward" else 1e-9)
     wide = dequantize(weight, scale, torch.float32)

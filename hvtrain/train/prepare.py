@@ -195,7 +195,10 @@ def pick_float8(
             shapes |= float8_shapes(found, model.quantize)
     longest = max(map(math.prod, grids(bases[0], sets)), default=LONG.tokens)
     tokens = max(longest * data.batch_size, data.batch_tokens or 0) // ctx.sp
-    return pick_products(model.fp8_matmul, shapes, ctx, dtype=dtype, tokens=tokens, learns=True)
+    return pick_products(
+        model.fp8_matmul, shapes, ctx, dtype=dtype, tokens=tokens, learns=True,
+        factors=model.quantize != "fp8",
+    )
 
 
 def check_silent(zero: ZeroConfig, *, whole: bool) -> None:

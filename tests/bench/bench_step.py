@@ -84,7 +84,7 @@ def build(spec: ModelSpec, flavor: Flavor, case: Case, device: torch.device) -> 
         use_products(
             model, pick_products(
                 "auto", shapes, ParallelContext(device=device), dtype=torch.bfloat16, tokens=LONG.tokens,
-                learns=case.training,
+                learns=case.training, factors=False,
             )
         )
     model.requires_grad_(False)

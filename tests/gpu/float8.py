@@ -159,7 +159,7 @@ def _chosen(here: Setup, shapes: list[tuple[int, int]], tokens: int) -> Iterator
     with tempfile.TemporaryDirectory() as folder:
         for learns in (True, False):
             found = pick_products(
-                "auto", shapes, ctx, dtype=BF16, tokens=tokens, learns=learns,
+                "auto", shapes, ctx, dtype=BF16, tokens=tokens, learns=learns, factors=True,
                 kept=Path(folder, "products.json")
             )
             ways = {s: [name for name, on in way._asdict().items() if on] for s, way in found.items()}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hvtrain.config import asset
+from hvtrain.config import DataConfig, ModelConfig, asset
 from hvtrain.errors import ConfigError
+from hvtrain.generate import plan
 from hvtrain.models.load import float8_shapes, identify, load_dit
 from hvtrain.parallel import products
 from hvtrain.parallel.context import ParallelContext, start
 from hvtrain.parallel.products import GAIN, Layer, check_products, missing, note, pick_products
+from hvtrain.train import prepare
 from hvtrain.weights import float8_tokens
 from hvtrain.weights.float8 import Products, use_products
 from tests.parallel.ranks import run_ranks
@@ -50,9 +53,10 @@ def clock(monkeypatch, **seconds: float) -> list[str]:
     return asked
 
 
-def pick(setting, tmp_path, *, ctx=ALONE, learns=True, tokens=100, shapes=SHAPES):
+def pick(setting, tmp_path, *, ctx=ALONE, learns=True, tokens=100, shapes=SHAPES, factors=True):
     return pick_products(
-        setting, shapes, ctx, dtype=BF16, tokens=tokens, learns=learns, kept=tmp_path / "cache/p.json"
+        setting, shapes, ctx, dtype=BF16, tokens=tokens, learns=learns, factors=factors,
+        kept=tmp_path / "cache/p.json"
     )
 
 
@@ -113,10 +117,10 @@ def test_what_is_faster_is_taken_and_kept(learns, able, tmp_path, monkeypatch, c
     clock(monkeypatch, float8=9.0, dequantised=1.0)
     for tokens in (100, 2000):
         assert pick("auto", tmp_path, tokens=tokens, learns=learns) == found
-    # another class of token counts, and the other use, are other questions
+    # another class of token counts, the other use and weights without factors are other questions
     none = dict.fromkeys(found, Products())
     assert pick("auto", tmp_path, tokens=2100, learns=learns) == none
-    assert pick("auto", tmp_path, learns=not learns) == none
+    assert pick("auto", tmp_path, learns=not learns) == pick("auto", tmp_path, factors=False) == none
 
 
 def test_it_must_earn_its_rounding(able, tmp_path, monkeypatch):
@@ -212,14 +216,39 @@ def test_what_is_measured_without_a_compiler_is_asked_again(refused, able, tmp_p
         assert (tmp_path / "cache/p.json").exists() == (made is not without)
 
 
+@pytest.mark.parametrize("factors", [True, False])
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_both_ways_of_a_trial_are_near_float32(way, able):
-    trial = products._trial(way, Layer(96, 160, 33, learns=True), CPU)
+def test_both_ways_of_a_trial_are_near_float32(way, factors, able, monkeypatch):
+    """And dequantised as such a weight is: a cast takes a fraction of the time that factors take."""
+    scales, real = [], products.dequantize
+    monkeypatch.setattr(products, "dequantize", lambda v, s, dtype: scales.append(s) or real(v, s, dtype))
+    trial = products._trial(way, Layer(96, 160, 33, learns=True, factors=factors), CPU)
     assert trial.x.shape == (33, 160 if way == "forward" else 96)
     want = trial.exact(trial.x.float())
     float8, plain = (f(trial.x).float() for f in (trial.float8, trial.dequantised))
     assert 0.015 < products._error(trial, 33) < products.TOLERANCE
     assert (float8 - want).norm() < 0.035 * want.norm() and (plain - want).norm() < 0.006 * want.norm()
+    assert len(scales) == 2 and [s is not None for s in scales] == [factors] * 2
+
+
+def test_a_plain_cast_is_measured_as_one(monkeypatch):
+    """By training and by generate."""
+    asked = []
+    for module, learns in ((prepare, True), (plan, False)):
+        monkeypatch.setattr(module, "pick_products", lambda *given, **how: asked.append(how["factors"]) or {})
+        monkeypatch.setattr(module, "float8_shapes", lambda found, quantize: set())
+        for quantize in ("fp8", "fp8_scaled"):
+            model = ModelConfig(name="hunyuan-video", quantize=quantize)
+            if learns:
+                monkeypatch.setattr(prepare, "grids", lambda base, sets: [(1, 2, 3)])
+                bases = [SimpleNamespace(path=None)]
+                prepare.pick_float8(bases, model, [], ALONE, data=DataConfig(), dtype=BF16)
+            else:
+                found = identify(TINY)
+                dits = SimpleNamespace(files={"dit": found}, flavor=found.flavor)
+                monkeypatch.setattr(plan, "latent_shapes", lambda jobs, flavor: [(16, 1, 4, 4)])
+                plan.pick_float8(dits, model, [], 1, ALONE, dtype=BF16)
+    assert asked == [False, True] * 2
 
 
 # --- together -----------------------------------------------------------------------------------------------
@@ -232,7 +261,8 @@ def _on_ranks(folder: str, capable: list[bool]) -> dict:
     n = []
     products.timed = lambda work, device: n.append(1) or (1.0 if len(n) % 2 else 2.0 - 1.5 * ctx.rank)
     kept = Path(folder) / f"{ctx.rank}.json"  # each its own home
-    found = pick_products("auto", {(48, 64)}, ctx, dtype=BF16, tokens=10, learns=True, kept=kept)
+    how = {"dtype": BF16, "tokens": 10, "learns": True, "factors": True}
+    found = pick_products("auto", {(48, 64)}, ctx, kept=kept, **how)
     return {"found": found, "n": len(n)}
 
 
