@@ -52,6 +52,7 @@ from hvtrain.tiny.words import (
     dataset_of,
     first,
     old_clips,
+    prompt_lines,
     shares,
     write_pairs,
 )
@@ -371,7 +372,7 @@ def score(
     wanted = asked([w for w in words if w in WORDS], old=old)
     wanted += [Drawing(SEVENTH_COLOR, "circle", m, b, 0, SEVENTH) for m, b in PLACES if SEVENTH in words]
     prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"{clip.caption}\n" for clip in wanted))
+    prompts.write_text(prompt_lines(wanted))
     cfg = load(GenerateConfig, CONFIGS / "generate.yaml", [f"prompt_file={prompts}", f"output={folder}"])
     files = generate.run(
         replace(cfg, model=replace(cfg.model, dit=dit), lora=tuple(SampledLora(str(p)) for p in loras))

@@ -8,6 +8,7 @@ ball moves left": red on gray).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -111,6 +112,17 @@ def asked(words: Iterable[str], *, old: bool = True) -> list[Drawing]:
     wanted = [place for w in words for place in _places(w)]
     _, held = combinations()
     return wanted + [Drawing(*c, list(BACKGROUNDS)[i % 3]) for i, c in enumerate(held) if old]
+
+
+def prompt_lines(wanted: Sequence[Drawing]) -> str:
+    """Of a prompt file. A word's prompts have the same noise whichever others are asked for: a LoRA alone and
+    a merge of many differ in nothing else."""
+    lines, asked_of = [], Counter[str]()
+    for clip in wanted:
+        noise = asked_of[clip.word] + (0 if clip.word else len(PLACES))
+        lines.append(f"{clip.caption} --d {noise}\n")
+        asked_of[clip.word] += 1
+    return "".join(lines)
 
 
 def shares(wanted: Sequence[Drawing], videos: Sequence[Path]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from hvtrain.tiny.words import (
     dataset_of,
     mean,
     old_clips,
+    prompt_lines,
     shares,
     write_pairs,
 )
@@ -84,6 +85,18 @@ def test_clips_are_written_as_a_user_brings_them(tmp_path):
     assert (tmp_path / "01-star" / "star_001.txt").read_text() == "a star moves left on a dark background"
     text = dataset_of([tmp_path / "01-star", tmp_path / "02"], tmp_path / "clips.toml").read_text()
     assert text.count("[[datasets]]") == 2 and f"'{tmp_path}/02'" in text
+
+
+def test_a_words_videos_have_the_same_noise_alone_and_among_others():
+    def noise(words, word, **old):
+        wanted = asked(words, **old)
+        lines = prompt_lines(wanted).splitlines()
+        return [line for clip, line in zip(wanted, lines, strict=True) if clip.word == word]
+
+    assert noise(["box"], "box", old=False) == noise(["star", "box"], "box")
+    assert noise(["star", "box"], "box")[3].endswith(" --d 3")
+    assert noise(["star"], "") == noise(["box", "star"], "")
+    assert len({line.split(" --d ")[1] for line in prompt_lines(asked(["star"])).splitlines()}) == 12 + 24
 
 
 def test_a_word_counts_by_colour_and_old_words_by_direction_too(tmp_path):
