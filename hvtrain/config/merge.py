@@ -38,7 +38,7 @@ class ReconcileConfig:
     ridge: float = 1e-3
     """For fit: pull towards the plain sum, as a share of the inputs' mean square"""
     steps: int | None = None
-    """For distill: optimizer steps; null: 100, of more than eight sets 200"""
+    """For distill: optimizer steps; null: 200, of more than eight sets 400"""
     new_noise: bool | None = None
     """For distill: noise the clips anew in every step and ask the LoRAs again, a forward pass more; false:
     the noisy clips that fit has; null: of more than eight sets. Clips that the LoRAs themselves have sampled

@@ -11,6 +11,7 @@ their rows are those of the LoRAs (of a plan: its slots), and no other weight ca
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,13 +31,12 @@ from hvtrain.models.precision import autocast
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.rng import generator
+from hvtrain.train.muon import MOMENT, Muon
 
 Pairs = Mapping[str, Sequence[LowRank]]
 STUDENT = "student"
-A_SLICE = 2  # clips of each step for each LoRA, those of old words among them
+A_SLICE = 1  # clips of each step for each LoRA, those of old words among them; more steps do more than more
 _WARMUP = 10
-_EPS = 1e-7  # above what rounding makes of a gradient: it depends on how many ranks share a clip
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _SAVED = 25  # steps between two notes of where it is
 
 
@@ -67,13 +67,14 @@ class Draw:
         return clip.noised(level, draw) if self.new_noise and not clip.sampled else clip
 
     def scale(self, task: Task) -> float:
-        """Each LoRA's error counts by what it changes in all, so that the weak are not
-        lost: keep's by their mean."""
+        """A LoRA that changes much is not learnt as well as it must be where errors count by what it changes
+        (a video shows the error itself), and the weak are lost where they do not: by its root. keep's count
+        as their mean."""
         told = {
             t.name: sum(s.told for s in t.states) / len(t.states) for t in self.tasks if t.teacher is not None
         }
         mean = sum(told.values()) / len(told)
-        return 1.0 if task.teacher is None else mean / max(told[task.name], 1e-12)
+        return 1.0 if task.teacher is None else math.sqrt(mean / max(told[task.name], 1e-12))
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,7 @@ def distill(
             return inp, model(inp)
 
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
-    # else it makes as much again as the weights, for a moment
-    fused = True if ctx.device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0, eps=_EPS, fused=fused)
+    optimizer = Muon(weights, cfg.lr, like_adam=True)
     done = _restore(optimizer, weights, journal)
     began = time.monotonic()
     for step in range(done, cfg.steps):
@@ -133,7 +132,7 @@ def distill(
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % _SAVED == 0 and ctx.is_main:
-            moments = [optimizer.state[w][name] for w in weights for name in _MOMENTS]
+            moments = [optimizer.state[w][MOMENT] for w in weights]
             journal.save_steps(step + 1, [*(w.detach() for w in weights), *moments])
         if (step + 1) % 10 == 0 or step + 1 == cfg.steps:
             loss = ctx.all_reduce_sum(loss) / ctx.sp
@@ -169,12 +168,9 @@ def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], journa
     """Steps that are done."""
     done, tensors = journal.load_steps()
     n = len(weights)
-    for number, weight in enumerate(weights if done else ()):
-        weight.data.copy_(tensors[number])
-        moments = dict(zip(_MOMENTS, tensors[n + 2 * number : n + 2 * number + 2], strict=True))
-        state = {name: t.to(weight.device) for name, t in moments.items()}
-        # as fused has it
-        optimizer.state[weight] = {"step": torch.tensor(float(done), device=weight.device), **state}
+    for weight, value, moment in zip(weights, tensors[:n], tensors[n:], strict=True) if done else ():
+        weight.data.copy_(value)
+        optimizer.state[weight][MOMENT] = moment.to(weight.device)
     return done
 
 

@@ -19,7 +19,7 @@ class Effort:
     new_noise: bool
 
 
-_OF_FEW, _OF_MANY = Effort(48, 100, False), Effort(48, 200, True)
+_OF_FEW, _OF_MANY = Effort(48, 200, False), Effort(48, 400, True)
 
 
 def effort(c: ReconcileConfig, n_sets: int) -> Effort:

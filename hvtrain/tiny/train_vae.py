@@ -22,8 +22,8 @@ from hvtrain.config import load
 from hvtrain.models.spec import TinyVae
 from hvtrain.rng import generator
 from hvtrain.tiny import clips
-from hvtrain.tiny.muon import ConvMuon
 from hvtrain.tiny.parts import DEFAULT, embedded_parts
+from hvtrain.train.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def optimizers(vae: Any, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in inner}
     rest = [p for _, p in moving if id(p) not in chosen]
     return [
-        ConvMuon(inner, 10 * recipe.lr),
+        Muon(inner, 10 * recipe.lr),
         torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
     ]
 

@@ -60,7 +60,7 @@ def test_new_noise_serves_on_clips_that_were_held_out(place, tmp_path):  # noqa:
     away = {}
     for new in (True, False):
         out = tmp_path / f"{new}.safetensors"
-        merge.run(config(place, out, 1, 2, how="distill", states=3, steps=60, new_noise=new))
+        merge.run(config(place, out, 1, 2, how="distill", states=3, steps=120, new_noise=new))
         away[new] = sum(report(out)["fidelity"].values()) / 2
     assert away[True] < 0.8 * away[False], away
 
@@ -69,7 +69,7 @@ def test_new_noise_serves_on_clips_that_were_held_out(place, tmp_path):  # noqa:
 
 def test_many_loras_take_more_unless_something_else_is_said():
     few, many = effort(ReconcileConfig(), FEW), effort(ReconcileConfig(), FEW + 1)
-    assert few == Effort(48, 100, False) and many == Effort(48, 200, True)
+    assert few == Effort(48, 200, False) and many == Effort(48, 400, True)
     for n in (2, 40):
         assert effort(ReconcileConfig(states=3, steps=5, new_noise=False), n) == Effort(3, 5, False)
         assert effort(ReconcileConfig(new_noise=True), n).new_noise

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from hvtrain.config import ParallelConfig
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.merge import run as merge
+from hvtrain.train.muon import Muon
 from launcher.cli import main
 from tests.merge.test_reconcile import config, place, report  # noqa: F401 - a fixture
 from tests.parallel.ranks import run_ranks
@@ -61,7 +62,7 @@ def test_a_killed_distillation_goes_on_at_its_step(place, tmp_path, monkeypatch,
     monkeypatch.setattr("hvtrain.merge.distill._SAVED", 5)
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     merge.run(config(place, whole, 1, 2, how="distill"))
-    step, calls = torch.optim.AdamW.step, []
+    step, calls = Muon.step, []
 
     def killed(*args, **given):
         calls.append(1)
@@ -69,7 +70,7 @@ def test_a_killed_distillation_goes_on_at_its_step(place, tmp_path, monkeypatch,
             raise KeyboardInterrupt
         return step(*args, **given)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    monkeypatch.setattr(Muon, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         merge.run(config(place, cut, 1, 2, how="distill"))
     merge.run(config(place, cut, 1, 2, how="distill"))

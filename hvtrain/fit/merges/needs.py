@@ -189,10 +189,11 @@ def _distill(job: Merge, shape: Shape, gpus: int, parallel: ParallelConfig, rest
         trace = trace_step(model, inp, ctx=ctx, recompute="full" if on_gpu else "none", autocast=on_gpu)
         counts = byte_counts(model)
     gradients, weights = counts["trained"], counts["frozen"] + counts["trained"] + rest
-    total = weights + 2 * gradients + max(trace.peak_bytes, gradients)
+    # moments, and while a step is taken gradients; of its own only a matrix at a time is beside them
+    total = weights + gradients + max(trace.peak_bytes, gradients)
     activations = trace.peak_bytes - trace.gradient_bytes
     each = trace.flops * parallel.ulysses * parallel.ring // shape.batch
-    return Budget(weights, gradients, 2 * gradients, activations, 0, total), each
+    return Budget(weights, gradients, gradients, activations, 0, total), each
 
 
 def _sample(job: Merge, shape: Shape) -> int:

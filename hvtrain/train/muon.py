@@ -1,8 +1,9 @@
-"""Muon for convolutions: momentum, then the nearest orthogonal matrix (Jordan et
-al. 2024, Newton-Schulz quintic).
+"""Muon: momentum, then the nearest orthogonal matrix (Jordan et al. 2024, Newton-Schulz
+quintic).
 
-torch.optim.Muon takes matrices only; here a kernel [out, in, kt, kh, kw] is the matrix [out, in*kt*kh*kw].
-The tiny VAE reaches in 250 steps what AdamW reaches in some 1,500.
+torch.optim.Muon takes matrices only, and makes them orthogonal in bfloat16, whose rounding depends on the
+order in which ranks add gradients up. Here a kernel [out, in, kt, kh, kw] is the matrix [out, in*kt*kh*kw],
+and all is computed in the weights' own precision.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+MOMENT = "momentum"
 
-class ConvMuon(torch.optim.Optimizer):
-    """Updates every parameter of two or more dimensions by the orthogonalised
-    Nesterov momentum of its gradient."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+class Muon(torch.optim.Optimizer):
+    """Updates every parameter of two or more dimensions by the orthogonalised Nesterov momentum of its
+    gradient. `like_adam`: steps as large as AdamW's of the same rate (arXiv 2502.16982)."""
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95, like_adam: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "like_adam": like_adam})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -26,13 +31,17 @@ class ConvMuon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                moment = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                moment.mul_(group["momentum"]).add_(weight.grad)
+                state = self.state[weight]
+                if MOMENT not in state:
+                    state[MOMENT] = torch.zeros_like(weight)
+                moment = state[MOMENT].mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad + group["momentum"] * moment
                 update = orthogonalise(nesterov.reshape(weight.shape[0], -1))
                 # Tall matrices get a larger step, so that every layer's output
                 # changes by about the same amount.
                 gain = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                if group["like_adam"]:  # the mean square of an orthogonal matrix is 1 / its longer side
+                    gain = 0.2 * max(update.shape) ** 0.5
                 weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * gain)
 
 
