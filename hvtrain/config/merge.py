@@ -28,21 +28,20 @@ class ReconcileConfig:
     """For captions in keep: where the text encoders are"""
     keep_weight: float = 0.5
     """How much keep counts, against all LoRAs together"""
-    states: int | None = None
+    states: int = 48
     """Noisy clips of each set that the merge is made from, at most: those are left out
-    where its LoRA changes nothing; null: 48"""
+    where its LoRA changes nothing"""
     held_out: int = 12
     """Noisy clips of each set that only measure it"""
     own_states: bool = False
     """Use the sets' captions only: clips and noise come from what each LoRA itself samples"""
     ridge: float = 1e-3
     """For fit: pull towards the plain sum, as a share of the inputs' mean square"""
-    steps: int | None = None
-    """For distill: optimizer steps; null: 200, of more than eight sets 400"""
-    new_noise: bool | None = None
+    steps: int = 600
+    """For distill: optimizer steps"""
+    new_noise: bool = True
     """For distill: noise the clips anew in every step and ask the LoRAs again, a forward pass more; false:
-    the noisy clips that fit has; null: of more than eight sets. Clips that the LoRAs themselves have sampled
-    are never noised"""
+    the noisy clips that fit has. Clips that the LoRAs themselves have sampled are never noised"""
     lr: float | None = None
     """For distill: learning rate; null: that of the LoRAs' own training"""
     batch_size: int = 1

@@ -1,4 +1,4 @@
-"""The merge trained towards what each LoRA does alone: a hundred steps with the LoRAs as
+"""The merge trained towards what each LoRA does alone: some hundred steps with the LoRAs as
 teachers, inside their own rows.
 
     loss = mean over noisy clips of || v_merged - v_teacher ||^2;  teacher: base + one LoRA on
@@ -35,7 +35,7 @@ from hvtrain.train.muon import MOMENT, Muon
 
 Pairs = Mapping[str, Sequence[LowRank]]
 STUDENT = "student"
-A_SLICE = 1  # clips of each step for each LoRA, those of old words among them; more steps do more than more
+A_SLICE = 1  # clips of each step for each LoRA, those of old words among them
 _WARMUP = 10
 _SAVED = 25  # steps between two notes of where it is
 

@@ -22,7 +22,6 @@ from hvtrain.lorafiles.runs import CONFIG
 from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
 from hvtrain.merge.distill import Draw, Polish, distill
-from hvtrain.merge.effort import effort
 from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.merge.fit import STUDENT, device_bytes, fit_block, push, streams, targets_of
 from hvtrain.merge.inputs import Inputs, learning_rate
@@ -142,8 +141,7 @@ def reconcile(
     """The merge's changes; `report` gets the distances. Collective. Raises
     CheckpointError if a LoRA is lost."""
     dtype, built_on = compute_dtype(ctx.device), inputs.built_on()
-    much = effort(c, len(sources(c, inputs)))
-    clips = Clips(found.spec, found.flavor, much.states, c.held_out, wanted.seed)
+    clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed)
     sets, files = _sets_and_files(kept_sets(c, inputs))
     prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
     model = Streamed(found, ctx, dtype, host_bytes=c.host_gb * 1e9)
@@ -183,9 +181,9 @@ def reconcile(
         lr = c.lr or learning_rate(inputs.loras) or UNTOLD
         pairs = {name: [p for p in own if isinstance(p, LowRank)] for name, own in solved.items()}
         before = _mean(report)
-        draw = Draw(tasks, wanted.seed, much.new_noise)
+        draw = Draw(tasks, wanted.seed, c.new_noise)
         teachers = {t.teacher: model.changes.sets[t.teacher] for t in tasks if t.teacher is not None}
-        polish = Polish(much.steps, lr, c.batch_size)
+        polish = Polish(c.steps, lr, c.batch_size)
         solved = distill(found, ctx, dtype, pairs, draw, clips, teachers, polish, journal)
         judge()
         _refuse_worse(before, _mean(report), lr)

@@ -150,11 +150,11 @@ def test_what_costs_more_is_said_to(tmp_path):
     states = of_merge(replace(job, reconcile=replace(job.reconcile, states=16)), CLIP)
     assert states.sums == 2 * base.sums > 0 and states.passes["distill"] == base.passes["distill"]
     told, forwards = base.passes["what each LoRA does"]
-    (n, asked), forward = base.passes["distill"], forwards // told
-    new = replace(job.reconcile, new_noise=True)  # each step asks the LoRAs again, but not what they sampled
-    assert of_merge(replace(job, reconcile=new), CLIP).passes["distill"] == (n, asked + n * forward)
-    sampled = of_merge(replace(job, reconcile=replace(new, own_states=True)), CLIP)
-    assert sampled.passes["distill"] == (n, asked)
+    (n, all_of_it), forward = base.passes["distill"], forwards // told
+    asked = n * forward  # each step asks the LoRAs again, but not what they sampled
+    for change in ({"new_noise": False}, {"own_states": True}):
+        less = of_merge(replace(job, reconcile=replace(job.reconcile, **change)), CLIP)
+        assert less.passes["distill"] == (n, all_of_it - asked)
     share = of_merge(replace(job, reconcile=replace(job.reconcile, host_gb=1e-3)), CLIP)
     assert base.disk == 0 < share.disk and share.host < base.host and share.fit == base.fit
     two = of_merge(job, CLIP, gpus=2)

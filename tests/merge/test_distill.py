@@ -5,10 +5,8 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
-from hvtrain.config import ReconcileConfig
 from hvtrain.merge import run as merge
 from hvtrain.merge.distill import A_SLICE, Draw
-from hvtrain.merge.effort import FEW, Effort, effort
 from hvtrain.merge.states import NoisyClip, Task
 from tests.merge.test_reconcile import config, place, report  # noqa: F401 - a fixture
 
@@ -63,13 +61,3 @@ def test_new_noise_serves_on_clips_that_were_held_out(place, tmp_path):  # noqa:
         merge.run(config(place, out, 1, 2, how="distill", states=3, steps=120, new_noise=new))
         away[new] = sum(report(out)["fidelity"].values()) / 2
     assert away[True] < 0.8 * away[False], away
-
-
-
-
-def test_many_loras_take_more_unless_something_else_is_said():
-    few, many = effort(ReconcileConfig(), FEW), effort(ReconcileConfig(), FEW + 1)
-    assert few == Effort(48, 200, False) and many == Effort(48, 400, True)
-    for n in (2, 40):
-        assert effort(ReconcileConfig(states=3, steps=5, new_noise=False), n) == Effort(3, 5, False)
-        assert effort(ReconcileConfig(new_noise=True), n).new_noise

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvtrain.config import load
+from hvtrain.config import ReconcileConfig, load
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.overlap import Contribution
 from hvtrain.lorafiles.pairs import LoraPair
@@ -158,7 +158,7 @@ def test_more_words_share_their_trainings(made, tmp_path, capsys):
     table(capsys, given)
     assert [
         (cfg.reconcile.states, cfg.reconcile.steps) for cfg in made.merged if cfg.reconcile.how == BEST
-    ] == [(None, None)] * 2 + [(144, 200)]
+    ] == [(ReconcileConfig.states, ReconcileConfig.steps)] * 2 + [(144, 200)]
     for n in (1, 41):
         with pytest.raises(ConfigError, match=f"words: {n}: expected 2 to 40"):
             forgetting.run(replace(recipe, words=n))

@@ -23,7 +23,6 @@ from hvtrain.fit.merges.streaming import PairSize, Streaming, trace_streaming
 from hvtrain.fit.trace import Shape, byte_counts, fake_input, simulated, trace_step
 from hvtrain.merge.changes import Changes
 from hvtrain.merge.distill import A_SLICE
-from hvtrain.merge.effort import Effort, effort
 from hvtrain.merge.fit import STUDENT, targets_of
 from hvtrain.merge.states import LEAK_CLIPS, OWN_STEPS
 
@@ -54,13 +53,9 @@ class Merge:
         return self.reconcile.how in ("distill", "fit+distill")
 
     @property
-    def effort(self) -> Effort:
-        return effort(self.reconcile, self.n_sets)
-
-    @property
     def n_states(self) -> int:
         """Noisy clips that it is made from."""
-        states = self.effort.states * self.n_sets
+        states = self.reconcile.states * self.n_sets
         return states + (max(1, states // 4) if self.keep else 0)
 
     @property
@@ -128,10 +123,10 @@ def of_merge(job: Merge, shape: Shape, gpus: int = 1, parallel: ParallelConfig |
 
 def _passes(job: Merge, seen: Streaming, step: int) -> dict[str, tuple[int, int]]:
     """As reconcile() makes them."""
-    c, much, forward = job.reconcile, job.effort, seen.cost.forward
-    sampled = OWN_STEPS // 2 * (much.states + c.held_out) * job.n_sets if c.own_states else 0
+    c, forward = job.reconcile, seen.cost.forward
+    sampled = OWN_STEPS // 2 * (c.states + c.held_out) * job.n_sets if c.own_states else 0
     # by the base; each LoRA's by it too
-    told = sampled + job.n_states + job.n_held + (much.states + c.held_out) * job.n_sets
+    told = sampled + job.n_states + job.n_held + (c.states + c.held_out) * job.n_sets
     checks = job.n_held * (1 + job.fits + job.distills)
     leak = min(LEAK_CLIPS, c.held_out) * job.n_sets * (1 + job.n_loras)
     found = {
@@ -141,8 +136,8 @@ def _passes(job: Merge, seen: Streaming, step: int) -> dict[str, tuple[int, int]
     if job.fits:
         found["fit"] = (job.n_states, job.n_states * (seen.cost.fit + seen.cost.sums) + seen.cost.solve)
     if job.distills:
-        n = much.steps * A_SLICE * job.n_sets
-        found["distill"] = (n, n * (step + forward * (much.new_noise and not c.own_states)))
+        n = c.steps * A_SLICE * job.n_sets
+        found["distill"] = (n, n * (step + forward * (c.new_noise and not c.own_states)))
     return found
 
 
