@@ -18,7 +18,7 @@ from hvtrain.parallel import products
 from hvtrain.weights.float8_tokens import plain
 from tests.gpu import check, checks, float8
 from tests.gpu.report import Check, Row, Setup, carry_out, read, setup
-from tests.weights.scaled import ScaledProduct
+from tests.weights.scaled import ScaledProduct, needs_compiler
 
 CPU = setup(torch.device("cpu"))
 
@@ -75,6 +75,7 @@ def eight(monkeypatch) -> ScaledProduct:
     return product
 
 
+@needs_compiler
 def test_float8_products_where_a_device_has_them(tmp_path: Path, eight: ScaledProduct) -> None:
     rows = carry_out(checks.CHECKS["float8"], CPU, tmp_path / "rows.json")
     assert all(row.passed for row in rows), [r for r in rows if not r.passed]
@@ -87,6 +88,7 @@ def test_float8_products_where_a_device_has_them(tmp_path: Path, eight: ScaledPr
     assert "64 -> 192: " in rows[-1].note and "320 -> 64: " in rows[-1].note
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("part", "told"),
     [

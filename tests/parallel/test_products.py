@@ -22,7 +22,7 @@ from hvtrain.train import prepare
 from hvtrain.weights import float8_tokens
 from hvtrain.weights.float8 import Products, use_products
 from tests.parallel.ranks import run_ranks
-from tests.weights.scaled import ScaledProduct
+from tests.weights.scaled import ScaledProduct, needs_compiler
 
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
 ALONE = ParallelContext()
@@ -100,6 +100,7 @@ def test_by_word(able, tmp_path, monkeypatch):
     assert pick(False, tmp_path) == pick("auto", tmp_path, shapes={(40, 64)}) == {}
 
 
+@needs_compiler
 @pytest.mark.parametrize("learns", [False, True])
 def test_what_is_faster_is_taken_and_kept(learns, able, tmp_path, monkeypatch, caplog):
     asked = clock(monkeypatch, float8=1.0, dequantised=GAIN + 0.01)
@@ -167,6 +168,7 @@ def test_what_is_wrong_is_not_taken_however_fast(tokens, how, able, tmp_path, mo
     assert all("wrong on this device: error" in m for m in caplog.messages)
 
 
+@needs_compiler
 def test_what_fails_is_not_taken_and_a_full_memory_is_not_kept(able, tmp_path, monkeypatch, caplog):
     clock(monkeypatch, float8=1.0, dequantised=2.0)
     errors = [torch.OutOfMemoryError("full"), RuntimeError("no kernel image\nand more")]

@@ -3,6 +3,7 @@ computes is computed in float32."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -45,3 +46,10 @@ class ScaledProduct:
         if use_fast_accum:
             out = out * (1 + self.coarse)
         return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))) or " " in torch.__file__,
+    reason="torch.compile makes no kernel for this CPU: no C++ compiler, or a space in torch's path, "
+    "which it does not quote",
+)

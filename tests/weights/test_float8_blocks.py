@@ -13,7 +13,7 @@ from hvtrain.models.dit import Tokens
 from hvtrain.parallel.recompute import keeping_attention, pick_policy
 from hvtrain.weights import float8, float8_tokens
 from hvtrain.weights.float8 import Products, dequantize, quantize
-from tests.weights.scaled import of_rows
+from tests.weights.scaled import needs_compiler, of_rows
 
 BOTH = Products(True, True)
 
@@ -128,6 +128,7 @@ def test_a_compiled_block_multiplies_as_it_does_in_eager_mode(recompute, monkeyp
     assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
 
 
+@needs_compiler
 @of_rows
 def test_one_kernel_serves_a_layer_wherever_it_is_called(monkeypatch):
     """Forward, backward and computed again, under autocast and hooks, with and without gradients."""

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hvtrain.parallel.recompute import keeping_attention
 from hvtrain.weights import float8_tokens
 from hvtrain.weights.float8_tokens import fused, plain, quantize_tokens
+from tests.weights.scaled import needs_compiler
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -77,6 +78,7 @@ def unlike(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", ["bfloat16", "bfloat16 by", "float16", "float32"])
 def test_one_kernel_gives_the_formula_s_bits_for_any_number_of_tokens(kind):
     dtype, n = getattr(torch, kind.split()[0]), 48
