@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Draw:
         chosen = [(kept[i % len(kept)]) for i in range(n_kept)] if kept else []
         order = torch.randperm(len(own), generator=draw).tolist()
         chosen += [own[order[i % len(own)]] for i in range(n - n_kept)]
-        return [(task, self._clip(task, draw), self.scale(task)) for task in chosen]
+        return [(task, self._clip(task, draw), self.scales[task.name]) for task in chosen]
 
     def _clip(self, task: Task, draw: torch.Generator) -> NoisyClip:
         """Those on which a LoRA does more come up more often; levels of noise likewise."""
@@ -66,15 +66,17 @@ class Draw:
         clip, level = task.states[chosen[0]], task.states[chosen[-1]].sigma
         return clip.noised(level, draw) if self.new_noise and not clip.sampled else clip
 
-    def scale(self, task: Task) -> float:
-        """A LoRA that changes much is not learnt as well as it must be where errors count by what it changes
-        (a video shows the error itself), and the weak are lost where they do not: by its root. keep's count
-        as their mean."""
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """What each task's errors count. A LoRA that changes much is not learnt as well as it must be where
+        they count by what it changes (a video shows the error itself), and the weak are lost where they do
+        not: by its root. keep's count as their mean."""
         told = {
             t.name: sum(s.told for s in t.states) / len(t.states) for t in self.tasks if t.teacher is not None
         }
         mean = sum(told.values()) / len(told)
-        return 1.0 if task.teacher is None else math.sqrt(mean / max(told[task.name], 1e-12))
+        kept = {t.name: 1.0 for t in self.tasks if t.teacher is None}
+        return kept | {name: math.sqrt(mean / max(own, 1e-12)) for name, own in told.items()}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from hvtrain.merge.changes import Change, Full, LowRank
 from hvtrain.weights.outputs import writing
 from shards.atomic import atomic_path
 
-_KEY, _STEPS = "hvtrain.reconcile", "steps.safetensors"
+_KEY = "hvtrain.reconcile"
+_STEPS = "muon.safetensors"  # named after the optimizer, whose state is in it: another's is not taken
 
 
 class Journal:

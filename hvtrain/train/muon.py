@@ -37,12 +37,16 @@ class Muon(torch.optim.Optimizer):
                 moment = state[MOMENT].mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad + group["momentum"] * moment
                 update = orthogonalise(nesterov.reshape(weight.shape[0], -1))
-                # Tall matrices get a larger step, so that every layer's output
-                # changes by about the same amount.
-                gain = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                if group["like_adam"]:  # the mean square of an orthogonal matrix is 1 / its longer side
-                    gain = 0.2 * max(update.shape) ** 0.5
-                weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * gain)
+                rate = group["lr"] * _gain(update, group["like_adam"])
+                weight.add_(update.reshape(weight.shape), alpha=-rate)
+
+
+def _gain(update: Tensor, like_adam: bool) -> float:
+    rows, columns = update.shape
+    if like_adam:  # the mean square of an orthogonal matrix is 1 / its longer side
+        return 0.2 * max(rows, columns) ** 0.5
+    # Tall matrices get a larger step, so that every layer's output changes by about the same amount.
+    return max(1.0, rows / columns) ** 0.5
 
 
 def orthogonalise(matrix: Tensor, *, steps: int = 5) -> Tensor:

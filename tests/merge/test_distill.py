@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -61,3 +62,13 @@ def test_new_noise_serves_on_clips_that_were_held_out(place, tmp_path):  # noqa:
         merge.run(config(place, out, 1, 2, how="distill", states=3, steps=120, new_noise=new))
         away[new] = sum(report(out)["fidelity"].values()) / 2
     assert away[True] < 0.8 * away[False], away
+
+
+def test_errors_count_by_the_root_of_what_a_lora_changes():
+    weak, strong, keep = task("weak", 0), task("strong", 1), task("keep", None)
+    for state in strong.states:
+        state.told = 4.0
+    draw = Draw([weak, strong, keep], 3, new_noise=False)
+    assert draw.scales == pytest.approx({"weak": 2.5**0.5, "strong": 0.625**0.5, "keep": 1.0})
+    drawn = {own.name: counts for step in range(20) for own, _, counts in draw(step)}
+    assert drawn == draw.scales

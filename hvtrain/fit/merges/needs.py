@@ -184,7 +184,7 @@ def _distill(job: Merge, shape: Shape, gpus: int, parallel: ParallelConfig, rest
         trace = trace_step(model, inp, ctx=ctx, recompute="full" if on_gpu else "none", autocast=on_gpu)
         counts = byte_counts(model)
     gradients, weights = counts["trained"], counts["frozen"] + counts["trained"] + rest
-    # moments, and while a step is taken gradients; of its own only a matrix at a time is beside them
+    # the moments; a step itself adds one matrix at a time to the gradients
     total = weights + gradients + max(trace.peak_bytes, gradients)
     activations = trace.peak_bytes - trace.gradient_bytes
     each = trace.flops * parallel.ulysses * parallel.ring // shape.batch
