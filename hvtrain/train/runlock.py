@@ -71,6 +71,7 @@ class RunLock:
         self._end = threading.Event()
         self._beating: threading.Thread | None = None
         self._taken_by: Holder | None = None
+        self.left_by: Holder | None = None  # who held it before and died
 
     def acquire(self, wait_s: float) -> RunLock:
         """Raises Busy, naming the holder, when it is still held after `wait_s`."""
@@ -150,7 +151,7 @@ class RunLock:
             found = _read(self.path)
             if found is None or found.token != me.token:
                 return False
-        self._me = me
+        self._me, self.left_by = me, before
         return True
 
     def _holder(self) -> str:

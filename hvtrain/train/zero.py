@@ -59,6 +59,7 @@ from hvtrain.train.optstate import (
 )
 from hvtrain.train.parts import SEPARATOR, Piece, shape_of, span_of
 from hvtrain.train.zero_config import ds_config
+from hvtrain.train.zero_ops import compiled
 
 
 class _Inside(nn.Module):
@@ -120,7 +121,7 @@ class DeepSpeedEngine:
         self.parted = cfg.stage == 3 and 2 * n_trained > sum(p.numel() for p in model.parameters())
         solo_group(ctx)
         if "nvme" in (cfg.offload_optimizer, cfg.offload_param):
-            _check_nvme(str(cfg.nvme_path))
+            _disk_access(str(cfg.nvme_path), ctx)
         with _quiet():
             _forgo_compiled_ops(ctx)
             config = ds_config(cfg, model, cuda=ctx.device.type == "cuda", step=step)
@@ -342,10 +343,10 @@ def _first(n: int, read: Callable[[], Tensor]) -> Tensor:
     return read().reshape(-1)[:n]
 
 
-def _check_nvme(path: str) -> None:
-    """DeepSpeed compiles its disk access when it is first used (minutes); without the library it
-    would fail with a traceback."""
+def _disk_access(path: str, ctx: ParallelContext) -> None:
+    """Compiled where it is not yet; without libaio DeepSpeed would fail with a traceback."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
     if not Path(path).is_dir():
         raise ConfigError(f"zero.nvme_path: {path} is not a directory")
@@ -354,6 +355,8 @@ def _check_nvme(path: str) -> None:
             "zero.offload_optimizer: nvme needs libaio to compile DeepSpeed's disk access; install "
             "libaio-dev (Debian) or libaio-devel (Red Hat), or use cpu"
         )
+    # the second loads the first
+    compiled(PinMemoryBuilder(), AsyncIOBuilder(), says=ctx.local_rank == 0)
 
 
 def _forgo_compiled_ops(ctx: ParallelContext) -> None:

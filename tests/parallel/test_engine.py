@@ -141,7 +141,8 @@ def test_gradients_reduced_beside_the_backward_equal_one_process(tmp_path) -> No
         close(resumed, want)
 
 
-@pytest.mark.slow  # compiles DeepSpeed's disk access: minutes, the first time
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiles DeepSpeed's disk access, the first time
 def test_state_on_a_disk_equals_one_process(tmp_path) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -154,7 +155,7 @@ def test_state_on_a_disk_equals_one_process(tmp_path) -> None:
         replace(both, offload_param="none"), replace(both, offload_param="cpu", offload_optimizer="nvme"),
         both
     ]
-    for straight, _, resumed in run_ranks(2, _all_engines, engines, timeout_s=900)[0].values():
+    for straight, _, resumed in run_ranks(2, _all_engines, engines, timeout_s=1700)[0].values():
         close(straight, want)
         close(resumed, want)
 
