@@ -89,8 +89,8 @@ class Recipe:
     reconcile: tuple[str, ...] = ()
     """Settings of the merger other than its own: KEY=VALUE of `reconcile` of `hvtrain merge`"""
     joint: tuple[int, ...] = (150, 400, 2400)
-    """Steps of one LoRA for all sets: as many samples as distill sees, one slice's
-    training, all slices' trainings"""
+    """Steps of one LoRA for all sets: few, one slice's training (about as many samples as
+    distill sees of six), all slices' trainings"""
     ways: tuple[str, ...] = ()
     """Names of the ways to try; none: all"""
     rows: tuple[str, ...] = ()
