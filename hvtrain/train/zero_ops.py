@@ -46,8 +46,9 @@ def compiled(*ops: Op, says: bool = True, wait_s: float = WAIT_S) -> None:
             if lock.left_by is not None and (folder / "lock").exists():
                 killed = lock.left_by.describe()
                 print(f"{folder}: {killed} was killed while it compiled; made anew", flush=True)
-                # not only the lock: its compilers may still be writing there
-                shutil.rmtree(folder)
+                # not only the lock, and out of the way first: its compilers may still be writing there
+                aside = folder.rename(folder.with_name(f"{folder.name}-{lock.left_by.token}"))
+                shutil.rmtree(aside, ignore_errors=True)
                 folder.mkdir()
             _wait_for_strangers(folder / "lock", wait_s)
             if not any(folder.glob("*.so")):

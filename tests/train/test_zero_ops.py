@@ -52,6 +52,7 @@ def test_what_a_killed_process_left_is_made_anew(op, capsys):
     assert dead.returncode == -9 and (op.folder / "lock").exists()
     compiled(op)
     assert op.found == [[]] and "was killed while it compiled; made anew" in capsys.readouterr().out
+    assert [path.name for path in op.folder.parent.iterdir()] == [op.name]
     (op.folder / "op.so").touch()
     compiled(op)  # nothing is thrown away twice
     assert op.found[1:] == [["op.so"]] and capsys.readouterr().out == ""
