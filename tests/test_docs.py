@@ -198,7 +198,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run(
             [
                 "slices", "run", str(TINY / "lora.yaml"), "--plan", "plan/plan.json", "--data", "parts",
-                "--output", "runs/sliced", *ADDED["slices run"]
+                "--output", "runs/sliced", "--reconcile", "none", *ADDED["slices run"]
             ]
         )
         yield here

@@ -16,8 +16,8 @@ class ReconcileConfig:
     """A merger that looks at what each LoRA does to samples of its own data, instead of adding weights up."""
 
     how: Reconciling = "auto"
-    """auto: fit+distill where LoRAs change the same rows, each has its samples and on_overlap is not given,
-    else none. fit: least squares, layer by layer; distill: the LoRAs are trained further, in their own rows,
+    """auto: fit+distill of several LoRAs that each have their samples, where on_overlap is not given, else
+    none. fit: least squares, layer by layer; distill: the LoRAs are trained further, in their own rows,
     towards what each does alone; fit+distill: one after the other"""
     samples: tuple[str, ...] = ()
     """A shard set for each LoRA, in order; none: what its training left beside it (calibration/)"""

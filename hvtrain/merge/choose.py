@@ -1,15 +1,14 @@
-"""What becomes of rows that several LoRAs change, where the user has not said it: they are reconciled, if
-all that it takes is there."""
+"""What becomes of several LoRAs where the user has not said it: they are reconciled, if all that it takes is
+there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hvtrain.config import ReconcileConfig
 from hvtrain.config.merge import Reconciling
 from hvtrain.errors import ConfigError
-from hvtrain.lorafiles.overlap import Contribution, overlaps
 from hvtrain.merge.inputs import Inputs
 
 DEFAULT: Reconciling = "fit+distill"
@@ -21,7 +20,7 @@ class Chosen:
 
     how: Reconciling  # none, or a way to reconcile
     by_itself: bool = False  # nobody asked for it
-    why_not: str = ""  # rows are shared, nothing was said of them, and they cannot be reconciled
+    why_not: str = ""  # there are several, nothing was said of them, and they cannot be reconciled
 
     def lines(self, keep: bool) -> Iterator[str]:
         """What to say of it. `keep`: clips of what the base knows are given."""
@@ -31,25 +30,25 @@ class Chosen:
                 f"reconciled by {self.how}, from the samples beside each (--on-overlap adds weights up "
                 f"instead){held}"
             )
+        if self.why_not:
+            yield f"added up, by which they may disturb each other; they cannot be reconciled: {self.why_not}"
 
 
-def choose(
-    c: ReconcileConfig, inputs: Inputs, layers: Mapping[str, Sequence[Contribution]], *, policy: bool,
-    model: bool
-) -> Chosen:
-    """`layers`: contributions to each; `policy`: the user has said how weights are added up; `model`: it is
-    given. Raises ConfigError where --samples or --keep are given for nothing."""
+def choose(c: ReconcileConfig, inputs: Inputs, *, policy: bool, model: bool) -> Chosen:
+    """`policy`: the user has said how weights are added up; `model`: it is given. Rows that no two share make
+    no difference: a LoRA disturbs others by what it does to their inputs. Raises ConfigError where --samples
+    or --keep are given for nothing."""
     if c.how != "auto":
         return Chosen(c.how)
-    shared = not policy and any(overlaps(layers))
-    why_not = _missing(c, inputs, model) if shared else ""
-    if shared and not why_not:
+    several = not policy and len(inputs.loras) > 1
+    why_not = _missing(c, inputs, model) if several else ""
+    if several and not why_not:
         return Chosen(DEFAULT, by_itself=True)
     if c.samples or c.keep:
         raise ConfigError(
             f"{'samples' if c.samples else 'keep'} is for a merge that reconciles, and this one does not by "
             "itself: "
-            + (why_not or ("--on-overlap decides" if policy else "no row is changed by more than one"))
+            + (why_not or ("--on-overlap decides" if policy else "there is one LoRA"))
             + "; give --reconcile fit, distill or fit+distill"
         )
     return Chosen("none", why_not=why_not)

@@ -213,8 +213,8 @@ def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
     if lost and not c.allow_lost:
         raise CheckpointError(
             f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): "
-            f"{', '.join(lost)}; give more reconcile.states or reconcile.steps, another --reconcile, or "
-            "reconcile.allow_lost=true; nothing was written"
+            f"{', '.join(lost)}; give more reconcile.states or reconcile.steps, another --reconcile (none "
+            "adds up: for LoRAs of a few steps, on trial), or reconcile.allow_lost=true; nothing was written"
         )
 
 

@@ -73,7 +73,7 @@ def run(cfg: MergeConfig) -> None:
     inputs = _open_inputs(cfg, base, spec)
     layers = by_layer(inputs.loras)
     policy = cfg.on_overlap != "error" or cfg.density is not None
-    chosen = choose(cfg.reconcile, inputs, layers, policy=policy, model=base.found is not None)
+    chosen = choose(cfg.reconcile, inputs, policy=policy, model=base.found is not None)
     how = chosen.how
     if chosen.by_itself:
         cfg, computes = replace(cfg, reconcile=replace(cfg.reconcile, how=how)), True

@@ -3,8 +3,8 @@ apart cannot overwrite each other.
 
 A plan cuts the ordered list of LoRA-target layers into N slices. Granularity says what is never divided:
 whole blocks, whole layers ("module"), or single output rows of layers ("rows"). Order says who gets what:
-"contiguous" ranges of the depth (the classic block ranges, `blocks_per_loraid`), or "interleaved", so that
-every slice touches every depth.
+"interleaved", so that every slice touches every depth, or "contiguous" ranges of the depth (the classic block
+ranges, `blocks_per_loraid`).
 """
 
 from __future__ import annotations
@@ -96,20 +96,27 @@ class SlicePlan:
 
 @dataclass(frozen=True)
 class Cut:
-    """How to cut; exactly one of n and blocks_per_loraid."""
+    """How to cut; exactly one of n and blocks_per_loraid. None: module and interleaved, in which slices learn
+    and merge best (docs/loraid.md); with blocks_per_loraid block and contiguous, which it means."""
 
     n: int | None = None
     blocks_per_loraid: int | None = None
-    granularity: str = "block"
-    order: str = "contiguous"
+    granularity: str | None = None
+    order: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def settled(self) -> tuple[str, str]:
+        """Granularity and order."""
+        usual = ("module", "interleaved") if self.blocks_per_loraid is None else ("block", "contiguous")
+        return self.granularity or usual[0], self.order or usual[1]
 
 
 def make_plan(shapes: Shapes, cut: Cut, *, model: str, flavor: str, base: str | None = None) -> SlicePlan:
     """Cut `shapes` (the model's LoRA targets). Raises ConfigError for an impossible
     cut, saying what is possible."""
-    _check(cut)
+    granularity, order = cut.settled()
+    _check(cut, granularity, order)
     layers = chosen(shapes, include=cut.include, exclude=cut.exclude)
     blocks = _blocks(layers)
     if cut.blocks_per_loraid is not None:
@@ -119,26 +126,26 @@ def make_plan(shapes: Shapes, cut: Cut, *, model: str, flavor: str, base: str | 
         dealt = [[Slot(m, 0, layers[m][0]) for m in group] for group in groups]
     else:
         assert cut.n is not None
-        dealt = _DEAL[cut.granularity](layers, blocks, cut.n, cut.order)
+        dealt = _DEAL[granularity](layers, blocks, cut.n, order)
     slices = tuple(
         Slice(i, sum((s.end - s.begin) * layers[s.module][1] for s in slots), tuple(slots))
         for i, slots in enumerate(dealt, start=1)
     )
     return SlicePlan(
-        model, flavor, base, cut.granularity, cut.order, len(slices), cut.blocks_per_loraid, cut.include,
-        cut.exclude, slices
+        model, flavor, base, granularity, order, len(slices), cut.blocks_per_loraid, cut.include, cut.exclude,
+        slices
     )
 
 
-def _check(cut: Cut) -> None:
+def _check(cut: Cut, granularity: str, order: str) -> None:
     if (cut.n is None) == (cut.blocks_per_loraid is None):
         raise ConfigError("give either --n (how many slices) or --blocks-per-loraid (blocks in each)")
-    GRANULARITIES.find(cut.granularity, key="--granularity")
-    ORDERS.find(cut.order, key="--order")
+    GRANULARITIES.find(granularity, key="--granularity")
+    ORDERS.find(order, key="--order")
     for option, number in (("--n", cut.n), ("--blocks-per-loraid", cut.blocks_per_loraid)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} {number}: expected 1 or more")
-    if cut.blocks_per_loraid is not None and (cut.granularity, cut.order) != ("block", "contiguous"):
+    if cut.blocks_per_loraid is not None and (granularity, order) != ("block", "contiguous"):
         raise ConfigError(
             "--blocks-per-loraid cuts contiguous blocks; with another granularity or order give --n"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,10 +52,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="what the slices become: lora (default), model or none"
     )
     add("--reconcile", metavar="HOW",
-        help="merge by what each slice does to samples of its data: fit, distill or fit+distill (the default "
-        "without --plan)")
+        help="merge by what each slice does to samples of its data: fit, distill or fit+distill (default); "
+        "none: add the slices up")
     add("--keep", action="append", metavar="SET",
-        help="for --reconcile: what the base knows and the merge must not change (default: keep/ of --data, "
+        help="what the base knows and the merge must not change (default: keep/ of --data, "
         "if it is there)")
     add("--silence", type=float, default=0.0, metavar="SHARE",
         help="share of samples, as 0.3, that are the other slices', and teach each LoRA to do nothing there "
@@ -87,7 +88,8 @@ def _run(args: argparse.Namespace) -> int | None:
         wanted = replace(wanted, cwd=begun.cwd)
         if begun != wanted:
             raise ConfigError(
-                f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory"
+                f"--output: {run} is another sliced run ({slices.FILE} differs); choose another directory, "
+                f"or go on with it as it was begun: hvtrain slices retry {run}"
             )
     else:
         slices.save_slices(run, wanted)
@@ -152,7 +154,7 @@ def _check_waves(args: argparse.Namespace, n: int) -> None:
             f"--waves {args.waves}: a wave is trained on top of the merge before it; give --merge-as lora or "
             "model"
         )
-    if args.plan and args.reconcile:
+    if args.plan and args.reconcile not in (None, "none"):
         raise ConfigError(
             f"--waves {args.waves}: slices of a plan are added up between waves; leave --reconcile or --plan "
             "away"
@@ -182,15 +184,19 @@ def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
-    """Slices that share layers are reconciled: added up, they would lose what they learnt."""
-    merged, ways = args.merge_as != "none", ("fit", "distill", "fit+distill")
-    how = args.reconcile or ("fit+distill" if merged and not args.plan else None)
-    if how is None:
-        if args.keep:
-            raise ConfigError("--keep goes with --reconcile")
+    """How they become one; added up, they would lose most of what they learnt."""
+    ways = ("fit", "distill", "fit+distill", "none")
+    if args.merge_as == "none":
+        if args.reconcile or args.keep:
+            raise ConfigError("--merge-as none: nothing is merged; leave --reconcile and --keep away")
         return ()
-    if how not in ways or not merged:
-        raise ConfigError(f"--reconcile {how}: expected {', '.join(ways)}, with a merge")
+    how = args.reconcile or ("none" if args.plan and args.waves > 1 else "fit+distill")
+    if how not in ways:
+        raise ConfigError(f"--reconcile {how}: expected {', '.join(ways)}")
+    if how == "none":
+        if args.keep:
+            raise ConfigError("--keep is for a merge that reconciles, and this one adds the slices up")
+        return ("--on-overlap", "sum")
     left = Path(args.data) / "keep"
     keep = args.keep or ([str(left.resolve())] if (left / "manifest.json").is_file() else [])
     return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)))
@@ -221,6 +227,23 @@ def _check_configs(run: Path, wanted) -> None:
                 "model.dit"
             )
         rules.check_train(cfg)
+        if wanted.merge:
+            _check_merged(cfg, wanted.merge)
+
+
+def _check_merged(cfg, merge: Sequence[str]) -> None:
+    """What the merge will need of each slice, weeks later."""
+    reconciled, kind = "--reconcile" in merge, merge[merge.index("--as") + 1]
+    if reconciled and cfg.data.calibration == 0:
+        raise ConfigError(
+            "data.calibration is 0: the merge reconciles the slices by samples that their trainings leave; "
+            "give more, or --reconcile none, to add the slices up"
+        )
+    if cfg.adapter.type == "loraid" and cfg.adapter.slice_type == "dora" and (reconciled or kind == "lora"):
+        raise ConfigError(
+            "adapter.slice_type is dora, and DoRAs can only be added up into a model: give --reconcile none "
+            "and --merge-as model"
+        )
 
 
 def _go(run: Path, wanted) -> int | None:

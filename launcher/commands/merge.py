@@ -40,8 +40,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "priority (first wins)")
     add("--reconcile", metavar="HOW",
         help="by what each LoRA does to samples of its own data: fit, distill or fit+distill, which computes "
-        "with the model "
-             "(default: fit+distill where rows are shared and each has samples, else none)")
+        "with the model (default: fit+distill of several that each have samples, if --on-overlap is not "
+        "given, else none)")
     add("--samples", action="append", metavar="SET",
         help="for --reconcile: a shard set for each --lora, in order (default: calibration/ beside each)")
     add("--keep", action="append", metavar="SET",

@@ -29,8 +29,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         help="what is never divided: module (default), block (with --blocks-per-loraid) or rows"
     )
     add(
-        "--order", default="contiguous", metavar="KIND",
-        help="contiguous ranges (default) or interleaved over the depth"
+        "--order", metavar="KIND",
+        help="interleaved over the depth (default), or contiguous ranges (with --blocks-per-loraid)"
     )
     add(
         "--include", action="append", default=[], metavar="PATTERN",
@@ -51,9 +51,8 @@ def _plan(args: argparse.Namespace) -> None:
     from hvtrain.slices import run
     from hvtrain.slices.plan import Cut
 
-    granularity = args.granularity or ("module" if args.blocks_per_loraid is None else "block")
     cut = Cut(
-        args.n, args.blocks_per_loraid, granularity, args.order, tuple(args.include), tuple(args.exclude)
+        args.n, args.blocks_per_loraid, args.granularity, args.order, tuple(args.include), tuple(args.exclude)
     )
     for line in run.run(cut, args.output, dit=args.dit, model=args.model, flavor=args.flavor):
         print(line)

@@ -78,7 +78,7 @@ def load_slices(run: str | Path) -> Slices:
         raw = json.loads(path.read_text())
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         build(Slices, raw, where=FILE)  # the type of each value
-        return Slices(**{**values, "merge": _without_device(values.get("merge", ()))})
+        return Slices(**{**values, "merge": _of_before(values.get("merge", ()))})
     except OSError as error:
         raise LaunchError(
             f"{path}: cannot be read ({error.strerror}); `hvtrain slices run` writes it"
@@ -87,10 +87,14 @@ def load_slices(run: str | Path) -> Slices:
         raise LaunchError(f"{path}: damaged ({error})") from None
 
 
-def _without_device(merge: tuple[str, ...]) -> tuple[str, ...]:
-    """An older version said where a reconciling merge computes; it finds a GPU by itself now."""
+def _of_before(merge: tuple[str, ...]) -> tuple[str, ...]:
+    """An older version said where a reconciling merge computes, which finds a GPU by itself now; and not that
+    slices are added up, which a merge no longer does by itself."""
     at = merge.index("--device") if "--device" in merge else len(merge)
-    return merge[:at] + merge[at + 2 :]
+    if merge and "--output" not in merge[:-1]:
+        raise ValueError("merge: no --output")
+    said = "--plan" not in merge or "--reconcile" in merge or "--on-overlap" in merge
+    return merge[:at] + merge[at + 2 :] + (() if said else ("--on-overlap", "sum"))
 
 
 def save_slices(run: Path, slices: Slices) -> None:

@@ -211,7 +211,10 @@ def test_slices_of_every_kind(kind, shards, base, tmp_path):
         assert train.run(config(shards, tmp_path / f"{i}", *common, f"adapter.loraid={i}")) == 0
     loras = [f"{{path: {tmp_path / str(i)}}}" for i in (1, 2)]
     for name, own in (("1", loras[:1]), ("2", loras[1:]), ("both", loras)):
-        items = [f"lora=[{', '.join(own)}]", f"output={tmp_path / name}.safetensors", "dtype=float32"]
+        items = [
+            f"lora=[{', '.join(own)}]", f"output={tmp_path / name}.safetensors", "dtype=float32",
+            "reconcile.how=none"
+        ]
         merge.run(load(MergeConfig, None, [f"dit={TINY}", *items]))
     one, two, both = (load_file(tmp_path / f"{name}.safetensors") for name in ("1", "2", "both"))
     changed = [{n for n in base if not torch.equal(m[n], base[n])} for m in (one, two)]

@@ -113,9 +113,10 @@ def test_a_gpu_is_asked_for_where_there_is_one(trained):
     slurm = asked(trained, "--backend", "slurm", "--reconcile", "fit")
     text = backends.merge_script(trained / "run", slurm, ["1"])
     assert "--gpus-per-node=1" in text or "--gpus-per-node 1" in text or "gres" in text
-    plain = asked(trained, "--backend", "slurm")
+    assert asked(trained).merge[-4:] == (*slurm.merge[-4:-3], "fit+distill", *slurm.merge[-2:])
+    plain = asked(trained, "--backend", "slurm", "--reconcile", "none")
     assert (
-        "--reconcile" not in plain.merge
+        plain.merge[-2:] == ("--on-overlap", "sum")
         and "gpus" not in backends.merge_script(trained / "run", plain, ["1"])
     )
 
@@ -123,9 +124,9 @@ def test_a_gpu_is_asked_for_where_there_is_one(trained):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--reconcile", "sum"), "--reconcile sum: expected fit, distill, fit+distill, with a merge"),
-        (("--reconcile", "fit", "--merge-as", "none"), "with a merge"),
-        (("--keep", "somewhere"), "--keep goes with --reconcile"),
+        (("--reconcile", "sum"), "--reconcile sum: expected fit, distill, fit+distill, none"),
+        (("--reconcile", "fit", "--merge-as", "none"), "--merge-as none: nothing is merged"),
+        (("--keep", "somewhere", "--reconcile", "none"), "--keep is for a merge that reconciles"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(trained, more, says):

@@ -73,7 +73,7 @@ def test_240_slices_of_layers_and_more_of_rows():
 @pytest.mark.parametrize(
     ("cut", "says"),
     [
-        (Cut(n=240), "60 blocks.*module makes up to 240"),
+        (Cut(n=240, granularity="block"), "60 blocks.*module makes up to 240"),
         (Cut(n=241, granularity="module"), "240 LoRA targets"),
         (Cut(n=5000, granularity="rows", order="interleaved"), "3072 output rows"),
         (Cut(), "either --n"),

@@ -52,7 +52,8 @@ def test_a_run_that_cannot_be_read(tmp_path):
     assert message(lambda: slices.load_slices(tmp_path)) == (
         f"{path}: cannot be read (No such file or directory); `hvtrain slices run` writes it"
     )
-    for text in ("{", "[]", '{"odd": 1}', "\xff"):
+    slices.save_slices(tmp_path, slices.Slices("p", None, (), (), 1, merge=("--as", "lora", "--output")))
+    for text in ("{", "[]", '{"odd": 1}', "\xff", path.read_text()):
         path.write_text(text, encoding="latin-1")
         assert re.match(rf"{path}: damaged \(.+\)$", message(lambda: slices.load_slices(tmp_path)))
 

@@ -203,7 +203,7 @@ def test_slices_on_this_machine_fail_are_retried_and_merge(tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr
     start = [
         "slices", "run", *TRAIN, "run.steps=2", "--plan", plan / "plan.json", "--data", tmp_path / "parts",
-        "--output", run
+        "--output", run, "--reconcile", "none"
     ]
     manifest = tmp_path / "parts/02/manifest.json"
     sound = manifest.read_text()

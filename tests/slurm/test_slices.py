@@ -189,6 +189,33 @@ def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys
     assert code == 2 and f"use `hvtrain merge --lora {tmp_path}/apart/01 ...`" in said
     assert hvtrain(capsys, "run", *start[:-1], "fitted", "--reconcile", "fit")[0] == 0
     assert "fit" in slices.load_slices(tmp_path / "fitted").merge
+    code, said = hvtrain(capsys, "run", *start, "--at-once", "2")
+    assert code == 2 and f"go on with it as it was begun: hvtrain slices retry {tmp_path}/run" in said
+
+
+def test_slices_of_a_plan_are_reconciled_too(tmp_path, capsys, monkeypatch):
+    """But for DoRAs, which only a model can have, added up; a run of before, which added up, still does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "run_here", lambda run, wanted, loraids: 0)
+    (tmp_path / "plan.json").write_text(json.dumps({"format": slices.PLAN_FORMAT, "n": 2}))
+    for part in ("01", "02"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+    start = [
+        "model.dit=tiny:dit.safetensors", "run.steps=1", "--plan", "plan.json", "--data", "parts", "--output"
+    ]
+    assert hvtrain(capsys, "run", *start, "run")[0] == 0
+    merge = slices.load_slices(tmp_path / "run").merge
+    assert merge[-2:] == ("--reconcile", "fit+distill") and "--plan" in merge
+    file = tmp_path / "run" / slices.FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "merge": merge[:-2]}))
+    assert slices.load_slices(tmp_path / "run").merge == (*merge[:-2], "--on-overlap", "sum")
+    assert hvtrain(capsys, "run", *start, "waves", "--waves", "2")[0] == 0
+    assert slices.load_slices(tmp_path / "waves").merge[-2:] == ("--on-overlap", "sum")
+    dora = [*start, "dora", "adapter.slice_type=dora"]
+    for more in ([], ["--merge-as", "model"], ["--reconcile", "none"]):
+        code, said = hvtrain(capsys, "run", *dora, *more)
+        assert code == 2 and "give --reconcile none and --merge-as model" in said, said
+    assert hvtrain(capsys, "run", *dora, "--reconcile", "none", "--merge-as", "model")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -199,7 +226,8 @@ def test_without_a_plan_the_parts_are_slices_and_are_reconciled(tmp_path, capsys
         (["--data", "parts/01"], "one shard set; without --plan every part"),
         (["--reconcile", "sum"], "--reconcile sum: expected"),
         (["--silence", "1"], "expected a share, 0 or more"),
-        (["--merge-as", "none", "--keep", "parts/01"], "--keep goes with --reconcile"),
+        (["--merge-as", "none", "--keep", "parts/01"], "leave --reconcile and --keep away"),
+        (["data.calibration=0"], "data.calibration is 0: the merge reconciles"),
         (["--data", "."], "found none"),
     ],
 )

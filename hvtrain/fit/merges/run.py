@@ -69,7 +69,7 @@ def job_of(cfg: MergeConfig, loras: Loras) -> Merge:
                 "--loras and --lora-rank are for LoRAs that are not there yet; the config names some"
             )
         about, parts, inputs = _opened(cfg)
-        how = choose(cfg.reconcile, inputs, by_layer(inputs.loras), policy=policy, model=True).how
+        how = choose(cfg.reconcile, inputs, policy=policy, model=True).how
         n, n_sets, keep = (
             len(inputs.loras), len(sources(cfg.reconcile, inputs)), bool(kept_sets(cfg.reconcile, inputs))
         )
@@ -78,8 +78,7 @@ def job_of(cfg: MergeConfig, loras: Loras) -> Merge:
         )
     else:
         about, parts, n = _imagined(cfg, loras)
-        shared = n > 1 and cfg.plan is None and not policy
-        by_itself = DEFAULT if shared else "none"
+        by_itself = DEFAULT if n > 1 and not policy else "none"
         how, n_sets, keep = (by_itself if cfg.reconcile.how == "auto" else cfg.reconcile.how), n, True
         file_bytes = 2 * sum(p.numbers for own in parts.values() for p in own)
     if how == "none":
