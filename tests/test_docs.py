@@ -68,6 +68,7 @@ NAMES = {
     },
 }
 VALUES = {"--nproc": "2", "--gpus": "2", "--size": "64x64x9", "--n": "2", "parallel.ulysses": "2"}
+MERGE = ["reconcile.steps=2", "reconcile.states=4", "reconcile.held_out=1", "reconcile.allow_lost=true"]
 ADDED = {
     "encode": ["samples_per_tar=2"],
     "train": [
@@ -77,9 +78,9 @@ ADDED = {
     "generate": ["steps=1"],
     "slices run": [
         "run.steps=1", "optim.warmup_steps=0", "preview.every_steps=0", "data.batch_size=1",
-        "zero.engine=torch", "zero.offload_optimizer=none"
+        "zero.engine=torch", "zero.offload_optimizer=none", *MERGE
     ],
-    "merge": ["reconcile.steps=2", "reconcile.states=4", "reconcile.held_out=1", "reconcile.allow_lost=true"],
+    "merge": MERGE,
     "doctor": ["--nproc", "1"],
 }
 
@@ -198,7 +199,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run(
             [
                 "slices", "run", str(TINY / "lora.yaml"), "--plan", "plan/plan.json", "--data", "parts",
-                "--output", "runs/sliced", "--reconcile", "none", *ADDED["slices run"]
+                "--output", "runs/sliced", *ADDED["slices run"]
             ]
         )
         yield here

@@ -369,8 +369,8 @@ def test_an_adapter_in_every_dialect_is_the_same(spec, tmp_path):
 @pytest.mark.parametrize(
     "cut",
     [
-        Cut(n=3, granularity="module"), Cut(n=3, granularity="module", order="interleaved"),
-        Cut(n=5, granularity="rows"), Cut(blocks_per_loraid=1, granularity="block"),
+        Cut(n=3, order="contiguous"), Cut(n=3, granularity="module", order="interleaved"),
+        Cut(n=5, granularity="rows", order="contiguous"), Cut(blocks_per_loraid=1, granularity="block"),
     ],
     ids=["modules", "interleaved", "rows", "blocks"],
 )  # fmt: skip

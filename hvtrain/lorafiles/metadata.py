@@ -23,6 +23,7 @@ from shards.tensors import Extent
 
 PEFT_KEY = "lora_adapter_metadata"  # where diffusers keeps a PEFT configuration in a file
 EXPERT_KEY = "hvtrain.expert"  # of a model of several: whose LoRA it is
+LORA_FLAVOR_KEY = "hvtrain.flavor"  # as which it was trained: the model's file does not always tell
 SPARSE_KEY = "hvtrain.sparse"  # attention was not exact in training: which pairs were left out
 # what was in the model already: [{file, multiplier, and the sum if it has one}]
 BASE_LORA_KEY = "hvtrain.base_lora"
@@ -62,7 +63,10 @@ def lora_metadata(
 
 def of_flavor(flavor: Flavor) -> dict[str, str]:
     """What a LoRA's metadata say of the model that it is for."""
-    return {"modelspec.resolution": f"{flavor.defaults.width}x{flavor.defaults.height}"}
+    return {
+        "modelspec.resolution": f"{flavor.defaults.width}x{flavor.defaults.height}",
+        LORA_FLAVOR_KEY: flavor.name
+    }
 
 
 def _text(value: object) -> str:

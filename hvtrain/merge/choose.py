@@ -40,7 +40,7 @@ def choose(c: ReconcileConfig, inputs: Inputs, *, policy: bool, model: bool) -> 
     or --keep are given for nothing."""
     if c.how != "auto":
         return Chosen(c.how)
-    several = not policy and len(inputs.loras) > 1
+    several = not policy and sum(multiplier != 0 for _, multiplier in inputs.loras) > 1
     why_not = _missing(c, inputs, model) if several else ""
     if several and not why_not:
         return Chosen(DEFAULT, by_itself=True)

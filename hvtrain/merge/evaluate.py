@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import torch
 
 from hvtrain.config import EvalConfig, FlowConfig
-from hvtrain.lorafiles.metadata import EXPERT_KEY
 from hvtrain.lorafiles.overlap import by_layer, labels
 from hvtrain.lorafiles.pairs import add_pairs
-from hvtrain.merge.inputs import Inputs
+from hvtrain.merge.inputs import Inputs, expert_of
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.models.load import Identified, LoadedDit, load_found
+from hvtrain.models.spec import Expert
 from hvtrain.parallel.apply import parallelize
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.train.data import open_shards
@@ -31,13 +31,11 @@ MAX_BATCHES = 32
 
 def losses_of(
     found: Identified, inputs: Inputs, combined: Mapping[str, Result], sets: Sequence[str],
-    ctx: ParallelContext, expert: str | None = None,
+    ctx: ParallelContext, name: str | None = None,
 ) -> dict[str, float]:
     """Name -> loss at fixed noise levels and seeds, all on the same samples of these shard sets.
-    `expert`: which one the model is, of several: on its own noise levels; None: the one that the LoRAs
-    were trained as, if they say so."""
-    said = (lora.metadata[EXPERT_KEY] for lora, _ in inputs.loras if EXPERT_KEY in lora.metadata)
-    expert = expert or next(said, None)
+    `name`: of the expert that the model is, of several (`expert_of`): on its own noise levels."""
+    expert = expert_of(found.flavor, inputs, name)
     dtype = compute_dtype(ctx.device)
     loaded = load_found(found, dtype=dtype, device=ctx.device)
     parallelize(loaded.model, ctx, kernel="auto", recompute="none", dtype=dtype)
@@ -77,9 +75,9 @@ def _write(loaded: LoadedDit, found: Identified, changes: Mapping[str, Result]) 
         there.copy_(weight)
 
 
-def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext, expert: str | None) -> float:
+def _loss(sets: Sequence[str], loaded: LoadedDit, ctx: ParallelContext, expert: Expert | None) -> float:
     flavor, fixed = loaded.flavor, EvalConfig()
-    flow = flow_of(FlowConfig(), flavor, next((e for e in flavor.experts if e.name == expert), None))
+    flow = flow_of(FlowConfig(), flavor, expert)
     autocast = compute_dtype(ctx.device) != torch.float32
     objective = objective_of(flow, loaded.spec, flavor, device=ctx.device, autocast=autocast)
     held = HeldOut(

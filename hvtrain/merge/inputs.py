@@ -4,6 +4,7 @@ anything is read twice or written once."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.dialects import Shapes
 from hvtrain.lorafiles.experts import number_of
 from hvtrain.lorafiles.files import LoraFile, read_lora
-from hvtrain.lorafiles.metadata import EXPERT_KEY, SUM_KEY, Under, base_loras
+from hvtrain.lorafiles.metadata import EXPERT_KEY, LORA_FLAVOR_KEY, SUM_KEY, Under, base_loras
 from hvtrain.lorafiles.runs import finished, lora_in
-from hvtrain.models.spec import ModelSpec
+from hvtrain.models.load import Identified, identify
+from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
 
-RATE_KEY = "ss_learning_rate"  # metadata
+RATE_KEY, OPTIMIZER_KEY = "ss_learning_rate", "ss_optimizer"  # metadata
+_LIKE_ADAM = re.compile("adam|muon|schedulefree|came", re.IGNORECASE)  # those whose rates mean the same
 
 
 @dataclass(frozen=True)
@@ -186,10 +189,33 @@ def owners_note(loras: Sequence[tuple[LoraFile, float]]) -> str:
     return ",".join(dict.fromkeys(ids))
 
 
+def as_trained(found: Identified, inputs: Inputs) -> Identified:
+    """The model as the flavor that its LoRAs were trained as, which its file does not always tell: a model by
+    image, taken for one by text, would be told nothing of the image. Raises ConfigError where they differ."""
+    told = {lora.metadata[LORA_FLAVOR_KEY]: lora.path for lora, _ in inputs.loras
+            if LORA_FLAVOR_KEY in lora.metadata}  # fmt: skip
+    if len(told) > 1:
+        listed = ", ".join(f"{path} as '{name}'" for name, path in told.items())
+        raise ConfigError(f"flavor: these were trained as different ones ({listed}); give flavor=NAME")
+    name = next(iter(told), found.flavor.name)
+    return found if name == found.flavor.name else identify(found.path, model=found.spec.name, flavor=name)
+
+
+def expert_of(flavor: Flavor, inputs: Inputs, name: str | None) -> Expert | None:
+    """Which of several the model is: the one that is named, else the one that the LoRAs were trained as, if
+    they say so. It is on its own noise levels only that they learnt something."""
+    said = (lora.metadata[EXPERT_KEY] for lora, _ in inputs.loras if EXPERT_KEY in lora.metadata)
+    wanted = name or next(said, None)
+    return next((expert for expert in flavor.experts if expert.name == wanted), None)
+
+
 def learning_rate(loras: Sequence[tuple[LoraFile, float]]) -> float | None:
-    """The least of those that their trainings, and earlier merges of some of them, have noted."""
+    """The least of those that their trainings, and earlier merges of some of them, have noted; prodigy's 1, a
+    lion's or an adafactor's are no rate for others."""
     found = []
     for lora, _ in loras:
+        if not _LIKE_ADAM.search(lora.metadata.get(OPTIMIZER_KEY, "adam")):
+            continue
         try:
             found.append(float(lora.metadata[RATE_KEY]))
         except (KeyError, ValueError):  # another tool's, which says nothing or says it in words

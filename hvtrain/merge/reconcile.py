@@ -24,7 +24,7 @@ from hvtrain.merge.changes import ByLayer, Change, Full, LowRank, low_rank
 from hvtrain.merge.distill import Draw, Polish, distill
 from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.merge.fit import STUDENT, device_bytes, fit_block, push, streams, targets_of
-from hvtrain.merge.inputs import Inputs, learning_rate
+from hvtrain.merge.inputs import Inputs, expert_of, learning_rate
 from hvtrain.merge.journal import Journal
 from hvtrain.merge.policies import Dense, Result
 from hvtrain.merge.report import Report
@@ -32,6 +32,7 @@ from hvtrain.merge.states import Clips, NoisyClip, Task, batches, fidelity, leak
 from hvtrain.merge.stream import Streamed
 from hvtrain.merge.write import signature
 from hvtrain.models.load import Identified
+from hvtrain.models.spec import Flavor
 from hvtrain.parallel.context import ParallelContext
 from hvtrain.slices.plan import FILE, save_plan
 from hvtrain.train.calibration import CALIBRATION
@@ -124,6 +125,7 @@ class Wanted:
     rank: int | None  # of the pairs; None: ranks add up
     seed: int
     about: str  # whatever else makes it another merge than one that was begun before
+    expert: str | None = None  # which the model is, of several, as the user says
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,9 @@ def reconcile(
     """The merge's changes; `report` gets the distances. Collective. Raises
     CheckpointError if a LoRA is lost."""
     dtype, built_on = compute_dtype(ctx.device), inputs.built_on()
-    clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed)
     sets, files = _sets_and_files(kept_sets(c, inputs))
+    levels = _levels(found.flavor, inputs, wanted.expert, sampled=c.own_states or bool(files))
+    clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed, levels)
     prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
     model = Streamed(found, ctx, dtype, host_bytes=c.host_gb * 1e9)
     tasks = _tasks(c, inputs, found, clips)
@@ -213,9 +216,27 @@ def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
     if lost and not c.allow_lost:
         raise CheckpointError(
             f"lost in the merge (further than reconcile.lost={c.lost:g} from what they do alone): "
-            f"{', '.join(lost)}; give more reconcile.states or reconcile.steps, another --reconcile (none "
-            "adds up: for LoRAs of a few steps, on trial), or reconcile.allow_lost=true; nothing was written"
+            f"{', '.join(lost)}; give more reconcile.states or reconcile.steps, another --reconcile, "
+            "reconcile.allow_lost=true, or --on-overlap sum to add up LoRAs that were only tried for a few "
+            "steps; nothing was written"
         )
+
+
+def _levels(
+    flavor: Flavor, inputs: Inputs, name: str | None, *, sampled: bool
+) -> tuple[float, float]:
+    """Of noise, on which the model predicts. `sampled`: clips are made from captions. Raises ConfigError."""
+    if not flavor.experts:
+        return 0.0, 1.0
+    if (expert := expert_of(flavor, inputs, name)) is None:
+        listed = " or ".join(expert.name for expert in flavor.experts)
+        raise ConfigError(f"expert: the LoRAs do not say whose they are; give --expert {listed}")
+    if sampled:
+        raise ConfigError(
+            f"reconcile: clips are sampled by {' and '.join(e.name for e in flavor.experts)} together, and "
+            f"only '{expert.name}' is here: give shard sets in keep, and reconcile.own_states=false"
+        )
+    return expert.sigmas
 
 
 def _tasks(c: ReconcileConfig, inputs: Inputs, found: Identified, clips: Clips) -> list[Task]:

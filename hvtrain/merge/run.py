@@ -15,7 +15,13 @@ from hvtrain.config.rules import check_merge
 from hvtrain.errors import ConfigError
 from hvtrain.lorafiles.files import LoraFile
 from hvtrain.lorafiles.lowrank import factor, shrink
-from hvtrain.lorafiles.metadata import BASE_LORA_KEY, EXPERT_KEY, json_tables, lora_metadata
+from hvtrain.lorafiles.metadata import (
+    BASE_LORA_KEY,
+    EXPERT_KEY,
+    LORA_FLAVOR_KEY,
+    json_tables,
+    lora_metadata,
+)
 from hvtrain.lorafiles.overlap import Contribution, by_layer
 from hvtrain.lorafiles.pairs import LoraPair
 from hvtrain.lorafiles.tools import blocks, open_any
@@ -26,6 +32,7 @@ from hvtrain.merge.inputs import (
     RATE_KEY,
     Inputs,
     PlanSlices,
+    as_trained,
     learning_rate,
     lora_in,
     open_inputs,
@@ -33,7 +40,16 @@ from hvtrain.merge.inputs import (
 )
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
-from hvtrain.merge.write import Target, plan_parts, plan_whole, refuse_scaled, signature, write_model
+from hvtrain.merge.write import (
+    Addition,
+    Target,
+    check_room,
+    plan_parts,
+    plan_whole,
+    refuse_scaled,
+    signature,
+    write_model,
+)
 from hvtrain.models.load import Identified, identify, whole_model
 from hvtrain.models.spec import ModelSpec
 from hvtrain.parallel.context import ParallelContext, shutdown, start
@@ -79,12 +95,10 @@ def run(cfg: MergeConfig) -> None:
         cfg, computes = replace(cfg, reconcile=replace(cfg.reconcile, how=how)), True
         ctx = _start(cfg)
     cfg = replace(cfg, device=ctx.device.type) if cfg.device == "auto" else cfg
-    whole = next((lora for lora, _ in inputs.loras if lora.whole), None)
-    if whole is not None and (cfg.target == "lora" or computes):
-        raise ConfigError(
-            f"{whole.path}: adds to {len(whole.whole)} whole tensors, for which a LoRA has no place; merge "
-            "it into a model, without --reconcile and --evaluate"
-        )
+    if cfg.target == "lora" or computes:
+        _refuse_whole(inputs)
+    if computes and base.found is not None and cfg.flavor is None:
+        base = replace(base, found=as_trained(base.found, inputs))
     options = Options(cfg.density, cfg.seed, chosen.why_not)
     combined = combine(layers, cfg.on_overlap, options) if how == "none" else {}
     report = Report.of(inputs, layers, cfg.on_overlap if how == "none" else how)
@@ -99,7 +113,9 @@ def run(cfg: MergeConfig) -> None:
 
         assert base.found is not None
         about = repr(replace(cfg, parallel=ParallelConfig()))
-        wanted = Wanted(Path(cfg.output), cfg.target == "model", cfg.rank, cfg.seed, about)
+        if cfg.target == "model":
+            _check_writable(cfg, base, inputs, layers)
+        wanted = Wanted(Path(cfg.output), cfg.target == "model", cfg.rank, cfg.seed, about, cfg.expert)
         reconciled = reconcile(cfg.reconcile, inputs, report, base.found, ctx, wanted)
         combined = reconciled.changes
     if ctx.is_main:
@@ -118,6 +134,14 @@ def run(cfg: MergeConfig) -> None:
         print(f"report: {path}")
     if ctx.world > 1:
         shutdown()
+
+
+def _refuse_whole(inputs: Inputs) -> None:
+    for lora in (lora for lora, _ in inputs.loras if lora.whole):
+        raise ConfigError(
+            f"{lora.path}: adds to {len(lora.whole)} whole tensors, for which a LoRA has no place; merge it "
+            "into a model, without --reconcile and --evaluate"
+        )
 
 
 def _start(cfg: MergeConfig) -> ParallelContext:
@@ -191,19 +215,42 @@ def _write_model(
     cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result],
     shapes: Mapping[str, tuple[int, int]]
 ) -> None:
+    weights, parts = _parts(cfg, found, inputs, combined, shapes)
+    files = write_model(
+        weights, parts, _target(cfg, weights, inputs), metadata=_metadata(weights, inputs.loras)
+    )
+    where = f" in {len(files)} files" if len(files) > 1 else ""
+    print(f"{cfg.output}: {len(parts)} of {len(weights)} tensors changed{where}")
+
+
+def _parts(
+    cfg: MergeConfig, found: Identified, inputs: Inputs, combined: Mapping[str, Result],
+    shapes: Mapping[str, tuple[int, int]]
+) -> tuple[Weights, dict[str, Addition]]:
+    """Every tensor under the file's own name, also those that are not the DiT's; and what is added to
+    them."""
     added = summed(inputs.loras, found.shapes, once=cfg.on_overlap == "error")
     parts = plan_whole(found, added, plan_parts(found, combined, shapes))
-    # every tensor under the file's own name, also those that are not the DiT's
     weights = open_weights(Path(asset(cfg.dit)))
     refuse_scaled(weights, parts)
-    target = Target(
+    return weights, parts
+
+
+def _target(cfg: MergeConfig, weights: Weights, inputs: Inputs) -> Target:
+    return Target(
         Path(cfg.output), _DTYPES[cfg.dtype] if cfg.dtype else None,
         int(cfg.max_shard_gb * 1e9) if cfg.max_shard_gb else None, cfg.device,
         signature([*weights.files, *(lora.path for lora, _ in inputs.loras)], repr(cfg)),
     )
-    files = write_model(weights, parts, target, metadata=_metadata(weights, inputs.loras))
-    where = f" in {len(files)} files" if len(files) > 1 else ""
-    print(f"{cfg.output}: {len(parts)} of {len(weights)} tensors changed{where}")
+
+
+def _check_writable(
+    cfg: MergeConfig, base: Base, inputs: Inputs, layers: Mapping[str, Sequence[Contribution]]
+) -> None:
+    """What would stop the model from being written is said before what takes hours."""
+    assert base.found is not None
+    weights, _ = _parts(cfg, base.found, inputs, {n: list(own) for n, own in layers.items()}, base.shapes)
+    check_room(weights, _target(cfg, weights, inputs), metadata=_metadata(weights, inputs.loras))
 
 
 def _history(weights: Weights) -> list[dict]:
@@ -246,7 +293,10 @@ def _write_lora(
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    said = ("hvtrain.base", "hvtrain.plan", EXPERT_KEY, "ss_sd_model_name", "modelspec.resolution")
+    said = (
+        "hvtrain.base", "hvtrain.plan", EXPERT_KEY, LORA_FLAVOR_KEY, "ss_sd_model_name",
+        "modelspec.resolution"
+    )
     given: dict[str, object] = {key: first[key] for key in said if key in first}
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids

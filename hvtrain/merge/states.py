@@ -82,6 +82,7 @@ class Clips:
     n: int
     n_held: int
     seed: int
+    levels: tuple[float, float] = (0.0, 1.0)  # of noise: an expert's own, of a model of several
 
     def input(self, states: Sequence[NoisyClip]) -> ModelInput:
         """States of one form as a batch."""
@@ -119,10 +120,11 @@ class Clips:
         levels = torch.arange(n, dtype=torch.float64).add(0.5).div(n)
         levels = levels[torch.randperm(n, generator=generator(self.seed, stream=f"levels/{stream}"))]
         shift = self.flavor.defaults.shift
+        low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in self.levels)  # before the shift
         found = []
-        for number, u in enumerate(levels.tolist()):
+        for number, share in enumerate(levels.tolist()):
             cond = _conditions(samples[number % len(samples)], self.flavor)
-            x0 = cond.pop("latents")
+            x0, u = cond.pop("latents"), low + (high - low) * share
             sigma = shift * u / (1 + (shift - 1) * u)
             noise = torch.randn(
                 x0.shape, generator=generator(self.seed, step=number, stream=f"noise/{stream}")

@@ -152,23 +152,10 @@ def write_model(
     weights: Weights, parts: Mapping[str, Addition], target: Target, *, metadata: Mapping[str, str]
 ) -> list[Path]:
     """One file, or a directory of shards and their index. Returns the files."""
-    slots = {
-        name: Extent(name, _dtype(entry.dtype, target.dtype), entry.shape) for name,
-        entry in weights.entries.items()
-    }
-    home = _homes(weights, slots, target)
-    contents = {
-        path: [slot for name, slot in slots.items() if home[name] == path]
-        for path in dict.fromkeys(home.values())
-    }
+    slots, home, contents = _layout(weights, target)
     files = list(contents)
     folder = files[0].parent
-    sizes = {
-        path: len(lay_out(own, metadata)[0]) + sum(slot.n_bytes for slot in own) for path,
-        own in contents.items()
-    }
-    with writing(files[0]):
-        _check_room(folder, sizes)
+    check_room(weights, target, metadata=metadata)
     for path, own in contents.items():
         _write_file(weights, parts, path, own, metadata, target)
     if folder == target.output:
@@ -181,7 +168,35 @@ def write_model(
     return files
 
 
+def _layout(
+    weights: Weights, target: Target
+) -> tuple[dict[str, Extent], dict[str, Path], dict[Path, list[Extent]]]:
+    """Each tensor, its file, and the tensors of each file."""
+    slots = {
+        name: Extent(name, _dtype(entry.dtype, target.dtype), entry.shape) for name,
+        entry in weights.entries.items()
+    }
+    home = _homes(weights, slots, target)
+    contents = {
+        path: [slot for name, slot in slots.items() if home[name] == path]
+        for path in dict.fromkeys(home.values())
+    }
+    return slots, home, contents
+
+
 _SPARE = 2**20  # bytes for the report, and for what a file system notes of its own
+
+
+def check_room(weights: Weights, target: Target, *, metadata: Mapping[str, str]) -> None:
+    """Raises ConfigError if the files of `write_model` will not fit."""
+    contents = _layout(weights, target)[2]
+    sizes = {
+        path: len(lay_out(own, metadata)[0]) + sum(slot.n_bytes for slot in own) for path,
+        own in contents.items()
+    }
+    first = next(iter(sizes))
+    with writing(first):
+        _check_room(first.parent, sizes)
 
 
 def _check_room(folder: Path, sizes: Mapping[Path, int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--reconcile", metavar="HOW",
         help="merge by what each slice does to samples of its data: fit, distill or fit+distill (default); "
-        "none: add the slices up")
+        "none: add the slices up. Keys reconcile.KEY=value are the merge's")
     add("--keep", action="append", metavar="SET",
         help="what the base knows and the merge must not change (default: keep/ of --data, "
         "if it is there)")
@@ -110,9 +109,12 @@ def _scripts(run: Path, wanted) -> list[str]:
 
 
 def _slices(args: argparse.Namespace):
-    from launcher.jobs import slices, slurm
+    from launcher.jobs import merging, slices, slurm
 
     file, overrides = split_items(args.items)
+    of_merge = [item for item in overrides if item.startswith(merging.OWN)]
+    args.items = [item for item in args.items if item not in of_merge]
+    overrides = [item for item in overrides if item not in of_merge]
     if args.backend not in ("local", "slurm"):
         raise ConfigError(f"--backend {args.backend}: expected local or slurm")
     at_least(args, 1, "at_once", "nproc", "nodes", "waves")
@@ -143,7 +145,9 @@ def _slices(args: argparse.Namespace):
         at_once=args.at_once, gpus=gpus, silence=args.silence, waves=args.waves, cwd=str(Path.cwd()),
         max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
     )
-    return replace(wanted, merge=_merge_arguments(wanted, args))
+    asked = merging.MergeAsked(args.merge_as, args.reconcile, args.keep or (), of_merge, Path(args.data))
+    dit = load_config("train", args).model.dit
+    return replace(wanted, merge=merging.arguments(Path(args.output).resolve(), wanted, asked, dit))
 
 
 def _check_waves(args: argparse.Namespace, n: int) -> None:
@@ -161,52 +165,11 @@ def _check_waves(args: argparse.Namespace, n: int) -> None:
         )
 
 
-def _merge_arguments(wanted, args: argparse.Namespace) -> tuple[str, ...]:
-    from launcher.jobs import waves
-
-    kind, run = args.merge_as, Path(args.output).resolve()
-    if kind not in ("lora", "model", "none"):
-        raise ConfigError(f"--merge-as {kind}: expected lora, model or none")
-    how = _reconciling(args)
-    if kind == "none":
-        return ()
-    dit = load_config("train", args).model.dit
-    if not dit:
-        raise ConfigError("model.dit: the slices need the weights they adapt; give the DiT's file")
-    which = (
-        ("--plan", wanted.plan, "--slices", str(run))
-        if wanted.plan else tuple(waves.loras(run, wanted, wanted.waves))
-    )
-    return (
-        "--dit", dit, *which, "--as", kind, "--output", str(run / "merge" / f"merged-{kind}.safetensors"),
-        *how
-    )
-
-
-def _reconciling(args: argparse.Namespace) -> tuple[str, ...]:
-    """How they become one; added up, they would lose most of what they learnt."""
-    ways = ("fit", "distill", "fit+distill", "none")
-    if args.merge_as == "none":
-        if args.reconcile or args.keep:
-            raise ConfigError("--merge-as none: nothing is merged; leave --reconcile and --keep away")
-        return ()
-    how = args.reconcile or ("none" if args.plan and args.waves > 1 else "fit+distill")
-    if how not in ways:
-        raise ConfigError(f"--reconcile {how}: expected {', '.join(ways)}")
-    if how == "none":
-        if args.keep:
-            raise ConfigError("--keep is for a merge that reconciles, and this one adds the slices up")
-        return ("--on-overlap", "sum")
-    left = Path(args.data) / "keep"
-    keep = args.keep or ([str(left.resolve())] if (left / "manifest.json").is_file() else [])
-    return ("--reconcile", how, *(item for place in keep for item in ("--keep", place)))
-
-
 def _check_configs(run: Path, wanted) -> None:
     """Every slice's config, before anything is submitted."""
     from hvtrain import config
     from hvtrain.config import rules
-    from launcher.jobs import waves
+    from launcher.jobs import merging, waves
     from launcher.jobs.slices import train_arguments
 
     for loraid in range(1, wanted.n + 1):
@@ -224,26 +187,10 @@ def _check_configs(run: Path, wanted) -> None:
             raise ConfigError(
                 "adapter.base_lora: the merge compares each slice with the model that it was trained on, and "
                 "model.dit is not that model; put it in first (`hvtrain merge`), and give the result as "
-                "model.dit"
+                "model.dit, or --reconcile none"
             )
         rules.check_train(cfg)
-        if wanted.merge:
-            _check_merged(cfg, wanted.merge)
-
-
-def _check_merged(cfg, merge: Sequence[str]) -> None:
-    """What the merge will need of each slice, weeks later."""
-    reconciled, kind = "--reconcile" in merge, merge[merge.index("--as") + 1]
-    if reconciled and cfg.data.calibration == 0:
-        raise ConfigError(
-            "data.calibration is 0: the merge reconciles the slices by samples that their trainings leave; "
-            "give more, or --reconcile none, to add the slices up"
-        )
-    if cfg.adapter.type == "loraid" and cfg.adapter.slice_type == "dora" and (reconciled or kind == "lora"):
-        raise ConfigError(
-            "adapter.slice_type is dora, and DoRAs can only be added up into a model: give --reconcile none "
-            "and --merge-as model"
-        )
+        merging.check(cfg, wanted)
 
 
 def _go(run: Path, wanted) -> int | None:
@@ -301,13 +248,28 @@ def _status(args: argparse.Namespace) -> int:
     return 1 if any(s.word in ("failed", "blocked", "unknown") for s in found) else 0
 
 
+def _retry_options(parser: argparse.ArgumentParser) -> None:
+    _run_folder(parser)
+    parser.add_argument(
+        "settings", nargs="*", metavar="reconcile.KEY=value",
+        help="for the merge, as in reconcile.allow_lost=true (`hvtrain config merge` lists them); kept"
+    )
+
+
 @command(
     "slices retry",
     "start what is neither done nor under way: failed, cancelled, preempted; and the merge after it",
-    options=_run_folder
+    options=_retry_options
 )
 def _retry(args: argparse.Namespace) -> int | None:
-    return _go(*_opened(args))
+    from launcher.jobs import merging, slices
+
+    run, wanted = _opened(args)
+    if args.settings:
+        with slices.only_one(run):
+            wanted = merging.set_again(wanted, args.settings)
+            slices.save_slices(run, wanted)
+    return _go(run, wanted)
 
 
 @command("slices cancel", "stop what is queued or running", options=_run_folder)

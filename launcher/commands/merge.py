@@ -67,7 +67,8 @@ def _check(args: argparse.Namespace) -> None:
     cfg = _config(args)
     if cfg.reconcile.how in ("auto", "none") and not cfg.evaluate:
         raise ConfigError(
-            "launch: without --reconcile or --evaluate a merge computes nothing to share: leave `launch` away"
+            "launch: a merge has nothing to share unless it is asked to compute: give --reconcile "
+            "fit+distill, or --evaluate, or leave `launch` away"
         )
     check_merge(cfg)
 

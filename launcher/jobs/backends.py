@@ -118,10 +118,11 @@ def array_script(run: Path, slices: Slices, loraids: Sequence[int], after: Seque
 
 def merge_script(run: Path, slices: Slices, after: Sequence[str], wave: int | None = None) -> str:
     name = waves.merge_name(slices, wave or slices.waves)
+    reconciles = "--reconcile" in slices.merge  # which takes a GPU, and as long as training does
     job = slurm.BatchJob(
         "merge", f"{run.name}-{name}", Path.cwd(), slurm.literal(run / "logs" / f"{name}.log"),
         ["slices", "merge", str(run), *_which(slices, wave)],
-        slurm.Resources(gpus="--reconcile" in slices.merge), after=after,
+        slurm.Resources(gpus=reconciles, time=slices.time if reconciles else ""), after=after,
     )
     return slurm.render(job, load_site(slices.site))
 

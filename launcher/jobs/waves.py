@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +57,7 @@ def merge_arguments(run: Path, slices: Slices, wave: int) -> tuple[str, ...]:
     """Of `hvtrain merge` for a wave: the run's own for the last one, one LoRA for the others."""
     if wave == slices.waves:
         return slices.merge
-    pairs: list[Sequence[str]] = [slices.merge[i : i + 2] for i in range(0, len(slices.merge), 2)]
     own = ("--lora", "--plan", "--slices", "--as", "--output")
-    kept = [word for pair in pairs if pair[0] not in own for word in pair]
+    pairs = zip(("", *slices.merge), slices.merge)  # an option's value comes after it, a key=value alone
+    kept = [word for before, word in pairs if word not in own and before not in own]
     return (*kept, *loras(run, slices, wave), "--as", "lora", "--output", str(merged(run, wave)))

@@ -244,6 +244,12 @@ def test_the_rate_is_the_least_that_anyone_says():
     assert learning_rate(said[1:2]) is None and learning_rate(said[3:]) is None
     none = [of(ss_learning_rate=text) for text in ("nan", "inf", "-1e-3", "0")]  # no rates to train by
     assert learning_rate(none) is None and learning_rate([*none, said[0]]) == 2e-3
+    for name, rate in (
+        ("adamw", 2e-3), ("torch.optim.adamw.AdamW", 2e-3), ("bitsandbytes.optim.AdamW8bit", 2e-3),
+        ("muon", 2e-3), ("schedulefree", 2e-3), ("came", 2e-3), ("prodigy", None), ("lion", None),
+        ("adafactor", None), ("torch.optim.SGD", None)
+    ):
+        assert learning_rate([of(ss_learning_rate="2e-3", ss_optimizer=name)]) == rate, name
 
 
 def test_a_lora_beside_a_plans_slices_is_none_of_them(plan, tmp_path):

@@ -96,7 +96,7 @@ def test_launch_refuses_a_merge_that_computes_nothing(place, tmp_path, capsys): 
     ]
     assert main(["launch", "--nproc", "2", *arguments]) == 2
     assert (
-        "launch: without --reconcile or --evaluate a merge computes nothing to share"
+        "launch: a merge has nothing to share unless it is asked to compute: give --reconcile"
         in capsys.readouterr().err
     )
     with pytest.raises(ConfigError, match="ulysses 2 x ring 1 = 2 does not divide the 1 process"):

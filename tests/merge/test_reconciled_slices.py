@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from hvtrain.errors import ConfigError
+from hvtrain.lorafiles.tools import open_any
 from hvtrain.train import run as train
 from launcher import cli
 from launcher.commands import jobs
@@ -48,6 +49,7 @@ def trained(tmp_path_factory):
 
 def test_a_finished_lora_leaves_samples_spread_over_its_data(trained, tmp_path):
     found = open_set(trained / "run" / "01" / "calibration")
+    assert open_any(trained / "run" / "01").lora.metadata["hvtrain.flavor"] == "tiny"
     assert found.keys == [f"clip{i}" for i in (0, 2, 4, 5, 7, 9, 10, 12, 14, 15, 17, 19)]  # of 20, evenly
     assert sorted(found.get(0).tensors) == ["latents", "pooled", "text"] and found.empty_text
     data = make_shards(tmp_path / "data", n=4)

@@ -254,6 +254,26 @@ def test_four_slices_as_an_array_and_the_merge_after_them(cluster, sliced, tmp_p
     assert "done" in words(cluster, run)["merge"]
 
 
+def test_a_merge_goes_on_after_its_time_limit(cluster, sliced, tmp_path):
+    """Warned in its steps, it goes back into the queue, and on from where it noted that it was."""
+    run, settings = tmp_path / "run", ["states=4", "held_out=2", "steps=200", "allow_lost=true"]
+    own = [f"reconcile.{item}" for item in settings]
+    hvtrain(
+        cluster, *sliced[:-2], "run.steps=20", "optim.lr=1e-2", *own, "--time", "5:00", "--reconcile",
+        "distill"
+    )
+    log, job, end = run / "logs/merge.log", merge_job(run), time.monotonic() + 200
+    while not log.exists() or "distill: step 50/200" not in log.read_text():
+        assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+    assert "TimeLimit=00:05:00" in cluster.out("scontrol", "show", "job", job)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B: does before the limit
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=250) == "COMPLETED", log.read_text()[-2000:]
+    assert "Restarts=1" in cluster.out("scontrol", "show", "job", job)
+    assert log.read_text().count("distill: step 10/200") == 1
+    assert "done" in words(cluster, run)["merge"]
+
+
 def test_a_failed_slice_holds_the_merge_until_it_is_retried(cluster, sliced, tmp_path):
     run, part = tmp_path / "run", tmp_path / "parts" / "03"
     sound = (part / "manifest.json").read_text()

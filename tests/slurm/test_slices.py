@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from hvtrain import config
 from hvtrain.config.load import override
 from launcher import cli
-from launcher.jobs import backends, slices
+from launcher.jobs import backends, slices, waves
 from tests.slurm.fake import a_run, damage, finish, hvtrain, options
 
 
@@ -215,7 +215,43 @@ def test_slices_of_a_plan_are_reconciled_too(tmp_path, capsys, monkeypatch):
     for more in ([], ["--merge-as", "model"], ["--reconcile", "none"]):
         code, said = hvtrain(capsys, "run", *dora, *more)
         assert code == 2 and "give --reconcile none and --merge-as model" in said, said
-    assert hvtrain(capsys, "run", *dora, "--reconcile", "none", "--merge-as", "model")[0] == 0
+    whole = [*dora, "--reconcile", "none", "--merge-as", "model"]
+    assert hvtrain(capsys, "run", *whole, "--waves", "2")[0] == 2
+    assert hvtrain(capsys, "run", *whole)[0] == 0
+
+
+def test_the_merge_has_settings_of_its_own(tmp_path, capsys, monkeypatch):
+    """Given with the run, kept from the trainings, and changed by a retry."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "run_here", lambda run, wanted, loraids: 0)
+    for part in ("01", "02"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        (tmp_path / "parts" / part / "manifest.json").write_text("{}")
+    start = ["model.dit=tiny:dit.safetensors", "run.steps=1", "--data", "parts", "--output"]
+    own = ["reconcile.steps=20", "reconcile.lr=1e-3"]
+    code, said = hvtrain(capsys, "run", *start, "run", *own, "--waves", "2")
+    assert code == 0, said
+    begun = slices.load_slices(tmp_path / "run")
+    assert begun.merge[-2:] == tuple(own) and begun.overrides == tuple(start[:2])
+    for wave in (1, 2):
+        merge = waves.merge_arguments(tmp_path / "run", begun, wave)
+        how = merge[merge.index("--reconcile") + 1]
+        assert merge.count("reconcile.steps=20") == 1 and how == "fit+distill"
+    code, said = hvtrain(capsys, "retry", tmp_path / "run", "reconcile.steps=9", "reconcile.allow_lost=true")
+    assert code == 0, said
+    again = slices.load_slices(tmp_path / "run")
+    assert again.merge[-3:] == ("reconcile.lr=1e-3", "reconcile.steps=9", "reconcile.allow_lost=true")
+    assert replace(again, merge=()) == replace(begun, merge=())
+    for more, says in (
+        (["reconcile.stops=1"], "stops"), (["reconcile.steps=0"], "reconcile.steps is 0"),
+        ([*own, "--reconcile", "none"], "reconcile.steps=20 is for a merge that reconciles"),
+        ([*own, "--merge-as", "none"], "nothing is merged"),
+    ):
+        code, said = hvtrain(capsys, "run", *start, "other", *more)
+        assert code == 2 and says in said and not (tmp_path / "other").exists(), said
+    for setting, says in (("run.steps=2", "expected reconcile.KEY=value"), ("reconcile.steps=x", "steps")):
+        code, said = hvtrain(capsys, "retry", tmp_path / "run", setting)
+        assert code == 2 and says in said and slices.load_slices(tmp_path / "run") == again, said
 
 
 @pytest.mark.parametrize(

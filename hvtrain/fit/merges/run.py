@@ -23,7 +23,7 @@ from hvtrain.lorafiles.overlap import by_layer
 from hvtrain.merge.changes import low_rank
 from hvtrain.merge.choose import DEFAULT, choose
 from hvtrain.merge.evaluate import compute_dtype
-from hvtrain.merge.inputs import Inputs, PlanSlices, open_inputs
+from hvtrain.merge.inputs import Inputs, PlanSlices, as_trained, open_inputs
 from hvtrain.merge.reconcile import kept_sets, sources
 from hvtrain.models.load import identify, whole_model
 from hvtrain.slices.plan import check_fits, load_plan
@@ -104,6 +104,7 @@ def _opened(cfg: MergeConfig) -> tuple[Candidate, dict[str, list[PairSize]], Inp
         cfg.lora, plan, linear_shapes(whole_model(found)), found.spec, base=None, expert=cfg.expert
     )
     inputs = replace(inputs, any_base=cfg.any_base)
+    found = found if cfg.flavor else as_trained(found, inputs)
     layers = {name: [low_rank(c) for c in own] for name, own in by_layer(inputs.loras).items()}
     parts = {
         name: [PairSize(len(p.down), p.begin, p.begin + len(p.up), p.down.shape[1]) for p in own if len(p.up)]
