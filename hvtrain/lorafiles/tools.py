@@ -17,7 +17,7 @@ from hvtrain.lorafiles.dialects import DIALECTS, spelling
 from hvtrain.lorafiles.experts import names_of, number_of
 from hvtrain.lorafiles.files import FOLDED_KEY, PARTS_KEY, LoraFile, read_lora, split_ending
 from hvtrain.lorafiles.lowrank import Approximation, factor, rank_for, shrink, singular_values
-from hvtrain.lorafiles.metadata import EXPERT_KEY, lora_metadata, of_flavor
+from hvtrain.lorafiles.metadata import EXPERT_KEY, LORA_FLAVOR_KEY, lora_metadata, of_flavor
 from hvtrain.lorafiles.runs import CONFIG, lora_in
 from hvtrain.lorafiles.write import check_output, kept, write_lora
 from hvtrain.models import all_specs
@@ -246,7 +246,8 @@ def extract(tuned: str, base: str, output: str, *, rank: int) -> Iterator[str]:
         cuts[module] = factor(delta, rank=rank)
     if not cuts:
         raise CheckpointError(f"{tuned} and {base} have equal weights in all layers that a LoRA can adapt")
-    about = of_flavor(new.flavor) | {
+    about: dict[str, object] = {
+        **of_flavor(new.flavor), LORA_FLAVOR_KEY: None,  # told from a file, which may not know it
         "ss_training_comment": f"extracted: {Path(tuned).name} - {Path(base).name}"
     }
     full = lora_metadata(Path(output), about, architecture=new.spec.name, rank=rank, alpha=rank)

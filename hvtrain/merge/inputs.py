@@ -23,7 +23,8 @@ from hvtrain.models.spec import Expert, Flavor, ModelSpec
 from hvtrain.slices.plan import SlicePlan, check_fits, load_plan
 
 RATE_KEY, OPTIMIZER_KEY = "ss_learning_rate", "ss_optimizer"  # metadata
-_LIKE_ADAM = re.compile("adam|muon|schedulefree|came", re.IGNORECASE)  # those whose rates mean the same
+# those whose rates mean the same; others find their own, or are meant relative to something
+_LIKE_ADAM = re.compile("^(?!.*(prodigy|dadapt|sgd)).*(adam|muon|schedulefree|came)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,11 @@ def owners_note(loras: Sequence[tuple[LoraFile, float]]) -> str:
 
 def as_trained(found: Identified, inputs: Inputs) -> Identified:
     """The model as the flavor that its LoRAs were trained as, which its file does not always tell: a model by
-    image, taken for one by text, would be told nothing of the image. Raises ConfigError where they differ."""
-    told = {lora.metadata[LORA_FLAVOR_KEY]: lora.path for lora, _ in inputs.loras
-            if LORA_FLAVOR_KEY in lora.metadata}  # fmt: skip
+    image, taken for one by text, would be told nothing of the image. Not where the model is another than
+    they were trained on (any_base). Raises ConfigError where they differ."""
+    told = flavors_told(inputs)
+    if inputs.any_base:
+        return found
     if len(told) > 1:
         listed = ", ".join(f"{path} as '{name}'" for name, path in told.items())
         raise ConfigError(f"flavor: these were trained as different ones ({listed}); give flavor=NAME")
@@ -201,11 +204,21 @@ def as_trained(found: Identified, inputs: Inputs) -> Identified:
     return found if name == found.flavor.name else identify(found.path, model=found.spec.name, flavor=name)
 
 
+def flavors_told(inputs: Inputs) -> dict[str, Path]:
+    """As which flavors they were trained, and one that says so of each."""
+    return {lora.metadata[LORA_FLAVOR_KEY]: lora.path for lora, multiplier in inputs.loras
+            if multiplier and LORA_FLAVOR_KEY in lora.metadata}  # fmt: skip
+
+
+def expert_told(inputs: Inputs) -> str | None:
+    """As which expert they were trained, if they say so."""
+    return next((lora.metadata[EXPERT_KEY] for lora, _ in inputs.loras if EXPERT_KEY in lora.metadata), None)
+
+
 def expert_of(flavor: Flavor, inputs: Inputs, name: str | None) -> Expert | None:
     """Which of several the model is: the one that is named, else the one that the LoRAs were trained as, if
     they say so. It is on its own noise levels only that they learnt something."""
-    said = (lora.metadata[EXPERT_KEY] for lora, _ in inputs.loras if EXPERT_KEY in lora.metadata)
-    wanted = name or next(said, None)
+    wanted = name or expert_told(inputs)
     return next((expert for expert in flavor.experts if expert.name == wanted), None)
 
 

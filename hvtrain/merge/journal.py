@@ -21,11 +21,20 @@ _KEY = "hvtrain.reconcile"
 _STEPS = "muon.safetensors"  # named after the optimizer, whose state is in it: another's is not taken
 
 
+def folder_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.reconcile")
+
+
+def noted(output: Path) -> int:
+    """Bytes of changes on the disk already."""
+    return sum(path.stat().st_size for path in folder_of(output).glob("block-*.safetensors"))
+
+
 class Journal:
     """Changes by block, valid for one signature: that of everything that they depend on."""
 
     def __init__(self, output: Path, signature: str) -> None:
-        self.folder, self.signature = output.with_name(f".{output.name}.reconcile"), signature
+        self.folder, self.signature = folder_of(output), signature
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:03d}.safetensors"

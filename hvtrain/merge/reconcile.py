@@ -144,7 +144,7 @@ def reconcile(
     CheckpointError if a LoRA is lost."""
     dtype, built_on = compute_dtype(ctx.device), inputs.built_on()
     sets, files = _sets_and_files(kept_sets(c, inputs))
-    levels = _levels(found.flavor, inputs, wanted.expert, sampled=c.own_states or bool(files))
+    levels = levels_of(c, found.flavor, inputs, wanted.expert)
     clips = Clips(found.spec, found.flavor, c.states, c.held_out, wanted.seed, levels)
     prompts = encode_texts(_captions(files), found.spec, found.flavor, c.text, ctx) if files else []
     model = Streamed(found, ctx, dtype, host_bytes=c.host_gb * 1e9)
@@ -222,16 +222,16 @@ def _refuse_lost(c: ReconcileConfig, report: Report) -> None:
         )
 
 
-def _levels(
-    flavor: Flavor, inputs: Inputs, name: str | None, *, sampled: bool
+def levels_of(
+    c: ReconcileConfig, flavor: Flavor, inputs: Inputs, name: str | None
 ) -> tuple[float, float]:
-    """Of noise, on which the model predicts. `sampled`: clips are made from captions. Raises ConfigError."""
+    """Of noise, on which the model predicts. Raises ConfigError."""
     if not flavor.experts:
         return 0.0, 1.0
     if (expert := expert_of(flavor, inputs, name)) is None:
         listed = " or ".join(expert.name for expert in flavor.experts)
         raise ConfigError(f"expert: the LoRAs do not say whose they are; give --expert {listed}")
-    if sampled:
+    if c.own_states or _sets_and_files(kept_sets(c, inputs))[1]:
         raise ConfigError(
             f"reconcile: clips are sampled by {' and '.join(e.name for e in flavor.experts)} together, and "
             f"only '{expert.name}' is here: give shard sets in keep, and reconcile.own_states=false"

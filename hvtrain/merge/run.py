@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +34,14 @@ from hvtrain.merge.inputs import (
     Inputs,
     PlanSlices,
     as_trained,
+    expert_told,
+    flavors_told,
     learning_rate,
     lora_in,
     open_inputs,
     owners_note,
 )
+from hvtrain.merge.journal import noted
 from hvtrain.merge.policies import POLICIES, Dense, Options, Result, combine
 from hvtrain.merge.report import Report, save_report
 from hvtrain.merge.write import (
@@ -250,7 +254,10 @@ def _check_writable(
     """What would stop the model from being written is said before what takes hours."""
     assert base.found is not None
     weights, _ = _parts(cfg, base.found, inputs, {n: list(own) for n, own in layers.items()}, base.shapes)
-    check_room(weights, _target(cfg, weights, inputs), metadata=_metadata(weights, inputs.loras))
+    whole = cfg.reconcile.how == "fit"  # its matrices lie beside the output until that is written
+    also = sum(4 * math.prod(base.shapes[module]) for module in layers) if whole else 0
+    target = _target(cfg, weights, inputs)
+    check_room(weights, target, metadata=_metadata(weights, inputs.loras), also=also - noted(target.output))
 
 
 def _history(weights: Weights) -> list[dict]:
@@ -293,11 +300,10 @@ def _write_lora(
         pairs[module], errors[module] = cut.pair, cut.error
     rank = max(pair.rank for pair in pairs.values())
     first = inputs.loras[0][0].metadata
-    said = (
-        "hvtrain.base", "hvtrain.plan", EXPERT_KEY, LORA_FLAVOR_KEY, "ss_sd_model_name",
-        "modelspec.resolution"
-    )
+    said = ("hvtrain.base", "hvtrain.plan", "ss_sd_model_name", "modelspec.resolution")
     given: dict[str, object] = {key: first[key] for key in said if key in first}
+    given[EXPERT_KEY] = cfg.expert or expert_told(inputs)
+    given[LORA_FLAVOR_KEY] = cfg.flavor or next(iter(flavors_told(inputs)), None)
     if ids := owners_note(inputs.loras):
         given["ss_loraid"] = ids
     if rate := learning_rate(inputs.loras):  # by which a later merge with others may train it further

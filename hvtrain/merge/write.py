@@ -187,8 +187,10 @@ def _layout(
 _SPARE = 2**20  # bytes for the report, and for what a file system notes of its own
 
 
-def check_room(weights: Weights, target: Target, *, metadata: Mapping[str, str]) -> None:
-    """Raises ConfigError if the files of `write_model` will not fit."""
+def check_room(
+    weights: Weights, target: Target, *, metadata: Mapping[str, str], also: int = 0
+) -> None:
+    """Raises ConfigError if the files of `write_model` will not fit, and `also` bytes beside them."""
     contents = _layout(weights, target)[2]
     sizes = {
         path: len(lay_out(own, metadata)[0]) + sum(slot.n_bytes for slot in own) for path,
@@ -196,15 +198,15 @@ def check_room(weights: Weights, target: Target, *, metadata: Mapping[str, str])
     }
     first = next(iter(sizes))
     with writing(first):
-        _check_room(first.parent, sizes)
+        _check_room(first.parent, sizes, max(0, also))
 
 
-def _check_room(folder: Path, sizes: Mapping[Path, int]) -> None:
+def _check_room(folder: Path, sizes: Mapping[Path, int], also: int) -> None:
     """Refuse before the first byte if the files, written one after the other, will not fit. What an
     interrupted merge left under a file's temporary name is used again; an existing output goes only
     when its successor is complete."""
     room = free_bytes(folder)
-    free = room - _SPARE
+    free = room - _SPARE - also
     for path, size in sizes.items():
         free += disk_bytes(partial_of(path)) - size
         if free < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,9 +194,10 @@ def _check_configs(run: Path, wanted) -> None:
         merging.check(cfg, wanted)
 
 
-def _go(run: Path, wanted) -> int | None:
-    """Start what is neither done nor under way, in the directory where the run was begun."""
-    from launcher.jobs import backends, slices
+def _go(run: Path, wanted, settings: Sequence[str] = ()) -> int | None:
+    """Start what is neither done nor under way, in the directory where the run was begun. `settings`: of
+    the merge, from now on."""
+    from launcher.jobs import backends, merging, slices
 
     if wanted.cwd and wanted.cwd != str(Path.cwd()):
         print(f"relative paths count from {wanted.cwd}, where this run was begun")
@@ -208,6 +210,14 @@ def _go(run: Path, wanted) -> int | None:
     with slices.only_one(run):
         found = backends.standings(run, wanted)
         backends.refuse_unknown(run, found)
+        if settings:
+            if any(s.word in ("done", "running") for s in found[wanted.n :]):
+                raise LaunchError(
+                    f"{settings[0]}: a merge of {run} is done or running by other settings; make another one "
+                    "of its slices by `hvtrain merge`"
+                )
+            wanted = merging.set_again(wanted, settings)
+            slices.save_slices(run, wanted)
         todo = backends.starts(wanted, found)
         if wanted.backend == "local" and any(s.job for s in found):
             raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
@@ -262,14 +272,12 @@ def _retry_options(parser: argparse.ArgumentParser) -> None:
     options=_retry_options
 )
 def _retry(args: argparse.Namespace) -> int | None:
-    from launcher.jobs import merging, slices
+    from launcher.jobs import merging
 
     run, wanted = _opened(args)
     if args.settings:
-        with slices.only_one(run):
-            wanted = merging.set_again(wanted, args.settings)
-            slices.save_slices(run, wanted)
-    return _go(run, wanted)
+        merging.set_again(wanted, args.settings)  # or they are refused
+    return _go(run, wanted, args.settings)
 
 
 @command("slices cancel", "stop what is queued or running", options=_run_folder)

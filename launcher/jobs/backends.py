@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -271,11 +272,27 @@ def run_merge(run: Path, slices: Slices, wave: int | None = None) -> int:
     job = os.environ.get("SLURM_JOB_ID") if slices.backend == "slurm" else None
     name = waves.merge_name(slices, wave or slices.waves)
     note_start(run, name, job or job_of(os.getpid()))
-    code = 1
+    code, began = 1, time.time()
+
+    def warned(number: int, frame: object) -> None:
+        """The time limit is near: the next job goes on, if there is something to go on from."""
+        notes = [path for kind in (".*/*.safetensors", ".*.partial") for path in (run / "merge").glob(kind)]
+        go_on = any(path.stat().st_mtime > began for path in notes)
+        if not go_on:
+            print(
+                f"error: {name}: nothing of it was noted within this job's time limit; give slices run a "
+                "longer --time, or submit it by hand", file=sys.stderr, flush=True
+            )
+        note_end(run, name, code := REQUEUE if go_on else 1)
+        os._exit(code)
+
+    before = signal.signal(signal.SIGUSR1, warned) if job else None
     try:
         code = cli.main(["merge", *waves.merge_arguments(run, slices, wave or slices.waves)])
     finally:
         note_end(run, name, code)
+        if job:
+            signal.signal(signal.SIGUSR1, before)
     return code
 
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvtrain.config.model import BOTH
 from hvtrain.errors import ConfigError
 from launcher.jobs import waves
 
 if TYPE_CHECKING:
-    from hvtrain.config import TrainConfig
+    from hvtrain.config import MergeConfig, TrainConfig
     from launcher.jobs.slices import Slices
 
 OWN = "reconcile."  # keys that are the merge's, not the trainings'
+_HOW = f"{OWN}how="
 WAYS = ("fit", "distill", "fit+distill", "none")
 
 
@@ -70,10 +72,23 @@ def _reconciling(wanted: Slices, asked: MergeAsked) -> tuple[str, ...]:
 
 
 def _check_own(own: Sequence[str]) -> None:
-    from hvtrain import config
     from hvtrain.config.rules.merge import check_merge_values
 
-    check_merge_values(config.load(config.MergeConfig, None, list(own)))
+    for key, option in (("how", "--reconcile"), ("keep", "--keep")):
+        if any(item.startswith(f"{OWN}{key}=") for item in own):
+            raise ConfigError(f"{OWN}{key} is an option of `hvtrain slices run`: give {option}")
+    check_merge_values(_config(own))
+
+
+def _config(own: Sequence[str]) -> MergeConfig:
+    from hvtrain import config
+
+    return config.load(config.MergeConfig, None, list(own))
+
+
+def own_of(merge: Sequence[str]) -> list[str]:
+    """Its keys reconcile.KEY=value."""
+    return [word for word in merge if word.startswith(OWN)]
 
 
 def set_again(wanted: Slices, own: Sequence[str]) -> Slices:
@@ -84,17 +99,31 @@ def set_again(wanted: Slices, own: Sequence[str]) -> Slices:
         )
     if "--reconcile" not in wanted.merge:
         raise ConfigError(f"{own[0]} is for a merge that reconciles, and this one does not")
-    _check_own(own)
-    keys = tuple(f"{item.partition('=')[0]}=" for item in own)
-    kept = tuple(word for word in wanted.merge if not word.startswith(keys))
-    return replace(wanted, merge=(*kept, *own))
+    words, rest = list(wanted.merge), [item for item in own if not item.startswith(_HOW)]
+    for how in (item.removeprefix(_HOW) for item in own if item.startswith(_HOW)):
+        if how not in WAYS[:-1]:
+            raise ConfigError(f"{_HOW}{how}: expected {', '.join(WAYS[:-1])}")
+        words[words.index("--reconcile") + 1] = how
+    _check_own(rest)
+    keys = tuple(f"{item.partition('=')[0]}=" for item in rest)
+    return replace(wanted, merge=(*(word for word in words if not word.startswith(keys)), *rest))
 
 
 def check(cfg: TrainConfig, wanted: Slices) -> None:
     """What the merge will need of a slice that is trained so, weeks later. Raises ConfigError."""
     if not wanted.merge:
         return
+    if cfg.model.experts == BOTH:
+        raise ConfigError(
+            "model.experts is both, and a merge is into one expert: give --merge-as none, and afterwards "
+            "`hvtrain merge --expert NAME` for each"
+        )
     reconciled, kind = "--reconcile" in wanted.merge, wanted.merge[wanted.merge.index("--as") + 1]
+    if reconciled and cfg.model.experts and _config(own_of(wanted.merge)).reconcile.own_states:
+        raise ConfigError(
+            "reconcile.own_states: clips are sampled by all experts together, and this run has one; leave it "
+            "away"
+        )
     if reconciled and cfg.data.calibration == 0:
         raise ConfigError(
             "data.calibration is 0: the merge reconciles the slices by samples that their trainings leave; "

@@ -13,9 +13,11 @@ from hvtrain.config import LoraFileConfig, MergeConfig, ReconcileConfig, asset
 from hvtrain.errors import CheckpointError, ConfigError
 from hvtrain.lorafiles.metadata import EXPERT_KEY, LORA_FLAVOR_KEY
 from hvtrain.lorafiles.pairs import LoraPair
+from hvtrain.lorafiles.tools import extract
 from hvtrain.lorafiles.write import write_lora
 from hvtrain.merge import reconcile as reconciling
 from hvtrain.merge import run as merge
+from hvtrain.merge.inputs import as_trained, open_inputs
 from hvtrain.models.load import identify, whole_model
 from tests.train.shardset import make_set
 
@@ -120,3 +122,44 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(untold, t
     save_file(tensors, untold, said)
     with pytest.raises(CheckpointError, match="is scaled 8-bit"):
         merge.run(cfg)
+
+
+def test_a_merged_lora_says_whose_it_is(tmp_path):
+    """As it was merged: another may be added to it later."""
+    low, asked = ("tiny-a14b", "low"), {"flavor": "tiny-a14b", "expert": "low"}
+    for name, said, more, told in (
+        ("a", ({}, {LORA_FLAVOR_KEY: "tiny-a14b", EXPERT_KEY: "low"}), {}, low),
+        ("b", ({}, {}), {"expert": "high"}, (None, "high")),
+        ("c", ({LORA_FLAVOR_KEY: "tiny"}, {}), asked, low),
+    ):
+        (tmp_path / name).mkdir()
+        cfg = config(tmp_path / name, WAN, loras(tmp_path / name, WAN, None, *said), **more)
+        merge.run(replace(cfg, reconcile=ReconcileConfig(how="none"), on_overlap="sum"))
+        with safe_open(cfg.output, "pt") as file:
+            about = file.metadata()
+        assert (about.get(LORA_FLAVOR_KEY), about.get(EXPERT_KEY)) == told, name
+
+
+def test_one_that_is_off_or_meant_for_another_model_tells_nothing(untold, tmp_path):
+    found = identify(untold)
+    entries = loras(tmp_path, untold, "tiny-i2v", {LORA_FLAVOR_KEY: "tiny-i2v"}, {LORA_FLAVOR_KEY: "tiny"})
+    shapes = linear_shapes(whole_model(found))
+    inputs = open_inputs(entries, None, shapes, found.spec, base=None)
+    (first, _), (second, _) = inputs.loras
+    off = replace(inputs, loras=[(first, 1.0), (second, 0.0)])
+    assert as_trained(found, off).flavor.name == "tiny-i2v"
+    assert as_trained(found, replace(inputs, any_base=True)).flavor.name == "tiny"
+
+
+def test_an_extracted_lora_does_not_guess(untold, tmp_path):
+    tensors = load_file(untold)
+    layer = identify(untold).spec.lora_targets(whole_model(identify(untold)))[0]
+    name = next(n for n in tensors if n.endswith(f"{layer}.weight"))
+    tensors[name] = tensors[name] + 0.1
+    with safe_open(untold, "pt") as file:
+        save_file(tensors, tmp_path / "tuned.safetensors", file.metadata())
+    out = str(tmp_path / "lora.safetensors")
+    assert "1 layers, rank 1" in next(extract(str(tmp_path / "tuned.safetensors"), HV15, out, rank=1))
+    with safe_open(out, "pt") as file:
+        said = file.metadata()
+    assert LORA_FLAVOR_KEY not in said and "modelspec.resolution" in said

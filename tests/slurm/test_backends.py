@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -348,6 +349,28 @@ def test_a_merge_runs_in_its_job_s_own_process(run, launched, monkeypatch, backe
     assert backends.run_merge(run, plan) == 9
     assert seen == [(["merge", *plan.merge], [job.replace("PID", str(os.getpid()))])]
     assert slices.load_state(run, "merge").code == 9
+
+
+@pytest.mark.parametrize(("note", "code"), [("block-000.safetensors", 75), ("states", 1)])
+def test_a_merge_that_is_warned_goes_on_only_from_something(run, monkeypatch, capsys, note, code):
+    """A job that is put back into the queue with nothing done would be so for ever."""
+    plan, ends = a_run(run, n=1, backend="slurm"), []
+
+    def main(arguments: list[str]) -> int:
+        noted = run / "merge" / ".m.safetensors.reconcile" / note
+        noted.parent.mkdir(parents=True)
+        noted.touch()
+        os.utime(noted, (time.time() + 1,) * 2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 0
+
+    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(os, "_exit", lambda code: ends.append((code, slices.load_state(run, "merge").code)))
+    monkeypatch.setenv("SLURM_JOB_ID", "85")
+    before = signal.getsignal(signal.SIGUSR1)
+    backends.run_merge(run, plan)
+    assert ends == [(code, code)] and signal.getsignal(signal.SIGUSR1) == before
+    assert ("nothing of it was noted" in capsys.readouterr().err) == (code == 1)
 
 
 # --- cancelling ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -220,6 +221,38 @@ def test_slices_of_a_plan_are_reconciled_too(tmp_path, capsys, monkeypatch):
     assert hvtrain(capsys, "run", *whole)[0] == 0
 
 
+def test_settings_of_a_merge_that_is_made_are_not_rewritten(run, capsys):
+    merge = ("--dit", "d", "--output", f"{run}/merge/m.safetensors", "--reconcile", "fit")
+    slices.save_slices(run, replace(a_run(run, n=1), merge=merge))
+    finish(run, "01", "1:1")
+    (run / "merge").mkdir()
+    shutil.copy(run / "01" / "slice-01.safetensors", run / "merge" / "m.safetensors")
+    slices.note_start(run, "merge", "1:1")
+    slices.note_end(run, "merge", 0)
+    before = (run / slices.FILE).read_text()
+    code, said = hvtrain(capsys, "retry", run, "reconcile.steps=9")
+    assert code == 2 and "is done or running by other settings" in said, said
+    assert (run / slices.FILE).read_text() == before
+
+
+def test_a_merge_is_into_one_expert(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "run_here", lambda run, wanted, loraids: 0)
+    for part in ("01", "02"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        (tmp_path / "parts" / part / "manifest.json").write_text("{}")
+    start = [
+        "model.name=wan", "model.flavor=tiny-a14b", "model.dit=tiny:wan/high_noise.safetensors",
+        "model.dit_low=tiny:wan/low_noise.safetensors", "run.steps=1", "--data",
+        "parts", "--output"
+    ]
+    code, said = hvtrain(capsys, "run", *start, "run", "model.experts=both")
+    assert code == 2 and "a merge is into one expert: give --merge-as none" in said, said
+    code, said = hvtrain(capsys, "run", *start, "run", "model.experts=high", "reconcile.own_states=true")
+    assert code == 2 and "this run has one; leave it away" in said, said
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_merge_has_settings_of_its_own(tmp_path, capsys, monkeypatch):
     """Given with the run, kept from the trainings, and changed by a retry."""
     monkeypatch.chdir(tmp_path)
@@ -245,11 +278,19 @@ def test_the_merge_has_settings_of_its_own(tmp_path, capsys, monkeypatch):
     for more, says in (
         (["reconcile.stops=1"], "stops"), (["reconcile.steps=0"], "reconcile.steps is 0"),
         ([*own, "--reconcile", "none"], "reconcile.steps=20 is for a merge that reconciles"),
-        ([*own, "--merge-as", "none"], "nothing is merged"),
+        ([*own, "--merge-as", "none"], "nothing is merged"), (["reconcile.how=fit"], "give --reconcile"),
+        (["reconcile.keep=[parts]"], "give --keep"),
     ):
         code, said = hvtrain(capsys, "run", *start, "other", *more)
         assert code == 2 and says in said and not (tmp_path / "other").exists(), said
-    for setting, says in (("run.steps=2", "expected reconcile.KEY=value"), ("reconcile.steps=x", "steps")):
+    merge = again.merge[again.merge.index("--reconcile") :]
+    assert hvtrain(capsys, "retry", tmp_path / "run", "reconcile.how=fit")[0] == 0
+    again = slices.load_slices(tmp_path / "run")
+    assert again.merge[-5:] == ("--reconcile", "fit", *merge[2:])
+    for setting, says in (
+        ("run.steps=2", "expected reconcile.KEY=value"), ("reconcile.steps=x", "steps"),
+        ("reconcile.how=sum", "reconcile.how=sum: expected fit"), ("reconcile.keep=[a]", "give --keep")
+    ):
         code, said = hvtrain(capsys, "retry", tmp_path / "run", setting)
         assert code == 2 and says in said and slices.load_slices(tmp_path / "run") == again, said
 

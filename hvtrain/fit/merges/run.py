@@ -24,7 +24,7 @@ from hvtrain.merge.changes import low_rank
 from hvtrain.merge.choose import DEFAULT, choose
 from hvtrain.merge.evaluate import compute_dtype
 from hvtrain.merge.inputs import Inputs, PlanSlices, as_trained, open_inputs
-from hvtrain.merge.reconcile import kept_sets, sources
+from hvtrain.merge.reconcile import kept_sets, levels_of, sources
 from hvtrain.models.load import identify, whole_model
 from hvtrain.slices.plan import check_fits, load_plan
 
@@ -70,6 +70,7 @@ def job_of(cfg: MergeConfig, loras: Loras) -> Merge:
             )
         about, parts, inputs = _opened(cfg)
         how = choose(cfg.reconcile, inputs, policy=policy, model=True).how
+        levels_of(cfg.reconcile, about.flavor, inputs, cfg.expert)  # refuses what the merge will
         n, n_sets, keep = (
             len(inputs.loras), len(sources(cfg.reconcile, inputs)), bool(kept_sets(cfg.reconcile, inputs))
         )
