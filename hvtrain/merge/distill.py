@@ -37,7 +37,8 @@ Pairs = Mapping[str, Sequence[LowRank]]
 STUDENT = "student"
 A_SLICE = 1  # clips of each step for each LoRA, those of old words among them
 _WARMUP = 10
-_SAVED, _SAVED_S = 25, 60.0  # steps, and seconds, between two notes of where it is
+_SAVED, _SAVED_S = 25, 60.0  # steps, or seconds, between two notes of where it is
+_SAVED_SHARE = 20  # and as many times as long as a note takes
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def distill(
     weights = [t for own in student.values() for p in own for t in (p.down, p.up)]
     optimizer = Muon(weights, cfg.lr, like_adam=True)
     done = _restore(optimizer, weights, journal)
-    began = noted = time.monotonic()
+    began = time.monotonic()
+    due = began + _SAVED_S
     for step in range(done, cfg.steps):
         states = draw(step)
         loss, drawn = 0.0, {id(s): (task.teacher, scale) for task, s, scale in states}
@@ -133,10 +135,11 @@ def distill(
             group["lr"] = cfg.lr * _rate(step, cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
-        if ctx.is_main and ((step + 1) % _SAVED == 0 or time.monotonic() - noted > _SAVED_S):
-            noted = time.monotonic()
+        if ctx.is_main and ((step + 1) % _SAVED == 0 or time.monotonic() > due):
+            begun = time.monotonic()
             moments = [optimizer.state[w][MOMENT] for w in weights]
             journal.save_steps(step + 1, [*(w.detach() for w in weights), *moments])
+            due = time.monotonic() + max(_SAVED_S, _SAVED_SHARE * (time.monotonic() - begun))
         if (step + 1) % 10 == 0 or step + 1 == cfg.steps:
             loss = ctx.all_reduce_sum(loss) / ctx.sp
             left = (time.monotonic() - began) / (step + 1 - done) * (cfg.steps - step - 1)

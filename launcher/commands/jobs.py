@@ -147,7 +147,7 @@ def _slices(args: argparse.Namespace):
         max_restarts=slurm.RESTARTS if args.max_restarts is None else args.max_restarts,
     )
     asked = merging.MergeAsked(args.merge_as, args.reconcile, args.keep or (), of_merge, Path(args.data))
-    dit = load_config("train", args).model.dit
+    dit = merging.trained(load_config("train", args).model)
     return replace(wanted, merge=merging.arguments(Path(args.output).resolve(), wanted, asked, dit))
 
 
@@ -210,8 +210,11 @@ def _go(run: Path, wanted, settings: Sequence[str] = ()) -> int | None:
     with slices.only_one(run):
         found = backends.standings(run, wanted)
         backends.refuse_unknown(run, found)
+        if wanted.backend == "local" and any(s.job for s in found):
+            raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
         if settings:
-            if any(s.word in ("done", "running") for s in found[wanted.n :]):
+            words = [s.word for s in found[wanted.n :]]  # merges of earlier waves stay as they are
+            if "running" in words or words[-1] == "done":
                 raise LaunchError(
                     f"{settings[0]}: a merge of {run} is done or running by other settings; make another one "
                     "of its slices by `hvtrain merge`"
@@ -219,8 +222,6 @@ def _go(run: Path, wanted, settings: Sequence[str] = ()) -> int | None:
             wanted = merging.set_again(wanted, settings)
             slices.save_slices(run, wanted)
         todo = backends.starts(wanted, found)
-        if wanted.backend == "local" and any(s.job for s in found):
-            raise LaunchError(f"{run}: its slices are running already; `hvtrain slices status {run}`")
         if not any(todo):
             under_way = any(s.job for s in found)
             print(

@@ -4,6 +4,7 @@ array and a dependent merge job."""
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from launcher.site import load_site
 
 GOOD = ("done",)
 POLL_S = 0.2
+PREEMPTED_S = 3600  # a job with more time left than any warning of its limit leaves is preempted
 
 
 def standings(run: Path, slices: Slices) -> list[Standing]:
@@ -275,13 +277,16 @@ def run_merge(run: Path, slices: Slices, wave: int | None = None) -> int:
     code, began = 1, time.time()
 
     def warned(number: int, frame: object) -> None:
-        """The time limit is near: the next job goes on, if there is something to go on from."""
+        """Of the time limit: the next job goes on, if there is something to go on from. Of a preemption,
+        which comes at any time: it begins again at worst."""
         notes = [path for kind in (".*/*.safetensors", ".*.partial") for path in (run / "merge").glob(kind)]
-        go_on = any(path.stat().st_mtime > began for path in notes)
+        left = float(os.environ.get("SLURM_JOB_END_TIME", 0)) - time.time()
+        go_on = left > PREEMPTED_S or any(path.stat().st_mtime > began for path in notes)
         if not go_on:
+            more = " ".join(["hvtrain slices merge", shlex.quote(str(run)), *_which(slices, wave)])
             print(
-                f"error: {name}: nothing of it was noted within this job's time limit; give slices run a "
-                "longer --time, or submit it by hand", file=sys.stderr, flush=True
+                f"error: {name}: nothing of it was noted within this job's time limit, and the next would do "
+                f"no better: run `{more}` in a longer one", file=sys.stderr, flush=True
             )
         note_end(run, name, code := REQUEUE if go_on else 1)
         os._exit(code)

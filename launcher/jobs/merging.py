@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from hvtrain.errors import ConfigError
 from launcher.jobs import waves
 
 if TYPE_CHECKING:
-    from hvtrain.config import MergeConfig, TrainConfig
+    from hvtrain.config import MergeConfig, ModelConfig, TrainConfig
     from launcher.jobs.slices import Slices
 
 OWN = "reconcile."  # keys that are the merge's, not the trainings'
@@ -91,6 +92,15 @@ def own_of(merge: Sequence[str]) -> list[str]:
     return [word for word in merge if word.startswith(OWN)]
 
 
+def trained(model: ModelConfig) -> str | None:
+    """The file that the slices adapt: of several experts, the trained one's."""
+    if model.experts in (None, BOTH):
+        return model.dit
+    from hvtrain.train.setup import part_of  # torch
+
+    return model.file(part_of(model))
+
+
 def set_again(wanted: Slices, own: Sequence[str]) -> Slices:
     """With other settings of the merge: the same keys are replaced. Raises ConfigError."""
     if odd := [item for item in own if not item.startswith(OWN) or "=" not in item]:
@@ -119,11 +129,15 @@ def check(cfg: TrainConfig, wanted: Slices) -> None:
             "`hvtrain merge --expert NAME` for each"
         )
     reconciled, kind = "--reconcile" in wanted.merge, wanted.merge[wanted.merge.index("--as") + 1]
-    if reconciled and cfg.model.experts and _config(own_of(wanted.merge)).reconcile.own_states:
-        raise ConfigError(
-            "reconcile.own_states: clips are sampled by all experts together, and this run has one; leave it "
-            "away"
-        )
+    if reconciled and cfg.model.experts:
+        sampled = [
+            place for before, place in pairwise(wanted.merge) if before == "--keep" and Path(place).is_file()
+        ]
+        if sampled or _config(own_of(wanted.merge)).reconcile.own_states:
+            raise ConfigError(
+                f"{f'--keep {sampled[0]}' if sampled else 'reconcile.own_states'}: clips of captions are "
+                "sampled by all experts together, and this run has one; give shard sets"
+            )
     if reconciled and cfg.data.calibration == 0:
         raise ConfigError(
             "data.calibration is 0: the merge reconciles the slices by samples that their trainings leave; "

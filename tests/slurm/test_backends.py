@@ -351,9 +351,15 @@ def test_a_merge_runs_in_its_job_s_own_process(run, launched, monkeypatch, backe
     assert slices.load_state(run, "merge").code == 9
 
 
-@pytest.mark.parametrize(("note", "code"), [("block-000.safetensors", 75), ("states", 1)])
-def test_a_merge_that_is_warned_goes_on_only_from_something(run, monkeypatch, capsys, note, code):
-    """A job that is put back into the queue with nothing done would be so for ever."""
+@pytest.mark.parametrize(
+    ("note", "left", "code"),
+    [("block-000.safetensors", 60, 75), ("states", 60, 1), ("states", None, 1), ("states", 9999, 75)]
+)
+def test_a_merge_that_is_warned_goes_on_only_from_something(run, monkeypatch, capsys, note, left, code):
+    """A job that is put back into the queue with nothing done would be so for ever; not one that was
+    preempted, with much of its time left."""
+    if left:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() + left:.0f}")
     plan, ends = a_run(run, n=1, backend="slurm"), []
 
     def main(arguments: list[str]) -> int:
@@ -370,7 +376,8 @@ def test_a_merge_that_is_warned_goes_on_only_from_something(run, monkeypatch, ca
     before = signal.getsignal(signal.SIGUSR1)
     backends.run_merge(run, plan)
     assert ends == [(code, code)] and signal.getsignal(signal.SIGUSR1) == before
-    assert ("nothing of it was noted" in capsys.readouterr().err) == (code == 1)
+    said = capsys.readouterr().err
+    assert (f"run `hvtrain slices merge {run}` in a longer one" in said) == (code == 1)
 
 
 # --- cancelling ---------------------------------------------------------------------------------------------

@@ -235,6 +235,26 @@ def test_settings_of_a_merge_that_is_made_are_not_rewritten(run, capsys):
     assert (run / slices.FILE).read_text() == before
 
 
+def test_settings_are_for_the_waves_that_are_left(run, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "run_here", lambda run, wanted, loraids: 0)
+    merge = ("--dit", "d", "--output", f"{run}/merge/m.safetensors", "--reconcile", "fit")
+    plan = replace(a_run(run, n=2), merge=merge, waves=2, backend="local")
+    slices.save_slices(run, plan)
+    for name in ("01", "02"):
+        finish(run, name, "1:1")
+    (run / "merge").mkdir()
+    shutil.copy(run / "01" / "slice-01.safetensors", waves.merged(run, 1))
+    for name, code in (("merge-1", 0), ("merge", 2)):
+        slices.note_start(run, name, "1:1")
+        slices.note_end(run, name, code)
+    code, said = hvtrain(capsys, "retry", run, "reconcile.allow_lost=true")
+    assert code == 0 and slices.load_slices(run).merge[-1] == "reconcile.allow_lost=true", said
+    slices.note_start(run, "02", slices.job_of(os.getpid()))  # the starter is dead, a slice is alive
+    (run / "02" / "slice-02.safetensors").unlink()
+    code, said = hvtrain(capsys, "retry", run, "reconcile.steps=9")
+    assert code == 2 and "running already" in said and "steps" not in (run / slices.FILE).read_text()
+
+
 def test_a_merge_is_into_one_expert(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backends, "run_here", lambda run, wanted, loraids: 0)
@@ -248,9 +268,15 @@ def test_a_merge_is_into_one_expert(tmp_path, capsys, monkeypatch):
     ]
     code, said = hvtrain(capsys, "run", *start, "run", "model.experts=both")
     assert code == 2 and "a merge is into one expert: give --merge-as none" in said, said
-    code, said = hvtrain(capsys, "run", *start, "run", "model.experts=high", "reconcile.own_states=true")
-    assert code == 2 and "this run has one; leave it away" in said, said
+    (tmp_path / "old.txt").write_text("a circle\n")
+    for more in (["reconcile.own_states=true"], ["--keep", "old.txt"]):
+        code, said = hvtrain(capsys, "run", *start, "run", "model.experts=high", *more)
+        assert code == 2 and "this run has one; give shard sets" in said, said
     assert not (tmp_path / "run").exists()
+    for expert, noise in (("high", "high"), ("low", "low")):  # into the file that it trains
+        code, said = hvtrain(capsys, "run", *start, expert, f"model.experts={expert}")
+        assert code == 0, said
+        assert slices.load_slices(tmp_path / expert).merge[1] == f"tiny:wan/{noise}_noise.safetensors"
 
 
 def test_the_merge_has_settings_of_its_own(tmp_path, capsys, monkeypatch):
