@@ -118,6 +118,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads(together: int) -> dict[str, str]:
+    """The variable that gives each of so many processes its share of the cores, or the user's own setting."""
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // together))}
+
+
 def free_port() -> int:
     for port in random.sample(PORTS, 50):
         with socket.socket() as probe:
@@ -134,8 +139,8 @@ def _start(
 ) -> Worker:
     rank = topology.node_rank * topology.nproc + local_rank
     env = {
-        "OMP_NUM_THREADS": str(max(1, cores() // topology.nproc)),  # the user's own setting wins
         **os.environ,
+        **threads(topology.nproc),
         "WORLD_SIZE": str(topology.nproc * topology.nnodes),
         "LOCAL_WORLD_SIZE": str(topology.nproc),
         "RANK": str(rank),

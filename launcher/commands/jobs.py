@@ -31,7 +31,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--backend", default="local", metavar="NAME",
         help="local (default): on this machine; slurm: a job array and a merge job"
     )
-    add("--at-once", type=int, default=1, metavar="N", help="slices that run together (default: 1)")
+    add(
+        "--at-once", type=int, default=1, metavar="N",
+        help="slices that run together (default: 1); on one machine they share its cores"
+    )
     add(
         "--nproc", type=int, default=1, metavar="N", help="processes (GPUs) of a slice, per node (default: 1)"
     )

@@ -229,7 +229,10 @@ def _merge_here(run: Path, slices: Slices, wave: int, asked: list[int]) -> int:
 
 
 def _start(run: Path, slices: Slices, loraid: int, gpus: str) -> subprocess.Popen:
-    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})}
+    env = {
+        **os.environ, **processes.threads(min(slices.at_once, slices.n) * slices.nproc),
+        **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
+    }
     with (run / "logs" / f"{slices.name(loraid)}.log").open("ab") as log:
         process = subprocess.Popen(
             command(run, "one", run, loraid), env=env, stdout=log, stderr=log, start_new_session=True

@@ -25,7 +25,8 @@ from tests.slurm.fake import weights
 run, verb, name = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 wish = json.loads((run / "wish.json").read_text()).get(name, "done")
 with (run / "seen").open("a") as file:
-    file.write(f"{{name}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
+    shares = (os.environ.get(of) for of in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"))
+    file.write(" ".join([name, *map(str, shares)]) + "\\n")
 if wish == "waits":
     signal.signal(signal.SIGTERM, lambda *_: (slices.note_end(run, name, 75), os._exit(75)))
     (run / f"ready-{{name}}").touch()
@@ -74,9 +75,26 @@ def test_each_slice_gets_as_many_gpus_as_it_has_processes(here, run, capsys):
         sorted(line.split()[0] for line in seen(run)[:-1]) == ["01", "02", "03", "04"]
         and seen(run)[-1].startswith("merge ")
     )
-    gpus = dict(line.split() for line in seen(run)[:-1])
+    gpus = dict(line.split()[:2] for line in seen(run)[:-1])
     assert {gpus["01"], gpus["02"]} == {"0,1", "5,7"} and {gpus["03"], gpus["04"]} <= {"0,1", "5,7"}
     assert hvtrain(capsys, "retry", run) == (0, f"{run}: nothing to start, all slices are done and merged\n")
+
+
+@pytest.mark.parametrize(
+    ("n", "at_once", "nproc", "own", "threads"),
+    [(3, 2, 1, "", "8"), (3, 2, 2, "", "4"), (1, 9, 1, "", "17"), (3, 2, 1, "5", "5"), (3, 3, 9, "", "1")],
+)
+def test_slices_that_run_together_share_the_cores(
+    here, run, capsys, monkeypatch, n, at_once, nproc, own, threads
+):
+    monkeypatch.setattr(backends.processes, "cores", lambda: 17)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    here(n=n, at_once=at_once, nproc=nproc)
+    assert hvtrain(capsys, "retry", run)[0] == 0
+    *parts, merge = [line.split()[-1] for line in seen(run)]
+    assert parts == [threads] * n and merge == (own or "None")  # the merge is alone on the machine
 
 
 def test_one_failure_keeps_the_merge_back_and_only_it_is_tried_again(here, run, capsys):
