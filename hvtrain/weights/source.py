@@ -80,7 +80,7 @@ class Source:
         tensor and gives the tensor, perhaps one that another process has read (parallel/spread.py).
         """
         if torch.device(device).type == "meta":
-            model.to(dtype)
+            nn.Module.to(model, dtype)  # a library's own `to` warns of modules that it does not have
             return
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         spread = spread or (lambda make: make())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -151,6 +152,13 @@ def test_architecture_from_shapes_and_dtype(tmp_path):
     assert opened.dtype == torch.bfloat16
     latents = opened.encode(video(5))
     assert latents.dtype == torch.float32 and latents.shape == (1, 4, 2, 4, 6)
+
+
+def test_the_meta_device_gives_the_dtype_and_the_library_says_nothing(caplog, monkeypatch):
+    """As `generate` asks which VAE it is, each time."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    opened = open_vae(TINY, dtype=torch.bfloat16, device="meta")
+    assert opened.dtype == torch.bfloat16 and opened.model.device.type == "meta" and not caplog.records
 
 
 def test_another_scaling_factor_survives_saving(tmp_path, oracle, state):
