@@ -190,11 +190,12 @@ def _wave_here(run: Path, slices: Slices, loraids: Sequence[int], wave: int, ask
     """`asked`: signals as they come; after one, nothing more is begun."""
     waiting, told = list(loraids), 0
     running: dict[subprocess.Popen, tuple[int, str]] = {}
+    together = min(slices.at_once, len(loraids)) * slices.nproc
     free = [",".join(slices.gpus[i * slices.nproc : (i + 1) * slices.nproc]) for i in range(slices.at_once)]
     while waiting or running:
         while waiting and free and not asked:
             loraid, gpus = waiting.pop(0), free.pop(0)
-            running[_start(run, slices, loraid, gpus)] = (loraid, gpus)
+            running[_start(run, slices, loraid, gpus, together)] = (loraid, gpus)
             print(f"slice {loraid}: started{f' on GPU {gpus}' if gpus else ''}", flush=True)
         if len(asked) > told:
             told = len(asked)
@@ -228,11 +229,10 @@ def _merge_here(run: Path, slices: Slices, wave: int, asked: list[int]) -> int:
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _start(run: Path, slices: Slices, loraid: int, gpus: str) -> subprocess.Popen:
-    env = {
-        **os.environ, **processes.threads(min(slices.at_once, slices.n) * slices.nproc),
-        **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
-    }
+def _start(run: Path, slices: Slices, loraid: int, gpus: str, together: int) -> subprocess.Popen:
+    """`together`: processes that share the cores."""
+    visible = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+    env = {**os.environ, **processes.threads(together), **visible}
     with (run / "logs" / f"{slices.name(loraid)}.log").open("ab") as log:
         process = subprocess.Popen(
             command(run, "one", run, loraid), env=env, stdout=log, stderr=log, start_new_session=True

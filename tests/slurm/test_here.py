@@ -95,6 +95,11 @@ def test_slices_that_run_together_share_the_cores(
     assert hvtrain(capsys, "retry", run)[0] == 0
     *parts, merge = [line.split()[-1] for line in seen(run)]
     assert parts == [threads] * n and merge == (own or "None")  # the merge is alone on the machine
+    (run / "01" / "slice-01.safetensors").unlink()
+    assert hvtrain(capsys, "retry", run)[0] == 0
+    assert seen(run)[n + 1].split()[-1] == (own or str(17 // nproc))  # and so is one that is tried again
+    (run / "merge" / "merged.safetensors").unlink()
+    assert hvtrain(capsys, "retry", run)[0] == 0 and seen(run)[-1].startswith("merge ")  # it alone
 
 
 def test_one_failure_keeps_the_merge_back_and_only_it_is_tried_again(here, run, capsys):

@@ -182,7 +182,7 @@ def test_waves_here_go_one_after_the_other(run, monkeypatch):
         def poll(self) -> int:
             return self.returncode
 
-    def start(run, slices_, loraid, gpus):
+    def start(run, slices_, loraid, gpus, together):
         seen.append(loraid)
         finish(run, f"0{loraid}", "1:1")
         return Ended(0)
